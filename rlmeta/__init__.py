@@ -1,0 +1,68 @@
+"""Reinforcement learning, meta-learning and lifelong learning in PyTorch, where learners are an axis."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlmeta.agents import A2C, DQN, PPO, REINFORCE
+    from rlmeta.envs.task import Task, TaskFamily, TaskStream, family, stream, task
+    from rlmeta.errors import RlmetaError
+    from rlmeta.lab.experiment import Budget
+    from rlmeta.lab.presets import preset
+    from rlmeta.lab.run import Run, load
+    from rlmeta.lab.train import resume, train
+
+_WHERE = {
+    "A2C": "rlmeta.agents",
+    "DQN": "rlmeta.agents",
+    "PPO": "rlmeta.agents",
+    "REINFORCE": "rlmeta.agents",
+    "Task": "rlmeta.envs.task",
+    "TaskFamily": "rlmeta.envs.task",
+    "TaskStream": "rlmeta.envs.task",
+    "family": "rlmeta.envs.task",
+    "stream": "rlmeta.envs.task",
+    "task": "rlmeta.envs.task",
+    "RlmetaError": "rlmeta.errors",
+    "Budget": "rlmeta.lab.experiment",
+    "preset": "rlmeta.lab.presets",
+    "Run": "rlmeta.lab.run",
+    "load": "rlmeta.lab.run",
+    "resume": "rlmeta.lab.train",
+    "train": "rlmeta.lab.train",
+}
+"""Imported when first used: `import rlmeta` alone loads neither torch nor an environment."""
+
+__all__ = [
+    "A2C",
+    "DQN",
+    "PPO",
+    "REINFORCE",
+    "Budget",
+    "RlmetaError",
+    "Run",
+    "Task",
+    "TaskFamily",
+    "TaskStream",
+    "family",
+    "load",
+    "preset",
+    "resume",
+    "stream",
+    "task",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'rlmeta' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

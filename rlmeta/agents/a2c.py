@@ -1,0 +1,175 @@
+"""Advantage actor-critic: the synchronous form of A3C (Mnih et al., 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
+from rlmeta.agents.networks import policy_network, value_network
+from rlmeta.envs.world import World
+from rlmeta.functional import losses, optim, tree
+from rlmeta.functional.axes import align, masked_mean
+from rlmeta.functional.returns import generalized_advantage
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.method import Method
+from rlmeta.learning.minibatch import flatten_time
+from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.nn import Block
+
+
+@dataclass(frozen=True)
+class A2C:
+    """Settings of A2C. A list for a number marked per learner compares its values."""
+
+    num_envs: int = 8
+    """Environments of each learner."""
+    num_steps: int = 5
+    """Steps in every environment between updates."""
+    learning_rate: PerLearner = 7e-4
+    """The optimizer's step size."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget."""
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"
+    """RMSProp as in the paper, or Adam."""
+    rmsprop_decay: float = 0.99
+    """Decay of RMSProp's running mean of squared gradients."""
+    epsilon: float = 1e-5
+    """The optimizer's epsilon."""
+    gamma: PerLearner = 0.99
+    """Discount factor."""
+    gae_lambda: PerLearner = 1.0
+    """Lambda of generalized advantage estimation; 1 is the paper's n-step return."""
+    entropy_coefficient: PerLearner = 0.0
+    """Weight of the entropy bonus."""
+    value_coefficient: PerLearner = 0.5
+    """Weight of the value loss, mean (return - value)^2."""
+    normalise_advantage: bool = False
+    """Over the rollout, to mean 0 and deviation 1."""
+    max_grad_norm: PerLearner = 0.5
+    """Clip each learner's gradient to this norm."""
+    normalise_observation: bool = False
+    """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
+    normalise_reward: bool = False
+    """Divide rewards by the running deviation of their discounted return."""
+    initial_log_std: float = 0.0
+    """Box actions: the logarithm of the initial deviation."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of the default network."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Activation of the default network."""
+    network: NetworkFactory | None = None
+    """Your own network: from an observation space to a module that gives features [B, D]."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm", "epsilon"):
+            require_range(self, name, 0.0, above=True)
+        for name in ("gamma", "gae_lambda", "rmsprop_decay"):
+            require_range(self, name, 0.0, 1.0)
+        for name in ("entropy_coefficient", "value_coefficient"):
+            require_range(self, name, 0.0)
+        for name in ("num_envs", "num_steps"):
+            require_range(self, name, 1)
+
+    def bind(
+        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> A2CAgent:
+        """The agent for environments of these spaces."""
+        return A2CAgent(self, observation_space, action_space, methods)
+
+
+class A2CAgent(Agent):
+    """A2C on given spaces: act, credit, learn."""
+
+    settings: A2C
+
+    def __init__(
+        self, settings: A2C, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> None:
+        super().__init__(settings, observation_space, action_space, methods)
+        self.steps_per_iteration = settings.num_steps
+        blocks = self.networks()
+        self.policy, self.value = blocks["policy"], blocks["value"]
+        self.head: Any = self.policy.head
+
+    def networks(self) -> dict[str, Block]:
+        """`policy` gives a distribution's parameters, `value` a number."""
+        return {
+            "policy": policy_network(self.settings, self.observation_space, self.action_space),
+            "value": value_network(self.settings, self.observation_space),
+        }
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
+        """The state at the start of a run."""
+        state = super().init(key, hyper, world)
+        state["optimizer"] = init_optimizer(self._optimizer(hyper["learning_rate"]), state)
+        return state
+
+    def _optimizer(self, rate: Tensor) -> optim.Optimizer:
+        s = self.settings
+        if s.optimizer == "adam":
+            return optim.adam(rate, eps=s.epsilon)
+        return optim.rmsprop(rate, alpha=s.rmsprop_decay, eps=s.epsilon)
+
+    # ------------------------------------------------------------------ act
+
+    def act(
+        self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, tree.Tree]:
+        """Actions `[*L, N, ...]`: a sample of the policy, or its mode."""
+        distribution = self.forward(self.policy, "policy", p, observation)
+        return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
+
+    # ------------------------------------------------------------------ credit
+
+    @torch.no_grad()
+    def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
+        """Advantages and returns for every step: what `losses` learns from, `[*L, T, N, ...]`."""
+        reward = torch.stack(list(rewards.values())).sum(0)
+        value = self.forward(self.value, "value", p, rollout["observation"])
+        next_value = self.forward(self.value, "value", p, rollout["next_observation"])
+        discount = align(p["hyper"]["gamma"], reward) * ~rollout["terminated"]
+        cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
+        advantage = generalized_advantage(reward, discount, value, next_value, cut, p["hyper"]["gae_lambda"])
+        kept = {name: rollout[name] for name in ("observation", "action", "valid")}
+        return {**kept, "advantage": advantage, "return": advantage + value, "old_value": value}
+
+    # ------------------------------------------------------------------ learn
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """Policy and value losses `[*L]` of a batch `[*L, B, ...]`."""
+        h, valid = p["hyper"], batch["valid"]
+        distribution = self.forward(self.policy, "policy", p, batch["observation"], ctx)
+        value = self.forward(self.value, "value", p, batch["observation"], ctx)
+        advantage = batch["advantage"]
+        if self.settings.normalise_advantage:
+            advantage = losses.normalise_advantage(advantage, valid)
+        policy = losses.policy_gradient_loss(self.head.log_prob(distribution, batch["action"]), advantage, valid)
+        value_loss = losses.value_loss(value, batch["return"], valid)
+        entropy = masked_mean(self.head.entropy(distribution), valid)
+        ctx.info.update({"losses/policy_loss": policy, "losses/value_loss": value_loss, "losses/entropy": entropy})
+        return {"policy": policy - h["entropy_coefficient"] * entropy, "value": h["value_coefficient"] * value_loss}
+
+    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
+        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
+        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
+
+    def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
+        """One gradient step on the whole rollout."""
+        h = state["params"]["hyper"]
+        batch = flatten_time(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
+        rate = h["learning_rate"]
+        if self.settings.learning_rate_schedule == "linear":
+            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
+        explained = losses.explained_variance(batch["old_value"], batch["return"], batch["valid"])
+        state, info = step(
+            self, state, batch, self._optimizer(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods
+        )
+        return state, {**info, "losses/explained_variance": explained, "charts/learning_rate": rate}

@@ -1,0 +1,231 @@
+"""Deep Q-networks (Mnih et al., 2015), with double Q-learning (van Hasselt et al., 2016) and n-step targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
+from rlmeta.agents.networks import q_network
+from rlmeta.envs.world import World
+from rlmeta.errors import SpaceError
+from rlmeta.functional import losses, optim, random, tree
+from rlmeta.functional.axes import align
+from rlmeta.learning import replay
+from rlmeta.learning.average import Average
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.method import Method
+from rlmeta.learning.settings import PerLearner, require, require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.nn import Block
+
+
+@dataclass(frozen=True)
+class DQN:
+    """Settings of DQN. A list for a number marked per learner compares its values."""
+
+    num_envs: int = 4
+    """Environments of each learner."""
+    num_steps: int = 4
+    """Steps in every environment between updates."""
+    gradient_steps: int = 8
+    """Gradient steps in each update."""
+    batch_size: int = 64
+    """Transitions in a minibatch."""
+    capacity: int = 50_000
+    """Transitions that each learner's replay memory holds."""
+    learning_starts: int = 1_000
+    """Transitions collected, with random actions, before the first gradient step."""
+    learning_rate: PerLearner = 1e-3
+    """Adam's step size."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget."""
+    gamma: PerLearner = 0.99
+    """Discount factor."""
+    double: bool = True
+    """Choose the next action by the online network, value it by the target network."""
+    n_steps: int = 1
+    """Rewards that are added up before the target network's value takes over."""
+    target_every: int = 100
+    """Gradient steps between two moves of the target network."""
+    target_rate: PerLearner = 1.0
+    """How far the target network moves towards the online one; 1 copies it."""
+    epsilon_start: PerLearner = 1.0
+    """Probability of a random action at the start."""
+    epsilon_end: PerLearner = 0.05
+    """Probability of a random action once the exploration is over."""
+    exploration_fraction: PerLearner = 0.2
+    """Part of the budget over which epsilon falls linearly."""
+    huber_delta: PerLearner = math.inf
+    """Where the squared error turns linear; infinity keeps it squared, 1 is the paper's clipped error."""
+    max_grad_norm: PerLearner = 10.0
+    """Clip each learner's gradient to this norm."""
+    normalise_observation: bool = False
+    """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers of the default network."""
+    activation: Literal["tanh", "relu"] = "relu"
+    """Activation of the default network."""
+    network: NetworkFactory | None = None
+    """Your own network: from an observation space to a module that gives features [B, D]."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm", "huber_delta"):
+            require_range(self, name, 0.0, above=True)
+        for name in ("gamma", "epsilon_start", "epsilon_end"):
+            require_range(self, name, 0.0, 1.0)
+        for name in ("target_rate", "exploration_fraction"):
+            require_range(self, name, 0.0, 1.0, above=True)
+        for name in ("num_envs", "num_steps", "gradient_steps", "batch_size", "n_steps", "target_every"):
+            require_range(self, name, 1)
+        require_range(self, "learning_starts", 0)
+        rows = self.capacity // self.num_envs
+        require(
+            rows >= self.num_steps + self.n_steps,
+            f"DQN: capacity {self.capacity} holds {rows} steps of {self.num_envs} environments, expected at least "
+            f"num_steps + n_steps = {self.num_steps + self.n_steps}",
+        )
+        require(
+            self.learning_starts <= self.capacity,
+            f"DQN: learning_starts {self.learning_starts} is more than capacity {self.capacity}",
+        )
+
+    def bind(
+        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> DQNAgent:
+        """The agent for environments of these spaces."""
+        return DQNAgent(self, observation_space, action_space, methods)
+
+
+class DQNAgent(Agent):
+    """DQN on given spaces: act, remember, learn."""
+
+    settings: DQN
+
+    def __init__(
+        self, settings: DQN, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> None:
+        if not isinstance(action_space, gym.spaces.Discrete):
+            raise SpaceError(f"DQN chooses among Discrete actions, the task has {action_space}: use PPO, A2C or REINFORCE")
+        super().__init__(settings, observation_space, action_space, methods)
+        self.steps_per_iteration = settings.num_steps
+        self.q: Any = self.networks()["q"]
+
+    def networks(self) -> dict[str, Block]:
+        """`q` gives the value of every action."""
+        return {"q": q_network(self.settings, self.observation_space, self.action_space)}
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
+        """The state at the start of a run: the target network is the online one, the memory is empty."""
+        state = super().init(key, hyper, world)
+        p = state["params"]
+        p["buffers"] = {**p["buffers"], **self._online_as_target(p)}
+        p["hyper"] = {**hyper, "epsilon": hyper["epsilon_start"].clone()}
+        state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
+        state["replay"] = replay.init(world, state["world"], self.settings.capacity // self.settings.num_envs)
+        state["count"]["gradient_steps"] = torch.zeros_like(state["count"]["iterations"])
+        return state
+
+    # ------------------------------------------------------------------ act
+
+    def act(
+        self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, tree.Tree]:
+        """The best action, or a random one with probability epsilon, `[*L, N]`; a masked action is never taken."""
+        values = self.forward(self.q, "q", p, observation)
+        best = self.q.head.mode(values)
+        if deterministic:
+            return best, memory
+        rows = best.shape[key.dim() :]
+        noise = random.uniform(key, "exploration", 0, values.shape[key.dim() :]).masked_fill(values == -torch.inf, -1.0)
+        explore = random.uniform(key, "epsilon", 0, rows) < align(p["hyper"]["epsilon"], best)
+        return torch.where(explore, self.q.head.mode(noise), best), memory
+
+    def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
+        """Act with the epsilon of the learner's progress, remember, learn."""
+        h = state["params"]["hyper"]
+        spent = (state["progress"].to(h["epsilon"].dtype) / h["exploration_fraction"]).clamp(max=1.0)
+        epsilon = h["epsilon_start"] + spent * (h["epsilon_end"] - h["epsilon_start"])
+        warm_up = state["count"]["env_steps"] < self.settings.learning_starts
+        h["epsilon"] = torch.where(warm_up, torch.ones_like(epsilon), epsilon)
+        return super().iterate(state, world)
+
+    # ------------------------------------------------------------------ learn
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """The temporal-difference loss `[*L]` of a minibatch of transitions `[*L, B, ...]`."""
+        with torch.no_grad():
+            next_q = self.forward(self.q, "target", p, batch["next_observation"])
+            if self.settings.double:
+                next_online = self.forward(self.q, "q", p, batch["next_observation"])
+                target = losses.double_q_target(batch["reward"], batch["discount"], next_q, next_online)
+            else:
+                target = losses.q_target(batch["reward"], batch["discount"], next_q)
+        values = self.forward(self.q, "q", p, batch["observation"], ctx)
+        chosen = self.q.head.take(values, batch["action"])
+        ctx.info["losses/q_values"] = chosen.mean(-1)
+        return {"q": losses.huber_loss(chosen, target, p["hyper"]["huber_delta"], batch["valid"])}
+
+    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
+        """log softmax of the action values, `[*L, B]`: what Fisher information and distillation are taken of."""
+        values = self.forward(self.q, "q", p, batch["observation"])
+        return self.q.head.take(values.log_softmax(-1), batch["action"])
+
+    def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
+        """Remember the rollout; once there is enough, take gradient steps on random transitions."""
+        s, axes = self.settings, state["key"].dim()
+        reward = torch.stack(list(rewards.values())).sum(0)
+        end = int(state["count"]["vector_steps"].max())
+        state["replay"] = replay.insert(state["replay"], rollout, reward, end - s.num_steps, axes)
+        rate = state["params"]["hyper"]["learning_rate"]
+        if s.learning_rate_schedule == "linear":
+            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
+        metrics = {"charts/learning_rate": rate, "charts/epsilon": state["params"]["hyper"]["epsilon"]}
+        if end * s.num_envs < s.learning_starts or end < s.n_steps:
+            return state, metrics
+        average, optimizer = Average(), optim.adam(rate)
+        counter = state["count"]["gradient_steps"]
+        for i in range(s.gradient_steps):
+            batch = replay.sample(
+                state["replay"],
+                random.fold(state["key"], counter + i),
+                s.batch_size,
+                end,
+                state["params"]["hyper"]["gamma"],
+                s.n_steps,
+            )
+            state, info = step(
+                self,
+                state,
+                batch,
+                optimizer,
+                max_grad_norm=state["params"]["hyper"]["max_grad_norm"],
+                methods=self.methods,
+            )
+            average.add(info)
+            if int((counter + i + 1).max()) % s.target_every == 0:
+                self._move_target(state)
+        state["count"] = {**state["count"], "gradient_steps": counter + s.gradient_steps}
+        return state, {**average.result(), **metrics}
+
+    @torch.no_grad()
+    def _move_target(self, state: State) -> None:
+        """Move the target network towards the online one, for the learners that are active."""
+        p = state["params"]
+        rate = p["hyper"]["target_rate"] * state["active"]
+        moved = {
+            name: torch.lerp(p["buffers"][name].to(value.dtype), value, align(rate.to(value.dtype), value))
+            for name, value in self._online_as_target(p).items()
+        }
+        p["buffers"] = {**p["buffers"], **moved}
+
+    def _online_as_target(self, p: Params) -> dict[str, Tensor]:
+        online = {**p["weights"], **p["buffers"]}
+        return {f"target.{n.removeprefix('q.')}": t.detach().clone() for n, t in online.items() if n.startswith("q.")}

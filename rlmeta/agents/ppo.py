@@ -1,0 +1,270 @@
+"""Proximal policy optimisation (Schulman et al., 2017), with the details of Huang et al. (2022) as settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
+from rlmeta.agents.networks import policy_network, value_network
+from rlmeta.envs.world import World
+from rlmeta.functional import losses, optim, tree
+from rlmeta.functional.axes import align, masked_mean
+from rlmeta.functional.returns import generalized_advantage
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.method import Method
+from rlmeta.learning.average import Average
+from rlmeta.learning.minibatch import flatten_time, minibatches
+from rlmeta.learning.settings import PerLearner, require, require_range, values_of
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.nn import Block, Context, ValueHead
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Settings of PPO. A list for a number marked per learner compares its values."""
+
+    num_envs: int = 8
+    """Environments of each learner."""
+    num_steps: int = 128
+    """Steps in every environment between updates."""
+    num_epochs: int = 10
+    """Passes over the rollout in each update."""
+    batch_size: int = 256
+    """Samples in a minibatch; must divide num_envs * num_steps."""
+    learning_rate: PerLearner = 3e-4
+    """Adam's step size."""
+    learning_rate_schedule: Literal["constant", "linear"] = "linear"
+    """Keep the learning rate, or anneal it to 0 over the budget."""
+    gamma: PerLearner = 0.99
+    """Discount factor."""
+    gae_lambda: PerLearner = 0.95
+    """Lambda of generalized advantage estimation."""
+    clip_range: PerLearner = 0.2
+    """How far the probability ratio may move from 1 before its gradient stops."""
+    clip_range_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the clip range, or anneal it to 0 over the budget."""
+    penalty: Literal["clip", "kl"] = "clip"
+    """The surrogate: the clipped ratio, or the ratio less an adaptive KL penalty (section 4 of the paper)."""
+    kl_target: PerLearner = 0.01
+    """With penalty="kl": the KL divergence per update that the coefficient is steered to."""
+    stop_kl: PerLearner = math.inf
+    """End a learner's update once its KL divergence is above 1.5 times this."""
+    entropy_coefficient: PerLearner = 0.0
+    """Weight of the entropy bonus."""
+    value_coefficient: PerLearner = 0.5
+    """Weight of the value loss, mean (return - value)^2."""
+    value_clip_range: PerLearner = math.inf
+    """Clip the value's move from its old prediction; depends on the scale of rewards."""
+    normalise_advantage: bool = True
+    """Per minibatch, to mean 0 and deviation 1."""
+    max_grad_norm: PerLearner = 0.5
+    """Clip each learner's gradient to this norm."""
+    adam_epsilon: float = 1e-5
+    """Adam's epsilon."""
+    normalise_observation: bool = False
+    """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
+    normalise_reward: bool = False
+    """Divide rewards by the running deviation of their discounted return."""
+    state_dependent_exploration: bool = False
+    """Box actions: noise as a function of the features, held for noise_hold steps (gSDE, Raffin et al., 2021)."""
+    noise_hold: int = 4
+    """With state-dependent exploration: steps between two draws of the noise."""
+    initial_log_std: float = 0.0
+    """Box actions: the logarithm of the initial deviation."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of the default network."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Activation of the default network."""
+    share_network: bool = False
+    """One body under the policy and the value instead of one each."""
+    network: NetworkFactory | None = None
+    """Your own network: from an observation space to a module that gives features [B, D]."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm", "clip_range", "kl_target"):
+            require_range(self, name, 0.0, above=True)
+        for name in ("gamma", "gae_lambda"):
+            require_range(self, name, 0.0, 1.0)
+        for name in ("entropy_coefficient", "value_coefficient"):
+            require_range(self, name, 0.0)
+        for name in ("num_envs", "num_steps", "num_epochs", "batch_size", "noise_hold"):
+            require_range(self, name, 1)
+        samples = self.num_envs * self.num_steps
+        require(
+            samples % self.batch_size == 0,
+            f"PPO: batch_size {self.batch_size} does not divide num_envs * num_steps = {samples}; "
+            "the rest of every rollout would be dropped",
+        )
+
+    def bind(
+        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> PPOAgent:
+        """The agent for environments of these spaces."""
+        return PPOAgent(self, observation_space, action_space, methods)
+
+
+class PPOAgent(Agent):
+    """PPO on given spaces: act, credit, learn."""
+
+    settings: PPO
+
+    def __init__(
+        self, settings: PPO, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> None:
+        super().__init__(settings, observation_space, action_space, methods)
+        self.steps_per_iteration = settings.num_steps
+        self.noise_hold = settings.noise_hold if settings.state_dependent_exploration else 1
+        blocks = self.networks()
+        self.policy, self.value = blocks["policy"], blocks["value"]
+        self.head: Any = self.policy.head
+        self.clips_value = any(value < math.inf for value in values_of(settings.value_clip_range))
+
+    def networks(self) -> dict[str, Block]:
+        """`policy` gives a distribution's parameters, `value` a number."""
+        s, gsde = self.settings, self.settings.state_dependent_exploration
+        policy = policy_network(s, self.observation_space, self.action_space, state_dependent=gsde)
+        if s.share_network:
+            return {"policy": policy, "value": ValueHead(policy.features)}
+        return {"policy": policy, "value": value_network(s, self.observation_space)}
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
+        """The state at the start of a run."""
+        state = super().init(key, hyper, world)
+        state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
+        state["kl_coefficient"] = torch.ones(key.shape, device=key.device)
+        return state
+
+    # ------------------------------------------------------------------ act
+
+    def act(
+        self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, tree.Tree]:
+        """Actions `[*L, N, ...]`: a sample of the policy, or its mode."""
+        distribution = self.forward(self.policy, "policy", p, observation)
+        return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
+
+    # ------------------------------------------------------------------ credit
+
+    @torch.no_grad()
+    def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
+        """Advantages and returns for every step: what `losses` learns from, `[*L, T, N, ...]`."""
+        reward = sum(rewards.values())
+        ctx = Context()
+        distribution, value = self._evaluate(p, rollout["observation"], ctx)
+        _, next_value = self._evaluate(p, rollout["next_observation"], ctx)
+        gamma = p["hyper"]["gamma"]
+        discount = align(gamma, reward) * ~rollout["terminated"]
+        cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
+        advantage = generalized_advantage(reward, discount, value, next_value, cut, p["hyper"]["gae_lambda"])
+        return {
+            "observation": rollout["observation"],
+            "action": rollout["action"],
+            "valid": rollout["valid"],
+            "advantage": advantage,
+            "return": advantage + value,
+            "old_value": value,
+            "old_log_prob": self.head.log_prob(distribution, rollout["action"]),
+            **({"old_distribution": distribution} if self.settings.penalty == "kl" else {}),
+        }
+
+    def _evaluate(self, p: Params, observation: tree.Tree, ctx: Context) -> tuple[Any, Tensor]:
+        """The distribution's parameters and the value, for observations `[*L, ...]`."""
+        if not self.settings.share_network:
+            distribution = self.forward(self.policy, "policy", p, observation, ctx)
+            return distribution, self.forward(self.value, "value", p, observation, ctx)
+        features = self.forward(self.policy.body, "policy.body", p, observation, ctx)
+        tensors = {**p["weights"], **p["buffers"]}
+        distribution = self.policy.head.run(tensors, features, ctx, "policy.head.")
+        return distribution, self.value.run(tensors, features, ctx, "value.")
+
+    # ------------------------------------------------------------------ learn
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """Policy and value losses `[*L]` of a minibatch `[*L, B, ...]`."""
+        s, h = self.settings, p["hyper"]
+        distribution, value = self._evaluate(p, batch["observation"], ctx)
+        log_prob = self.head.log_prob(distribution, batch["action"])
+        valid = batch.get("valid")
+        advantage = batch["advantage"]
+        if s.normalise_advantage:
+            advantage = losses.normalise_advantage(advantage, valid)
+        if s.penalty == "clip":
+            policy = losses.ppo_clip_loss(log_prob, batch["old_log_prob"], advantage, batch["clip_range"], valid)
+        else:
+            kl = self.head.kl(batch["old_distribution"], distribution)
+            policy = losses.ppo_kl_loss(
+                log_prob, batch["old_log_prob"], advantage, kl, batch["kl_coefficient"], valid
+            )
+        entropy = masked_mean(self.head.entropy(distribution), valid)
+        if not self.clips_value:
+            value_loss = losses.value_loss(value, batch["return"], valid)
+        else:
+            value_loss = losses.clipped_value_loss(
+                value, batch["return"], batch["old_value"], h["value_clip_range"], valid
+            )
+        ctx.info["losses/policy_loss"] = policy
+        ctx.info["losses/value_loss"] = value_loss
+        ctx.info["losses/entropy"] = entropy
+        with torch.no_grad():
+            ctx.info["losses/approx_kl"] = losses.approx_kl(log_prob, batch["old_log_prob"], valid)
+            moved = (log_prob - batch["old_log_prob"]).expm1().abs() > align(batch["clip_range"], log_prob)
+            ctx.info["losses/clipfrac"] = masked_mean(moved.to(log_prob.dtype), valid)
+        return {
+            "policy": policy - h["entropy_coefficient"] * entropy,
+            "value": h["value_coefficient"] * value_loss,
+        }
+
+    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
+        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
+        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
+
+    def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
+        """Several epochs of minibatches over one rollout."""
+        s, axes = self.settings, state["key"].dim()
+        p = self.seen(state)
+        batch = flatten_time(self.credit(p, rollout, rewards), axes)
+        average = Average()
+        average.add({"losses/explained_variance": losses.explained_variance(batch["old_value"], batch["return"], batch["valid"])})
+        if bool(batch["valid"].all()):
+            del batch["valid"]
+        rate, clip_range = self._annealed(state)
+        optimizer = optim.adam(rate, eps=s.adam_epsilon)
+        settings = {"clip_range": clip_range, "kl_coefficient": state["kl_coefficient"]}
+        active = state["active"]
+        for epoch in range(s.num_epochs):
+            counter = state["count"]["iterations"] * s.num_epochs + epoch
+            for minibatch in minibatches(state["key"], counter, batch, s.batch_size):
+                state, info = step(
+                    self,
+                    state,
+                    {**minibatch, **settings},
+                    optimizer,
+                    active=active,
+                    max_grad_norm=p["hyper"]["max_grad_norm"],
+                    methods=self.methods,
+                )
+                average.add(info)
+                active = active & (info["losses/approx_kl"] <= 1.5 * p["hyper"]["stop_kl"])
+        if s.penalty == "kl":
+            state["kl_coefficient"] = self._steer(state["kl_coefficient"], info["losses/approx_kl"], p["hyper"])
+        return state, {**average.result(), "charts/learning_rate": rate}
+
+    def _annealed(self, state: State) -> tuple[Tensor, Tensor]:
+        """Learning rate and clip range `[*L]` at the learner's progress."""
+        s, h = self.settings, state["params"]["hyper"]
+        left = (1.0 - state["progress"]).to(h["learning_rate"].dtype)
+        rate = h["learning_rate"] * (left if s.learning_rate_schedule == "linear" else 1.0)
+        return rate, h["clip_range"] * (left if s.clip_range_schedule == "linear" else 1.0)
+
+    def _steer(self, coefficient: Tensor, kl: Tensor, hyper: dict[str, Tensor]) -> Tensor:
+        """Double the KL coefficient where the policy moved 1.5 times too far, halve it where 1.5 times too little."""
+        too_far, too_little = kl > hyper["kl_target"] * 1.5, kl < hyper["kl_target"] / 1.5
+        return torch.where(too_far, coefficient * 2, torch.where(too_little, coefficient / 2, coefficient))

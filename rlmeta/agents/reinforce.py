@@ -1,0 +1,202 @@
+"""REINFORCE (Williams, 1992), with the steps by which it became an actor-critic as settings.
+
+grad J = E[ sum_t grad log pi(a_t | s_t) * credit_t ], where the credit of an action is, in the order of the course:
+the reward it got at once; the whole episode's return; the return from there on (`to_go`); discounted; normalised; less
+a learned baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
+from rlmeta.agents.networks import policy_network, value_network
+from rlmeta.envs.world import World
+from rlmeta.functional import losses, optim, random, tree
+from rlmeta.functional.axes import align, masked_mean
+from rlmeta.functional.returns import monte_carlo_return
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.method import Method
+from rlmeta.learning.minibatch import flatten_time
+from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.nn import Block
+
+
+@dataclass(frozen=True)
+class REINFORCE:
+    """Settings of REINFORCE. A list for a number marked per learner compares its values."""
+
+    num_envs: int = 8
+    """Environments of each learner."""
+    num_steps: int = 250
+    """Steps in every environment between updates; only whole episodes count, unless a baseline bootstraps the rest."""
+    credit: Literal["immediate", "episode", "to_go"] = "to_go"
+    """What an action is credited with: its own reward, the whole episode's return, or the return from there on."""
+    gamma: PerLearner = 0.99
+    """Discount factor; 1 adds rewards up."""
+    normalise_return: bool = True
+    """Centre and scale the credit over the batch, per learner."""
+    baseline: Literal["none", "learned"] = "learned"
+    """Subtract nothing, or a value learned by regression on the returns."""
+    value_coefficient: PerLearner = 0.5
+    """Weight of the baseline's loss, mean (return - value)^2."""
+    learning_rate: PerLearner = 1e-3
+    """Adam's step size."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget."""
+    entropy_coefficient: PerLearner = 0.0
+    """Weight of the entropy bonus."""
+    action_noise: PerLearner = 0.0
+    """Exploration on top of the policy's own: probability of a uniform action, or deviation of noise on Box actions."""
+    max_grad_norm: PerLearner = 1.0
+    """Clip each learner's gradient to this norm."""
+    normalise_observation: bool = False
+    """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
+    normalise_reward: bool = False
+    """Divide rewards by the running deviation of their discounted return."""
+    initial_log_std: float = 0.0
+    """Box actions: the logarithm of the initial deviation."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of the default network."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Activation of the default network."""
+    network: NetworkFactory | None = None
+    """Your own network: from an observation space to a module that gives features [B, D]."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm"):
+            require_range(self, name, 0.0, above=True)
+        for name in ("entropy_coefficient", "value_coefficient", "action_noise"):
+            require_range(self, name, 0.0)
+        require_range(self, "gamma", 0.0, 1.0)
+        for name in ("num_envs", "num_steps"):
+            require_range(self, name, 1)
+
+    def bind(
+        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> REINFORCEAgent:
+        """The agent for environments of these spaces."""
+        return REINFORCEAgent(self, observation_space, action_space, methods)
+
+
+class REINFORCEAgent(Agent):
+    """REINFORCE on given spaces: act, credit, learn."""
+
+    settings: REINFORCE
+
+    def __init__(
+        self,
+        settings: REINFORCE,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        methods: Sequence[Method] = (),
+    ) -> None:
+        super().__init__(settings, observation_space, action_space, methods)
+        self.steps_per_iteration = settings.num_steps
+        blocks = self.networks()
+        self.policy, self.value = blocks["policy"], blocks.get("value")
+        self.head: Any = self.policy.head
+
+    def networks(self) -> dict[str, Block]:
+        """`policy` gives a distribution's parameters, `value` the baseline where one is learned."""
+        policy = policy_network(self.settings, self.observation_space, self.action_space)
+        if self.settings.baseline == "none":
+            return {"policy": policy}
+        return {"policy": policy, "value": value_network(self.settings, self.observation_space)}
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
+        """The state at the start of a run."""
+        state = super().init(key, hyper, world)
+        state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
+        return state
+
+    # ------------------------------------------------------------------ act
+
+    def act(
+        self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, tree.Tree]:
+        """Actions `[*L, N, ...]`: a sample of the policy with exploration noise on top, or the mode."""
+        distribution = self.forward(self.policy, "policy", p, observation)
+        if deterministic:
+            return self.head.mode(distribution), memory
+        action = self.head.sample(distribution, key)
+        noise = align(p["hyper"]["action_noise"], action)
+        shape = action.shape[key.dim() :]
+        if action.is_floating_point():
+            return action + noise * random.normal(key, "noise", 0, shape), memory
+        other = self.head.sample(tree.map(torch.zeros_like, distribution), random.fold(key, "uniform action"))
+        explore = random.uniform(key, "noise", 0, shape[:1]).reshape(*key.shape, -1, *(1,) * (len(shape) - 1)) < noise
+        return torch.where(explore, other, action), memory
+
+    # ------------------------------------------------------------------ credit
+
+    @torch.no_grad()
+    def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
+        """What every action is credited with: what `losses` learns from, `[*L, T, N, ...]`."""
+        s = self.settings
+        reward = torch.stack(list(rewards.values())).sum(0)
+        ended = (rollout["terminated"] | rollout["truncated"]) & rollout["valid"]
+        cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
+        next_value = None
+        if self.value is not None:
+            next_value = self.forward(self.value, "value", p, rollout["next_observation"])
+        discount = align(p["hyper"]["gamma"], reward) * ~rollout["terminated"]
+        to_go = monte_carlo_return(reward, discount, next_value, cut)
+        whole = ended.flip(-2).cumsum(-2).flip(-2) > 0  # the episode ends within the rollout
+        credit, valid = to_go, rollout["valid"] & (whole if self.value is None else torch.ones_like(whole))
+        if s.credit == "immediate":
+            credit, valid = reward, rollout["valid"]
+        elif s.credit == "episode":
+            credit = _at_episode_start(to_go, ended)
+        kept = {name: rollout[name] for name in ("observation", "action")}
+        return {**kept, "valid": valid, "credit": credit, "return": to_go}
+
+    # ------------------------------------------------------------------ learn
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """Policy loss and, with a baseline, value loss `[*L]` of a batch `[*L, B, ...]`."""
+        h, valid, credit = p["hyper"], batch["valid"], batch["credit"]
+        found: dict[str, Tensor] = {}
+        if self.value is not None:
+            value = self.forward(self.value, "value", p, batch["observation"], ctx)
+            found["value"] = h["value_coefficient"] * losses.value_loss(value, batch["return"], valid)
+            credit = credit - value.detach()
+        if self.settings.normalise_return:
+            credit = losses.normalise_advantage(credit, valid)
+        distribution = self.forward(self.policy, "policy", p, batch["observation"], ctx)
+        policy = losses.policy_gradient_loss(self.head.log_prob(distribution, batch["action"]), credit, valid)
+        entropy = masked_mean(self.head.entropy(distribution), valid)
+        ctx.info.update({"losses/policy_loss": policy, "losses/entropy": entropy})
+        return {"policy": policy - h["entropy_coefficient"] * entropy, **found}
+
+    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
+        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
+        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
+
+    def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
+        """One gradient step on the whole rollout."""
+        h = state["params"]["hyper"]
+        batch = flatten_time(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
+        rate = h["learning_rate"]
+        if self.settings.learning_rate_schedule == "linear":
+            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
+        state, info = step(self, state, batch, optim.adam(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods)
+        return state, {**info, "charts/learning_rate": rate}
+
+
+def _at_episode_start(to_go: Tensor, ended: Tensor) -> Tensor:
+    """For every step `[*L, T, N]` the return to go at the first step of its episode: the whole episode's return."""
+    current, starts = to_go[..., 0, :], []
+    for t, end in enumerate(ended.unbind(-2)):
+        starts.append(current)
+        if t + 1 < to_go.shape[-2]:
+            current = torch.where(end, to_go[..., t + 1, :], current)
+    return torch.stack(starts, -2)

@@ -1,0 +1,324 @@
+"""The command line: `rlmeta train | eval | resume | list | bench`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlmeta.errors import RlmetaError, SettingError, unknown_name
+
+if TYPE_CHECKING:
+    from rlmeta.lab.plan import Plan
+    from rlmeta.lab.run import Run
+
+USAGE = """usage: rlmeta COMMAND ...
+
+  train AGENT TASK [flags]   train an agent, many seeds at once
+  eval RUN [flags]           play fresh episodes with a run's learners
+  resume RUN [flags]         go on with a run that was interrupted or killed
+  list [agents|tasks|families|streams|runs]
+                             what can be named
+  bench NAME [flags]         measure speed and scores
+
+  rlmeta train ppo CartPole-v1 --seeds 16 --steps 100k
+  rlmeta train ppo CartPole-v1 --learning-rate 1e-4,3e-4,1e-3 --seeds 8     (24 learners at once)
+  rlmeta train ppo mypkg:MyEnv-v0 --env.size 7
+  rlmeta COMMAND --help, rlmeta train AGENT --help, rlmeta --version"""
+
+FEW_SEEDS = 3
+"""So few scores are shown themselves: an interval over them says nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, 2 after an error of the user's, 1 after any other, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("RLMETA_DEBUG") == "1"
+    try:
+        return _dispatch(arguments)
+    except RlmetaError as error:
+        if debug:
+            raise
+        return _complain(" ".join(str(error).split()), 2)
+    except SystemExit as stop:  # of tyro: 0 after its help
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `rlmeta list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{last.filename}:{last.lineno}, in {last.name}"
+        return _complain(f"{type(error).__name__}: {error} ({place}); RLMETA_DEBUG=1 shows the traceback", 1)
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "eval": evaluate,
+        "resume": resume,
+        "list": show_list,
+        "bench": bench,
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("rlmeta"))
+        return 0
+    if arguments[0] not in commands:
+        raise unknown_name("command", arguments[0], commands)
+    for folder in (Path.cwd(), Path.cwd() / "envs"):  # the user's modules, after everything that is installed
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    return commands[arguments[0]](arguments[1:])
+
+
+def _names(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The names at the start of the arguments, and the flags after them."""
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    return arguments[:count], arguments[count:]
+
+
+def _one_folder(arguments: list[str], command: str) -> tuple[Path, list[str]]:
+    names, rest = _names(arguments)
+    if len(names) != 1 and not {"-h", "--help"} & set(rest):
+        raise SettingError(
+            f"rlmeta {command} takes one run folder, got {' '.join(names) or 'none'}: rlmeta {command} RUN"
+        )
+    return Path(names[0] if names else "RUN"), rest
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+
+
+def train(arguments: list[str]) -> int:
+    """`rlmeta train AGENT TASK`."""
+    from rlmeta.lab import plan as plans
+
+    names, rest = _names(arguments)
+    if len(names) != 2 and not {"-h", "--help"} & set(rest):
+        raise SettingError(
+            f"rlmeta train takes an agent and a task first, got {' '.join(names) or 'none'}: rlmeta train AGENT TASK"
+        )
+    if not names:
+        print(USAGE.split("\n\n")[0], "", plans.AGENT_AND_TASK, sep="\n")
+        return 0
+    plan = plans.from_flags(names[0], names[1] if len(names) > 1 else "TASK", rest)
+    folder = plan.folder()
+    if not plan.options.quiet:
+        print(plan.header(folder))
+    plan.begin(folder)
+    return _run_groups(plan, folder, inexact=False)
+
+
+def _run_groups(plan: Plan, folder: Path, inexact: bool) -> int:
+    """Train, or go on with, every group of the plan."""
+    rows: list[dict[str, Any]] = []
+    runs: list[Run] = []
+    try:
+        for label in plan.groups:
+            runs.append(run := plan.train(label, folder, inexact))
+            if run.stopped == "interrupted":
+                raise KeyboardInterrupt
+            rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
+    except KeyboardInterrupt:
+        return _interrupted(folder)
+    _print_table(rows)
+    for run in runs:
+        _print_ends(run)
+    print(f"saved in {folder}")
+    return 0
+
+
+def _interrupted(folder: Path) -> int:
+    from rlmeta.lab.plan import is_run
+
+    print(f"interrupted; resume with: rlmeta resume {folder}" if is_run(folder) else "interrupted", file=sys.stderr)
+    return 130
+
+
+# ---------------------------------------------------------------------------------------------------- eval and resume
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """Your own code, where the run had some: a run folder names it but never loads it."""
+
+    network: str | None = None
+    """The network again, as package.module:Name."""
+    env: str | None = None
+    """The environment's factory again, as package.module:name."""
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """The episodes."""
+
+    episodes: int = 256
+    """Episodes of each learner."""
+    best: bool = False
+    """The parameters of each learner's best periodic evaluation instead of the final ones."""
+    sampled: bool = False
+    """Sample actions instead of taking the policy's mode."""
+    seed: int = 1
+    """Another seed plays other episodes."""
+
+
+@dataclass(frozen=True)
+class ResumeFlags:
+    """The run."""
+
+    inexact: bool = False
+    """Go on even where the environments cannot be brought back to where they were."""
+    quiet: bool = False
+    """No live progress."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`rlmeta eval RUN`."""
+    from rlmeta.lab import flags
+
+    folder, rest = _one_folder(arguments, "eval")
+    groups: dict[str, Any] = {"evaluation": (EvaluateFlags, {}), "own_code": (OwnCode, {})}
+    texts = flags.read(f"rlmeta eval {folder}", "Play fresh episodes with a run's learners.", groups, rest)
+    chosen, own = flags.build(EvaluateFlags, texts["evaluation"]), flags.build(OwnCode, texts["own_code"])
+    from rlmeta.lab.plan import loaded_env, loaded_network, members
+    from rlmeta.lab.run import load
+
+    rows: list[dict[str, Any]] = []
+    for label, member in members(folder).items():
+        run = load(member, network=loaded_network(own.network), env=loaded_env(own.env))
+        try:
+            run.evaluation = run.evaluate(
+                chosen.episodes, deterministic=not chosen.sampled, best=chosen.best, seed=chosen.seed
+            )
+        finally:
+            run.close()
+        rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
+    _print_table(rows, timing=False)
+    return 0
+
+
+def resume(arguments: list[str]) -> int:
+    """`rlmeta resume RUN`."""
+    from rlmeta.lab import flags
+
+    folder, rest = _one_folder(arguments, "resume")
+    groups: dict[str, Any] = {"run": (ResumeFlags, {}), "own_code": (OwnCode, {})}
+    texts = flags.read(f"rlmeta resume {folder}", "Go on with a run; it ends as if never stopped.", groups, rest)
+    chosen, own = flags.build(ResumeFlags, texts["run"]), flags.build(OwnCode, texts["own_code"])
+    from rlmeta.lab import plan as plans
+
+    if plans.is_plan(folder):
+        return _run_groups(plans.from_folder(folder), folder, chosen.inexact)
+    run = plans.go_on(
+        folder,
+        network=plans.loaded_network(own.network),
+        env=plans.loaded_env(own.env),
+        progress=not chosen.quiet,
+        inexact=chosen.inexact,
+    )
+    if run.stopped == "interrupted":
+        return _interrupted(folder)
+    _print_table(run.summary())
+    _print_ends(run)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------ list and bench
+
+
+def show_list(arguments: list[str]) -> int:
+    """`rlmeta list [KIND]`."""
+    from rlmeta.lab.listing import TABLES
+
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: rlmeta list [{'|'.join(TABLES)}]")
+        return 0
+    for kind in arguments:
+        if kind not in TABLES:
+            raise unknown_name("kind of name", kind, TABLES)
+    for kind in arguments or TABLES:
+        _console().print(TABLES[kind]())
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """`rlmeta bench NAME`."""
+    from rlmeta.lab import bench as benchmarks
+
+    return benchmarks.main(arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _print_table(rows: Iterable[dict[str, Any]], timing: bool = True) -> None:
+    """The scores of every setting."""
+    from rich.table import Table
+
+    rows = list(rows)
+    table = Table(title=f"{rows[0]['agent']} on {rows[0]['task']}", title_justify="left", title_style="bold")
+    if any(row["setting"] for row in rows):
+        table.add_column("setting")
+    titles = ["seeds", "IQM", "95% interval", "mean", "episodes", "steps", *(["seconds", "steps/s"] if timing else [])]
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in rows:
+        cells = [str(row["seeds"]), f"{row['iqm']:.1f}", _spread(row), f"{row['mean']:.1f}", str(row["episodes"])]
+        cells += [f"{row['steps']:,}", *([f"{row['seconds']:,}", f"{row['steps_per_second']:,}"] if timing else [])]
+        table.add_row(*([row["setting"]] if len(table.columns) > len(titles) else []), *cells)
+    _console().print(table)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    if row["seeds"] <= FEW_SEEDS:
+        return "points " + " ".join(f"{score:.1f}" for score in row["scores"])
+    return f"[{row['low']:.1f}, {row['high']:.1f}]"
+
+
+def _print_ends(run: Run) -> None:
+    """Name the learners that ended early."""
+    state, target = run.state, run.experiment.budget.target
+    for i, (settings, seed) in enumerate(run.experiment.learners):
+        if not bool(state["active"][i]):
+            label = run.experiment.labels[run.experiment.variants.index(settings)]
+            reached = "best" in state and float(state["best"]["score"][i]) >= target
+            why = f"reached {target:g}" if reached else "turned NaN and was frozen"
+            name = f"learner {i} (seed {seed}{', ' + label if label else ''})"
+            print(f"{name} {why} after {int(state['count']['env_steps'][i]):,} steps")
+    if run.stopped:
+        print(f"stopped: {run.stopped}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

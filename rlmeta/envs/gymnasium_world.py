@@ -1,0 +1,341 @@
+"""Foreign environments, gymnasium's, as a world of `N` environments for each of `*L` learners."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmeta.envs.rows import Rows, Template, resolve
+from rlmeta.envs.spaces import Array, Layout
+from rlmeta.envs.vector_rows import VectorRows
+from rlmeta.envs.workers import WorkerRows
+from rlmeta.envs.world import State, Transition
+from rlmeta.errors import CheckpointError, InexactResumeError, SettingError
+from rlmeta.functional import random, tree
+from rlmeta.functional.tree import Tree
+
+_SEED_MASK = (1 << 31) - 1  # what every random generator takes as a seed
+
+
+def episode_seed(row_key: Tensor, episode: int | Tensor) -> Tensor:
+    """The seed in [0, 2^31) of an episode of a row, of the shape of `row_key`."""
+    return random.fold(row_key, episode) & _SEED_MASK
+
+
+class GymnasiumWorld:
+    """Gymnasium environments; row r = l N + n of prod(*L) N is environment n of learner l.
+
+    Single environments are stepped by a loop of our own, and every episode starts from a seed that is a hash of the
+    learner's key, the environment's number and the episode's, so that it can be replayed from that seed and its
+    actions: this is how `restore` brings live environments back. A VectorEnv resets its environments itself, so it
+    cannot be brought back; all three of gymnasium's autoreset modes are understood.
+
+    Transitions and observations live on the device of the key given to `reset`, the bookkeeping on the CPU. The state:
+
+        key          [*L, N] int64     of the row
+        seed         [*L, N] int64     of the running episode (VectorEnv: the last one it was given)
+        episode      [*L, N] int64     its number
+        elapsed      [*L, N] int64     its steps so far
+        observation  [*L, N, ...]      the current one
+        actions      [*L, N, C, ...]   the episode's actions so far, in the smallest dtype; C is the episodes' limit, or
+                                       `max_log` where there is none. Absent for a VectorEnv
+
+    Args:
+        make: a gymnasium id, an EnvSpec, a function that makes an environment, a VectorEnv, or a function that makes
+            one. A function with a parameter `num_envs` is told the number of rows.
+        learner_shape: `*L`.
+        num_envs: N.
+        mode: "sync" steps the rows in this process, "async" divides them over worker processes; transitions are equal.
+        workers: how many processes, with "async"; None takes one a core.
+        settings: keyword arguments of the environment.
+        max_log: for how many steps actions are kept where episodes have no limit; longer ones can't be resumed exactly.
+        start_method: of the processes, "fork", "spawn" or "forkserver"; None takes the platform's.
+
+    Raises:
+        SettingError, UnknownNameError, MissingExtraError: `make` does not make environments.
+        SpaceError: a space is not supported.
+    """
+
+    def __init__(
+        self,
+        make: Any,
+        learner_shape: tuple[int, ...],
+        num_envs: int,
+        mode: Literal["sync", "async"] = "sync",
+        workers: int | None = None,
+        *,
+        settings: dict[str, Any] | None = None,
+        max_log: int = 10_000,
+        start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+    ) -> None:
+        self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
+        self._batch = (*self.learner_shape, num_envs)
+        self._count = math.prod(self._batch)
+        if mode not in ("sync", "async"):
+            raise SettingError(f"mode is {mode!r}, expected 'sync' or 'async'")
+        if mode == "sync" and workers is not None:
+            raise SettingError(f"workers is {workers}, but mode='sync' has none: use mode='async'")
+        if self._count < 1 or max_log < 1:
+            raise SettingError(f"num_envs is {num_envs} and max_log {max_log}, expected at least 1")
+        made = resolve(make, dict(settings or {}), self._count)
+        self._rows: Rows | WorkerRows | VectorRows
+        if isinstance(made, Template):
+            self.name, self.observation_space, self.action_space = made.name, made.observation_space, made.action_space
+            self._capacity = made.max_episode_steps or max_log
+            parallel = mode == "async"
+            self._rows = WorkerRows(made, self._count, workers, start_method) if parallel else Rows(made, self._count)
+        else:
+            if mode == "async":
+                raise SettingError("a VectorEnv runs its environments itself: use mode='sync'")
+            self._rows = VectorRows(made, self._count)
+            self.name, self.observation_space = self._rows.name, self._rows.observation_space
+            self.action_space, self._capacity = self._rows.action_space, 0
+        self._observations, self._actions = Layout(self.observation_space), Layout(self.action_space, "action")
+        self.exact_resume = not isinstance(self._rows, VectorRows)
+        """Whether `restore` replays episodes; a difference that it sees is reported."""
+        self._all = np.arange(self._count)
+        self._device = torch.device("cpu")
+        # Where the live environments are; a state that says otherwise needs restore().
+        self._key = np.zeros(self._count, np.int64)
+        self._seed, self._episode, self._elapsed = self._key.copy(), self._key - 1, self._key.copy()
+        self._next_seed = self._key.copy()
+
+    def reset(self, key: Tensor) -> State:
+        """Start the first episode of every row.
+
+        Args:
+            key: `[*L]` int64.
+
+        Raises:
+            SettingError: `key` is of another shape or dtype.
+        """
+        if tuple(key.shape) != self.learner_shape or key.dtype != torch.int64:
+            raise SettingError(f"key is {key.dtype} {tuple(key.shape)}, expected int64 {self.learner_shape}")
+        self._device = key.device
+        row_key = random.fold(random.fold(key.cpu(), "environment").unsqueeze(-1), torch.arange(self.num_envs))
+        self._key = row_key.reshape(-1).numpy()
+        self._episode = np.full(self._count, -1, np.int64)
+        self._next_seed = self._seeds_of(self._all, self._episode + 1)
+        self._start(self._all)
+        log = [
+            torch.from_numpy(np.zeros((*self._batch, self._capacity, *leaf.shape), leaf.log_dtype))
+            for leaf in self._actions.leaves
+        ]
+        return self._state(self._tree(self._rows.buffers.observation), log)
+
+    def observation(self, state: State) -> Tree:
+        """The current observation `[*L, N, ...]`."""
+        return state["observation"]
+
+    def step(self, state: State, action: Tree) -> tuple[State, Transition]:
+        """Act once in every row.
+
+        Args:
+            state: the latest one; consumed, its log of actions is written in place.
+            action: a tree of `[*L, N, ...]`; Boxes are clipped to their bounds, discrete ones counted from 0.
+
+        Raises:
+            SpaceError: an action that does not fit the space, or an observation that does not.
+            SettingError: `state` is not where the live environments are.
+        """
+        self._check_current(state)
+        canonical = self._actions.canonical(action, self._batch)
+        log = self._log(state, canonical)
+        try:
+            self._rows.step(self._actions.executable(canonical), self._next_seed)
+        except BaseException:
+            self._lose_track()
+            raise
+        buffers = self._rows.buffers
+        begins = buffers.begins.copy()
+        ended = begins & buffers.valid
+        observation = self._tree(buffers.observation)
+        next_observation = observation
+        if ended.any():
+            mixed = [seen.copy() for seen in buffers.observation]
+            for array, final in zip(mixed, buffers.final):
+                array[ended] = final[ended]
+            next_observation = self._observations.tree(mixed, self._batch, self._device)
+        self._elapsed += 1
+        if begins.any():
+            self._count_new_episodes(begins)
+        transition = Transition(
+            observation,
+            next_observation,
+            *(
+                self._tensor(column)
+                for column in (buffers.reward, buffers.terminated, buffers.truncated, buffers.valid, begins)
+            ),
+        )
+        return self._state(observation, log), transition
+
+    def restore(self, state: State, inexact: bool = False) -> State:
+        """Bring every live environment to where a saved state says, by replaying its episode.
+
+        Args:
+            state: of a world of the same environments and the same shape.
+            inexact: start a new episode in every row that can't be brought back, instead of raising. Such a row has
+                `elapsed` 0 in the state that is returned, and its agent's memory should be cleared.
+
+        Returns:
+            The state to go on with: equal to the given one where that is exact.
+
+        Raises:
+            CheckpointError: `state` is of another world.
+            InexactResumeError: a row shows another observation after its episode was replayed, its episode was longer
+                than the log, or the world is a VectorEnv; and not `inexact`.
+        """
+        state = self._adopt(state)
+        saved = [
+            part.detach().cpu().reshape(-1, *leaf.shape).numpy()
+            for leaf, part in zip(
+                self._observations.leaves, self._observations.unnest(state["observation"], "a saved observation")
+            )
+        ]
+        lost = self._replay(state, saved)
+        if lost.any():
+            if not inexact:
+                why = self._why_lost(lost)
+                self._lose_track()
+                raise InexactResumeError(why)
+            self._start(np.flatnonzero(lost))
+        log = [part.cpu().contiguous() for part in self._log_leaves(state)]
+        return self._state(self._tree(self._rows.buffers.observation), log)
+
+    def close(self) -> None:
+        """Close the environments and end worker processes."""
+        self._rows.close()
+
+    # ------------------------------------------------------------------------------------------------------- episodes
+
+    def _lose_track(self) -> None:
+        """Some environments moved and some did not, so no state is where they are: step() will ask for restore()."""
+        self._elapsed = np.full(self._count, -1, np.int64)
+
+    def _seeds_of(self, rows: Array, episode: Array) -> Array:
+        return episode_seed(torch.from_numpy(self._key[rows]), torch.from_numpy(episode[rows])).numpy()
+
+    def _start(self, rows: Array) -> None:
+        """Start the next episode of the given rows."""
+        self._rows.reset(rows.tolist(), self._next_seed[rows].tolist())
+        begins = np.zeros(self._count, np.bool_)
+        begins[rows] = True
+        self._count_new_episodes(begins, reseeded=True)
+
+    def _count_new_episodes(self, begins: Array, reseeded: bool = False) -> None:
+        rows = np.flatnonzero(begins)
+        if reseeded or not isinstance(self._rows, VectorRows) or self._rows.reseeds:
+            self._seed[rows] = self._next_seed[rows]
+        self._episode[rows] += 1
+        self._elapsed[rows] = 0
+        self._next_seed[rows] = self._seeds_of(rows, self._episode + 1)
+
+    # ---------------------------------------------------------------------------------------------------------- state
+
+    def _tensor(self, column: Array) -> Tensor:
+        return torch.from_numpy(column.copy()).view(self._batch).to(self._device)
+
+    def _tree(self, buffers: Sequence[Array]) -> Tree:
+        return self._observations.tree([buffer.copy() for buffer in buffers], self._batch, self._device)
+
+    def _state(self, observation: Tree, log: Sequence[Tensor]) -> State:
+        columns = {"key": self._key, "seed": self._seed, "episode": self._episode, "elapsed": self._elapsed}
+        state: State = {name: torch.from_numpy(column.copy()).view(self._batch) for name, column in columns.items()}
+        state["observation"] = observation
+        if self.exact_resume:
+            state["actions"] = self._actions.nest(log)
+        return state
+
+    def _log_leaves(self, state: State) -> list[Tensor]:
+        return self._actions.unnest(state["actions"], "a saved log of actions") if self.exact_resume else []
+
+    def _log(self, state: State, canonical: Sequence[Array]) -> list[Tensor]:
+        """The log with these actions written into it, in place, where there is room."""
+        log = [part.contiguous() for part in self._log_leaves(state)]
+        rows = self._all[self._elapsed < self._capacity]
+        for leaf, part, action in zip(self._actions.leaves, log, canonical):
+            part.view(self._count, self._capacity, *leaf.shape).numpy()[rows, self._elapsed[rows]] = action[rows]
+        return log
+
+    def _check_current(self, state: State) -> None:
+        for name, live in (("episode", self._episode), ("elapsed", self._elapsed)):
+            if not np.array_equal(state[name].cpu().numpy().reshape(-1), live):
+                raise SettingError(
+                    f"the state given to step() is not where the live environments of {self.name} are, {name} differs: "
+                    f"give the latest state, or call restore() first"
+                )
+
+    # -------------------------------------------------------------------------------------------------------- restore
+
+    def _adopt(self, state: State) -> State:
+        """Take over the counters of a saved state."""
+        names = {"key", "seed", "episode", "elapsed", "observation"} | ({"actions"} if self.exact_resume else set())
+        if set(state) != names:
+            raise CheckpointError(
+                f"a state with {sorted(state)}, expected {sorted(names)}: it is of another kind of world"
+            )
+        shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(state).items()}
+        expected = self._shapes()
+        if shapes != expected:
+            wrong = next(name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name))
+            raise CheckpointError(
+                f"the saved state's {wrong} has shape {shapes.get(wrong)}, expected {expected.get(wrong)} for "
+                f"{self.name} with the axes {self._batch}: it is of another world"
+            )
+        self._device = next(tree.leaves(state["observation"])).device
+        self._key, self._seed, self._episode, self._elapsed = (
+            state[name].cpu().numpy().reshape(-1).copy() for name in ("key", "seed", "episode", "elapsed")
+        )
+        self._next_seed = self._seeds_of(self._all, self._episode + 1)
+        return state
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        tensor = torch.empty(0)
+        shapes = dict.fromkeys(("key", "seed", "episode", "elapsed"), self._batch)
+        parts = [("observation", self._observations, self._batch)]
+        if self.exact_resume:
+            parts.append(("actions", self._actions, (*self._batch, self._capacity)))
+        for name, layout, axes in parts:
+            flat = tree.flatten({name: layout.nest([tensor] * len(layout.leaves))})
+            for path, leaf in zip(flat, layout.leaves):
+                shapes[path] = (*axes, *leaf.shape)
+        return shapes
+
+    def _replay(self, state: State, saved: Sequence[Array]) -> Array:
+        """Replay every row's episode; `[R]`, the rows that are not where the saved observations were."""
+        if isinstance(self._rows, VectorRows):
+            return np.ones(self._count, np.bool_)
+        log = [part.cpu().flatten(0, len(self._batch) - 1).numpy() for part in self._log_leaves(state)]
+        taken = [
+            self._actions.executable(
+                [part[row, : self._elapsed[row]].astype(leaf.stored) for part, leaf in zip(log, self._actions.leaves)]
+            )
+            for row in self._all
+        ]
+        fits = self._elapsed <= self._capacity
+        running = self._rows.replay(self._all.tolist(), self._seed.tolist(), taken)
+        same = np.array(running) & fits
+        for old, new in zip(saved, self._rows.buffers.observation):
+            same &= np.array([a.tobytes() == b.tobytes() for a, b in zip(old, new)])
+        return ~same
+
+    def _why_lost(self, lost: Array) -> str:
+        advice = "resume with inexact=True (on the command line --inexact), which starts new episodes there"
+        if isinstance(self._rows, VectorRows):
+            return f"{self.name} resets its environments itself, so their state cannot be replayed: {advice}"
+        row = int(np.flatnonzero(lost)[0])
+        long = int(self._elapsed[row])
+        reason = (
+            f"is {long} steps long and only {self._capacity} were kept (max_log)"
+            if long > self._capacity
+            else f"shows another observation after its {long} steps were replayed"
+        )
+        return (
+            f"{int(lost.sum())} of {self._count} rows of {self.name} cannot be brought back; episode "
+            f"{int(self._episode[row])} of row {row} {reason}: {advice}"
+        )

@@ -1,0 +1,43 @@
+"""Environments written as batched torch functions, so that any number of rows costs one set of operations."""
+
+from rlmeta.envs.native.acrobot import Acrobot
+from rlmeta.envs.native.bandit import Bandit
+from rlmeta.envs.native.base import NativeEnv, NativeWorld, Physics, Redraw
+from rlmeta.envs.native.cartpole import CartPole
+from rlmeta.envs.native.mountain_car import MountainCar, MountainCarContinuous
+from rlmeta.envs.native.pendulum import Pendulum
+from rlmeta.envs.native.tabular import CliffWalking, FrozenLake, GridWorld, Tables, Tabular, TabularMDP
+
+NATIVE: dict[str, NativeEnv] = {
+    "CartPole-v1": CartPole(),
+    "MountainCar-v0": MountainCar(),
+    "MountainCarContinuous-v0": MountainCarContinuous(),
+    "Acrobot-v1": Acrobot(),
+    "Pendulum-v1": Pendulum(),
+    "FrozenLake-v1": FrozenLake(),
+    "FrozenLake8x8-v1": FrozenLake(map_name="8x8", max_episode_steps=200),
+    "CliffWalking-v1": CliffWalking(),
+    "GridWorld-v0": GridWorld(),
+    "Bandit-v0": Bandit(),
+}
+"""The native environments by the gymnasium id they stand in for, or by their own."""
+
+__all__ = [
+    "NATIVE",
+    "Acrobot",
+    "Bandit",
+    "CartPole",
+    "CliffWalking",
+    "FrozenLake",
+    "GridWorld",
+    "MountainCar",
+    "MountainCarContinuous",
+    "NativeEnv",
+    "NativeWorld",
+    "Pendulum",
+    "Physics",
+    "Redraw",
+    "Tables",
+    "Tabular",
+    "TabularMDP",
+]

@@ -1,0 +1,289 @@
+"""The form of a native environment, and the world that runs one for every row of every learner."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.envs.world import State, Transition
+from rlmeta.errors import SettingError, SpaceError, unknown_name
+from rlmeta.functional import random, tree
+from rlmeta.functional.tree import Tree
+
+Physics: TypeAlias = Mapping[str, Tensor]
+"""Constants of an environment by name, one value per row: `[*L, N, *shape of the constant]`."""
+
+Redraw: TypeAlias = Callable[[Tensor], Mapping[str, Tensor]]
+"""From one key per row `[*L, N]` to the physics of the episode that starts there."""
+
+_AHEAD = 16  # counters drawn at a time: a power of two
+
+
+class NativeEnv(ABC):
+    """An environment as a frozen dataclass of its constants with pure methods on tensors of any leading shape.
+
+    Below `[*B]` is that leading shape (a world passes `[*L, N]`), float tensors of a state are float64, `noise` holds
+    uniform numbers in (0, 1), and `physics` overrides constants by name: a method reads
+    `physics.get("gravity", self.gravity)`.
+    """
+
+    max_episode_steps: int | None
+    """Episodes are truncated after so many steps; None: never."""
+
+    @property
+    def reset_noise(self) -> int:
+        """How many uniform numbers `reset` needs; a subclass sets a class attribute."""
+        return 0
+
+    @property
+    def step_noise(self) -> int:
+        """How many uniform numbers `step` needs; a subclass sets a class attribute."""
+        return 0
+
+    @property
+    @abstractmethod
+    def observation_space(self) -> gym.Space:
+        """Of one environment."""
+
+    @property
+    @abstractmethod
+    def action_space(self) -> gym.Space:
+        """Of one environment: Discrete or Box."""
+
+    @abstractmethod
+    def reset(self, noise: Tensor, physics: Physics) -> State:
+        """The first state of an episode; `noise` is `[*B, reset_noise]`."""
+
+    @abstractmethod
+    def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
+        """One step.
+
+        Args:
+            state: as `reset` or `step` returned it; not written to.
+            action: `[*B]` int64 for Discrete, `[*B, *shape]` float64 for Box.
+            noise: `[*B, step_noise]`.
+            physics: constants that differ from the dataclass's.
+
+        Returns:
+            The new state, the reward `[*B]` float32 and `terminated` `[*B]` bool.
+        """
+
+    @abstractmethod
+    def observe(self, state: State) -> Tree:
+        """The observation of a state: float32 for Box, int64 for Discrete."""
+
+    def constants(self) -> dict[str, Tensor]:
+        """What physics may override, with its shape and dtype: here every field declared as a float."""
+        names = [f.name for f in dataclasses.fields(self) if f.type in ("float", float)]  # type: ignore[arg-type]
+        return {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in names}
+
+
+def clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """`x` within [low, high], where each bound is a number or a tensor that broadcasts against `x`."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return torch.minimum(torch.maximum(x, torch.as_tensor(low).to(x)), torch.as_tensor(high).to(x))
+    return x.clamp(low, high)
+
+
+class _Ahead:
+    """Uniform numbers of one stream, drawn for the next 16 counters of every row at a time.
+
+    What is returned is exactly `random.uniform(key, stream, counter, (width,))`: a hash of so few rows is all overhead,
+    and 16 times as many numbers cost hardly more. The numbers are only remembered, so they are no part of any state.
+    """
+
+    def __init__(self, stream: str, width: int) -> None:
+        self._stream, self._width = stream, width
+        self._key = torch.empty(0, dtype=torch.int64)
+        self._first = self._draws = self._key
+
+    def at(self, key: Tensor, counter: Tensor) -> Tensor:
+        """The numbers `[*L, N, width]` of each row's `key` and `counter`, both `[*L, N]`."""
+        if key.device != self._key.device or not torch.equal(key, self._key):
+            self._draw(key, counter)
+        offset = counter - self._first
+        if (offset & -_AHEAD).any():  # some row is outside 0 ... 15
+            self._draw(key, counter)
+            offset = torch.zeros_like(counter)
+        index = offset[..., None, None].expand(*offset.shape, 1, self._width)
+        return self._draws.gather(-2, index).squeeze(-2)
+
+    def _draw(self, key: Tensor, counter: Tensor) -> None:
+        with torch.inference_mode(False):  # what is kept must serve callers outside inference mode, too
+            self._key, self._first = key.clone(), counter.clone()
+            counters = self._first.unsqueeze(-1) + torch.arange(_AHEAD, device=key.device)
+            self._draws = random.uniform(self._key.unsqueeze(-1), self._stream, counters, (self._width,), torch.float64)
+
+
+class NativeWorld:
+    """`num_envs` rows of one native environment for every learner: a `World`, with SAME_STEP autoreset.
+
+    The state holds `env` (the environment's own), `key` (one per row), `episode` and `elapsed` (int64), `step_count`
+    if the environment's steps are random, and `physics` if any constant is overridden; every leaf is `[*L, N, ...]`.
+    A row's numbers depend on its learner's key, its own number, its episode and step, and nothing else. The spaces are
+    those of the dataclass's constants, whatever physics says.
+
+    Args:
+        env: the environment and its constants.
+        learner_shape: `*L`.
+        num_envs: `N`.
+        physics: None; or constants by name, each `[*L', *shape of the constant]` where `*L'` is a prefix of `[*L, N]`;
+            or a function from one key per row `[*L, N]` to such constants, called at the start of every episode.
+
+    Raises:
+        SettingError: a count below one, or physics of a wrong shape.
+        SpaceError: an action space that is neither Discrete nor Box.
+        UnknownNameError: physics names something that is no constant of the environment.
+    """
+
+    exact_resume = True
+
+    def __init__(
+        self,
+        env: NativeEnv,
+        learner_shape: tuple[int, ...] = (),
+        num_envs: int = 1,
+        physics: Mapping[str, Tensor | float] | Redraw | None = None,
+    ) -> None:
+        if num_envs < 1 or any(size < 1 for size in learner_shape):
+            raise SettingError(
+                f"num_envs={num_envs} and learner_shape={learner_shape}: expected positive counts of environments and "
+                "learners; leave the learner shape () for one learner"
+            )
+        self.env = env
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
+        self._rows = (*self.learner_shape, num_envs)
+        self._constants = env.constants()
+        self._redraw: Redraw | None = physics if callable(physics) else None
+        self._fixed = None if physics is None or callable(physics) else self._per_row(physics)
+        self._bounds = _action_bounds(env.action_space)
+        self._reset_noise = _Ahead("environment/reset", env.reset_noise)
+        self._step_noise = _Ahead("environment/step", env.step_noise)
+
+    def reset(self, key: Tensor) -> State:
+        """The start of episode 0 in every row; `key` is `[*L]` int64."""
+        return self.start(key, 0)
+
+    def start(self, key: Tensor, episode: int | Tensor) -> State:
+        """The start of any episode; `episode` is a number or broadcasts against `[*L, N]`.
+
+        Raises:
+            SettingError: `key` is not of the learners' shape.
+        """
+        if key.shape != self.learner_shape:
+            raise SettingError(
+                f"a key of shape {tuple(key.shape)} for learners {self.learner_shape}: pass one key per learner, such "
+                "as functional.random.make_keys(seeds)"
+            )
+        rows = random.fold(key.unsqueeze(-1), torch.arange(self.num_envs, device=key.device))
+        episode = torch.as_tensor(episode, dtype=torch.int64, device=key.device).expand(self._rows).clone()
+        physics = self._physics(rows, episode)
+        state: State = {
+            "env": self._fresh(rows, episode, physics),
+            "key": rows,
+            "episode": episode,
+            "elapsed": torch.zeros_like(episode),
+        }
+        if self.env.step_noise:
+            state["step_count"] = episode << 32  # no two episodes started so share their noise
+        if physics:
+            state["physics"] = physics
+        return state
+
+    def observation(self, state: State) -> Tree:
+        """The current observation `[*L, N, ...]`."""
+        return self.env.observe(state["env"])
+
+    def step(self, state: State, action: Tensor) -> tuple[State, Transition]:
+        """Act once in every row; a row whose episode ends starts its next one at once."""
+        key, episode, physics = state["key"], state["episode"], state.get("physics", {})
+        new: State = {"key": key}
+        noise = self._no_noise(key)
+        if self.env.step_noise:
+            noise = self._step_noise.at(key, state["step_count"])
+            new["step_count"] = state["step_count"] + 1
+        env_state, reward, terminated = self.env.step(state["env"], self._legal(action), noise, physics)
+        elapsed = state["elapsed"] + 1
+        limit = self.env.max_episode_steps
+        truncated = torch.zeros_like(terminated) if limit is None else elapsed >= limit
+        done = terminated | truncated
+        observation = next_observation = self.env.observe(env_state)
+        if done.any():
+            episode, elapsed = episode + done, elapsed.masked_fill(done, 0)
+            if self._redraw is not None:
+                physics = _where(done, self._physics(key, episode), physics)
+            env_state = _where(done, self._fresh(key, episode, physics), env_state)
+            observation = self.env.observe(env_state)
+        new.update(env=env_state, episode=episode, elapsed=elapsed)
+        if physics:
+            new["physics"] = physics
+        valid = torch.ones_like(done)
+        return new, Transition(observation, next_observation, reward, terminated, truncated, valid, done)
+
+    def restore(self, state: State) -> State:
+        """The state itself: nothing is hidden."""
+        return state
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _no_noise(self, key: Tensor) -> Tensor:
+        return torch.empty((*self._rows, 0), dtype=torch.float64, device=key.device)
+
+    def _fresh(self, key: Tensor, episode: Tensor, physics: Physics) -> State:
+        noise = self._reset_noise.at(key, episode) if self.env.reset_noise else self._no_noise(key)
+        return self.env.reset(noise, physics)
+
+    def _physics(self, key: Tensor, episode: Tensor) -> dict[str, Tensor]:
+        """The physics of these episodes; every call makes new tensors, for a state may be written to."""
+        physics = self._fixed or {}
+        if self._redraw is not None:
+            physics = self._per_row(self._redraw(random.fold(random.fold(key, "environment/physics"), episode)))
+        return {name: value.to(key.device, copy=True) for name, value in physics.items()}
+
+    def _per_row(self, physics: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        aligned = {}
+        for name, given in physics.items():
+            if name not in self._constants:
+                raise unknown_name(f"constant of {type(self.env).__name__}", name, self._constants)
+            constant = self._constants[name]
+            value = torch.as_tensor(given).to(constant.dtype)
+            axes = value.dim() - constant.dim()
+            if axes < 0 or value.shape != self._rows[:axes] + constant.shape:
+                raise SettingError(
+                    f"physics {name!r} has shape {tuple(value.shape)}: expected that of a prefix of the rows "
+                    f"{self._rows} followed by the constant's own {tuple(constant.shape)}"
+                )
+            value = value.reshape(self._rows[:axes] + (1,) * (len(self._rows) - axes) + constant.shape)
+            aligned[name] = value.expand(self._rows + constant.shape).contiguous()
+        return aligned
+
+    def _legal(self, action: Tensor) -> Tensor:
+        if self._bounds is None:
+            return action.to(torch.int64)
+        low, high = (bound.to(action.device) for bound in self._bounds)
+        return action.to(torch.float64).clamp(low, high)
+
+
+def _action_bounds(space: gym.Space) -> tuple[Tensor, Tensor] | None:
+    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return None
+    if isinstance(space, gym.spaces.Box):
+        return torch.as_tensor(space.low, dtype=torch.float64), torch.as_tensor(space.high, dtype=torch.float64)
+    raise SpaceError(f"a native environment acts in Discrete(n) from 0 or Box, not in {space}: change its action_space")
+
+
+def _where(condition: Tensor, chosen: Mapping[str, Any], other: Mapping[str, Any]) -> State:
+    """`chosen` in the rows where `condition` `[*L, N]` is set, `other` elsewhere, leaf by leaf."""
+
+    def leaf(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(condition.reshape(condition.shape + (1,) * (a.dim() - condition.dim())), a, b)
+
+    return tree.map(leaf, chosen, other)

@@ -1,0 +1,116 @@
+"""CartPole: balance a pole hinged to a cart that is pushed left or right (Barto, Sutton and Anderson, 1983)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.world import State
+from rlmeta.errors import SettingError
+
+
+@dataclass(frozen=True)
+class CartPole(NativeEnv):
+    """gymnasium's CartPole-v1. The state's one leaf `state` `[*B, 4]` is x, x', theta, theta' in m, m/s, rad, rad/s.
+
+    With F = force_mag or -force_mag, m = masspole, M = masspole + masscart, l = length (half the pole's), c = m l / M,
+    temp = F / M + c theta'^2 sin theta,
+    theta'' = (gravity sin theta - cos theta temp) / (4/3 l - c cos^2 theta) and
+    x'' = temp - c theta'' cos theta.
+    """
+
+    gravity: float = 9.8
+    masscart: float = 1.0
+    masspole: float = 0.1
+    length: float = 0.5
+    """Half the pole's."""
+    force_mag: float = 10.0
+    tau: float = 0.02
+    """Seconds between two states."""
+    x_threshold: float = 2.4
+    theta_threshold: float = 12 * 2 * math.pi / 360
+    initial_range: float = 0.05
+    """The first state is uniform in [-initial_range, initial_range]^4."""
+    kinematics_integrator: Literal["euler", "semi-implicit"] = "euler"
+    sutton_barto_reward: bool = False
+    """0 a step and -1 at the end, rather than 1 a step."""
+    max_episode_steps: int | None = 500
+
+    reset_noise = 4
+
+    def __post_init__(self) -> None:
+        if self.kinematics_integrator not in ("euler", "semi-implicit"):
+            raise SettingError(
+                f"kinematics_integrator={self.kinematics_integrator!r}: expected 'euler' or 'semi-implicit'"
+            )
+
+    @cached_property
+    def observation_space(self) -> gym.Space:
+        """x, x', theta, theta'; twice the thresholds, so that final observations are inside."""
+        high = np.array([self.x_threshold * 2, np.inf, self.theta_threshold * 2, np.inf], dtype=np.float32)
+        return gym.spaces.Box(-high, high, dtype=np.float32)
+
+    @cached_property
+    def action_space(self) -> gym.Space:
+        """0 pushes left, 1 right."""
+        return gym.spaces.Discrete(2)
+
+    def reset(self, noise: Tensor, physics: Physics) -> State:
+        """Uniform around the upright rest."""
+        span = physics.get("initial_range", self.initial_range)
+        span = span.unsqueeze(-1) if isinstance(span, Tensor) else span
+        return {"state": (noise * (2 * span)).sub_(span)}
+
+    def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
+        """Push the cart for `tau` seconds."""
+        old = state["state"]
+        velocity, theta, angular_velocity = old.select(-1, 1), old.select(-1, 2), old.select(-1, 3)
+        acceleration, angular_acceleration = self._accelerations(theta, angular_velocity, action, physics)
+        tau = physics.get("tau", self.tau)
+        if self.kinematics_integrator == "semi-implicit":
+            velocity = velocity + tau * acceleration
+            angular_velocity = angular_velocity + tau * angular_acceleration
+        change = torch.stack((velocity, acceleration, angular_velocity, angular_acceleration), -1)
+        new = change.mul_(tau.unsqueeze(-1) if isinstance(tau, Tensor) else tau).add_(old)
+        terminated = (new.abs() > self._limits(new, physics)).any(-1)
+        reward = -terminated.float() if self.sutton_barto_reward else torch.ones_like(terminated, dtype=torch.float32)
+        return {"state": new}, reward, terminated
+
+    def observe(self, state: State) -> Tensor:
+        """The state in float32."""
+        return state["state"].float()
+
+    def _accelerations(
+        self, theta: Tensor, theta_dot: Tensor, action: Tensor, physics: Physics
+    ) -> tuple[Tensor, Tensor]:
+        masspole = physics.get("masspole", self.masspole)
+        length = physics.get("length", self.length)
+        total = masspole + physics.get("masscart", self.masscart)
+        coupling = masspole * length / total
+        push = physics.get("force_mag", self.force_mag) / total
+        sin, cos = theta.sin(), theta.cos()
+        force = action.to(theta.dtype, copy=True).mul_(2 * push).sub_(push)
+        temp = theta_dot.square().mul_(coupling).mul_(sin).add_(force)
+        lever = cos.square().mul_(-coupling).add_(length * (4.0 / 3.0))
+        angular = sin.mul_(physics.get("gravity", self.gravity)).sub_(cos * temp).div_(lever)
+        return temp.sub_(cos.mul_(angular).mul_(coupling)), angular
+
+    def _limits(self, state: Tensor, physics: Physics) -> Tensor:
+        if "x_threshold" not in physics and "theta_threshold" not in physics:
+            return self._fixed_limits.to(state.device)
+        free = torch.full_like(state[..., 0], math.inf)
+        x = physics.get("x_threshold", self.x_threshold) + torch.zeros_like(free)
+        theta = physics.get("theta_threshold", self.theta_threshold) + torch.zeros_like(free)
+        return torch.stack((x, free, theta, free), -1)
+
+    @cached_property
+    def _fixed_limits(self) -> Tensor:
+        return torch.tensor([self.x_threshold, math.inf, self.theta_threshold, math.inf], dtype=torch.float64)

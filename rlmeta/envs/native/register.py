@@ -1,0 +1,168 @@
+"""Registers the native environments with gymnasium, as `rlmeta/CartPole-v1` and so on, when it is imported.
+
+`gymnasium.make("rlmeta.envs.native.register:rlmeta/CartPole-v1")` imports it. Constants go in as a dictionary:
+`gymnasium.make("rlmeta/CartPole-v1", constants={"gravity": 1.6})`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
+from rlmeta.envs.world import State
+from rlmeta.errors import SettingError, unknown_name
+from rlmeta.functional.random import make_keys
+
+
+def _environment(name: str, constants: Mapping[str, Any] | None, max_episode_steps: int | None) -> NativeEnv:
+    if name not in NATIVE:
+        raise unknown_name("native environment", name, NATIVE)
+    env: Any = NATIVE[name]
+    for constant in constants or {}:
+        if constant not in {f.name for f in dataclasses.fields(env)}:
+            raise unknown_name(f"constant of {name}", constant, [f.name for f in dataclasses.fields(env)])
+    return dataclasses.replace(env, **{**(constants or {}), "max_episode_steps": max_episode_steps})
+
+
+def _draw_key(generator: np.random.Generator) -> Tensor:
+    """One key, so that an environment seeded alone equals the row of a vector seeded the same."""
+    return make_keys([int(generator.integers(2**63))])[0]
+
+
+class NativeGymEnv(gym.Env[Any, Any]):
+    """One native environment as a gymnasium environment; its time limit is gymnasium's wrapper.
+
+    Args:
+        name: of `NATIVE`.
+        constants: fields of the environment's dataclass to change.
+        render_mode: None, for there is nothing to look at.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
+
+    def __init__(self, name: str, constants: Mapping[str, Any] | None = None, render_mode: str | None = None) -> None:
+        if render_mode is not None:
+            raise SettingError(f"render_mode={render_mode!r}: native environments draw nothing; make {name!r} instead")
+        self.render_mode = None
+        self._world = NativeWorld(_environment(name, constants, None))
+        self.observation_space, self.action_space = self._world.observation_space, self._world.action_space
+        self._key: Tensor | None = None
+        self._state: State | None = None
+        self._next_episode = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start episode 0 of the seed; without one, the next episode of the last."""
+        super().reset(seed=seed)
+        if seed is not None or self._key is None:
+            self._key, self._next_episode = _draw_key(self.np_random), 0
+        self._state = self._world.start(self._key, self._next_episode)
+        self._next_episode += 1
+        return _first_row(self._world.observation(self._state)), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Act once; the final observation of an episode is returned as it is."""
+        if self._state is None:
+            raise SettingError("step() before the first reset(): call reset() to start an episode")
+        _check_action(self.action_space, action)
+        self._state, transition = self._world.step(self._state, torch.as_tensor(np.asarray(action)).unsqueeze(0))
+        observation = _first_row(transition.next_observation)
+        return observation, float(transition.reward), bool(transition.terminated), False, {}
+
+
+class NativeVectorEnv(VectorEnv[Any, Any, Any]):
+    """Many native environments as one gymnasium vector environment with SAME_STEP autoreset.
+
+    Row i of `reset(seed=s)` is the single environment after `reset(seed=s + i)`.
+
+    Args:
+        name: of `NATIVE`.
+        num_envs: how many.
+        constants: fields of the environment's dataclass to change.
+        max_episode_steps: when to truncate; None: never.
+        render_mode: None.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 - as above
+
+    def __init__(
+        self,
+        name: str,
+        num_envs: int = 1,
+        constants: Mapping[str, Any] | None = None,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode is not None:
+            raise SettingError(f"render_mode={render_mode!r}: native environments draw nothing; make {name!r} instead")
+        self.num_envs = num_envs
+        self._world = NativeWorld(_environment(name, constants, max_episode_steps), (num_envs,), 1)
+        self.single_observation_space = self._world.observation_space
+        self.single_action_space = self._world.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._state: State | None = None
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start every row: from seed + i, or its entry of a list of seeds, or at random."""
+        seeds = self._seeds(seed)
+        self._state = self._world.reset(torch.stack([_draw_key(seeding.np_random(s)[0]) for s in seeds]))
+        return self._world.observation(self._state).squeeze(1).numpy().copy(), {}
+
+    def _seeds(self, seed: int | list[int | None] | None) -> list[int | None]:
+        if isinstance(seed, int):
+            super().reset(seed=seed)
+            return [seed + i for i in range(self.num_envs)]
+        seeds = [None] * self.num_envs if seed is None else seed
+        if len(seeds) != self.num_envs:
+            raise SettingError(f"{len(seeds)} seeds for {self.num_envs} environments: pass one each, or one number")
+        return [int(self.np_random.integers(2**31)) if s is None else s for s in seeds]
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Act in every row; final observations are in `final_obs` of the infos."""
+        if self._state is None:
+            raise SettingError("step() before the first reset(): call reset() to start the episodes")
+        _check_action(self.action_space, actions)
+        self._state, transition = self._world.step(self._state, torch.as_tensor(np.asarray(actions)).unsqueeze(1))
+        observation, final, reward, terminated, truncated, _, done = (x.squeeze(1).numpy() for x in transition)
+        infos: dict[str, Any] = {}
+        if done.any():
+            infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
+            for row in done.nonzero()[0]:
+                infos["final_obs"][row] = final[row].copy()
+            infos |= {"_final_obs": done.copy(), "final_info": {}, "_final_info": done.copy()}
+        return observation.copy(), reward.astype(np.float64), terminated, truncated, infos
+
+
+def _check_action(space: gym.Space, action: Any) -> None:
+    """Refuse what is outside a discrete space; Box actions are clipped."""
+    if not isinstance(space, gym.spaces.Box) and not space.contains(action):
+        raise SettingError(f"action {action!r}: expected one of {space}")
+
+
+def _first_row(observation: Tensor) -> Any:
+    """As the single environment's space has it: an array, or an int of a discrete space."""
+    return observation[0].numpy().copy() if observation.dim() > 1 else int(observation[0])
+
+
+for _name, _env in NATIVE.items():
+    if f"rlmeta/{_name}" not in gym.registry:
+        gym.register(
+            id=f"rlmeta/{_name}",
+            entry_point="rlmeta.envs.native.register:NativeGymEnv",
+            vector_entry_point="rlmeta.envs.native.register:NativeVectorEnv",
+            max_episode_steps=_env.max_episode_steps,
+            reward_threshold=gym.registry[_name].reward_threshold if _name in gym.registry else None,
+            kwargs={"name": _name},
+        )

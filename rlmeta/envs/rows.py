@@ -1,0 +1,340 @@
+"""Live gymnasium environments, one a row, stepped one after another in this process."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import VectorEnv
+
+from rlmeta.envs.spaces import Array, Layout
+from rlmeta.errors import MissingExtraError, SettingError, SpaceError, unknown_name
+
+MaskSource: TypeAlias = Literal["method", "info"] | None
+"""Where an environment says which actions are allowed: `action_masks()`, `info["action_mask"]`, or not at all."""
+
+
+@dataclass
+class Buffers:
+    """What the last step of R environments left; the next one overwrites it."""
+
+    observation: list[Array]
+    """One `[R, ...]` per leaf of the observation space: what is seen next."""
+    final: list[Array]
+    """The same, written only in the rows where an episode ended: its last observation."""
+    reward: Array
+    """`[R]` float32."""
+    terminated: Array
+    """`[R]` bool."""
+    truncated: Array
+    """`[R]` bool."""
+    valid: Array
+    """`[R]` bool: False where the action was ignored."""
+    begins: Array
+    """`[R]` bool: `observation` is the first of an episode; where the step was valid, `final` ends the one before."""
+
+    @staticmethod
+    def allocate(layout: Layout, rows: int) -> Buffers:
+        """Room for `rows` environments."""
+        flags = [np.zeros(rows, np.bool_) for _ in range(4)]
+        return Buffers(layout.empty(rows), layout.empty(rows), np.zeros(rows, np.float32), *flags)
+
+    def arrays(self) -> list[Array]:
+        """Every array, in a fixed order."""
+        flags = [self.terminated, self.truncated, self.valid, self.begins]
+        return [*self.observation, *self.final, self.reward, *flags]
+
+    @staticmethod
+    def of(arrays: Sequence[Array]) -> Buffers:
+        """The inverse of `arrays`."""
+        leaves = (len(arrays) - 5) // 2
+        return Buffers(list(arrays[:leaves]), list(arrays[leaves:-5]), *arrays[-5:])
+
+
+@dataclass(frozen=True)
+class Template:
+    """How to make one environment, and what every one that it makes has in common."""
+
+    make: Callable[[], gym.Env[Any, Any]]
+    name: str
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    mask: MaskSource
+    max_episode_steps: int | None
+
+    def environment(self) -> gym.Env[Any, Any]:
+        """A new environment.
+
+        Raises:
+            SpaceError: it has other spaces than the first one had.
+        """
+        env = with_mask(self.make(), self.mask)
+        same = Layout(env.observation_space).signature == Layout(self.observation_space).signature
+        if not same or env.action_space != self.action_space:
+            raise SpaceError(
+                f"{self.name} gave environments of different spaces: {env.observation_space} and {env.action_space}, "
+                f"expected those of the first, {self.observation_space} and {self.action_space}"
+            )
+        return env
+
+
+class Rows:
+    """R live environments.
+
+    Args:
+        template: how to make one.
+        count: R.
+        buffers: where to write; by default memory of its own.
+    """
+
+    def __init__(self, template: Template, count: int, buffers: Buffers | None = None) -> None:
+        self.name = template.name
+        self.observations, self.actions = Layout(template.observation_space), Layout(template.action_space, "action")
+        self.envs: list[gym.Env[Any, Any]] = []
+        for _ in range(count):
+            env = template.environment()
+            if any(env.unwrapped is other.unwrapped for other in self.envs):
+                raise SettingError(
+                    f"{self.name} returned one environment twice; every row needs its own: make it inside"
+                )
+            self.envs.append(env)
+        self.buffers = buffers or Buffers.allocate(self.observations, count)
+        self.buffers.valid[:] = True
+        self._write = self.observations.writer(self.buffers.observation, self.name)
+        self._write_final = self.observations.writer(self.buffers.final, self.name)
+
+    def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
+        """Start an episode from the given seed in each of the rows."""
+        for row, seed in zip(rows, seeds):
+            self._write_reset(row, int(seed))
+
+    def step(self, actions: Sequence[Array], next_seeds: Array) -> None:
+        """Act in every row, and start the next episode from `next_seeds` `[R]` in those where one ended.
+
+        Args:
+            actions: executable ones, `[R, ...]` per leaf, not written to afterwards.
+            next_seeds: `[R]`.
+        """
+        write, rewards, terminated, truncated = self._write, [], [], []
+        for row, (env, action) in enumerate(zip(self.envs, self.actions.rows(actions))):
+            result = env.step(action)
+            if len(result) != 5:
+                raise SpaceError(f"{self.name} gave {len(result)} values from step(), expected gymnasium's 5")
+            observation, reward, ended, cut, _ = result
+            rewards.append(reward)
+            terminated.append(ended)
+            truncated.append(cut)
+            if ended or cut:
+                self._write_final(row, observation)
+                self._write_reset(row, int(next_seeds[row]))
+            else:
+                write(row, observation)
+        self._store("reward", self.buffers.reward, rewards)
+        self._store("terminated", self.buffers.terminated, terminated)
+        self._store("truncated", self.buffers.truncated, truncated)
+        np.logical_or(self.buffers.terminated, self.buffers.truncated, out=self.buffers.begins)
+
+    def replay(self, rows: Sequence[int], seeds: Sequence[int], actions: Sequence[Sequence[Array]]) -> list[bool]:
+        """Bring each of the rows to where its episode was after the given actions.
+
+        Args:
+            rows: which.
+            seeds: of their episodes.
+            actions: for each row, its executable actions so far, `[steps, ...]` per leaf.
+
+        Returns:
+            For each row, whether the episode was still running; the observations are in `buffers`.
+        """
+        return [self._replay(row, int(seed), taken) for row, seed, taken in zip(rows, seeds, actions)]
+
+    def close(self) -> None:
+        """Close every environment."""
+        while self.envs:
+            self.envs.pop().close()
+
+    def _store(self, what: str, buffer: Array, column: list[Any]) -> None:
+        try:
+            array = np.asarray(column)
+        except ValueError:  # ragged
+            array = np.zeros((), object)
+        if array.shape != buffer.shape or array.dtype.kind not in "biuf":
+            odd = next((one for one in column if np.shape(one) or np.asarray(one).dtype.kind not in "biuf"), column[0])
+            raise SpaceError(f"{self.name} gave {what} {odd!r} from step(), expected one number")
+        buffer[:] = array
+
+    def _reset(self, row: int, seed: int) -> Any:
+        result = self.envs[row].reset(seed=seed)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise SpaceError(f"{self.name} gave {type(result).__name__} from reset(), expected (observation, info)")
+        return result[0]
+
+    def _write_reset(self, row: int, seed: int) -> None:
+        self._write(row, self._reset(row, seed))
+
+    def _replay(self, row: int, seed: int, actions: Sequence[Array]) -> bool:
+        env = self.envs[row]
+        observation = self._reset(row, seed)
+        for action in self.actions.rows(actions):
+            observation, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                return False
+        self._write(row, observation)
+        return True
+
+
+# ----------------------------------------------------------------------------------------------------- action masks
+
+
+class ActionMaskObservation(gym.Wrapper[Any, Any, Any, Any]):
+    """Shows the mask of allowed actions as a part of the observation, `{"observation": ..., "action_mask": ...}`.
+
+    A terminated episode allows everything: nothing is chosen there, and its environment may not answer.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], source: MaskSource) -> None:
+        super().__init__(env)
+        self._source = source
+        self._ones = np.ones(mask_length(env.action_space), np.int8)
+        self.observation_space = masked_space(env.observation_space, env.action_space)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """As the environment's own, with the mask."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._with_mask(observation, info), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """As the environment's own, with the mask."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        shown = {"observation": observation, "action_mask": self._ones}
+        return shown if terminated else self._with_mask(observation, info), reward, terminated, truncated, info
+
+    def _with_mask(self, observation: Any, info: dict[str, Any]) -> dict[str, Any]:
+        if self._source == "method":
+            mask = self.env.get_wrapper_attr("action_masks")()
+        elif "action_mask" in info:
+            mask = info["action_mask"]
+        else:
+            raise SpaceError('an environment gave an info without the "action_mask" that its first one had')
+        return {"observation": observation, "action_mask": mask}
+
+
+def mask_length(action_space: gym.Space[Any]) -> int:
+    """How many entries the mask of allowed actions has.
+
+    Raises:
+        SpaceError: actions that can't be masked.
+    """
+    if isinstance(action_space, spaces.Discrete):
+        return int(action_space.n)
+    if isinstance(action_space, spaces.MultiDiscrete):
+        return int(np.sum(action_space.nvec))
+    raise SpaceError(f"actions of {action_space} cannot be masked, expected Discrete or MultiDiscrete")
+
+
+def masked_space(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> spaces.Dict:
+    """The space of observations that show the mask of allowed actions."""
+    mask = spaces.MultiBinary(mask_length(action_space))
+    return spaces.Dict({"observation": observation_space, "action_mask": mask})
+
+
+def with_mask(env: gym.Env[Any, Any], source: MaskSource) -> gym.Env[Any, Any]:
+    """The environment, its mask made a part of the observation if it has one."""
+    return env if source is None else ActionMaskObservation(env, source)
+
+
+def has_own_mask(observation_space: gym.Space[Any]) -> bool:
+    """Whether the observations show a mask by themselves."""
+    return isinstance(observation_space, spaces.Dict) and "action_mask" in observation_space.spaces
+
+
+# ------------------------------------------------------------------------------------------------ what `make` may be
+
+
+def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | VectorEnv[Any, Any, Any]:
+    """The template of single environments, or the VectorEnv, that `make` stands for.
+
+    Args:
+        make: a gymnasium id, an EnvSpec, a VectorEnv, or a function that makes an environment or a VectorEnv.
+        settings: its keyword arguments.
+        rows: how many are wanted; told to a function that has a parameter `num_envs`.
+
+    Raises:
+        UnknownNameError: the id is not registered.
+        MissingExtraError: the environment needs a package that is not installed.
+        SettingError: anything else that cannot be made, or a single environment.
+    """
+    if isinstance(make, VectorEnv):
+        if settings:
+            raise SettingError(f"a VectorEnv is made already and takes no settings, got {settings}")
+        return make
+    if isinstance(make, gym.Env):
+        raise SettingError(f"got the environment {make}; give a function that makes one, for every row needs its own")
+    if isinstance(make, str | EnvSpec):
+        name = make if isinstance(make, str) else make.id
+        # gymnasium's checker warns at every step about what is an error here
+        first = _made_by(name, settings, lambda: gym.make(make, disable_env_checker=True, **settings))
+        # the spec, because a worker process may not have registered the id
+        spec = make if isinstance(make, EnvSpec) else gym.spec(first.unwrapped.spec.id)
+        factory = partial(gym.make, spec, disable_env_checker=True, **settings)
+        return _template(first, factory, f"environment {name!r}")
+    if not callable(make):
+        raise SettingError(f"got {type(make).__name__}, expected a gymnasium id, an EnvSpec, a VectorEnv or a function")
+    if _has_parameter(make, "num_envs"):
+        settings = {"num_envs": rows, **settings}
+    name = getattr(make, "__qualname__", type(make).__name__)
+    factory = partial(make, **settings) if settings else make
+    made = _made_by(name, settings, factory)
+    if isinstance(made, VectorEnv):
+        return made
+    if not isinstance(made, gym.Env):
+        raise SettingError(f"{name} returned {type(made).__name__}, expected a gymnasium.Env or VectorEnv")
+    return _template(made, factory, f"environment {name!r}")
+
+
+def _template(first: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], name: str) -> Template:
+    """Look at a first environment, which is thrown away: looking may reset it, and rows must all be alike."""
+    try:
+        mask: MaskSource = None
+        if not has_own_mask(first.observation_space):
+            if first.has_wrapper_attr("action_masks"):
+                mask = "method"
+            elif isinstance(first.action_space, spaces.Discrete | spaces.MultiDiscrete):
+                mask = "info" if "action_mask" in first.reset(seed=0)[1] else None
+        limit = first.spec.max_episode_steps if first.spec else None
+        if limit is None and first.has_wrapper_attr("_max_episode_steps"):  # a TimeLimit that its maker wrapped around
+            limit = first.get_wrapper_attr("_max_episode_steps")
+        shown = with_mask(first, mask)
+        Layout(shown.observation_space), Layout(shown.action_space, "action")
+        return Template(make, name, shown.observation_space, shown.action_space, mask, limit)
+    finally:
+        first.close()
+
+
+def _made_by(name: str, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except gym.error.UnregisteredEnv as error:
+        known = [str(identifier) for identifier in gym.registry]
+        raise unknown_name("gymnasium environment", name, known) from error
+    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
+        raise MissingExtraError(f"environment {name!r} needs a package that is not installed: {error}") from error
+    except gym.error.Error as error:
+        raise SettingError(f"environment {name!r} cannot be made: {error}") from error
+    except TypeError as error:
+        if not settings or "argument" not in str(error):
+            raise
+        raise SettingError(f"environment {name!r} cannot be made with {settings}: {error}") from error
+
+
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,384 @@
+"""Gymnasium's spaces and values as trees of tensors, and back.
+
+| space | tensor of an observation or action | what an environment gets |
+|---|---|---|
+| `Box`, uint8 | uint8 | clipped to the bounds, in the space's own dtype |
+| `Box`, any other dtype | float32 | clipped to the bounds (rounded for integers), in the space's own dtype |
+| `Discrete` | int64, counted from 0 | `start` added |
+| `MultiDiscrete` | int64, counted from 0 | `start` added |
+| `MultiBinary` | int64, 0 or 1 | int8 |
+| `Dict` | a dictionary of these | the same |
+| `Tuple` | a dictionary with the names "0", "1", ... | a tuple |
+
+Nothing is cast in silence that could lose more than precision: a float for an integer space, or any array of another
+shape, is a `SpaceError`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from rlmeta.errors import SpaceError
+from rlmeta.functional.tree import Tree, flatten, unflatten
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_ADVICE = (
+    "rlmeta takes Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple; "
+    "wrap the environment (gymnasium.ObservationWrapper or ActionWrapper) to turn it into one of these"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One array within the values of a space, and how it is stored as a tensor."""
+
+    path: tuple[str | int, ...]
+    space: gym.Space[Any]
+
+    @cached_property
+    def name(self) -> str:
+        """Its path in the flattened tree; '' where the space is no Dict or Tuple."""
+        return "/".join(map(str, self.path))
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one value."""
+        return tuple(self.space.shape or ())
+
+    @cached_property
+    def is_box(self) -> bool:
+        """Whether it is a Box; everything else is discrete."""
+        return isinstance(self.space, spaces.Box)
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """What the environment declares."""
+        return np.dtype(self.space.dtype)
+
+    @cached_property
+    def stored(self) -> np.dtype[Any]:
+        """What the tensor has."""
+        if not self.is_box:
+            return np.dtype(np.int64)
+        return self.dtype if self.dtype == np.uint8 else np.dtype(np.float32)
+
+    @cached_property
+    def start(self) -> Any:
+        """The smallest element of a discrete space."""
+        if isinstance(self.space, spaces.Discrete):
+            return int(self.space.start)
+        return np.asarray(self.space.start, np.int64) if isinstance(self.space, spaces.MultiDiscrete) else 0
+
+    @cached_property
+    def count(self) -> Any:
+        """How many elements a discrete space has, by dimension."""
+        if isinstance(self.space, spaces.Discrete):
+            return int(self.space.n)
+        return np.asarray(self.space.nvec, np.int64) if isinstance(self.space, spaces.MultiDiscrete) else 2
+
+    @cached_property
+    def log_dtype(self) -> np.dtype[Any]:
+        """The smallest dtype that holds every stored value; logs of actions are long."""
+        small = not self.is_box and bool(np.max(self.count) <= 256)
+        return np.dtype(np.uint8) if small else self.stored
+
+    @cached_property
+    def bounds(self) -> tuple[Any, Any] | None:
+        """The bounds of a Box, in its own dtype; None where there are none."""
+        if not isinstance(self.space, spaces.Box):
+            return None
+        bounded = np.isfinite(self.space.low).any() or np.isfinite(self.space.high).any()
+        return (self.space.low, self.space.high) if bounded else None
+
+    def writer(self, buffer: Array, source: str) -> Callable[[int, Any], None]:
+        """A function that writes one value of the environment into a row of a buffer `[R, *shape]`."""
+        is_box, dtype, shape, read = self.is_box, self.dtype, self.shape, self.read
+
+        def write(row: int, value: Any) -> None:
+            if is_box and type(value) is np.ndarray and value.dtype == dtype and value.shape == shape:
+                buffer[row] = value
+            else:
+                buffer[row] = read(value, (), source)
+
+        return write
+
+    def read(self, value: Any, leading: tuple[int, ...], source: str) -> Array:
+        """An observation `[*leading, *shape]` of the environment in the stored dtype, in memory of its own.
+
+        Raises:
+            SpaceError: wrong shape or dtype, or an element that a discrete space doesn't have.
+        """
+        try:
+            array = np.asarray(value)
+        except ValueError:  # ragged
+            array = np.asarray(value, dtype=object)
+        if self.is_box:
+            fits = np.can_cast(array.dtype, self.dtype, "same_kind")
+        else:
+            fits = array.dtype.kind in "biu"
+        if not fits or array.shape != leading + self.shape:
+            raise SpaceError(
+                f"{source} gave an observation{self._where} of shape {array.shape} and dtype {array.dtype}, but its "
+                f"space {self.space} declares shape {leading + self.shape} and dtype {self.dtype}: "
+                f"correct the environment's observation_space or what it returns"
+            )
+        if self.is_box:
+            return np.array(array, self.stored)
+        return self._in_range(np.asarray(array.astype(np.int64) - self.start), f"{source} gave an observation")
+
+    def canonical(self, action: Any, leading: tuple[int, ...]) -> Array:
+        """An action `[*leading, *shape]` of an agent, tensor or array, in the stored dtype.
+
+        Raises:
+            SpaceError: wrong shape, a float for a discrete space, or an element that it doesn't have.
+        """
+        array = action.detach().cpu().numpy() if isinstance(action, Tensor) else np.asarray(action)
+        if array.shape != leading + self.shape:
+            raise SpaceError(
+                f"an action{self._where} has shape {array.shape}, expected {leading + self.shape}: "
+                f"the learner and environment axes, then the shape of {self.space}"
+            )
+        if self.is_box:
+            if self.stored == np.uint8 and array.dtype != np.uint8:
+                array = np.rint(np.clip(_without_nan(array), 0, 255))
+            return np.asarray(array, self.stored)
+        if array.dtype.kind not in "biu":
+            raise SpaceError(f"an action{self._where} has dtype {array.dtype}, expected integers for {self.space}")
+        return self._in_range(np.asarray(array, np.int64), "an agent gave an action")
+
+    def executable(self, action: Array) -> Array:
+        """Canonical actions `[R, *shape]` as the environment takes them.
+
+        A Box is clipped to its bounds. NaN becomes 0 there: the learner it comes from is frozen by its own loss, and
+        must not stop the others by bringing an environment down.
+        """
+        if not self.is_box:
+            return (action + self.start).astype(self.dtype)
+        action = _without_nan(action)
+        if self.dtype.kind in "biu":
+            low, high = np.asarray(self.bounds, np.float64)
+            return np.rint(np.clip(action, low, high)).astype(self.dtype)
+        action = action.astype(self.dtype)  # before clipping: a bound may not be representable in float32
+        return np.clip(action, *self.bounds) if self.bounds else action
+
+    @property
+    def _where(self) -> str:
+        return f" at {self.name!r}" if self.path else ""
+
+    def _in_range(self, array: Array, what: str) -> Array:
+        if ((array < 0) | (array >= self.count)).any():
+            wrong = array[(array < 0) | (array >= self.count)].flat[0]
+            raise SpaceError(f"{what}{self._where} outside of its space {self.space}: element {wrong}, counted from 0")
+        return array
+
+
+def _without_nan(array: Array) -> Array:
+    return np.where(np.isnan(array), array.dtype.type(0), array) if array.dtype.kind == "f" else array
+
+
+def check_space(space: gym.Space[Any], role: str = "observation") -> None:
+    """Raise a `SpaceError` unless values of this observation or action space can be trees of tensors."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        if not len(space):
+            raise SpaceError(f"the {role} space {space} is empty: {_ADVICE}")
+        for name, part in _parts(space):
+            if not isinstance(name, str | int) or isinstance(name, bool):
+                raise SpaceError(f"the {role} space has the key {name!r}, which is no string: rename it with a wrapper")
+            if isinstance(name, int) != isinstance(space, spaces.Tuple) or "/" in str(name) or name == "":
+                raise SpaceError(
+                    f"the {role} space has the key {name!r}; keys are strings, not empty, and without '/', "
+                    f"which separates names of tensors: rename it with a wrapper"
+                )
+            check_space(part, role)
+    elif not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        raise SpaceError(f"the {role} space {space} is a {type(space).__name__}, which is not supported: {_ADVICE}")
+    elif np.dtype(space.dtype).kind not in "fiub":
+        raise SpaceError(f"the {role} space {space} has dtype {space.dtype}, expected floats, integers or bool")
+
+
+def _parts(space: spaces.Dict | spaces.Tuple) -> list[tuple[Any, gym.Space[Any]]]:
+    """The spaces within, with their keys or positions."""
+    return list(space.spaces.items()) if isinstance(space, spaces.Dict) else list(enumerate(space.spaces))
+
+
+def _leaves(space: gym.Space[Any], path: tuple[str | int, ...] = ()) -> tuple[Leaf, ...]:
+    """The arrays that a value of the space is made of, in the order of its keys."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        return tuple(leaf for name, part in _parts(space) for leaf in _leaves(part, (*path, name)))
+    return (Leaf(path, space),)
+
+
+class Layout:
+    """How the values of one environment's space lie in arrays `[R, *shape]`, one per leaf, and in trees of tensors.
+
+    Args:
+        space: of one environment.
+        role: "observation" or "action", for messages.
+
+    Raises:
+        SpaceError: the space is not supported.
+    """
+
+    def __init__(self, space: gym.Space[Any], role: str = "observation") -> None:
+        check_space(space, role)
+        self.space = space
+        self.leaves = _leaves(space)
+
+    @property
+    def signature(self) -> list[tuple[Any, ...]]:
+        """What two spaces share whose values lie in the same arrays; the bounds of Boxes may differ."""
+        kinds = [(leaf.path, type(leaf.space), leaf.shape, leaf.dtype) for leaf in self.leaves]
+        counts = [
+            () if leaf.is_box else (np.asarray(leaf.start).tolist(), np.asarray(leaf.count).tolist())
+            for leaf in self.leaves
+        ]
+        return list(zip(kinds, counts))
+
+    def empty(self, rows: int) -> list[Array]:
+        """Room for `rows` values in the stored dtypes."""
+        return [np.zeros((rows, *leaf.shape), leaf.stored) for leaf in self.leaves]
+
+    def writer(self, buffers: Sequence[Array], source: str) -> Callable[[int, Any], None]:
+        """A function that writes one observation into a row of `empty`'s buffers."""
+        writers = [(leaf.path, leaf.writer(buffer, source)) for leaf, buffer in zip(self.leaves, buffers)]
+        if len(writers) == 1 and not writers[0][0]:
+            return writers[0][1]  # the usual case, once a row and step
+
+        def write(row: int, value: Any) -> None:
+            for path, write_leaf in writers:
+                write_leaf(row, pick(value, path, source))
+
+        return write
+
+    def read(self, value: Any, leading: tuple[int, ...], source: str) -> list[Array]:
+        """An observation `[*leading, ...]` as arrays in memory of their own."""
+        return [leaf.read(pick(value, leaf.path, source), leading, source) for leaf in self.leaves]
+
+    def tree(self, arrays: Sequence[Array], batch: tuple[int, ...], device: torch.device | str = "cpu") -> Tree:
+        """Arrays `[R, *shape]` as a tree of tensors `[*batch, *shape]` that shares their memory on the CPU."""
+        tensors = [
+            torch.from_numpy(array).view((*batch, *leaf.shape)).to(device) for leaf, array in zip(self.leaves, arrays)
+        ]
+        return self.nest(tensors)
+
+    def nest(self, tensors: Sequence[Tensor]) -> Tree:
+        """A tree of the given leaves."""
+        return unflatten({leaf.name: tensor for leaf, tensor in zip(self.leaves, tensors)})
+
+    def unnest(self, tree: Tree, what: str) -> list[Any]:
+        """The leaves of a tree, in order.
+
+        Raises:
+            SpaceError: they are not those of the space.
+        """
+        flat, expected = flatten(tree), [leaf.name for leaf in self.leaves]
+        if set(flat) != set(expected):
+            raise SpaceError(f"{what} has the parts {sorted(flat)}, expected {sorted(expected)} for {self.space}")
+        return [flat[name] for name in expected]
+
+    def canonical(self, action: Tree, batch: tuple[int, ...]) -> list[Array]:
+        """An agent's action `[*batch, *shape]` as arrays `[R, *shape]` in the stored dtypes.
+
+        Raises:
+            SpaceError: see `Leaf.canonical`.
+        """
+        parts = self.unnest(action, "an action")
+        return [leaf.canonical(part, batch).reshape(-1, *leaf.shape) for leaf, part in zip(self.leaves, parts)]
+
+    def executable(self, canonical: Sequence[Array]) -> list[Array]:
+        """Canonical actions `[R, *shape]` as an environment takes them: clipped, `start` added, its dtype."""
+        return [leaf.executable(array) for leaf, array in zip(self.leaves, canonical)]
+
+    def assemble(self, arrays: Sequence[Array]) -> Any:
+        """Arrays in the structure of the space: what a `VectorEnv` takes."""
+        return _assemble(self.space, iter(arrays))
+
+    def rows(self, arrays: Sequence[Array]) -> list[Any]:
+        """Arrays row by row in the structure of the space: what each environment takes."""
+        return _rows(self.space, self.assemble(arrays))
+
+
+def pick(value: Any, path: tuple[str | int, ...], source: str) -> Any:
+    """The part of an observation that lies at `path`.
+
+    Raises:
+        SpaceError: it isn't there.
+    """
+    for name in path:
+        try:
+            value = value[name]
+        except (KeyError, IndexError, TypeError):
+            raise SpaceError(
+                f"{source} gave an observation without {'/'.join(map(str, path))!r}, which its observation_space "
+                f"declares (given: {sorted(value) if isinstance(value, dict) else type(value).__name__})"
+            ) from None
+    return value
+
+
+def _assemble(space: gym.Space[Any], arrays: Iterator[Array]) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {name: _assemble(part, arrays) for name, part in _parts(space)}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_assemble(part, arrays) for _, part in _parts(space))
+    return next(arrays)
+
+
+def _rows(space: gym.Space[Any], value: Any) -> list[Any]:
+    if isinstance(space, spaces.Dict):
+        columns = [_rows(part, value[name]) for name, part in _parts(space)]
+        return [dict(zip(space.spaces, row)) for row in zip(*columns)]
+    if isinstance(space, spaces.Tuple):
+        return list(zip(*(_rows(part, value[name]) for name, part in _parts(space))))
+    if isinstance(space, spaces.Box) and space.shape == ():
+        return [np.asarray(one) for one in value]  # iterating gives scalars, which are no values of a Box
+    return list(value)
+
+
+def to_tree(space: gym.Space[Any], value: Any, batch: tuple[int, ...] = (), source: str = "the environment") -> Tree:
+    """An observation of an environment as a tree of tensors.
+
+    Args:
+        space: of one environment.
+        value: one observation; or with `batch`, one of a `VectorEnv`, whose arrays have R = prod(batch) rows.
+        batch: the leading axes of the result, such as `[*L, N]`.
+        source: whom to name in an error.
+
+    Returns:
+        A tree of `[*batch, *shape]`, see the table above.
+
+    Raises:
+        SpaceError: unsupported space, or a value of another shape or dtype than the space declares.
+    """
+    layout = Layout(space)
+    leading = (math.prod(batch),) if batch else ()
+    return layout.tree(layout.read(value, leading, source), batch)
+
+
+def to_numpy(space: gym.Space[Any], action: Tree, batch: tuple[int, ...] = ()) -> Any:
+    """An agent's action as an environment takes it: Boxes clipped to their bounds, `start` added, in the space's dtype.
+
+    Args:
+        space: of one environment.
+        action: a tree of `[*batch, *shape]`.
+        batch: the leading axes, such as `[*L, N]`; without, one action for one environment.
+
+    Returns:
+        One action; or with `batch` the batched action of a `VectorEnv`, R = prod(batch) rows.
+
+    Raises:
+        SpaceError: unsupported space, wrong shape, a float for a discrete space, or an element that it doesn't have.
+    """
+    layout = Layout(space, "action")
+    arrays = layout.executable(layout.canonical(action, batch))
+    return layout.assemble(arrays) if batch else layout.rows(arrays)[0]

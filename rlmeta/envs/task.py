@@ -1,0 +1,254 @@
+"""A task is one problem, a family a distribution over problems, a stream a sequence of problems."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.envs.names import read_named
+from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
+from rlmeta.envs.world import World
+from rlmeta.errors import SettingError, unknown_name
+from rlmeta.functional import random
+
+Mode = Literal["sync", "async"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem: makes the environments of any number of learners.
+
+    `source` is a native environment, a gymnasium id, an EnvSpec, a factory of an environment, or a factory of a
+    VectorEnv (a factory, because a run needs one set of environments to train in and one to be evaluated in).
+    """
+
+    name: str
+    source: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Constants of a native environment, or keyword arguments of a gymnasium one."""
+    mode: Mode = "sync"
+    """Foreign environments in this process, or divided over worker processes."""
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Constants of a native environment drawn uniformly, for every row, at every reset."""
+
+    def world(self, learner_shape: tuple[int, ...], num_envs: int) -> World:
+        """The environments `[*L, N]`."""
+        if isinstance(self.source, NativeEnv):
+            return NativeWorld(self.source, learner_shape, num_envs, self._redraw if self.ranges else None)
+        from rlmeta.envs.gymnasium_world import GymnasiumWorld
+
+        return GymnasiumWorld(self.source, learner_shape, num_envs, mode=self.mode, settings=self.settings)
+
+    def _redraw(self, key: Tensor) -> dict[str, Tensor]:
+        draws = random.uniform(key, "physics", 0, (len(self.ranges),), torch.float64)
+        return {
+            name: low + (high - low) * draws[..., i] for i, (name, (low, high)) in enumerate(self.ranges.items())
+        }
+
+    @property
+    def native(self) -> bool:
+        """Whether the environments are rlmeta's own, in torch."""
+        return isinstance(self.source, NativeEnv)
+
+    def describe(self) -> dict[str, Any]:
+        """What a saved configuration needs to make the task again; a factory is named, never stored."""
+        source = self.source if isinstance(self.source, str) else getattr(self.source, "id", None)
+        if source is None and not self.native:
+            source = f"{getattr(self.source, '__module__', '?')}:{getattr(self.source, '__qualname__', '?')}"
+        return {
+            "name": self.name,
+            "source": "native" if self.native else source,
+            "settings": dict(self.settings),
+            "mode": self.mode,
+            "ranges": {name: list(bounds) for name, bounds in self.ranges.items()},
+        }
+
+
+@dataclass(frozen=True)
+class TaskFamily:
+    """A distribution over tasks: ranges of a native environment's constants.
+
+    Train on it directly (the constants are redrawn at every reset), or draw tasks that keep theirs.
+    """
+
+    name: str
+    base: Task
+    ranges: dict[str, tuple[float, float]]
+
+    def sample(self, key: Tensor) -> dict[str, Tensor]:
+        """The constants of one task for every learner, `{name: [*L]}` float64."""
+        draws = random.uniform(key, "family", 0, (len(self.ranges),), torch.float64)
+        return {
+            name: low + (high - low) * draws[..., i] for i, (name, (low, high)) in enumerate(self.ranges.items())
+        }
+
+    def world(self, physics: dict[str, Tensor], learner_shape: tuple[int, ...], num_envs: int) -> World:
+        """Environments `[*L, N]` in which each learner has the constants that `sample` drew for it."""
+        rows = {name: value.unsqueeze(-1).expand(*learner_shape, num_envs) for name, value in physics.items()}
+        return NativeWorld(self.base.source, learner_shape, num_envs, rows)
+
+    def task(self) -> Task:
+        """The task whose constants are redrawn at every reset."""
+        return dataclasses.replace(self.base, name=self.name, ranges=self.ranges)
+
+
+@dataclass(frozen=True)
+class TaskStream:
+    """A sequence of tasks and what it reveals of them."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    reveals: frozenset[str] = frozenset({"boundaries", "train_id", "test_id"})
+    """Of `boundaries` (when a task ends), `train_id` and `test_id` (which task it is, in training and at test)."""
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Task:
+        return self.tasks[index]
+
+
+def task(
+    source: str | gym.envs.registration.EnvSpec | Callable[[], Any] | NativeEnv,
+    *,
+    name: str | None = None,
+    settings: dict[str, Any] | None = None,
+    mode: Mode = "sync",
+    native: bool = True,
+) -> Task:
+    """A task from a name, a gymnasium id, an EnvSpec, a factory, or a native environment.
+
+    Args:
+        source: a name (`rlmeta list`), a gymnasium id such as `LunarLander-v3` or `mypkg:MyEnv-v0`, an EnvSpec, a
+            function that makes an environment or a VectorEnv, or a native environment.
+        name: what to call it; by default derived from the source.
+        settings: constants of a native environment, or keyword arguments of a gymnasium one.
+        mode: "async" divides foreign environments over worker processes.
+        native: use rlmeta's own batched environment where there is one for the id; False takes gymnasium's.
+
+    Raises:
+        UnknownNameError: nothing has this name; the nearest names are listed.
+        SettingError: an environment instance (every learner needs its own), or a setting that does not exist.
+    """
+    settings = dict(settings or {})
+    if isinstance(source, NativeEnv):
+        return Task(name or type(source).__name__, _with_constants(source, settings), settings)
+    if isinstance(source, gym.envs.registration.EnvSpec):
+        return Task(name or source.id, source, settings, mode)
+    if isinstance(source, (gym.Env, gym.vector.VectorEnv)):
+        raise SettingError("task() got an environment; give it a function that makes one, for every learner needs its own")
+    if not isinstance(source, str):
+        if not callable(source):
+            raise SettingError(f"task() got {type(source).__name__}, expected a name, an EnvSpec or a function")
+        return Task(name or getattr(source, "__name__", "env").replace("<lambda>", "custom"), source, settings, mode)
+    return _named(source, name or source, settings, mode, native)
+
+
+def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native: bool) -> Task:
+    found = read_named("envs", source)
+    if found is not None:
+        made = from_table(source, found)
+        if not isinstance(made, Task):
+            made = made.task() if isinstance(made, TaskFamily) else made
+        if isinstance(made, TaskStream):
+            raise SettingError(f"{source!r} is a stream of tasks, expected one task: use rl.stream({source!r})")
+        return made if not settings else task(made.source, name=name, settings={**made.settings, **settings}, mode=mode)
+    if native and source in NATIVE:
+        return Task(name, _with_constants(NATIVE[source], settings), settings)
+    module = source.split(":")[0] if ":" in source else None
+    if module is None and source not in gym.registry:
+        if source.startswith("rlmeta/"):
+            from rlmeta.envs.native import register  # noqa: F401 - registers the ids
+        if source not in gym.registry and not _has_version(source):
+            raise unknown_name("task", source, known_tasks())
+    return Task(name, source, settings, mode)
+
+
+def _has_version(source: str) -> bool:
+    """Whether gymnasium itself resolves the id (`CartPole` means the newest version)."""
+    try:
+        gym.spec(source)
+    except gym.error.Error:
+        return False
+    return True
+
+
+def _with_constants(env: NativeEnv, settings: dict[str, Any]) -> NativeEnv:
+    known = [f.name for f in dataclasses.fields(env)]  # type: ignore[arg-type]
+    for name in settings:
+        if name not in known:
+            raise SettingError(str(unknown_name(f"constant of {type(env).__name__}", name, known)))
+    return dataclasses.replace(env, **settings)  # type: ignore[type-var]
+
+
+def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily | TaskStream:
+    """The task, family or stream that a TOML table describes.
+
+    Keys: `kind` ("task", "family" or "stream"), `env`, `settings`, and for a family `ranges` (name = [low, high]), for
+    a stream `tasks` (names or tables) and `reveals`.
+    """
+    kinds = {"task": {"env", "settings"}, "family": {"env", "settings", "ranges"}, "stream": {"tasks", "reveals"}}
+    kind = table.get("kind", "task")
+    if kind not in kinds:
+        raise SettingError(f"envs/{name}.toml: kind is {kind!r}, expected one of {', '.join(kinds)}")
+    unknown = set(table) - kinds[kind] - {"kind", "description", "threshold"}
+    if unknown:
+        raise SettingError(f"envs/{name}.toml: {unknown_name('key', min(unknown), kinds[kind])}")
+    if kind == "stream":
+        tasks = tuple(
+            task(entry) if isinstance(entry, str) else task(entry["env"], settings=entry.get("settings"), name=f"{name}/{i}")
+            for i, entry in enumerate(table["tasks"])
+        )
+        return TaskStream(name, tasks, frozenset(table.get("reveals", ["boundaries", "train_id", "test_id"])))
+    base = task(table["env"], name=name, settings=table.get("settings"))
+    if kind == "task":
+        return base
+    if not base.native:
+        raise SettingError(f"envs/{name}.toml: a family needs a native environment, {table['env']!r} is gymnasium's")
+    constants = [f.name for f in dataclasses.fields(base.source)]
+    for constant in table["ranges"]:
+        if constant not in constants:
+            raise SettingError(f"envs/{name}.toml: {unknown_name('constant', constant, constants)}")
+    return TaskFamily(name, base, {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()})
+
+
+def family(name: str) -> TaskFamily:
+    """The named family of tasks."""
+    made = from_table(name, _require_named(name))
+    if not isinstance(made, TaskFamily):
+        raise SettingError(f"{name!r} is a {type(made).__name__}, expected a family of tasks")
+    return made
+
+
+def stream(source: str | Sequence[Task | str], name: str = "stream") -> TaskStream:
+    """The named stream of tasks, or one made from a list of tasks."""
+    if not isinstance(source, str):
+        return TaskStream(name, tuple(one if isinstance(one, Task) else task(one) for one in source))
+    made = from_table(source, _require_named(source))
+    if not isinstance(made, TaskStream):
+        raise SettingError(f"{source!r} is a {type(made).__name__}, expected a stream of tasks")
+    return made
+
+
+def _require_named(name: str) -> dict[str, Any]:
+    found = read_named("envs", name)
+    if found is None:
+        from rlmeta.envs.names import names
+
+        raise unknown_name("family or stream", name, names("envs"))
+    return found
+
+
+def known_tasks() -> list[str]:
+    """Every name that `task` resolves: the named ones, the native ones, gymnasium's."""
+    from rlmeta.envs.names import names
+
+    return sorted({*names("envs"), *NATIVE, *(str(spec) for spec in gym.registry)})
+
+

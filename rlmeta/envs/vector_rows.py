@@ -1,0 +1,186 @@
+"""The rows of a gymnasium VectorEnv, whatever its autoreset mode, as if each were an environment of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from rlmeta.envs.rows import Buffers, MaskSource, has_own_mask, mask_length, masked_space
+from rlmeta.envs.spaces import Array, Layout, pick
+from rlmeta.errors import SettingError, SpaceError
+
+
+class VectorRows:
+    """The R environments of a VectorEnv.
+
+    | autoreset mode | an episode that ends at step t |
+    |---|---|
+    | NEXT_STEP | shows its final observation at t; step t + 1 ignores the action (not `valid`), shows the next |
+    | SAME_STEP | shows the next episode at t; the final observation comes from `infos["final_obs"]` |
+    | DISABLED | is reset here, with `options={"reset_mask": ...}`: the same as SAME_STEP |
+
+    Where actions are masked, a final observation whose mask is not in `infos` allows every action.
+
+    Args:
+        env: the VectorEnv.
+        count: R.
+
+    Raises:
+        SettingError: it has another number of environments, or an autoreset mode that is not one of the three.
+        SpaceError: its spaces are not supported.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], count: int) -> None:
+        self.env = env
+        self.name = f"vector environment {env.spec.id if env.spec else type(env.unwrapped).__name__!r}"
+        if env.num_envs != count:
+            raise SettingError(
+                f"{self.name} has {env.num_envs} environments, expected {count}, one for each environment of each "
+                f"learner: give a function with a parameter num_envs that makes as many"
+            )
+        self.mode = _autoreset_mode(env, self.name)
+        self.mask = self._find_mask()
+        observation_space, self.action_space = env.single_observation_space, env.single_action_space
+        masked = self.mask is not None
+        self.observation_space = masked_space(observation_space, self.action_space) if masked else observation_space
+        self.observations, self.actions = Layout(self.observation_space), Layout(self.action_space, "action")
+        self.buffers = Buffers.allocate(self.observations, count)
+        self.seeds_rows = True
+        """Whether reset() takes a list of seeds, one a row."""
+        self._pending = np.zeros(count, np.bool_)
+
+    @property
+    def reseeds(self) -> bool:
+        """Whether every episode starts from a seed of ours; otherwise only the first does."""
+        return self.mode is AutoresetMode.DISABLED and self.seeds_rows
+
+    def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
+        """Start an episode in every row; `rows` are all."""
+        try:
+            value, infos = self.env.reset(seed=[int(seed) for seed in seeds])  # type: ignore[arg-type]
+            self.seeds_rows = True
+        except (TypeError, ValueError, AssertionError, gym.error.Error):
+            self.seeds_rows = False
+            value, infos = self.env.reset(seed=int(seeds[0]))
+        self._pending[:] = False
+        self.buffers.observation = self._read(value, infos, self._pending)
+
+    def step(self, actions: Sequence[Array], next_seeds: Array) -> None:
+        """Act in every row.
+
+        Args:
+            actions: executable ones, `[R, ...]` per leaf.
+            next_seeds: `[R]`, of the episodes that begin, where `reseeds`.
+        """
+        value, reward, terminated, truncated, infos = self.env.step(self.actions.assemble(actions))
+        buffers, ignored = self.buffers, self._pending
+        buffers.valid = ~ignored
+        buffers.reward = np.where(ignored, np.float32(0), self._per_row(reward, "reward").astype(np.float32))
+        buffers.terminated = self._per_row(terminated, "terminated").astype(np.bool_) & ~ignored
+        buffers.truncated = self._per_row(truncated, "truncated").astype(np.bool_) & ~ignored
+        done = buffers.terminated | buffers.truncated
+        buffers.begins = ignored if self.mode is AutoresetMode.NEXT_STEP else done
+        buffers.observation = self._read(value, infos, done)
+        if self.mode is AutoresetMode.NEXT_STEP:
+            self._pending = done
+        elif done.any():
+            if self.mode is AutoresetMode.SAME_STEP:
+                self._read_final(infos, done)
+            else:
+                self._reset_done(done, next_seeds)
+
+    def close(self) -> None:
+        """Close the VectorEnv."""
+        self.env.close()
+
+    def _reset_done(self, done: Array, next_seeds: Array) -> None:
+        seeds = [int(seed) for seed in next_seeds] if self.seeds_rows else None
+        # a new dictionary and a new mask each time: gymnasium removes the one from the other
+        value, infos = self.env.reset(seed=seeds, options={"reset_mask": done.copy()})  # type: ignore[arg-type]
+        self.buffers.final = self.buffers.observation
+        fresh = self._read(value, infos, ~done)
+        self.buffers.observation = [
+            np.where(done.reshape(-1, *[1] * (new.ndim - 1)), new, old) for new, old in zip(fresh, self.buffers.final)
+        ]
+
+    def _per_row(self, value: Any, what: str) -> Array:
+        array = np.asarray(value)
+        if array.shape != (self.env.num_envs,):
+            raise SpaceError(f"{self.name} gave {what} of shape {array.shape}, expected {(self.env.num_envs,)}")
+        return array
+
+    def _read(self, value: Any, infos: dict[str, Any], lenient: Array) -> list[Array]:
+        """The observation of every row; rows marked `lenient` `[R]` may lack a mask of actions."""
+        if self.mask is not None:
+            value = {"observation": value, "action_mask": self._masks(infos, lenient)}
+        return self.observations.read(value, (self.env.num_envs,), self.name)
+
+    def _read_final(self, infos: dict[str, Any], done: Array) -> None:
+        if "final_obs" not in infos:
+            raise SpaceError(
+                f'{self.name} resets in the same step but gave no infos["final_obs"], which that mode needs'
+            )
+        final, inner = infos["final_obs"], () if self.mask is None else ("observation",)
+        for leaf, buffer in zip(self.observations.leaves, self.buffers.final):
+            if leaf.path == ("action_mask",) and self.mask is not None:
+                buffer[done] = self._final_masks(infos)[done]
+                continue
+            path = leaf.path[len(inner) :]
+            by_row = isinstance(final, list) or (isinstance(final, np.ndarray) and final.dtype == object)
+            for row in np.flatnonzero(done):
+                value = final[row] if by_row else pick(final, path, self.name)[row]
+                if value is None:
+                    raise SpaceError(f'{self.name} ended row {row} but left a hole in infos["final_obs"] there')
+                buffer[row] = leaf.read(pick(value, path, self.name) if by_row else value, (), self.name)
+
+    # ------------------------------------------------------------------------------------------------- action masks
+
+    def _find_mask(self) -> MaskSource:
+        base = self.env.unwrapped
+        if has_own_mask(self.env.single_observation_space):
+            return None
+        within = getattr(base, "envs", None) or []  # a SyncVectorEnv's
+        if hasattr(base, "action_masks") or (within and all(env.has_wrapper_attr("action_masks") for env in within)):
+            return "method"
+        if isinstance(self.env.single_action_space, spaces.Discrete | spaces.MultiDiscrete):
+            return "info" if "action_mask" in self.env.reset(seed=0)[1] else None
+        return None
+
+    def _masks(self, infos: dict[str, Any], lenient: Array) -> Array:
+        base: Any = self.env.unwrapped
+        if self.mask == "method":
+            return np.asarray(base.action_masks() if hasattr(base, "action_masks") else base.call("action_masks"))
+        masks, given = self._masks_of(infos)
+        if not (given | lenient).all():
+            raise SpaceError(f'{self.name} gave infos without the "action_mask" that its first ones had')
+        return masks
+
+    def _final_masks(self, infos: dict[str, Any]) -> Array:
+        return self._masks_of(infos.get("final_info", {}))[0]
+
+    def _masks_of(self, infos: dict[str, Any]) -> tuple[Array, Array]:
+        """Masks `[R, A]`, all ones where none is given, and where one is, `[R]`."""
+        count = self.env.num_envs
+        ones = np.ones((count, mask_length(self.action_space)), np.int8)
+        if "action_mask" not in infos:
+            return ones, np.zeros(count, np.bool_)
+        given = np.asarray(infos.get("_action_mask", np.ones(count, np.bool_)))
+        ones[given] = np.stack(list(np.asarray(infos["action_mask"])[given])) if given.any() else 1
+        return ones, given
+
+
+def _autoreset_mode(env: VectorEnv[Any, Any, Any], name: str) -> AutoresetMode:
+    given = env.metadata.get("autoreset_mode")
+    try:
+        return AutoresetMode(given)
+    except ValueError:
+        modes = ", ".join(str(mode) for mode in AutoresetMode)
+        problem = "declares no autoreset mode" if given is None else f"declares the autoreset mode {given!r}"
+        raise SettingError(
+            f'{name} {problem} in metadata["autoreset_mode"], expected one of {modes}: set it to what it does'
+        ) from None

@@ -1,0 +1,65 @@
+"""What an agent sees of its environments: a world of `N` environments for each of `*L` learners."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import gymnasium as gym
+from torch import Tensor
+
+from rlmeta.functional.tree import Tree
+
+State: TypeAlias = dict[str, Any]
+"""A nested dictionary of tensors; every leaf of a world's state is `[*L, N, ...]`."""
+
+
+class Transition(NamedTuple):
+    """One step of every environment of every learner."""
+
+    observation: Tree
+    """`[*L, N, ...]`: what the agent sees next, the first observation of the new episode where one ended."""
+    next_observation: Tree
+    """`[*L, N, ...]`: the true successor, the final observation where the episode ended."""
+    reward: Tensor
+    """`[*L, N]` float32."""
+    terminated: Tensor
+    """`[*L, N]` bool: the successor is terminal, its value is zero."""
+    truncated: Tensor
+    """`[*L, N]` bool: the episode was cut here. Both flags may be set; losses let `terminated` win."""
+    valid: Tensor
+    """`[*L, N]` bool: False where the action was ignored (the reset step of a NEXT_STEP environment)."""
+    memory_reset: Tensor
+    """`[*L, N]` bool: the agent must clear its memory before it acts on `observation`."""
+
+
+class World(Protocol):
+    """`N` environments for each of `*L` learners, with everything that changes in an explicit state."""
+
+    observation_space: gym.Space
+    """Of a single environment."""
+    action_space: gym.Space
+    """Of a single environment."""
+    learner_shape: tuple[int, ...]
+    num_envs: int
+    exact_resume: bool
+    """Whether `restore` always brings every environment back to exactly where the state says."""
+
+    def reset(self, key: Tensor) -> State:
+        """The state at the start of every row's first episode; `key` is `[*L]`."""
+        ...
+
+    def observation(self, state: State) -> Tree:
+        """The current observation `[*L, N, ...]`: float32 for Box, int64 if discrete, a dict for Dict and Tuple."""
+        ...
+
+    def step(self, state: State, action: Tensor) -> tuple[State, Transition]:
+        """Act once in every environment, Box actions clipped to their bounds. May consume `state`."""
+        ...
+
+    def restore(self, state: State) -> State:
+        """Put what is hidden (live foreign environments) where a loaded `state` says."""
+        ...
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+        ...

@@ -1,0 +1,54 @@
+"""One exception class per kind of mistake; each message says what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RlmetaError(Exception):
+    """Base of every error a user of rlmeta can cause; the command line prints it as one line and exits with 2."""
+
+
+class SettingError(RlmetaError, ValueError):
+    """A wrong value, an unknown setting, or settings that contradict each other."""
+
+
+class SpaceError(RlmetaError, TypeError):
+    """An observation or action space that is not supported, or not the one that was expected."""
+
+
+class UnknownNameError(RlmetaError, LookupError):
+    """A name that resolves to nothing; build it with `unknown_name` to list the nearest ones."""
+
+
+class CheckpointError(RlmetaError):
+    """A checkpoint that is missing, truncated, corrupted, or of something else."""
+
+
+class RunExistsError(RlmetaError, FileExistsError):
+    """A run folder that is there already and would be overwritten."""
+
+
+class MissingExtraError(RlmetaError, ImportError):
+    """An optional package that is needed now and not installed."""
+
+
+class InexactResumeError(RlmetaError):
+    """An environment that could not be brought back to where the checkpoint left it."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """An `UnknownNameError` for `name` that lists the nearest of the `known` names."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    if not nearest:
+        lowered = {candidate.lower(): candidate for candidate in known}
+        nearest = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.5)]
+    hint = f"did you mean {', '.join(nearest)}?" if nearest else "`rlmeta list` shows what can be named."
+    return UnknownNameError(f"unknown {kind} {name!r}: {hint}")
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
+    """A `MissingExtraError` that says which extra brings `package`."""
+    return MissingExtraError(f"{purpose} needs {package}, which is not installed: pip install 'rlmeta[{extra}]'")

@@ -1,0 +1,49 @@
+"""The one place where tensors with fewer learner axes meet data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def align(setting: float | Tensor, x: Tensor) -> float | Tensor:
+    """Reshape a per-learner setting so that it broadcasts against data of the same learners.
+
+    Torch broadcasts from the right while learner axes are a prefix on the left; a setting `[*L]` therefore gets one
+    trailing axis of size 1 for every further axis of `x`.
+
+    Args:
+        setting: a number, or a tensor `[*L]` whose shape is a prefix of `x`'s.
+        x: data `[*L, ...]`.
+
+    Returns:
+        The number itself, or `setting` as `[*L, 1, ..., 1]`.
+
+    Raises:
+        ValueError: `setting.shape` is not a prefix of `x.shape`.
+    """
+    if not isinstance(setting, Tensor) or setting.dim() == 0:
+        return setting
+    if x.shape[: setting.dim()] != setting.shape:
+        raise ValueError(f"learner axes {tuple(setting.shape)} are not a prefix of the data's shape {tuple(x.shape)}")
+    return setting.reshape(setting.shape + (1,) * (x.dim() - setting.dim()))
+
+
+def masked_mean(x: Tensor, valid: Tensor | None = None, axes: int = 1) -> Tensor:
+    """Mean over the last `axes` axes, counting only the entries where `valid` is set (0 where none is).
+
+    Args:
+        x: `[*L, ...]`.
+        valid: None, or a tensor of `x`'s shape, boolean or weights.
+        axes: how many trailing axes to average over.
+
+    Returns:
+        `[*L]`
+    """
+    dims = tuple(range(-axes, 0))
+    if valid is None:
+        return x.mean(dims)
+    if valid.shape != x.shape:
+        raise ValueError(f"valid has shape {tuple(valid.shape)}, expected that of x, {tuple(x.shape)}")
+    weight = valid.to(x.dtype)
+    return torch.where(valid.bool(), x, torch.zeros_like(x)).mul(weight).sum(dims) / weight.sum(dims).clamp(min=1)

@@ -1,0 +1,403 @@
+"""Gradient-descent optimizers as pairs of pure functions over dictionaries of tensors, in optax's manner.
+
+`init(params, learner_shape)` makes the state, `update(grads, state, params)` returns what to add to the parameters and
+the next state. Neither modifies its inputs. Parameters are `[*L, ...]`, every leaf of a state starts with `*L`, and a
+setting is a number or a tensor `[*L]`: S learners with S learning rates are S separate `torch.optim` optimizers. No
+learner's numbers enter another's, so a caller may keep the old parameters and state of some with `torch.where`.
+
+Trajectories can be differentiated any number of times, with respect to parameters, gradients and settings. A parameter
+whose gradient has always been zero would make that NaN, since the derivative of √v at v = 0 is infinite; there √v
+counts as the constant 0, which gives the true derivative: the update is −lr · m / (√v + eps) with m = 0, so the factor
+of √v's derivative vanishes, and what is left is −lr / eps times the derivative of m.
+
+A setting may change from step to step: making an optimizer costs nothing and the state does not depend on its settings
+(only on which of the buffers there are), so `adam(lr_now).update(grads, state, params)` follows a schedule.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast, overload
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rlmeta.errors import SettingError
+from rlmeta.functional.axes import align
+
+Tensors: TypeAlias = dict[str, Tensor]
+State: TypeAlias = dict[str, Any]
+Setting: TypeAlias = float | Tensor
+
+
+class Init(Protocol):
+    """The first half of an optimizer."""
+
+    def __call__(self, params: Tensors, learner_shape: Sequence[int] = ()) -> State:
+        """Make the state for parameters `[*L, ...]` with `*L = learner_shape`."""
+
+
+class Update(Protocol):
+    """The second half of an optimizer."""
+
+    def __call__(self, grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
+        """From the gradients of the parameters that `init` was given, what to add to them and the next state."""
+
+
+class Optimizer(NamedTuple):
+    """What `sgd`, `adam`, a learned optimizer and `chain` return."""
+
+    init: Init
+    update: Update
+
+
+def apply_updates(params: Tensors, updates: Tensors) -> Tensors:
+    """Parameters plus updates; those without an update (buffers, for instance) are returned as they are."""
+    _check_match(updates, params)
+    return {name: value + updates[name] if name in updates else value for name, value in params.items()}
+
+
+def chain(*optimizers: Optimizer) -> Optimizer:
+    """Pass the updates of each optimizer as gradients to the next: `chain(clip(0.5), adam(lr))`.
+
+    The state is `{"0": state of the first, "1": state of the second, ...}`.
+    """
+
+    def init(params: Tensors, learner_shape: Sequence[int] = ()) -> State:
+        return {str(index): optimizer.init(params, learner_shape) for index, optimizer in enumerate(optimizers)}
+
+    def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
+        new_state: State = {}
+        for index, optimizer in enumerate(optimizers):
+            grads, new_state[str(index)] = optimizer.update(grads, state[str(index)], params)
+        return grads, new_state
+
+    return Optimizer(init, update)
+
+
+def clip_by_norm(grads: Tensors, max_norm: Setting, learner_axes: int) -> tuple[Tensors, Tensor]:
+    """Scale each learner's gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        grads: tensors `[*L, ...]`.
+        max_norm: a number or `[*L]`; infinity clips nothing.
+        learner_axes: how many leading axes are learner axes.
+
+    Returns:
+        the scaled gradients, and every learner's Euclidean norm over all of its gradients before scaling, `[*L]`
+
+    Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013.
+    """
+    if not isinstance(max_norm, Tensor) and not max_norm > 0:
+        raise SettingError(f"max_norm is {max_norm}, expected a positive number (infinity to clip nothing)")
+    if not grads:
+        raise SettingError("there are no gradients to take the norm of")
+    learner_shape = next(iter(grads.values())).shape[:learner_axes]
+    for name, g in grads.items():
+        if g.dim() < learner_axes or g.shape[:learner_axes] != learner_shape:
+            raise SettingError(
+                f"{name!r} has shape {tuple(g.shape)}, expected {learner_axes} learner axes as the others"
+            )
+    squares = [g.square().reshape(*learner_shape, math.prod(g.shape[learner_axes:])).sum(-1) for g in grads.values()]
+    norm = _sqrt(functools.reduce(torch.add, squares))
+    scale = (_fit(max_norm, norm) / (norm + 1e-6)).clamp(max=1.0)
+    return {name: g * _fit(scale, g) for name, g in grads.items()}, norm
+
+
+def clip(max_norm: Setting) -> Optimizer:
+    """`clip_by_norm` as a link of a `chain`; arguments as there."""
+
+    def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
+        clipped, _ = clip_by_norm(grads, max_norm, state["count"].dim())
+        return clipped, {"count": state["count"] + 1}
+
+    return Optimizer(_init_with(), update)
+
+
+def sgd(lr: Setting, *, momentum: Setting = 0.0, nesterov: bool = False, weight_decay: Setting = 0.0) -> Optimizer:
+    """Stochastic gradient descent: b ← μ b + g, Δ = −lr b, or −lr (g + μ b) with Nesterov's momentum.
+
+    Args:
+        lr: learning rate.
+        momentum: μ in [0, 1).
+        nesterov: look ahead along the momentum.
+        weight_decay: λ, adds λ p to the gradient.
+
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
+    """
+    _check_settings(0.0, math.inf, lr=lr, weight_decay=weight_decay)
+    _check_settings(0.0, 1.0, momentum=momentum)
+    with_momentum = _is_on(momentum)
+    buffers = ("momentum",) if with_momentum else ()
+    if nesterov and not with_momentum:
+        raise SettingError("nesterov=True needs a positive momentum")
+
+    def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
+        grads = _prepare(grads, state, params, weight_decay, buffers)
+        new_state: State = {"count": state["count"] + 1}
+        if with_momentum:
+            buffer = {name: _add_scaled(g, momentum, state["momentum"][name]) for name, g in grads.items()}
+            new_state["momentum"] = buffer
+            grads = {n: _add_scaled(g, momentum, buffer[n]) for n, g in grads.items()} if nesterov else buffer
+        return {name: g * -_fit(lr, g) for name, g in grads.items()}, new_state
+
+    return Optimizer(_init_with(*buffers), update)
+
+
+def adagrad(
+    lr: Setting = 0.01,
+    *,
+    eps: Setting = 1e-10,
+    lr_decay: Setting = 0.0,
+    weight_decay: Setting = 0.0,
+    initial_accumulator: float = 0.0,
+) -> Optimizer:
+    """Adagrad: s ← s + g², Δ = −lr / (1 + (t − 1) d) · g / (√s + eps).
+
+    Args:
+        lr: learning rate.
+        eps: added to √s.
+        lr_decay: d, the decay of the learning rate per step.
+        weight_decay: λ, adds λ p to the gradient.
+        initial_accumulator: s at the start.
+
+    Source: Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning", 2011.
+    """
+    _check_settings(0.0, math.inf, lr=lr, eps=eps, lr_decay=lr_decay, weight_decay=weight_decay)
+    _check_settings(0.0, math.inf, initial_accumulator=initial_accumulator)
+
+    def init(params: Tensors, learner_shape: Sequence[int] = ()) -> State:
+        state = _init_with("square")(params, learner_shape)
+        return {**state, "square": {name: s + initial_accumulator for name, s in state["square"].items()}}
+
+    def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
+        grads = _prepare(grads, state, params, weight_decay, ("square",))
+        before = state["count"].to(_working_dtype(grads))
+        rate = _fit(lr, before) / (1.0 + before * _fit(lr_decay, before))
+        square: Tensors = {}
+        updates: Tensors = {}
+        for name, g in grads.items():
+            square[name] = torch.addcmul(state["square"][name], g, g)
+            updates[name] = g / (_sqrt(square[name]) + _fit(eps, g)) * -_fit(rate, g)
+        return updates, {"count": state["count"] + 1, "square": square}
+
+    return Optimizer(init, update)
+
+
+def rmsprop(
+    lr: Setting = 0.01,
+    *,
+    alpha: Setting = 0.99,
+    eps: Setting = 1e-8,
+    weight_decay: Setting = 0.0,
+    momentum: Setting = 0.0,
+    centered: bool = False,
+) -> Optimizer:
+    """RMSprop: v ← α v + (1 − α) g², Δ = −lr b with b ← μ b + g / (√v + eps).
+
+    Args:
+        lr: learning rate.
+        alpha: α in [0, 1), how much of the mean square is kept.
+        eps: added to the root.
+        weight_decay: λ, adds λ p to the gradient.
+        momentum: μ in [0, 1).
+        centered: divide by the standard deviation, √(v − m²) with m the running mean of g, instead of √v.
+
+    Source: Tieleman and Hinton, "Lecture 6.5 - RMSProp", Coursera, 2012; centred: Graves, 2013.
+    """
+    _check_settings(0.0, math.inf, lr=lr, eps=eps, weight_decay=weight_decay)
+    _check_settings(0.0, 1.0, alpha=alpha, momentum=momentum)
+    with_momentum = _is_on(momentum)
+    buffers = ("square", *(("mean",) if centered else ()), *(("momentum",) if with_momentum else ()))
+
+    def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
+        grads = _prepare(grads, state, params, weight_decay, buffers)
+        new_state: dict[str, Tensors] = {name: {} for name in buffers}
+        updates: Tensors = {}
+        for name, g in grads.items():
+            keep = 1.0 - _fit(alpha, g)
+            variance = new_state["square"][name] = torch.lerp(state["square"][name], g * g, keep)
+            if centered:  # the clamp: rounding can leave a little less than 0
+                mean = new_state["mean"][name] = torch.lerp(state["mean"][name], g, keep)
+                variance = torch.addcmul(variance, mean, mean, value=-1.0).clamp(min=0.0)
+            step = g / (_sqrt(variance) + _fit(eps, g))
+            if with_momentum:
+                step = new_state["momentum"][name] = _add_scaled(step, momentum, state["momentum"][name])
+            updates[name] = step * -_fit(lr, g)
+        return updates, {"count": state["count"] + 1, **new_state}
+
+    return Optimizer(_init_with(*buffers), update)
+
+
+def adam(
+    lr: Setting = 1e-3,
+    b1: Setting = 0.9,
+    b2: Setting = 0.999,
+    eps: Setting = 1e-8,
+    *,
+    weight_decay: Setting = 0.0,
+    amsgrad: bool = False,
+) -> Optimizer:
+    """Adam: m ← b1 m + (1 − b1) g, v ← b2 v + (1 − b2) g², Δ = −lr m̂ / (√v̂ + eps), m̂ = m / (1 − b1ᵗ), v̂ likewise.
+
+    Args:
+        lr: learning rate.
+        b1: what is kept of the mean gradient, in [0, 1).
+        b2: what is kept of the mean square, in [0, 1).
+        eps: added to the root (reinforcement learning usually takes 1e-5).
+        weight_decay: λ, adds λ p to the gradient; see `adamw` for decay apart from it.
+        amsgrad: divide by the root of the largest v so far.
+
+    Source: Kingma and Ba, "Adam", 2015; amsgrad: Reddi, Kale and Kumar, 2018.
+    """
+    return _adam(lr, b1, b2, eps, weight_decay, amsgrad, decoupled=False)
+
+
+def adamw(
+    lr: Setting = 1e-3,
+    b1: Setting = 0.9,
+    b2: Setting = 0.999,
+    eps: Setting = 1e-8,
+    *,
+    weight_decay: Setting = 1e-2,
+    amsgrad: bool = False,
+) -> Optimizer:
+    """Adam with the weight decay −lr λ p added to the update instead of the gradient; arguments as for `adam`.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+    """
+    return _adam(lr, b1, b2, eps, weight_decay, amsgrad, decoupled=True)
+
+
+def _adam(
+    lr: Setting, b1: Setting, b2: Setting, eps: Setting, weight_decay: Setting, amsgrad: bool, decoupled: bool
+) -> Optimizer:
+    """Both Adams, with the bias corrections moved from the tensors to the numbers per learner.
+
+    −lr m̂ / (√v̂ + eps) = rate · m / (√v + floor), rate = −lr √(1 − b2ᵗ) / (1 − b1ᵗ), floor = eps √(1 − b2ᵗ).
+    """
+    _check_settings(0.0, math.inf, lr=lr, eps=eps, weight_decay=weight_decay)
+    _check_settings(0.0, 1.0, b1=b1, b2=b2)
+    buffers = ("mean", "square", *(("max_square",) if amsgrad else ()))
+
+    def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
+        grads = _prepare(grads, state, params, 0.0 if decoupled else weight_decay, buffers)
+        count = state["count"] + 1
+        step = count.to(_working_dtype(grads))
+        root = _one_minus_power(_fit(b2, step), step).sqrt()
+        rate = root / _one_minus_power(_fit(b1, step), step) * -_fit(lr, step)
+        floor = root * _fit(eps, step)
+        new_state: dict[str, Tensors] = {name: {} for name in buffers}
+        updates: Tensors = {}
+        for name, g in grads.items():
+            mean = new_state["mean"][name] = torch.lerp(state["mean"][name], g, 1.0 - _fit(b1, g))
+            square = new_state["square"][name] = torch.lerp(state["square"][name], g * g, 1.0 - _fit(b2, g))
+            if amsgrad:
+                square = new_state["max_square"][name] = torch.maximum(state["max_square"][name], square)
+            updates[name] = mean / (_sqrt(square) + _fit(floor, g)) * _fit(rate, g)
+        if decoupled and _is_on(weight_decay):
+            updates = {n: u - params[n] * (_fit(lr, u) * _fit(weight_decay, u)) for n, u in updates.items()}
+        return updates, {"count": count, **new_state}
+
+    return Optimizer(_init_with(*buffers), update)
+
+
+def _init_with(*buffers: str) -> Init:
+    """An `init` that makes the count `[*L]` and, for each of the names, zeros of the parameters' shapes."""
+
+    def init(params: Tensors, learner_shape: Sequence[int] = ()) -> State:
+        learner_shape = tuple(learner_shape)
+        if not params:
+            raise SettingError("an optimizer needs at least one parameter")
+        for name, value in params.items():
+            if value.shape[: len(learner_shape)] != learner_shape:
+                raise SettingError(
+                    f"parameter {name!r} has shape {tuple(value.shape)}, expected learner axes {learner_shape} first"
+                )
+        device = next(iter(params.values())).device
+        state: State = {"count": torch.zeros(learner_shape, dtype=torch.int64, device=device)}
+        for buffer in buffers:
+            state[buffer] = {name: torch.zeros_like(value.detach()) for name, value in params.items()}
+        return state
+
+    return init
+
+
+def _check_settings(low: float, high: float, **settings: Setting) -> None:
+    """Refuse numbers outside [low, high); tensors are the caller's, looking into one would wait for its device."""
+    for name, setting in settings.items():
+        if not isinstance(setting, Tensor) and not low <= setting < high:
+            raise SettingError(f"{name} is {setting}, expected a number in [{low:g}, {high:g}) or a tensor [*L]")
+
+
+def _check_match(given: Tensors, params: Tensors) -> None:
+    """Every given tensor belongs to a parameter of its shape: broadcasting would hide a mistake."""
+    for name, value in given.items():
+        if name not in params:
+            raise SettingError(f"there is no parameter {name!r}; there are {', '.join(params)}")
+        if value.shape != params[name].shape:
+            raise SettingError(
+                f"{name!r} has shape {tuple(value.shape)}, expected its parameter's, {tuple(params[name].shape)}"
+            )
+
+
+def _prepare(grads: Tensors, state: State, params: Tensors, weight_decay: Setting, buffers: Sequence[str]) -> Tensors:
+    """The gradients with λ p added, after checking that the state is of this optimizer and these parameters."""
+    _check_match(grads, params)
+    if state.keys() != {"count", *buffers}:
+        raise SettingError(
+            f"the state has {sorted(state)}, expected {sorted(('count', *buffers))}: same switches as init?"
+        )
+    for buffer in buffers:
+        if state[buffer].keys() != grads.keys():
+            raise SettingError(f"gradients of {sorted(grads)}, expected of {sorted(state[buffer])}, as given to init")
+    if not _is_on(weight_decay):
+        return grads
+    return {name: _add_scaled(g, weight_decay, params[name]) for name, g in grads.items()}
+
+
+def _is_on(setting: Setting) -> bool:
+    return isinstance(setting, Tensor) or setting != 0
+
+
+@overload
+def _fit(setting: float, x: Tensor) -> float: ...
+@overload
+def _fit(setting: Tensor, x: Tensor) -> Tensor: ...
+def _fit(setting: Setting, x: Tensor) -> Setting:
+    """`setting` so that it broadcasts against `x`, in `x`'s type (torch.lerp takes no other)."""
+    if not isinstance(setting, Tensor):
+        return setting
+    return cast(Tensor, align(setting, x)).to(x.dtype)
+
+
+def _add_scaled(x: Tensor, scale: Setting, y: Tensor) -> Tensor:
+    """x + scale · y in one pass."""
+    if isinstance(scale, Tensor):
+        return torch.addcmul(x, _fit(scale, y), y)
+    return torch.add(x, y, alpha=scale)
+
+
+def _working_dtype(tensors: Tensors) -> torch.dtype:
+    """The type of the numbers per learner: the tensors' most precise, at least float32, since a count needs digits."""
+    return functools.reduce(torch.promote_types, (value.dtype for value in tensors.values()), torch.float32)
+
+
+def _one_minus_power(base: Setting, exponent: Tensor) -> Tensor:
+    """1 − baseᵗ for t ≥ 1; written −expm1(t log base), since 1 − 0.999 has only four correct digits in float32."""
+    if not isinstance(base, Tensor):
+        return -torch.expm1(exponent * (math.log(base) if base > 0 else -math.inf))
+    near_one = base > 0.5
+    by_logarithm = -torch.expm1(exponent * torch.where(near_one, base, 1.0).log())
+    return torch.where(near_one, by_logarithm, 1.0 - torch.where(near_one, 0.0, base) ** exponent)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """√x for x ≥ 0 whose derivatives of every order are 0, not infinite, where x is 0."""
+    if not x.requires_grad and forward_ad.unpack_dual(x).tangent is None:  # type: ignore[no-untyped-call]
+        return x.sqrt()
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())

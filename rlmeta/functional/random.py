@@ -1,0 +1,105 @@
+"""Counter-based random numbers: every draw is a pure function of (key, stream, counter).
+
+A learner's numbers depend on its own key alone, whatever company it keeps, and a new consumer with its own stream
+changes no other's. The generator is SplitMix64 (Steele, Lea and Flood, 2014) started at a hash of the three.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd number nearest 2^64 / golden ratio
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, count: int) -> Tensor:
+    """Logical right shift; torch's own repeats the sign."""
+    return (x >> count) & ((1 << (64 - count)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of 64 bits in which every input bit flips half the output bits."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+@cache
+def _stream_number(stream: str) -> int:
+    return zlib.crc32(stream.encode()) | (len(stream) << 32)
+
+
+@cache
+def _counter_offsets(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN
+
+
+def make_keys(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Keys `[S]` of the given seeds, any integers in [-2^63, 2^63)."""
+    return _mix(torch.tensor(list(seeds), dtype=torch.int64, device=device) * _GOLDEN + 1)
+
+
+def fold(key: Tensor, data: int | str | Tensor) -> Tensor:
+    """A new key `[*L]` from a key `[*L]` and a number, a name, or a tensor of numbers that broadcasts against it."""
+    if isinstance(data, str):
+        data = _stream_number(data)
+    return _mix(key + _mix(torch.as_tensor(data, dtype=torch.int64, device=key.device) * _GOLDEN + 2))
+
+
+def bits(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int]) -> Tensor:
+    """64 random bits as int64.
+
+    Args:
+        key: `[*L]` int64.
+        stream: the consumer's name.
+        counter: a number, or `[*L]`: how often this stream was drawn from before.
+        shape: what each learner gets.
+
+    Returns:
+        `[*L, *shape]` int64
+    """
+    start = fold(fold(key, stream), counter)
+    count = math.prod(shape)
+    drawn = _mix(start.unsqueeze(-1) + _counter_offsets(count, key.device))
+    return drawn.reshape(*start.shape, *shape)
+
+
+def uniform(
+    key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uniform numbers in the open interval (0, 1), `[*L, *shape]`: 23 bits in float32, 52 in float64, centred."""
+    precision = 52 if dtype == torch.float64 else 23
+    integer = _shift_right(bits(key, stream, counter, shape), 64 - precision)
+    return integer.to(dtype).add_(0.5).mul_(2.0**-precision)
+
+
+def normal(
+    key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normal numbers `[*L, *shape]`, by the inverse of the distribution function."""
+    return torch.special.ndtri(uniform(key, stream, counter, shape, dtype))
+
+
+def gumbel(
+    key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard Gumbel numbers `[*L, *shape]`: argmax(logits + gumbel) samples softmax(logits)."""
+    return uniform(key, stream, counter, shape, dtype).log_().neg_().log_().neg_()
+
+
+def integers(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], high: int | Tensor) -> Tensor:
+    """Integers in [0, high), `[*L, *shape]`; `high` is a number or broadcasts against the result."""
+    draw = uniform(key, stream, counter, shape, torch.float64)
+    return (draw * high).floor().to(torch.int64)
+
+
+def permutation(key: Tensor, stream: str, counter: int | Tensor, n: int) -> Tensor:
+    """A permutation of 0 ... n - 1 for every learner, `[*L, n]` int64."""
+    return bits(key, stream, counter, (n,)).argsort(-1, stable=True)

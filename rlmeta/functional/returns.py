@@ -1,0 +1,157 @@
+"""Returns and advantages of rollouts.
+
+Row t of a rollout is one transition. All arguments are `[*L, T, N]` tensors of one shape, and they mean
+
+    reward      rₜ      what the transition paid
+    discount    dₜ      γ (1 - terminatedₜ): 0 where nothing follows; see `discounts`
+    value       vₜ      V(sₜ) of the state that was acted in
+    next_value  v'ₜ     V of the transition's *true* successor: where an episode ends this is its final observation, not
+                        the first one of the next episode
+    cut         cₜ      bool: row t + 1 does not continue row t. This is terminated | truncated; a row to be skipped
+                        (an autoreset step) is cut off from its predecessor by the same flag
+
+So a terminated row bootstraps from nothing, a truncated one from its final observation, one that is both counts as
+terminated, and a rollout that stops in the middle of an episode bootstraps from v' of its last row.
+
+Everything is differentiable in all its real arguments; detach what should not be. A setting such as λ is a number or a
+tensor `[*L]`, one per learner.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlmeta.functional.axes import align
+from rlmeta.functional.shapes import same_shape
+
+
+def discounts(gamma: float | Tensor, terminated: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The discount of every transition, dₜ = γ (1 - terminatedₜ).
+
+    Args:
+        gamma: γ, a number or `[*L]`.
+        terminated: `[*L, ...]` bool; truncated rows do not belong in it.
+        dtype: that of the result.
+
+    Returns:
+        `[*L, ...]`
+    """
+    return (~terminated).to(dtype) * align(gamma, terminated)
+
+
+def discounted_return(reward: Tensor, discount: Tensor, bootstrap: Tensor) -> Tensor:
+    """Discounted sum of rewards along an unbroken rollout: Gₜ = rₜ + dₜ Gₜ₊₁, with G_T = bootstrap.
+
+    Args:
+        reward: `[*L, T, N]`.
+        discount: `[*L, T, N]`; a 0 ends an episode. Truncated ones need `monte_carlo_return`.
+        bootstrap: `[*L, N]`, the value of what follows the last row.
+
+    Returns:
+        `[*L, T, N]`
+    """
+    same_shape(2, reward=reward, discount=discount)
+    same_shape(1, bootstrap=bootstrap, row_of_reward=reward[..., 0, :])
+    return _recurse_back(reward, discount, bootstrap)
+
+
+def monte_carlo_return(reward: Tensor, discount: Tensor, next_value: Tensor | None, cut: Tensor) -> Tensor:
+    """Discounted sum of rewards up to the end of the episode or of the rollout, and what is expected beyond.
+
+    Gₜ = rₜ + dₜ (v'ₜ where row t is cut or the last, else Gₜ₊₁)
+
+    Args:
+        reward: `[*L, T, N]`.
+        discount: `[*L, T, N]`.
+        next_value: `[*L, T, N]`, read at cut rows and at the last; None adds nothing there (REINFORCE has no critic).
+        cut: `[*L, T, N]` bool.
+
+    Returns:
+        `[*L, T, N]`
+    """
+    return lambda_return(reward, discount, torch.zeros_like(reward) if next_value is None else next_value, cut, 1.0)
+
+
+def n_step_return(reward: Tensor, discount: Tensor, next_value: Tensor, cut: Tensor, n: int) -> Tensor:
+    """Up to n rewards, then the value (Sutton and Barto, 2018, section 7.1).
+
+    Gₜ = rₜ + dₜ rₜ₊₁ + ... + dₜ ... dₜ₊ₘ₋₁ v'ₜ₊ₘ₋₁, where m is n, or fewer if row t + m - 1 is cut or the last.
+
+    Args:
+        reward: `[*L, T, N]`.
+        discount: `[*L, T, N]`.
+        next_value: `[*L, T, N]`.
+        cut: `[*L, T, N]` bool.
+        n: how many rewards at most, >= 1.
+
+    Returns:
+        `[*L, T, N]`
+    """
+    same_shape(2, reward=reward, discount=discount, next_value=next_value, cut=cut)
+    if n < 1:
+        raise ValueError(f"n is {n}, expected at least 1 step")
+    target = reward + discount * next_value
+    for _ in range(min(n, reward.shape[-2]) - 1):
+        following = torch.where(cut[..., :-1, :], next_value[..., :-1, :], target[..., 1:, :])
+        target = reward + discount * torch.cat([following, next_value[..., -1:, :]], -2)
+    return target
+
+
+def lambda_return(
+    reward: Tensor, discount: Tensor, next_value: Tensor, cut: Tensor, lambda_: float | Tensor = 1.0
+) -> Tensor:
+    """The λ-return: a mixture of all n-step returns (Sutton, 1988).
+
+    Gₜ = rₜ + dₜ [(1 - λₜ) v'ₜ + λₜ Gₜ₊₁], with λₜ = λ (1 - cₜ), and 0 in the last row.
+
+    Args:
+        reward: `[*L, T, N]`.
+        discount: `[*L, T, N]`.
+        next_value: `[*L, T, N]`.
+        cut: `[*L, T, N]` bool.
+        lambda_: λ in [0, 1], a number or `[*L]`; 0 is the one-step target, 1 the Monte Carlo return.
+
+    Returns:
+        `[*L, T, N]`
+    """
+    same_shape(2, reward=reward, discount=discount, next_value=next_value, cut=cut)
+    mixing = (~cut).to(reward.dtype) * align(lambda_, reward)
+    # Past the last row G is v' itself, which is what λ = 0 there means.
+    return _recurse_back(reward + discount * (1 - mixing) * next_value, discount * mixing, next_value[..., -1, :])
+
+
+def generalized_advantage(
+    reward: Tensor, discount: Tensor, value: Tensor, next_value: Tensor, cut: Tensor, lambda_: float | Tensor = 0.95
+) -> Tensor:
+    """Generalized advantage estimation (Schulman et al., 2016).
+
+    δₜ = rₜ + dₜ v'ₜ - vₜ
+    Aₜ = δₜ + dₜ λ (1 - cₜ) Aₜ₊₁, with A_T = 0
+
+    The matching target of the value function is `advantage + value`, which is the λ-return wherever v'ₜ = vₜ₊₁.
+
+    Args:
+        reward: `[*L, T, N]`.
+        discount: `[*L, T, N]`.
+        value: `[*L, T, N]`.
+        next_value: `[*L, T, N]`.
+        cut: `[*L, T, N]` bool.
+        lambda_: λ in [0, 1], a number or `[*L]`.
+
+    Returns:
+        `[*L, T, N]`
+    """
+    same_shape(2, reward=reward, discount=discount, value=value, next_value=next_value, cut=cut)
+    delta = reward + discount * next_value - value
+    decay = discount * align(lambda_, reward) * ~cut
+    return _recurse_back(delta, decay, torch.zeros_like(delta[..., 0, :]))
+
+
+def _recurse_back(x: Tensor, decay: Tensor, last: Tensor) -> Tensor:
+    """yₜ = xₜ + decayₜ yₜ₊₁ from the last row to the first, with y_T = last `[*L, N]`; one operation a row."""
+    y, rows = last, []
+    for x_t, decay_t in zip(reversed(x.unbind(-2)), reversed(decay.unbind(-2))):
+        y = torch.addcmul(x_t, decay_t, y)
+        rows.append(y)
+    return torch.stack(rows[::-1], -2)

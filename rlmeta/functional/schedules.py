@@ -1,0 +1,109 @@
+"""Schedules: settings as functions of progress, the part of the training that is done, in [0, 1].
+
+    learning_rate = warm_up(cosine(3e-4, 0.0), 0.05)
+    learning_rate(0.25)
+
+Progress is a number or a tensor, the ends are numbers or tensors (one per learner), and the value is elementwise in
+all of them. Progress outside [0, 1] counts as the nearer end: the last rollout of a training may overshoot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from rlmeta.errors import SettingError
+
+Value: TypeAlias = float | Tensor
+Schedule: TypeAlias = Callable[[Value], Value]
+
+
+def constant(value: Value) -> Schedule:
+    """The same value throughout.
+
+    Args:
+        value: a number or a tensor.
+
+    Returns:
+        A function of progress.
+    """
+    return lambda progress: value
+
+
+def linear(start: Value, end: Value = 0.0) -> Schedule:
+    """start + p (end - start).
+
+    Args:
+        start: the value at progress 0.
+        end: the value at progress 1.
+
+    Returns:
+        A function of progress p.
+    """
+    return lambda progress: start + _unit(progress) * (end - start)
+
+
+def cosine(start: Value, end: Value = 0.0) -> Schedule:
+    """end + (start - end) (1 + cos(π p)) / 2: level at both ends (Loshchilov and Hutter, 2017, without restarts).
+
+    Args:
+        start: the value at progress 0.
+        end: the value at progress 1.
+
+    Returns:
+        A function of progress p.
+    """
+
+    def schedule(progress: Value) -> Value:
+        angle = math.pi * _unit(progress)
+        cos = torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle)
+        return end + (start - end) * (1 + cos) / 2
+
+    return schedule
+
+
+def exponential(start: Value, end: Value) -> Schedule:
+    """start (end / start)ᵖ: the same factor for the same progress, a straight line on a logarithmic axis.
+
+    Args:
+        start: the value at progress 0, positive.
+        end: the value at progress 1, positive.
+
+    Returns:
+        A function of progress p.
+
+    Raises:
+        SettingError: an end is not positive.
+    """
+    for name, value in (("start", start), ("end", end)):
+        if not bool(torch.as_tensor(value > 0).all()):
+            raise SettingError(f"exponential schedule: {name} is {value}, expected a positive number; linear reaches 0")
+    return lambda progress: start * (end / start) ** _unit(progress)
+
+
+def warm_up(schedule: Schedule, fraction: float) -> Schedule:
+    """From 0 up to the schedule's first value in a straight line, then the whole schedule in the time that is left.
+
+    Args:
+        schedule: what follows.
+        fraction: the progress at which it starts, in [0, 1); 0 changes nothing.
+
+    Returns:
+        A function of progress.
+
+    Raises:
+        SettingError: the fraction is not in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise SettingError(f"warm_up fraction is {fraction}, expected at least 0 and less than 1")
+    if fraction == 0:
+        return schedule
+    return lambda progress: schedule((progress - fraction) / (1 - fraction)) * _unit(progress / fraction)
+
+
+def _unit(progress: Value) -> Value:
+    return progress.clamp(0, 1) if isinstance(progress, Tensor) else min(max(progress, 0.0), 1.0)

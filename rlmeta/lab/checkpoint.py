@@ -1,0 +1,649 @@
+"""Checkpoints: a state and a description of it in one folder, complete at every moment, checksummed, without pickle.
+
+A checkpoint is a manifest and the files it names. Tensors lie in safetensors files named by the sha256 of their bytes,
+so a file that is there already is never written again: the long tensors of a replay memory are cut along their capacity
+into segments of `SEGMENT_BYTES`, and only the segments that changed reach the disk.
+
+    state/manifest.json            the newest checkpoint: schema, leaves (dtype, shape, files), file sizes, `about`
+    state/manifest.previous.json   the one before it, used with a warning where the newest turns out damaged
+    state/<sha256>.safetensors     tensors of either
+
+Saving writes tensors first (temporary file in the same folder, fsync, rename), then fsyncs the folder, then replaces
+the manifest and fsyncs again, and only then removes files that neither manifest names. Whatever moment a process dies
+at, `manifest.json` names a complete checkpoint. One process writes a folder (`run_folder.lock`); any number may read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.functional.tree import Tree
+
+SEGMENT_BYTES = 4 << 20
+"""Size of a replay segment over all learners; a leaf that is not longer stays in the common file."""
+
+MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
+FORMAT, SCHEMA = "rlmeta state", 1
+MANIFEST_LIMIT = 64 << 20
+HEADER_LIMIT = 32 << 20
+READ_ATTEMPTS = 10
+
+Buffer: TypeAlias = bytes | memoryview
+Pair: TypeAlias = tuple[dict[str, Tree], dict[str, Any]]
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
+_BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
+_TEMPORARY = re.compile(r"([0-9a-f]{64}\.safetensors|manifest(\.previous)?\.json)\.tmp")
+_SEGMENT = "segment"
+
+
+class Saved(NamedTuple):
+    """What one `save` did to the folder: file names by fate, and the bytes it had to write."""
+
+    written: tuple[str, ...]
+    reused: tuple[str, ...]
+    removed: tuple[str, ...]
+    bytes_written: int
+
+
+class Loaded(tuple[dict[str, Tree], dict[str, Any]]):
+    """The pair `(state, about)`; `damage` is None, or why the newest checkpoint was passed over for the one before."""
+
+    damage: str | None = None
+
+
+class _Damaged(CheckpointError):
+    """A checkpoint that is not whole, so that the one before it is worth a try."""
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """Where a tensor lies: whole in one file under its own name, or in consecutive segments of `rows` along `axis`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    files: tuple[str, ...]
+    axis: int | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """One checkpoint: its leaves by path (None: an empty dictionary), the bytes of each file, and `about`."""
+
+    leaves: dict[str, _Leaf | None]
+    files: dict[str, int]
+    about: dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    folder: str | os.PathLike[str],
+    state: dict[str, Tree],
+    about: dict[str, Any],
+    segmented: Sequence[str] = ("replay",),
+    *,
+    learner_axes: int,
+) -> Saved:
+    """Write a checkpoint into `folder` (made if missing) and make it the newest, or leave the folder as it was.
+
+    Args:
+        folder: the `state/` folder of a run.
+        state: nested dictionary of tensors `[*L, ...]` on any device; names are non-empty and hold no '/'.
+        about: what else a resume needs, in plain JSON values (NaN and infinities allowed; tuples come back as lists).
+        segmented: leaves with one of these names in their path are `[*L, C, ...]` with a capacity C, saved in segments.
+        learner_axes: number of axes in `*L`.
+
+    Returns:
+        The names of the files written, reused and removed.
+
+    Raises:
+        SettingError: something in `state` or `about` cannot be saved; nothing was written.
+        CheckpointError: the disk is full or failing (the previous checkpoint is intact), or the folder holds a
+            checkpoint of a newer schema.
+    """
+    folder = Path(folder)
+    leaves = _named_leaves(state)
+    if not isinstance(about, dict):
+        raise SettingError(f"`about` is a {type(about).__name__}, expected a dictionary: wrap it in one")
+    _check_json(about, "about")
+    try:
+        return _commit(folder, leaves, about, frozenset(segmented), learner_axes)
+    except OSError as error:
+        raise _save_error(folder, error) from error
+
+
+def _commit(
+    folder: Path, leaves: dict[str, Tensor | None], about: dict[str, Any], segmented: frozenset[str], learner_axes: int
+) -> Saved:
+    """The order of writes that makes a checkpoint appear at once."""
+    _make_folder(folder)
+    newest = _rotatable(folder)
+    _collect(folder)
+    writer = _Writer(folder)
+    try:
+        stored = _write_leaves(writer, leaves, segmented, learner_axes)
+        manifest = _encode_manifest(_Manifest(stored, writer.files, about))
+        _sync_folder(folder)
+        if newest is not None:
+            _write_file(folder / PREVIOUS, [newest])
+        _write_file(folder / MANIFEST, [manifest])
+        _sync_folder(folder)
+    except BaseException:
+        _collect(folder)
+        raise
+    return Saved(tuple(writer.written), tuple(writer.reused), _collect(folder), writer.bytes_written)
+
+
+class _Writer:
+    """Content-addressed writing into one folder, and the account of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, int] = {}
+        self.written: list[str] = []
+        self.reused: list[str] = []
+        self.bytes_written = 0
+
+    def store(self, tensors: dict[str, Tensor]) -> str:
+        """The name of a file that holds `tensors`, written now unless it lies there intact."""
+        buffers = _encode_tensors(tensors)
+        digest = hashlib.sha256()
+        for buffer in buffers:
+            digest.update(buffer)
+        name, size = f"{digest.hexdigest()}.safetensors", sum(map(len, buffers))
+        if name in self.files:
+            return name
+        self.files[name] = size
+        path = self.folder / name
+        if _intact(path, size):
+            self.reused.append(name)
+            return name
+        _write_file(path, buffers)
+        _remember(path)
+        self.written.append(name)
+        self.bytes_written += size
+        return name
+
+
+def _write_leaves(
+    writer: _Writer, leaves: dict[str, Tensor | None], segmented: frozenset[str], axis: int
+) -> dict[str, _Leaf | None]:
+    """Store every leaf, and say where; the order is that of `leaves`."""
+    stored: dict[str, _Leaf | None] = dict.fromkeys(leaves)
+    common: dict[str, Tensor] = {}
+    for path, leaf in leaves.items():
+        if leaf is None:
+            continue
+        if leaf.dim() > axis and leaf.nbytes > SEGMENT_BYTES and not segmented.isdisjoint(path.split("/")):
+            rows = max(1, SEGMENT_BYTES // (leaf.nbytes // leaf.shape[axis]))
+            files = tuple(writer.store({_SEGMENT: segment}) for segment in torch.split(leaf, rows, axis))
+            stored[path] = _Leaf(_dtype_name(leaf), tuple(leaf.shape), files, axis, rows)
+        else:
+            common[path] = leaf
+    if common:
+        name = writer.store(common)
+        stored.update({path: _Leaf(_dtype_name(leaf), tuple(leaf.shape), (name,)) for path, leaf in common.items()})
+    return stored
+
+
+def _encode_tensors(tensors: dict[str, Tensor]) -> list[Buffer]:
+    """The bytes of a safetensors file, without copying tensors that are contiguous on the CPU.
+
+    The library's own writer refuses tensors that share memory, which a state may (a target network at its start).
+    """
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    header: dict[str, Any] = {}
+    data: list[Buffer] = []
+    offset = 0
+    for name in ordered:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+        data.append(_bytes_of(tensor))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise SettingError(f"the names of {len(tensors)} tensors take {len(text)} bytes, above {HEADER_LIMIT}")
+    return [len(text).to_bytes(8, "little") + text, *data]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The elements of a tensor in row-major order, as bytes."""
+    plain = tensor.detach().contiguous().resolve_conj().resolve_neg().cpu()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _named_leaves(state: dict[str, Tree]) -> dict[str, Tensor | None]:
+    """Every leaf by its path 'a/b' in order, with None for an empty dictionary; refuses what cannot be saved."""
+    if not isinstance(state, dict):
+        raise SettingError(f"a state is a dictionary of tensors, not {type(state).__name__}: wrap it in one")
+    named: dict[str, Tensor | None] = {}
+
+    def visit(tree: Tree, path: str) -> None:
+        if not isinstance(tree, dict):
+            _check_leaf(tree, path)
+            named[path] = tree
+            return
+        if not tree and path:
+            named[path] = None
+        for name, value in tree.items():
+            _check_name(name, path)
+            visit(value, f"{path}/{name}" if path else name)
+
+    visit(state, "")
+    return named
+
+
+def _check_name(name: Any, parent: str) -> None:
+    good = isinstance(name, str) and name not in ("", "__metadata__") and "/" not in name
+    if good:
+        with contextlib.suppress(UnicodeEncodeError):
+            name.encode()
+            return
+    raise SettingError(f"the state has a name {name!r} in '{parent}': names are text, not empty, without '/'")
+
+
+def _check_leaf(leaf: Any, path: str) -> None:
+    if not isinstance(leaf, Tensor):
+        raise SettingError(f"state '{path}' is a {type(leaf).__name__}: keep tensors there and plain values in `about`")
+    if leaf.dtype not in _CODES or leaf.layout != torch.strided or leaf.device.type == "meta":
+        raise SettingError(
+            f"state '{path}' is a {leaf.layout} tensor of {leaf.dtype} on {leaf.device}, which cannot be saved: "
+            f"use a dense tensor of {', '.join(_DTYPES)}"
+        )
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON would not give back as it was (tuples aside)."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            if not isinstance(name, str):
+                raise SettingError(f"{where} has the name {name!r} ({type(name).__name__}): JSON needs text, use str()")
+            _check_json(child, f"{where}/{name}")
+    elif isinstance(value, list | tuple):
+        for index, child in enumerate(value):
+            _check_json(child, f"{where}/{index}")
+    elif value is not None and not isinstance(value, str | bool | int | float):
+        raise SettingError(f"{where} is a {type(value).__name__}: give plain numbers, text, lists and dictionaries")
+
+
+def _save_error(folder: Path, error: OSError) -> CheckpointError:
+    reason = error.strerror or str(error)
+    advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk and its permissions"
+    kept = "the previous checkpoint is intact" if _exists(folder / MANIFEST) else "no checkpoint was there before"
+    return CheckpointError(f"cannot save a checkpoint in {folder}: {reason}; {kept}; {advice} and resume the run")
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load(folder: str | os.PathLike[str]) -> Loaded:
+    """Read the newest checkpoint of `folder`, every file checked by size and sha256 before it is used.
+
+    Where the newest is damaged the one before it is read instead: a `RuntimeWarning` says so, and so does `damage` of
+    the value returned.
+
+    Args:
+        folder: the `state/` folder of a run; it is only read.
+
+    Returns:
+        `(state, about)`, tensors on the CPU with the dtypes, shapes and order they were saved with.
+
+    Raises:
+        CheckpointError: no checkpoint, none that is whole, or one of an unknown schema.
+    """
+    pair, damage = _first_good(Path(folder), _read_state)
+    loaded = Loaded(pair)
+    loaded.damage = damage
+    return loaded
+
+
+def about(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the newest checkpoint says about itself; reads the manifest and no tensors (see `load` for errors)."""
+    found, _ = _first_good(Path(folder), lambda _, manifest: ({}, manifest.about))
+    return found[1]
+
+
+def _first_good(folder: Path, read: Callable[[Path, _Manifest], Pair]) -> tuple[Pair, str | None]:
+    """`read(folder, manifest)` of the newest checkpoint, or of the one before with the reason."""
+    if not _exists(folder / MANIFEST) and not _exists(folder / PREVIOUS):
+        raise CheckpointError(f"no checkpoint in {folder} (no {MANIFEST}): give the folder of a run that has saved one")
+    damage = ""
+    for _ in range(READ_ATTEMPTS):  # a run that goes on saving may remove files between two reads
+        before = _signature(folder / MANIFEST)
+        try:
+            return read(folder, _read_manifest(folder / MANIFEST)), None
+        except _Damaged as error:
+            damage = str(error)
+        if _signature(folder / MANIFEST) == before:
+            break
+    try:
+        found = read(folder, _read_manifest(folder / PREVIOUS))
+    except _Damaged as error:
+        raise CheckpointError(
+            f"{damage}; the checkpoint before it does not help ({error}): restore {folder} from a copy"
+        ) from error
+    warnings.warn(f"{damage}; using the checkpoint before it", RuntimeWarning, stacklevel=3)
+    return found, damage
+
+
+def _read_state(folder: Path, manifest: _Manifest) -> Pair:
+    state: dict[str, Tree] = {}
+    opened: dict[str, dict[str, Tensor]] = {}
+    for path, leaf in manifest.leaves.items():
+        *parents, name = path.split("/")
+        node = state
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = {} if leaf is None else _read_leaf(folder, manifest, path, leaf, opened)
+    return state, manifest.about
+
+
+def _read_leaf(
+    folder: Path, manifest: _Manifest, path: str, leaf: _Leaf, opened: dict[str, dict[str, Tensor]]
+) -> Tensor:
+    """One tensor; `opened` remembers the files that hold whole leaves."""
+    if leaf.axis is None or leaf.rows is None:
+        (name,) = leaf.files
+        if name not in opened:
+            opened[name] = _read_tensors(folder / name, manifest.files[name])
+        return _expect(opened[name], path, leaf.dtype, leaf.shape, folder / name)
+    try:
+        whole = torch.empty(leaf.shape, dtype=_DTYPES[leaf.dtype])
+    except RuntimeError as error:
+        raise CheckpointError(f"no memory for '{path}' of {leaf.shape} in {folder}: use a larger machine") from error
+    for name, part in zip(leaf.files, torch.split(whole, leaf.rows, leaf.axis), strict=True):
+        tensors = _read_tensors(folder / name, manifest.files[name])
+        part.copy_(_expect(tensors, _SEGMENT, leaf.dtype, tuple(part.shape), folder / name))
+    return whole
+
+
+def _expect(tensors: dict[str, Tensor], name: str, dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.dtype != _DTYPES[dtype] or tuple(tensor.shape) != shape:
+        found = "nothing" if tensor is None else f"{_dtype_name(tensor)} {tuple(tensor.shape)}"
+        raise _Damaged(f"{path} holds {found} for '{name}', the manifest says {dtype} {shape}")
+    return tensor
+
+
+def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, after its size, sha256 and header size were found right."""
+    data = _read_bytes(path, size)
+    if len(data) != size:
+        raise _Damaged(f"{path} has {len(data)} bytes of {size}: the file is truncated or foreign")
+    if f"{hashlib.sha256(data).hexdigest()}.safetensors" != path.name:
+        raise _Damaged(f"{path} does not match its sha256: the file is corrupted")
+    if int.from_bytes(data[:8], "little") > HEADER_LIMIT:
+        raise _Damaged(f"{path} declares a header above {HEADER_LIMIT} bytes: the file is foreign")
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # the library raises errors of several kinds on malformed input
+        raise _Damaged(f"{path} is not a safetensors file ({error})") from error
+    _remember(path)
+    return tensors
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in place of a file must not block
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file; more than `limit` bytes are refused unread."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise _Damaged(f"{path} is not a regular file: the checkpoint is foreign")
+            if status.st_size > limit:
+                raise _Damaged(f"{path} has {status.st_size} bytes, at most {limit} expected: the file is foreign")
+            return file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise _Damaged(f"{path} is missing") from error
+    except OSError as error:
+        raise _Damaged(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- manifest
+
+
+def _encode_manifest(manifest: _Manifest) -> bytes:
+    """JSON with a sha256 of the rest, so that a flipped bit in a counter shows."""
+    leaves: dict[str, Any] = dict.fromkeys(manifest.leaves)
+    for path, leaf in manifest.leaves.items():
+        if leaf is None:
+            continue
+        leaves[path] = {"dtype": leaf.dtype, "shape": list(leaf.shape), "files": list(leaf.files)}
+        if leaf.axis is not None:
+            leaves[path] |= {"axis": leaf.axis, "rows": leaf.rows}
+    body = {"format": FORMAT, "schema": SCHEMA, "leaves": leaves, "files": manifest.files, "about": manifest.about}
+    try:
+        data = json.dumps({**body, "sha256": _json_digest(body)}, indent=1).encode()
+    except (ValueError, RecursionError) as error:
+        raise SettingError(f"`about` cannot be written as JSON: {error}") from error
+    if len(data) > MANIFEST_LIMIT:
+        raise SettingError(f"{MANIFEST} would take {len(data)} bytes, above {MANIFEST_LIMIT}: shorten `about`")
+    return data
+
+
+def _json_digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        _Damaged: it is missing, corrupted, foreign or malformed.
+        CheckpointError: it is whole, of a schema this version does not know.
+    """
+    data = _read_bytes(path, MANIFEST_LIMIT)
+    try:
+        content = json.loads(data)
+        digest = content.pop("sha256")
+        if content["format"] != FORMAT or digest != _json_digest(content):
+            raise ValueError("the checksum does not match")
+        schema = content["schema"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _Damaged(f"{path} is corrupted or not a checkpoint of rlmeta ({error})") from error
+    if schema != SCHEMA:
+        raise CheckpointError(f"{path} has schema {schema!r}, this rlmeta reads {SCHEMA}: use the rlmeta that wrote it")
+    try:
+        return _parse_manifest(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damaged(f"{path} is malformed ({error!r})") from error
+
+
+def _parse_manifest(content: dict[str, Any]) -> _Manifest:
+    """Check every field that is used later; file names can be nothing but hashes, so none leads out of the folder."""
+    files = dict(content["files"])
+    for name, size in files.items():
+        if not _BLOB.fullmatch(name) or not _is_count(size):
+            raise ValueError(f"file {name!r} of {size!r} bytes")
+    described = content["leaves"].items()
+    leaves = {path: None if leaf is None else _parse_leaf(path, leaf, files) for path, leaf in described}
+    _check_paths(leaves)
+    if not isinstance(content["about"], dict):
+        raise ValueError("about is not a dictionary")
+    return _Manifest(leaves, files, content["about"])
+
+
+def _parse_leaf(path: str, leaf: dict[str, Any], files: dict[str, int]) -> _Leaf:
+    parsed = _Leaf(leaf["dtype"], tuple(leaf["shape"]), tuple(leaf["files"]), leaf.get("axis"), leaf.get("rows"))
+    if parsed.dtype not in _DTYPES or not all(map(_is_count, parsed.shape)) or not files.keys() >= set(parsed.files):
+        raise ValueError(f"leaf '{path}'")
+    expected = 1
+    if parsed.axis is not None:
+        if not _is_count(parsed.axis) or not _is_count(parsed.rows) or not parsed.rows:
+            raise ValueError(f"segments of '{path}'")
+        expected = -(-parsed.shape[parsed.axis] // parsed.rows) if parsed.axis < len(parsed.shape) else 0
+    size = math.prod(parsed.shape) * _DTYPES[parsed.dtype].itemsize
+    if len(parsed.files) != expected or size > sum(files[name] for name in parsed.files):
+        raise ValueError(f"files of '{path}'")
+    return parsed
+
+
+def _check_paths(paths: Iterable[str]) -> None:
+    """Refuse empty names and a path that runs through another leaf."""
+    known = set(paths)
+    for path in known:
+        parts = path.split("/")
+        if not all(parts) or any("/".join(parts[:length]) in known for length in range(1, len(parts))):
+            raise ValueError(f"leaf name '{path}'")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+_verified: dict[Path, tuple[int, ...]] = {}
+"""Files whose content this process has written or checked, with their signature at that time.
+
+A name alone does not prove the content: after a fall back to the previous checkpoint an equal run makes the very hash
+of the damaged file again, and must not take that file for good.
+"""
+
+
+def _intact(path: Path, size: int) -> bool:
+    """Whether the file at `path` has the content its name promises; read only if this process has not done so yet."""
+    signature = _signature(path)
+    if signature is None:
+        return False
+    if _verified.get(path.absolute()) == signature:
+        return True
+    try:
+        data = _read_bytes(path, size)
+    except _Damaged:
+        return False
+    if f"{hashlib.sha256(data).hexdigest()}.safetensors" != path.name:
+        return False
+    _remember(path)
+    return True
+
+
+def _remember(path: Path) -> None:
+    signature = _signature(path)
+    if signature is not None:
+        _verified[path.absolute()] = signature
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written to; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _exists(path: Path) -> bool:
+    return _signature(path) is not None
+
+
+def _write_file(path: Path, buffers: Iterable[Buffer]) -> None:
+    """Put a file at `path` at once: temporary file beside it, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        for buffer in buffers:
+            rest = memoryview(buffer)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+    os.replace(temporary, path)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in `folder` last through a power failure."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _rotatable(folder: Path) -> bytes | None:
+    """The bytes of the newest manifest if it is worth keeping as the previous one; a newer schema is refused."""
+    path = folder / MANIFEST
+    try:
+        _read_manifest(path)
+        return _read_bytes(path, MANIFEST_LIMIT)
+    except _Damaged:
+        return None
+
+
+def _collect(folder: Path) -> tuple[str, ...]:
+    """Remove temporary files, and tensor files that neither manifest names; what cannot be removed stays for later."""
+    named: set[str] | None = set()
+    for manifest in (MANIFEST, PREVIOUS):
+        if named is not None and os.path.lexists(folder / manifest):
+            try:
+                named |= _read_manifest(folder / manifest).files.keys()
+            except CheckpointError:
+                named = None  # someone may still rescue what a damaged manifest names
+    removed: list[str] = []
+    try:
+        present = sorted(os.listdir(folder))
+    except OSError:
+        return ()
+    for name in present:
+        unused = _BLOB.fullmatch(name) and named is not None and name not in named
+        if unused or _TEMPORARY.fullmatch(name):
+            with contextlib.suppress(OSError):
+                os.unlink(folder / name)
+                removed.append(name)
+                _verified.pop((folder / name).absolute(), None)
+    return tuple(removed)

@@ -1,0 +1,308 @@
+"""Settings as text: the flags of a dataclass, how a value is written, and what a text means.
+
+A flag is a field, `--learning-rate` for `learning_rate`; its help is the string below the field. The same grammar reads
+the command line and the saved plan of a run: 100k, 1M and 1_000_000 are numbers, layers are joined by x (64x64), a
+comma separates values to compare.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import dataclasses
+import difflib
+import importlib
+import inspect
+import itertools
+import math
+import textwrap
+import tomllib
+import types
+import typing
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any, TypeVar
+
+from rlmeta.errors import SettingError
+
+C = TypeVar("C")
+
+_SUFFIXES = {"k": 1_000, "K": 1_000, "M": 1_000_000}
+_SWITCH = {"true": True, "false": False}
+SWITCH = "[true|false]"
+"""What the help shows behind a flag that may stand alone."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the values of one field look."""
+
+    metavar: str
+    expected: str
+    parse: Callable[[str], Any]
+    """From text to one value; a ValueError where it is none."""
+    splits: bool = True
+    """Whether a comma separates values."""
+
+
+# ------------------------------------------------------------------------------------------------- values and texts
+
+
+def number(text: str) -> float:
+    """A number: 3e-4, 100k, 1M, 1_000_000, inf."""
+    digits, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
+    try:
+        value = float(Decimal(digits) * factor)
+    except InvalidOperation:
+        raise ValueError(text) from None
+    if math.isnan(value):
+        raise ValueError(text)
+    return value
+
+
+def whole(text: str) -> int:
+    """A whole number: 32, 100k, 1e6."""
+    value = number(text)
+    if math.isinf(value) or value != int(value):
+        raise ValueError(text)
+    return int(value)
+
+
+def load_object(text: str) -> Any:
+    """What `package.module:Name` names, imported.
+
+    Raises:
+        SettingError: there is no such module, or no such name in it.
+    """
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise SettingError(f"got {text!r}, expected package.module:Name")
+    loaded = load_module(module)
+    if not hasattr(loaded, name):
+        known = [candidate for candidate in vars(loaded) if not candidate.startswith("_")]
+        raise SettingError(f"{module} has no {name!r}{_nearest(name, known)}")
+    return getattr(loaded, name)
+
+
+def load_module(name: str) -> types.ModuleType:
+    """The user's module; a module that is missing is the user's slip, an error inside it is shown as it is."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise  # the module is there; what it imports is not
+        raise SettingError(f"no module {name!r} can be imported: run where it lies, or install it") from None
+
+
+def scalar(text: str) -> int | float | bool | str:
+    """A text as TOML reads it: an int, a float, a bool; anything else is a string."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, (int, float, bool, str)) else text
+
+
+def text_of(value: Any) -> str:
+    """The text that reads back as the value; a list is values to compare, a tuple joins layers."""
+    if isinstance(value, list):
+        return ",".join(text_of(one) for one in value)
+    if isinstance(value, tuple):
+        return "x".join(text_of(one) for one in value) or "none"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    if callable(value):
+        return f"{value.__module__}:{value.__qualname__}"
+    return str(value)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return () if text == "none" else tuple(whole(part) for part in text.split("x"))
+
+
+def form(hint: Any) -> Form:
+    """How the values of a type hint look."""
+    if typing.get_origin(hint) is Annotated:  # PerLearner: a float, or floats to compare
+        return Form("NUMBER[,...]", "a number", number)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union) and type(None) in arguments:
+        some = form(next(argument for argument in arguments if argument is not type(None)))
+        parse = some.parse
+        return dataclasses.replace(some, parse=lambda text: None if text == "none" else parse(text))
+    if origin is typing.Literal:
+        choices = {str(choice): choice for choice in arguments}
+        return Form("|".join(choices), f"one of {', '.join(choices)}", lambda text: _lookup(choices, text))
+    if origin is tuple:
+        return Form("INTxINT", "whole numbers joined by x, such as 64x64, or none", _layers)
+    if origin is collections.abc.Callable:
+        return Form("PACKAGE.MODULE:NAME", "package.module:Name", load_object)
+    if hint is bool:
+        return Form(SWITCH, "true or false", lambda text: _lookup(_SWITCH, text))
+    if hint is int:
+        return Form("INT", "a whole number", whole)
+    if hint is float:
+        return Form("NUMBER", "a number", number)
+    return Form("TEXT", "text", str, splits=False)
+
+
+def _lookup(choices: Mapping[str, Any], text: str) -> Any:
+    if text not in choices:
+        raise ValueError(text)
+    return choices[text]
+
+
+def forms(cls: type) -> dict[str, Form]:
+    """The form of every field of a dataclass."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: form(hints[f.name]) for f in dataclasses.fields(cls)}
+
+
+def values(cls: type, name: str, text: str, where: str = "") -> list[Any]:
+    """The comma-separated values of one field.
+
+    Raises:
+        SettingError: a value has another form than the field's, or is given twice.
+    """
+    expected = forms(cls)[name]
+    found: list[Any] = []
+    for part in text.split(",") if expected.splits else [text]:
+        try:
+            value = expected.parse(part.strip())
+        except SettingError as error:
+            raise SettingError(f"{where or flag_of(name)}: {error}") from None
+        except ValueError:
+            raise SettingError(f"{where or flag_of(name)} is {part!r}, expected {expected.expected}") from None
+        if value in found:
+            hint = "; layers are joined by x, such as 64x64" if isinstance(value, tuple) else ""
+            raise SettingError(f"{where or flag_of(name)} compares {part!r} with itself: give each value once{hint}")
+        found.append(value)
+    return found
+
+
+def build(cls: type[C], texts: Mapping[str, str]) -> C:
+    """An instance of a dataclass whose fields take one value each."""
+    parsed = {name: values(cls, name, text) for name, text in texts.items()}
+    for name, found in parsed.items():
+        if len(found) > 1:
+            raise SettingError(
+                f"{flag_of(name)} is {texts[name]!r}, expected one value: only the agent's settings compare"
+            )
+    return cls(**{name: found[0] for name, found in parsed.items()})
+
+
+def combinations(cls: type[C], texts: Mapping[str, str], per_learner: Sequence[str]) -> list[C]:
+    """The settings: one for every combination of the static values, those per learner stay lists."""
+    parsed = {name: values(cls, name, text) for name, text in texts.items()}
+    one_batch = {name: found if len(found) > 1 else found[0] for name, found in parsed.items() if name in per_learner}
+    static = {name: found for name, found in parsed.items() if name not in per_learner}
+    return [cls(**one_batch, **dict(zip(static, chosen))) for chosen in itertools.product(*static.values())]
+
+
+# ----------------------------------------------------------------------------------------------------------- flags
+
+
+def flag_of(name: str) -> str:
+    """`learning_rate` as `--learning-rate`; `async_` as `--async`."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass, on one line."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):
+        return {}
+    body = typing.cast(ast.ClassDef, tree.body[0]).body
+    found = {}
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            found[field.target.id] = " ".join(str(getattr(below.value, "value", "")).split())
+    return found
+
+
+def read(
+    prog: str, description: str, groups: Mapping[str, tuple[type, Mapping[str, Any]]], arguments: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """The texts of all flags, group by group; `--help` prints them and exits.
+
+    Args:
+        prog: for the help.
+        description: for the help.
+        groups: a dataclass and values that replace its defaults, by the name of the group.
+        arguments: of the command line, without the positional ones.
+
+    Returns:
+        `{group: {field: text}}`, defaults included.
+
+    Raises:
+        SettingError: an unknown flag, a flag without its value, or one that is given twice.
+    """
+    fields = [(name, shape) for cls, _ in groups.values() for name, shape in forms(cls).items()]
+    joined = _joined({flag_of(name): shape.metavar == SWITCH for name, shape in fields}, arguments, prog)
+    import tyro
+
+    made = [_texts_class(tyro, title, cls, dict(replaced)) for title, (cls, replaced) in groups.items()]
+    outer = dataclasses.make_dataclass(
+        "Flags", [(title, cls, dataclasses.field(default_factory=cls)) for title, cls in zip(groups, made)]
+    )
+    given: Any = tyro.cli(outer, prog=prog, description=description, args=joined, config=(tyro.conf.OmitArgPrefixes,))
+    return {title: dataclasses.asdict(getattr(given, title)) for title in groups}
+
+
+def _texts_class(tyro: types.ModuleType, title: str, cls: type, replaced: Mapping[str, Any]) -> type:
+    """A dataclass of the same fields as texts, for tyro."""
+    about, shapes = docs(cls), forms(cls)
+    fields = []
+    for field in dataclasses.fields(cls):
+        shape = shapes[field.name]
+        flag = tyro.conf.arg(
+            name=flag_of(field.name).removeprefix("--"), help=about.get(field.name, ""), metavar=shape.metavar
+        )
+        default = text_of(replaced.get(field.name, field.default))
+        fields.append((field.name, Annotated[str, flag], dataclasses.field(default=default)))
+    made = dataclasses.make_dataclass(title.title().replace("_", ""), fields)
+    made.__doc__ = (cls.__doc__ or "").strip().splitlines()[0]
+    return made
+
+
+def _joined(known: Mapping[str, bool], arguments: Sequence[str], prog: str) -> list[str]:
+    """Every flag with its value as `--flag=value`; `known` says which flags are switches."""
+    joined: dict[str, str] = {}
+    rest = deque(arguments)
+    while rest:
+        token = rest.popleft()
+        if token in ("-h", "--help"):
+            return ["--help"]
+        if not token.startswith("--"):
+            raise SettingError(f"unexpected {token!r}: flags follow the names, see `{prog} --help`")
+        flag, equals, value = token.partition("=")
+        flag = flag.replace("_", "-")
+        if flag not in known and known.get(flag.replace("--no-", "--", 1)):
+            flag, equals, value = flag.replace("--no-", "--", 1), "=", "false"
+        if flag not in known:
+            raise SettingError(f"unknown flag {flag}{_nearest(flag, known) or f': see `{prog} --help`'}")
+        if not equals:
+            value = _value_after(flag, known[flag], rest)
+        if flag in joined:
+            raise SettingError(f"{flag} is given twice: values to compare are separated by commas")
+        joined[flag] = value
+    return [f"{flag}={value}" for flag, value in joined.items()]
+
+
+def _value_after(flag: str, switch: bool, rest: deque[str]) -> str:
+    """The value that follows a flag; a switch may stand alone."""
+    if switch and not (rest and set(rest[0].split(",")) <= set(_SWITCH)):
+        return "true"
+    if not rest or rest[0].startswith("--"):
+        raise SettingError(f"{flag} needs a value")
+    return rest.popleft()
+
+
+def _nearest(name: str, known: collections.abc.Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
+    return f": did you mean {', '.join(nearest)}?" if nearest else ""

@@ -1,0 +1,331 @@
+"""What the command line was asked to train: an agent on a task, split into groups that run one after another.
+
+Learners of one batch share their static settings; a comma in one of those (`--num-steps 32,128`) makes one group for
+every value, each a run in a folder of its own below the common one, which keeps the plan so that it can be resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs.names import read_toml
+from rlmeta.envs.native import NativeEnv
+from rlmeta.envs.task import Mode, Task, TaskFamily, TaskStream, task
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.lab import flags, presets, run_folder
+from rlmeta.lab import train as training
+from rlmeta.lab.experiment import Budget, agent_class
+from rlmeta.lab.run import Run, load
+from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb
+from rlmeta.learning.settings import per_learner_names
+
+PLAN = "plan.toml"
+TENSORBOARD, WANDB = "tensorboard.json", "wandb.json"
+"""What the trackers leave in a run's folder."""
+
+AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
+  TASK    a name that `rlmeta list tasks` shows, a gymnasium id, or package.module:MyEnv-v0
+  flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""
+
+ABOUT = """Train an agent, all seeds and settings at once. A comma compares: --learning-rate 1e-4,1e-3 trains every seed
+with both; in a setting that is not per learner it makes groups that run one after another. 100k, 1M and 1e6 are
+numbers, --x and --no-x are switches, --env.KEY VALUE is an argument of the environment. Defaults are the preset's."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The run."""
+
+    seeds: str = "1"
+    """How many learners of each setting (16), or which seeds (3,5,7; one seed with a comma behind it)."""
+    out: str | None = None
+    """The folder of the run; runs/AGENT-TASK-N, with the first free N, unless given."""
+    preset: str = "auto"
+    """A preset's file or name, the task whose settings to take, none, or auto for the task's own."""
+    async_: bool = False
+    """Divide gymnasium's environments over worker processes."""
+    native: bool = True
+    """Use rlmeta's own batched environment where there is one for the task."""
+    threads: int = 0
+    """Threads of torch; 0 chooses."""
+    device: str = "cpu"
+    """Of every tensor."""
+    tensorboard: bool = False
+    """Write TensorBoard's files into the run's folder."""
+    wandb: bool = False
+    """Log to Weights & Biases, one W&B run for each learner."""
+    wandb_project: str = "rlmeta"
+    """The W&B project."""
+    quiet: bool = False
+    """No live progress and no header."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train. Everything but names is kept as the text of its flag."""
+
+    agent: str
+    task: str
+    env: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the environment."""
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The flags, in the groups `run`, `budget` and `settings`."""
+    preset: presets.Preset = presets.NOTHING
+
+    @cached_property
+    def options(self) -> Options:
+        """How to run it."""
+        return flags.build(Options, self.texts["run"])
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How long to train, how often to look."""
+        return flags.build(Budget, self.texts["budget"])
+
+    @cached_property
+    def groups(self) -> dict[str, Any]:
+        """The settings of every group by its label; '' is the label of an only one."""
+        cls = agent_class(self.agent)
+        per_learner = per_learner_names(cls)
+        settings: list[Any] = flags.combinations(cls, self.texts["settings"], per_learner)
+        compared = [n for n, text in self.texts["settings"].items() if n not in per_learner and _compares(cls, n, text)]
+        return {",".join(f"{n}={flags.text_of(getattr(one, n))}" for n in compared): one for one in settings}
+
+    @property
+    def seeds(self) -> int | tuple[int, ...]:
+        """How many, or which."""
+        text = self.options.seeds
+        try:
+            if "," in text:
+                return tuple(flags.whole(part) for part in text.split(",") if part.strip())
+            return flags.whole(text)
+        except ValueError:
+            raise SettingError(f"--seeds is {text!r}, expected a count (16) or seeds (3,5,7)") from None
+
+    def problem(self) -> Task | TaskFamily:
+        """What the agent is trained on."""
+        source = _source(self.task)
+        if isinstance(source, TaskStream):
+            raise SettingError(f"{self.task!r} is a stream of tasks, expected one task")
+        if isinstance(source, Task | TaskFamily):
+            if self.env:
+                raise SettingError(
+                    f"--env.{next(iter(self.env))}: {self.task!r} is a task with its settings made already"
+                )
+            return source
+        options = self.options
+        mode: Mode = "async" if options.async_ else "sync"
+        made = task(source, name=self.task, settings=self.env, mode=mode, native=options.native)
+        if made.native and options.async_:
+            raise SettingError(
+                f"--async is for gymnasium's environments, {self.task!r} is rlmeta's own: add --no-native"
+            )
+        return made
+
+    # ------------------------------------------------------------------ what is printed first
+
+    def header(self, folder: Path) -> str:
+        """The task, the preset, and what differs from the agent's defaults."""
+        seeds = f"{self.seeds} seeds" if isinstance(self.seeds, int) else f"seeds {self.options.seeds.rstrip(',')}"
+        lines = [f"{self.agent} on {self.task}: {seeds}, {self.budget.steps:,} steps each, into {folder}"]
+        path, name = self.preset.path, agent_class(self.agent).__name__
+        lines += [f"preset {_short(path)} [{self.preset.table}]" if path else "no preset"]
+        differing = [
+            f"{setting}={text} ({flags.text_of(f.default)})"
+            for f in dataclasses.fields(agent_class(self.agent))
+            for setting, text in [(f.name, self.texts["settings"][f.name])]
+            if text != flags.text_of(f.default)
+        ]
+        lines += [f"settings ({name}'s default): {', '.join(differing)}" if differing else f"{name}'s default settings"]
+        if len(self.groups) > 1:
+            lines += [f"{len(self.groups)} groups, one after another: {' | '.join(self.groups)}"]
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------ folders
+
+    def folder(self) -> Path:
+        """Where the run goes."""
+        if self.options.out is not None:
+            return Path(self.options.out)
+        name = re.sub(r"[^\w.-]+", "-", f"{self.agent}-{self.task}")
+        n = 1
+        while os.path.lexists(f"runs/{name}-{n}"):
+            n += 1
+        return Path(f"runs/{name}-{n}")
+
+    def begin(self, folder: Path) -> None:
+        """With several groups, make the common folder and keep the plan in it."""
+        if len(self.groups) > 1:
+            run_folder.create(folder)
+            content = {"agent": self.agent, "task": self.task, "env": self.env, "flags": self.texts}
+            written = folder / f"{PLAN}.tmp"
+            written.write_text(tomli_w.dumps(content))
+            os.replace(written, folder / PLAN)
+
+    # ------------------------------------------------------------------ training
+
+    def trackers(self) -> list[TrackerFactory]:
+        """Where metrics go besides the run's folder."""
+        options = self.options
+        chosen = [to_tensorboard()] if options.tensorboard else []
+        return [*chosen, to_wandb(options.wandb_project)] if options.wandb else chosen
+
+    def train(self, label: str, folder: Path, inexact: bool = False) -> Run:
+        """Train one group; one that is there already goes on, or is read if it has ended."""
+        settings, where, quiet = self.groups[label], group_folder(folder, label), self.options.quiet
+        if label and (where / run_folder.CONFIG).is_file():
+            source, network = _source(self.task), getattr(settings, "network", None)
+            env = None if isinstance(source, str) else source
+            if (where / "summary.json").is_file():
+                return load(where, network=network, env=env)
+            return go_on(where, network=network, env=env, progress=not quiet, inexact=inexact)
+        if label and not quiet:
+            print(label)
+        return training.train(
+            settings,
+            self.problem(),
+            seeds=self.seeds,
+            out=where,
+            budget=self.budget,
+            trackers=self.trackers(),
+            progress=not quiet,
+            device=self.options.device,
+            threads=self.options.threads,
+        )
+
+
+def go_on(folder: Path, *, network: NetworkFactory | None, env: Any, progress: bool, inexact: bool) -> Run:
+    """Resume a single run, with the trackers it had."""
+    trackers = [to_tensorboard()] if (folder / TENSORBOARD).is_file() else []
+    if (folder / WANDB).is_file():
+        journal = json.loads((folder / WANDB).read_text())
+        trackers.append(to_wandb(journal["project"], entity=journal["entity"]))
+    return training.resume(folder, network=network, env=env, trackers=trackers, progress=progress, inexact=inexact)
+
+
+def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
+    """The plan of a command line, with the preset as the flags' defaults; `--help` prints them and exits.
+
+    Raises:
+        SettingError, UnknownNameError: a name, a flag or a value that is wrong.
+    """
+    cls = agent_class(agent)
+    env, rest = _env_settings(arguments)
+    source = _peek(rest, "--preset")
+    preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
+    steps = {} if preset.steps is None else {"steps": preset.steps}
+    groups = {"run": (Options, {}), "budget": (Budget, steps), agent: (cls, preset.settings)}
+    texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
+    texts["settings"] = texts.pop(agent)
+    plan = Plan(agent, task_name, env, texts, preset)
+    if plan.options.wandb_project != Options.wandb_project and not plan.options.wandb:
+        raise SettingError("--wandb-project is given without --wandb")
+    if not plan.groups or not plan.seeds:
+        raise SettingError(f"--seeds is {plan.options.seeds!r}, expected at least one")
+    return plan
+
+
+def is_plan(folder: Path) -> bool:
+    """Whether the folder holds the groups of a plan."""
+    return (folder / PLAN).is_file()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run, or the groups of a plan."""
+    return is_plan(folder) or (folder / run_folder.CONFIG).is_file()
+
+
+def from_folder(folder: Path) -> Plan:
+    """The plan that is kept in a folder.
+
+    Raises:
+        CheckpointError: the file is not one of a plan.
+    """
+    path = folder / PLAN
+    content = read_toml(path)
+    if set(content) != {"agent", "task", "env", "flags"}:
+        raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")
+    return Plan(content["agent"], content["task"], content["env"], content["flags"])
+
+
+def group_folder(folder: Path, label: str) -> Path:
+    """The folder of a group; the common one for an only group."""
+    return folder / re.sub(r"[^\w=.,-]+", "-", label)
+
+
+def members(folder: Path) -> dict[str, Path]:
+    """The folders of single runs in a run's folder, by the group's label: itself, or its groups so far."""
+    if not is_plan(folder):
+        return {"": folder}
+    folders = {label: group_folder(folder, label) for label in from_folder(folder).groups}
+    return {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
+
+
+def loaded_env(name: str | None) -> Any:
+    """The environment that `package.module:name` names: a factory, a native environment, or a task."""
+    made = None if name is None else flags.load_object(name)
+    return made() if isinstance(made, type) and issubclass(made, NativeEnv) else made
+
+
+def loaded_network(name: str | None) -> NetworkFactory | None:
+    """The network factory that `package.module:Name` names."""
+    return None if name is None else flags.load_object(name)
+
+
+def _source(name: str) -> Any:
+    """The user's object where a task's name is one, else the name itself."""
+    module, colon, attribute = name.partition(":")
+    if not colon or not hasattr(flags.load_module(module), attribute):
+        return name  # of rlmeta, of gymnasium, or an id that the module has registered
+    return loaded_env(name)
+
+
+def _compares(cls: type, name: str, text: str) -> bool:
+    return len(flags.values(cls, name, text)) > 1
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _env_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of the environment (`--env.KEY VALUE`), and the other flags."""
+    settings: dict[str, Any] = {}
+    others, rest = [], deque(arguments)
+    while rest:
+        token = rest.popleft()
+        flag, equals, value = token.partition("=")
+        if not flag.startswith("--env."):
+            others.append(token)
+            continue
+        name = flag.removeprefix("--env.").replace("-", "_")
+        if not name.isidentifier() or name in settings:
+            raise SettingError(
+                f"{flag} {'is given twice' if name in settings else 'names no argument: --env.KEY VALUE'}"
+            )
+        if not equals and (not rest or rest[0].startswith("--")):
+            raise SettingError(f"{flag} needs a value")
+        settings[name] = flags.scalar(value if equals else rest.popleft())
+    return settings, others
+
+
+def _peek(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that must be known before all flags are read."""
+    for token, following in zip(arguments, [*arguments[1:], ""]):
+        if token == flag:
+            return following
+        if token.startswith(f"{flag}="):
+            return token.removeprefix(f"{flag}=")
+    return None

@@ -1,0 +1,218 @@
+"""Learning curves of a run: `curve.png`, against environment steps and against wall time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlmeta.errors import SettingError, missing_extra
+from rlmeta.functional import statistics
+from rlmeta.lab.records import read_records
+from rlmeta.lab.tables import FEW_SEEDS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from rlmeta.lab.run import Run
+
+TRAINING, EVALUATION = "charts/episodic_return", "eval/return"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which the colour-blind can tell apart."""
+GREY = "#555555"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of every learner over a run."""
+
+    steps: NDArray[np.float64]
+    """Environment steps of each learner, `[P]`."""
+    seconds: NDArray[np.float64]
+    """Wall time of all learners together, `[P]`."""
+    values: NDArray[np.float64]
+    """`[P, S]`; a learner without a value keeps its last one, and has NaN before its first."""
+
+
+def write_curve(run: Run) -> Path | None:
+    """Draw the evaluation and training returns of a run with a folder into its `curve.png`.
+
+    Each setting's interquartile mean over seeds, with the 95 % interval of a stratified bootstrap around that of the
+    evaluations; up to 3 seeds are drawn one by one instead. Without matplotlib a sentence says what to install.
+
+    Returns:
+        The file, or None where nothing was drawn.
+
+    Raises:
+        SettingError: the run is kept in memory.
+        CheckpointError: the run's records are missing or damaged.
+    """
+    if run.folder is None:
+        raise SettingError("a run that is kept in memory has no curve.png: give out=")
+    evaluation, training = curves(run)
+    try:
+        figure = _figure(run, evaluation, training)
+    except ImportError:
+        print(missing_extra("matplotlib", "plot", "drawing curve.png"), file=sys.stderr)
+        return None
+    path = run.folder / "curve.png"
+    temporary = path.with_name("curve.png.tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    os.replace(temporary, path)
+    return path
+
+
+def curves(run: Run) -> tuple[Curve, Curve]:
+    """Evaluation returns, the final evaluation's last, and training returns, from the folder of a run."""
+    assert run.folder is not None
+    lines = read_records(run.folder / "metrics.jsonl")
+    seconds = {record["iteration"]: record["seconds"] for record in read_records(run.folder / "timing.jsonl")}
+    learners = len(run.experiment.learners)
+    evaluation, training = (_curve(lines, seconds, name, learners) for name in (EVALUATION, TRAINING))
+    if run.evaluation is not None:
+        evaluation = Curve(
+            np.append(evaluation.steps, run.env_steps),
+            np.append(evaluation.seconds, run.seconds),
+            np.concatenate([evaluation.values, run.scores.cpu().numpy()[None]]),
+        )
+    return evaluation, training
+
+
+def _curve(lines: Sequence[dict[str, Any]], seconds: dict[int, float], name: str, learners: int) -> Curve:
+    lines = [line for line in lines if name in line]
+    values = np.array([line[name] for line in lines], dtype=np.float64).reshape(-1, learners)
+    for before, after in itertools.pairwise(values):
+        after[:] = np.where(np.isnan(after), before, after)
+    return Curve(
+        np.array([line["env_steps"] for line in lines], dtype=np.float64),
+        np.array([seconds.get(line["iteration"], np.nan) for line in lines], dtype=np.float64),
+        values,
+    )
+
+
+def centre(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The interquartile mean over seeds at each point, `[P, S]` -> `[P]`; NaN until every seed has a value.
+
+    A seed that never has one, such as a learner that never finished an episode, is left out.
+    """
+    ever = ~np.isnan(values).all(0)
+    return statistics.iqm(values[:, ever, None]) if ever.any() else np.full(len(values), np.nan)
+
+
+def band(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The ends of the 95 % interval of `centre` at each point, `[P, S]` -> `[P]`, `[P]`."""
+    values = values[:, ~np.isnan(values).all(0)]
+    ends = [
+        (np.nan, np.nan)
+        if np.isnan(point).any() or not point.size
+        else statistics.stratified_bootstrap_interval(point[:, None])
+        for point in values
+    ]
+    low, high = np.array(ends, dtype=np.float64).reshape(-1, 2).T
+    return low, high
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
+    """Two panels and a legend. Made without pyplot, whose figures and style are the user's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    experiment = run.experiment
+    learners, seeds = len(experiment.learners), len(experiment.seeds)
+    figure = Figure(figsize=(12, 4.4), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    unit, scale = _time_unit(max([run.seconds, *training.seconds, *evaluation.seconds]))
+    for axes, x in ((left, "steps"), (right, "seconds")):
+        divisor = scale if x == "seconds" else 1.0
+        for index, colour in enumerate(_colours(len(experiment.variants))):
+            of = slice(index * seeds, (index + 1) * seeds)
+            _draw_training(
+                axes, getattr(training, x) / divisor, training.values[:, of], colour, len(evaluation.steps) < 1
+            )
+            _draw_evaluation(axes, getattr(evaluation, x) / divisor, evaluation.values[:, of], colour)
+        _dress(axes)
+    left.set_ylabel("undiscounted return per episode")
+    left.set_xlabel("environment steps of each learner" if learners > 1 else "environment steps")
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))
+    together = f" of all {learners} learners together" if learners > 1 else ""
+    right.set_xlabel(f"wall time{together} [{unit}]")
+    over = f"interquartile mean of {seeds} seeds" if seeds > FEW_SEEDS else f"mean of {seeds} seeds"
+    title = f"{experiment.agent_name} on {experiment.task.name}" + (f": {over}" if seeds > 1 else "")
+    figure.suptitle(title, fontsize=12)
+    figure.legend(handles=list(_legend(run)), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_evaluation(axes: Axes, x: NDArray[np.float64], values: NDArray[np.float64], colour: Any) -> None:
+    seeds = values.shape[1]
+    if seeds > FEW_SEEDS:
+        axes.fill_between(x, *band(values), color=colour, alpha=0.18, linewidth=0, zorder=2)
+    elif seeds > 1:
+        axes.plot(x, values, color=colour, alpha=0.5, linewidth=0.9, marker=".", markersize=4, zorder=3)
+    axes.plot(x, centre(values), color=colour, linewidth=1.9, marker="o", markersize=4.5, zorder=4)
+
+
+def _draw_training(axes: Axes, x: NDArray[np.float64], values: NDArray[np.float64], colour: Any, alone: bool) -> None:
+    seeds = values.shape[1]
+    if alone and seeds > FEW_SEEDS:
+        axes.fill_between(x, *band(values), color=colour, alpha=0.18, linewidth=0, zorder=2)
+    elif alone and seeds > 1:
+        axes.plot(x, values, color=colour, alpha=0.35, linewidth=0.6, zorder=1)
+    axes.plot(x, centre(values), color=colour, alpha=0.6, linewidth=0.9, zorder=1)
+
+
+def _dress(axes: Axes) -> None:
+    """A light grid and no frame."""
+    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors=GREY, labelsize=9)
+    axes.margins(x=0.02)
+
+
+def _legend(run: Run) -> Iterator[Any]:
+    """A line for each setting, then what the kinds of lines mean."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    labels, seeds = run.experiment.labels, len(run.experiment.seeds)
+    if len(labels) > 1:
+        for label, colour in zip(labels, _colours(len(labels))):
+            yield Line2D([], [], color=colour, linewidth=3, label=label.replace(", ", "\n") or "(equal)")
+        yield Line2D([], [], linestyle="none", label="")
+    yield Line2D([], [], color=GREY, linewidth=1.9, marker="o", markersize=4.5, label="evaluation")
+    if seeds > FEW_SEEDS:
+        yield Patch(color=GREY, alpha=0.3, linewidth=0, label="95 % interval")
+    elif seeds > 1:
+        yield Line2D([], [], color=GREY, alpha=0.6, linewidth=0.9, marker=".", markersize=4, label="each seed")
+    yield Line2D([], [], color=GREY, alpha=0.7, linewidth=0.9, label="training")
+
+
+def _colours(count: int) -> Sequence[Any]:
+    """Colours that can be told apart; along a scale where there are too many."""
+    if count <= len(COLOURS):
+        return COLOURS[:count]
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](i / (count - 1) * 0.92) for i in range(count)]
+
+
+def _time_unit(longest: float) -> tuple[str, float]:
+    """The unit of the time axis, and its seconds."""
+    if longest > 3 * 3600:
+        return "h", 3600.0
+    return ("min", 60.0) if longest > 300 else ("s", 1.0)

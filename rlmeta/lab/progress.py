@@ -1,0 +1,169 @@
+"""Progress of a run in the terminal: a live bar, or a line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlmeta.learning.clock import clock
+
+if TYPE_CHECKING:
+    from rlmeta.lab.experiment import Experiment
+
+BAR_SECONDS = 0.2
+"""Between two looks of the bar."""
+LINE_SECONDS = 30.0
+"""Between two lines where there is no terminal."""
+WINDOW_SECONDS = 30.0
+"""The rate is that of the last so many seconds."""
+RETURNS = {"charts/episodic_return": "return", "eval/return": "evaluation"}
+PARTS = ("act", "environment", "learn", "evaluate", "save", "other")
+
+
+class Progress:
+    """Shows on stderr how far a run is, how fast, what it achieves and where the time goes.
+
+    Args:
+        enabled: False shows nothing.
+        experiment: what is trained.
+        iterations: of the whole run.
+        steps_per_iteration: environment steps of each learner in one.
+    """
+
+    def __init__(self, enabled: bool, experiment: Experiment, iterations: int, steps_per_iteration: int) -> None:
+        self._enabled, self._iterations, self._steps = enabled, iterations, steps_per_iteration
+        self._learners = len(experiment.learners)
+        learners = f", {self._learners} learners" if self._learners > 1 else ""
+        self._title = f"{experiment.agent_name} on {experiment.task.name}{learners}"
+        self._done, self._seconds = 0, 0.0
+        self._returns: dict[str, float] = {}
+        self._samples: deque[tuple[float, int]] = deque()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        self._started = time.monotonic()
+        self._due = self._started
+        if self._enabled:
+            console = Console(stderr=True)
+            if console.file.isatty() and not console.is_dumb_terminal:
+                # what is printed meanwhile appears above the bar; but what goes to a file or a pipe is not ours
+                self._live = Live(
+                    console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty(), redirect_stderr=True
+                )
+                self._live.start()
+            else:
+                self._due += LINE_SECONDS
+        return self
+
+    def update(self, done: int, line: dict[str, Any] | None, seconds: float) -> None:
+        """Tell what has been reached; shows it if it is time to.
+
+        Args:
+            done: iterations so far.
+            line: of metrics, where this iteration made one.
+            seconds: of the run so far, over all its resumes.
+        """
+        if not self._enabled:
+            return
+        self._done, self._seconds = done, seconds
+        if line is not None:
+            self._returns.update(_mean_returns(line))
+        now = time.monotonic()
+        if not self._samples:
+            self._samples.append((self._started, done - 1))
+        if now >= self._due:
+            self._show(now)
+
+    def _show(self, now: float) -> None:
+        self._samples.append((now, self._done))
+        while self._samples[1][0] < now - WINDOW_SECONDS:
+            self._samples.popleft()
+        if self._live is None:
+            print(self._line(), file=sys.stderr, flush=True)
+            self._due = now + LINE_SECONDS
+        else:
+            self._live.update(self._picture(), refresh=True)
+            self._due = time.monotonic() + BAR_SECONDS
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            try:
+                if self._samples:
+                    self._show(time.monotonic())
+            finally:
+                self._live.stop()
+                self._live = None
+
+    # ------------------------------------------------------------------ what is shown
+
+    def _rate(self) -> float:
+        """Iterations per second of late."""
+        (start, before), (end, after) = self._samples[0], self._samples[-1]
+        return (after - before) / max(end - start, 1e-9)
+
+    def _left(self) -> str:
+        left = self._iterations - self._done
+        rate = self._rate()
+        if left and not rate:
+            return "? left"
+        return f"{_duration(left / rate)} left" if left else f"{_duration(self._seconds)} in all"
+
+    def _numbers(self) -> str:
+        done, whole = self._done * self._steps, self._iterations * self._steps
+        rate = self._rate() * self._steps * self._learners
+        returns = [f"{RETURNS[name]} {value:,.1f}" for name, value in self._returns.items()]
+        return ", ".join([f"{done:,} of {whole:,} steps", f"{rate:,.0f} steps/s", *returns])
+
+    def _line(self) -> str:
+        return f"{self._title}: {self._done / self._iterations:.0%}, {self._numbers()}, {self._left()}; {where_time_goes()}"
+
+    def _picture(self) -> RenderableType:
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        share = f"{self._done / self._iterations:.0%}"
+        head.add_row(
+            Text(self._title, "bold"),
+            ProgressBar(self._iterations, self._done),
+            Text(f"{share}  {self._left()}"),
+        )
+        rest = [Text(self._numbers()), Text(f"time: {where_time_goes()}", "dim")]
+        for text in rest:
+            text.no_wrap, text.overflow = True, "ellipsis"
+        return Group(head, *rest)
+
+
+def where_time_goes() -> str:
+    """What each part of the work takes of the time so far."""
+    total = sum(clock.seconds.values())
+    shares = {part: round(100 * clock.seconds.get(part, 0.0) / total) for part in PARTS} if total else {}
+    return ", ".join(f"{part} {share} %" for part, share in shares.items() if share)
+
+
+def _mean_returns(line: dict[str, Any]) -> dict[str, float]:
+    """The means over the learners that have a value."""
+    means = {}
+    for name in RETURNS:
+        values = [value for value in line.get(name, ()) if math.isfinite(value)]
+        if values:
+            means[name] = sum(values) / len(values)
+    return means
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,241 @@
+"""A run as a value: what was trained, its state, its evaluations; and how it is read back from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.envs import spaces
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.functional import random, statistics, tree
+from rlmeta.lab import checkpoint, run_folder
+from rlmeta.lab.evaluate import Evaluation, evaluate
+from rlmeta.lab.experiment import Experiment, from_config
+from rlmeta.learning.method import Method
+from rlmeta.learning.state import State, join, split
+
+
+class Run:
+    """An experiment and where it stands.
+
+    Attributes:
+        experiment: settings, seeds, task, budget.
+        agent: bound to the task's spaces.
+        shards: everything it is, one state for each thread's learners; `state` joins them.
+        folder: where it is saved, or None.
+        evaluation: of the final parameters, once it has ended.
+        seconds: of wall time it trained, over all its resumes.
+        stopped: why it ended before its budget, or ''.
+    """
+
+    def __init__(self, experiment: Experiment, folder: Path | None) -> None:
+        self.experiment, self.folder = experiment, folder
+        experiment.use_threads()
+        self.worlds = [experiment.world(size) for size in experiment.shards]
+        self.agent: Agent = experiment.bind(self.worlds[0])
+        self.shards: list[State] = []
+        self.evaluation: Evaluation | None = None
+        self.seconds = 0.0
+        self.stopped = ""
+
+    @property
+    def state(self) -> State:
+        """Everything it is, all learners together."""
+        return join(self.shards)
+
+    @state.setter
+    def state(self, state: State) -> None:
+        sizes = self.experiment.shards
+        self.shards = [state] if len(sizes) == 1 else split(state, sizes)
+
+    def start(self) -> None:
+        """Set the state to that of a run that begins."""
+        hyper, first, shards = self.experiment.hyper(), 0, []
+        for size, world in zip(self.experiment.shards, self.worlds):
+            part = slice(first, first + size)
+            keys = self.experiment.keys()[part]
+            shards.append(self.agent.init(keys, {name: value[part] for name, value in hyper.items()}, world))
+            first += size
+        self.shards = shards
+
+    # ------------------------------------------------------------------ what a reader asks
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps of each learner so far."""
+        return max(int(shard["count"]["env_steps"].max()) for shard in self.shards)
+
+    @property
+    def scores(self) -> Tensor:
+        """Mean return of every learner's final evaluation, `[S]`."""
+        if self.evaluation is None:
+            raise SettingError("the run has not been evaluated: it has not ended (`rlmeta resume`), or call run.evaluate()")
+        return self.evaluation.returns.mean(-1)
+
+    def evaluate(self, episodes: int, *, deterministic: bool = True, best: bool = False, seed: int = 0) -> Evaluation:
+        """Play `episodes` fresh episodes with every learner.
+
+        Args:
+            episodes: of each learner.
+            deterministic: the policy's mode, or a sample.
+            best: the parameters of each learner's best periodic evaluation instead of the final ones.
+            seed: another seed plays other episodes.
+        """
+        state = self.state
+        p = self.agent.seen(state)
+        if best:
+            if "best" not in state:
+                raise SettingError("no best parameters: the run has had no periodic evaluation")
+            p = {**p, **state["best"]["params"]}
+        rows = evaluation_rows(episodes, self.experiment.task.native)
+        world = self.experiment.world(len(self.experiment.learners), rows)
+        try:
+            key = random.fold(random.fold(state["key"], "evaluation"), seed)
+            return evaluate(self.agent, p, world, key, episodes, deterministic=deterministic)
+        finally:
+            world.close()
+
+    @torch.no_grad()
+    def act(self, observation: Any, *, deterministic: bool = True, learner: int | None = None) -> Any:
+        """The action for one observation of the task, ready for `env.step`.
+
+        Args:
+            observation: as the environment gives it.
+            deterministic: the policy's mode, or a sample.
+            learner: which one acts; by default the best in the final evaluation.
+
+        Raises:
+            SpaceError: the observation is not of the task's observation space.
+        """
+        if learner is None:
+            learner = int(self.scores.argmax()) if self.evaluation is not None else 0
+        if not 0 <= learner < len(self.experiment.learners):
+            raise SettingError(f"learner {learner}: the run has learners 0 to {len(self.experiment.learners) - 1}")
+        state = self.state
+        p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
+        given = tree.map(lambda x: x.unsqueeze(0), spaces.to_tree(self.agent.observation_space, observation))
+        self._acted = getattr(self, "_acted", 0) + 1
+        key = random.fold(random.fold(state["key"][learner], "act"), self._acted)
+        action, _ = self.agent.act(p, given, self.agent.initial_memory(p, (1,)), key, deterministic)
+        return spaces.to_numpy(self.agent.action_space, action[0])
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row for each variant: its label, IQM with 95 % interval, mean, steps, seconds, steps/s."""
+        seeds, steps = len(self.experiment.seeds), self.env_steps
+        scores = self.scores.reshape(-1, seeds).cpu().numpy()
+        rows = []
+        for label, score in zip(self.experiment.labels, scores):
+            low, high = statistics.stratified_bootstrap_interval(score[:, None], statistics.iqm)
+            rows.append(
+                {
+                    "agent": self.experiment.agent_name,
+                    "task": self.experiment.task.name,
+                    "setting": label,
+                    "seeds": seeds,
+                    "iqm": float(statistics.iqm(score[:, None])),
+                    "low": float(low),
+                    "high": float(high),
+                    "mean": float(score.mean()),
+                    "scores": [float(one) for one in score],
+                    "episodes": int(self.evaluation.returns.shape[-1]) if self.evaluation else 0,
+                    "steps": steps,
+                    "seconds": round(self.seconds, 1),
+                    "steps_per_second": round(steps * len(self.experiment.learners) / max(self.seconds, 1e-9)),
+                }
+            )
+        return rows
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, about: dict[str, Any]) -> None:
+        """Write the state into the folder, atomically."""
+        if self.folder is not None:
+            checkpoint.save(self.folder / "state", self.state, about, learner_axes=1)
+
+    def write_summary(self) -> None:
+        """Write the final evaluation into the folder."""
+        if self.folder is not None and self.evaluation is not None:
+            content = {
+                "summary": self.summary(),
+                "returns": self.evaluation.returns.tolist(),
+                "lengths": self.evaluation.lengths.tolist(),
+                "stopped": self.stopped,
+            }
+            (self.folder / "summary.json").write_text(json.dumps(content))
+
+    def close(self) -> None:
+        """End worker processes and environments."""
+        for world in self.worlds:
+            world.close()
+
+
+def evaluation_rows(episodes: int, native: bool) -> int:
+    """Rows to play `episodes` episodes in: all at once where rows cost nothing, else the largest divisor up to 16."""
+    return episodes if native else max(n for n in range(1, 17) if episodes % n == 0)
+
+
+def load(
+    folder: str | Path,
+    *,
+    network: NetworkFactory | None = None,
+    env: Any = None,
+    methods: tuple[Method, ...] = (),
+) -> Run:
+    """Read a run back: its settings, its state, its final evaluation.
+
+    Args:
+        folder: as given to `train(out=...)`.
+        network: the user's network again, where it had one; a run folder names code but never loads any.
+        env: the user's environment factory again, where it had one.
+        methods: the lifelong methods again, where it had some.
+
+    Raises:
+        CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
+    """
+    folder = Path(folder)
+    if not (folder / "config.toml").is_file():
+        raise CheckpointError(f"{folder} is not the folder of a run: it has no config.toml")
+    config = run_folder.read_config(folder)
+    run = Run(from_config(config, where=str(folder), network=network, source=env, methods=methods), folder)
+    state, about = checkpoint.load(folder / "state")
+    run.start()
+    run.state = fit(run.state, state, str(folder))
+    run.seconds = float(about.get("seconds", 0.0))
+    run.stopped = str(about.get("stopped", ""))
+    summary = folder / "summary.json"
+    if summary.is_file():
+        content = json.loads(summary.read_text())
+        run.evaluation = Evaluation(
+            torch.tensor(content["returns"], dtype=torch.float64), torch.tensor(content["lengths"])
+        )
+    return run
+
+
+def fit(fresh: State, saved: State, where: str) -> State:
+    """The saved state, after a check that it is one of this agent on this task.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape or type than the agent's.
+    """
+    expected, given = tree.flatten(fresh), tree.flatten(saved)
+    for name, leaf in expected.items():
+        if name not in given:
+            raise CheckpointError(f"{where}: the checkpoint lacks {name!r}: it is of another agent, task or version")
+        if given[name].shape != leaf.shape or given[name].dtype != leaf.dtype:
+            raise CheckpointError(
+                f"{where}: {name!r} is {given[name].dtype} {tuple(given[name].shape)} in the checkpoint, the agent has "
+                f"{leaf.dtype} {tuple(leaf.shape)}: it is of another agent, task or number of learners"
+            )
+    device = fresh["key"].device
+    return tree.map(lambda leaf: leaf.to(device), saved)
+
+
+def per_learner(values: Tensor) -> list[float]:
+    """`[S]` as a list for JSON."""
+    return np.asarray(values.detach().cpu(), dtype=np.float64).tolist()

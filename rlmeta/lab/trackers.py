@@ -1,0 +1,320 @@
+"""Trackers: where metrics go besides `metrics.jsonl`: TensorBoard and Weights & Biases.
+
+Each learner is a run of its own there, under CleanRL's metric names, so the plots made for those work. A tracker logs
+every step at most once, whatever moment the process dies at: the step is on disk in the run folder before anything is
+sent, and of the lines that a resumed run computes again, those up to that step are dropped. So a kill may lose the last
+lines of a tracker (W&B writes its own about every 15 seconds) but never repeats one; `metrics.jsonl` has all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from rlmeta.errors import CheckpointError, SettingError, missing_extra
+
+if TYPE_CHECKING:
+    from rlmeta.lab.experiment import Experiment
+    from rlmeta.lab.run import Run
+
+LONGEST_NAME = 100
+"""Characters of a learner's name: a folder's may have 255, and W&B's 128 with those of the task and the agent."""
+
+
+class Tracker(Protocol):
+    """Where metrics go besides the run folder."""
+
+    def log(self, step: int, metrics: dict[str, list[float]]) -> None:
+        """Send one line of metrics.
+
+        Args:
+            step: environment steps of each learner; a step that is not above the last one is dropped.
+            metrics: a number for every learner, `{name: [S]}`; what is not finite is left out.
+        """
+
+    def close(self) -> None:
+        """Send the rest and let go; nothing is logged afterwards."""
+
+
+TrackerFactory: TypeAlias = "Callable[[Run], Tracker]"
+"""Opens a tracker once the run and its folder are there."""
+
+
+def to_tensorboard() -> TrackerFactory:
+    """Log to TensorBoard: `rl.train(..., out="runs/first", trackers=[to_tensorboard()])`."""
+    return lambda run: TensorBoardTracker(_folder(run, "TensorBoard"), run.experiment)
+
+
+def to_wandb(project: str, *, group: str | None = None, entity: str | None = None) -> TrackerFactory:
+    """Log to Weights & Biases; the arguments are those of `WandbTracker`."""
+    return lambda run: WandbTracker(run.experiment, project, group, folder=_folder(run, "W&B"), entity=entity)
+
+
+class TensorBoardTracker:
+    """One TensorBoard run per learner, in `<folder>/tensorboard/<setting and seed>`.
+
+    Args:
+        folder: of the run.
+        experiment: what is trained.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], experiment: Experiment) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise missing_extra("tensorboard", "tensorboard", "logging to TensorBoard") from error
+        self._journal = _Journal(Path(folder) / "tensorboard.json")
+        new = self._journal.open({})
+        self._writers = [SummaryWriter(Path(folder) / "tensorboard" / name) for name in learner_names(experiment)]
+        if new:
+            for index, writer in enumerate(self._writers):
+                writer.add_text("hyperparameters", _markdown(_hyperparameters(experiment, index)))
+
+    def log(self, step: int, metrics: dict[str, list[float]]) -> None:
+        """Write one line of metrics; it has reached the operating system on return."""
+        if not self._journal.claim(step):
+            return
+        for writer, line in zip(self._writers, _lines(metrics, len(self._writers)), strict=True):
+            for name, value in line.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+    def close(self) -> None:
+        """Close the event files."""
+        for writer in self._writers:
+            writer.close()
+
+
+class WandbTracker:
+    """One W&B run per learner, all from this process, grouped.
+
+    The key comes from `wandb login` or WANDB_API_KEY; `WANDB_MODE=offline` writes to `<folder>/wandb` for a later
+    `wandb sync`. A resumed run goes on with the ids in `<folder>/wandb.json`. If W&B fails while training, it is left
+    with a warning and the training goes on.
+
+    Args:
+        experiment: what is trained.
+        project: of W&B.
+        group: of all learners; by default named after the task, the agent and the folder.
+        folder: of the run.
+        entity: user or team of W&B; by default the key's own.
+
+    Raises:
+        MissingExtraError: wandb is not installed.
+        SettingError: W&B refuses or can't be reached, or the run was logged to another project.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        project: str,
+        group: str | None = None,
+        *,
+        folder: str | os.PathLike[str],
+        entity: str | None = None,
+    ) -> None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise missing_extra("wandb", "wandb", "logging to Weights & Biases") from error
+        folder = Path(folder)
+        config = experiment.config()
+        about = f"{config['env_id']}__{config['exp_name']}"
+        where = {"project": project, "entity": entity}
+        ids = [secrets.token_hex(8) for _ in experiment.learners]
+        self._journal = _Journal(folder / "wandb.json")
+        self._journal.open({**where, "group": (group or f"{about}__{folder.resolve().name}")[:128], "ids": ids})
+        saved = self._journal.content
+        if {name: saved[name] for name in where} != where or group not in (None, saved["group"]):
+            raise SettingError(
+                f"{folder} was logged to W&B project {saved['project']!r}, entity {saved['entity']!r}, group "
+                f"{saved['group']!r}: give the same, or remove {self._journal.path} to log to new W&B runs"
+            )
+        self._failed = False
+        self._handled = sys.exc_info()[1]
+        self._runs: list[Any] = []
+        for index, name in enumerate(learner_names(experiment)):
+            self._runs.append(self._start(index, f"{about}__{name}", _hyperparameters(experiment, index)))
+
+    def _start(self, index: int, name: str, config: dict[str, Any]) -> Any:
+        """The W&B run of one learner, new or continued."""
+        import wandb
+
+        saved, folder = self._journal.content, self._journal.path.parent
+        try:
+            run = wandb.init(
+                project=saved["project"],
+                entity=saved["entity"],
+                group=saved["group"],
+                id=None,
+                name=name[:128],
+                config={key: value if _storable(value) else str(value) for key, value in config.items()},
+                dir=str(folder),
+                resume="allow",
+                reinit="create_new",
+                # the console and the machine belong to the process, not to each of its learners
+                settings=wandb.Settings(console="off", save_code=False, silent=True, x_disable_stats=index > 0),
+            )
+        except (wandb.Error, OSError) as error:
+            self.close()
+            reason = str(error).splitlines()[0].rstrip(". ")
+            raise SettingError(
+                f"W&B run {index + 1} of {len(saved['ids'])} can't start ({reason}): `wandb login` or set "
+                "WANDB_API_KEY, or WANDB_MODE=offline to log into the run folder"
+            ) from error
+        run.define_metric("global_step")
+        run.define_metric("*", step_metric="global_step")
+        return run
+
+    @property
+    def urls(self) -> list[str]:
+        """Where to look at each learner; empty offline."""
+        return [run.url for run in self._runs if not (run.offline or run.disabled)]
+
+    def log(self, step: int, metrics: dict[str, list[float]]) -> None:
+        """Send one line of metrics."""
+        if self._failed or not self._journal.claim(step):
+            return
+        with self._survive("logging"):
+            for run, line in zip(self._runs, _lines(metrics, len(self._runs)), strict=True):
+                if line:
+                    run.log({"global_step": step, **line}, step=step, commit=True)
+
+    def close(self) -> None:
+        """Finish the W&B runs, as failed if an exception is on its way."""
+        failing = sys.exc_info()[1] not in (None, self._handled)
+        for run in self._runs:
+            with self._survive("finishing"):
+                run.finish(exit_code=1 if failing else 0)
+        self._runs = []
+
+    @contextlib.contextmanager
+    def _survive(self, doing: str) -> Iterator[None]:
+        """Turn the failure of a service that the training doesn't need into a warning."""
+        try:
+            yield
+        except Exception as error:  # wandb lets errors of sockets, of its mailbox and its own through
+            if not self._failed:
+                warnings.warn(
+                    f"W&B failed while {doing} ({type(error).__name__}: {error}); the run goes on without it, "
+                    "metrics.jsonl has everything",
+                    stacklevel=4,
+                )
+            self._failed = True
+
+
+def learner_names(experiment: Experiment) -> list[str]:
+    """A name for every learner from its setting's label and its seed, distinct and fit for a folder."""
+    labels = [label for label in experiment.labels for _ in experiment.seeds]
+    names = []
+    for label, (_, seed) in zip(labels, experiment.learners, strict=True):
+        name = re.sub(r"[^\w.,=+-]+", "_", label.replace(", ", ","))
+        names.append(f"{name}__seed={seed}" if name else f"seed={seed}")
+    if len(set(names)) == len(names) and max(map(len, names)) <= LONGEST_NAME:
+        return names
+    names = [f"learner={i}__{name}" for i, name in enumerate(names)]
+    return [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 22]}..{name[-20:]}" for name in names]
+
+
+class _Journal:
+    """What a tracker has to remember across a kill, in a small file of the run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {}
+
+    def open(self, first: dict[str, Any]) -> bool:
+        """Read the file, or write it with this content where there is none; whether it is new."""
+        try:
+            self.content = json.loads(self.path.read_bytes())
+            if not {"last_step", *first} <= self.content.keys():
+                raise ValueError("entries are missing")
+            return False
+        except FileNotFoundError:
+            self._write({"last_step": -1, **first})
+            return True
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.path} can't be read ({error}): restore it from a copy, or remove it to log from here on as new"
+            ) from error
+
+    def claim(self, step: int) -> bool:
+        """Whether the step is still to be logged; if so, it never is again, even if the process dies right now."""
+        if step <= self.content["last_step"]:
+            return False
+        self._write({**self.content, "last_step": step})
+        return True
+
+    def _write(self, content: dict[str, Any]) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with temporary.open("w") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}; check the disk") from error
+        self.content = content
+
+
+def _folder(run: Run, what: str) -> Path:
+    """The run's folder, which a tracker needs so that a resumed run logs nothing twice."""
+    if run.folder is None:
+        raise SettingError(f"logging to {what} needs a run folder, the run is kept in memory: give out=")
+    return run.folder
+
+
+def _lines(metrics: dict[str, list[float]], learners: int) -> list[dict[str, float]]:
+    """The metrics of each learner, without those it has no number for."""
+    for name, values in metrics.items():
+        if len(values) != learners:
+            raise SettingError(f"metric {name!r} has {len(values)} values, expected one for each of {learners}")
+    return [{name: values[i] for name, values in metrics.items() if math.isfinite(values[i])} for i in range(learners)]
+
+
+def _hyperparameters(experiment: Experiment, index: int) -> dict[str, Any]:
+    """What one learner is: the names that CleanRL's tools look for, its settings, the task's, the budget."""
+    config = experiment.config()
+    variant, seed = divmod(index, len(experiment.seeds))
+    return {
+        "env_id": config["env_id"],
+        "exp_name": config["exp_name"],
+        "seed": config["seeds"][seed],
+        "setting": experiment.labels[variant],
+        "total_timesteps": config["budget"]["steps"],
+        "methods": config["methods"],
+        **{f"env.{name}": value for name, value in config["task"]["settings"].items()},
+        **config["variants"][variant],
+    }
+
+
+def _storable(value: Any) -> bool:
+    """Whether a value survives the way to W&B's configuration, whose JSON has no infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _markdown(table: dict[str, Any]) -> str:
+    rows = [f"|{name}|{str(value).replace('|', chr(92) + '|')}|" for name, value in table.items()]
+    return "\n".join(["|setting|value|", "|-|-|", *rows])

@@ -1,0 +1,406 @@
+"""The one training loop: iterate, record, evaluate, save; resume as if it had never stopped."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.agents.agent import Metrics, NetworkFactory
+from rlmeta.envs.task import Task, TaskFamily, task
+from rlmeta.envs.world import World
+from rlmeta.errors import InexactResumeError, SettingError
+from rlmeta.functional import random, tree
+from rlmeta.lab import checkpoint, run_folder
+from rlmeta.lab.evaluate import evaluate
+from rlmeta.lab.experiment import Budget, Experiment
+from rlmeta.lab.plots import write_curve
+from rlmeta.lab.progress import Progress
+from rlmeta.lab.records import Records
+from rlmeta.lab.run import Run, evaluation_rows, load, per_learner
+from rlmeta.lab.trackers import TrackerFactory
+from rlmeta.learning.clock import clock
+from rlmeta.learning.method import Method
+from rlmeta.learning.settings import group, variants
+from rlmeta.learning.state import State, select
+
+Callback = Callable[[Run, dict[str, Any]], bool | None]
+"""Called with the run and each line of metrics; returning True stops the run."""
+
+
+def train(
+    agent: Any,
+    problem: Task | TaskFamily | str,
+    *,
+    steps: int = 100_000,
+    seeds: int | Sequence[int] = 1,
+    out: str | Path | None = None,
+    budget: Budget | None = None,
+    lifelong: Sequence[Method] = (),
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[TrackerFactory] = (),
+    progress: bool = False,
+    device: str = "cpu",
+    threads: int = 0,
+) -> Run:
+    """Train every setting with every seed, all at once, and evaluate the final parameters.
+
+    Args:
+        agent: an agent's settings, such as `PPO()`; lists in it compare values, each with all seeds.
+        problem: a task, a family (its constants are redrawn every episode), or the name of a task.
+        steps: environment steps of each learner.
+        seeds: how many, or which.
+        out: folder of the run; None keeps it in memory.
+        budget: steps and the finer points; replaces `steps`.
+        lifelong: methods that take part in every gradient step.
+        callbacks: functions of (run, metrics) that may stop the run.
+        trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
+        progress: show a live bar.
+        device: of every tensor.
+        threads: cores to use; 0 takes all.
+
+    Returns:
+        The run, evaluated.
+
+    Raises:
+        SettingError, SpaceError, RunExistsError: before anything is trained or written.
+    """
+    if isinstance(problem, str):
+        problem = task(problem)
+    elif isinstance(problem, TaskFamily):
+        problem = problem.task()
+    experiment = Experiment(
+        variants=tuple(one_batch(variants(agent))),
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        task=problem,
+        budget=budget or Budget(steps=steps),
+        methods=tuple(lifelong),
+        device=device,
+        threads=threads,
+    )
+    run = Run(experiment, None if out is None else Path(out))
+    try:
+        run.start()
+        if run.folder is None:
+            return _Loop(run, callbacks, trackers, progress).go()
+        run_folder.create(run.folder)
+        run_folder.write_config(run.folder, experiment.config())
+        with run_folder.lock(run.folder):
+            return _Loop(run, callbacks, trackers, progress).go()
+    finally:
+        run.close()
+
+
+def resume(
+    folder: str | Path,
+    *,
+    network: NetworkFactory | None = None,
+    env: Any = None,
+    lifelong: Sequence[Method] = (),
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[TrackerFactory] = (),
+    progress: bool = False,
+    inexact: bool = False,
+) -> Run:
+    """Go on with a run from its newest checkpoint; it ends as the one that was never stopped.
+
+    Args:
+        folder: of the run.
+        network: the user's network again, where the run had one.
+        env: the user's environment factory again, where the run had one.
+        lifelong: the lifelong methods again, where the run had some.
+        callbacks: as for `train`.
+        trackers: as for `train`.
+        progress: as for `train`.
+        inexact: go on even where the environments cannot be brought back to where they were.
+
+    Raises:
+        CheckpointError: nothing to resume there.
+        InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
+    """
+    folder = Path(folder)
+    with run_folder.lock(folder):
+        run = load(folder, network=network, env=env, methods=tuple(lifelong))
+        try:
+            for shard, world in zip(run.shards, run.worlds):
+                _restore_world(shard, world, inexact)
+            return _Loop(run, callbacks, trackers, progress, resumed=True).go()
+        finally:
+            run.close()
+
+
+def _restore_world(state: State, world: World, inexact: bool) -> None:
+    """Bring live environments back to where the checkpoint left them; begin new episodes where that may be."""
+    try:
+        state["world"] = world.restore(state["world"])
+    except InexactResumeError:
+        if not inexact:
+            raise
+        key = random.fold(random.fold(state["key"], "inexact"), state["count"]["iterations"])
+        state["world"] = world.reset(key)
+
+
+def one_batch(settings: Sequence[Any]) -> Sequence[Any]:
+    """The settings, after a check that they can be one batch of learners."""
+    groups = group(settings)
+    if len(groups) > 1:
+        raise SettingError("settings that differ in static values can't be one batch: train them one after another")
+    return groups[0]
+
+
+REPORTED = ("metrics", "best", "progress")
+"""What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
+
+
+class _Shard:
+    """The learners of one thread: their state, their environments, and those among them that are frozen."""
+
+    def __init__(self, run: Run, index: int, iterations: int) -> None:
+        self.run, self.index, self.iterations = run, index, iterations
+        self.world = run.worlds[index]
+        self.frozen: dict[int, State] = {}
+        self.seconds: dict[str, float] = {}
+        self.freeze()
+
+    @property
+    def state(self) -> State:
+        """The shard's part of the run's state."""
+        return self.run.shards[self.index]
+
+    def advance(self, first: int, last: int) -> None:
+        """Iterations `first` to `last` - 1."""
+        for iteration in range(first, last):
+            state = self.state
+            state["progress"] = torch.full_like(state["progress"], iteration / self.iterations)
+            clock.switch("learn")
+            state, metrics = self.run.agent.iterate(state, self.world)
+            clock.switch("other")
+            accumulate(state, metrics)
+            self.run.shards[self.index] = state
+            self.freeze()
+        self.seconds = dict(clock.seconds)
+
+    def freeze(self) -> None:
+        """Keep every learner that is not active bit-identical to where it stopped."""
+        active = self.state["active"]
+        if bool(active.all()):
+            return
+        still = {name: part for name, part in self.state.items() if name not in REPORTED}
+        for learner in (~active).nonzero().flatten().tolist():
+            kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
+            tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
+
+    def evaluate(self, world: World, iteration: int, budget: Budget) -> Metrics:
+        """A periodic evaluation: keeps the best parameters, stops the learners that reached the target."""
+        clock.switch("evaluate")
+        state, agent = self.state, self.run.agent
+        key = random.fold(random.fold(state["key"], "periodic evaluation"), iteration)
+        p = agent.seen(state)
+        result = evaluate(agent, p, world, key, budget.eval_episodes)
+        score = result.returns.mean(-1)
+        current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}
+        best = state.get("best", current)
+        better = (score > best["score"]) & state["active"]
+        state["best"] = tree.map(torch.clone, select(better, current, best))
+        state["active"] = state["active"] & ~(score >= budget.target)
+        self.freeze()
+        clock.switch("other")
+        self.seconds = dict(clock.seconds)
+        return {"eval/return": score, "eval/length": result.lengths.double().mean(-1)}
+
+
+class _Loop:
+    """Iterations until the budget is spent, every learner is done, a callback says so, or the user interrupts."""
+
+    def __init__(
+        self,
+        run: Run,
+        callbacks: Sequence[Callback],
+        trackers: Sequence[TrackerFactory],
+        progress: bool,
+        resumed: bool = False,
+    ) -> None:
+        self.run, self.callbacks, self.show_progress = run, callbacks, progress
+        self.budget, learners = run.experiment.budget, run.experiment.shards
+        self.steps_per_iteration = run.worlds[0].num_envs * run.agent.steps_per_iteration
+        self.iterations = math.ceil(self.budget.steps / self.steps_per_iteration)
+        self.log_every = max(1, self.iterations // self.budget.log_points)
+        every = self.budget.eval_every or max(1, self.budget.steps // 10)
+        self.eval_every = max(1, round(every / self.steps_per_iteration))
+        self.done = int(run.shards[0]["count"]["iterations"].max())
+        self.interrupted = False
+        self.shards = [_Shard(run, index, self.iterations) for index in range(len(learners))]
+        self.pool = ThreadPoolExecutor(len(learners)) if len(learners) > 1 else None
+        rows = evaluation_rows(self.budget.eval_episodes, run.experiment.task.native)
+        self.eval_worlds = [run.experiment.world(size, rows) for size in learners] if self._evaluates() else []
+        self.records: dict[str, Records] = {}
+        if run.folder is not None:
+            self.records = {name: Records(run.folder / f"{name}.jsonl") for name in ("metrics", "timing")}
+            if resumed:
+                offsets = checkpoint.about(run.folder / "state")["offsets"]
+                for name, record in self.records.items():
+                    record.truncate(offsets[name])
+        self.trackers = [make(run) for make in trackers]
+
+    def _evaluates(self) -> bool:
+        return self.eval_every < self.iterations
+
+    # ------------------------------------------------------------------ the loop
+
+    def go(self) -> Run:
+        """Run to the end."""
+        run = self.run
+        clock.reset()
+        started = saved = time.perf_counter()
+        already = run.seconds
+        with self._resources(), Progress(
+            self.show_progress, run.experiment, self.iterations, self.steps_per_iteration
+        ) as bar:
+            if self.done == 0:
+                self._save()
+            while self.done < self.iterations and not run.stopped and not self.interrupted:
+                line = self._advance()
+                run.seconds = already + time.perf_counter() - started
+                self._record(line)
+                bar.update(self.done, line, run.seconds)
+                if time.perf_counter() - saved >= self.budget.checkpoint_seconds:
+                    self._save()
+                    saved = time.perf_counter()
+            run.seconds = already + time.perf_counter() - started
+            if self.interrupted:
+                self._save()
+                run.stopped = "interrupted"
+            else:
+                self._finish()
+        return run
+
+    def _advance(self) -> dict[str, Any]:
+        """Iterations up to the next line of metrics, and that line."""
+        last = min(self._next(self.log_every), self._next(self.eval_every), self.iterations)
+        self._each(lambda shard: shard.advance(self.done, last))
+        self.done = last
+        line = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
+        if self.done % self.log_every == 0 or self.done == self.iterations:
+            line.update(_lists([take_averages(shard.state) for shard in self.shards]))
+        if self.done % self.eval_every == 0 and self.done < self.iterations:
+            found = self._each(
+                lambda shard: shard.evaluate(self.eval_worlds[shard.index], self.done, self.budget)
+            )
+            line.update(_lists(found))
+        if not any(bool(shard.state["active"].any()) for shard in self.shards):
+            self.run.stopped = "every learner has stopped"
+        return line
+
+    def _next(self, every: int) -> int:
+        return (self.done // every + 1) * every
+
+    def _each(self, work: Callable[[_Shard], Any]) -> list[Any]:
+        """Do the work for every shard, each in its thread."""
+        if self.pool is None:
+            return [work(shard) for shard in self.shards]
+        return list(self.pool.map(work, self.shards))
+
+    @contextmanager
+    def _resources(self) -> Iterator[None]:
+        """Catch Ctrl-C, so that the iteration is finished; close everything at the end."""
+        try:
+            before = signal.signal(signal.SIGINT, self._interrupt)
+        except ValueError:  # not in the main thread: whoever runs us handles interrupts
+            before = None
+        try:
+            yield
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+            if self.pool is not None:
+                self.pool.shutdown()
+            for closes in (*self.records.values(), *self.trackers, *self.eval_worlds):
+                closes.close()
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+
+    # ------------------------------------------------------------------ records and files
+
+    def _record(self, line: dict[str, Any]) -> None:
+        """Append the line to the records, hand it to trackers and callbacks."""
+        if self.records:
+            self.records["metrics"].write(line)
+            rate = line["env_steps"] * len(self.run.experiment.learners) / max(self.run.seconds, 1e-9)
+            times = {f"time/{part}": seconds for part, seconds in self.shards[0].seconds.items()}
+            timing = {"iteration": self.done, "seconds": self.run.seconds, "charts/SPS": rate, **times}
+            self.records["timing"].write(timing)
+        for tracker in self.trackers:
+            tracker.log(line["env_steps"], {name: value for name, value in line.items() if isinstance(value, list)})
+        for callback in self.callbacks:
+            if callback(self.run, line):
+                self.run.stopped = "a callback stopped it"
+
+    def _finish(self) -> None:
+        """Evaluate the final parameters, save, plot."""
+        self.run.evaluation = self.run.evaluate(self.budget.final_episodes)
+        self._save()
+        self.run.write_summary()
+        if self.run.folder is not None:
+            write_curve(self.run)
+
+    def _save(self) -> None:
+        run = self.run
+        about = {
+            "agent": run.experiment.agent_name,
+            "task": run.experiment.task.name,
+            "iteration": self.done,
+            "offsets": {name: record.offset() for name, record in self.records.items()},
+            "seconds": run.seconds,
+            "stopped": run.stopped,
+            "torch": torch.__version__,
+        }
+        run.save(about)
+
+
+def accumulate(state: State, metrics: Metrics) -> None:
+    """Add an iteration's metrics `[*L]` to the sums of the next line; they are part of the state: a resume is exact."""
+    sums, counted = dict(state.get("metrics", {})), state["active"].to(torch.float64)
+    for name, value in metrics.items():
+        entry = name.replace("/", ".")
+        new = torch.stack([torch.where(state["active"], value.to(torch.float64), 0.0), counted], -1)
+        sums[entry] = sums[entry] + new if entry in sums else new
+    state["metrics"] = sums
+
+
+def take_averages(state: State) -> dict[str, Tensor]:
+    """The averages since the last line, `[*L]`, NaN where there is nothing to average; the sums start anew."""
+    sums: dict[str, Tensor] = state["metrics"]
+    state["metrics"] = tree.map(torch.zeros_like, sums)
+    episodes = sums["episodes"][..., 0]
+    averages = {
+        "charts/episodic_return": sums["return_sum"][..., 0] / episodes,
+        "charts/episodic_length": sums["length_sum"][..., 0] / episodes,
+    }
+    for entry, value in sums.items():
+        if "." in entry:
+            averages[entry.replace(".", "/", 1)] = value[..., 0] / value[..., 1]
+    return averages
+
+
+def _lists(parts: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:
+    """The shards' metrics put together, as lists for JSON; NaN for a shard that lacks one."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    sizes = [next(iter(part.values())).shape for part in parts]
+    return {
+        name: [
+            value
+            for part, size in zip(parts, sizes)
+            for value in per_learner(part.get(name, torch.full(size, math.nan)))
+        ]
+        for name in names
+    }

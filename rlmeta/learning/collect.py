@@ -1,0 +1,96 @@
+"""Act in the environments of all learners and keep what happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.envs.world import Transition, World
+from rlmeta.functional import random, tree
+from rlmeta.learning.clock import clock
+from rlmeta.learning.state import State
+
+Rollout = dict[str, Any]
+"""`observation, next_observation, action, reward, terminated, truncated, valid, memory_reset` as `[*L, T, N, ...]`,
+and `first_memory` `[*L, N, ...]`, the agent's memory before the first step.
+
+`next_observation` is the true successor, the final observation where an episode ended; `observation` at t + 1 is that
+of the next episode. `memory_reset` at t says that the memory was cleared *after* step t.
+"""
+
+
+@torch.no_grad()
+def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[State, Rollout]:
+    """Take `num_steps` steps in every environment of every learner.
+
+    Args:
+        agent: `act(p, observation, memory, key)`; its `noise_hold` says for how many steps a key is kept.
+        state: consumed; `world`, `memory` and `count` move on.
+        world: the environments, `[*L, N]`.
+        num_steps: T.
+    """
+    axes = state["key"].dim()
+    memory, world_state = state["memory"], state["world"]
+    counter = state["count"]["vector_steps"]
+    keys = [random.fold(state["key"], (counter + t) // agent.noise_hold) for t in range(num_steps)]
+    rows: list[Rollout] = []
+    first_memory = memory
+    p = agent.seen(state)
+    for t in range(num_steps):
+        clock.switch("act")
+        observation = world.observation(world_state)
+        action, memory = agent.act(p, observation, memory, keys[t])
+        clock.switch("environment")
+        world_state, transition = world.step(world_state, action)
+        memory = clear_memory(memory, transition.memory_reset)
+        rows.append({"observation": observation, "action": action, **_record(transition)})
+    clock.switch("learn")
+    rollout = tree.map(lambda *steps: torch.stack(steps, axes), rows[0], *rows[1:])
+    state["memory"], state["world"] = memory, world_state
+    count = state["count"]
+    state["count"] = {
+        **count,
+        "vector_steps": counter + num_steps,
+        "env_steps": count["env_steps"] + num_steps * world.num_envs,
+    }
+    return state, {**rollout, "first_memory": first_memory}
+
+
+def _record(transition: Transition) -> Rollout:
+    record = transition._asdict()
+    del record["observation"]
+    return record
+
+
+def clear_memory(memory: tree.Tree, reset: Tensor) -> tree.Tree:
+    """Zero the memory `[*L, N, ...]` of the rows where `reset` `[*L, N]` is set."""
+    return tree.map(lambda m: m.masked_fill(reset.reshape(reset.shape + (1,) * (m.dim() - reset.dim())), 0), memory)
+
+
+def episode_statistics(state: State, rollout: Rollout) -> tuple[State, dict[str, Tensor]]:
+    """Returns and lengths of the episodes that ended within the rollout.
+
+    Returns:
+        The state with the running sums moved on, and `[*L]`: `return_sum`, `length_sum` and `episodes` of the episodes
+        that ended (the caller divides once it reports).
+    """
+    axes = state["key"].dim()
+    running_return, running_length = state["episode"]["return"], state["episode"]["length"]
+    ended = (rollout["terminated"] | rollout["truncated"]) & rollout["valid"]
+    rewards = (rollout["reward"] * rollout["valid"]).double().unbind(axes)
+    sums = torch.zeros(3, *state["key"].shape, dtype=torch.float64, device=state["key"].device)
+    any_ended = ended.reshape(*ended.shape[: axes + 1], -1).any(-1).reshape(-1, ended.shape[axes]).any(0).tolist()
+    for reward, end, valid, some in zip(rewards, ended.unbind(axes), rollout["valid"].unbind(axes), any_ended):
+        running_return = running_return + reward
+        running_length = running_length + valid
+        if some:
+            zero = torch.zeros_like(running_return)
+            sums[0] += torch.where(end, running_return, zero).sum(-1)
+            sums[1] += torch.where(end, running_length, zero).sum(-1)
+            sums[2] += end.sum(-1)
+            running_return = torch.where(end, zero, running_return)
+            running_length = torch.where(end, zero, running_length)
+    state["episode"] = {"return": running_return, "length": running_length}
+    return state, {"return_sum": sums[0], "length_sum": sums[1], "episodes": sums[2]}

@@ -1,0 +1,115 @@
+"""Settings: frozen dataclasses whose fields are per learner (tensors `[*L]` in a run) or static (shapes, switches).
+
+The same dataclass makes the command line's flags, the saved configuration and the documentation's table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlmeta.errors import SettingError, unknown_name
+
+PerLearner: TypeAlias = Annotated[float | Sequence[float], "per learner"]
+"""A number every learner may have its own of; a list compares its values, `--seeds` learners each."""
+
+S = TypeVar("S")
+
+
+def per_learner_names(settings_class: type) -> list[str]:
+    """The fields declared `PerLearner`."""
+    hints = typing.get_type_hints(settings_class, include_extras=True)
+    return [f.name for f in dataclasses.fields(settings_class) if "per learner" in getattr(hints[f.name], "__metadata__", ())]
+
+
+def variants(settings: S) -> list[S]:
+    """One copy of the settings for every combination of the per-learner fields that hold a list."""
+    lists = {
+        name: getattr(settings, name)
+        for name in per_learner_names(type(settings))
+        if isinstance(getattr(settings, name), Sequence)
+    }
+    combinations = itertools.product(*lists.values())
+    return [dataclasses.replace(settings, **dict(zip(lists, values))) for values in combinations]  # type: ignore[type-var]
+
+
+def static_values(settings: Any) -> dict[str, Any]:
+    """The fields that all learners of one batch must share."""
+    shared = set(per_learner_names(type(settings)))
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in shared}
+
+
+def group(settings: Sequence[S]) -> list[list[S]]:
+    """Split settings into groups that can be one batch: same class, same static values."""
+    groups: list[list[S]] = []
+    for one in settings:
+        for members in groups:
+            if type(members[0]) is type(one) and static_values(members[0]) == static_values(one):
+                members.append(one)
+                break
+        else:
+            groups.append([one])
+    return groups
+
+
+def hyper_tensors(settings: Sequence[Any], repeats: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The per-learner settings as tensors `[S]`: each variant `repeats` times, variant by variant."""
+    return {
+        name: torch.tensor([float(getattr(one, name)) for one in settings], device=device).repeat_interleave(repeats)
+        for name in per_learner_names(type(settings[0]))
+    }
+
+
+def difference(settings: Any, variants_: Sequence[Any]) -> str:
+    """How one variant differs from the others, as `learning_rate=0.001, clip=0.2`; '' where nothing does."""
+    if len(variants_) < 2:
+        return ""
+    names = [
+        f.name
+        for f in dataclasses.fields(settings)
+        if any(getattr(other, f.name, None) != getattr(settings, f.name) for other in variants_)
+    ]
+    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
+
+
+def check_names(settings_class: type, given: dict[str, Any], where: str) -> None:
+    """Refuse settings that the class does not have."""
+    known = [f.name for f in dataclasses.fields(settings_class)]
+    for name in given:
+        if name not in known:
+            raise SettingError(f"{where}: {unknown_name(f'setting of {settings_class.__name__}', name, known)}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `SettingError` with this message unless the condition holds."""
+    if not condition:
+        raise SettingError(message)
+
+
+def values_of(setting: float | Sequence[float]) -> list[float]:
+    """The values of a per-learner setting, as a list."""
+    return [float(value) for value in setting] if isinstance(setting, Sequence) else [float(setting)]
+
+
+def require_range(settings: Any, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Refuse a setting outside [low, high] (or (low, high] with `above`), naming it and its value."""
+    for value in values_of(getattr(settings, name)):
+        if not (low < value if above else low <= value) or not value <= high:
+            bound = f"{'above' if above else 'at least'} {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
+            raise SettingError(f"{type(settings).__name__}: {name} is {value:g}, expected {bound}")
+
+
+def merge(variants_: Sequence[S]) -> S:
+    """One settings object for a batch of variants: their shared static values, the per-learner ones as lists."""
+    names = per_learner_names(type(variants_[0]))
+    if len(variants_) == 1:
+        return variants_[0]
+    lists = {name: tuple(getattr(variant, name) for variant in variants_) for name in names}
+    return dataclasses.replace(variants_[0], **lists)  # type: ignore[type-var]

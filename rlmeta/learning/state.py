@@ -1,0 +1,99 @@
+"""Everything a run is, in one explicit value: a nested dictionary of tensors whose leaves all start with `*L`.
+
+Because every leaf carries the learner axes, an index forks, exports or drops learners (`take`), and a learner can be
+put back where it was (`put`).
+
+| entry | what it holds |
+|---|---|
+| `params` | what a forward pass needs: `weights`, `buffers` (batch-norm statistics, target networks), `normalisers`, `hyper` (settings `[*L]`) |
+| `optimizer` | the optimizer's moments |
+| `key` | the learner's random key, `[*L]` int64 |
+| `count` | iterations, environment steps and gradient steps so far, `[*L]` |
+| `progress` | fraction of the budget that is spent, `[*L]` |
+| `active` | False for a learner that is frozen (not finite, stopped early), `[*L]` |
+| `world`, `memory`, `episode` | environments, the agent's memory, the running episodes, `[*L, N, ...]` |
+| `methods`, `task` | the lifelong methods' memories; index, identity and progress of the task |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rlmeta.functional import tree
+
+State: TypeAlias = dict[str, Any]
+"""Nested dictionary of tensors; every leaf starts with the learner axes."""
+
+Params: TypeAlias = dict[str, Any]
+"""A state's `params`: what a forward pass needs and what a gradient changes."""
+
+
+def take(state: State, index: Any) -> State:
+    """The chosen learners of a state, copied: `index` is anything that indexes the first learner axis."""
+    return tree.map(lambda leaf: leaf[index].clone(), state)
+
+
+def put(state: State, index: Any, part: State) -> State:
+    """A copy of `state` whose learners `index` are those of `part`."""
+
+    def write(leaf: Tensor, value: Tensor) -> Tensor:
+        leaf = leaf.clone()
+        leaf[index] = value
+        return leaf
+
+    return tree.map(write, state, part)
+
+
+def split(state: State, sizes: Sequence[int]) -> list[State]:
+    """The state cut along the first learner axis into parts of these many learners, copied."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [take(state, slice(start, start + size)) for start, size in zip(starts, sizes)]
+
+
+def join(parts: Sequence[State]) -> State:
+    """The parts put together again along the first learner axis."""
+    if len(parts) == 1:
+        return parts[0]
+    return tree.map(lambda *leaves: torch.cat(leaves), *parts)
+
+
+def select(condition: Tensor, new: State, old: State) -> State:
+    """`new` for the learners where `condition` `[*L]` is set, `old` for the others."""
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(condition.reshape(condition.shape + (1,) * (a.dim() - condition.dim())), a, b)
+
+    return tree.map(choose, new, old)
+
+
+class Packed(dict[str, Tensor]):
+    """Named weights `[*L, ...]` that are views of one flat tensor `[*L, P]`.
+
+    Optimizers, clipping and masks are elementwise or norms, so they run once on `flat` where they would otherwise run
+    once for every weight; for small networks that is most of the time of a step.
+    """
+
+    flat: Tensor
+
+    @staticmethod
+    def of(weights: dict[str, Tensor], learner_axes: int) -> Packed:
+        """Pack named weights; those that are packed already come back as they are."""
+        if isinstance(weights, Packed):
+            return weights
+        learner_shape = next(iter(weights.values())).shape[:learner_axes]
+        flat = torch.cat([w.detach().reshape(*learner_shape, -1) for w in weights.values()], -1)
+        return Packed.view(flat, weights, learner_axes)
+
+    @staticmethod
+    def view(flat: Tensor, like: dict[str, Tensor], learner_axes: int) -> Packed:
+        """The tensor `flat` seen under the names and shapes of `like`; gradients flow through."""
+        packed = Packed()
+        packed.flat = flat
+        sizes = [weight[(0,) * learner_axes].numel() for weight in like.values()]
+        for (name, weight), piece in zip(like.items(), flat.split(sizes, -1)):
+            packed[name] = piece.view(weight.shape)
+        return packed

@@ -1,0 +1,140 @@
+"""The one gradient step that every learner takes.
+
+losses -> penalties -> projection -> mask -> clip -> optimizer -> restore frozen
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlmeta.functional import tree
+from rlmeta.functional.optim import Optimizer, apply_updates, clip_by_norm
+from rlmeta.learning.method import Gradients, Method, StepInfo
+from rlmeta.learning.state import Packed, Params, State, select
+from rlmeta.nn import Context
+
+
+@dataclass(slots=True)
+class StepContext(Context):
+    """The context of the forward passes of a gradient step; what a learner wants reported goes into `info`."""
+
+    info: dict[str, Tensor] = field(default_factory=dict)
+
+
+class HasLosses(Protocol):
+    """What `step` needs of a learner."""
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """The losses `{group: [*L]}` of a minibatch `[*L, B, ...]`; diagnostics go into `ctx.info`."""
+        ...
+
+
+def step(
+    learner: HasLosses,
+    state: State,
+    batch: tree.Tree,
+    optimizer: Optimizer,
+    *,
+    active: Tensor | None = None,
+    max_grad_norm: float | Tensor | None = None,
+    methods: Sequence[Method] = (),
+    key: Tensor | None = None,
+) -> tuple[State, dict[str, Tensor]]:
+    """One step of gradient descent for all learners at once.
+
+    A learner that is not `active`, or whose gradient is not finite, comes out bit-identical; the others never notice.
+
+    Args:
+        learner: gives the losses.
+        state: with `params` and `optimizer`; consumed.
+        batch: a minibatch `[*L, B, ...]`.
+        optimizer: an `(init, update)` pair.
+        active: `[*L]` bool, or None when all are; combined with the state's own.
+        max_grad_norm: clip each learner's gradient to this norm.
+        methods: lifelong methods, in order; their memories are `state["methods"]`.
+        key: `[*L]`, for dropout and the like.
+
+    Returns:
+        The new state and `{name: [*L]}`: the losses, the learner's diagnostics, and the norm of the gradient before it was clipped.
+    """
+    params, axes = state["params"], state["key"].dim()
+    weights = Packed.of(params["weights"], axes)
+    leaf = weights.flat.detach().requires_grad_()
+    p = {**params, "weights": Packed.view(leaf, weights, axes)}
+    memories, task = state.get("methods", {}), state.get("task", {})
+    seen = p
+    for method in methods:
+        seen = method.params(seen, memories[method.name], task)
+
+    ctx = StepContext(training=True, key=key)
+    losses = learner.losses(seen, batch, ctx)
+    loss = torch.stack(list(losses.values())).sum(0) if len(losses) > 1 else next(iter(losses.values()))
+    extra = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
+    extra = [term for term in extra if term is not None]
+    (task_gradient,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=bool(extra))
+
+    with torch.no_grad():
+        total = task_gradient
+        if extra:
+            with torch.enable_grad():
+                (penalty,) = torch.autograd.grad(torch.stack(extra).sum(), leaf)
+            total = total + penalty
+        for method in methods:
+            total = method.grads(Gradients(task_gradient, total), seen, memories[method.name], task)
+        frozen = _union([method.frozen(seen, memories[method.name], task) for method in methods])
+        if frozen is not None:
+            total = total.masked_fill(frozen, 0.0)
+        clipped, norm = clip_by_norm({"weights": total}, torch.inf if max_grad_norm is None else max_grad_norm, axes)
+        flat, moments, finite = _move(weights.flat, state["optimizer"], clipped["weights"], norm, optimizer, frozen)
+        state["active"] = state["active"] & finite
+        keep = state["active"] if active is None else state["active"] & active
+        if not bool(keep.all()):
+            flat = select(keep, flat, weights.flat)
+            moments = select(keep, moments, state["optimizer"])
+
+        state["params"] = {**params, "weights": Packed.view(flat, weights, axes)}
+        if ctx.new_buffers:
+            buffers = {**params["buffers"], **ctx.new_buffers}
+            state["params"]["buffers"] = select(keep, buffers, params["buffers"])
+        state["optimizer"] = moments
+        if methods:
+            info = StepInfo(task_gradient, flat - weights.flat, batch)
+            state["methods"] = {
+                **memories,
+                **{m.name: m.after_step(info, state["params"], memories[m.name], task) for m in methods},
+            }
+    diagnostics = {name: value.detach() for name, value in {**losses, **ctx.info}.items()}
+    return state, {**diagnostics, "losses/grad_norm": norm}
+
+
+def init_optimizer(optimizer: Optimizer, state: State) -> State:
+    """The optimizer's moments for the packed weights of a state."""
+    packed = Packed.of(state["params"]["weights"], state["key"].dim())
+    return optimizer.init({"weights": packed.flat}, state["key"].shape)
+
+
+def _move(
+    flat: Tensor, moments: State, gradient: Tensor, norm: Tensor, optimizer: Optimizer, frozen: Tensor | None
+) -> tuple[Tensor, State, Tensor]:
+    """The optimizer's move; frozen entries, and the moments under them, are written back."""
+    finite = torch.isfinite(norm)
+    updates, new_moments = optimizer.update({"weights": gradient}, moments, {"weights": flat})
+    new_flat = apply_updates({"weights": flat}, updates)["weights"]
+    if frozen is not None:
+        new_flat = torch.where(frozen, flat, new_flat)
+        new_moments = tree.map(
+            lambda new: new.masked_fill(frozen, 0.0) if new.shape == flat.shape else new, new_moments
+        )
+    return new_flat, new_moments, finite
+
+
+def _union(masks: Sequence[Tensor | None]) -> Tensor | None:
+    present = [mask for mask in masks if mask is not None]
+    if not present:
+        return None
+    return torch.stack(present).any(0)

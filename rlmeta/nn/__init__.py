@@ -1,0 +1,58 @@
+"""Building blocks with learner axes."""
+
+from rlmeta.nn.block import Block, Context, Params, apply, split, stack
+from rlmeta.nn.dropout import Dropout
+from rlmeta.nn.encoder import Encoder, feature_axes
+from rlmeta.nn.heads import (
+    BernoulliHead,
+    CategoricalHead,
+    Distribution,
+    GaussianHead,
+    MultiDiscreteHead,
+    PolicyHead,
+    QHead,
+    StateDependentNoiseHead,
+    TanhGaussianHead,
+    ValueHead,
+    head_for,
+)
+from rlmeta.nn.initialisers import Initialiser, initialise
+from rlmeta.nn.lift import Lifted, lift
+from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear, Sequential
+from rlmeta.nn.mlp import MLP
+from rlmeta.nn.norm import BatchNorm1d, LayerNorm
+
+__all__ = [
+    "MLP",
+    "Activation",
+    "ActivationName",
+    "BatchNorm1d",
+    "BernoulliHead",
+    "Block",
+    "CategoricalHead",
+    "Context",
+    "Distribution",
+    "Dropout",
+    "Encoder",
+    "Flatten",
+    "GaussianHead",
+    "Initialiser",
+    "LayerNorm",
+    "Lifted",
+    "Linear",
+    "MultiDiscreteHead",
+    "Params",
+    "PolicyHead",
+    "QHead",
+    "Sequential",
+    "StateDependentNoiseHead",
+    "TanhGaussianHead",
+    "ValueHead",
+    "apply",
+    "feature_axes",
+    "head_for",
+    "initialise",
+    "lift",
+    "split",
+    "stack",
+]

@@ -1,0 +1,138 @@
+"""From the observations of any space to a vector of features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmeta.errors import SpaceError
+from rlmeta.functional.tree import Tree
+from rlmeta.nn.block import Block, Context, Params
+
+ACTION_MASK = "action_mask"
+"""The key of a Dict observation that says which actions are allowed, and is no feature."""
+
+
+def feature_axes(space: gym.Space, path: str = "") -> Tree:
+    """How many feature axes an observation of `space` has behind its learner and batch axes.
+
+    Args:
+        space: an observation space.
+        path: its place in a larger one, for the message.
+
+    Returns:
+        A number, or a dictionary of them for Dict and Tuple (whose entries are named "0", "1", ...).
+
+    Raises:
+        SpaceError: the space is not one of Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple.
+    """
+    if isinstance(space, gym.spaces.Dict):
+        return {name: feature_axes(child, f"{path}[{name!r}]") for name, child in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return {str(index): feature_axes(child, f"{path}[{index}]") for index, child in enumerate(space.spaces)}
+    if isinstance(space, gym.spaces.Box | gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
+        return len(space.shape or ())
+    raise SpaceError(
+        f"observation space{path} is {space}, whose size is not fixed: expected Box, Discrete, MultiDiscrete, "
+        "MultiBinary, Dict or Tuple; wrap the environment in gymnasium.wrappers.TransformObservation to make it one"
+    )
+
+
+def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], gym.Space]]:
+    if isinstance(space, gym.spaces.Dict):
+        for name, child in space.spaces.items():
+            if name != ACTION_MASK:
+                yield from _leaves(child, (*path, name))
+    elif isinstance(space, gym.spaces.Tuple):
+        for index, child in enumerate(space.spaces):
+            yield from _leaves(child, (*path, str(index)))
+    else:
+        yield path, space
+
+
+def _one_hot(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return (x.unsqueeze(-1) == torch.arange(size, device=x.device)).to(dtype)
+
+
+def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """How many features an elementary space has, and the function that makes them: `[..., *shape]` -> `[..., D]`."""
+    shape = space.shape or ()
+    if isinstance(space, gym.spaces.Discrete):
+        return int(space.n), lambda x: _one_hot(x, int(space.n), dtype)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        sizes = space.nvec.reshape(-1).tolist()
+
+        def encode(x: Tensor) -> Tensor:
+            columns = x.reshape(*x.shape[: x.dim() - len(shape)], len(sizes)).unbind(-1)
+            return torch.cat([_one_hot(column, size, dtype) for column, size in zip(columns, sizes)], -1)
+
+        return sum(sizes), encode
+    size = int(np.prod(shape))
+    scale = 255.0 if space.dtype == np.uint8 and isinstance(space, gym.spaces.Box) else None
+
+    def flatten(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        if len(shape) != 1:
+            x = x.reshape(*x.shape[: x.dim() - len(shape)], size)
+        return x if scale is None else x / scale
+
+    return size, flatten
+
+
+class Encoder(Block):
+    """Observations of any supported space as features `[*L, ..., D]`; it has no parameters.
+
+    Box is flattened (bytes, as in images, are divided by 255), Discrete and MultiDiscrete, counted from 0 as worlds
+    give them, become one-hot, MultiBinary zeros and ones. The entries of Dict and Tuple are concatenated in the order of
+    the space, without the key "action_mask" of a Dict. A Tuple's observation is a dictionary with the keys "0", "1",
+    ..., or a tuple.
+    """
+
+    features: int
+    """D."""
+
+    def __init__(self, observation_space: gym.Space, dtype: torch.dtype = torch.float32) -> None:
+        """Create the encoder.
+
+        Args:
+            observation_space: of a single environment.
+            dtype: of the features.
+
+        Raises:
+            SpaceError: a part of the space is not supported, or nothing is left to observe.
+        """
+        super().__init__()
+        feature_axes(observation_space)
+        self._dtype = dtype
+        self._entries = [
+            (path, tuple(space.shape or ()), *_leaf_encoder(space, dtype)) for path, space in _leaves(observation_space)
+        ]
+        self.features = sum(size for _, _, size, _ in self._entries)
+        if self.features == 0:
+            raise SpaceError(f"observation space {observation_space} has no entry to learn from: give it at least one")
+
+    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tensor:
+        """Observations `[*L, ..., *shape]`, a dictionary of them for Dict -> `[*L, ..., D]`."""
+        parts = []
+        for path, shape, _, encode in self._entries:
+            leaf = x
+            for name in path:
+                leaf = _entry(leaf, name)
+            if not isinstance(leaf, Tensor) or tuple(leaf.shape[leaf.dim() - len(shape) :]) != shape:
+                given = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"observation{list(path) or ''} has shape {given}, expected {('...', *shape)}")
+            parts.append(encode(leaf))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _entry(x: Tree, name: str) -> Tree:
+    if isinstance(x, dict) and name in x:
+        return x[name]
+    if isinstance(x, tuple) and name.isdigit() and int(name) < len(x):
+        return x[int(name)]
+    given = f"the keys {list(x)}" if isinstance(x, dict) else type(x).__name__
+    raise SpaceError(f"the observation has no entry {name!r}, which its space has: it has {given}")

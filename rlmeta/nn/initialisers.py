@@ -1,0 +1,39 @@
+"""How layers get their first weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from rlmeta.errors import SettingError
+
+Initialiser: TypeAlias = Literal["orthogonal", "torch"]
+
+
+def initialise(weight: Tensor, bias: Tensor | None, initialiser: Initialiser, gain: float = 1.0) -> None:
+    """Fill a linear layer's weight `[out, in]` and bias `[out]` in place, drawing from torch's generator.
+
+    "orthogonal": orthonormal rows or columns times `gain`, bias 0 (Saxe et al., 2014), as policy gradient codes do.
+    "torch": what `torch.nn.Linear` starts from, uniform within 1 / sqrt(in), times `gain`.
+
+    Args:
+        weight: `[out, in]`.
+        bias: `[out]` or None.
+        initialiser: one of the two.
+        gain: factor of the weights.
+    """
+    if initialiser == "orthogonal":
+        nn.init.orthogonal_(weight, gain)
+        if bias is not None:
+            nn.init.zeros_(bias)
+    elif initialiser == "torch":
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if bias is not None:
+            bound = 1.0 / math.sqrt(weight.shape[1]) if weight.shape[1] > 0 else 0.0
+            nn.init.uniform_(bias, -bound, bound)
+        if gain != 1.0:
+            weight.data.mul_(gain)
+    else:
+        raise SettingError(f"initialiser {initialiser!r} is unknown, expected 'orthogonal' or 'torch'")

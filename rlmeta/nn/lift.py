@@ -1,0 +1,325 @@
+"""Running a user's ordinary module on any number of learners."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rlmeta.errors import SettingError
+from rlmeta.functional import random
+from rlmeta.functional.tree import Tree
+from rlmeta.nn.block import Block, Context, Params, latest, learner_axes, own_tensors, share_tensors, with_learner_axes
+from rlmeta.nn.dropout import Dropout
+from rlmeta.nn.linear import Activation, Flatten, Linear, Sequential
+from rlmeta.nn.norm import BATCH_NORMS, BatchNorm1d, LayerNorm
+
+_ELEMENTWISE = (
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.Identity,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanh,
+)
+
+Outcome: TypeAlias = tuple[Tree, Params]
+"""What a module returned, and its buffers afterwards."""
+
+
+def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
+    """Make a block of an ordinary module, so that it runs on stacked parameters.
+
+    A learner `i` gets `module(x[i])` under its own parameters: the module is written for one learner and sees no
+    learner axis. Names stay those of the module, so its state dicts go in and out, and its tensors stay shared with it.
+    Linear, LayerNorm, BatchNorm, Dropout, Flatten, elementwise activations and sequences of them become the blocks of
+    this package. Of any other module a copy runs under `torch.func.vmap`, or where an operation has no rule for that
+    (an LSTM) in a loop over the learners; batch normalisation and dropout inside are replaced by this package's,
+    buffers that the module writes are returned, and what else it draws comes from torch's generator, seeded by the
+    context's key.
+
+    Args:
+        module: any module of one input; blocks are returned as they are. A dictionary of tensors is one input.
+        feature_axes: how many axes of `x` are features (for an image 3), as a number or as a dictionary in the shape of
+            `x`; see `feature_axes` of a space. All axes between the learners' and these are folded into one batch
+            axis for the module. None: the module gets `x[i]` as it is.
+
+    Returns:
+        The block.
+
+    Raises:
+        SettingError: `module` is no module, or can't be copied.
+    """
+    if not isinstance(module, nn.Module):
+        raise SettingError(f"cannot lift {type(module).__name__}: expected a torch.nn.Module, built (not its class)")
+    block = _native(module)
+    if block is None:
+        block = Lifted(module)
+    return block if feature_axes is None else Folded(block, feature_axes)
+
+
+def _native(module: nn.Module) -> Block | None:
+    """The block that does the same, sharing the module's tensors; None where there is none."""
+    if isinstance(module, Block):
+        return module
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    kind = type(module)
+    block: Block
+    if kind is nn.Sequential:
+        block = Sequential()
+        for name, child in module._modules.items():
+            block.add_module(name, lift(child))  # type: ignore[arg-type]
+        block.training = module.training
+    elif kind is nn.Linear:
+        block = Linear(0, 0, bias=False, initialiser="orthogonal")
+        share_tensors(block, module)
+    elif kind is nn.LayerNorm:
+        block = LayerNorm(module.normalized_shape, module.eps)  # type: ignore[arg-type]
+        share_tensors(block, module)
+    elif kind in BATCH_NORMS:
+        block = BatchNorm1d.from_torch(module)  # type: ignore[arg-type]
+    elif kind is nn.Dropout:
+        block = Dropout(module.p)  # type: ignore[arg-type]
+        block.training = module.training
+    elif kind is nn.Flatten:
+        block = Flatten(module.start_dim, module.end_dim)  # type: ignore[arg-type]
+    elif kind in _ELEMENTWISE:
+        block = Activation(module)
+    else:
+        return None
+    return block
+
+
+class Folded(Block):
+    """A block whose batch axes, however many, are folded into one before it runs and unfolded after."""
+
+    def __init__(self, inner: Block, feature_axes: Tree) -> None:
+        """Create the block around `inner`, under whose names its tensors stay; `feature_axes` as for `lift`."""
+        super().__init__()
+        self._inner = (inner,)
+        self._feature_axes = feature_axes
+        share_tensors(self, inner)
+
+    def may_draw(self) -> bool:
+        """As the block inside."""
+        return self._inner[0].may_draw()
+
+    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
+        """`[*L, ..., *features]` -> `[*L, ..., *features]`."""
+        inner = self._inner[0]
+        ctx = with_learner_axes(inner, params, ctx, prefix)
+        axes = ctx.learner_axes or 0
+        batches: list[torch.Size] = []
+        x = _fold(x, self._feature_axes, axes, batches, "")
+        if any(batch != batches[0] for batch in batches):
+            raise ValueError(
+                f"the entries of x have the batch axes {[tuple(batch) for batch in batches]}, expected one"
+            )
+
+        def unfold(y: Tensor) -> Tensor:
+            return y.reshape(y.shape[:axes] + batches[0] + y.shape[axes + 1 :])
+
+        return pytree.tree_map_only(Tensor, unfold, inner.run(params, x, ctx, prefix))
+
+
+def _fold(x: Tree, feature_axes: Tree, axes: int, batches: list[torch.Size], path: str) -> Tree:
+    if isinstance(feature_axes, dict):
+        if not isinstance(x, dict) or not feature_axes.keys() >= x.keys():
+            given = list(x) if isinstance(x, dict) else type(x).__name__
+            raise ValueError(f"x{path} has the entries {given}, expected some of {list(feature_axes)}")
+        return {name: _fold(x[name], feature_axes[name], axes, batches, f"{path}[{name!r}]") for name in x}
+    end = x.dim() - feature_axes
+    if end < axes:
+        raise ValueError(
+            f"x{path} has shape {tuple(x.shape)}, expected {axes} learner axes and {feature_axes} feature axes, or more"
+        )
+    batches.append(x.shape[axes:end])
+    return x.reshape(*x.shape[:axes], x.shape[axes:end].numel(), *x.shape[end:])
+
+
+class Lifted(Block):
+    """An arbitrary module as a block; made by `lift`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Create the block of a copy of `module` that shares its tensors."""
+        super().__init__()
+        shared = {id(value): value for value in own_tensors(module).values()}
+        try:
+            template = copy.deepcopy(module, shared)
+        except Exception as error:
+            raise SettingError(f"cannot lift {type(module).__name__}, which can't be copied: {error}") from error
+        self._dropouts = _replace(template)
+        self._template = (template,)
+        self._buffer_names = tuple(name for name, _ in template.named_buffers())
+        self._names = tuple(own_tensors(template))
+        self._loops = {mode: any(isinstance(part, nn.RNNBase) for part in template.modules()) for mode in (False, True)}
+        self._draws_otherwise = False
+        share_tensors(self, template)
+
+    def may_draw(self) -> bool:
+        """Nobody knows what the module does."""
+        return True
+
+    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "", memory: Tree | None = None) -> Tree:
+        """What the module returns for every learner, `[*L, ...]`: a tensor, or a dictionary or tuple of them.
+
+        Args:
+            params: this block's tensors are those whose name starts with `prefix`.
+            x: `[*L, ...]`, a tensor or a dictionary of tensors.
+            ctx: mode, key, and where new buffers go.
+            prefix: this block's place in `params`.
+            memory: second input of the module where it takes one, `[*L, ...]`, a tensor or a dictionary or tuple.
+
+        Raises:
+            ValueError: an input does not start with the learner axes.
+            SettingError: the module draws random numbers and the context has no key.
+        """
+        own = {name: latest(params, ctx, prefix + name) for name in self._names}
+        axes = learner_axes(self, params, ctx, prefix)
+        inputs = (x,) if memory is None else (x, memory)
+        template = self._template[0]
+        if template.training != ctx.training:
+            template.train(ctx.training)
+        if axes == 0:
+            out, buffers = self._alone(own, inputs, ctx.key, prefix)
+        else:
+            shape = _learner_shape(own, inputs, ctx.key, axes)
+            fold = _reshaper(axes, (shape.numel(),))
+            own, inputs, key = pytree.tree_map_only(Tensor, fold, (own, inputs, ctx.key))
+            outcome = self._together(own, inputs, key, shape.numel(), prefix, ctx.training)
+            out, buffers = pytree.tree_map_only(Tensor, _reshaper(1, shape), outcome)
+        if ctx.training:
+            ctx.new_buffers.update({prefix + name: value.detach() for name, value in buffers.items()})
+        return out
+
+    def _together(
+        self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, prefix: str, training: bool
+    ) -> Outcome:
+        """All learners, axis 0 of everything, at once where every operation has a rule for it."""
+        if not self._loops[training] and learners > 1:
+            try:
+                with _no_silent_loops():
+                    return self._vmapped(own, inputs, key, prefix)
+            except Exception:  # whatever it was: the loop shows the user's own error, or none
+                outcome = self._looped(own, inputs, key, learners, prefix)
+                self._loops[training] = True
+                return outcome
+        return self._looped(own, inputs, key, learners, prefix)
+
+    def _vmapped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, prefix: str) -> Outcome:
+        def learner(own: Params, inputs: tuple[Tree, ...], key: Tensor | None) -> Outcome:
+            return self._call(own, inputs, key, prefix)
+
+        in_dims = (0 if own else None, 0, None if key is None else 0)
+        return torch.func.vmap(learner, in_dims=in_dims, randomness="error")(own, inputs, key)
+
+    def _looped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, prefix: str) -> Outcome:
+        leaves, structure = pytree.tree_flatten((own, inputs, key))
+        rows = [leaf.unbind(0) if isinstance(leaf, Tensor) else (leaf,) * learners for leaf in leaves]
+        outcomes = []
+        for row in zip(*rows):
+            own, inputs, key = pytree.tree_unflatten(list(row), structure)
+            outcomes.append(pytree.tree_flatten(self._alone(own, inputs, key, prefix)))
+        columns = zip(*(outcome for outcome, _ in outcomes))
+        stacked = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+        return pytree.tree_unflatten(stacked, outcomes[0][1])
+
+    def _alone(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, prefix: str) -> Outcome:
+        """One learner, without learner axes, torch's generator under control."""
+        devices = {leaf.device for leaf in pytree.tree_leaves((own, inputs)) if isinstance(leaf, Tensor)}
+        if key is None or not self._draws_otherwise:
+            before = _generator_states(devices)
+            outcome = self._call(own, inputs, key, prefix)
+            if all(torch.equal(old, new) for old, new in zip(before, _generator_states(devices))):
+                return outcome
+            _restore_generators(devices, before)
+            self._draws_otherwise = True
+        if key is None:
+            raise SettingError(
+                f"{type(self._template[0]).__name__} draws random numbers: pass a key, Context(key=key), here too"
+            )
+        with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+            torch.manual_seed(int(random.fold(random.fold(key, "lift"), prefix)))
+            return self._call(own, inputs, key, prefix)
+
+    def _call(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, prefix: str) -> Outcome:
+        """The module itself on one learner's tensors; it writes its buffers, if it does, into copies."""
+        state = {**own, **{name: own[name].clone() for name in self._buffer_names}}
+        for name, dropout in self._dropouts:
+            dropout.begin(key, f"{prefix}{name}.")
+        try:
+            out = torch.func.functional_call(self._template[0], state, inputs)
+        finally:
+            for name, dropout in self._dropouts:
+                dropout.begin(None, name)
+        return out, {name: state[name] for name in self._buffer_names}
+
+
+def _replace(module: nn.Module) -> list[tuple[str, Dropout]]:
+    """Replace batch normalisation and dropout inside `module`; the dropouts by name."""
+    replaced: dict[int, Block] = {}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and type(child) in (*BATCH_NORMS, nn.Dropout):
+                block = replaced.get(id(child)) or _native(child)
+                if block is not None:
+                    replaced[id(child)] = block
+                    parent._modules[name] = block
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, Dropout)]
+
+
+def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int) -> torch.Size:
+    """The learner axes, which every tensor must start with."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    shape = next((value.shape[:axes] for value in (*own.values(), *tensors)), torch.Size())
+    for value in (*own.values(), *tensors, *(() if key is None else (key,))):
+        if value.shape[:axes] != shape or len(shape) != axes:
+            raise ValueError(
+                f"an input has shape {tuple(value.shape)}, expected the learner axes {tuple(shape)} in front"
+            )
+    return shape
+
+
+def _reshaper(axes: int, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """A function that replaces the first `axes` axes by `shape`."""
+    return lambda value: value.reshape((*shape, *value.shape[axes:]))
+
+
+@contextlib.contextmanager
+def _no_silent_loops() -> Iterator[None]:
+    """Let vmap raise on an operation without a rule, where it would run that in a loop of its own, and more slowly."""
+    functorch: Any = torch._C._functorch
+    enabled = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_enabled(enabled)
+
+
+def _generator_states(devices: set[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda")]
+
+
+def _restore_generators(devices: set[torch.device], states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip([device for device in devices if device.type == "cuda"], states[1:]):
+        torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,162 @@
+"""The affine map, and the small blocks that a sequence is made of."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlmeta.errors import SettingError
+from rlmeta.functional.tree import Tree
+from rlmeta.nn.block import Block, Context, Params, fetch, learner_axes, with_learner_axes
+from rlmeta.nn.initialisers import Initialiser, initialise
+
+ActivationName: TypeAlias = Literal["tanh", "relu", "elu", "gelu", "silu", "sigmoid", "leaky_relu", "softplus"]
+
+
+def activation_function(activation: ActivationName | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function of an activation's name; a function is returned as it is.
+
+    Raises:
+        SettingError: the name is not one of `ActivationName`.
+    """
+    if callable(activation):
+        return activation
+    if activation not in get_args(ActivationName):
+        raise SettingError(
+            f"activation {activation!r} is unknown, expected a function or one of {', '.join(get_args(ActivationName))}"
+        )
+    function: Callable[[Tensor], Tensor] = getattr(torch, activation, None) or getattr(F, activation)
+    return function
+
+
+def check_linear(x: Tensor, weight: Tensor) -> None:
+    """Refuse an input whose learner axes or features are not those of the weight `[*L, out, in]`."""
+    if (
+        x.shape[: weight.dim() - 2] != weight.shape[:-2]
+        or x.shape[-1:] != weight.shape[-1:]
+        or x.dim() < weight.dim() - 1
+    ):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected {(*weight.shape[:-2], '...', weight.shape[-1])} "
+            f"for a weight of shape {tuple(weight.shape)}"
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x Wᵀ + b for every learner.
+
+    Args:
+        x: `[*L, ..., in]`.
+        weight: `[*L, out, in]`.
+        bias: `[*L, out]` or None.
+
+    Returns:
+        `[*L, ..., out]`
+
+    Raises:
+        ValueError: `x` does not fit the weight.
+    """
+    check_linear(x, weight)
+    axes = weight.dim() - 2
+    if axes == 0:
+        return F.linear(x, weight, bias)
+    learners = weight.shape[:-2].numel()
+    out = learner_product(
+        x.reshape(learners, x.shape[axes:-1].numel(), x.shape[-1]),
+        weight.reshape(learners, *weight.shape[-2:]),
+        None if bias is None else bias.reshape(learners, 1, -1),
+    )
+    return out.reshape(*x.shape[:-1], weight.shape[-2])
+
+
+def learner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`[S, B, in]`, `[S, out, in]`, `[S, 1, out]` -> `[S, B, out]`, one batched product."""
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)
+
+
+class Linear(Block):
+    """y = x Wᵀ + b: `[*L, ..., in]` -> `[*L, ..., out]`; weight `[*L, out, in]` and bias `[*L, out]` as torch's."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        initialiser: Initialiser = "torch",
+        gain: float = 1.0,
+    ) -> None:
+        """Create the layer.
+
+        Args:
+            in_features: size of the last axis of the input.
+            out_features: size of the last axis of the output.
+            bias: whether to add one.
+            initialiser: see `initialise`.
+            gain: factor of the initial weights.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        initialise(self.weight, self.bias, initialiser, gain)
+
+    def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
+        """`[*L, ..., in]` -> `[*L, ..., out]`."""
+        return linear(x, params[prefix + "weight"], fetch(self, params, prefix, "bias"))
+
+
+class Activation(Block):
+    """An elementwise function as a block: any shape to the same shape."""
+
+    def __init__(self, function: ActivationName | Callable[[Tensor], Tensor]) -> None:
+        """Create the block from a function (an `nn.ReLU()` is one, too) or its name."""
+        super().__init__()
+        self._function = (activation_function(function),)  # in a tuple, since a module would become a child
+
+    def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
+        """`f(x)`."""
+        return self._function[0](x)
+
+
+class Flatten(Block):
+    """`nn.Flatten`: joins axes `start_dim` to `end_dim`, counted as one learner sees them (axis 0 is its batch)."""
+
+    def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
+        """Create the block with the arguments of `nn.Flatten`."""
+        super().__init__()
+        self._start_dim, self._end_dim = start_dim, end_dim
+
+    def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
+        """`[*L, B, ...]` -> `[*L, B, D]` with the default axes."""
+        axes = learner_axes(self, params, ctx, prefix)
+        ends = [dim + axes if dim >= 0 else dim for dim in (self._start_dim, self._end_dim)]
+        return x.flatten(*ends)
+
+
+class Sequential(Block):
+    """Blocks one after another, named "0", "1", ... as in `nn.Sequential`; other modules are lifted."""
+
+    def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]) -> None:
+        """Create the sequence from modules, or from one ordered dictionary of named modules."""
+        super().__init__()
+        from rlmeta.nn.lift import lift  # the two need each other
+
+        named = modules[0] if len(modules) == 1 and isinstance(modules[0], OrderedDict) else None
+        for name, module in named.items() if named is not None else enumerate(modules):
+            if not isinstance(module, nn.Module):
+                raise SettingError(f"Sequential was given {type(module).__name__}, expected modules")
+            self.add_module(str(name), lift(module))
+
+    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
+        """Each block's output is the next one's input."""
+        ctx = with_learner_axes(self, params, ctx, prefix)
+        for name, block in self._modules.items():
+            x = block.run(params, x, ctx, f"{prefix}{name}.")  # type: ignore[union-attr, operator]
+        return x

@@ -1,0 +1,129 @@
+"""Normalisation: over the features of a sample, or over a batch with running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlmeta.nn.block import Block, Context, Params, between, fetch, latest, learner_axes
+
+
+class LayerNorm(Block):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axes: `[*L, ..., *shape]` to the same shape.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
+    """
+
+    def __init__(
+        self, shape: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True
+    ) -> None:
+        """Create the layer with the arguments of `nn.LayerNorm`."""
+        super().__init__()
+        self._shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self._eps = eps
+        self.register_parameter("weight", nn.Parameter(torch.ones(self._shape)) if elementwise_affine else None)
+        has_bias = elementwise_affine and bias
+        self.register_parameter("bias", nn.Parameter(torch.zeros(self._shape)) if has_bias else None)
+
+    def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
+        """Any number of axes between the learners' and the features'."""
+        if tuple(x.shape[x.dim() - len(self._shape) :]) != self._shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected {('...', *self._shape)}")
+        weight, bias = fetch(self, params, prefix, "weight"), fetch(self, params, prefix, "bias")
+        axes = 0 if weight is None else weight.dim() - len(self._shape)
+        if weight is None or axes == 0:
+            return F.layer_norm(x, self._shape, weight, bias, self._eps)
+        x = F.layer_norm(x, self._shape, None, None, self._eps)
+        scaled = x * between(weight, x, axes)
+        return scaled if bias is None else scaled + between(bias, x, axes)
+
+
+class BatchNorm1d(Block):
+    """(x - mean) / sqrt(var + eps) * weight + bias, each channel over its learner's whole batch: `[*L, ..., C]`.
+
+    In training the statistics are the batch's, and new running ones go to `ctx.new_buffers`; in evaluation the running
+    ones are used. Names and arithmetic are those of `torch.nn.BatchNorm1d`; what `from_torch` makes of one, or of its
+    2d and 3d kin, keeps torch's layout, too: `[*L, B, C]` or `[*L, B, C, ...]`.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        """Create the layer with the arguments of `nn.BatchNorm1d`."""
+        super().__init__()
+        self._features, self._eps, self._momentum = features, eps, momentum
+        self._channels_last = True
+        self.register_parameter("weight", nn.Parameter(torch.ones(features)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(features)) if affine else None)
+        self.register_buffer("running_mean", torch.zeros(features) if track_running_stats else None)
+        self.register_buffer("running_var", torch.ones(features) if track_running_stats else None)
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64) if track_running_stats else None)
+
+    @classmethod
+    def from_torch(cls, module: nn.modules.batchnorm._BatchNorm) -> BatchNorm1d:
+        """The block that shares the tensors of torch's module and expects its layout."""
+        block = cls(module.num_features, module.eps, module.momentum, affine=False, track_running_stats=False)
+        block._channels_last = False
+        block._parameters, block._buffers = module._parameters, module._buffers
+        block.training = module.training
+        return block
+
+    def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
+        """Same shape as `x`."""
+        axes = learner_axes(self, params, ctx, prefix)
+        channel = x.dim() - 1 if self._channels_last else axes + 1
+        if channel <= axes or channel >= x.dim() or x.shape[channel] != self._features:
+            layout = ("...", self._features) if self._channels_last else ("B", self._features, "...")
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected {layout} behind {axes} learner axes")
+        stored = {name: fetch(self, params, prefix, name) for name in ("running_mean", "running_var", "weight", "bias")}
+        shape = (
+            *x.shape[:axes],
+            *(size if axis == channel else 1 for axis, size in enumerate(x.shape) if axis >= axes),
+        )
+        for value in stored.values():
+            if value is not None and value.shape != (*x.shape[:axes], self._features):
+                raise ValueError(f"x has shape {tuple(x.shape)}, expected {tuple(value.shape[:-1])} in front")
+        mean, var = stored["running_mean"], stored["running_var"]
+        if ctx.training or mean is None or var is None:
+            dims = [axis for axis in range(axes, x.dim()) if axis != channel]
+            mean, var = self._batch_statistics(params, x, dims, ctx, prefix)
+        out = (x - mean.reshape(shape)) * (var + self._eps).rsqrt().reshape(shape)
+        weight, bias = stored["weight"], stored["bias"]
+        return out if weight is None or bias is None else out * weight.reshape(shape) + bias.reshape(shape)
+
+    def _batch_statistics(
+        self, params: Params, x: Tensor, dims: list[int], ctx: Context, prefix: str
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance `[*L, C]` over `dims`; leaves the new running ones in the context."""
+        count = 1
+        for axis in dims:
+            count *= x.shape[axis]
+        if count < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}: a batch's statistics need more than one value per channel")
+        var, mean = torch.var_mean(x, dims, correction=0)
+        if ctx.training and self._buffers["running_mean"] is not None:
+            tracked = latest(params, ctx, prefix + "num_batches_tracked") + 1
+            running = {"running_mean": mean.detach(), "running_var": var.detach() * (count / (count - 1))}
+            for name, value in running.items():
+                old = latest(params, ctx, prefix + name)
+                weight = (1.0 / tracked.to(old.dtype)).unsqueeze(-1) if self._momentum is None else self._momentum
+                ctx.new_buffers[prefix + name] = old + weight * (value.to(old.dtype) - old)
+            ctx.new_buffers[prefix + "num_batches_tracked"] = tracked
+        return mean, var
+
+
+BATCH_NORMS = cast(
+    "tuple[type[nn.modules.batchnorm._BatchNorm], ...]", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+)
+"""Torch's own, which `from_torch` takes."""

@@ -1,0 +1,287 @@
+"""Every kind of foreign environment, and every autoreset mode, tells the same story of the same episodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from counter_env import BOTH, TERMINATE, TRUNCATE, CounterEnv, schedule, step_and_episode
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor
+
+from rlmeta.envs.gymnasium_world import GymnasiumWorld
+from rlmeta.errors import SettingError, SpaceError
+from rlmeta.functional import random
+from rlmeta.functional.returns import discounts, generalized_advantage
+
+EPISODES = 5
+GAMMA, LAMBDA = 0.9, 0.8
+
+gym.register("rlmeta-test/Counter-v0", entry_point=CounterEnv, max_episode_steps=100)
+
+
+def _vector(mode: AutoresetMode, rows: int, nested: bool, kind: type = SyncVectorEnv, **settings: Any) -> VectorEnv:
+    return kind([lambda: CounterEnv(nested)] * rows, autoreset_mode=mode, **settings)
+
+
+KINDS: dict[str, Any] = {
+    "id": lambda rows, nested: {"make": "rlmeta-test/Counter-v0", "settings": {"nested": nested}},
+    "spec": lambda rows, nested: {"make": gym.spec("rlmeta-test/Counter-v0"), "settings": {"nested": nested}},
+    "factory": lambda rows, nested: {"make": lambda: CounterEnv(nested)},
+    "async": lambda rows, nested: {"make": lambda: CounterEnv(nested), "mode": "async", "workers": 2},
+    "next step": lambda rows, nested: {"make": _vector(AutoresetMode.NEXT_STEP, rows, nested)},
+    "same step": lambda rows, nested: {"make": _vector(AutoresetMode.SAME_STEP, rows, nested)},
+    "disabled": lambda rows, nested: {"make": _vector(AutoresetMode.DISABLED, rows, nested)},
+    "not copied": lambda rows, nested: {"make": _vector(AutoresetMode.SAME_STEP, rows, nested, copy=False)},
+    "vector factory": lambda rows, nested: {"make": lambda num_envs: _vector(AutoresetMode.DISABLED, num_envs, nested)},
+    "foreign workers": lambda rows, nested: {"make": _vector(AutoresetMode.SAME_STEP, rows, nested, AsyncVectorEnv)},
+}
+CASES = [
+    (kind, shape)
+    for kind in KINDS
+    for shape in ([((2,), 2)] if kind in ("async", "foreign workers") else [((2,), 2), ((3,), 3), ((), 4), ((2, 1), 2)])
+]
+
+
+def _rollout(world: GymnasiumWorld) -> dict[str, Tensor]:
+    """Follow the schedule until every row saw `EPISODES` whole episodes; everything `[*L, T, N]`."""
+    axes = len(world.learner_shape)
+    batch = (*world.learner_shape, world.num_envs)
+    row = torch.arange(int(np.prod(batch))).view(batch)
+    state = world.reset(random.make_keys(range(int(np.prod(world.learner_shape)))).view(world.learner_shape))
+    ended, steps = torch.zeros(batch, dtype=torch.int64), []
+    while (ended < EPISODES).any():
+        step, episode = step_and_episode(world.observation(state))
+        state, transition = world.step(state, schedule(row, step, episode))
+        next_step, next_episode = step_and_episode(transition.next_observation)
+        seen_step, seen_episode = step_and_episode(transition.observation)
+        steps.append(
+            {
+                "step": step,
+                "episode": episode,
+                "next_step": next_step,
+                "next_episode": next_episode,
+                "seen_step": seen_step,
+                "seen_episode": seen_episode,
+                "reward": transition.reward,
+                "terminated": transition.terminated,
+                "truncated": transition.truncated,
+                "valid": transition.valid,
+                "memory_reset": transition.memory_reset,
+            }
+        )
+        ended += transition.terminated | transition.truncated
+    assert len(steps) < 200
+    return {name: torch.stack([one[name] for one in steps], axes) for name in steps[0]}
+
+
+def _value(step: Tensor, episode: Tensor) -> Tensor:
+    return torch.sin(3 * step + 1.7 * episode) + 0.3 * step
+
+
+def _advantages(rollout: dict[str, Tensor]) -> Tensor:
+    return generalized_advantage(
+        rollout["reward"].double(),
+        discounts(GAMMA, rollout["terminated"], torch.float64),
+        _value(rollout["step"], rollout["episode"]),
+        _value(rollout["next_step"], rollout["next_episode"]),
+        rollout["terminated"] | rollout["truncated"] | ~rollout["valid"],
+        LAMBDA,
+    )
+
+
+def _by_row(rollout: dict[str, Tensor], column: Tensor) -> list[Tensor]:
+    """Of each row, the column at its valid steps within the whole episodes."""
+    take = rollout["valid"] & (rollout["episode"] < EPISODES)
+    columns, takes = column.movedim(-2, -1).flatten(0, -2), take.movedim(-2, -1).flatten(0, -2)
+    return [one[mask] for one, mask in zip(columns, takes)]
+
+
+def _expected(row: int) -> dict[str, list[float]]:
+    """The story of a row, computed without any environment; advantages by their definition as a sum."""
+    story: dict[str, list[float]] = {name: [] for name in ("step", "episode", "reward", "terminated", "truncated")}
+    advantages: list[float] = []
+    for episode in range(EPISODES):
+        length, kind = 1 + (3 * row + 5 * episode) % 7, 1 + (row + episode) % 3
+        deltas = []
+        for step in range(length):
+            last = step == length - 1
+            terminated, truncated = last and kind in (TERMINATE, BOTH), last and kind in (TRUNCATE, BOTH)
+            reward = 10.0 * episode + step + 1
+            for name, value in zip(story, (step, episode, reward, terminated, truncated)):
+                story[name].append(float(value))
+            steps = torch.tensor([step, step + 1], dtype=torch.float64)
+            here, there = _value(steps, torch.full_like(steps, episode)).tolist()
+            deltas.append(reward + GAMMA * (not terminated) * there - here)
+        advantages += [sum((GAMMA * LAMBDA) ** k * d for k, d in enumerate(deltas[t:])) for t in range(length)]
+    return {**story, "advantage": advantages}
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["box", "dict"])
+@pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
+def test_no_transition_crosses_an_episode(kind: str, shape: tuple[tuple[int, ...], int], nested: bool) -> None:
+    learner_shape, num_envs = shape
+    rows = int(np.prod(learner_shape)) * num_envs
+    world = GymnasiumWorld(learner_shape=learner_shape, num_envs=num_envs, **KINDS[kind](rows, nested))
+    try:
+        rollout = _rollout(world)
+    finally:
+        world.close()
+    valid, ended = rollout["valid"], rollout["terminated"] | rollout["truncated"]
+    assert torch.equal(rollout["next_episode"][valid], rollout["episode"][valid])
+    assert torch.equal(rollout["next_step"][valid], rollout["step"][valid] + 1)
+    assert not ended[~valid].any() and not rollout["reward"][~valid].any()
+    # what is seen next: the successor, or the first observation of the next episode, and then memory is cleared
+    begins = rollout["memory_reset"]
+    assert torch.equal(begins, rollout["seen_step"] == 0)
+    assert torch.equal(rollout["seen_step"][~begins], rollout["next_step"][~begins])
+    assert torch.equal(rollout["seen_episode"][begins], rollout["episode"][begins] + 1)
+    if kind == "next step":
+        assert torch.equal(~valid[..., 1:, :], ended[..., :-1, :]) and torch.equal(begins, ~valid)
+    else:
+        assert valid.all() and torch.equal(begins, ended)
+
+    advantages = _by_row(rollout, _advantages(rollout))
+    columns = {name: _by_row(rollout, rollout[name].double()) for name in ("step", "episode", "reward")}
+    flags = {name: _by_row(rollout, rollout[name].double()) for name in ("terminated", "truncated")}
+    for row in range(rows):
+        expected = _expected(row)
+        for name, column in {**columns, **flags}.items():
+            assert column[row].tolist() == expected[name], name
+        torch.testing.assert_close(
+            advantages[row], torch.tensor(expected["advantage"], dtype=torch.float64), rtol=1e-12, atol=1e-12
+        )
+
+
+def test_advantages_are_identical_in_all_modes() -> None:
+    found = {}
+    for kind in ("factory", "next step", "same step", "disabled"):
+        world = GymnasiumWorld(learner_shape=(2,), num_envs=2, **KINDS[kind](4, False))
+        rollout = _rollout(world)
+        found[kind] = torch.cat(_by_row(rollout, _advantages(rollout)))
+        world.close()
+    reference = found.pop("factory")
+    for kind, advantages in found.items():
+        assert torch.equal(advantages, reference), kind
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+class _Batched(SyncVectorEnv):
+    """A VectorEnv whose infos, metadata and calls a test can look at and change."""
+
+    def __init__(self, mode: AutoresetMode, rows: int = 2) -> None:
+        super().__init__([CounterEnv] * rows, autoreset_mode=mode)
+        self.calls: list[tuple[Any, Any]] = []
+        self.final: Any = None
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        self.calls.append((seed, options if options is None else {k: v.copy() for k, v in options.items()}))
+        return super().reset(seed=seed, options=options)
+
+    def step(self, actions: Any) -> Any:
+        *result, infos = super().step(actions)
+        if self.final is not None and "final_obs" in infos:
+            infos["final_obs"] = self.final(infos["final_obs"])
+        return *result, infos
+
+
+def _end_first(world: GymnasiumWorld) -> Any:
+    state = world.reset(random.make_keys([0])[0])
+    return world.step(state, torch.tensor([TERMINATE, 0]))
+
+
+@pytest.mark.parametrize("given", [None, "Sometimes", 3, "missing"])
+def test_unknown_autoreset_mode_is_refused(given: Any) -> None:
+    env = _Batched(AutoresetMode.SAME_STEP)
+    env.metadata = {} if given == "missing" else {"autoreset_mode": given}
+    expected = "declares no autoreset mode" if given in (None, "missing") else repr(given)
+    with pytest.raises(SettingError, match=expected):
+        GymnasiumWorld(env, (), 2)
+
+
+def test_mode_may_be_named_by_its_value() -> None:
+    env = _Batched(AutoresetMode.NEXT_STEP)
+    env.metadata = {"autoreset_mode": "NextStep"}
+    _, transition = _end_first(world := GymnasiumWorld(env, (), 2))
+    assert not transition.memory_reset.any() and transition.terminated.tolist() == [True, False]
+    world.close()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_wrong_number_of_environments_is_refused(rows: int) -> None:
+    with pytest.raises(SettingError, match=f"has {rows} environments, expected 2"):
+        GymnasiumWorld(_Batched(AutoresetMode.SAME_STEP, rows), (2,), 1)
+
+
+def test_vector_env_has_no_worker_processes_of_ours() -> None:
+    with pytest.raises(SettingError, match="VectorEnv"):
+        GymnasiumWorld(_Batched(AutoresetMode.SAME_STEP), (), 2, mode="async")
+
+
+@pytest.mark.parametrize(
+    "final",
+    [lambda f: f, list, lambda f: np.stack([np.zeros(2, np.float32) if o is None else o for o in f])],
+    ids=["object array", "list", "dense array"],
+)
+def test_final_observations_of_every_form(final: Any) -> None:
+    env = _Batched(AutoresetMode.SAME_STEP)
+    env.final = final
+    _, transition = _end_first(GymnasiumWorld(env, (), 2))
+    assert transition.next_observation.tolist() == [[1, 0], [1, 0]]
+    assert transition.observation.tolist() == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    "final", [lambda f: np.array([None, None]), lambda f: [np.zeros(3, np.float32)] * 2], ids=["hole", "shape"]
+)
+def test_missing_or_misshapen_final_observation_is_refused(final: Any) -> None:
+    env = _Batched(AutoresetMode.SAME_STEP)
+    env.final = final
+    with pytest.raises(SpaceError, match="_Batched"):
+        _end_first(GymnasiumWorld(env, (), 2))
+
+
+def test_disabled_resets_with_fresh_options_and_own_seeds() -> None:
+    env = _Batched(AutoresetMode.DISABLED)
+    world = GymnasiumWorld(env, (), 2)
+    state = world.reset(random.make_keys([0])[0])
+    env.calls.clear()
+    for _ in range(2):
+        state, _ = world.step(state, torch.tensor([TERMINATE, 0]))
+    state, _ = world.step(state, torch.tensor([0, BOTH]))
+    masks = [options["reset_mask"].tolist() for _, options in env.calls]
+    assert masks == [[True, False], [True, False], [False, True]]
+    assert env.calls[0][0][0] != env.calls[1][0][0]
+    assert state["seed"].tolist() == [env.calls[1][0][0], env.calls[2][0][1]]
+    assert state["episode"].tolist() == [2, 1] and state["elapsed"].tolist() == [1, 0]
+
+
+def test_vector_env_that_takes_one_seed_only() -> None:
+    class OneSeed(_Batched):
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            if isinstance(seed, list):
+                raise gym.error.Error("seed must be an integer")
+            return super().reset(seed=seed, options=options)
+
+    env = OneSeed(AutoresetMode.DISABLED)
+    state, transition = _end_first(GymnasiumWorld(env, (), 2))
+    assert isinstance(env.calls[-2][0], int) and env.calls[-1][0] is None
+    assert transition.observation.tolist() == [[0, 1], [1, 0]] and state["seed"][0] == env.calls[-2][0]
+
+
+def test_gymnasiums_own_batched_environment() -> None:
+    """CartPoleVectorEnv takes one seed, is NEXT_STEP, and is written by hand rather than made of single ones."""
+    world = GymnasiumWorld(lambda num_envs: gym.make_vec("CartPole-v1", num_envs), (2,), 3)
+    state = world.reset(random.make_keys([0, 1]))
+    ended = torch.zeros(2, 3, dtype=torch.bool)
+    for _ in range(60):
+        state, transition = world.step(state, torch.ones(2, 3, dtype=torch.int64))
+        assert torch.equal(~transition.valid, ended) and torch.equal(transition.memory_reset, ended)
+        assert (transition.observation[ended].abs() <= 0.05).all()
+        ended = transition.terminated | transition.truncated
+    assert state["episode"].min() >= 4 and not world.exact_resume

@@ -1,0 +1,258 @@
+"""Conversion between gymnasium's values and trees of tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlmeta.envs.spaces import Layout, check_space, to_numpy, to_tree
+from rlmeta.errors import SpaceError
+from rlmeta.functional import tree
+
+_discrete = st.builds(
+    lambda n, start, dtype: spaces.Discrete(n, start=start, dtype=dtype),
+    st.integers(1, 9),
+    st.integers(0, 5),
+    st.sampled_from([np.int64, np.int32, np.uint8]),
+)
+_multi_discrete = st.lists(st.tuples(st.integers(1, 5), st.integers(-3, 3)), min_size=1, max_size=3).map(
+    lambda pairs: spaces.MultiDiscrete([n for n, _ in pairs], start=[start for _, start in pairs])
+)
+_box = st.builds(
+    lambda shape, dtype: spaces.Box(-3 if dtype != np.uint8 else 0, 7, tuple(shape), dtype),
+    st.lists(st.integers(1, 3), max_size=3),
+    st.sampled_from([np.float32, np.float64, np.float16, np.uint8, np.int32, np.int8]),
+)
+_flat = st.one_of(_discrete, _multi_discrete, _box, st.integers(1, 4).map(spaces.MultiBinary))
+supported = st.recursive(
+    _flat,
+    lambda inner: st.one_of(
+        st.dictionaries(st.sampled_from(["a", "b", "wide"]), inner, min_size=1, max_size=3).map(spaces.Dict),
+        st.lists(inner, min_size=1, max_size=3).map(spaces.Tuple),
+    ),
+    max_leaves=4,
+)
+seeds = st.integers(0, 2**31)
+
+
+def _expected(space: Any, value: Any) -> Any:
+    """The tree of one value, by the table of the module."""
+    if isinstance(space, spaces.Dict):
+        return {name: _expected(part, value[name]) for name, part in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return {str(i): _expected(part, value[i]) for i, part in enumerate(space.spaces)}
+    if isinstance(space, spaces.Box):
+        return torch.as_tensor(np.asarray(value)).to(torch.uint8 if space.dtype == np.uint8 else torch.float32)
+    return torch.as_tensor(np.asarray(value, np.int64)) - torch.as_tensor(
+        np.asarray(getattr(space, "start", 0)).astype(int)
+    )
+
+
+def _same(a: Any, b: Any) -> None:
+    flat_a, flat_b = tree.flatten(a), tree.flatten(b)
+    assert list(flat_a) == list(flat_b)
+    for name, leaf in flat_a.items():
+        assert leaf.dtype == flat_b[name].dtype and torch.equal(leaf, flat_b[name]), name
+
+
+@given(space=supported, seed=seeds)
+def test_one_value_becomes_a_tree(space: Any, seed: int) -> None:
+    space.seed(seed)
+    value = space.sample()
+    _same(to_tree(space, value), _expected(space, value))
+
+
+@given(space=supported, seed=seeds, batch=st.sampled_from([(1,), (2, 2), (3,), (2, 1, 3)]))
+def test_batched_values_become_trees_row_by_row(space: Any, seed: int, batch: tuple[int, ...]) -> None:
+    rows = int(np.prod(batch))
+    batched = batch_space(space, rows)
+    batched.seed(seed)
+    layout = Layout(space)
+    value = batched.sample()
+    got = to_tree(space, value, batch)
+    ones = layout.rows([_at(value, leaf.path) for leaf in layout.leaves])
+    assert len(ones) == rows
+    flat = [tree.flatten(_expected(space, one)) for one in ones]
+    for name, leaf in tree.flatten(got).items():
+        assert leaf.shape[: len(batch)] == batch
+        assert torch.equal(leaf.flatten(0, len(batch) - 1), torch.stack([one[name] for one in flat]))
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for name in path:
+        value = value[name]
+    return value
+
+
+@given(space=supported, seed=seeds)
+def test_actions_return_to_where_they_came_from(space: Any, seed: int) -> None:
+    space.seed(seed)
+    value = space.sample()
+    back = to_numpy(space, to_tree(space, value))
+    assert space.contains(back)
+    _same(to_tree(space, back), to_tree(space, value))
+
+
+@given(space=supported, seed=seeds)
+def test_batched_actions_are_those_of_a_vector_env(space: Any, seed: int) -> None:
+    batched = batch_space(space, 4)
+    batched.seed(seed)
+    value = to_numpy(space, to_tree(space, batched.sample(), (2, 2)), (2, 2))
+    assert batched.contains(value)
+    layout = Layout(space)
+    assert all(space.contains(row) for row in layout.rows([_at(value, leaf.path) for leaf in layout.leaves]))
+
+
+def test_dtypes_and_start() -> None:
+    assert to_tree(spaces.Box(-1, 1, (2,), np.float64), np.zeros(2)).dtype == torch.float32
+    assert to_tree(spaces.Box(0, 255, (2,), np.uint8), np.full(2, 200, np.uint8)).tolist() == [200, 200]
+    assert to_tree(spaces.Box(0, 9, (1,), np.int16), np.array([7], np.int16)).dtype == torch.float32
+    assert to_tree(spaces.Discrete(3, start=-1), -1).item() == 0
+    assert to_tree(spaces.MultiDiscrete([2, 3], start=[5, -2]), np.array([6, 0])).tolist() == [1, 2]
+    assert to_numpy(spaces.Discrete(3, start=-1), torch.tensor(2)) == 1
+    assert to_numpy(spaces.MultiDiscrete([2, 3], start=[5, -2]), torch.tensor([1, 2])).tolist() == [6, 0]
+
+
+def test_observations_have_memory_of_their_own() -> None:
+    value = np.zeros(2, np.float32)
+    got = to_tree(spaces.Box(-1, 1, (2,)), value)
+    value[:] = 1
+    assert got.tolist() == [0, 0]
+
+
+def test_not_finite_observations_pass() -> None:
+    got = to_tree(spaces.Box(-1, 1, (3,)), np.array([np.nan, np.inf, -5], np.float32))
+    assert got.isnan().tolist() == [True, False, False] and got[1] == np.inf and got[2] == -5
+
+
+def test_box_actions_are_clipped_to_each_bound() -> None:
+    space = spaces.Box(np.array([-1, 0, -np.inf], np.float32), np.array([1, np.inf, 2], np.float32))
+    action = torch.tensor([[-3.0, -1.0, -9.0], [3.0, 7.0, 9.0], [0.5, 0.25, 0.125]])
+    assert to_numpy(space, action, (3,)).tolist() == [[-1, 0, -9], [1, 7, 2], [0.5, 0.25, 0.125]]
+
+
+def test_clipping_respects_bounds_that_float32_cannot_hold() -> None:
+    space = spaces.Box(-0.1, 0.1, (1,), np.float64)
+    got = to_numpy(space, torch.tensor([[1.0], [-1.0], [0.1]]), (3,))
+    assert got.dtype == np.float64 and all(space.contains(row) for row in got)
+
+
+def test_integer_boxes_round_and_clip() -> None:
+    space = spaces.Box(-2, 5, (1,), np.int32)
+    got = to_numpy(space, torch.tensor([[-7.0], [1.6], [9.0]]), (3,))
+    assert got.dtype == np.int32 and got.tolist() == [[-2], [2], [5]]
+    pixels = to_numpy(spaces.Box(3, 250, (1,), np.uint8), torch.tensor([[-7.0], [255.7], [9.4], [np.nan]]), (4,))
+    assert pixels.dtype == np.uint8 and pixels.tolist() == [[3], [250], [9], [3]]
+
+
+def test_nan_actions_become_zero_within_the_bounds() -> None:
+    nan = torch.full((1,), float("nan"))
+    assert to_numpy(spaces.Box(-1, 1, (1,)), nan).tolist() == [0]
+    assert to_numpy(spaces.Box(2, 3, (1,)), nan).tolist() == [2]
+    assert to_numpy(spaces.Box(-np.inf, np.inf, (1,)), nan).tolist() == [0]
+
+
+def test_actions_of_learners_and_gradients() -> None:
+    """Any float dtype, on a graph or not."""
+    action = torch.full((2, 3, 1), 0.5, dtype=torch.float64, requires_grad=True)
+    assert to_numpy(spaces.Box(-1, 1, (1,)), action, (2, 3)).shape == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("space", "value"),
+    [
+        (spaces.Box(-1, 1, (2,)), np.zeros((1, 2), np.float32)),
+        (spaces.Box(-1, 1, (2,)), np.zeros((), np.float32)),
+        (spaces.Box(-1, 1, (2,)), np.zeros(1, np.float32)),
+        (spaces.Box(-1, 1, (2,)), [[1], [1, 2]]),
+        (spaces.Box(-1, 1, (2,)), np.array(["a", "b"])),
+        (spaces.Box(-1, 1, (2,)), np.zeros(2, np.complex64)),
+        (spaces.Box(0, 255, (2,), np.uint8), np.zeros(2, np.float32)),
+        (spaces.Box(0, 255, (2,), np.uint8), np.zeros(2, np.int64)),
+        (spaces.Box(0, 255, (2,), np.int32), np.zeros(2, np.float64)),
+        (spaces.Discrete(3), 1.0),
+        (spaces.Discrete(3), 3),
+        (spaces.Discrete(3, start=1), 0),
+        (spaces.Discrete(3), np.array([1])),
+        (spaces.MultiDiscrete([2, 3]), np.array([2, 0])),
+        (spaces.MultiBinary(2), np.array([0, 2])),
+        (spaces.Dict(a=spaces.Discrete(2)), {"b": 0}),
+        (spaces.Dict(a=spaces.Discrete(2)), 0),
+        (spaces.Tuple([spaces.Discrete(2)] * 2), (0,)),
+        (spaces.Dict(a=spaces.Box(-1, 1, (2,))), {"a": np.zeros(3, np.float32)}),
+    ],
+)
+def test_observation_that_does_not_fit_is_refused(space: Any, value: Any) -> None:
+    with pytest.raises(SpaceError, match="Toy-v0"):
+        to_tree(space, value, source="environment 'Toy-v0'")
+
+
+def test_message_says_what_was_given_and_expected() -> None:
+    with pytest.raises(SpaceError) as error:
+        to_tree(spaces.Dict(a=spaces.Box(-1, 1, (2,))), {"a": np.zeros(3, np.float64)}, source="environment 'Toy-v0'")
+    for part in ("environment 'Toy-v0'", "'a'", "(3,)", "float64", "(2,)", "float32"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.zeros(2, np.float64), [0, 1], (0.5, 1), np.zeros(2, np.int64), np.zeros(2, bool)])
+def test_values_of_the_same_kind_are_taken(value: Any) -> None:
+    """Environments that declare float32 and compute in float64 are common; only precision is lost."""
+    assert to_tree(spaces.Box(-1, 1, (2,)), value).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("space", "action", "match"),
+    [
+        (spaces.Discrete(3), torch.zeros(2, 1, dtype=torch.int64), "shape"),
+        (spaces.Discrete(3), torch.zeros(1, dtype=torch.int64), "shape"),
+        (spaces.Discrete(3), torch.zeros(2), "float32"),
+        (spaces.Discrete(3), torch.tensor([0, 3]), "element 3"),
+        (spaces.Discrete(3), torch.tensor([-1, 0]), "element -1"),
+        (spaces.Box(-1, 1, (1,)), torch.zeros(2), "shape"),
+        (spaces.MultiBinary(1), torch.tensor([[0], [2]]), "element 2"),
+        (spaces.Dict(a=spaces.Discrete(2)), torch.zeros(2, dtype=torch.int64), "parts"),
+        (spaces.Dict(a=spaces.Discrete(2)), {"b": torch.zeros(2, dtype=torch.int64)}, "parts"),
+    ],
+)
+def test_action_that_does_not_fit_is_refused(space: Any, action: Any, match: str) -> None:
+    with pytest.raises(SpaceError, match=match):
+        to_numpy(space, action, (2,))
+
+
+@pytest.mark.parametrize("role", ["observation", "action"])
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Text(5),
+        spaces.Sequence(spaces.Discrete(2)),
+        spaces.Graph(spaces.Discrete(2), None),
+        spaces.OneOf([spaces.Discrete(2), spaces.Discrete(3)]),
+    ],
+    ids=lambda space: type(space).__name__,
+)
+def test_other_spaces_are_refused_with_advice(space: Any, role: str) -> None:
+    for outer in (space, spaces.Dict(a=spaces.Tuple([space]))):
+        with pytest.raises(SpaceError, match=rf"{role} space .*{type(space).__name__}.*not supported.*wrap"):
+            check_space(outer, role)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [spaces.Dict(), spaces.Tuple([]), spaces.Dict({"a/b": spaces.Discrete(2)}), spaces.Dict({"": spaces.Discrete(2)})],
+    ids=["empty dict", "empty tuple", "slash", "no name"],
+)
+def test_names_that_trees_cannot_have_are_refused(space: Any) -> None:
+    with pytest.raises(SpaceError):
+        check_space(space)
+
+
+def test_keys_that_are_no_strings_are_refused() -> None:
+    with pytest.raises(SpaceError, match="key 1"):
+        check_space(spaces.Dict({1: spaces.Discrete(2)}))
