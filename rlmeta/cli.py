@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,6 @@ USAGE = """usage: rlmeta COMMAND ...
   rlmeta train ppo CartPole-v1 --learning-rate 1e-4,3e-4,1e-3 --seeds 8     (24 learners at once)
   rlmeta train ppo mypkg:MyEnv-v0 --env.size 7
   rlmeta COMMAND --help, rlmeta train AGENT --help, rlmeta --version"""
-
-FEW_SEEDS = 3
-"""So few scores are shown themselves: an interval over them says nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +143,7 @@ def _run_groups(plan: Plan, folder: Path, inexact: bool) -> int:
             rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
     except KeyboardInterrupt:
         return _interrupted(folder)
-    _print_table(rows)
+    _print_results(rows)
     for run in runs:
         _print_ends(run)
     print(f"saved in {folder}")
@@ -186,6 +183,10 @@ class EvaluateFlags:
     seed: int = 1
     """Another seed plays other episodes."""
 
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise SettingError(f"--episodes is {self.episodes}, expected at least 1")
+
 
 @dataclass(frozen=True)
 class ResumeFlags:
@@ -218,7 +219,7 @@ def evaluate(arguments: list[str]) -> int:
         finally:
             run.close()
         rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
-    _print_table(rows, timing=False)
+    _print_results(rows)
     return 0
 
 
@@ -243,7 +244,7 @@ def resume(arguments: list[str]) -> int:
     )
     if run.stopped == "interrupted":
         return _interrupted(folder)
-    _print_table(run.summary())
+    _print_results(run.summary())
     _print_ends(run)
     return 0
 
@@ -282,28 +283,10 @@ def _console() -> Any:
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def _print_table(rows: Iterable[dict[str, Any]], timing: bool = True) -> None:
-    """The scores of every setting."""
-    from rich.table import Table
+def _print_results(rows: Sequence[dict[str, Any]]) -> None:
+    from rlmeta.lab.tables import result_table
 
-    rows = list(rows)
-    table = Table(title=f"{rows[0]['agent']} on {rows[0]['task']}", title_justify="left", title_style="bold")
-    if any(row["setting"] for row in rows):
-        table.add_column("setting")
-    titles = ["seeds", "IQM", "95% interval", "mean", "episodes", "steps", *(["seconds", "steps/s"] if timing else [])]
-    for title in titles:
-        table.add_column(title, justify="right")
-    for row in rows:
-        cells = [str(row["seeds"]), f"{row['iqm']:.1f}", _spread(row), f"{row['mean']:.1f}", str(row["episodes"])]
-        cells += [f"{row['steps']:,}", *([f"{row['seconds']:,}", f"{row['steps_per_second']:,}"] if timing else [])]
-        table.add_row(*([row["setting"]] if len(table.columns) > len(titles) else []), *cells)
-    _console().print(table)
-
-
-def _spread(row: dict[str, Any]) -> str:
-    if row["seeds"] <= FEW_SEEDS:
-        return "points " + " ".join(f"{score:.1f}" for score in row["scores"])
-    return f"[{row['low']:.1f}, {row['high']:.1f}]"
+    _console().print(result_table(rows))
 
 
 def _print_ends(run: Run) -> None:

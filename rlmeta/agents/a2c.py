@@ -109,10 +109,11 @@ class A2CAgent(Agent):
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """The state at the start of a run."""
         state = super().init(key, hyper, world)
-        state["optimizer"] = init_optimizer(self._optimizer(hyper["learning_rate"]), state)
+        state["optimizer"] = init_optimizer(self.optimizer(hyper["learning_rate"]), state)
         return state
 
-    def _optimizer(self, rate: Tensor) -> optim.Optimizer:
+    def optimizer(self, rate: Tensor) -> optim.Optimizer:
+        """RMSProp or Adam, as the settings say."""
         s = self.settings
         if s.optimizer == "adam":
             return optim.adam(rate, eps=s.epsilon)
@@ -161,15 +162,19 @@ class A2CAgent(Agent):
         """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
         return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
 
+    def annealed(self, state: State) -> Tensor:
+        """The learning rate `[*L]` at the learner's progress."""
+        rate = state["params"]["hyper"]["learning_rate"]
+        linear = self.settings.learning_rate_schedule == "linear"
+        return rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate
+
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """One gradient step on the whole rollout."""
         h = state["params"]["hyper"]
         batch = flatten_time(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
-        rate = h["learning_rate"]
-        if self.settings.learning_rate_schedule == "linear":
-            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
+        rate = self.annealed(state)
         explained = losses.explained_variance(batch["old_value"], batch["return"], batch["valid"])
         state, info = step(
-            self, state, batch, self._optimizer(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods
+            self, state, batch, self.optimizer(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods
         )
         return state, {**info, "losses/explained_variance": explained, "charts/learning_rate": rate}

@@ -131,14 +131,6 @@ class Agent:
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
         return network.run(tensors, self.view(p, observation), ctx or Context(), f"{name}.")
 
-    def _update_normalisers(self, state: State, rollout: Rollout) -> None:
-        """Move the running statistics on, after the update: a rollout is learned from as it was acted upon."""
-        normalisers, axes = state["params"]["normalisers"], state["key"].dim()
-        valid = rollout["valid"].flatten(axes)
-        if "observation" in normalisers:
-            observation = rollout["observation"].flatten(axes, axes + 1)
-            normalisers["observation"] = running_update(normalisers["observation"], observation, valid)
-
     def scale_reward(self, state: State, rollout: Rollout, reward: Tensor) -> Tensor:
         """The reward divided by the running deviation of its discounted return, where the settings ask for it."""
         normalisers = state["params"]["normalisers"]
@@ -160,8 +152,15 @@ class Agent:
         state, episodes = episode_statistics(state, rollout)
         rewards = {"task": self.scale_reward(state, rollout, rollout["reward"])}
         state, metrics = self.update(state, rollout, rewards)
-        with torch.no_grad():
-            self._update_normalisers(state, rollout)
+        return self.end_iteration(state, rollout), {**metrics, **episodes}
+
+    @torch.no_grad()
+    def end_iteration(self, state: State, rollout: Rollout) -> State:
+        """Count the iteration and move the running statistics on: a rollout is learned from as it was acted upon."""
+        normalisers, axes = state["params"]["normalisers"], state["key"].dim()
+        if "observation" in normalisers:
+            observation, valid = rollout["observation"].flatten(axes, axes + 1), rollout["valid"].flatten(axes)
+            normalisers["observation"] = running_update(normalisers["observation"], observation, valid)
         count = state["count"]
         state["count"] = {**count, "iterations": count["iterations"] + 1}
-        return state, {**metrics, **episodes}
+        return state

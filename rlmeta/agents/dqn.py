@@ -150,12 +150,16 @@ class DQNAgent(Agent):
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """Act with the epsilon of the learner's progress, remember, learn."""
+        state["params"]["hyper"]["epsilon"] = self.epsilon(state)
+        return super().iterate(state, world)
+
+    def epsilon(self, state: State) -> Tensor:
+        """The probability of a random action `[*L]` at the learner's progress; 1 before learning starts."""
         h = state["params"]["hyper"]
         spent = (state["progress"].to(h["epsilon"].dtype) / h["exploration_fraction"]).clamp(max=1.0)
         epsilon = h["epsilon_start"] + spent * (h["epsilon_end"] - h["epsilon_start"])
         warm_up = state["count"]["env_steps"] < self.settings.learning_starts
-        h["epsilon"] = torch.where(warm_up, torch.ones_like(epsilon), epsilon)
-        return super().iterate(state, world)
+        return torch.where(warm_up, torch.ones_like(epsilon), epsilon)
 
     # ------------------------------------------------------------------ learn
 
@@ -184,36 +188,32 @@ class DQNAgent(Agent):
         reward = torch.stack(list(rewards.values())).sum(0)
         end = int(state["count"]["vector_steps"].max())
         state["replay"] = replay.insert(state["replay"], rollout, reward, end - s.num_steps, axes)
-        rate = state["params"]["hyper"]["learning_rate"]
-        if s.learning_rate_schedule == "linear":
-            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
-        metrics = {"charts/learning_rate": rate, "charts/epsilon": state["params"]["hyper"]["epsilon"]}
+        rate, h = self.annealed(state), state["params"]["hyper"]
+        metrics = {"charts/learning_rate": rate, "charts/epsilon": h["epsilon"]}
         if end * s.num_envs < s.learning_starts or end < s.n_steps:
             return state, metrics
         average, optimizer = Average(), optim.adam(rate)
-        counter = state["count"]["gradient_steps"]
-        for i in range(s.gradient_steps):
-            batch = replay.sample(
-                state["replay"],
-                random.fold(state["key"], counter + i),
-                s.batch_size,
-                end,
-                state["params"]["hyper"]["gamma"],
-                s.n_steps,
-            )
-            state, info = step(
-                self,
-                state,
-                batch,
-                optimizer,
-                max_grad_norm=state["params"]["hyper"]["max_grad_norm"],
-                methods=self.methods,
-            )
+        for _ in range(s.gradient_steps):
+            key = random.fold(state["key"], state["count"]["gradient_steps"])
+            batch = replay.sample(state["replay"], key, s.batch_size, end, h["gamma"], s.n_steps)
+            state, info = step(self, state, batch, optimizer, max_grad_norm=h["max_grad_norm"], methods=self.methods)
+            state = self.count_gradient_step(state)
             average.add(info)
-            if int((counter + i + 1).max()) % s.target_every == 0:
-                self._move_target(state)
-        state["count"] = {**state["count"], "gradient_steps": counter + s.gradient_steps}
         return state, {**average.result(), **metrics}
+
+    def annealed(self, state: State) -> Tensor:
+        """The learning rate `[*L]` at the learner's progress."""
+        rate = state["params"]["hyper"]["learning_rate"]
+        linear = self.settings.learning_rate_schedule == "linear"
+        return rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate
+
+    def count_gradient_step(self, state: State) -> State:
+        """Count a gradient step; move the target network every so many."""
+        steps = state["count"]["gradient_steps"] + 1
+        state["count"] = {**state["count"], "gradient_steps": steps}
+        if int(steps.max()) % self.settings.target_every == 0:
+            self._move_target(state)
+        return state
 
     @torch.no_grad()
     def _move_target(self, state: State) -> None:

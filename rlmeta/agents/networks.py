@@ -101,7 +101,7 @@ def value_network(settings: Any, observation_space: gym.Space) -> Network:
 def q_network(settings: Any, observation_space: gym.Space, action_space: gym.spaces.Discrete) -> Network:
     """A network that gives the value of every action; masked ones are minus infinity."""
     body, features = build_body(settings.network, observation_space, settings.hidden_sizes, settings.activation, "torch")
-    return Network(body, QHead(features, int(action_space.n), start=int(action_space.start)), features)
+    return Network(body, QHead(features, int(action_space.n)), features)
 
 
 def _features_of(module: nn.Module, observation_space: gym.Space) -> int:

@@ -156,7 +156,7 @@ class PPOAgent(Agent):
     @torch.no_grad()
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
         """Advantages and returns for every step: what `losses` learns from, `[*L, T, N, ...]`."""
-        reward = sum(rewards.values())
+        reward = torch.stack(list(rewards.values())).sum(0)
         ctx = Context()
         distribution, value = self._evaluate(p, rollout["observation"], ctx)
         _, next_value = self._evaluate(p, rollout["next_observation"], ctx)
@@ -235,7 +235,7 @@ class PPOAgent(Agent):
         average.add({"losses/explained_variance": losses.explained_variance(batch["old_value"], batch["return"], batch["valid"])})
         if bool(batch["valid"].all()):
             del batch["valid"]
-        rate, clip_range = self._annealed(state)
+        rate, clip_range = self.annealed(state)
         optimizer = optim.adam(rate, eps=s.adam_epsilon)
         settings = {"clip_range": clip_range, "kl_coefficient": state["kl_coefficient"]}
         active = state["active"]
@@ -257,7 +257,7 @@ class PPOAgent(Agent):
             state["kl_coefficient"] = self._steer(state["kl_coefficient"], info["losses/approx_kl"], p["hyper"])
         return state, {**average.result(), "charts/learning_rate": rate}
 
-    def _annealed(self, state: State) -> tuple[Tensor, Tensor]:
+    def annealed(self, state: State) -> tuple[Tensor, Tensor]:
         """Learning rate and clip range `[*L]` at the learner's progress."""
         s, h = self.settings, state["params"]["hyper"]
         left = (1.0 - state["progress"]).to(h["learning_rate"].dtype)

@@ -181,13 +181,17 @@ class REINFORCEAgent(Agent):
         """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
         return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
 
+    def annealed(self, state: State) -> Tensor:
+        """The learning rate `[*L]` at the learner's progress."""
+        rate = state["params"]["hyper"]["learning_rate"]
+        linear = self.settings.learning_rate_schedule == "linear"
+        return rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate
+
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """One gradient step on the whole rollout."""
         h = state["params"]["hyper"]
         batch = flatten_time(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
-        rate = h["learning_rate"]
-        if self.settings.learning_rate_schedule == "linear":
-            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
+        rate = self.annealed(state)
         state, info = step(self, state, batch, optim.adam(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods)
         return state, {**info, "charts/learning_rate": rate}
 

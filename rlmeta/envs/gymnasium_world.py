@@ -92,7 +92,12 @@ class GymnasiumWorld:
         else:
             if mode == "async":
                 raise SettingError("a VectorEnv runs its environments itself: use mode='sync'")
-            self._rows = VectorRows(made, self._count)
+            try:
+                self._rows = VectorRows(made, self._count)
+            except BaseException:
+                if made is not make:
+                    made.close()
+                raise
             self.name, self.observation_space = self._rows.name, self._rows.observation_space
             self.action_space, self._capacity = self._rows.action_space, 0
         self._observations, self._actions = Layout(self.observation_space), Layout(self.action_space, "action")
@@ -104,6 +109,7 @@ class GymnasiumWorld:
         self._key = np.zeros(self._count, np.int64)
         self._seed, self._episode, self._elapsed = self._key.copy(), self._key - 1, self._key.copy()
         self._next_seed = self._key.copy()
+        self._latest: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def reset(self, key: Tensor) -> State:
         """Start the first episode of every row.
@@ -126,7 +132,7 @@ class GymnasiumWorld:
             torch.from_numpy(np.zeros((*self._batch, self._capacity, *leaf.shape), leaf.log_dtype))
             for leaf in self._actions.leaves
         ]
-        return self._state(self._tree(self._rows.buffers.observation), log)
+        return self._state(log)
 
     def observation(self, state: State) -> Tree:
         """The current observation `[*L, N, ...]`."""
@@ -162,8 +168,10 @@ class GymnasiumWorld:
                 array[ended] = final[ended]
             next_observation = self._observations.tree(mixed, self._batch, self._device)
         self._elapsed += 1
+        changed = ["elapsed"]
         if begins.any():
             self._count_new_episodes(begins)
+            changed += ["seed", "episode"]
         transition = Transition(
             observation,
             next_observation,
@@ -172,7 +180,8 @@ class GymnasiumWorld:
                 for column in (buffers.reward, buffers.terminated, buffers.truncated, buffers.valid, begins)
             ),
         )
-        return self._state(observation, log), transition
+        state = {**state, **self._columns(changed), "observation": observation}
+        return self._remember(state, log), transition
 
     def restore(self, state: State, inexact: bool = False) -> State:
         """Bring every live environment to where a saved state says, by replaying its episode.
@@ -190,22 +199,18 @@ class GymnasiumWorld:
             InexactResumeError: a row shows another observation after its episode was replayed, its episode was longer
                 than the log, or the world is a VectorEnv; and not `inexact`.
         """
-        state = self._adopt(state)
-        saved = [
-            part.detach().cpu().reshape(-1, *leaf.shape).numpy()
-            for leaf, part in zip(
-                self._observations.leaves, self._observations.unnest(state["observation"], "a saved observation")
-            )
-        ]
-        lost = self._replay(state, saved)
-        if lost.any():
-            if not inexact:
-                why = self._why_lost(lost)
-                self._lose_track()
-                raise InexactResumeError(why)
-            self._start(np.flatnonzero(lost))
+        self._adopt(state)
+        try:
+            lost = self._replay(state)
+            if lost.any():
+                if not inexact:
+                    raise InexactResumeError(self._why_lost(lost))
+                self._start(np.flatnonzero(lost))
+        except BaseException:
+            self._lose_track()
+            raise
         log = [part.cpu().contiguous() for part in self._log_leaves(state)]
-        return self._state(self._tree(self._rows.buffers.observation), log)
+        return self._state(log)
 
     def close(self) -> None:
         """Close the environments and end worker processes."""
@@ -215,6 +220,7 @@ class GymnasiumWorld:
 
     def _lose_track(self) -> None:
         """Some environments moved and some did not, so no state is where they are: step() will ask for restore()."""
+        self._latest = (None, None)
         self._elapsed = np.full(self._count, -1, np.int64)
 
     def _seeds_of(self, rows: Array, episode: Array) -> Array:
@@ -243,12 +249,19 @@ class GymnasiumWorld:
     def _tree(self, buffers: Sequence[Array]) -> Tree:
         return self._observations.tree([buffer.copy() for buffer in buffers], self._batch, self._device)
 
-    def _state(self, observation: Tree, log: Sequence[Tensor]) -> State:
-        columns = {"key": self._key, "seed": self._seed, "episode": self._episode, "elapsed": self._elapsed}
-        state: State = {name: torch.from_numpy(column.copy()).view(self._batch) for name, column in columns.items()}
-        state["observation"] = observation
+    def _columns(self, names: Sequence[str]) -> State:
+        live = {"key": self._key, "seed": self._seed, "episode": self._episode, "elapsed": self._elapsed}
+        return {name: torch.from_numpy(live[name].copy()).view(self._batch) for name in names}
+
+    def _state(self, log: Sequence[Tensor]) -> State:
+        state = self._columns(["key", "seed", "episode", "elapsed"])
+        state["observation"] = self._tree(self._rows.buffers.observation)
+        return self._remember(state, log)
+
+    def _remember(self, state: State, log: Sequence[Tensor]) -> State:
         if self.exact_resume:
             state["actions"] = self._actions.nest(log)
+        self._latest = (state["episode"], state["elapsed"])
         return state
 
     def _log_leaves(self, state: State) -> list[Tensor]:
@@ -263,6 +276,8 @@ class GymnasiumWorld:
         return log
 
     def _check_current(self, state: State) -> None:
+        if state["episode"] is self._latest[0] and state["elapsed"] is self._latest[1]:
+            return
         for name, live in (("episode", self._episode), ("elapsed", self._elapsed)):
             if not np.array_equal(state[name].cpu().numpy().reshape(-1), live):
                 raise SettingError(
@@ -272,7 +287,7 @@ class GymnasiumWorld:
 
     # -------------------------------------------------------------------------------------------------------- restore
 
-    def _adopt(self, state: State) -> State:
+    def _adopt(self, state: State) -> None:
         """Take over the counters of a saved state."""
         names = {"key", "seed", "episode", "elapsed", "observation"} | ({"actions"} if self.exact_resume else set())
         if set(state) != names:
@@ -292,7 +307,6 @@ class GymnasiumWorld:
             state[name].cpu().numpy().reshape(-1).copy() for name in ("key", "seed", "episode", "elapsed")
         )
         self._next_seed = self._seeds_of(self._all, self._episode + 1)
-        return state
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         tensor = torch.empty(0)
@@ -306,7 +320,7 @@ class GymnasiumWorld:
                 shapes[path] = (*axes, *leaf.shape)
         return shapes
 
-    def _replay(self, state: State, saved: Sequence[Array]) -> Array:
+    def _replay(self, state: State) -> Array:
         """Replay every row's episode; `[R]`, the rows that are not where the saved observations were."""
         if isinstance(self._rows, VectorRows):
             return np.ones(self._count, np.bool_)
@@ -320,7 +334,9 @@ class GymnasiumWorld:
         fits = self._elapsed <= self._capacity
         running = self._rows.replay(self._all.tolist(), self._seed.tolist(), taken)
         same = np.array(running) & fits
-        for old, new in zip(saved, self._rows.buffers.observation):
+        saved = self._observations.unnest(state["observation"], "a saved observation")
+        for part, new in zip(saved, self._rows.buffers.observation):
+            old = part.detach().cpu().reshape(new.shape).numpy()
             same &= np.array([a.tobytes() == b.tobytes() for a, b in zip(old, new)])
         return ~same
 

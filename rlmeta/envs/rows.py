@@ -98,13 +98,12 @@ class Rows:
         self.name = template.name
         self.observations, self.actions = Layout(template.observation_space), Layout(template.action_space, "action")
         self.envs: list[gym.Env[Any, Any]] = []
-        for _ in range(count):
-            env = template.environment()
-            if any(env.unwrapped is other.unwrapped for other in self.envs):
-                raise SettingError(
-                    f"{self.name} returned one environment twice; every row needs its own: make it inside"
-                )
-            self.envs.append(env)
+        try:
+            for _ in range(count):
+                self._add(template.environment())
+        except BaseException:
+            self.close()
+            raise
         self.buffers = buffers or Buffers.allocate(self.observations, count)
         self.buffers.valid[:] = True
         self._write = self.observations.writer(self.buffers.observation, self.name)
@@ -158,6 +157,11 @@ class Rows:
         """Close every environment."""
         while self.envs:
             self.envs.pop().close()
+
+    def _add(self, env: gym.Env[Any, Any]) -> None:
+        if any(env.unwrapped is other.unwrapped for other in self.envs):
+            raise SettingError(f"{self.name} returned one environment twice; every row needs its own: make it inside")
+        self.envs.append(env)
 
     def _store(self, what: str, buffer: Array, column: list[Any]) -> None:
         try:

@@ -47,7 +47,7 @@ class WorkerRows:
         if workers is not None and workers < 1:
             raise SettingError(f"workers is {workers}, expected at least 1")
         context: Any = multiprocessing.get_context(start_method)
-        workers = min(count, workers or os.cpu_count() or 1)
+        workers = min(count, workers or _cores())
         self.observations, self.actions = Layout(template.observation_space), Layout(template.action_space, "action")
         like = [
             *Buffers.allocate(self.observations, count).arrays(),
@@ -152,6 +152,11 @@ class WorkerRows:
             f"the worker process of {self._name}, rows {start} to {stop - 1}, died with exit code {process.exitcode}: "
             f"run with mode='sync' to see where"
         )
+
+
+def _cores() -> int:
+    """How many this process may use, which in a container are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _view(block: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

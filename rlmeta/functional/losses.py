@@ -161,7 +161,7 @@ def value_loss(value: Tensor, target: Tensor, valid: Tensor | None = None) -> Te
 
 
 def clipped_value_loss(
-    value: Tensor, old_value: Tensor, target: Tensor, clip: float | Tensor, valid: Tensor | None = None
+    value: Tensor, target: Tensor, old_value: Tensor, clip: float | Tensor, valid: Tensor | None = None
 ) -> Tensor:
     """E[max((v - G)², (v_old + clip(v - v_old, -ε, ε) - G)²)]: no gain from moving the value by more than ε.
 
@@ -169,22 +169,22 @@ def clipped_value_loss(
 
     Args:
         value: `[*L, B]`.
-        old_value: `[*L, B]`, as it was when the rollout was collected; detached.
         target: `[*L, B]`, detached.
+        old_value: `[*L, B]`, as it was when the rollout was collected; detached.
         clip: ε, a number or `[*L]`.
         valid: None or `[*L, B]`.
 
     Returns:
         `[*L]`
     """
-    same_shape(value=value, old_value=old_value, target=target)
+    same_shape(value=value, target=target, old_value=old_value)
     clip = align(clip, value)
     near = old_value + _clip(value - old_value, -clip, clip)
     return masked_mean(torch.maximum((value - target).square(), (near - target).square()), valid)
 
 
 def huber_loss(prediction: Tensor, target: Tensor, delta: float | Tensor = 1.0, valid: Tensor | None = None) -> Tensor:
-    """Squared for errors up to δ and linear beyond: E[q²/2 + δ (|e| - q)] with q = min(|e|, δ) (Huber, 1964).
+    """Squared for errors up to δ and linear beyond: E[q (|e| - q/2)] with q = min(|e|, δ) (Huber, 1964).
 
     Args:
         prediction: `[*L, B]`.
@@ -199,7 +199,7 @@ def huber_loss(prediction: Tensor, target: Tensor, delta: float | Tensor = 1.0, 
     error = (prediction - target).abs()
     delta = align(delta, error)
     quadratic = error.clamp(max=delta)
-    return masked_mean(0.5 * quadratic.square() + delta * (error - quadratic), valid)
+    return masked_mean(quadratic * (error - 0.5 * quadratic), valid)  # the same, and finite for an infinite δ
 
 
 def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:

@@ -102,4 +102,4 @@ def integers(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[in
 
 def permutation(key: Tensor, stream: str, counter: int | Tensor, n: int) -> Tensor:
     """A permutation of 0 ... n - 1 for every learner, `[*L, n]` int64."""
-    return bits(key, stream, counter, (n,)).argsort(-1, stable=True)
+    return bits(key, stream, counter, (n,)).argsort(dim=-1, stable=True)

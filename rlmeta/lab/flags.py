@@ -20,7 +20,7 @@ import tomllib
 import types
 import typing
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, TypeVar
@@ -99,10 +99,11 @@ def load_module(name: str) -> types.ModuleType:
 def scalar(text: str) -> int | float | bool | str:
     """A text as TOML reads it: an int, a float, a bool; anything else is a string."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    return value if isinstance(value, (int, float, bool, str)) else text
+    value = table["value"]
+    return value if len(table) == 1 and isinstance(value, (int, float, bool, str)) else text
 
 
 def text_of(value: Any) -> str:
@@ -303,6 +304,8 @@ def _value_after(flag: str, switch: bool, rest: deque[str]) -> str:
     return rest.popleft()
 
 
-def _nearest(name: str, known: collections.abc.Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=4, cutoff=0.5)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """`: did you mean ...?`, or nothing where nothing is near; the dashes of flags make nothing alike."""
+    bare = {candidate.removeprefix("--"): candidate for candidate in known}
+    nearest = [bare[match] for match in difflib.get_close_matches(name.removeprefix("--"), bare, n=4, cutoff=0.6)]
     return f": did you mean {', '.join(nearest)}?" if nearest else ""

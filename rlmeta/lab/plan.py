@@ -29,7 +29,7 @@ from rlmeta.lab import train as training
 from rlmeta.lab.experiment import Budget, agent_class
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb
-from rlmeta.learning.settings import per_learner_names
+from rlmeta.learning.settings import per_learner_names, variants
 
 PLAN = "plan.toml"
 TENSORBOARD, WANDB = "tensorboard.json", "wandb.json"
@@ -134,12 +134,32 @@ class Plan:
             )
         return made
 
+    def check(self) -> None:
+        """Find what is wrong with the task, the seeds or any of the groups before anything is written or trained."""
+        if self.options.wandb_project != Options.wandb_project and not self.options.wandb:
+            raise SettingError("--wandb-project is given without --wandb")
+        if not self.seeds or (isinstance(self.seeds, int) and self.seeds < 1):
+            raise SettingError(f"--seeds is {self.options.seeds!r}, expected at least one")
+        groups, problem = self.groups, self.problem()
+        if len(groups) > 1:
+            world = (problem.task() if isinstance(problem, TaskFamily) else problem).world((), 1)
+            try:
+                for settings in groups.values():
+                    variants(settings)[0].bind(world.observation_space, world.action_space)
+            finally:
+                world.close()
+
     # ------------------------------------------------------------------ what is printed first
 
     def header(self, folder: Path) -> str:
         """The task, the preset, and what differs from the agent's defaults."""
-        seeds = f"{self.seeds} seeds" if isinstance(self.seeds, int) else f"seeds {self.options.seeds.rstrip(',')}"
-        lines = [f"{self.agent} on {self.task}: {seeds}, {self.budget.steps:,} steps each, into {folder}"]
+        seeds = f"seeds {self.options.seeds.rstrip(',')}"
+        if isinstance(self.seeds, int):
+            seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        env = (
+            f" ({', '.join(f'{name}={flags.text_of(value)}' for name, value in self.env.items())})" if self.env else ""
+        )
+        lines = [f"{self.agent} on {self.task}{env}: {seeds}, {self.budget.steps:,} steps each, into {folder}"]
         path, name = self.preset.path, agent_class(self.agent).__name__
         lines += [f"preset {_short(path)} [{self.preset.table}]" if path else "no preset"]
         differing = [
@@ -207,7 +227,13 @@ class Plan:
 
 
 def go_on(folder: Path, *, network: NetworkFactory | None, env: Any, progress: bool, inexact: bool) -> Run:
-    """Resume a single run, with the trackers it had."""
+    """Resume a single run, with the trackers it had.
+
+    Raises:
+        CheckpointError: nothing to resume there.
+    """
+    if not is_run(folder):
+        raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
     trackers = [to_tensorboard()] if (folder / TENSORBOARD).is_file() else []
     if (folder / WANDB).is_file():
         journal = json.loads((folder / WANDB).read_text())
@@ -230,10 +256,7 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
     texts["settings"] = texts.pop(agent)
     plan = Plan(agent, task_name, env, texts, preset)
-    if plan.options.wandb_project != Options.wandb_project and not plan.options.wandb:
-        raise SettingError("--wandb-project is given without --wandb")
-    if not plan.groups or not plan.seeds:
-        raise SettingError(f"--seeds is {plan.options.seeds!r}, expected at least one")
+    plan.check()
     return plan
 
 

@@ -28,6 +28,9 @@ TRAINING, EVALUATION = "charts/episodic_return", "eval/return"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which the colour-blind can tell apart."""
 GREY = "#555555"
+THICK: dict[str, Any] = {"linewidth": 1.9, "marker": "o", "markersize": 4.5, "zorder": 4}
+THIN: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.6, "zorder": 1}
+EACH: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.5, "marker": ".", "markersize": 4, "zorder": 3}
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,7 @@ def band(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.f
     """The ends of the 95 % interval of `centre` at each point, `[P, S]` -> `[P]`, `[P]`."""
     values = values[:, ~np.isnan(values).all(0)]
     ends = [
-        (np.nan, np.nan)
-        if np.isnan(point).any() or not point.size
-        else statistics.stratified_bootstrap_interval(point[:, None])
+        (np.nan, np.nan) if np.isnan(point).any() or not point.size else statistics.stratified_bootstrap_interval(point)
         for point in values
     ]
     low, high = np.array(ends, dtype=np.float64).reshape(-1, 2).T
@@ -135,14 +136,15 @@ def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     unit, scale = _time_unit(max([run.seconds, *training.seconds, *evaluation.seconds]))
-    for axes, x in ((left, "steps"), (right, "seconds")):
-        divisor = scale if x == "seconds" else 1.0
-        for index, colour in enumerate(_colours(len(experiment.variants))):
-            of = slice(index * seeds, (index + 1) * seeds)
-            _draw_training(
-                axes, getattr(training, x) / divisor, training.values[:, of], colour, len(evaluation.steps) < 1
-            )
-            _draw_evaluation(axes, getattr(evaluation, x) / divisor, evaluation.values[:, of], colour)
+    alone = not len(evaluation.steps)
+    for index, colour in enumerate(_colours(len(experiment.variants))):
+        of = slice(index * seeds, (index + 1) * seeds)
+        thin, thick = {"color": colour, **THIN}, {"color": colour, **THICK}
+        for curve, style, spread in ((training, thin, alone), (evaluation, thick, True)):
+            if len(curve.steps):
+                places = ((left, curve.steps), (right, curve.seconds / scale))
+                _draw(places, curve.values[:, of], style, spread)
+    for axes in (left, right):
         _dress(axes)
     left.set_ylabel("undiscounted return per episode")
     left.set_xlabel("environment steps of each learner" if learners > 1 else "environment steps")
@@ -152,26 +154,22 @@ def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
     over = f"interquartile mean of {seeds} seeds" if seeds > FEW_SEEDS else f"mean of {seeds} seeds"
     title = f"{experiment.agent_name} on {experiment.task.name}" + (f": {over}" if seeds > 1 else "")
     figure.suptitle(title, fontsize=12)
-    figure.legend(handles=list(_legend(run)), loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(handles=list(_legend(run, not alone)), loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
-def _draw_evaluation(axes: Axes, x: NDArray[np.float64], values: NDArray[np.float64], colour: Any) -> None:
-    seeds = values.shape[1]
-    if seeds > FEW_SEEDS:
-        axes.fill_between(x, *band(values), color=colour, alpha=0.18, linewidth=0, zorder=2)
-    elif seeds > 1:
-        axes.plot(x, values, color=colour, alpha=0.5, linewidth=0.9, marker=".", markersize=4, zorder=3)
-    axes.plot(x, centre(values), color=colour, linewidth=1.9, marker="o", markersize=4.5, zorder=4)
-
-
-def _draw_training(axes: Axes, x: NDArray[np.float64], values: NDArray[np.float64], colour: Any, alone: bool) -> None:
-    seeds = values.shape[1]
-    if alone and seeds > FEW_SEEDS:
-        axes.fill_between(x, *band(values), color=colour, alpha=0.18, linewidth=0, zorder=2)
-    elif alone and seeds > 1:
-        axes.plot(x, values, color=colour, alpha=0.35, linewidth=0.6, zorder=1)
-    axes.plot(x, centre(values), color=colour, alpha=0.6, linewidth=0.9, zorder=1)
+def _draw(
+    places: Sequence[tuple[Axes, NDArray[np.float64]]], values: NDArray[np.float64], style: dict[str, Any], spread: bool
+) -> None:
+    """Draw one setting's curve in every panel: its centre and, if asked for, how its seeds spread."""
+    seeds, middle = values.shape[1], centre(values)
+    ends = band(values) if spread and seeds > FEW_SEEDS else None
+    for axes, x in places:
+        if ends is not None:
+            axes.fill_between(x, *ends, color=style["color"], alpha=0.18, linewidth=0, zorder=2)
+        elif spread and seeds > 1:
+            axes.plot(x, values, color=style["color"], **EACH)
+        axes.plot(x, middle, **style)
 
 
 def _dress(axes: Axes) -> None:
@@ -184,7 +182,7 @@ def _dress(axes: Axes) -> None:
     axes.margins(x=0.02)
 
 
-def _legend(run: Run) -> Iterator[Any]:
+def _legend(run: Run, evaluated: bool) -> Iterator[Any]:
     """A line for each setting, then what the kinds of lines mean."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -194,12 +192,13 @@ def _legend(run: Run) -> Iterator[Any]:
         for label, colour in zip(labels, _colours(len(labels))):
             yield Line2D([], [], color=colour, linewidth=3, label=label.replace(", ", "\n") or "(equal)")
         yield Line2D([], [], linestyle="none", label="")
-    yield Line2D([], [], color=GREY, linewidth=1.9, marker="o", markersize=4.5, label="evaluation")
+    if evaluated:
+        yield Line2D([], [], color=GREY, label="evaluation", **THICK)
     if seeds > FEW_SEEDS:
         yield Patch(color=GREY, alpha=0.3, linewidth=0, label="95 % interval")
     elif seeds > 1:
-        yield Line2D([], [], color=GREY, alpha=0.6, linewidth=0.9, marker=".", markersize=4, label="each seed")
-    yield Line2D([], [], color=GREY, alpha=0.7, linewidth=0.9, label="training")
+        yield Line2D([], [], color=GREY, label="each seed", **EACH)
+    yield Line2D([], [], color=GREY, label="training", **THIN)
 
 
 def _colours(count: int) -> Sequence[Any]:

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,6 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-
-from rlmeta.learning.clock import clock
 
 if TYPE_CHECKING:
     from rlmeta.lab.experiment import Experiment
@@ -38,21 +37,25 @@ class Progress:
         experiment: what is trained.
         iterations: of the whole run.
         steps_per_iteration: environment steps of each learner in one.
+        done: iterations that a resumed run had done before.
     """
 
-    def __init__(self, enabled: bool, experiment: Experiment, iterations: int, steps_per_iteration: int) -> None:
+    def __init__(
+        self, enabled: bool, experiment: Experiment, iterations: int, steps_per_iteration: int, done: int = 0
+    ) -> None:
         self._enabled, self._iterations, self._steps = enabled, iterations, steps_per_iteration
         self._learners = len(experiment.learners)
         learners = f", {self._learners} learners" if self._learners > 1 else ""
         self._title = f"{experiment.agent_name} on {experiment.task.name}{learners}"
-        self._done, self._seconds = 0, 0.0
+        self._done, self._seconds, self._shown = done, 0.0, done
+        self._parts: Mapping[str, float] = {}
         self._returns: dict[str, float] = {}
         self._samples: deque[tuple[float, int]] = deque()
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
-        self._started = time.monotonic()
-        self._due = self._started
+        self._due = time.monotonic()
+        self._samples.append((self._due, self._done))
         if self._enabled:
             console = Console(stderr=True)
             if console.file.isatty() and not console.is_dumb_terminal:
@@ -65,28 +68,30 @@ class Progress:
                 self._due += LINE_SECONDS
         return self
 
-    def update(self, done: int, line: dict[str, Any] | None, seconds: float) -> None:
+    def update(
+        self, done: int, line: Mapping[str, Any] | None, seconds: float, parts: Mapping[str, float] | None = None
+    ) -> None:
         """Tell what has been reached; shows it if it is time to.
 
         Args:
             done: iterations so far.
-            line: of metrics, where this iteration made one.
+            line: of metrics, where there is a new one.
             seconds: of the run so far, over all its resumes.
+            parts: the seconds of each part of the work, as the clock measured them.
         """
         if not self._enabled:
             return
-        self._done, self._seconds = done, seconds
+        self._done, self._seconds, self._parts = done, seconds, parts or {}
         if line is not None:
             self._returns.update(_mean_returns(line))
         now = time.monotonic()
-        if not self._samples:
-            self._samples.append((self._started, done - 1))
         if now >= self._due:
             self._show(now)
 
     def _show(self, now: float) -> None:
+        self._shown = self._done
         self._samples.append((now, self._done))
-        while self._samples[1][0] < now - WINDOW_SECONDS:
+        while self._samples[1][0] <= now - WINDOW_SECONDS:
             self._samples.popleft()
         if self._live is None:
             print(self._line(), file=sys.stderr, flush=True)
@@ -100,7 +105,7 @@ class Progress:
     ) -> None:
         if self._live is not None:
             try:
-                if self._samples:
+                if self._shown != self._done:
                     self._show(time.monotonic())
             finally:
                 self._live.stop()
@@ -127,7 +132,14 @@ class Progress:
         return ", ".join([f"{done:,} of {whole:,} steps", f"{rate:,.0f} steps/s", *returns])
 
     def _line(self) -> str:
-        return f"{self._title}: {self._done / self._iterations:.0%}, {self._numbers()}, {self._left()}; {where_time_goes()}"
+        share = f"{self._done / self._iterations:.0%}"
+        return "; ".join(filter(None, [f"{self._title}: {share}, {self._numbers()}, {self._left()}", self._times()]))
+
+    def _times(self) -> str:
+        """What each part of the work takes of the time so far."""
+        total = sum(self._parts.values())
+        shares = {part: round(100 * self._parts.get(part, 0.0) / total) for part in PARTS} if total else {}
+        return ", ".join(f"{part} {share} %" for part, share in shares.items() if share)
 
     def _picture(self) -> RenderableType:
         head = Table.grid(padding=(0, 1), expand=True)
@@ -140,20 +152,13 @@ class Progress:
             ProgressBar(self._iterations, self._done),
             Text(f"{share}  {self._left()}"),
         )
-        rest = [Text(self._numbers()), Text(f"time: {where_time_goes()}", "dim")]
+        rest = [Text(self._numbers()), Text(self._times(), "dim")]
         for text in rest:
             text.no_wrap, text.overflow = True, "ellipsis"
         return Group(head, *rest)
 
 
-def where_time_goes() -> str:
-    """What each part of the work takes of the time so far."""
-    total = sum(clock.seconds.values())
-    shares = {part: round(100 * clock.seconds.get(part, 0.0) / total) for part in PARTS} if total else {}
-    return ", ".join(f"{part} {share} %" for part, share in shares.items() if share)
-
-
-def _mean_returns(line: dict[str, Any]) -> dict[str, float]:
+def _mean_returns(line: Mapping[str, Any]) -> dict[str, float]:
     """The means over the learners that have a value."""
     means = {}
     for name in RETURNS:

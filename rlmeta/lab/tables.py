@@ -7,53 +7,76 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 FEW_SEEDS = 3
 """Up to as many seeds an interval means nothing: they are shown one by one."""
 
+TEXTS = ("agent", "task", "setting")
+TITLE_WIDTH = 72
+
 
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The results of runs, as `Run.summary()` gives them.
+    """The results of runs, as `Run.summary()` gives them. What all rows share is in the title, to leave room.
 
     Args:
-        rows: with `agent`, `task`, `setting`, `seeds`, `scores` (one a seed), `iqm`, `low`, `high`, `episodes` (of each
-            seed), `steps` (of each seed), `seconds` and `steps_per_second` (of all learners of the run together).
+        rows: at least one, with `agent`, `task`, `setting`, `seeds`, `scores` (one a seed), `iqm`, `low`, `high`,
+            `episodes` and `steps` (of each seed), `seconds` and `steps_per_second` (of all learners of the run).
     """
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("agent")
-    table.add_column("task")
-    settings = any(row["setting"] for row in rows)
-    if settings:
-        table.add_column("setting")
-    table.add_column("seeds", justify="right")
-    table.add_column(_return_header(rows), justify="right")
-    for name in ("episodes", "steps", "seconds", "steps/s"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            row["agent"],
-            row["task"],
-            *([row["setting"]] if settings else []),
-            str(row["seeds"]),
-            _return(row),
-            f"{row['episodes']:,}",
-            f"{row['steps']:,}",
-            f"{row['seconds']:,.1f}",
-            f"{row['steps_per_second']:,}",
-        )
+    score = _score_header(rows)
+    cells = [_cells(row, score) for row in rows]
+    shared = [name for name in cells[0] if name != score and len({row[name] for row in cells}) == 1]
+    if len(rows) == 1:
+        shared = ["agent", "task", "setting"]
+    title = _title({name: cells[0][name] for name in shared})
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=Text(title),
+        title_justify="left",
+        min_width=min(TITLE_WIDTH, max(map(len, title.splitlines()), default=0)),
+    )
+    names = [name for name in cells[0] if name not in shared]
+    for name in names:
+        text = name in TEXTS
+        table.add_column(Text(name), justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    for row in cells:
+        table.add_row(*(Text(row[name]) for name in names))
     return table
 
 
-def _return_header(rows: Sequence[dict[str, Any]]) -> str:
+def _cells(row: dict[str, Any], score: str) -> dict[str, str]:
+    """The texts of a row by column."""
+    return {
+        "agent": row["agent"],
+        "task": row["task"],
+        "setting": row["setting"].replace(", ", "\n"),
+        "seeds": str(row["seeds"]),
+        score: _score(row),
+        "episodes": f"{row['episodes']:,}",
+        "steps": f"{row['steps']:,}",
+        "seconds": f"{row['seconds']:,.1f}",
+        "steps/s": f"{row['steps_per_second']:,}",
+    }
+
+
+def _score_header(rows: Sequence[dict[str, Any]]) -> str:
     counts = [row["seeds"] for row in rows]
-    interval, few = any(count > FEW_SEEDS for count in counts), any(1 < count <= FEW_SEEDS for count in counts)
-    if interval:
-        return "return: IQM [95 % interval]" + (", or mean (each seed)" if few else "")
-    return "return: mean (each seed)" if few else "return"
+    if not any(count > FEW_SEEDS for count in counts):
+        return "return" if max(counts, default=1) == 1 else "mean (each seed)"
+    return "IQM [95 % interval]" + ("" if min(counts) > FEW_SEEDS else " or mean (each seed)")
 
 
-def _return(row: dict[str, Any]) -> str:
+def _score(row: dict[str, Any]) -> str:
     iqm = f"{row['iqm']:,.1f}"
     if row["seeds"] > FEW_SEEDS:
         return f"{iqm} [{row['low']:,.1f}, {row['high']:,.1f}]"
     return iqm if row["seeds"] == 1 else f"{iqm} ({', '.join(f'{score:,.1f}' for score in row['scores'])})"
+
+
+def _title(shared: dict[str, str]) -> str:
+    """The shared cells: texts in the first line, numbers with their column's name behind in the second."""
+    what = " on ".join(shared[name] for name in ("agent", "task") if name in shared)
+    texts = [text for text in (what, shared.get("setting", "").replace("\n", ", ")) if text]
+    numbers = [f"{cell} {name}" for name, cell in shared.items() if name not in TEXTS]
+    return "\n".join(line for line in (", ".join(texts), ", ".join(numbers)) if line)

@@ -158,7 +158,7 @@ class WandbTracker:
                 project=saved["project"],
                 entity=saved["entity"],
                 group=saved["group"],
-                id=None,
+                id=saved["ids"][index],
                 name=name[:128],
                 config={key: value if _storable(value) else str(value) for key, value in config.items()},
                 dir=str(folder),

@@ -122,7 +122,6 @@ def _move(
     flat: Tensor, moments: State, gradient: Tensor, norm: Tensor, optimizer: Optimizer, frozen: Tensor | None
 ) -> tuple[Tensor, State, Tensor]:
     """The optimizer's move; frozen entries, and the moments under them, are written back."""
-    finite = torch.isfinite(norm)
     updates, new_moments = optimizer.update({"weights": gradient}, moments, {"weights": flat})
     new_flat = apply_updates({"weights": flat}, updates)["weights"]
     if frozen is not None:
@@ -130,6 +129,7 @@ def _move(
         new_moments = tree.map(
             lambda new: new.masked_fill(frozen, 0.0) if new.shape == flat.shape else new, new_moments
         )
+    finite = torch.isfinite(norm + new_flat.sum(-1))  # one not finite entry makes the sum so
     return new_flat, new_moments, finite
 
 

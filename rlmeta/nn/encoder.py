@@ -87,7 +87,7 @@ class Encoder(Block):
     """Observations of any supported space as features `[*L, ..., D]`; it has no parameters.
 
     Box is flattened (bytes, as in images, are divided by 255), Discrete and MultiDiscrete, counted from 0 as worlds
-    give them, become one-hot, MultiBinary zeros and ones. The entries of Dict and Tuple are concatenated in the order of
+    give them, become one-hot, MultiBinary zeros and ones. Entries of Dict and Tuple are concatenated in the order of
     the space, without the key "action_mask" of a Dict. A Tuple's observation is a dictionary with the keys "0", "1",
     ..., or a tuple.
     """

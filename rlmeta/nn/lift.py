@@ -168,6 +168,7 @@ class Lifted(Block):
             raise SettingError(f"cannot lift {type(module).__name__}, which can't be copied: {error}") from error
         self._dropouts = _replace(template)
         self._template = (template,)
+        self._slots = _slots(template)
         self._buffer_names = tuple(name for name, _ in template.named_buffers())
         self._names = tuple(own_tensors(template))
         self._loops = {mode: any(isinstance(part, nn.RNNBase) for part in template.modules()) for mode in (False, True)}
@@ -201,11 +202,13 @@ class Lifted(Block):
         if axes == 0:
             out, buffers = self._alone(own, inputs, ctx.key, prefix)
         else:
-            shape = _learner_shape(own, inputs, ctx.key, axes)
-            fold = _reshaper(axes, (shape.numel(),))
-            own, inputs, key = pytree.tree_map_only(Tensor, fold, (own, inputs, ctx.key))
-            outcome = self._together(own, inputs, key, shape.numel(), prefix, ctx.training)
-            out, buffers = pytree.tree_map_only(Tensor, _reshaper(1, shape), outcome)
+            shape, key = _learner_shape(own, inputs, ctx.key, axes), ctx.key
+            if axes > 1:
+                fold = _reshaper(axes, (shape.numel(),))
+                own, inputs, key = pytree.tree_map_only(Tensor, fold, (own, inputs, key))
+            out, buffers = self._together(own, inputs, key, shape.numel(), prefix, ctx.training)
+            if axes > 1:
+                out, buffers = pytree.tree_map_only(Tensor, _reshaper(1, shape), (out, buffers))
         if ctx.training:
             ctx.new_buffers.update({prefix + name: value.detach() for name, value in buffers.items()})
         return out
@@ -244,11 +247,11 @@ class Lifted(Block):
 
     def _alone(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, prefix: str) -> Outcome:
         """One learner, without learner axes, torch's generator under control."""
-        devices = {leaf.device for leaf in pytree.tree_leaves((own, inputs)) if isinstance(leaf, Tensor)}
+        devices = _generator_devices(own, inputs)
         if key is None or not self._draws_otherwise:
             before = _generator_states(devices)
             outcome = self._call(own, inputs, key, prefix)
-            if all(torch.equal(old, new) for old, new in zip(before, _generator_states(devices))):
+            if all(map(torch.equal, before, _generator_states(devices))):
                 return outcome
             _restore_generators(devices, before)
             self._draws_otherwise = True
@@ -256,20 +259,28 @@ class Lifted(Block):
             raise SettingError(
                 f"{type(self._template[0]).__name__} draws random numbers: pass a key, Context(key=key), here too"
             )
-        with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(random.fold(random.fold(key, "lift"), prefix)))
             return self._call(own, inputs, key, prefix)
 
     def _call(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, prefix: str) -> Outcome:
-        """The module itself on one learner's tensors; it writes its buffers, if it does, into copies."""
+        """The module itself on one learner's tensors; it writes its buffers, if it does, into copies.
+
+        This is `torch.func.functional_call`, which takes longer than the forward pass of a small network.
+        """
         state = {**own, **{name: own[name].clone() for name in self._buffer_names}}
-        for name, dropout in self._dropouts:
-            dropout.begin(key, f"{prefix}{name}.")
+        kept = [tensors[name] for tensors, name, _ in self._slots]
+        for tensors, name, path in self._slots:
+            tensors[name] = state[path]
+        for path, dropout in self._dropouts:
+            dropout.begin(key, f"{prefix}{path}.")
         try:
-            out = torch.func.functional_call(self._template[0], state, inputs)
+            out = self._template[0](*inputs)
         finally:
-            for name, dropout in self._dropouts:
-                dropout.begin(None, name)
+            for (tensors, name, path), value in zip(self._slots, kept):
+                state[path], tensors[name] = tensors[name], value
+            for path, dropout in self._dropouts:
+                dropout.begin(None, path)
         return out, {name: state[name] for name in self._buffer_names}
 
 
@@ -284,6 +295,21 @@ def _replace(module: nn.Module) -> list[tuple[str, Dropout]]:
                     replaced[id(child)] = block
                     parent._modules[name] = block
     return [(name, part) for name, part in module.named_modules() if isinstance(part, Dropout)]
+
+
+def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    """Where the module keeps each tensor: a dictionary, the name there, and the name in `own_tensors`.
+
+    A tensor that is tied to another has the name of the first.
+    """
+    paths = {id(value): path for path, value in own_tensors(module).items()}
+    return [
+        (tensors, name, paths[id(value)])
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for name, value in tensors.items()
+        if value is not None
+    ]
 
 
 def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int) -> torch.Size:
@@ -315,11 +341,19 @@ def _no_silent_loops() -> Iterator[None]:
         functorch._set_vmap_fallback_enabled(enabled)
 
 
-def _generator_states(devices: set[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda")]
+def _generator_devices(own: Params, inputs: tuple[Tree, ...]) -> list[torch.device]:
+    """The GPUs whose generators the module may draw from."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    leaves = pytree.tree_leaves((own, inputs))
+    return list({leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"})
 
 
-def _restore_generators(devices: set[torch.device], states: list[Tensor]) -> None:
+def _generator_states(devices: list[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
+
+def _restore_generators(devices: list[torch.device], states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
-    for device, state in zip([device for device in devices if device.type == "cuda"], states[1:]):
+    for device, state in zip(devices, states[1:]):
         torch.cuda.set_rng_state(state, device)

@@ -525,6 +525,25 @@ def test_environment_that_cannot_be_replayed_is_reported(world_of: Factory) -> N
     _run(world, state, range(30, 40))
 
 
+def test_episode_that_ends_early_in_its_replay_is_reported(world_of: Factory) -> None:
+    """What is observed does not show it."""
+
+    class Shortens(Toy):
+        lives = 0
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self.lives += 1
+            return super().reset(seed=seed)
+
+        def step(self, action: Any) -> Any:
+            return *super().step(action)[:2], False, self.lives > 1 and self.count == 2, {}
+
+    world = world_of(Shortens)
+    state, _ = _run(world, world.reset(KEYS), range(5))
+    with pytest.raises(InexactResumeError, match="4 of 4"):
+        world.restore(state)
+
+
 def test_log_that_is_too_short_is_reported(world_of: Factory) -> None:
     class Endless(Toy):
         def step(self, action: Any) -> Any:
@@ -585,7 +604,7 @@ def test_stale_state_is_refused(world_of: Factory) -> None:
     state, _ = _run(world, _copy(old), range(3))
     with pytest.raises(SettingError, match="restore"):
         world.step(old, _actions(world, 3))
-    _run(world, state, range(3, 4))
+    _run(world, _copy(state), range(3, 4))
 
 
 def test_interrupted_step_asks_for_restore(world_of: Factory) -> None:

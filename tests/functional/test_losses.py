@@ -209,7 +209,7 @@ def test_value_loss_is_torchs_mean_squared_error() -> None:
 def test_clipped_value_loss_literal() -> None:
     """ε = 1, G = 0: values that came from 4 by a small step, by a step too large, away by one too large."""
     value = torch.tensor([3.5, 1.0, 6.0], requires_grad=True)
-    loss = clipped_value_loss(value, torch.full((3,), 4.0), torch.zeros(3), 1.0)
+    loss = clipped_value_loss(value, torch.zeros(3), torch.full((3,), 4.0), 1.0)
     assert loss.item() == pytest.approx((3.5**2 + 3.0**2 + 6.0**2) / 3)
     assert torch.autograd.grad(loss, value)[0].tolist() == pytest.approx([7 / 3, 0, 12 / 3])
 

@@ -79,6 +79,12 @@ def test_further_axes_in_front_equal_a_loop(name: str) -> None:
         assert result[i, j] == pytest.approx(STATISTICS[name](scores[i, j]))
 
 
+def test_both_sides_of_a_comparison_may_have_axes_in_front() -> None:
+    ours, theirs = RNG.standard_normal((2, 3, 4)), RNG.standard_normal((2, 5, 4))
+    expected = [probability_of_improvement(x, y) for x, y in zip(ours, theirs)]
+    assert probability_of_improvement(ours, theirs).tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", STATISTICS)
 def test_a_failed_run_is_not_left_out(name: str) -> None:
     scores = RNG.standard_normal((8, 5))
@@ -92,6 +98,7 @@ def test_one_task_may_be_a_vector_and_tensors_are_taken() -> None:
     assert probability_of_improvement([2.0, 3.0], [1.0]) == 1
     assert performance_profile([1.0, 2.0], [1.5]).tolist() == [0.5]
     assert stratified_bootstrap_interval(scores) == stratified_bootstrap_interval(scores.numpy()[:, None])
+    assert stratified_bootstrap_interval(scores) == stratified_bootstrap_interval(scores, iqm, 2000, 0.95, 0)
     assert isinstance(iqm(scores), float)
     assert all(isinstance(end, float) for end in stratified_bootstrap_interval(scores))
 

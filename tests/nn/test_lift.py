@@ -244,6 +244,16 @@ def test_recurrent_modules_with_memory(kind: type[torch.nn.RNNBase], learner_sha
     assert_equals_loop(lambda p, x: nn.apply(block, p, x), as_torch(module), params, x, learner_shape)
 
 
+@pytest.mark.parametrize("build", [Recurrent, Tied, Convolutions, lambda: torch.nn.TransformerEncoderLayer(3, 1, 4)])
+def test_each_learner_equals_the_module_that_loaded_its_weights(build: Callable) -> None:
+    params, module = stacked(build, (3,)), build().double().eval()
+    x = data(3, 3, 2, 3, 3) if build is Convolutions else data(3, 3, 3, 3)
+    out = nn.apply(lifted(build), params, x)
+    for i in range(3):
+        module.load_state_dict(take(params, (i,)), strict=False)
+        assert_close(take(out, (i,)), module(x[i]))
+
+
 @pytest.mark.parametrize("learner_shape", LEARNER_SHAPES)
 def test_dictionaries_pass_through(learner_shape: tuple[int, ...]) -> None:
     params = stacked(Sensors, learner_shape)
@@ -465,7 +475,11 @@ def test_tensors_are_shared_and_names_are_the_users() -> None:
     copied = copy.deepcopy(block)
     copied.get_parameter("conv.weight").data.fill_(1.0)
     assert module.conv.weight.abs().sum() == 0
-    assert copied.eval()(torch.ones(1, 2, 3, 3, dtype=torch.float64)).isfinite().all()
+    copied.get_parameter("out.weight").data.fill_(1.0)
+    x = torch.ones(1, 2, 3, 3, dtype=torch.float64)
+    assert torch.equal(block.eval()(x), torch.zeros(1, 3, dtype=torch.float64))
+    copied.get_parameter("out.bias").data.fill_(7.0)
+    assert torch.equal(copied.eval()(x), torch.full((1, 3), 7.0, dtype=torch.float64))
 
 
 def test_blocks_inside_a_users_module() -> None:

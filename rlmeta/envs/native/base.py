@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -22,7 +23,8 @@ Physics: TypeAlias = Mapping[str, Tensor]
 Redraw: TypeAlias = Callable[[Tensor], Mapping[str, Tensor]]
 """From one key per row `[*L, N]` to the physics of the episode that starts there."""
 
-_AHEAD = 16  # counters drawn at a time: a power of two
+_AT_ONCE = 8192  # numbers drawn at a time: about where their own cost passes that of the calls
+_FARTHEST = 64  # counters drawn at a time at most
 
 
 class NativeEnv(ABC):
@@ -92,14 +94,16 @@ def clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 
 class _Ahead:
-    """Uniform numbers of one stream, drawn for the next 16 counters of every row at a time.
+    """Uniform numbers of one stream, drawn for the next counters of every row at a time.
 
-    What is returned is exactly `random.uniform(key, stream, counter, (width,))`: a hash of so few rows is all overhead,
-    and 16 times as many numbers cost hardly more. The numbers are only remembered, so they are no part of any state.
+    What is returned is exactly `random.uniform(key, stream, counter, (width,))`. For few rows a hash is all overhead,
+    and that of many counters costs hardly more. The numbers are only remembered, so they are no part of any state.
     """
 
-    def __init__(self, stream: str, width: int) -> None:
+    def __init__(self, stream: str, width: int, rows: int) -> None:
         self._stream, self._width = stream, width
+        fitting = max(1, min(_FARTHEST, _AT_ONCE // max(1, rows * width)))
+        self._ahead = 1 << (fitting.bit_length() - 1)  # a power of two
         self._key = torch.empty(0, dtype=torch.int64)
         self._first = self._draws = self._key
 
@@ -108,17 +112,16 @@ class _Ahead:
         if key.device != self._key.device or not torch.equal(key, self._key):
             self._draw(key, counter)
         offset = counter - self._first
-        if (offset & -_AHEAD).any():  # some row is outside 0 ... 15
+        if (offset & -self._ahead).any():  # some row is outside 0 ... ahead - 1
             self._draw(key, counter)
             offset = torch.zeros_like(counter)
         index = offset[..., None, None].expand(*offset.shape, 1, self._width)
         return self._draws.gather(-2, index).squeeze(-2)
 
     def _draw(self, key: Tensor, counter: Tensor) -> None:
-        with torch.inference_mode(False):  # what is kept must serve callers outside inference mode, too
-            self._key, self._first = key.clone(), counter.clone()
-            counters = self._first.unsqueeze(-1) + torch.arange(_AHEAD, device=key.device)
-            self._draws = random.uniform(self._key.unsqueeze(-1), self._stream, counters, (self._width,), torch.float64)
+        self._key, self._first = key.clone(), counter.clone()
+        counters = counter.unsqueeze(-1) + torch.arange(self._ahead, device=key.device)
+        self._draws = random.uniform(key.unsqueeze(-1), self._stream, counters, (self._width,), torch.float64)
 
 
 class NativeWorld:
@@ -164,8 +167,8 @@ class NativeWorld:
         self._redraw: Redraw | None = physics if callable(physics) else None
         self._fixed = None if physics is None or callable(physics) else self._per_row(physics)
         self._bounds = _action_bounds(env.action_space)
-        self._reset_noise = _Ahead("environment/reset", env.reset_noise)
-        self._step_noise = _Ahead("environment/step", env.step_noise)
+        self._reset_noise = _Ahead("environment/reset", env.reset_noise, math.prod(self._rows))
+        self._step_noise = _Ahead("environment/step", env.step_noise, math.prod(self._rows))
 
     def reset(self, key: Tensor) -> State:
         """The start of episode 0 in every row; `key` is `[*L]` int64."""
@@ -218,7 +221,7 @@ class NativeWorld:
         if done.any():
             episode, elapsed = episode + done, elapsed.masked_fill(done, 0)
             if self._redraw is not None:
-                physics = _where(done, self._physics(key, episode), physics)
+                physics = self._physics(key, episode)  # in the rows that go on, what they have already
             env_state = _where(done, self._fresh(key, episode, physics), env_state)
             observation = self.env.observe(env_state)
         new.update(env=env_state, episode=episode, elapsed=elapsed)

@@ -1,0 +1,205 @@
+"""Speed, as a ratio against a peer measured in the same go: equal samples and gradient steps per learner, float32.
+
+`rlmeta bench agents` trains PPO on CartPole-v1 with rl-zoo's settings on both sides, every side in a process of its
+own, the sides in turn, round after round; it prints medians, ratios, and each side's final score, so that speed is
+never bought with learning. `rlmeta bench agents --scale` plots seconds against the number of learners.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from rlmeta.agents import PPO
+from rlmeta.errors import SettingError, unknown_name
+from rlmeta.lab.experiment import Budget
+
+ZOO = PPO(
+    num_envs=8,
+    num_steps=32,
+    batch_size=256,
+    num_epochs=20,
+    gamma=0.98,
+    gae_lambda=0.8,
+    learning_rate=1e-3,
+    learning_rate_schedule="linear",
+    clip_range=0.2,
+    clip_range_schedule="linear",
+    entropy_coefficient=0.0,
+)
+"""rl-zoo's settings of PPO on CartPole-v1."""
+
+
+@dataclass(frozen=True)
+class Agents:
+    """PPO on CartPole-v1 against Stable-Baselines3."""
+
+    steps: int = 100_000
+    """Environment steps of each learner."""
+    rounds: int = 3
+    """How often every side is measured; medians are printed."""
+    seeds: int = 16
+    """Learners of the side with many."""
+    scale: bool = False
+    """Instead: seconds against 1 ... 256 learners, as a plot."""
+    out: Path = Path("runs/results")
+    """Where the figures go."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`rlmeta bench NAME [flags]`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: rlmeta bench agents [--steps N] [--rounds N] [--scale] [--out FOLDER]")
+        return 0 if arguments else 2
+    name, *flags = arguments
+    if name == "worker":
+        print(json.dumps(_work(json.loads(flags[0]))))
+        return 0
+    if name != "agents":
+        raise unknown_name("benchmark", name, ["agents"])
+    options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
+    if options.steps < 1 or options.rounds < 1 or options.seeds < 1:
+        raise SettingError("bench: steps, rounds and seeds are at least 1")
+    return scale(options) if options.scale else agents(options)
+
+
+# ---------------------------------------------------------------------- one side, in a process of its own
+
+
+def _work(job: dict[str, Any]) -> dict[str, Any]:
+    """Train one side; seconds count training alone, from the first environment step to the last gradient step."""
+    if job["side"] == "sb3":
+        from rlmeta.lab.peers import train_sb3
+
+        result = train_sb3("ppo", "CartPole-v1", job["steps"], job["seed"])
+        scores, steps, seconds = [statistics.fmean(result["returns"])], result["steps"], result["seconds"]
+    else:
+        from rlmeta.lab.train import train
+
+        final = Budget(steps=job["steps"], final_episodes=256, eval_every=10 * job["steps"])
+        run = train(ZOO, "CartPole-v1", seeds=job["seeds"], budget=final, threads=job["threads"])
+        scores, steps, seconds = run.scores.tolist(), run.env_steps * job["seeds"], run.seconds
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"steps": steps, "seconds": seconds, "scores": scores, "gigabytes": peak}
+
+
+def _run(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Run jobs at the same time, a process each; steps add up, seconds are the slowest's."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if len(jobs) > 1 else dict(os.environ)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "rlmeta", "bench", "worker", json.dumps(job)], stdout=subprocess.PIPE, env=environment
+        )
+        for job in jobs
+    ]
+    results = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+    seconds = max(result["seconds"] for result in results)
+    return {
+        "steps_per_second": sum(result["steps"] for result in results) / seconds,
+        "scores": [score for result in results for score in result["scores"]],
+        "gigabytes": sum(result["gigabytes"] for result in results),
+    }
+
+
+# ---------------------------------------------------------------------- rlmeta against its peer
+
+
+def agents(options: Agents) -> int:
+    """Every side in turn, round after round; the table of medians and ratios."""
+    cores = os.cpu_count() or 1
+    ours = {"side": "rlmeta", "steps": options.steps}
+    peer = {"side": "sb3", "steps": options.steps}
+    many, one = f"rlmeta, {options.seeds} seeds in one process", "rlmeta, 1 seed"
+    alone, each = "Stable-Baselines3, 1 process", f"Stable-Baselines3, {cores} processes, one a core"
+    sides = {
+        alone: [{**peer, "seed": 0}],
+        many: [{**ours, "seeds": options.seeds, "threads": cores}],
+        one: [{**ours, "seeds": 1, "threads": 1}],
+        each: [{**peer, "seed": seed} for seed in range(cores)],
+    }
+    rounds: list[dict[str, dict[str, Any]]] = []
+    for number in range(options.rounds):
+        rounds.append({})
+        for side, jobs in sides.items():
+            for job in jobs:
+                job["seed"] = job.get("seed", 0) + (cores * number if job["side"] == "sb3" else 0)
+            rounds[-1][side] = _run(jobs)
+            print(f"round {number + 1}: {side}: {rounds[-1][side]['steps_per_second']:,.0f} steps/s", flush=True)
+    rows = [_row(side, rounds, alone, each) for side in sides]
+    Console().print(_table(options, rows))
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {"steps": options.steps, "cores": cores, "when": time.strftime("%Y-%m-%d"), "rows": rows}
+    (options.out / "bench_agents.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _row(side: str, rounds: Sequence[dict[str, dict[str, Any]]], alone: str, each: str) -> dict[str, Any]:
+    def ratio(other: str) -> float:
+        return statistics.median(r[side]["steps_per_second"] / r[other]["steps_per_second"] for r in rounds)
+
+    rates = sorted(r[side]["steps_per_second"] for r in rounds)
+    return {
+        "side": side,
+        "steps_per_second": statistics.median(rates),
+        "lowest": rates[0],
+        "highest": rates[-1],
+        "ratio_alone": ratio(alone),
+        "ratio_each": ratio(each),
+        "score": statistics.fmean(score for r in rounds for score in r[side]["scores"]),
+        "gigabytes": max(r[side]["gigabytes"] for r in rounds),
+    }
+
+
+def _table(options: Agents, rows: Sequence[dict[str, Any]]) -> Table:
+    title = f"PPO on CartPole-v1, {options.steps:,} steps a learner, median of {options.rounds} rounds"
+    table = Table(title=title)
+    for column in ("side", "steps/s (lowest-highest)", "x SB3 alone", "x SB3 a core", "mean final score", "peak GB"):
+        table.add_column(column, justify="left" if column == "side" else "right")
+    for row in rows:
+        table.add_row(
+            row["side"],
+            f"{row['steps_per_second']:,.0f} ({row['lowest']:,.0f}-{row['highest']:,.0f})",
+            f"{row['ratio_alone']:.1f}",
+            f"{row['ratio_each']:.1f}",
+            f"{row['score']:.1f}",
+            f"{row['gigabytes']:.2f}",
+        )
+    return table
+
+
+# ---------------------------------------------------------------------- seconds against the number of learners
+
+
+def scale(options: Agents) -> int:
+    """Train 1, 2, 4 ... 256 learners for a tenth of the budget each; a plot of seconds and of steps/s."""
+    counts, points = [2**power for power in range(9)], []
+    steps = max(256, options.steps // 10)
+    for count in counts:
+        job = {"side": "rlmeta", "steps": steps, "seeds": count, "threads": os.cpu_count() or 1}
+        result = _run([job])
+        rate = result["steps_per_second"]
+        points.append({"learners": count, "seconds": steps * count / rate, "steps_per_second": rate, **_memory(result)})
+        print(f"{count} learners: {points[-1]['seconds']:.1f} s, {rate:,.0f} steps/s", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "bench_scale.json").write_text(json.dumps({"steps": steps, "points": points}, indent=1) + "\n")
+    from rlmeta.lab.plots import write_scale
+
+    write_scale(points, steps, options.out / "bench_scale.png")
+    return 0
+
+
+def _memory(result: dict[str, Any]) -> dict[str, float]:
+    return {"gigabytes": result["gigabytes"]}

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import rlmeta as rl
+from rlmeta import agents
+from rlmeta.agents import PPO
+from rlmeta.envs.names import names, read_toml
+from rlmeta.envs.task import Task, TaskFamily, TaskStream, from_table
+from rlmeta.errors import SettingError, UnknownNameError
+from rlmeta.functional.random import make_keys
+from rlmeta.lab.experiment import agent_class
+from rlmeta.lab.presets import NOTHING, load_preset, preset, preset_files
+
+FILE = """
+[defaults]
+max_grad_norm = 1.5
+num_steps = 64
+
+["CartPole-v1"]
+steps = "200k"
+num_steps = 32
+learning_rate = [1e-3, 1e-4]
+hidden_sizes = [32, 16]
+normalise_reward = true
+stop_kl = inf
+"""
+
+
+@pytest.fixture
+def ppo_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "agents").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "agents" / "ppo.toml"
+    path.write_text(FILE)
+    return path
+
+
+def test_table_on_top_of_defaults(ppo_file: Path) -> None:
+    found = load_preset(PPO, "CartPole-v1")
+    assert (found.steps, found.path, found.table) == (200_000, ppo_file, "CartPole-v1")
+    assert found.settings == {
+        "max_grad_norm": 1.5,
+        "num_steps": 32,
+        "learning_rate": [1e-3, 1e-4],
+        "hidden_sizes": (32, 16),
+        "normalise_reward": True,
+        "stop_kl": float("inf"),
+    }
+    assert preset("ppo", "CartPole-v1") == PPO(**found.settings)
+
+
+def test_defaults_hold_for_every_task(ppo_file: Path) -> None:
+    found = load_preset(PPO, "Acrobot-v1")
+    assert (found.settings, found.steps, found.table) == ({"max_grad_norm": 1.5, "num_steps": 64}, None, "defaults")
+
+
+def test_named_tasks_take_the_preset_of_what_they_are_made_of(ppo_file: Path) -> None:
+    envs = ppo_file.parents[1] / "envs"
+    envs.mkdir()
+    (envs / "short.toml").write_text('env = "CartPole-v1"\n')
+    (envs / "wide.toml").write_text('kind = "family"\nenv = "CartPole-v1"\n[ranges]\nlength = [0.5, 1.0]\n')
+    (envs / "same.toml").write_text('kind = "stream"\ntasks = ["CartPole-v1", {env = "CartPole-v1"}]\n')
+    (envs / "mixed.toml").write_text('kind = "stream"\ntasks = ["CartPole-v1", "Acrobot-v1"]\n')
+    for name in ("short", "wide", "same"):
+        assert load_preset(PPO, name).table == "CartPole-v1", name
+    assert load_preset(PPO, "mixed").table == "defaults"
+    ppo_file.write_text(FILE + "\n[short]\nnum_epochs = 3\n")
+    assert load_preset(PPO, "short").settings == {"max_grad_norm": 1.5, "num_steps": 64, "num_epochs": 3}
+
+
+def test_sources(ppo_file: Path) -> None:
+    (ppo_file.parent / "fast.toml").write_text('["CartPole-v1"]\nnum_epochs = 1\n')
+    other = ppo_file.parents[1] / "mine.toml"
+    other.write_text('["CartPole-v1"]\nnum_epochs = 2\n')
+    assert load_preset(PPO, "CartPole-v1", "none") == NOTHING
+    assert load_preset(PPO, "CartPole-v1", "fast").settings == {"num_epochs": 1}
+    assert load_preset(PPO, "CartPole-v1", "mine.toml").settings == {"num_epochs": 2}
+    borrowed = load_preset(PPO, "mypkg:Mine-v0", "CartPole-v1")
+    assert (borrowed.table, borrowed.settings["num_steps"]) == ("CartPole-v1", 32)
+    with pytest.raises(SettingError, match=r"mine\.toml has no table for 'Acrobot-v1': it has CartPole-v1"):
+        load_preset(PPO, "Acrobot-v1", "mine.toml")
+    with pytest.raises(SettingError, match=r"preset gone\.toml is not a file"):
+        load_preset(PPO, "Acrobot-v1", "gone.toml")
+    with pytest.raises(UnknownNameError, match=r"unknown preset 'fsat': did you mean fast"):
+        load_preset(PPO, "Acrobot-v1", "fsat")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rte = 1e-3", "unknown setting of PPO 'learning_rte': did you mean learning_rate"),
+        ("learning_rate = 'fast'", "learning_rate is 'fast', expected a number"),
+        ("num_steps = 2.5", "num_steps is '2.5', expected a whole number"),
+        ("num_steps = true", "num_steps is 'true', expected a whole number"),
+        ("normalise_reward = 1", "normalise_reward is '1', expected true or false"),
+        ("activation = 'gelu'", "activation is 'gelu', expected one of tanh, relu"),
+        ("num_steps = '32,64'", "num_steps has 2 values, expected one"),
+        ("steps = 'many'", "steps is 'many', expected a whole number"),
+        ("network = 'os:system'", "a preset can't name code"),
+        ("learning_rate = -1", "learning_rate is -1, expected above 0"),
+        ("batch_size = 100", "batch_size 100 does not divide"),
+        ("num_steps = ", "not valid TOML"),
+    ],
+)
+def test_wrong_presets_are_refused_with_file_and_place(ppo_file: Path, line: str, message: str) -> None:
+    ppo_file.write_text(f'["CartPole-v1"]\n{line}\n')
+    with pytest.raises(SettingError) as caught:
+        load_preset(PPO, "CartPole-v1")
+    assert message in str(caught.value)
+    assert str(ppo_file) in str(caught.value)
+    if "TOML" not in message:
+        assert "[CartPole-v1]" in str(caught.value)
+
+
+def test_key_outside_tables(ppo_file: Path) -> None:
+    ppo_file.write_text("num_steps = 3\n")
+    with pytest.raises(SettingError, match=r"'num_steps' stands in no table: put it below \[defaults\]"):
+        load_preset(PPO, "CartPole-v1")
+
+
+def test_preset_of_an_unknown_task_or_agent() -> None:
+    with pytest.raises(UnknownNameError, match="unknown preset of ppo for task 'CartPole-v2': did you mean"):
+        rl.preset("ppo", "CartPole-v2")
+    with pytest.raises(UnknownNameError, match="did you mean ppo"):
+        rl.preset("pop", "CartPole-v1")
+
+
+def test_shipped_presets_are_settings() -> None:
+    known = {cls.__name__.lower(): cls for cls in agents.ALL}
+    for name, tables in preset_files().items():
+        assert name in known, f"agents/{name}.toml is of no agent"
+        assert tables
+        for table in tables:
+            found = load_preset(known[name], table)
+            assert found.table == table
+            assert found.steps, f"agents/{name}.toml [{table}] lacks steps"
+    cartpole = rl.preset("ppo", "CartPole-v1")
+    assert dataclasses.replace(PPO(), num_steps=32, num_epochs=20, learning_rate=1e-3) == dataclasses.replace(
+        cartpole, gamma=0.99, gae_lambda=0.95, clip_range_schedule="constant"
+    )
+
+
+def test_shipped_tasks_families_and_streams_run() -> None:
+    kinds = set()
+    for name, path in names("envs").items():
+        table = read_toml(path)
+        assert table["description"]
+        made = from_table(name, table)
+        kinds.add(type(made))
+        tasks = made.tasks if isinstance(made, TaskStream) else (made if isinstance(made, Task) else made.task(),)
+        assert len({task.name for task in tasks}) == len(tasks)
+        for task in tasks:
+            world = task.world((2,), 3)
+            state = world.reset(make_keys([0, 1]))
+            assert agent_class("ppo")().bind(world.observation_space, world.action_space)
+            assert len(state["key"].shape) == 2
+            world.close()
+    assert kinds == {Task, TaskFamily, TaskStream}
