@@ -59,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        last = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]
         place = f"{last.filename}:{last.lineno}, in {last.name}"
-        return _complain(f"{type(error).__name__}: {error} ({place}); RLMETA_DEBUG=1 shows the traceback", 1)
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        return _complain(f"{message} ({place}); RLMETA_DEBUG=1 shows the traceback", 1)
 
 
 def _complain(message: str, status: int) -> int:

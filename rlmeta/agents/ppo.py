@@ -125,6 +125,8 @@ class PPOAgent(Agent):
         blocks = self.networks()
         self.policy, self.value = blocks["policy"], blocks["value"]
         self.head: Any = self.policy.head
+        self.rewards_entropy = any(value > 0 for value in values_of(settings.entropy_coefficient))
+        self.stops_early = any(value < math.inf for value in values_of(settings.stop_kl))
         self.clips_value = any(value < math.inf for value in values_of(settings.value_clip_range))
 
     def networks(self) -> dict[str, Block]:
@@ -172,7 +174,7 @@ class PPOAgent(Agent):
             "return": advantage + value,
             "old_value": value,
             "old_log_prob": self.head.log_prob(distribution, rollout["action"]),
-            **({"old_distribution": distribution} if self.settings.penalty == "kl" else {}),
+            **({"old_distribution": _compared(distribution)} if self.settings.penalty == "kl" else {}),
         }
 
     def _evaluate(self, p: Params, observation: tree.Tree, ctx: Context) -> tuple[Any, Tensor]:
@@ -188,7 +190,7 @@ class PPOAgent(Agent):
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Policy and value losses `[*L]` of a minibatch `[*L, B, ...]`."""
+        """Policy, value and entropy losses `[*L]` of a minibatch `[*L, B, ...]`."""
         s, h = self.settings, p["hyper"]
         distribution, value = self._evaluate(p, batch["observation"], ctx)
         log_prob = self.head.log_prob(distribution, batch["action"])
@@ -203,24 +205,24 @@ class PPOAgent(Agent):
             policy = losses.ppo_kl_loss(
                 log_prob, batch["old_log_prob"], advantage, kl, batch["kl_coefficient"], valid
             )
-        entropy = masked_mean(self.head.entropy(distribution), valid)
         if not self.clips_value:
             value_loss = losses.value_loss(value, batch["return"], valid)
         else:
             value_loss = losses.clipped_value_loss(
                 value, batch["return"], batch["old_value"], h["value_clip_range"], valid
             )
-        ctx.info["losses/policy_loss"] = policy
-        ctx.info["losses/value_loss"] = value_loss
-        ctx.info["losses/entropy"] = entropy
-        with torch.no_grad():
-            ctx.info["losses/approx_kl"] = losses.approx_kl(log_prob, batch["old_log_prob"], valid)
-            moved = (log_prob - batch["old_log_prob"]).expm1().abs() > align(batch["clip_range"], log_prob)
-            ctx.info["losses/clipfrac"] = masked_mean(moved.to(log_prob.dtype), valid)
-        return {
-            "policy": policy - h["entropy_coefficient"] * entropy,
-            "value": h["value_coefficient"] * value_loss,
-        }
+        found = {"policy": policy, "value": h["value_coefficient"] * value_loss}
+        if self.rewards_entropy:
+            found["entropy"] = -h["entropy_coefficient"] * masked_mean(self.head.entropy(distribution), valid)
+        if ctx.report:
+            with torch.no_grad():
+                moved = (log_prob - batch["old_log_prob"]).expm1().abs() > align(batch["clip_range"], log_prob)
+                ctx.info["losses/policy_loss"] = policy
+                ctx.info["losses/value_loss"] = value_loss
+                ctx.info["losses/entropy"] = masked_mean(self.head.entropy(distribution), valid)
+                ctx.info["losses/approx_kl"] = losses.approx_kl(log_prob, batch["old_log_prob"], valid)
+                ctx.info["losses/clipfrac"] = masked_mean(moved.to(log_prob.dtype), valid)
+        return found
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
         """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
@@ -241,6 +243,7 @@ class PPOAgent(Agent):
         active = state["active"]
         for epoch in range(s.num_epochs):
             counter = state["count"]["iterations"] * s.num_epochs + epoch
+            report = self.stops_early or epoch == s.num_epochs - 1
             for minibatch in minibatches(state["key"], counter, batch, s.batch_size):
                 state, info = step(
                     self,
@@ -250,9 +253,11 @@ class PPOAgent(Agent):
                     active=active,
                     max_grad_norm=p["hyper"]["max_grad_norm"],
                     methods=self.methods,
+                    report=report,
                 )
                 average.add(info)
-                active = active & (info["losses/approx_kl"] <= 1.5 * p["hyper"]["stop_kl"])
+                if self.stops_early:
+                    active = active & (info["losses/approx_kl"] <= 1.5 * p["hyper"]["stop_kl"])
         if s.penalty == "kl":
             state["kl_coefficient"] = self._steer(state["kl_coefficient"], info["losses/approx_kl"], p["hyper"])
         return state, {**average.result(), "charts/learning_rate": rate}
@@ -268,3 +273,8 @@ class PPOAgent(Agent):
         """Double the KL coefficient where the policy moved 1.5 times too far, halve it where 1.5 times too little."""
         too_far, too_little = kl > hyper["kl_target"] * 1.5, kl < hyper["kl_target"] / 1.5
         return torch.where(too_far, coefficient * 2, torch.where(too_little, coefficient / 2, coefficient))
+
+
+def _compared(distribution: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a divergence needs of a distribution's parameters; the rest only serves to sample."""
+    return {name: value for name, value in distribution.items() if name not in ("features", "noise_log_std")}

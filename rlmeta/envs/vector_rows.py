@@ -67,7 +67,7 @@ class VectorRows:
         except (TypeError, ValueError, AssertionError, gym.error.Error):
             self.seeds_rows = False
             value, infos = self.env.reset(seed=int(seeds[0]))
-        self._pending[:] = False
+        self._pending = np.zeros(self.env.num_envs, np.bool_)
         self.buffers.observation = self._read(value, infos, self._pending)
 
     def step(self, actions: Sequence[Array], next_seeds: Array) -> None:

@@ -46,4 +46,6 @@ def masked_mean(x: Tensor, valid: Tensor | None = None, axes: int = 1) -> Tensor
     if valid.shape != x.shape:
         raise ValueError(f"valid has shape {tuple(valid.shape)}, expected that of x, {tuple(x.shape)}")
     weight = valid.to(x.dtype)
-    return torch.where(valid.bool(), x, torch.zeros_like(x)).mul(weight).sum(dims) / weight.sum(dims).clamp(min=1)
+    total = weight.sum(dims)
+    summed = torch.where(valid.bool(), x, torch.zeros_like(x)).mul(weight).sum(dims)
+    return summed / torch.where(total > 0, total, torch.ones_like(total))

@@ -218,10 +218,10 @@ def rmsprop(
         new_state: dict[str, Tensors] = {name: {} for name in buffers}
         updates: Tensors = {}
         for name, g in grads.items():
-            keep = 1.0 - _fit(alpha, g)
-            variance = new_state["square"][name] = torch.lerp(state["square"][name], g * g, keep)
+            weight = _fit(1.0 - alpha, g)
+            variance = new_state["square"][name] = torch.lerp(state["square"][name], g * g, weight)
             if centered:  # the clamp: rounding can leave a little less than 0
-                mean = new_state["mean"][name] = torch.lerp(state["mean"][name], g, keep)
+                mean = new_state["mean"][name] = torch.lerp(state["mean"][name], g, weight)
                 variance = torch.addcmul(variance, mean, mean, value=-1.0).clamp(min=0.0)
             step = g / (_sqrt(variance) + _fit(eps, g))
             if with_momentum:
@@ -287,14 +287,14 @@ def _adam(
         grads = _prepare(grads, state, params, 0.0 if decoupled else weight_decay, buffers)
         count = state["count"] + 1
         step = count.to(_working_dtype(grads))
-        root = _one_minus_power(_fit(b2, step), step).sqrt()
-        rate = root / _one_minus_power(_fit(b1, step), step) * -_fit(lr, step)
+        root = _one_minus_power(b2, step).sqrt()
+        rate = root / _one_minus_power(b1, step) * -_fit(lr, step)
         floor = root * _fit(eps, step)
         new_state: dict[str, Tensors] = {name: {} for name in buffers}
         updates: Tensors = {}
         for name, g in grads.items():
-            mean = new_state["mean"][name] = torch.lerp(state["mean"][name], g, 1.0 - _fit(b1, g))
-            square = new_state["square"][name] = torch.lerp(state["square"][name], g * g, 1.0 - _fit(b2, g))
+            mean = new_state["mean"][name] = torch.lerp(state["mean"][name], g, _fit(1.0 - b1, g))
+            square = new_state["square"][name] = torch.lerp(state["square"][name], g * g, _fit(1.0 - b2, g))
             if amsgrad:
                 square = new_state["max_square"][name] = torch.maximum(state["max_square"][name], square)
             updates[name] = mean / (_sqrt(square) + _fit(floor, g)) * _fit(rate, g)
@@ -390,9 +390,11 @@ def _one_minus_power(base: Setting, exponent: Tensor) -> Tensor:
     """1 − baseᵗ for t ≥ 1; written −expm1(t log base), since 1 − 0.999 has only four correct digits in float32."""
     if not isinstance(base, Tensor):
         return -torch.expm1(exponent * (math.log(base) if base > 0 else -math.inf))
+    base = cast(Tensor, align(base, exponent))  # in its own type until the end: 0.999 is 1 in half precision
     near_one = base > 0.5
     by_logarithm = -torch.expm1(exponent * torch.where(near_one, base, 1.0).log())
-    return torch.where(near_one, by_logarithm, 1.0 - torch.where(near_one, 0.0, base) ** exponent)
+    directly = 1.0 - torch.where(near_one, 0.0, base) ** exponent
+    return torch.where(near_one, by_logarithm, directly).to(exponent.dtype)
 
 
 def _sqrt(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -17,18 +17,19 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd number nearest 2^64 / golden ratio
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_ALL = (1 << 64) - 1
 
 
 def _shift_right(x: Tensor, count: int) -> Tensor:
     """Logical right shift; torch's own repeats the sign."""
-    return (x >> count) & ((1 << (64 - count)) - 1)
+    return (x >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser: a bijection of 64 bits in which every input bit flips half the output bits."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
+    x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
+    return _shift_right(x, 31).bitwise_xor_(x)
 
 
 @cache
@@ -46,11 +47,26 @@ def make_keys(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tenso
     return _mix(torch.tensor(list(seeds), dtype=torch.int64, device=device) * _GOLDEN + 1)
 
 
+def _mix_number(x: int) -> int:
+    """`_mix` of a Python number, as int64."""
+    x &= _ALL
+    x = ((x ^ (x >> 30)) * _MIX_1) & _ALL
+    x = ((x ^ (x >> 27)) * _MIX_2) & _ALL
+    x ^= x >> 31
+    return x - (1 << 64) if x >> 63 else x
+
+
+@lru_cache(maxsize=4096)
+def _increment(data: int | str) -> int:
+    """What `fold` adds to a key for a number or a name."""
+    return _mix_number((_stream_number(data) if isinstance(data, str) else data) * _GOLDEN + 2)
+
+
 def fold(key: Tensor, data: int | str | Tensor) -> Tensor:
     """A new key `[*L]` from a key `[*L]` and a number, a name, or a tensor of numbers that broadcasts against it."""
-    if isinstance(data, str):
-        data = _stream_number(data)
-    return _mix(key + _mix(torch.as_tensor(data, dtype=torch.int64, device=key.device) * _GOLDEN + 2))
+    if isinstance(data, Tensor):
+        return _mix(key + _mix(data.to(torch.int64) * _GOLDEN + 2))
+    return _mix(key + _increment(data))
 
 
 def bits(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int]) -> Tensor:
@@ -68,7 +84,7 @@ def bits(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int]) 
     start = fold(fold(key, stream), counter)
     count = math.prod(shape)
     drawn = _mix(start.unsqueeze(-1) + _counter_offsets(count, key.device))
-    return drawn.reshape(*start.shape, *shape)
+    return drawn.reshape((*start.shape, *shape))
 
 
 def uniform(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs.names import read_toml
@@ -61,7 +62,7 @@ class Options:
     threads: int = 0
     """Threads of torch; 0 chooses."""
     device: str = "cpu"
-    """Of every tensor."""
+    """Where tensors are: cpu, cuda, cuda:1."""
     tensorboard: bool = False
     """Write TensorBoard's files into the run's folder."""
     wandb: bool = False
@@ -140,6 +141,10 @@ class Plan:
             raise SettingError("--wandb-project is given without --wandb")
         if not self.seeds or (isinstance(self.seeds, int) and self.seeds < 1):
             raise SettingError(f"--seeds is {self.options.seeds!r}, expected at least one")
+        try:
+            torch.empty(0, device=self.options.device)
+        except (RuntimeError, AssertionError) as error:
+            raise SettingError(f"--device is {self.options.device!r}: {str(error).splitlines()[0]}") from None
         groups, problem = self.groups, self.problem()
         if len(groups) > 1:
             world = (problem.task() if isinstance(problem, TaskFamily) else problem).world((), 1)

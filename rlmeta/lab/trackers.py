@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 LONGEST_NAME = 100
 """Characters of a learner's name: a folder's may have 255, and W&B's 128 with those of the task and the agent."""
 
+TENSORBOARD, WANDB = "tensorboard.json", "wandb.json"
+"""What each tracker has to remember, in the run's folder."""
+
 
 class Tracker(Protocol):
     """Where metrics go besides the run folder."""
@@ -59,6 +62,20 @@ def to_wandb(project: str, *, group: str | None = None, entity: str | None = Non
     return lambda run: WandbTracker(run.experiment, project, group, folder=_folder(run, "W&B"), entity=entity)
 
 
+def trackers_of(folder: str | os.PathLike[str]) -> list[TrackerFactory]:
+    """The trackers that the run in a folder was logged to, for its resume.
+
+    Raises:
+        CheckpointError: what a tracker left in the folder can't be read.
+    """
+    chosen = [to_tensorboard()] if (Path(folder) / TENSORBOARD).is_file() else []
+    journal = _Journal(Path(folder) / WANDB)
+    if journal.path.is_file():
+        journal.open({"project": "", "entity": None})
+        chosen.append(to_wandb(journal.content["project"], entity=journal.content["entity"]))
+    return chosen
+
+
 class TensorBoardTracker:
     """One TensorBoard run per learner, in `<folder>/tensorboard/<setting and seed>`.
 
@@ -75,7 +92,7 @@ class TensorBoardTracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing_extra("tensorboard", "tensorboard", "logging to TensorBoard") from error
-        self._journal = _Journal(Path(folder) / "tensorboard.json")
+        self._journal = _Journal(Path(folder) / TENSORBOARD)
         new = self._journal.open({})
         self._writers = [SummaryWriter(Path(folder) / "tensorboard" / name) for name in learner_names(experiment)]
         if new:
@@ -134,7 +151,7 @@ class WandbTracker:
         about = f"{config['env_id']}__{config['exp_name']}"
         where = {"project": project, "entity": entity}
         ids = [secrets.token_hex(8) for _ in experiment.learners]
-        self._journal = _Journal(folder / "wandb.json")
+        self._journal = _Journal(folder / WANDB)
         self._journal.open({**where, "group": (group or f"{about}__{folder.resolve().name}")[:128], "ids": ids})
         saved = self._journal.content
         if {name: saved[name] for name in where} != where or group not in (None, saved["group"]):

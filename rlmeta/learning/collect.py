@@ -34,7 +34,8 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
     axes = state["key"].dim()
     memory, world_state = state["memory"], state["world"]
     counter = state["count"]["vector_steps"]
-    keys = [random.fold(state["key"], (counter + t) // agent.noise_hold) for t in range(num_steps)]
+    draws = torch.arange(num_steps, device=counter.device).reshape(-1, *(1,) * axes) + counter
+    keys = random.fold(state["key"], draws // agent.noise_hold).unbind(0)
     rows: list[Rollout] = []
     first_memory = memory
     p = agent.seen(state)
@@ -66,6 +67,8 @@ def _record(transition: Transition) -> Rollout:
 
 def clear_memory(memory: tree.Tree, reset: Tensor) -> tree.Tree:
     """Zero the memory `[*L, N, ...]` of the rows where `reset` `[*L, N]` is set."""
+    if not memory:
+        return memory
     return tree.map(lambda m: m.masked_fill(reset.reshape(reset.shape + (1,) * (m.dim() - reset.dim())), 0), memory)
 
 

@@ -21,8 +21,14 @@ from rlmeta.nn import Context
 
 @dataclass(slots=True)
 class StepContext(Context):
-    """The context of the forward passes of a gradient step; what a learner wants reported goes into `info`."""
+    """The context of the forward passes of a gradient step.
 
+    Attributes:
+        report: whether diagnostics are wanted; computing them for every minibatch would cost as much as a small loss.
+        info: where they go, `{name: [*L]}`.
+    """
+
+    report: bool = True
     info: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -44,6 +50,7 @@ def step(
     max_grad_norm: float | Tensor | None = None,
     methods: Sequence[Method] = (),
     key: Tensor | None = None,
+    report: bool = True,
 ) -> tuple[State, dict[str, Tensor]]:
     """One step of gradient descent for all learners at once.
 
@@ -58,6 +65,7 @@ def step(
         max_grad_norm: clip each learner's gradient to this norm.
         methods: lifelong methods, in order; their memories are `state["methods"]`.
         key: `[*L]`, for dropout and the like.
+        report: whether diagnostics are wanted.
 
     Returns:
         The new state and `{name: [*L]}`: the losses, the learner's diagnostics, and the norm of the gradient before it was clipped.
@@ -71,7 +79,7 @@ def step(
     for method in methods:
         seen = method.params(seen, memories[method.name], task)
 
-    ctx = StepContext(training=True, key=key)
+    ctx = StepContext(training=True, key=key, report=report)
     losses = learner.losses(seen, batch, ctx)
     loss = torch.stack(list(losses.values())).sum(0) if len(losses) > 1 else next(iter(losses.values()))
     extra = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
@@ -108,6 +116,8 @@ def step(
                 **memories,
                 **{m.name: m.after_step(info, state["params"], memories[m.name], task) for m in methods},
             }
+    if not report:
+        return state, {}
     diagnostics = {name: value.detach() for name, value in {**losses, **ctx.info}.items()}
     return state, {**diagnostics, "losses/grad_norm": norm}
 

@@ -439,7 +439,6 @@ class QHead(Block):
         actions: int,
         initial_scale: float = 1.0,
         initialiser: Initialiser = "torch",
-        start: int = 0,
     ) -> None:
         """Create the head.
 
@@ -448,11 +447,9 @@ class QHead(Block):
             actions: A.
             initial_scale: gain of the initial weights.
             initialiser: see `initialise`.
-            start: the lowest action.
         """
         super().__init__()
         self.linear = Linear(features, actions, initialiser=initialiser, gain=initial_scale)
-        self.start = start
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
         """`[*L, ..., D]` -> `[*L, ..., A]`."""
@@ -460,11 +457,11 @@ class QHead(Block):
 
     def mode(self, values: Tensor) -> Tensor:
         """The best action, `[..., A]` -> `[...]`."""
-        return values.argmax(-1) + self.start
+        return values.argmax(-1)
 
     def take(self, values: Tensor, action: Tensor) -> Tensor:
         """The values of the given actions, `[..., A]` and `[...]` -> `[...]`."""
-        return values.gather(-1, (action - self.start).unsqueeze(-1)).squeeze(-1)
+        return values.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
 PolicyHead: TypeAlias = (

@@ -65,6 +65,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     axes = weight.dim() - 2
     if axes == 0:
         return F.linear(x, weight, bias)
+    if axes == 1 and x.dim() == 3:
+        return learner_product(x, weight, None if bias is None else bias.unsqueeze(-2))
     learners = weight.shape[:-2].numel()
     out = learner_product(
         x.reshape(learners, x.shape[axes:-1].numel(), x.shape[-1]),

@@ -174,8 +174,8 @@ def test_advantages_are_identical_in_all_modes() -> None:
 class _Batched(SyncVectorEnv):
     """A VectorEnv whose infos, metadata and calls a test can look at and change."""
 
-    def __init__(self, mode: AutoresetMode, rows: int = 2) -> None:
-        super().__init__([CounterEnv] * rows, autoreset_mode=mode)
+    def __init__(self, mode: AutoresetMode, rows: int = 2, nested: bool = False) -> None:
+        super().__init__([lambda: CounterEnv(nested)] * rows, autoreset_mode=mode)
         self.calls: list[tuple[Any, Any]] = []
         self.final: Any = None
 
@@ -237,13 +237,47 @@ def test_final_observations_of_every_form(final: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "final", [lambda f: np.array([None, None]), lambda f: [np.zeros(3, np.float32)] * 2], ids=["hole", "shape"]
+    ("final", "match"),
+    [
+        (lambda f: np.array([None, None]), "_Batched.*row 0.*hole"),
+        (lambda f: [np.zeros(3, np.float32)] * 2, r"_Batched.*\(3,\)"),
+    ],
+    ids=["hole", "shape"],
 )
-def test_missing_or_misshapen_final_observation_is_refused(final: Any) -> None:
+def test_missing_or_misshapen_final_observation_is_refused(final: Any, match: str) -> None:
     env = _Batched(AutoresetMode.SAME_STEP)
     env.final = final
-    with pytest.raises(SpaceError, match="_Batched"):
+    with pytest.raises(SpaceError, match=match):
         _end_first(GymnasiumWorld(env, (), 2))
+
+
+def test_final_observations_as_a_dictionary_of_arrays() -> None:
+    env = _Batched(AutoresetMode.SAME_STEP, nested=True)
+    env.final = lambda f: {
+        "step": np.array([[7], [0]], np.float32),
+        "more": (np.array([3.0, 0.0]), np.array([7, 0])),
+        "_step": np.array([True, False]),
+    }
+    _, transition = _end_first(GymnasiumWorld(env, (), 2))
+    step, episode = step_and_episode(transition.next_observation)
+    assert step.tolist() == [7, 1] and episode.tolist() == [3, 0]
+
+
+def test_same_step_without_final_observations_is_refused() -> None:
+    class Without(_Batched):
+        def step(self, actions: Any) -> Any:
+            return *super().step(actions)[:4], {}
+
+    with pytest.raises(SpaceError, match="final_obs"):
+        _end_first(GymnasiumWorld(Without(AutoresetMode.SAME_STEP), (), 2))
+
+
+def test_reset_forgets_the_pending_reset_of_next_step() -> None:
+    world = GymnasiumWorld(_Batched(AutoresetMode.NEXT_STEP), (), 2)
+    _end_first(world)
+    _, transition = _end_first(world)
+    assert transition.valid.all() and not transition.memory_reset.any()
+    assert transition.next_observation.tolist() == [[1, 1], [1, 1]]
 
 
 def test_disabled_resets_with_fresh_options_and_own_seeds() -> None:

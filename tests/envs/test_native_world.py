@@ -153,6 +153,7 @@ def test_truncation_at_the_limit_with_or_without_termination(end: float, both: b
     _, transitions = roll(world, world.reset(make_keys([0])[0]), torch.zeros(9, 1, dtype=torch.int64))
     assert [bool(t.truncated) for t in transitions] == [False, False, False, True] * 2 + [False]
     assert [bool(t.terminated) for t in transitions] == [False, False, False, both] * 2 + [False]
+    assert [bool(t.memory_reset) for t in transitions] == [False, False, False, True] * 2 + [False]
     assert transitions[3].next_observation[0, 0] == 4 and transitions[3].observation[0, 0] == 0
 
 

@@ -263,7 +263,7 @@ def test_noise_head_refuses_a_key_of_other_learners() -> None:
 
 @pytest.mark.parametrize("learner_shape", LEARNER_SHAPES)
 def test_value_heads(learner_shape: tuple[int, ...]) -> None:
-    value, q = nn.ValueHead(FEATURES), nn.QHead(FEATURES, 3, start=5)
+    value, q = nn.ValueHead(FEATURES), nn.QHead(FEATURES, 3)
     x = data(*learner_shape, 3, 3, FEATURES)
     for head, shape in ((value, ()), (q, (3,))):
         params = scattered(nn.stack(lambda head=head: head, keys(*learner_shape)))
@@ -273,9 +273,9 @@ def test_value_heads(learner_shape: tuple[int, ...]) -> None:
             expected = torch.nn.functional.linear(x[i], params["linear.weight"][i], params["linear.bias"][i])
             assert_close(out[i], expected.reshape(3, 3, *shape))
     best = q.mode(out)
-    assert torch.equal(best - 5, out.argmax(-1))
+    assert torch.equal(best, out.argmax(-1))
     assert torch.equal(q.take(out, best), out.max(-1).values)
-    assert torch.equal(q.take(out, torch.full_like(best, 6)), out[..., 1])
+    assert torch.equal(q.take(out, torch.full_like(best, 1)), out[..., 1])
 
 
 # ------------------------------------------------------------------------------------------------------------- spaces
