@@ -130,6 +130,7 @@ def resume(
     folder = Path(folder)
     with run_folder.lock(folder):
         run = load(folder, network=network, env=env, methods=tuple(lifelong))
+        run.stopped = ""
         try:
             for shard, world in zip(run.shards, run.worlds):
                 _restore_world(shard, world, inexact)
@@ -267,7 +268,7 @@ class _Loop:
         ) as bar:
             if self.done == 0:
                 self._save()
-            while self.done < self.iterations and not run.stopped and not self.interrupted:
+            while self.done < self.iterations and self._active() and not run.stopped and not self.interrupted:
                 line = self._advance()
                 run.seconds = already + time.perf_counter() - started
                 self._record(line)
@@ -280,6 +281,7 @@ class _Loop:
                 self._save()
                 run.stopped = "interrupted"
             else:
+                run.stopped = run.stopped or ("" if self._active() else "every learner has stopped")
                 self._finish()
         return run
 
@@ -296,9 +298,10 @@ class _Loop:
                 lambda shard: shard.evaluate(self.eval_worlds[shard.index], self.done, self.budget)
             )
             line.update(_lists(found))
-        if not any(bool(shard.state["active"].any()) for shard in self.shards):
-            self.run.stopped = "every learner has stopped"
         return line
+
+    def _active(self) -> bool:
+        return any(bool(shard.state["active"].any()) for shard in self.shards)
 
     def _next(self, every: int) -> int:
         return (self.done // every + 1) * every

@@ -170,6 +170,14 @@ def test_a_terminal_shows_a_bar_that_ends_full_and_gives_its_cursor_back() -> No
     assert screen.text.count("\x1b[?25l") == 1 and screen.text.rstrip().endswith("\x1b[?25h")
 
 
+def test_a_terminal_shows_nothing_unless_asked_to() -> None:
+    def work() -> None:
+        with Progress(False, experiment(), 10, 8) as bar:
+            bar.update(10, {"eval/return": [1.0]}, 1.0)
+
+    assert Screen(work).read() == ""
+
+
 def test_control_c_leaves_the_terminal_as_it_was() -> None:
     def work() -> None:
         try:

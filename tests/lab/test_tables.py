@@ -26,9 +26,9 @@ def row(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def rendered(rows: list[dict[str, Any]]) -> list[str]:
+def rendered(rows: list[dict[str, Any]], width: int = 80) -> list[str]:
     """The lines with something in them, without the space between columns."""
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(result_table(rows))
     lines = console.export_text().splitlines()
     return [" ".join(line.split()) for line in lines if line.strip() and "──" not in line]
@@ -61,7 +61,7 @@ def test_up_to_three_seeds_are_shown_one_by_one() -> None:
         "3 2.0 (1.0, 2.0, 3.2) 64 100,352 1,195.1 13,090",
     ]
     assert rendered([row(seeds=1, iqm=7.0, scores=[7.0])])[1].startswith("seeds return ")
-    assert rendered([row(seeds=1, iqm=7.0, scores=[7.0])])[2].startswith("1 7.0 ")
+    assert rendered([row(seeds=1, iqm=7.0, scores=[7.0])])[2] == "1 7.0 64 100,352 1,195.1 13,090"
     mixed = rendered([row(), row(agent="a2c", seeds=2, scores=[1.0, 2.0], iqm=1.5)])
     assert mixed[0] == "CartPole-v1"
     assert mixed[2:] == [
@@ -69,6 +69,12 @@ def test_up_to_three_seeds_are_shown_one_by_one() -> None:
         "ppo 5 1,176.8 [109.2, 1,210.8]",
         "a2c 2 1.5 (1.0, 2.0)",
     ]
+
+
+def test_a_narrow_terminal_folds_names_and_never_numbers() -> None:
+    rows = [row(setting="learning_rate=0.001"), row(setting="learning_rate=0.1")]
+    lines = rendered(rows, width=40)
+    assert sum("1,176.8 [109.2, 1,210.8]" in line for line in lines) == 2
 
 
 def test_names_are_never_read_as_markup() -> None:

@@ -1,0 +1,48 @@
+"""Train in a process that is killed at a chosen iteration: `python killed.py FOLDER AGENT TASK KILL_AT`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import rlmeta as rl
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.agents.worlds import Target
+
+SETTINGS: dict[str, Any] = {
+    "ppo": rl.PPO(num_envs=2, num_steps=32, batch_size=32, num_epochs=2, normalise_reward=True, hidden_sizes=(8,)),
+    "a2c": rl.A2C(num_envs=2, num_steps=8, normalise_advantage=True, hidden_sizes=(8,)),
+    "dqn": rl.DQN(num_envs=2, num_steps=8, gradient_steps=2, capacity=200, learning_starts=32, target_every=3,
+                  n_steps=2, batch_size=8, hidden_sizes=(8,)),
+    "reinforce": rl.REINFORCE(num_envs=2, num_steps=32, action_noise=0.1, hidden_sizes=(8,)),
+}  # fmt: skip
+STEPS = {"ppo": 1024, "a2c": 512, "dqn": 512, "reinforce": 1024}
+
+
+def problem(name: str) -> rl.Task:
+    """A native task, one of Box2D, one whose observations are normalised, or a user's own environment."""
+    if name == "own":
+        return rl.task(partial(Target, "discrete"), name="own")
+    return rl.task(name)
+
+
+def train(folder: str, agent: str, task: str, kill_at: int = 0) -> rl.Run:
+    """Train, with a checkpoint after every line of metrics; killed without warning where asked."""
+
+    def kill(run: rl.Run, line: dict[str, Any]) -> None:
+        if kill_at and line["iteration"] >= kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    budget = rl.Budget(steps=STEPS[agent], eval_every=STEPS[agent] // 4, eval_episodes=2, final_episodes=2,
+                       checkpoint_seconds=0.0, log_points=8)  # fmt: skip
+    return rl.train(SETTINGS[agent], problem(task), seeds=2, out=folder, budget=budget, callbacks=[kill], threads=2)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -1,0 +1,137 @@
+"""A run that was killed at any moment and resumed ends as the one that was not: equal state, equal metrics."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import rlmeta as rl
+from rlmeta.errors import CheckpointError, InexactResumeError, RunExistsError, SettingError
+from rlmeta.functional import tree
+from tests.agents.worlds import Target
+from tests.lab import killed
+
+SCRIPT = Path(killed.__file__)
+
+
+def assert_same_run(one: rl.Run, two: rl.Run) -> None:
+    first, second = tree.flatten(one.state), tree.flatten(two.state)
+    assert first.keys() == second.keys()
+    for name, leaf in first.items():
+        assert torch.equal(torch.nan_to_num(leaf), torch.nan_to_num(second[name])), name
+    assert (one.folder / "metrics.jsonl").read_bytes() == (two.folder / "metrics.jsonl").read_bytes()
+    assert torch.equal(one.evaluation.returns, two.evaluation.returns)
+
+
+@pytest.mark.parametrize("agent", ["ppo", "a2c", "dqn", "reinforce"])
+@pytest.mark.parametrize("task", ["CartPole-v1", "LunarLander-v3", "own"])
+def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path):
+    whole = killed.train(str(tmp_path / "whole"), agent, task)
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "killed"), agent, task, str(whole.state["count"]["iterations"].max().item() // 2)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])})
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    env = partial(Target, "discrete") if task == "own" else None
+    resumed = rl.resume(tmp_path / "killed", env=env)
+    assert_same_run(whole, resumed)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    whole = killed.train(str(tmp_path / "run"), "a2c", "CartPole-v1")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = rl.resume(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert torch.equal(whole.evaluation.returns, again.evaluation.returns)
+
+
+def test_a_frozen_learner_stays_bit_identical_and_the_others_go_on_through_a_resume(tmp_path):
+    """One learner's rate makes it blow up: it is frozen and named, and a run without it has the same others."""
+    budget = rl.Budget(steps=512, eval_every=4096, final_episodes=2, log_points=8)
+    settings = rl.A2C(num_envs=2, num_steps=8, learning_rate=[1e-3, 1e30], hidden_sizes=(8,))
+    run = rl.train(settings, "CartPole-v1", seeds=1, budget=budget, out=tmp_path / "run", threads=1)
+    assert run.state["active"].tolist() == [True, False]
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(run.state["params"]["weights"]))
+    tame = rl.A2C(num_envs=2, num_steps=8, learning_rate=[1e-3, 1e-4], hidden_sizes=(8,))
+    other = rl.train(tame, "CartPole-v1", seeds=1, budget=budget, threads=1)
+    for a, b in zip(tree.leaves(run.state["params"]["weights"]), tree.leaves(other.state["params"]["weights"])):
+        assert torch.equal(a[0], b[0])
+
+
+def test_early_stop_freezes_the_learners_that_reached_the_target_and_keeps_the_best(tmp_path):
+    budget = rl.Budget(steps=20_000, eval_every=1024, eval_episodes=8, final_episodes=8, target=100.0)
+    run = rl.train(rl.preset("ppo", "CartPole-v1"), "CartPole-v1", seeds=2, budget=budget, threads=1)
+    assert run.stopped == "every learner has stopped"
+    assert run.env_steps < 20_000
+    assert (run.state["best"]["score"] >= 100).all()
+    best = run.evaluate(32, best=True).returns.mean(-1)
+    assert (best > 60).all()
+
+
+class Random(gym.Env):
+    """Not reproducible from its seed."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.random.default_rng().uniform(-1, 1, 2).astype(np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.random.default_rng().uniform(-1, 1, 2).astype(np.float32), 1.0, False, self.t == 50, {}
+
+
+def test_an_environment_that_cannot_be_brought_back_says_so_and_goes_on_if_asked(tmp_path):
+    budget = rl.Budget(steps=256, final_episodes=2, checkpoint_seconds=0.0, log_points=64, eval_every=1000)
+    settings = rl.A2C(num_envs=2, num_steps=8, hidden_sizes=(8,))
+    stop = lambda run, line: line["iteration"] >= 8  # noqa: E731
+    problem = rl.task(Random, name="random")
+    rl.train(settings, problem, out=tmp_path / "run", budget=budget, callbacks=[stop])
+    with pytest.raises(InexactResumeError, match="--inexact"):
+        rl.resume(tmp_path / "run", env=Random)
+    assert rl.resume(tmp_path / "run", env=Random, inexact=True).env_steps == 256
+
+
+def test_wrong_folders_and_wrong_checkpoints_are_refused_and_nothing_is_overwritten(tmp_path):
+    run = killed.train(str(tmp_path / "a"), "a2c", "CartPole-v1")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    with pytest.raises(RunExistsError):
+        killed.train(str(tmp_path / "a"), "a2c", "CartPole-v1")
+    with pytest.raises(CheckpointError, match=r"config\.toml"):
+        rl.load(tmp_path / "nothing")
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
+    config = (tmp_path / "a" / "config.toml").read_text()
+    (tmp_path / "a" / "config.toml").write_text(config.replace("hidden_sizes = [\n    8,\n]", "hidden_sizes = [\n    9,\n]"))
+    with pytest.raises(CheckpointError, match="another agent"):
+        rl.load(tmp_path / "a")
+    (tmp_path / "a" / "config.toml").write_text(config)
+    for path in (tmp_path / "a" / "state").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError):
+        rl.load(tmp_path / "a")
+    assert run.folder == tmp_path / "a"
+
+
+def test_a_run_with_ones_own_network_asks_for_it_again(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self, space):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 8)
+
+        def forward(self, x):
+            return self.layer(x).tanh()
+
+    budget = rl.Budget(steps=64, final_episodes=2)
+    rl.train(rl.A2C(network=Net), "CartPole-v1", out=tmp_path / "run", budget=budget)
+    with pytest.raises(SettingError, match="pass it again as network="):
+        rl.load(tmp_path / "run")
+    run = rl.load(tmp_path / "run", network=Net)
+    assert run.act(np.zeros(4, np.float32)) in (0, 1)
