@@ -134,6 +134,7 @@ def test_no_transition_crosses_an_episode(kind: str, shape: tuple[tuple[int, ...
     assert torch.equal(rollout["next_episode"][valid], rollout["episode"][valid])
     assert torch.equal(rollout["next_step"][valid], rollout["step"][valid] + 1)
     assert not ended[~valid].any() and not rollout["reward"][~valid].any()
+    assert torch.equal(rollout["next_episode"][~valid], rollout["seen_episode"][~valid])
     # what is seen next: the successor, or the first observation of the next episode, and then memory is cleared
     begins = rollout["memory_reset"]
     assert torch.equal(begins, rollout["seen_step"] == 0)

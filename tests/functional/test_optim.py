@@ -174,7 +174,7 @@ def test_two_learner_axes_and_settings_of_the_first_only(name: str) -> None:
     [(torch.float32, torch.float64, 1e-5), (torch.float64, torch.float32, 1e-4), (torch.bfloat16, torch.float32, 2e-2)],
 )
 def test_settings_of_another_type(name: str, dtype: torch.dtype, settings_dtype: torch.dtype, tolerance: float) -> None:
-    """Nothing changes its type, and 1 − 0.999 is not worked out in half precision, where it is 0."""
+    """Nothing changes its type, and the numbers are those of settings that are Python's."""
     values = {key: torch.full((3,), value, dtype=settings_dtype) for key, value in CASES[name][1].items()}
     params, state = run(make(name, **values), start(3, dtype=dtype), 3, (3,))
     leaves = {**tree.flatten(params), **tree.flatten(state)}
@@ -182,6 +182,17 @@ def test_settings_of_another_type(name: str, dtype: torch.dtype, settings_dtype:
     assert state["count"].dtype == torch.int64
     close, _ = run(make(name), start(3, dtype=dtype), 3, (3,))
     assert_trees_close(params, close, rtol=tolerance, atol=tolerance)
+
+
+def test_half_precision_averages_with_settings_per_learner() -> None:
+    """The weight of a new gradient is 1 − 0.999; worked out in bfloat16, where 0.999 is 1, it would be 0."""
+    keep = torch.full((3,), 0.999)
+    params = {"w": torch.zeros(3, 2, dtype=torch.bfloat16)}
+    grads = {"w": torch.ones(3, 2, dtype=torch.bfloat16)}
+    for optimizer in (optim.adam(0.1, b1=keep, b2=keep), optim.rmsprop(0.1, alpha=keep, centered=True)):
+        _, state = optimizer.update(grads, optimizer.init(params, (3,)), params)
+        for buffer in ("mean", "square"):
+            assert state[buffer]["w"].flatten().tolist() == pytest.approx([0.001] * 6, rel=1e-2)
 
 
 @pytest.mark.parametrize("per_learner", [False, True])
