@@ -1,4 +1,6 @@
-"""A2C with its loop in sight: act, credit, learn. The same as `rl.train(rl.preset("a2c", task), task)`, bit for bit.
+"""A2C with its loop in sight: act, credit, learn.
+
+The same as `rl.train(rl.preset("a2c", task), task)`, bit for bit.
 
 python agents/a2c.py --task CartPole-v1 --seeds 8 --steps 500000
 """

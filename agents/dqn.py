@@ -1,4 +1,6 @@
-"""DQN with its loop in sight: act, remember, learn. The same as `rl.train(rl.preset("dqn", task), task)`, bit for bit.
+"""DQN with its loop in sight: act, remember, learn.
+
+The same as `rl.train(rl.preset("dqn", task), task)`, bit for bit.
 
 python agents/dqn.py --task CartPole-v1 --seeds 8 --steps 50000
 """

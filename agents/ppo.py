@@ -1,4 +1,6 @@
-"""PPO with its loop in sight: act, credit, learn. The same as `rl.train(rl.preset("ppo", task), task)`, bit for bit.
+"""PPO with its loop in sight: act, credit, learn.
+
+The same as `rl.train(rl.preset("ppo", task), task)`, bit for bit.
 
 python agents/ppo.py --task CartPole-v1 --seeds 8 --steps 100000
 """

@@ -1,4 +1,6 @@
-"""REINFORCE with its loop in sight: act, credit, learn. The same as `rl.train(rl.preset("reinforce", task), task)`, bit for bit.
+"""REINFORCE with its loop in sight: act, credit, learn.
+
+The same as `rl.train(rl.preset("reinforce", task), task)`, bit for bit.
 
 python agents/reinforce.py --task CartPole-v1 --seeds 8 --steps 500000
 """

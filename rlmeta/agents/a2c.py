@@ -78,9 +78,7 @@ class A2C:
         for name in ("num_envs", "num_steps"):
             require_range(self, name, 1)
 
-    def bind(
-        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
-    ) -> A2CAgent:
+    def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> A2CAgent:
         """The agent for environments of these spaces."""
         return A2CAgent(self, observation_space, action_space, methods)
 

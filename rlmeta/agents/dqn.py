@@ -97,9 +97,7 @@ class DQN:
             f"DQN: learning_starts {self.learning_starts} is more than capacity {self.capacity}",
         )
 
-    def bind(
-        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
-    ) -> DQNAgent:
+    def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> DQNAgent:
         """The agent for environments of these spaces."""
         return DQNAgent(self, observation_space, action_space, methods)
 
@@ -113,7 +111,7 @@ class DQNAgent(Agent):
         self, settings: DQN, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
         if not isinstance(action_space, gym.spaces.Discrete):
-            raise SpaceError(f"DQN chooses among Discrete actions, the task has {action_space}: use PPO, A2C or REINFORCE")
+            raise SpaceError(f"DQN chooses among Discrete actions, the task has {action_space}: use PPO or A2C")
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
         self.q: Any = self.networks()["q"]

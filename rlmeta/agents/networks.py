@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from rlmeta.envs.spaces import to_tree
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional.tree import Tree
 from rlmeta.nn import (
     MLP,
+    ActivationName,
     Block,
     CategoricalHead,
     Context,
     Encoder,
+    Initialiser,
     MultiDiscreteHead,
     Params,
     QHead,
@@ -55,8 +57,8 @@ def build_body(
     network: Callable[[gym.Space], nn.Module] | None,
     observation_space: gym.Space,
     hidden_sizes: tuple[int, ...],
-    activation: str,
-    initialiser: str,
+    activation: ActivationName,
+    initialiser: Initialiser,
 ) -> tuple[Block, int]:
     """The body and its number of features: the user's network, or an encoder and a multi-layer perceptron."""
     if network is None:
@@ -98,9 +100,13 @@ def value_network(settings: Any, observation_space: gym.Space) -> Network:
     return Network(body, ValueHead(features), features)
 
 
-def q_network(settings: Any, observation_space: gym.Space, action_space: gym.spaces.Discrete) -> Network:
+def q_network(settings: Any, observation_space: gym.Space, action_space: gym.Space) -> Network:
     """A network that gives the value of every action; masked ones are minus infinity."""
-    body, features = build_body(settings.network, observation_space, settings.hidden_sizes, settings.activation, "torch")
+    if not isinstance(action_space, gym.spaces.Discrete):
+        raise SpaceError(f"a value for every action needs Discrete actions, the task has {action_space}")
+    body, features = build_body(
+        settings.network, observation_space, settings.hidden_sizes, settings.activation, "torch"
+    )
     return Network(body, QHead(features, int(action_space.n)), features)
 
 
@@ -114,5 +120,5 @@ def _features_of(module: nn.Module, observation_space: gym.Space) -> int:
     module.train(training)
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or features.shape[0] != 2:
         given = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-        raise SettingError(f"network= must give features [B, D] for a batch of B observations; for B = 2 it gave {given}")
+        raise SettingError(f"network= must give features [B, D] for B observations; for B = 2 it gave {given}")
     return int(features.shape[1])

@@ -17,9 +17,9 @@ from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import generalized_advantage
+from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.method import Method
-from rlmeta.learning.average import Average
 from rlmeta.learning.minibatch import flatten_time, minibatches
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
@@ -104,9 +104,7 @@ class PPO:
             "the rest of every rollout would be dropped",
         )
 
-    def bind(
-        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
-    ) -> PPOAgent:
+    def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
         """The agent for environments of these spaces."""
         return PPOAgent(self, observation_space, action_space, methods)
 
@@ -123,7 +121,8 @@ class PPOAgent(Agent):
         self.steps_per_iteration = settings.num_steps
         self.noise_hold = settings.noise_hold if settings.state_dependent_exploration else 1
         blocks = self.networks()
-        self.policy, self.value = blocks["policy"], blocks["value"]
+        self.policy: Any = blocks["policy"]
+        self.value = blocks["value"]
         self.head: Any = self.policy.head
         self.rewards_entropy = any(value > 0 for value in values_of(settings.entropy_coefficient))
         self.stops_early = any(value < math.inf for value in values_of(settings.stop_kl))
@@ -202,9 +201,7 @@ class PPOAgent(Agent):
             policy = losses.ppo_clip_loss(log_prob, batch["old_log_prob"], advantage, batch["clip_range"], valid)
         else:
             kl = self.head.kl(batch["old_distribution"], distribution)
-            policy = losses.ppo_kl_loss(
-                log_prob, batch["old_log_prob"], advantage, kl, batch["kl_coefficient"], valid
-            )
+            policy = losses.ppo_kl_loss(log_prob, batch["old_log_prob"], advantage, kl, batch["kl_coefficient"], valid)
         if not self.clips_value:
             value_loss = losses.value_loss(value, batch["return"], valid)
         else:
@@ -234,7 +231,13 @@ class PPOAgent(Agent):
         p = self.seen(state)
         batch = flatten_time(self.credit(p, rollout, rewards), axes)
         average = Average()
-        average.add({"losses/explained_variance": losses.explained_variance(batch["old_value"], batch["return"], batch["valid"])})
+        average.add(
+            {
+                "losses/explained_variance": losses.explained_variance(
+                    batch["old_value"], batch["return"], batch["valid"]
+                )
+            }
+        )
         if bool(batch["valid"].all()):
             del batch["valid"]
         rate, clip_range = self.annealed(state)

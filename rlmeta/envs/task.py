@@ -47,9 +47,7 @@ class Task:
 
     def _redraw(self, key: Tensor) -> dict[str, Tensor]:
         draws = random.uniform(key, "physics", 0, (len(self.ranges),), torch.float64)
-        return {
-            name: low + (high - low) * draws[..., i] for i, (name, (low, high)) in enumerate(self.ranges.items())
-        }
+        return {name: low + (high - low) * draws[..., i] for i, (name, (low, high)) in enumerate(self.ranges.items())}
 
     @property
     def native(self) -> bool:
@@ -84,9 +82,7 @@ class TaskFamily:
     def sample(self, key: Tensor) -> dict[str, Tensor]:
         """The constants of one task for every learner, `{name: [*L]}` float64."""
         draws = random.uniform(key, "family", 0, (len(self.ranges),), torch.float64)
-        return {
-            name: low + (high - low) * draws[..., i] for i, (name, (low, high)) in enumerate(self.ranges.items())
-        }
+        return {name: low + (high - low) * draws[..., i] for i, (name, (low, high)) in enumerate(self.ranges.items())}
 
     def world(self, physics: dict[str, Tensor], learner_shape: tuple[int, ...], num_envs: int) -> World:
         """Environments `[*L, N]` in which each learner has the constants that `sample` drew for it."""
@@ -142,7 +138,7 @@ def task(
     if isinstance(source, gym.envs.registration.EnvSpec):
         return Task(name or source.id, source, settings, mode)
     if isinstance(source, (gym.Env, gym.vector.VectorEnv)):
-        raise SettingError("task() got an environment; give it a function that makes one, for every learner needs its own")
+        raise SettingError("task() got an environment: give it a function that makes one, every learner needs its own")
     if not isinstance(source, str):
         if not callable(source):
             raise SettingError(f"task() got {type(source).__name__}, expected a name, an EnvSpec or a function")
@@ -202,7 +198,9 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily | TaskStre
         raise SettingError(f"envs/{name}.toml: {unknown_name('key', min(unknown), kinds[kind])}")
     if kind == "stream":
         tasks = tuple(
-            task(entry) if isinstance(entry, str) else task(entry["env"], settings=entry.get("settings"), name=f"{name}/{i}")
+            task(entry)
+            if isinstance(entry, str)
+            else task(entry["env"], settings=entry.get("settings"), name=f"{name}/{i}")
             for i, entry in enumerate(table["tasks"])
         )
         return TaskStream(name, tasks, frozenset(table.get("reveals", ["boundaries", "train_id", "test_id"])))
@@ -250,5 +248,3 @@ def known_tasks() -> list[str]:
     from rlmeta.envs.names import names
 
     return sorted({*names("envs"), *NATIVE, *(str(spec) for spec in gym.registry)})
-
-

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmeta.agents import PPO
-from rlmeta.errors import SettingError, unknown_name
+from rlmeta.errors import SettingError, missing_extra, unknown_name
 from rlmeta.lab.experiment import Budget
 
 ZOO = PPO(
@@ -101,7 +101,9 @@ def _run(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if len(jobs) > 1 else dict(os.environ)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "rlmeta", "bench", "worker", json.dumps(job)], stdout=subprocess.PIPE, env=environment
+            [sys.executable, "-m", "rlmeta", "bench", "worker", json.dumps(job)],
+            stdout=subprocess.PIPE,
+            env=environment,
         )
         for job in jobs
     ]
@@ -120,8 +122,8 @@ def _run(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def agents(options: Agents) -> int:
     """Every side in turn, round after round; the table of medians and ratios."""
     cores = os.cpu_count() or 1
-    ours = {"side": "rlmeta", "steps": options.steps}
-    peer = {"side": "sb3", "steps": options.steps}
+    ours: dict[str, Any] = {"side": "rlmeta", "steps": options.steps}
+    peer: dict[str, Any] = {"side": "sb3", "steps": options.steps}
     many, one = f"rlmeta, {options.seeds} seeds in one process", "rlmeta, 1 seed"
     alone, each = "Stable-Baselines3, 1 process", f"Stable-Baselines3, {cores} processes, one a core"
     sides = {
@@ -134,9 +136,7 @@ def agents(options: Agents) -> int:
     for number in range(options.rounds):
         rounds.append({})
         for side, jobs in sides.items():
-            for job in jobs:
-                job["seed"] = job.get("seed", 0) + (cores * number if job["side"] == "sb3" else 0)
-            rounds[-1][side] = _run(jobs)
+            rounds[-1][side] = _run([{**job, "seed": job.get("seed", 0) + cores * number} for job in jobs])
             print(f"round {number + 1}: {side}: {rounds[-1][side]['steps_per_second']:,.0f} steps/s", flush=True)
     rows = [_row(side, rounds, alone, each) for side in sides]
     Console().print(_table(options, rows))
@@ -191,15 +191,34 @@ def scale(options: Agents) -> int:
         job = {"side": "rlmeta", "steps": steps, "seeds": count, "threads": os.cpu_count() or 1}
         result = _run([job])
         rate = result["steps_per_second"]
-        points.append({"learners": count, "seconds": steps * count / rate, "steps_per_second": rate, **_memory(result)})
+        points.append(
+            {
+                "learners": count,
+                "seconds": steps * count / rate,
+                "steps_per_second": rate,
+                "gigabytes": result["gigabytes"],
+            }
+        )
         print(f"{count} learners: {points[-1]['seconds']:.1f} s, {rate:,.0f} steps/s", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "bench_scale.json").write_text(json.dumps({"steps": steps, "points": points}, indent=1) + "\n")
-    from rlmeta.lab.plots import write_scale
-
-    write_scale(points, steps, options.out / "bench_scale.png")
+    _plot_scale(points, steps, options.out / "bench_scale.png")
     return 0
 
 
-def _memory(result: dict[str, Any]) -> dict[str, float]:
-    return {"gigabytes": result["gigabytes"]}
+def _plot_scale(points: Sequence[dict[str, float]], steps: int, path: Path) -> None:
+    """Seconds and steps/s against the number of learners, both axes logarithmic."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise missing_extra("matplotlib", "plot", "the plot of bench --scale") from None
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    learners = [point["learners"] for point in points]
+    for axis, name, label in zip(
+        figure.subplots(1, 2), ("seconds", "steps_per_second"), ("seconds", "environment steps/s, all learners")
+    ):
+        axis.loglog(learners, [point[name] for point in points], marker="o", base=2)
+        axis.set(xlabel="learners in one process", ylabel=label)
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"PPO on CartPole-v1, {steps:,} steps a learner")
+    figure.savefig(path, dpi=150)

@@ -109,7 +109,7 @@ class Experiment:
         return merged.bind(world.observation_space, world.action_space, self.methods)
 
     def use_threads(self) -> None:
-        """Set torch's threads: one where there are shards; and where there is none, few small learners want one, too."""
+        """Set torch's threads: one where there are shards, and for few small learners."""
         threads = self.threads or os.cpu_count() or 1
         torch.set_num_threads(threads if len(self.shards) == 1 and len(self.learners) >= 4 else 1)
 
@@ -171,7 +171,7 @@ def from_config(
         for table in tables:
             if "network" in table:
                 if network is None:
-                    raise SettingError(f"{where} was trained with the network {table['network']}: pass it again as network=")
+                    raise SettingError(f"{where} had the network {table['network']}: pass it again as network=")
                 table["network"] = network
             if "hidden_sizes" in table:
                 table["hidden_sizes"] = tuple(table["hidden_sizes"])
@@ -197,5 +197,5 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
         made = task(name)
         return made if not settings else task(made.source, name=name, settings=settings)
     if "<" in described["source"] or (":" in described["source"] and "-v" not in described["source"]):
-        raise SettingError(f"{where} was trained on the environment of {described['source']}: pass its factory again as env=")
+        raise SettingError(f"{where} had environments of {described['source']}: pass it again as env=")
     return task(described["source"], name=name, settings=settings, mode=mode, native=False)

@@ -7,7 +7,6 @@ every value, each a run in a folder of its own below the common one, which keeps
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections import deque
@@ -29,12 +28,10 @@ from rlmeta.lab import flags, presets, run_folder
 from rlmeta.lab import train as training
 from rlmeta.lab.experiment import Budget, agent_class
 from rlmeta.lab.run import Run, load
-from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb
+from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
 from rlmeta.learning.settings import per_learner_names, variants
 
 PLAN = "plan.toml"
-TENSORBOARD, WANDB = "tensorboard.json", "wandb.json"
-"""What the trackers leave in a run's folder."""
 
 AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
   TASK    a name that `rlmeta list tasks` shows, a gymnasium id, or package.module:MyEnv-v0
@@ -239,10 +236,7 @@ def go_on(folder: Path, *, network: NetworkFactory | None, env: Any, progress: b
     """
     if not is_run(folder):
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
-    trackers = [to_tensorboard()] if (folder / TENSORBOARD).is_file() else []
-    if (folder / WANDB).is_file():
-        journal = json.loads((folder / WANDB).read_text())
-        trackers.append(to_wandb(journal["project"], entity=journal["entity"]))
+    trackers = trackers_of(folder)
     return training.resume(folder, network=network, env=env, trackers=trackers, progress=progress, inexact=inexact)
 
 

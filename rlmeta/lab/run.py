@@ -75,7 +75,7 @@ class Run:
     def scores(self) -> Tensor:
         """Mean return of every learner's final evaluation, `[S]`."""
         if self.evaluation is None:
-            raise SettingError("the run has not been evaluated: it has not ended (`rlmeta resume`), or call run.evaluate()")
+            raise SettingError("the run has not ended: `rlmeta resume` it, or call run.evaluate()")
         return self.evaluation.returns.mean(-1)
 
     def evaluate(self, episodes: int, *, deterministic: bool = True, best: bool = False, seed: int = 0) -> Evaluation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from rlmeta.lab.plots import write_curve
 from rlmeta.lab.progress import Progress
 from rlmeta.lab.records import Records
 from rlmeta.lab.run import Run, evaluation_rows, load, per_learner
-from rlmeta.lab.trackers import TrackerFactory
+from rlmeta.lab.trackers import Tracker, TrackerFactory
 from rlmeta.learning.clock import clock
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import group, variants
@@ -250,7 +251,7 @@ class _Loop:
                 offsets = checkpoint.about(run.folder / "state")["offsets"]
                 for name, record in self.records.items():
                     record.truncate(offsets[name])
-        self.trackers = [make(run) for make in trackers]
+        self.tracker_factories, self.trackers = trackers, list[Tracker]()
 
     def _evaluates(self) -> bool:
         return self.eval_every < self.iterations
@@ -263,16 +264,17 @@ class _Loop:
         clock.reset()
         started = saved = time.perf_counter()
         already = run.seconds
-        with self._resources(), Progress(
-            self.show_progress, run.experiment, self.iterations, self.steps_per_iteration
-        ) as bar:
+        with (
+            self._resources(),
+            Progress(self.show_progress, run.experiment, self.iterations, self.steps_per_iteration, self.done) as bar,
+        ):
             if self.done == 0:
                 self._save()
             while self.done < self.iterations and self._active() and not run.stopped and not self.interrupted:
                 line = self._advance()
                 run.seconds = already + time.perf_counter() - started
                 self._record(line)
-                bar.update(self.done, line, run.seconds)
+                bar.update(self.done, line, run.seconds, self.shards[0].seconds)
                 if time.perf_counter() - saved >= self.budget.checkpoint_seconds:
                     self._save()
                     saved = time.perf_counter()
@@ -288,20 +290,36 @@ class _Loop:
     def _advance(self) -> dict[str, Any]:
         """Iterations up to the next line of metrics, and that line."""
         last = min(self._next(self.log_every), self._next(self.eval_every), self.iterations)
+        before = self._active_learners()
         self._each(lambda shard: shard.advance(self.done, last))
         self.done = last
-        line = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
+        self._name_frozen(before)
+        line: dict[str, Any] = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
         if self.done % self.log_every == 0 or self.done == self.iterations:
             line.update(_lists([take_averages(shard.state) for shard in self.shards]))
         if self.done % self.eval_every == 0 and self.done < self.iterations:
-            found = self._each(
-                lambda shard: shard.evaluate(self.eval_worlds[shard.index], self.done, self.budget)
-            )
+            found = self._each(lambda shard: shard.evaluate(self.eval_worlds[shard.index], self.done, self.budget))
             line.update(_lists(found))
         return line
 
     def _active(self) -> bool:
-        return any(bool(shard.state["active"].any()) for shard in self.shards)
+        return any(self._active_learners())
+
+    def _active_learners(self) -> list[bool]:
+        return [active for shard in self.shards for active in shard.state["active"].tolist()]
+
+    def _name_frozen(self, before: Sequence[bool]) -> None:
+        """Say which learners lost their numbers since."""
+        experiment = self.run.experiment
+        names = [
+            f"seed {seed}" + (f" ({label})" if label else "")
+            for label in experiment.labels
+            for seed in experiment.seeds
+        ]
+        for name, was, active in zip(names, before, self._active_learners()):
+            if was and not active:
+                text = f"{name} is no longer finite: frozen by iteration {self.done}, the other learners go on"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _next(self, every: int) -> int:
         return (self.done // every + 1) * every
@@ -320,14 +338,17 @@ class _Loop:
         except ValueError:  # not in the main thread: whoever runs us handles interrupts
             before = None
         try:
+            for make in self.tracker_factories:
+                self.trackers.append(make(self.run))
             yield
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
             if self.pool is not None:
                 self.pool.shutdown()
-            for closes in (*self.records.values(), *self.trackers, *self.eval_worlds):
-                closes.close()
+            opened: list[Any] = [*self.records.values(), *self.trackers, *self.eval_worlds]
+            for one in opened:
+                one.close()
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         self.interrupted = True

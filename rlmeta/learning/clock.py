@@ -7,7 +7,7 @@ import time
 
 
 class Clock(threading.local):
-    """Seconds by part, every thread its own. `switch(part)` ends the running part and starts another; it never influences a result."""
+    """Seconds by part, every thread its own. `switch(part)` ends the running part and starts another."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

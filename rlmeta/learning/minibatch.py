@@ -48,5 +48,5 @@ def minibatches(key: Tensor, epoch: int | Tensor, batch: tree.Tree, batch_size: 
         yield batch
         return
     order = random.permutation(key, "minibatch", epoch, samples)
-    for index in order.split(batch_size, -1):
+    for index in torch.split(order, batch_size, -1):
         yield gather(batch, index)

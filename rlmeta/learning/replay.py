@@ -46,7 +46,9 @@ def insert(memory: State, rollout: Rollout, reward: Tensor, start: int, learner_
     capacity, length = memory["reward"].shape[learner_axes], reward.shape[learner_axes]
     rows = (torch.arange(length, device=reward.device) + start) % capacity
     written = {**{name: rollout[name] for name in FIELDS}, "reward": reward}
-    return tree.map(lambda ring, new: ring.index_copy_(learner_axes, rows, new), memory, {n: written[n] for n in memory})
+    return tree.map(
+        lambda ring, new: ring.index_copy_(learner_axes, rows, new), memory, {n: written[n] for n in memory}
+    )
 
 
 @torch.no_grad()

@@ -26,7 +26,11 @@ S = TypeVar("S")
 def per_learner_names(settings_class: type) -> list[str]:
     """The fields declared `PerLearner`."""
     hints = typing.get_type_hints(settings_class, include_extras=True)
-    return [f.name for f in dataclasses.fields(settings_class) if "per learner" in getattr(hints[f.name], "__metadata__", ())]
+    return [
+        f.name
+        for f in dataclasses.fields(settings_class)
+        if "per learner" in getattr(hints[f.name], "__metadata__", ())
+    ]
 
 
 def variants(settings: S) -> list[S]:
@@ -102,7 +106,9 @@ def require_range(settings: Any, name: str, low: float, high: float = math.inf, 
     """Refuse a setting outside [low, high] (or (low, high] with `above`), naming it and its value."""
     for value in values_of(getattr(settings, name)):
         if not (low < value if above else low <= value) or not value <= high:
-            bound = f"{'above' if above else 'at least'} {low:g}" + ("" if math.isinf(high) else f" and at most {high:g}")
+            bound = f"{'above' if above else 'at least'} {low:g}" + (
+                "" if math.isinf(high) else f" and at most {high:g}"
+            )
             raise SettingError(f"{type(settings).__name__}: {name} is {value:g}, expected {bound}")
 
 

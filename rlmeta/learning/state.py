@@ -94,6 +94,6 @@ class Packed(dict[str, Tensor]):
         packed = Packed()
         packed.flat = flat
         sizes = [weight[(0,) * learner_axes].numel() for weight in like.values()]
-        for (name, weight), piece in zip(like.items(), flat.split(sizes, -1)):
+        for (name, weight), piece in zip(like.items(), torch.split(flat, sizes, -1)):
             packed[name] = piece.view(weight.shape)
         return packed

@@ -68,7 +68,8 @@ def step(
         report: whether diagnostics are wanted.
 
     Returns:
-        The new state and `{name: [*L]}`: the losses, the learner's diagnostics, and the norm of the gradient before it was clipped.
+        The new state and `{name: [*L]}`: the losses, the learner's diagnostics, and the norm of the gradient before it
+        was clipped; nothing where no report is wanted.
     """
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
@@ -82,8 +83,8 @@ def step(
     ctx = StepContext(training=True, key=key, report=report)
     losses = learner.losses(seen, batch, ctx)
     loss = torch.stack(list(losses.values())).sum(0) if len(losses) > 1 else next(iter(losses.values()))
-    extra = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
-    extra = [term for term in extra if term is not None]
+    terms = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
+    extra = [term for term in terms if term is not None]
     (task_gradient,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=bool(extra))
 
     with torch.no_grad():
@@ -102,7 +103,7 @@ def step(
         state["active"] = state["active"] & finite
         keep = state["active"] if active is None else state["active"] & active
         if not bool(keep.all()):
-            flat = select(keep, flat, weights.flat)
+            flat = torch.where(keep.unsqueeze(-1), flat, weights.flat)
             moments = select(keep, moments, state["optimizer"])
 
         state["params"] = {**params, "weights": Packed.view(flat, weights, axes)}

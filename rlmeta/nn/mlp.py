@@ -113,7 +113,7 @@ class MLP(Block):
         if self._slopes is None:
             x = _layers_by_autograd(x, tensors, [function for _, _, function in self._layers])
         else:
-            x = _Layers.apply(x, self._layers, self._slopes, *tensors)
+            x = _Layers.apply(x, self._layers, self._slopes, *tensors)  # type: ignore[no-untyped-call]
         return x if x.shape[:-1] == batch_shape else x.reshape(*batch_shape, x.shape[-1])
 
 
@@ -132,8 +132,12 @@ class _Layers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, layers: Sequence[tuple[str, str, Elementwise | None]], slopes: Sequence[Any], *tensors: Tensor
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layers: Sequence[tuple[str, str, Elementwise | None]],
+        slopes: Sequence[Any],
+        *tensors: Tensor,
     ) -> Tensor:
         """Keep the input of every layer."""
         ctx.functions, ctx.slopes = [function for _, _, function in layers], slopes
@@ -145,7 +149,7 @@ class _Layers(torch.autograd.Function):
         return inputs[-1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         """The chain rule, layer by layer; by autograd where it is itself to be differentiated."""
         count = len(ctx.functions)
         inputs, tensors = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]

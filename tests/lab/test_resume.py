@@ -36,8 +36,10 @@ def assert_same_run(one: rl.Run, two: rl.Run) -> None:
 @pytest.mark.parametrize("task", ["CartPole-v1", "LunarLander-v3", "own"])
 def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path):
     whole = killed.train(str(tmp_path / "whole"), agent, task)
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "killed"), agent, task, str(whole.state["count"]["iterations"].max().item() // 2)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])})
+    half = int(whole.state["count"]["iterations"].max()) // 2
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "killed"), agent, task, str(half)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == -signal.SIGKILL, result.stderr
     env = partial(Target, "discrete") if task == "own" else None
     resumed = rl.resume(tmp_path / "killed", env=env)
@@ -56,7 +58,8 @@ def test_a_frozen_learner_stays_bit_identical_and_the_others_go_on_through_a_res
     """One learner's rate makes it blow up: it is frozen and named, and a run without it has the same others."""
     budget = rl.Budget(steps=512, eval_every=4096, final_episodes=2, log_points=8)
     settings = rl.A2C(num_envs=2, num_steps=8, learning_rate=[1e-3, 1e30], hidden_sizes=(8,))
-    run = rl.train(settings, "CartPole-v1", seeds=1, budget=budget, out=tmp_path / "run", threads=1)
+    with pytest.warns(RuntimeWarning, match=r"seed 0 \(learning_rate=1e\+30\) is no longer finite"):
+        run = rl.train(settings, "CartPole-v1", seeds=1, budget=budget, out=tmp_path / "run", threads=1)
     assert run.state["active"].tolist() == [True, False]
     assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(run.state["params"]["weights"]))
     tame = rl.A2C(num_envs=2, num_steps=8, learning_rate=[1e-3, 1e-4], hidden_sizes=(8,))
@@ -109,7 +112,8 @@ def test_wrong_folders_and_wrong_checkpoints_are_refused_and_nothing_is_overwrit
         rl.load(tmp_path / "nothing")
     assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
     config = (tmp_path / "a" / "config.toml").read_text()
-    (tmp_path / "a" / "config.toml").write_text(config.replace("hidden_sizes = [\n    8,\n]", "hidden_sizes = [\n    9,\n]"))
+    wider = config.replace("hidden_sizes = [\n    8,\n]", "hidden_sizes = [\n    9,\n]")
+    (tmp_path / "a" / "config.toml").write_text(wider)
     with pytest.raises(CheckpointError, match="another agent"):
         rl.load(tmp_path / "a")
     (tmp_path / "a" / "config.toml").write_text(config)

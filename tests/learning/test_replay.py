@@ -58,7 +58,7 @@ def test_sampled_transitions_are_those_of_a_brute_force_walk(total, n):
 
 
 def test_every_stored_transition_is_drawn_equally_often():
-    memory, history = filled(28)
+    memory, _ = filled(28)
     keys = random.fold(random.make_keys(range(S)).unsqueeze(-1), torch.arange(1))[:, 0]
     batch = replay.sample(memory, keys, 48_000, 28, torch.full((S,), 0.9), 1)
     for s in range(S):

@@ -32,7 +32,8 @@ def test_static_values_split_into_groups_and_merge_keeps_the_lists():
 
 @pytest.mark.parametrize("cls", [PPO, A2C, DQN, REINFORCE])
 @pytest.mark.parametrize(
-    ("name", "value"), [("learning_rate", 0.0), ("learning_rate", -1e-3), ("gamma", 1.5), ("num_envs", 0), ("gamma", math.nan)]
+    ("name", "value"),
+    [("learning_rate", 0.0), ("learning_rate", -1e-3), ("gamma", 1.5), ("num_envs", 0), ("gamma", math.nan)],
 )
 def test_values_out_of_range_are_refused_by_name_and_value(cls, name, value):
     with pytest.raises(SettingError, match=f"{name} is"):

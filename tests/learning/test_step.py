@@ -50,7 +50,9 @@ def test_per_learner_learning_rates_equal_separate_runs():
     for s in range(S):
         alone, alone_batch, one = fresh(random.make_keys([s]), optim.adam(float(rates[s])))
         alone, _ = run(alone, alone_batch, one)
-        torch.testing.assert_close(state["params"]["weights"]["net.weight"][s], alone["params"]["weights"]["net.weight"][0])
+        torch.testing.assert_close(
+            state["params"]["weights"]["net.weight"][s], alone["params"]["weights"]["net.weight"][0]
+        )
 
 
 def test_a_learner_with_a_nan_is_frozen_and_the_others_never_notice():
@@ -84,7 +86,10 @@ def test_inactive_learners_stay_bit_identical():
     for s, is_active in enumerate(active.tolist()):
         same = torch.equal(state["params"]["weights"]["net.weight"][s], old["params"]["weights"]["net.weight"][s])
         assert same is not is_active
-        assert torch.equal(state["optimizer"]["mean"]["weights"][s], old["optimizer"]["mean"]["weights"][s]) is not is_active
+        assert (
+            torch.equal(state["optimizer"]["mean"]["weights"][s], old["optimizer"]["mean"]["weights"][s])
+            is not is_active
+        )
 
 
 class Mask(Method):
