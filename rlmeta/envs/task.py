@@ -55,17 +55,26 @@ class Task:
         return isinstance(self.source, NativeEnv)
 
     def describe(self) -> dict[str, Any]:
-        """What a saved configuration needs to make the task again; a factory is named, never stored."""
+        """What a saved configuration needs to make the task again; a user's own code is named, never stored."""
         source = self.source if isinstance(self.source, str) else getattr(self.source, "id", None)
-        if source is None and not self.native:
-            source = f"{getattr(self.source, '__module__', '?')}:{getattr(self.source, '__qualname__', '?')}"
-        return {
+        owner = type(self.source) if self.native else self.source
+        described = {
             "name": self.name,
-            "source": "native" if self.native else source,
+            "source": source or f"{getattr(owner, '__module__', '?')}:{getattr(owner, '__qualname__', '?')}",
             "settings": dict(self.settings),
             "mode": self.mode,
             "ranges": {name: list(bounds) for name, bounds in self.ranges.items()},
         }
+        if self.native:
+            described["constants"] = _plain_constants(self.source)
+        return described
+
+
+def _plain_constants(env: NativeEnv) -> dict[str, Any]:
+    """The constants that are numbers, switches or text and not the default."""
+    fields = {f.name: f.default for f in dataclasses.fields(env)}  # type: ignore[arg-type]
+    values = {name: getattr(env, name) for name in fields}
+    return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str) and v != fields[n]}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rlmeta import agents
 from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.envs import native
+from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.task import Task, task
 from rlmeta.envs.world import World
 from rlmeta.errors import CheckpointError, SettingError
@@ -190,12 +192,20 @@ def from_config(
 
 
 def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
+    """The task of a saved configuration; a user's own code has to be given again."""
     name, settings, mode = described["name"], described["settings"], described["mode"]
+    ranges = {constant: (low, high) for constant, (low, high) in described["ranges"].items()}
+    module, _, cls = described["source"].partition(":")
     if source is not None:
-        return task(source, name=name, settings=settings, mode=mode)
-    if described["source"] == "native":
-        made = task(name)
-        return made if not settings else task(made.source, name=name, settings=settings)
-    if "<" in described["source"] or (":" in described["source"] and "-v" not in described["source"]):
+        made = (
+            task(source, name=name, mode=mode)
+            if isinstance(source, NativeEnv)
+            else task(source, name=name, settings=settings, mode=mode)
+        )
+    elif module.startswith("rlmeta.envs.native.") and cls != "TabularMDP":
+        made = Task(name, getattr(native, cls)(**described["constants"]), settings)
+    elif "constants" in described or "<" in cls or (cls and "-v" not in cls):
         raise SettingError(f"{where} had environments of {described['source']}: pass it again as env=")
-    return task(described["source"], name=name, settings=settings, mode=mode, native=False)
+    else:
+        made = task(described["source"], name=name, settings=settings, mode=mode, native=False)
+    return dataclasses.replace(made, ranges=ranges)

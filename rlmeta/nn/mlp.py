@@ -110,7 +110,7 @@ class MLP(Block):
             if axes != 1:
                 layer, offset = layer.reshape(learners, *layer.shape[-2:]), offset.reshape(learners, 1, -1)
             tensors += [layer, offset]
-        if self._slopes is None:
+        if self._slopes is None or torch._C._are_functorch_transforms_active():
             x = _layers_by_autograd(x, tensors, [function for _, _, function in self._layers])
         else:
             x = _Layers.apply(x, self._layers, self._slopes, *tensors)  # type: ignore[no-untyped-call]

@@ -1,0 +1,61 @@
+"""A saved configuration makes the same experiment again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import rlmeta as rl
+from rlmeta.envs.native import Bandit, CartPole
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.lab.experiment import Budget, Experiment, from_config
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        rl.task("CartPole-v1"),
+        rl.task("CartPole-v1", settings={"length": 1.5}),
+        rl.task("FrozenLake8x8-v1"),
+        rl.task("CartPole-v1", native=False),
+        rl.task(CartPole(length=2.0, gravity=5.0)),
+        rl.task("cartpole-long-pole"),
+        rl.family("cartpole-physics").task(),
+    ],
+    ids=lambda problem: problem.name,
+)
+def test_every_kind_of_task_comes_back(problem):
+    experiment = Experiment((rl.PPO(learning_rate=1e-3), rl.PPO(gamma=0.5)), (3, 5), problem, Budget(steps=10))
+    again = from_config(experiment.config(), where="here")
+    assert again.task.source == problem.source
+    assert again.task.ranges == problem.ranges
+    assert again.variants == experiment.variants
+    assert again.seeds == (3, 5)
+    assert again.budget == experiment.budget
+
+
+def test_what_cannot_be_named_is_asked_for_again():
+    experiment = Experiment((rl.PPO(),), (0,), rl.task(lambda: None, name="own"), Budget(steps=10))
+    with pytest.raises(SettingError, match="pass it again as env="):
+        from_config(experiment.config(), where="here")
+
+    class Mine(Bandit):
+        """A user's own native environment."""
+
+    experiment = dataclasses.replace(experiment, task=rl.task(Mine()))
+    with pytest.raises(SettingError, match="pass it again as env="):
+        from_config(experiment.config(), where="here")
+    assert isinstance(from_config(experiment.config(), where="here", source=Mine()).task.source, Mine)
+
+
+def test_a_configuration_of_something_else_is_refused():
+    with pytest.raises(CheckpointError, match="it is not the configuration of a run"):
+        from_config({"exp_name": "ppo"}, where="here")
+
+
+def test_learners_are_split_evenly_over_threads():
+    experiment = Experiment((rl.PPO(),), tuple(range(5)), rl.task("CartPole-v1"), Budget(), threads=2)
+    assert experiment.shards == [3, 2]
+    foreign = dataclasses.replace(experiment, task=rl.task("CartPole-v1", native=False))
+    assert foreign.shards == [5]
