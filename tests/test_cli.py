@@ -423,7 +423,10 @@ def environment() -> dict[str, str]:
         ("list tsaks", "unknown kind of name 'tsaks': did you mean tasks, streams?"),
     ],
 )
-def test_bad_input(arguments: str, message: str, project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    arguments: str, message: str, project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plans.training._Loop, "go", lambda loop: pytest.fail("it trains"))
     said, error = rlmeta_says(capfd, arguments, 2)
     assert error.startswith("error: ")
     assert message in error

@@ -159,12 +159,15 @@ def test_learners_with_their_own_settings_equal_separate_torch_optimizers(name: 
 
 @every_case
 def test_two_learner_axes_and_settings_of_the_first_only(name: str) -> None:
-    lr = torch.tensor([0.01, 0.02, 0.03], dtype=torch.float64)
+    """3 x 3 learners and every setting `[3]`: from the right it would broadcast too, along the wrong axis."""
+    values = {key: [value, value * 0.5, value * 0.8] for key, value in CASES[name][1].items()}
     params = start(3, 3)
-    ours, _ = run(make(name, lr=lr), params, 6, (3, 3))
+    optimizer = make(name, **{key: torch.tensor(v, dtype=torch.float64) for key, v in values.items()})
+    ours, _ = run(optimizer, params, 6, (3, 3))
     for i in range(3):
         for j in range(3):
-            expected, _ = run(make(name, lr=lr[i].item()), {key: value[i, j] for key, value in params.items()}, 6)
+            alone = {key: value[i, j] for key, value in params.items()}
+            expected, _ = run(make(name, **{key: v[i] for key, v in values.items()}), alone, 6)
             assert_trees_close({k: v[i, j] for k, v in ours.items()}, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -357,11 +360,12 @@ def test_gradients_through_steps_with_numbers_as_settings(name: str) -> None:
 
 
 @every_case
-def test_first_and_second_derivatives_are_finite_at_zero_gradient(name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_first_and_second_derivatives_are_finite_at_zero_gradient(name: str, dtype: torch.dtype) -> None:
     """A parameter that the loss ignores for two steps, and one that starts at a stationary point."""
-    params = {"dead": torch.zeros(2, 2, dtype=torch.float64), "alive": torch.ones(2, dtype=torch.float64)}
+    params = {"dead": torch.zeros(2, 2, dtype=dtype), "alive": torch.ones(2, dtype=dtype)}
     params = {key: value.requires_grad_() for key, value in params.items()}
-    lr = torch.tensor([0.1, 0.2], dtype=torch.float64, requires_grad=True)
+    lr = torch.tensor([0.1, 0.2], dtype=dtype, requires_grad=True)
     optimizer = make(name, lr=lr)
     state, current = optimizer.init(params, (2,)), params
     for _ in range(2):

@@ -13,7 +13,8 @@ def stacked(activation):
     def make():
         return MLP(3, (4, 4), 2, activation=activation)
 
-    params = {name: value.double().requires_grad_() for name, value in stack(make, make_keys([0, 1])).items()}
+    built = stack(make, make_keys([0, 1]))
+    params = {n: (v.double() + 0.1 * torch.randn(v.shape).double()).requires_grad_() for n, v in built.items()}
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     return make(), params, x
 
