@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("RLMETA_DEBUG") == "1"
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            return _dispatch(arguments)
     except RlmetaError as error:
         if debug:
             raise
@@ -208,12 +211,12 @@ def evaluate(arguments: list[str]) -> int:
     groups: dict[str, Any] = {"evaluation": (EvaluateFlags, {}), "own_code": (OwnCode, {})}
     texts = flags.read(f"rlmeta eval {folder}", "Play fresh episodes with a run's learners.", groups, rest)
     chosen, own = flags.build(EvaluateFlags, texts["evaluation"]), flags.build(OwnCode, texts["own_code"])
-    from rlmeta.lab.plan import loaded_env, loaded_network, members
+    from rlmeta.lab.plan import loaded_env_of, loaded_network, members
     from rlmeta.lab.run import load
 
     rows: list[dict[str, Any]] = []
     for label, member in members(folder).items():
-        run = load(member, network=loaded_network(own.network), env=loaded_env(own.env))
+        run = load(member, network=loaded_network(own.network), env=loaded_env_of(member, own.env))
         try:
             run.evaluation = run.evaluate(
                 chosen.episodes, deterministic=not chosen.sampled, best=chosen.best, seed=chosen.seed
@@ -240,7 +243,7 @@ def resume(arguments: list[str]) -> int:
     run = plans.go_on(
         folder,
         network=plans.loaded_network(own.network),
-        env=plans.loaded_env(own.env),
+        env=plans.loaded_env_of(folder, own.env),
         progress=not chosen.quiet,
         inexact=chosen.inexact,
     )

@@ -20,6 +20,7 @@ import pytest
 
 import rlmeta
 import rlmeta.lab.tables
+import rlmeta.lab.trackers
 from rlmeta.cli import main
 from rlmeta.errors import SettingError
 from rlmeta.lab import plan as plans
@@ -122,7 +123,7 @@ def test_train_says_what_it_does_and_leaves_a_run(
     assert config["budget"] | {"steps": 64, "eval_every": 32, "final_episodes": 2} == config["budget"]
     assert config["variants"][0] | {"num_steps": 16, "gae_lambda": 0.8} == config["variants"][0]
     assert config["task"]["settings"] == {"gravity": 7}
-    assert config["task"]["source"] == "native"
+    assert config["task"]["source"] == "rlmeta.envs.native.cartpole:CartPole"
     assert [line["env_steps"] for line in read_records("runs/ppo-CartPole-v1-1/metrics.jsonl") if "eval/return" in line]
 
     said, _ = rlmeta_says(capfd, f"train ppo CartPole-v1 {TINY} --preset none --seeds 7,5 --threads 1 --quiet")
@@ -201,12 +202,14 @@ def test_target_stops_learners_and_they_are_named(capfd: pytest.CaptureFixture[s
 
 
 def test_learners_that_diverge_are_named(capfd: pytest.CaptureFixture[str]) -> None:
-    said, _ = rlmeta_says(capfd, f"train ppo CartPole-v1 {TINY} --learning-rate 1e-3,1e38 --seeds 4,9 --quiet")
+    said, warned = rlmeta_says(capfd, f"train ppo CartPole-v1 {TINY} --learning-rate 1e-3,1e38 --seeds 4,9 --quiet")
     assert "learner 0 " not in said
     assert "learner 1 " not in said
     assert "learner 2 (seed 4, learning_rate=1e+38) turned NaN and was frozen after " in said
     assert "learner 3 (seed 9, learning_rate=1e+38) turned NaN and was frozen after " in said
     assert "stopped" not in said
+    assert warned.startswith("warning: seed 4 (learning_rate=1e+38) ")
+    assert warned.count("\n") == 2
 
 
 def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +218,8 @@ def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fake:
         def __init__(self, name: str, run: Any) -> None:
             self.name, logged[name] = name, []
-            (run.folder / f"{name}.json").write_text(json.dumps({"project": "mine", "entity": "me"}))
+            journal = {"last_step": 64, "project": "mine", "entity": "me"}
+            (run.folder / f"{name}.json").write_text(json.dumps(journal))
 
         def log(self, step: int, metrics: dict[str, list[float]]) -> None:
             logged[self.name].append(step)
@@ -224,13 +228,17 @@ def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
             logged[self.name].append(-1)
 
     asked: list[Any] = []
-    monkeypatch.setattr(plans, "to_tensorboard", lambda: lambda run: Fake("tensorboard", run))
+
+    def to_tensorboard() -> Any:
+        return lambda run: Fake("tensorboard", run)
 
     def to_wandb(project: str, entity: str | None = None) -> Any:
         asked.append((project, entity))
         return lambda run: Fake("wandb", run)
 
-    monkeypatch.setattr(plans, "to_wandb", to_wandb)
+    for module in (plans, rlmeta.lab.trackers):
+        monkeypatch.setattr(module, "to_tensorboard", to_tensorboard)
+        monkeypatch.setattr(module, "to_wandb", to_wandb)
     assert main(f"train ppo CartPole-v1 {TINY} --quiet --tensorboard --wandb --wandb-project mine --out a".split()) == 0
     assert logged == {"tensorboard": [32, 64, -1], "wandb": [32, 64, -1]}
     assert main(f"train ppo CartPole-v1 {TINY} --quiet --no-tensorboard --out b".split()) == 0
@@ -267,23 +275,31 @@ def test_environment_and_network_by_name_are_given_again(
     variant = read_config("a")["variants"][0]
     assert variant["network"] == "own_code:network"
     _, error = rlmeta_says(capfd, "eval a --env own_code:make", 2)
-    assert "was trained with the network own_code:network" in error
+    assert "had the network own_code:network: pass it again" in error
     _, error = rlmeta_says(capfd, "eval a --network own_code:network", 2)
-    assert "pass its factory again" in error
+    assert "had environments of own_code:make: pass it again" in error
     own = "--network own_code:network --env own_code:make"
     rlmeta_says(capfd, f"eval a --episodes 2 {own}")
     rlmeta_says(capfd, f"resume a {own}")
     assert [rows[0]["scores"] for rows in tables] == [[5.0]] * 3
 
 
-def test_native_environment_by_name(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_native_environment_by_name(
+    project: Path, tables: list[list[dict[str, Any]]], capfd: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(REPOSITORY / "envs", project / "envs", ignore=shutil.ignore_patterns("__pycache__"))
     flags = TINY.replace("--steps 64", "--steps 32")
     assert main(f"train ppo my_native_env:MyNativeEnv --env.drag 0.5 {flags} --quiet --out a".split()) == 0
-    task = read_config("a")["task"]
-    assert (task["source"], task["settings"]) == ("native", {"drag": 0.5})
-    rlmeta_says(capfd, "eval a --episodes 2", 2)
+    _, error = rlmeta_says(capfd, "eval a", 2)
+    assert "had environments of my_native_env:MyNativeEnv: pass it again" in error
     assert main(["eval", "a", "--episodes", "2", "--env", "my_native_env:MyNativeEnv"]) == 0
+    dragged = sys.modules["my_native_env"].MyNativeEnv(drag=0.5)
+    expected = rlmeta.load("a", env=dragged).evaluate(2, seed=1).returns.mean(-1).tolist()
+    assert tables[-1][0]["scores"] == expected
+    groups = f"train ppo my_native_env:MyNativeEnv --env.drag 0.5 {flags} --hidden-sizes 8,9 --quiet --out g"
+    assert main(groups.split()) == 0
+    again = plans.from_folder(Path("g")).train("hidden_sizes=9", Path("g"))
+    assert again.experiment.task.source == dragged
 
 
 def test_an_error_in_own_code_is_one_line_with_its_place(project: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -390,11 +390,10 @@ def _one_minus_power(base: Setting, exponent: Tensor) -> Tensor:
     """1 − baseᵗ for t ≥ 1; written −expm1(t log base), since 1 − 0.999 has only four correct digits in float32."""
     if not isinstance(base, Tensor):
         return -torch.expm1(exponent * (math.log(base) if base > 0 else -math.inf))
-    base = cast(Tensor, align(base, exponent))  # in its own type until the end: 0.999 is 1 in half precision
-    near_one = base > 0.5
-    by_logarithm = -torch.expm1(exponent * torch.where(near_one, base, 1.0).log())
-    directly = 1.0 - torch.where(near_one, 0.0, base) ** exponent
-    return torch.where(near_one, by_logarithm, directly).to(exponent.dtype)
+    base = cast(Tensor, align(base, exponent))  # in its own type: 0.999 is 1 in half precision
+    positive = base > 0  # the logarithm has no derivative at 0
+    by_logarithm = -torch.expm1(exponent * torch.where(positive, base, 1.0).log())
+    return torch.where(positive, by_logarithm, 1.0 - torch.where(positive, 0.0, base) ** exponent)
 
 
 def _sqrt(x: Tensor) -> Tensor:

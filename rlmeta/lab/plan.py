@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -210,6 +210,8 @@ class Plan:
         if label and (where / run_folder.CONFIG).is_file():
             source, network = _source(self.task), getattr(settings, "network", None)
             env = None if isinstance(source, str) else source
+            if isinstance(env, NativeEnv):
+                env = dataclasses.replace(env, **self.env)  # type: ignore[type-var]
             if (where / "summary.json").is_file():
                 return load(where, network=network, env=env)
             return go_on(where, network=network, env=env, progress=not quiet, inexact=inexact)
@@ -295,10 +297,22 @@ def members(folder: Path) -> dict[str, Path]:
     return {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
 
 
-def loaded_env(name: str | None) -> Any:
-    """The environment that `package.module:name` names: a factory, a native environment, or a task."""
-    made = None if name is None else flags.load_object(name)
-    return made() if isinstance(made, type) and issubclass(made, NativeEnv) else made
+def loaded_env(name: str | None, constants: Mapping[str, Any] | None = None) -> Any:
+    """The environment that `package.module:name` names: a factory, a native environment, or a task.
+
+    Args:
+        name: or None.
+        constants: of a native environment.
+    """
+    made: Any = None if name is None else flags.load_object(name)
+    return made(**(constants or {})) if isinstance(made, type) and issubclass(made, NativeEnv) else made
+
+
+def loaded_env_of(folder: Path, name: str | None) -> Any:
+    """The user's environment that a run had, with the constants it had there."""
+    if name is None:
+        return None
+    return loaded_env(name, run_folder.read_config(folder).get("task", {}).get("constants"))
 
 
 def loaded_network(name: str | None) -> NetworkFactory | None:

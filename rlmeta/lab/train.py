@@ -161,6 +161,8 @@ def one_batch(settings: Sequence[Any]) -> Sequence[Any]:
 
 REPORTED = ("metrics", "best", "progress")
 """What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
+ACTING = ("world", "memory", "episode")
+"""What moves on with live environments, which can't be put back while their neighbours go on."""
 
 
 class _Shard:
@@ -196,7 +198,8 @@ class _Shard:
         active = self.state["active"]
         if bool(active.all()):
             return
-        still = {name: part for name, part in self.state.items() if name not in REPORTED}
+        moving = REPORTED if self.run.experiment.task.native else REPORTED + ACTING
+        still = {name: part for name, part in self.state.items() if name not in moving}
         for learner in (~active).nonzero().flatten().tolist():
             kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
             tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)

@@ -366,7 +366,8 @@ def test_first_and_second_derivatives_are_finite_at_zero_gradient(name: str, dty
     params = {"dead": torch.zeros(2, 2, dtype=dtype), "alive": torch.ones(2, dtype=dtype)}
     params = {key: value.requires_grad_() for key, value in params.items()}
     lr = torch.tensor([0.1, 0.2], dtype=dtype, requires_grad=True)
-    optimizer = make(name, lr=lr)
+    overflows = dtype == torch.float32 and not name.startswith("sgd")  # the true derivative, (lr / eps)^4
+    optimizer = make(name, lr=lr, **({"eps": 1e-3} if overflows else {}))
     state, current = optimizer.init(params, (2,)), params
     for _ in range(2):
         loss = (current["dead"] ** 2).sum() + (current["alive"] ** 3).sum()

@@ -133,6 +133,9 @@ def test_tensors_in_any_memory_layout_come_back(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(base[:2].clone()),
         "conjugated": complex_.conj(),
         "negated": complex_.conj().imag,
+        "negated in one piece": torch._neg_view(base[0].clone()),
+        "every second": base[0, ::2],
+        "one for all": torch.tensor([7]).expand(5),
         "replay": {"strided": torch.randn(40, 3, 4).transpose(0, 1)},
     }
     checkpoint.save(tmp_path, state, {}, learner_axes=1)
@@ -312,7 +315,9 @@ def test_which_leaves_are_cut(tmp_path: Path) -> None:
 
 def test_equal_segments_take_one_file(tmp_path: Path) -> None:
     state = {"replay": {"x": torch.zeros(SEGMENT * 8)}}
-    assert len(checkpoint.save(tmp_path, state, {}, learner_axes=0).written) == 1
+    saved = checkpoint.save(tmp_path, state, {}, learner_axes=0)
+    assert len(saved.written) == 1
+    assert saved.reused == ()
     assert same(checkpoint.load(tmp_path)[0], state)
 
 
@@ -320,6 +325,33 @@ def test_segments_of_another_size_are_read(tmp_path: Path, monkeypatch: pytest.M
     save_step(tmp_path, 5)
     monkeypatch.setattr(checkpoint, "SEGMENT_BYTES", 64)
     assert is_step(checkpoint.load(tmp_path), 5)
+
+
+def test_a_file_of_many_leaves_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_step(tmp_path, 5)
+    read, paths = checkpoint._read_tensors, []
+
+    def count(path: Path, size: int) -> dict[str, torch.Tensor]:
+        paths.append(path)
+        return read(path, size)
+
+    monkeypatch.setattr(checkpoint, "_read_tensors", count)
+    assert is_step(checkpoint.load(tmp_path), 5)
+    assert paths.count(tmp_path / manifest_of(tmp_path)["leaves"]["params/w"]["files"][0]) == 1
+
+
+def test_what_a_killed_save_left_makes_room_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_checkpoints(tmp_path)
+    left = [tmp_path / ("0" * 64 + ".safetensors"), tmp_path / ("1" * 64 + ".safetensors.tmp")]
+    for path in left:
+        path.write_bytes(b"left by a killed save")
+    write, there = os.write, []
+    monkeypatch.setattr(os, "write", lambda *arguments: (there.extend(map(Path.exists, left)), write(*arguments))[1])
+    save_step(tmp_path, 9)
+    assert len(there) > 4
+    assert not any(there)
 
 
 def test_only_files_of_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
@@ -381,6 +413,7 @@ def test_damage_to_any_file_is_recovered_from_or_refused(tmp_path: Path, damage:
             with pytest.raises(CheckpointError) as caught:
                 checkpoint.load(folder)
             assert name in str(caught.value)
+            assert {"halved": "truncated", "pipe": "not a regular file"}.get(damage, "") in str(caught.value)
             assert "\n" not in str(caught.value)
         elif name in newest or name == "manifest.json":
             with pytest.warns(RuntimeWarning, match="using the checkpoint before it"):

@@ -54,16 +54,19 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert torch.equal(whole.evaluation.returns, again.evaluation.returns)
 
 
-def test_a_frozen_learner_stays_bit_identical_and_the_others_go_on_through_a_resume(tmp_path):
+@pytest.mark.parametrize(
+    "problem", [rl.task("CartPole-v1"), rl.task(partial(Target, "discrete"), name="own")], ids=["native", "own"]
+)
+def test_a_frozen_learner_is_named_and_the_others_go_on_as_without_it(problem, tmp_path):
     """One learner's rate makes it blow up: it is frozen and named, and a run without it has the same others."""
     budget = rl.Budget(steps=512, eval_every=4096, final_episodes=2, log_points=8)
     settings = rl.A2C(num_envs=2, num_steps=8, learning_rate=[1e-3, 1e30], hidden_sizes=(8,))
     with pytest.warns(RuntimeWarning, match=r"seed 0 \(learning_rate=1e\+30\) is no longer finite"):
-        run = rl.train(settings, "CartPole-v1", seeds=1, budget=budget, out=tmp_path / "run", threads=1)
+        run = rl.train(settings, problem, seeds=1, budget=budget, out=tmp_path / "run", threads=1)
     assert run.state["active"].tolist() == [True, False]
     assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(run.state["params"]["weights"]))
     tame = rl.A2C(num_envs=2, num_steps=8, learning_rate=[1e-3, 1e-4], hidden_sizes=(8,))
-    other = rl.train(tame, "CartPole-v1", seeds=1, budget=budget, threads=1)
+    other = rl.train(tame, problem, seeds=1, budget=budget, threads=1)
     for a, b in zip(tree.leaves(run.state["params"]["weights"]), tree.leaves(other.state["params"]["weights"])):
         assert torch.equal(a[0], b[0])
 
