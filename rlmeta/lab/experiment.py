@@ -94,8 +94,8 @@ class Experiment:
     def shards(self) -> list[int]:
         """How many learners each thread trains.
 
-        Learners don't depend on each other, so a thread for every part of them keeps a core busier than threads within
-        each operation do. Foreign environments hold Python's lock, so their learners stay together.
+        Learners don't depend on each other, so native ones are cut into a part for every core. Foreign environments
+        hold Python's lock, so their learners stay together.
         """
         threads, learners = self.threads or os.cpu_count() or 1, len(self.learners)
         parts = min(threads, learners) if self.task.native else 1
