@@ -163,7 +163,11 @@ def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native:
             made = made.task() if isinstance(made, TaskFamily) else made
         if isinstance(made, TaskStream):
             raise SettingError(f"{source!r} is a stream of tasks, expected one task: use rl.stream({source!r})")
-        return made if not settings else task(made.source, name=name, settings={**made.settings, **settings}, mode=mode)
+        if settings:
+            ranges = made.ranges
+            made = task(made.source, name=name, settings={**made.settings, **settings})
+            made = dataclasses.replace(made, ranges=ranges)
+        return dataclasses.replace(made, mode=mode)
     if native and source in NATIVE:
         return Task(name, _with_constants(NATIVE[source], settings), settings)
     module = source.split(":")[0] if ":" in source else None

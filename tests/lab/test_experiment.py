@@ -59,3 +59,10 @@ def test_learners_are_split_evenly_over_threads():
     assert experiment.shards == [3, 2]
     foreign = dataclasses.replace(experiment, task=rl.task("CartPole-v1", native=False))
     assert foreign.shards == [5]
+
+
+def test_changing_one_constant_of_a_named_family_keeps_its_ranges():
+    changed = rl.task("cartpole-physics", settings={"tau": 0.03})
+    assert changed.ranges == rl.family("cartpole-physics").ranges != {}
+    assert changed.source.tau == 0.03
+    assert rl.task("cartpole-long-pole", mode="async").mode == "async"
