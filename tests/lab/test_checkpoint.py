@@ -340,6 +340,38 @@ def test_a_file_of_many_leaves_is_read_once(tmp_path: Path, monkeypatch: pytest.
     assert paths.count(tmp_path / manifest_of(tmp_path)["leaves"]["params/w"]["files"][0]) == 1
 
 
+def test_what_was_written_or_checked_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, seen = checkpoint._read_bytes, list[Path]()
+
+    def count(path: Path, limit: int) -> bytes:
+        if path.suffix == ".safetensors":
+            seen.append(path)
+        return read(path, limit)
+
+    monkeypatch.setattr(checkpoint, "_read_bytes", count)
+    state = {"replay": torch.randn(SEGMENT)}
+    assert len(checkpoint.save(tmp_path, state, {}, learner_axes=0).written) == 4
+    assert len(checkpoint.save(tmp_path, state, {}, learner_axes=0).reused) == 4
+    assert seen == []
+    checkpoint._verified.clear()
+    checkpoint.load(tmp_path)
+    assert len(seen) == 4
+    checkpoint.save(tmp_path, state, {}, learner_axes=0)
+    assert len(seen) == 4
+    assert len(checkpoint._verified) == 4
+    for step in range(3):
+        checkpoint.save(tmp_path, {"step": torch.tensor(step)}, {}, learner_axes=0)
+    assert len(checkpoint._verified) == 2
+
+
+def test_a_new_folder_lasts_like_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, synced = tmp_path / "runs" / "first" / "state", list[int]()
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    save_step(folder, 1)
+    assert is_step(checkpoint.load(folder), 1)
+    assert folder.parent.stat().st_ino in synced
+
+
 def test_what_a_killed_save_left_makes_room_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,8 +379,13 @@ def test_what_a_killed_save_left_makes_room_before_anything_is_written(
     left = [tmp_path / ("0" * 64 + ".safetensors"), tmp_path / ("1" * 64 + ".safetensors.tmp")]
     for path in left:
         path.write_bytes(b"left by a killed save")
-    write, there = os.write, []
-    monkeypatch.setattr(os, "write", lambda *arguments: (there.extend(map(Path.exists, left)), write(*arguments))[1])
+    write, there = os.write, list[bool]()
+
+    def look(file: int, data: memoryview) -> int:
+        there.extend(path.exists() for path in left)
+        return write(file, data)
+
+    monkeypatch.setattr(os, "write", look)
     save_step(tmp_path, 9)
     assert len(there) > 4
     assert not any(there)
@@ -508,7 +545,7 @@ def set_leaf(**changes: Any) -> Callable[[dict[str, Any]], None]:
 FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "absolute name": set_files("/etc/passwd"),
     "name above": set_files("../secret.safetensors"),
-    "hash in a folder above": set_files("../" + "a" * 64 + ".safetensors"),
+    "hash in a folder": set_files("a/" + "a" * 64 + ".safetensors"),
     "hash and newline": set_files("a" * 64 + ".safetensors\n"),
     "negative size": lambda content: content["files"].update({"a" * 64 + ".safetensors": -1}),
     "size that is text": lambda content: content["files"].update({"a" * 64 + ".safetensors": "9"}),
@@ -529,6 +566,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "two files": lambda content: content["leaves"]["w"]["files"].extend(content["files"]),
     "axis out of range": set_leaf(axis=9, rows=1),
     "axis below zero": set_leaf(axis=-1, rows=3),
+    "axis far below zero": set_leaf(axis=-9, rows=3),
     "no rows": set_leaf(axis=0, rows=0),
     "axis without rows": set_leaf(axis=0),
     "segment of a whole file": set_leaf(axis=0, rows=3),
@@ -544,14 +582,48 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_forged_manifest_is_refused(tmp_path: Path, forgery: str) -> None:
     folder = tmp_path / "state"
     checkpoint.save(folder, {"w": torch.zeros(3)}, {}, learner_axes=0)
-    secret = next(folder.glob("*.safetensors"))
-    shutil.copy(secret, tmp_path / "secret.safetensors")
     forge(folder, lambda content: None)
     assert same(checkpoint.load(folder)[0], {"w": torch.zeros(3)})
     forge(folder, FORGERIES[forgery])
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_cannot_ask_for_more_memory_than_its_files_fill(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"w": torch.zeros(3)}, {}, learner_axes=0)
+    forge(tmp_path, set_leaf(shape=[10**12], axis=0, rows=10**12))
+    with pytest.raises(CheckpointError, match="malformed"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_whole_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    (name,) = checkpoint.save(folder, {"w": torch.zeros(3)}, {}, learner_axes=0).written
+    shutil.move(folder / name, tmp_path / name)
+    text = (folder / "manifest.json").read_text()
+    for path in (f"../{name}", f"{tmp_path}/{name}", f"./../{name}", f"../state/../{name}"):
+        (folder / "manifest.json").write_text(text)
+        forge(folder, set_files(path))
+        with pytest.raises(CheckpointError, match="malformed"):
+            checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["w", "w/x"], ["w/x", "w"], ["w", "w/x/y"], ["/w"], ["w/"], [""], ["a//b"]],
+    ids=lambda names: " ".join(names),
+)
+def test_leaf_names_that_are_no_tree_are_refused(tmp_path: Path, names: list[str]) -> None:
+    checkpoint.save(tmp_path, {"w": torch.zeros(3)}, {}, learner_axes=0)
+    rename_blob(tmp_path, b"".join(checkpoint._encode_tensors({name: torch.zeros(3) for name in names})))
+    forge(tmp_path, lambda content: content.update(leaves=dict.fromkeys(names, content["leaves"]["w"])))
+    with pytest.raises(CheckpointError, match="malformed"):
+        checkpoint.load(tmp_path)
+    if len(names) > 1:
+        forge(tmp_path, lambda content: content["leaves"].update({min(names): None}))
+        with pytest.raises(CheckpointError, match="malformed"):
+            checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,8 @@ def test_an_offset_that_was_never_one_is_refused(tmp_path: Path, offset: int) ->
     assert str(offset) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
+    with Records(path) as file, pytest.raises(CheckpointError, match=r"has 22 bytes, .* at 23"):
+        file.truncate(23)
 
 
 def test_a_torn_last_line_is_left_out_and_written_over(tmp_path: Path) -> None:

@@ -155,8 +155,12 @@ def test_another_process_is_kept_out_until_this_one_dies(tmp_path: Path) -> None
                 raise AssertionError("two processes hold one run")
         holder.send_signal(signal.SIGKILL)
         holder.wait(30)
+        with open(tmp_path / "run.lock", "a") as longer:
+            longer.write("x" * 300)
         with run_folder.lock(tmp_path):
-            assert f"pid {os.getpid()} on " in (tmp_path / "run.lock").read_text()
+            found = (tmp_path / "run.lock").read_text()
+            assert found.startswith(f"pid {os.getpid()} on ")
+            assert found.index("\n") == len(found) - 1
     finally:
         holder.kill()
         holder.communicate()
