@@ -17,7 +17,6 @@ put back where it was (`put`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -46,19 +45,6 @@ def put(state: State, index: Any, part: State) -> State:
         return leaf
 
     return tree.map(write, state, part)
-
-
-def split(state: State, sizes: Sequence[int]) -> list[State]:
-    """The state cut along the first learner axis into parts of these many learners, copied."""
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [take(state, slice(start, start + size)) for start, size in zip(starts, sizes)]
-
-
-def join(parts: Sequence[State]) -> State:
-    """The parts put together again along the first learner axis."""
-    if len(parts) == 1:
-        return parts[0]
-    return tree.map(lambda *leaves: torch.cat(leaves), *parts)
 
 
 def select(condition: Tensor, new: State, old: State) -> State:
@@ -93,7 +79,7 @@ class Packed(dict[str, Tensor]):
         """The tensor `flat` seen under the names and shapes of `like`; gradients flow through."""
         packed = Packed()
         packed.flat = flat
-        sizes = [weight[(0,) * learner_axes].numel() for weight in like.values()]
+        sizes = [weight.shape[learner_axes:].numel() for weight in like.values()]
         for (name, weight), piece in zip(like.items(), torch.split(flat, sizes, -1)):
             packed[name] = piece.view(weight.shape)
         return packed

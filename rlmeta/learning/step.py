@@ -73,8 +73,8 @@ def step(
     """
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
-    leaf = weights.flat.detach().requires_grad_()
-    p = {**params, "weights": Packed.view(leaf, weights, axes)}
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    p = {**params, "weights": leaves}
     memories, task = state.get("methods", {}), state.get("task", {})
     seen = p
     for method in methods:
@@ -85,14 +85,14 @@ def step(
     loss = torch.stack(list(losses.values())).sum(0) if len(losses) > 1 else next(iter(losses.values()))
     terms = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
     extra = [term for term in terms if term is not None]
-    (task_gradient,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=bool(extra))
+    task_gradient = _gradient(loss, leaves, retain_graph=bool(extra))
 
     with torch.no_grad():
         total = task_gradient
         if extra:
             with torch.enable_grad():
-                (penalty,) = torch.autograd.grad(torch.stack(extra).sum(), leaf)
-            total = total + penalty
+                penalty = torch.stack(extra).sum(0)
+            total = total + _gradient(penalty, leaves)
         for method in methods:
             total = method.grads(Gradients(task_gradient, total), seen, memories[method.name], task)
         frozen = _union([method.frozen(seen, memories[method.name], task) for method in methods])
@@ -121,6 +121,19 @@ def step(
         return state, {}
     diagnostics = {name: value.detach() for name, value in {**losses, **ctx.info}.items()}
     return state, {**diagnostics, "losses/grad_norm": norm}
+
+
+def _gradient(loss: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False) -> Tensor:
+    """The gradient of a loss `[*L]` of named weights, packed `[*L, P]`."""
+    found = torch.autograd.grad(
+        loss,
+        list(leaves.values()),
+        torch.ones_like(loss),
+        retain_graph=retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return torch.cat([gradient.reshape(*loss.shape, -1) for gradient in found], -1)
 
 
 def init_optimizer(optimizer: Optimizer, state: State) -> State:

@@ -14,6 +14,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional.tree import Tree
 from rlmeta.nn.block import Block, Context, Params, fetch, learner_axes, with_learner_axes
 from rlmeta.nn.initialisers import Initialiser, initialise
+from rlmeta.nn.product import layers, learner_product
 
 ActivationName: TypeAlias = Literal["tanh", "relu", "elu", "gelu", "silu", "sigmoid", "leaky_relu", "softplus"]
 
@@ -65,20 +66,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     axes = weight.dim() - 2
     if axes == 0:
         return F.linear(x, weight, bias)
+    offset = None if bias is None else bias.unsqueeze(-2)
     if axes == 1 and x.dim() == 3:
-        return learner_product(x, weight, None if bias is None else bias.unsqueeze(-2))
+        return _product(x, weight, offset)
     learners = weight.shape[:-2].numel()
-    out = learner_product(
+    out = _product(
         x.reshape(learners, x.shape[axes:-1].numel(), x.shape[-1]),
         weight.reshape(learners, *weight.shape[-2:]),
-        None if bias is None else bias.reshape(learners, 1, -1),
+        None if offset is None else offset.reshape(learners, 1, -1),
     )
     return out.reshape(*x.shape[:-1], weight.shape[-2])
 
 
-def learner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[S, B, in]`, `[S, out, in]`, `[S, 1, out]` -> `[S, B, out]`, one batched product."""
-    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return learner_product(x, weight, None) if bias is None else layers(x, (weight, bias), (None,))
 
 
 class Linear(Block):

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlmeta.errors import SettingError
 from rlmeta.nn.block import Block, Context, Params
 from rlmeta.nn.initialisers import Initialiser
-from rlmeta.nn.linear import Activation, ActivationName, Linear, activation_function, check_linear, learner_product
-
-Elementwise: TypeAlias = Callable[[Tensor], Tensor]
-
-_IN_PLACE: dict[Elementwise, Elementwise] = {
-    torch.tanh: torch.tanh_,
-    torch.relu: torch.relu_,
-    torch.sigmoid: torch.sigmoid_,
-}
-_OUT_OF_PLACE = {in_place: function for function, in_place in _IN_PLACE.items()}
-
-_SLOPES: dict[Elementwise, Callable[[Tensor, Tensor], Tensor]] = {
-    torch.tanh_: torch.ops.aten.tanh_backward,
-    torch.relu_: lambda grad, out: torch.ops.aten.threshold_backward(grad, out, 0),
-    torch.sigmoid_: torch.ops.aten.sigmoid_backward,
-}
-"""From the gradient behind an activation and the activation's output to the gradient before it."""
+from rlmeta.nn.linear import Activation, ActivationName, Linear, activation_function, check_linear
+from rlmeta.nn.product import layers
 
 
 class MLP(Block):
@@ -76,19 +59,15 @@ class MLP(Block):
         if out_features is not None:
             functions.append(None if final_activation is None else activation_function(final_activation))
         gains = [gain] * len(hidden_sizes) + [final_gain] * (out_features is not None)
-        layers: list[tuple[str, str, Callable[[Tensor], Tensor] | None]] = []
+        self._names: list[tuple[str, str]] = []
         for size, next_size, function, layer_gain in zip(sizes, sizes[1:], functions, gains):
             index = len(self._modules)
             layer_gain = layer_gain if initialiser == "orthogonal" else 1.0
             self.add_module(str(index), Linear(size, next_size, initialiser=initialiser, gain=layer_gain))
             if function is not None:
                 self.add_module(str(index + 1), Activation(function))
-            # The product is nobody else's: writing over it saves a third of a large forward pass without gradients.
-            in_place = None if function is None else _IN_PLACE.get(function, function)
-            layers.append((f"{index}.weight", f"{index}.bias", in_place))
-        self._layers = tuple(layers)
-        known = all(function is None or function in _SLOPES for _, _, function in layers)
-        self._slopes = tuple(None if f is None else _SLOPES[f] for _, _, f in layers) if known else None
+            self._names.append((f"{index}.weight", f"{index}.bias"))
+        self._functions = tuple(functions)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
         """`[*L, ..., in]` -> `[*L, ..., out]`."""
@@ -96,7 +75,7 @@ class MLP(Block):
         check_linear(x, first)
         axes = first.dim() - 2
         if axes == 0:
-            for weight, bias, activation in self._layers:
+            for (weight, bias), activation in zip(self._names, self._functions):
                 x = F.linear(x, params[prefix + weight], params[prefix + bias])
                 if activation is not None:
                     x = activation(x)
@@ -105,69 +84,10 @@ class MLP(Block):
         if x.dim() != 3 or axes != 1:  # a view costs as much time as a small product
             x = x.reshape(learners, x.shape[axes:-1].numel(), x.shape[-1])
         tensors = []
-        for weight, bias, _ in self._layers:
+        for weight, bias in self._names:
             layer, offset = params[prefix + weight], params[prefix + bias].unsqueeze(-2)
             if axes != 1:
                 layer, offset = layer.reshape(learners, *layer.shape[-2:]), offset.reshape(learners, 1, -1)
             tensors += [layer, offset]
-        if self._slopes is None or torch._C._are_functorch_transforms_active():
-            x = _layers_by_autograd(x, tensors, [function for _, _, function in self._layers])
-        else:
-            x = _Layers.apply(x, self._layers, self._slopes, *tensors)  # type: ignore[no-untyped-call]
+        x = layers(x, tensors, self._functions)
         return x if x.shape[:-1] == batch_shape else x.reshape(*batch_shape, x.shape[-1])
-
-
-def _layers_by_autograd(x: Tensor, tensors: Sequence[Tensor], functions: Sequence[Elementwise | None]) -> Tensor:
-    """`[S, B, in]` through weights `[S, out, in]` and biases `[S, 1, out]` in turn."""
-    for layer, offset, function in zip(tensors[::2], tensors[1::2], functions):
-        x = learner_product(x, layer, offset)
-        if function is not None:
-            x = function(x)
-    return x
-
-
-class _Layers(torch.autograd.Function):
-    """`_layers_by_autograd` as one node of the graph, bit for bit the same: for small networks the bookkeeping of a
-    node for every product, transpose and activation costs as much as the arithmetic.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        layers: Sequence[tuple[str, str, Elementwise | None]],
-        slopes: Sequence[Any],
-        *tensors: Tensor,
-    ) -> Tensor:
-        """Keep the input of every layer."""
-        ctx.functions, ctx.slopes = [function for _, _, function in layers], slopes
-        inputs = [x]
-        for layer, offset, function in zip(tensors[::2], tensors[1::2], ctx.functions):
-            product = learner_product(inputs[-1], layer, offset)
-            inputs.append(product if function is None else function(product))
-        ctx.save_for_backward(*inputs, *tensors)
-        return inputs[-1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        """The chain rule, layer by layer; by autograd where it is itself to be differentiated."""
-        count = len(ctx.functions)
-        inputs, tensors = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
-        if torch.is_grad_enabled():
-            return _Layers._differentiable(ctx, grad, inputs[0], tensors)
-        found: list[Tensor | None] = [None] * (2 * count)
-        for i in reversed(range(count)):
-            if ctx.slopes[i] is not None:
-                grad = ctx.slopes[i](grad, inputs[i + 1])
-            found[2 * i], found[2 * i + 1] = torch.bmm(grad.mT, inputs[i]), grad.sum(-2, keepdim=True)
-            if i > 0 or ctx.needs_input_grad[0]:
-                grad = torch.bmm(grad, tensors[2 * i])
-        return grad if ctx.needs_input_grad[0] else None, None, None, *found
-
-    @staticmethod
-    def _differentiable(ctx: Any, grad: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Any:
-        wanted = [tensor for tensor in (x, *tensors) if tensor.requires_grad]
-        out = _layers_by_autograd(x, tensors, [_OUT_OF_PLACE.get(f, f) if f else None for f in ctx.functions])
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-        first, *rest = [next(found) if tensor.requires_grad else None for tensor in (x, *tensors)]
-        return first, None, None, *rest
