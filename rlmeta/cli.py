@@ -92,7 +92,9 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in commands:
         raise unknown_name("command", arguments[0], commands)
-    for folder in (Path.cwd(), Path.cwd() / "envs"):  # the user's modules, after everything that is installed
+    from rlmeta.envs.names import folders
+
+    for folder in (Path.cwd(), *folders("envs")):  # the user's modules, after everything that is installed
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
     return commands[arguments[0]](arguments[1:])

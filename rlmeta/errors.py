@@ -38,14 +38,24 @@ class InexactResumeError(RlmetaError):
     """An environment that could not be brought back to where the checkpoint left it."""
 
 
+LONGEST_LIST = 600
+"""Characters of all the known names in a message; more of them are left to `rlmeta list`."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """An `UnknownNameError` for `name` that lists the nearest of the `known` names."""
+    """An `UnknownNameError` for `name` that lists the nearest of the `known` names, or all where none is near."""
     known = sorted(known)
     nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     if not nearest:
         lowered = {candidate.lower(): candidate for candidate in known}
         nearest = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.5)]
-    hint = f"did you mean {', '.join(nearest)}?" if nearest else "`rlmeta list` shows what can be named."
+    everything = ", ".join(known)
+    if nearest:
+        hint = f"did you mean {', '.join(nearest)}?"
+    elif len(everything) > LONGEST_LIST:
+        hint = "`rlmeta list` shows what can be named"
+    else:
+        hint = f"expected one of {everything}" if known else "there is none"
     return UnknownNameError(f"unknown {kind} {name!r}: {hint}")
 
 

@@ -19,6 +19,7 @@ import gymnasium as gym
 import pytest
 
 import rlmeta
+import rlmeta.lab.run
 import rlmeta.lab.tables
 import rlmeta.lab.trackers
 from rlmeta.cli import main
@@ -362,6 +363,25 @@ def test_interrupted_groups_are_resumed(
     assert Path("g/hidden_sizes=8/summary.json").stat().st_mtime_ns == before, "what has ended is only read"
 
 
+def test_ctrl_c_while_a_group_ends_leaves_the_next_to_a_resume(
+    monkeypatch: pytest.MonkeyPatch, tables: list[list[dict[str, Any]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_summary = rlmeta.lab.run.Run.write_summary
+
+    def pressed(run: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        write_summary(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rlmeta.lab.run.Run, "write_summary", pressed)
+        _, error = rlmeta_says(capfd, f"train ppo CartPole-v1 {TINY} --hidden-sizes 8,9 --quiet --out g", 130)
+    assert error == "interrupted; resume with: rlmeta resume g\n"
+    assert Path("g/hidden_sizes=8/summary.json").exists()
+    assert not Path("g/hidden_sizes=9").exists()
+    rlmeta_says(capfd, "resume g")
+    assert [row["setting"] for row in tables[-1]] == ["hidden_sizes=8", "hidden_sizes=9"]
+
+
 def test_ctrl_c_and_kill_of_a_process(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "rlmeta", *f"train ppo CartPole-v1 {SLOW} --quiet --out a".split()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
@@ -404,6 +424,8 @@ def environment() -> dict[str, str]:
         ("train ppo", "rlmeta train takes an agent and a task first, got ppo"),
         ("train ppo CartPole-v1 again", "got ppo CartPole-v1 again"),
         ("train pop CartPole-v1", "unknown agent 'pop': did you mean ppo?"),
+        ("train xyz CartPole-v1", "unknown agent 'xyz': expected one of a2c, dqn, ppo, reinforce"),
+        ("train ppo xyz", "unknown task 'xyz': `rlmeta list` shows what can be named"),
         ("train ppo CartPole-v2", "unknown task 'CartPole-v2': did you mean CartPole-v1"),
         ("train ppo CartPole-v1 --learning-rte 1e-3", "unknown flag --learning-rte: did you mean --learning-rate"),
         ("train ppo CartPole-v1 --learning-rate", "--learning-rate needs a value"),
@@ -418,6 +440,7 @@ def environment() -> dict[str, str]:
         ("train ppo CartPole-v1 --seeds x", "--seeds is 'x', expected a count (16) or seeds (3,5,7)"),
         ("train ppo CartPole-v1 --seeds 3,3", "seeds repeat: [3, 3]"),
         ("train ppo CartPole-v1 --env.gravitty 7", "unknown constant of CartPole 'gravitty': did you mean gravity?"),
+        ("train ppo CartPole-v1 --env.gravity hello", "constant gravity of CartPole is 'hello', expected a number"),
         ("train ppo CartPole-v1 --env.gravity", "--env.gravity needs a value"),
         ("train ppo CartPole-v1 --env.gravity 7 --env.gravity 8", "--env.gravity is given twice"),
         ("train ppo CartPole-v1 --env. 7", "--env. names no argument"),

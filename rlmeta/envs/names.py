@@ -16,8 +16,15 @@ Kind = Literal["agents", "envs"]
 def folders(kind: Kind) -> list[Path]:
     """Where names of this kind are looked up, first come first served."""
     roots = [Path.cwd(), *(Path(root) for root in os.environ.get("RLMETA_PATH", "").split(os.pathsep) if root)]
-    roots += [Path(__file__).parents[2], Path(sysconfig.get_path("data")) / "share" / "rlmeta"]
-    return [root / kind for root in dict.fromkeys(roots) if (root / kind).is_dir()]
+    return [root / kind for root in dict.fromkeys([*roots, *_shipped()]) if (root / kind).is_dir()]
+
+
+def _shipped() -> list[Path]:
+    """The checkout, or where pip puts the copies: into the environment, the user's folder, or beside a --target."""
+    beside = Path(__file__).parents[2]
+    prefixes = [Path(sysconfig.get_path("data")), Path(sysconfig.get_path("data", f"{os.name}_user")), beside]
+    checkout = [beside] if (beside / "pyproject.toml").is_file() else []
+    return checkout + [prefix / "share" / "rlmeta" for prefix in prefixes]
 
 
 def names(kind: Kind) -> dict[str, Path]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import torch
@@ -189,11 +192,54 @@ def _has_version(source: str) -> bool:
 
 
 def _with_constants(env: NativeEnv, settings: dict[str, Any]) -> NativeEnv:
-    known = [f.name for f in dataclasses.fields(env)]  # type: ignore[arg-type]
-    for name in settings:
+    known, owner = [f.name for f in dataclasses.fields(env)], type(env).__name__  # type: ignore[arg-type]
+    hints = _hints(type(env)) if settings else {}
+    for name, value in settings.items():
         if name not in known:
-            raise SettingError(str(unknown_name(f"constant of {type(env).__name__}", name, known)))
+            raise SettingError(str(unknown_name(f"constant of {owner}", name, known)))
+        if not _fits(value, hints.get(name, Any)):
+            raise SettingError(f"constant {name} of {owner} is {value!r}, expected {_said(hints[name])}")
     return dataclasses.replace(env, **settings)  # type: ignore[type-var]
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of the fields; none where a user's class refers to a name that only type checkers see."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type; what is no number, switch, text or sequence of those is not looked at."""
+    if hint in (float, int):
+        return isinstance(value, Real if hint is float else Integral) and not isinstance(value, bool)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is Literal:
+        return isinstance(value, str | int | None) and value in arguments
+    if origin is collections.abc.Sequence:
+        if isinstance(value, list | tuple):
+            return all(_fits(one, arguments[0]) for one in value)
+        return isinstance(value, Iterable) and not isinstance(value, str)
+    return True
+
+
+def _said(hint: Any) -> str:
+    """The type in words."""
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "None"}
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_said(one) for one in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is collections.abc.Sequence:
+        several = {float: "numbers", int: "whole numbers", str: "texts"}
+        return f"a list of {several.get(arguments[0], arguments[0])}"
+    return words.get(hint) or str(hint)
 
 
 def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily | TaskStream:
@@ -226,6 +272,9 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily | TaskStre
     for constant in table["ranges"]:
         if constant not in constants:
             raise SettingError(f"envs/{name}.toml: {unknown_name('constant', constant, constants)}")
+        bounds = table["ranges"][constant]
+        if not _fits(bounds, Sequence[float]) or len(bounds) != 2:
+            raise SettingError(f"envs/{name}.toml: the range of {constant} is {bounds!r}, expected [low, high]")
     return TaskFamily(name, base, {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()})
 
 

@@ -37,9 +37,16 @@ def _stream_number(stream: str) -> int:
     return zlib.crc32(stream.encode()) | (len(stream) << 32)
 
 
-@cache
-def _counter_offsets(count: int, device: torch.device) -> Tensor:
+def _new_offsets(count: int, device: torch.device) -> Tensor:
     return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN
+
+
+_kept_offsets = lru_cache(maxsize=128)(_new_offsets)
+_LONGEST_KEPT = 1 << 16  # 512 KiB: making longer ones anew costs little beside the draw itself
+
+
+def _counter_offsets(count: int, device: torch.device) -> Tensor:
+    return _kept_offsets(count, device) if count <= _LONGEST_KEPT else _new_offsets(count, device)
 
 
 def make_keys(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -90,10 +97,15 @@ def bits(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int]) 
 def uniform(
     key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Uniform numbers in the open interval (0, 1), `[*L, *shape]`: 23 bits in float32, 52 in float64, centred."""
-    precision = 52 if dtype == torch.float64 else 23
+    """Uniform numbers in the open interval (0, 1), `[*L, *shape]`, centred.
+
+    They have one bit less than the dtype's significand (52 in float64, 23 in float32, 10 in float16, 7 in bfloat16),
+    so that every one of them is exact and none is rounded to 1.
+    """
+    spacing = torch.finfo(dtype).eps
+    precision = 1 - math.frexp(spacing)[1]
     integer = _shift_right(bits(key, stream, counter, shape), 64 - precision)
-    return integer.to(dtype).add_(0.5).mul_(2.0**-precision)
+    return integer.to(dtype).add_(0.5).mul_(spacing)
 
 
 def normal(

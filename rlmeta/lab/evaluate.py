@@ -11,6 +11,7 @@ from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.learning.collect import clear_memory
+from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params
 
 MAX_STEPS = 1_000_000
@@ -41,6 +42,7 @@ def evaluate(
         episodes: E.
         deterministic: the policy's mode, or a sample.
     """
+    require(episodes >= 1, f"episodes is {episodes}, expected at least 1")
     if episodes % world.num_envs:
         raise SettingError(f"{episodes} evaluation episodes don't divide over {world.num_envs} environments")
     rounds, rows = episodes // world.num_envs, (*key.shape, world.num_envs)

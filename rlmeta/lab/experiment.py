@@ -90,20 +90,9 @@ class Experiment:
         """The per-learner settings `{name: [S]}`."""
         return settings_.hyper_tensors(self.variants, len(self.seeds), self.device)
 
-    @property
-    def shards(self) -> list[int]:
-        """How many learners each thread trains.
-
-        Learners don't depend on each other, so native ones are cut into a part for every core. Foreign environments
-        hold Python's lock, so their learners stay together.
-        """
-        threads, learners = self.threads or os.cpu_count() or 1, len(self.learners)
-        parts = min(threads, learners) if self.task.native else 1
-        return [learners // parts + (i < learners % parts) for i in range(parts)]
-
-    def world(self, learners: int, num_envs: int | None = None) -> World:
-        """The environments of so many learners."""
-        return self.task.world((learners,), num_envs or self.variants[0].num_envs)
+    def world(self, num_envs: int | None = None) -> World:
+        """The learners' environments, as many for each as given or as the settings say."""
+        return self.task.world((len(self.learners),), num_envs or self.variants[0].num_envs)
 
     def bind(self, world: World) -> Agent:
         """The agent on the world's spaces."""
@@ -111,9 +100,9 @@ class Experiment:
         return merged.bind(world.observation_space, world.action_space, self.methods)
 
     def use_threads(self) -> None:
-        """Set torch's threads: one where there are shards, and for few small learners."""
+        """Set torch's threads; a few small learners gain nothing from more than one."""
         threads = self.threads or os.cpu_count() or 1
-        torch.set_num_threads(threads if len(self.shards) == 1 and len(self.learners) >= 4 else 1)
+        torch.set_num_threads(threads if len(self.learners) >= 4 else 1)
 
     def config(self) -> dict[str, Any]:
         """The table of `config.toml`."""
@@ -173,7 +162,10 @@ def from_config(
         for table in tables:
             if "network" in table:
                 if network is None:
-                    raise SettingError(f"{where} had the network {table['network']}: pass it again as network=")
+                    raise SettingError(
+                        f"{where} had the network {table['network']}: pass it again as network= "
+                        "(on the command line --network)"
+                    )
                 table["network"] = network
             if "hidden_sizes" in table:
                 table["hidden_sizes"] = tuple(table["hidden_sizes"])
@@ -205,7 +197,9 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     elif module.startswith("rlmeta.envs.native.") and cls != "TabularMDP":
         made = Task(name, getattr(native, cls)(**described["constants"]), settings)
     elif "constants" in described or "<" in cls or (cls and "-v" not in cls):
-        raise SettingError(f"{where} had environments of {described['source']}: pass it again as env=")
+        raise SettingError(
+            f"{where} had environments of {described['source']}: pass it again as env= (on the command line --env)"
+        )
     else:
         made = task(described["source"], name=name, settings=settings, mode=mode, native=False)
     return dataclasses.replace(made, ranges=ranges)

@@ -17,8 +17,10 @@ from rlmeta.functional import random, statistics, tree
 from rlmeta.lab import checkpoint, run_folder
 from rlmeta.lab.evaluate import Evaluation, evaluate
 from rlmeta.lab.experiment import Experiment, from_config
+from rlmeta.lab.memory import keep_freed_memory
 from rlmeta.learning.method import Method
-from rlmeta.learning.state import State, join, split
+from rlmeta.learning.settings import require
+from rlmeta.learning.state import State
 
 
 class Run:
@@ -27,49 +29,37 @@ class Run:
     Attributes:
         experiment: settings, seeds, task, budget.
         agent: bound to the task's spaces.
-        shards: everything it is, one state for each thread's learners; `state` joins them.
+        world: the environments of its learners.
+        state: everything it is.
         folder: where it is saved, or None.
         evaluation: of the final parameters, once it has ended.
         seconds: of wall time it trained, over all its resumes.
         stopped: why it ended before its budget, or ''.
+        offsets: how long each of its records was at the checkpoint it was read from.
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
         self.experiment, self.folder = experiment, folder
         experiment.use_threads()
-        self.worlds = [experiment.world(size) for size in experiment.shards]
-        self.agent: Agent = experiment.bind(self.worlds[0])
-        self.shards: list[State] = []
+        keep_freed_memory()
+        self.world = experiment.world()
+        self.agent: Agent = experiment.bind(self.world)
+        self.state: State = {}
         self.evaluation: Evaluation | None = None
         self.seconds = 0.0
         self.stopped = ""
-
-    @property
-    def state(self) -> State:
-        """Everything it is, all learners together."""
-        return join(self.shards)
-
-    @state.setter
-    def state(self, state: State) -> None:
-        sizes = self.experiment.shards
-        self.shards = [state] if len(sizes) == 1 else split(state, sizes)
+        self.offsets: dict[str, int] = {}
 
     def start(self) -> None:
         """Set the state to that of a run that begins."""
-        hyper, first, shards = self.experiment.hyper(), 0, []
-        for size, world in zip(self.experiment.shards, self.worlds):
-            part = slice(first, first + size)
-            keys = self.experiment.keys()[part]
-            shards.append(self.agent.init(keys, {name: value[part] for name, value in hyper.items()}, world))
-            first += size
-        self.shards = shards
+        self.state = self.agent.init(self.experiment.keys(), self.experiment.hyper(), self.world)
 
     # ------------------------------------------------------------------ what a reader asks
 
     @property
     def env_steps(self) -> int:
         """Environment steps of each learner so far."""
-        return max(int(shard["count"]["env_steps"].max()) for shard in self.shards)
+        return int(self.state["count"]["env_steps"].max())
 
     @property
     def scores(self) -> Tensor:
@@ -94,7 +84,7 @@ class Run:
                 raise SettingError("no best parameters: the run has had no periodic evaluation")
             p = {**p, **state["best"]["params"]}
         rows = evaluation_rows(episodes, self.experiment.task.native)
-        world = self.experiment.world(len(self.experiment.learners), rows)
+        world = self.experiment.world(rows)
         try:
             key = random.fold(random.fold(state["key"], "evaluation"), seed)
             return evaluate(self.agent, p, world, key, episodes, deterministic=deterministic)
@@ -171,12 +161,12 @@ class Run:
 
     def close(self) -> None:
         """End worker processes and environments."""
-        for world in self.worlds:
-            world.close()
+        self.world.close()
 
 
 def evaluation_rows(episodes: int, native: bool) -> int:
     """Rows to play `episodes` episodes in: all at once where rows cost nothing, else the largest divisor up to 16."""
+    require(episodes >= 1, f"episodes is {episodes}, expected at least 1")
     return episodes if native else max(n for n in range(1, 17) if episodes % n == 0)
 
 
@@ -208,6 +198,7 @@ def load(
     run.state = fit(run.state, state, str(folder))
     run.seconds = float(about.get("seconds", 0.0))
     run.stopped = str(about.get("stopped", ""))
+    run.offsets = dict(about.get("offsets", {}))
     summary = folder / "summary.json"
     if summary.is_file():
         content = json.loads(summary.read_text())

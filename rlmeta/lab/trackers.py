@@ -54,12 +54,14 @@ TrackerFactory: TypeAlias = "Callable[[Run], Tracker]"
 
 def to_tensorboard() -> TrackerFactory:
     """Log to TensorBoard: `rl.train(..., out="runs/first", trackers=[to_tensorboard()])`."""
-    return lambda run: TensorBoardTracker(_folder(run, "TensorBoard"), run.experiment)
+    return lambda run: TensorBoardTracker(_folder(run, "TensorBoard"), run.experiment, lambda: run.seconds)
 
 
 def to_wandb(project: str, *, group: str | None = None, entity: str | None = None) -> TrackerFactory:
     """Log to Weights & Biases; the arguments are those of `WandbTracker`."""
-    return lambda run: WandbTracker(run.experiment, project, group, folder=_folder(run, "W&B"), entity=entity)
+    return lambda run: WandbTracker(
+        run.experiment, project, group, folder=_folder(run, "W&B"), entity=entity, seconds=lambda: run.seconds
+    )
 
 
 def trackers_of(folder: str | os.PathLike[str]) -> list[TrackerFactory]:
@@ -82,16 +84,20 @@ class TensorBoardTracker:
     Args:
         folder: of the run.
         experiment: what is trained.
+        seconds: how long the run has trained, for `charts/SPS`.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], experiment: Experiment) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], experiment: Experiment, seconds: Callable[[], float] | None = None
+    ) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise missing_extra("tensorboard", "tensorboard", "logging to TensorBoard") from error
+        self._seconds = seconds
         self._journal = _Journal(Path(folder) / TENSORBOARD)
         new = self._journal.open({})
         self._writers = [SummaryWriter(Path(folder) / "tensorboard" / name) for name in learner_names(experiment)]
@@ -103,6 +109,7 @@ class TensorBoardTracker:
         """Write one line of metrics; it has reached the operating system on return."""
         if not self._journal.claim(step):
             return
+        metrics = _with_speed(metrics, step, len(self._writers), self._seconds)
         for writer, line in zip(self._writers, _lines(metrics, len(self._writers)), strict=True):
             for name, value in line.items():
                 writer.add_scalar(name, value, step)
@@ -127,6 +134,7 @@ class WandbTracker:
         group: of all learners; by default named after the task, the agent and the folder.
         folder: of the run.
         entity: user or team of W&B; by default the key's own.
+        seconds: how long the run has trained, for `charts/SPS`.
 
     Raises:
         MissingExtraError: wandb is not installed.
@@ -141,6 +149,7 @@ class WandbTracker:
         *,
         folder: str | os.PathLike[str],
         entity: str | None = None,
+        seconds: Callable[[], float] | None = None,
     ) -> None:
         try:
             import wandb  # noqa: F401
@@ -159,11 +168,15 @@ class WandbTracker:
                 f"{folder} was logged to W&B project {saved['project']!r}, entity {saved['entity']!r}, group "
                 f"{saved['group']!r}: give the same, or remove {self._journal.path} to log to new W&B runs"
             )
+        self._seconds = seconds
         self._failed = False
         self._handled = sys.exc_info()[1]
         self._runs: list[Any] = []
         for index, name in enumerate(learner_names(experiment)):
             self._runs.append(self._start(index, f"{about}__{name}", _hyperparameters(experiment, index)))
+        if urls := self.urls:
+            others = f" and {len(urls) - 1} more in group {saved['group']}" if len(urls) > 1 else ""
+            print(f"W&B: {urls[0]}{others}", file=sys.stderr)
 
     def _start(self, index: int, name: str, config: dict[str, Any]) -> Any:
         """The W&B run of one learner, new or continued."""
@@ -198,12 +211,13 @@ class WandbTracker:
     @property
     def urls(self) -> list[str]:
         """Where to look at each learner; empty offline."""
-        return [run.url for run in self._runs if not (run.offline or run.disabled)]
+        return [run.url for run in self._runs if not (run.offline or run.disabled) and run.url]
 
     def log(self, step: int, metrics: dict[str, list[float]]) -> None:
         """Send one line of metrics."""
         if self._failed or not self._journal.claim(step):
             return
+        metrics = _with_speed(metrics, step, len(self._runs), self._seconds)
         with self._survive("logging"):
             for run, line in zip(self._runs, _lines(metrics, len(self._runs)), strict=True):
                 if line:
@@ -297,6 +311,14 @@ def _folder(run: Run, what: str) -> Path:
     if run.folder is None:
         raise SettingError(f"logging to {what} needs a run folder, the run is kept in memory: give out=")
     return run.folder
+
+
+def _with_speed(
+    metrics: dict[str, list[float]], step: int, learners: int, seconds: Callable[[], float] | None
+) -> dict[str, list[float]]:
+    """The metrics, and the environment steps per second of all learners together, as `timing.jsonl` has them."""
+    passed = seconds() if seconds else 0.0
+    return {**metrics, "charts/SPS": [step * learners / passed] * learners} if passed > 0 else metrics
 
 
 def _lines(metrics: dict[str, list[float]], learners: int) -> list[dict[str, float]]:

@@ -7,7 +7,6 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,9 +18,9 @@ from torch import Tensor
 from rlmeta.agents.agent import Metrics, NetworkFactory
 from rlmeta.envs.task import Task, TaskFamily, task
 from rlmeta.envs.world import World
-from rlmeta.errors import InexactResumeError, SettingError
+from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
-from rlmeta.lab import checkpoint, run_folder
+from rlmeta.lab import run_folder
 from rlmeta.lab.evaluate import evaluate
 from rlmeta.lab.experiment import Budget, Experiment
 from rlmeta.lab.plots import write_curve
@@ -67,7 +66,7 @@ def train(
         trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
         progress: show a live bar.
         device: of every tensor.
-        threads: cores to use; 0 takes all.
+        threads: cores for torch to use; 0 takes all.
 
     Returns:
         The run, evaluated.
@@ -94,8 +93,9 @@ def train(
         if run.folder is None:
             return _Loop(run, callbacks, trackers, progress).go()
         run_folder.create(run.folder)
-        run_folder.write_config(run.folder, experiment.config())
         with run_folder.lock(run.folder):
+            run_folder.create(run.folder)  # another process may have been faster
+            run_folder.write_config(run.folder, experiment.config())
             return _Loop(run, callbacks, trackers, progress).go()
     finally:
         run.close()
@@ -122,7 +122,7 @@ def resume(
         callbacks: as for `train`.
         trackers: as for `train`.
         progress: as for `train`.
-        inexact: go on even where the environments cannot be brought back to where they were.
+        inexact: begin new episodes where the environments cannot be brought back to where they were.
 
     Raises:
         CheckpointError: nothing to resume there.
@@ -133,22 +133,27 @@ def resume(
         run = load(folder, network=network, env=env, methods=tuple(lifelong))
         run.stopped = ""
         try:
-            for shard, world in zip(run.shards, run.worlds):
-                _restore_world(shard, world, inexact)
-            return _Loop(run, callbacks, trackers, progress, resumed=True).go()
+            _restore_world(run, inexact)
+            return _Loop(run, callbacks, trackers, progress).go()
         finally:
             run.close()
 
 
-def _restore_world(state: State, world: World, inexact: bool) -> None:
-    """Bring live environments back to where the checkpoint left them; begin new episodes where that may be."""
-    try:
-        state["world"] = world.restore(state["world"])
-    except InexactResumeError:
-        if not inexact:
-            raise
-        key = random.fold(random.fold(state["key"], "inexact"), state["count"]["iterations"])
-        state["world"] = world.reset(key)
+def _restore_world(run: Run, inexact: bool) -> None:
+    """Bring live environments back to where the checkpoint left them; rows that can't be begin new episodes."""
+    from rlmeta.envs.gymnasium_world import GymnasiumWorld
+
+    if not isinstance(run.world, GymnasiumWorld):
+        return
+    state, saved = run.state, run.state["world"]
+    state["world"] = run.world.restore(saved, inexact)
+    begins = (state["world"]["episode"] != saved["episode"].cpu()).to(state["key"].device)
+    fresh = {
+        "memory": run.agent.initial_memory(state["params"], tuple(begins.shape)),
+        "episode": tree.map(torch.zeros_like, state["episode"]),
+    }
+    for name, part in fresh.items():
+        state[name] = select(begins, part, state[name])
 
 
 def one_batch(settings: Sequence[Any]) -> Sequence[Any]:
@@ -165,99 +170,34 @@ ACTING = ("world", "memory", "episode")
 """What moves on with live environments, which can't be put back while their neighbours go on."""
 
 
-class _Shard:
-    """The learners of one thread: their state, their environments, and those among them that are frozen."""
-
-    def __init__(self, run: Run, index: int, iterations: int) -> None:
-        self.run, self.index, self.iterations = run, index, iterations
-        self.world = run.worlds[index]
-        self.frozen: dict[int, State] = {}
-        self.seconds: dict[str, float] = {}
-        self.freeze()
-
-    @property
-    def state(self) -> State:
-        """The shard's part of the run's state."""
-        return self.run.shards[self.index]
-
-    def advance(self, first: int, last: int) -> None:
-        """Iterations `first` to `last` - 1."""
-        for iteration in range(first, last):
-            state = self.state
-            state["progress"] = torch.full_like(state["progress"], iteration / self.iterations)
-            clock.switch("learn")
-            state, metrics = self.run.agent.iterate(state, self.world)
-            clock.switch("other")
-            accumulate(state, metrics)
-            self.run.shards[self.index] = state
-            self.freeze()
-        self.seconds = dict(clock.seconds)
-
-    def freeze(self) -> None:
-        """Keep every learner that is not active bit-identical to where it stopped."""
-        active = self.state["active"]
-        if bool(active.all()):
-            return
-        moving = REPORTED if self.run.experiment.task.native else REPORTED + ACTING
-        still = {name: part for name, part in self.state.items() if name not in moving}
-        for learner in (~active).nonzero().flatten().tolist():
-            kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
-            tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
-
-    def evaluate(self, world: World, iteration: int, budget: Budget) -> Metrics:
-        """A periodic evaluation: keeps the best parameters, stops the learners that reached the target."""
-        clock.switch("evaluate")
-        state, agent = self.state, self.run.agent
-        key = random.fold(random.fold(state["key"], "periodic evaluation"), iteration)
-        p = agent.seen(state)
-        result = evaluate(agent, p, world, key, budget.eval_episodes)
-        score = result.returns.mean(-1)
-        current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}
-        best = state.get("best", current)
-        better = (score > best["score"]) & state["active"]
-        state["best"] = tree.map(torch.clone, select(better, current, best))
-        state["active"] = state["active"] & ~(score >= budget.target)
-        self.freeze()
-        clock.switch("other")
-        self.seconds = dict(clock.seconds)
-        return {"eval/return": score, "eval/length": result.lengths.double().mean(-1)}
-
-
 class _Loop:
     """Iterations until the budget is spent, every learner is done, a callback says so, or the user interrupts."""
 
     def __init__(
-        self,
-        run: Run,
-        callbacks: Sequence[Callback],
-        trackers: Sequence[TrackerFactory],
-        progress: bool,
-        resumed: bool = False,
+        self, run: Run, callbacks: Sequence[Callback], trackers: Sequence[TrackerFactory], progress: bool
     ) -> None:
         self.run, self.callbacks, self.show_progress = run, callbacks, progress
-        self.budget, learners = run.experiment.budget, run.experiment.shards
-        self.steps_per_iteration = run.worlds[0].num_envs * run.agent.steps_per_iteration
+        self.budget = run.experiment.budget
+        self.steps_per_iteration = run.world.num_envs * run.agent.steps_per_iteration
         self.iterations = math.ceil(self.budget.steps / self.steps_per_iteration)
         self.log_every = max(1, self.iterations // self.budget.log_points)
         every = self.budget.eval_every or max(1, self.budget.steps // 10)
         self.eval_every = max(1, round(every / self.steps_per_iteration))
-        self.done = int(run.shards[0]["count"]["iterations"].max())
-        self.interrupted = False
-        self.shards = [_Shard(run, index, self.iterations) for index in range(len(learners))]
-        self.pool = ThreadPoolExecutor(len(learners)) if len(learners) > 1 else None
-        rows = evaluation_rows(self.budget.eval_episodes, run.experiment.task.native)
-        self.eval_worlds = [run.experiment.world(size, rows) for size in learners] if self._evaluates() else []
+        self.done = int(run.state["count"]["iterations"].max())
+        self.interrupted = self.at_once = False
+        self.handler = signal.getsignal(signal.SIGINT)
+        self.frozen: dict[int, State] = {}
+        self._freeze()
+        self.eval_world: World | None = None
+        if self.eval_every < self.iterations:
+            rows = evaluation_rows(self.budget.eval_episodes, run.experiment.task.native)
+            self.eval_world = run.experiment.world(rows)
         self.records: dict[str, Records] = {}
         if run.folder is not None:
             self.records = {name: Records(run.folder / f"{name}.jsonl") for name in ("metrics", "timing")}
-            if resumed:
-                offsets = checkpoint.about(run.folder / "state")["offsets"]
-                for name, record in self.records.items():
-                    record.truncate(offsets[name])
+            for name, offset in run.offsets.items():
+                self.records[name].truncate(offset)
         self.tracker_factories, self.trackers = trackers, list[Tracker]()
-
-    def _evaluates(self) -> bool:
-        return self.eval_every < self.iterations
 
     # ------------------------------------------------------------------ the loop
 
@@ -277,39 +217,74 @@ class _Loop:
                 line = self._advance()
                 run.seconds = already + time.perf_counter() - started
                 self._record(line)
-                bar.update(self.done, line, run.seconds, self.shards[0].seconds)
+                bar.update(self.done, line, run.seconds, clock.seconds)
                 if time.perf_counter() - saved >= self.budget.checkpoint_seconds:
                     self._save()
                     saved = time.perf_counter()
             run.seconds = already + time.perf_counter() - started
             if self.interrupted:
                 self._save()
-                run.stopped = "interrupted"
             else:
                 run.stopped = run.stopped or ("" if self._active() else "every learner has stopped")
                 self._finish()
+            if self.interrupted:
+                run.stopped = "interrupted"
         return run
 
     def _advance(self) -> dict[str, Any]:
         """Iterations up to the next line of metrics, and that line."""
+        run, before = self.run, self._active_learners()
         last = min(self._next(self.log_every), self._next(self.eval_every), self.iterations)
-        before = self._active_learners()
-        self._each(lambda shard: shard.advance(self.done, last))
+        for iteration in range(self.done, last):
+            run.state["progress"] = torch.full_like(run.state["progress"], iteration / self.iterations)
+            clock.switch("learn")
+            run.state, metrics = run.agent.iterate(run.state, run.world)
+            clock.switch("other")
+            accumulate(run.state, metrics)
+            self._freeze()
         self.done = last
         self._name_frozen(before)
         line: dict[str, Any] = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
         if self.done % self.log_every == 0 or self.done == self.iterations:
-            line.update(_lists([take_averages(shard.state) for shard in self.shards]))
-        if self.done % self.eval_every == 0 and self.done < self.iterations:
-            found = self._each(lambda shard: shard.evaluate(self.eval_worlds[shard.index], self.done, self.budget))
-            line.update(_lists(found))
+            line.update(_lists(take_averages(run.state)))
+        if self.eval_world is not None and self.done % self.eval_every == 0 and self.done < self.iterations:
+            line.update(_lists(self._evaluate(self.eval_world)))
         return line
+
+    def _evaluate(self, world: World) -> Metrics:
+        """A periodic evaluation: keeps the best parameters, stops the learners that reached the target."""
+        clock.switch("evaluate")
+        state, agent = self.run.state, self.run.agent
+        key = random.fold(random.fold(state["key"], "periodic evaluation"), self.done)
+        p = agent.seen(state)
+        result = evaluate(agent, p, world, key, self.budget.eval_episodes)
+        score = result.returns.mean(-1)
+        current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}
+        best = state.get("best", current)
+        better = (score > best["score"]) & state["active"]
+        state["best"] = tree.map(torch.clone, select(better, current, best))
+        state["active"] = state["active"] & ~(score >= self.budget.target)
+        self._freeze()
+        clock.switch("other")
+        return {"eval/return": score, "eval/length": result.lengths.double().mean(-1)}
+
+    def _freeze(self) -> None:
+        """Keep every learner that is not active bit-identical to where it stopped."""
+        state = self.run.state
+        active = state["active"]
+        if bool(active.all()):
+            return
+        moving = REPORTED if self.run.experiment.task.native else REPORTED + ACTING
+        still = {name: part for name, part in state.items() if name not in moving}
+        for learner in (~active).nonzero().flatten().tolist():
+            kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
+            tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
 
     def _active(self) -> bool:
         return any(self._active_learners())
 
     def _active_learners(self) -> list[bool]:
-        return [active for shard in self.shards for active in shard.state["active"].tolist()]
+        return self.run.state["active"].tolist()
 
     def _name_frozen(self, before: Sequence[bool]) -> None:
         """Say which learners lost their numbers since."""
@@ -327,34 +302,33 @@ class _Loop:
     def _next(self, every: int) -> int:
         return (self.done // every + 1) * every
 
-    def _each(self, work: Callable[[_Shard], Any]) -> list[Any]:
-        """Do the work for every shard, each in its thread."""
-        if self.pool is None:
-            return [work(shard) for shard in self.shards]
-        return list(self.pool.map(work, self.shards))
-
     @contextmanager
     def _resources(self) -> Iterator[None]:
         """Catch Ctrl-C, so that the iteration is finished; close everything at the end."""
         try:
-            before = signal.signal(signal.SIGINT, self._interrupt)
+            signal.signal(signal.SIGINT, self._interrupt)
+            caught = True
         except ValueError:  # not in the main thread: whoever runs us handles interrupts
-            before = None
+            caught = False
         try:
             for make in self.tracker_factories:
                 self.trackers.append(make(self.run))
             yield
         finally:
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
-            if self.pool is not None:
-                self.pool.shutdown()
-            opened: list[Any] = [*self.records.values(), *self.trackers, *self.eval_worlds]
+            if caught:
+                signal.signal(signal.SIGINT, self.handler)
+            opened: list[Any] = [*self.records.values(), *self.trackers]
+            if self.eval_world is not None:
+                opened.append(self.eval_world)
             for one in opened:
                 one.close()
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """The first Ctrl-C waits for the iteration, or ends the final evaluation; a second is not ours any more."""
         self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler)
+        if self.at_once:
+            raise KeyboardInterrupt
 
     # ------------------------------------------------------------------ records and files
 
@@ -363,7 +337,7 @@ class _Loop:
         if self.records:
             self.records["metrics"].write(line)
             rate = line["env_steps"] * len(self.run.experiment.learners) / max(self.run.seconds, 1e-9)
-            times = {f"time/{part}": seconds for part, seconds in self.shards[0].seconds.items()}
+            times = {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
             timing = {"iteration": self.done, "seconds": self.run.seconds, "charts/SPS": rate, **times}
             self.records["timing"].write(timing)
         for tracker in self.trackers:
@@ -373,9 +347,18 @@ class _Loop:
                 self.run.stopped = "a callback stopped it"
 
     def _finish(self) -> None:
-        """Evaluate the final parameters, save, plot."""
-        self.run.evaluation = self.run.evaluate(self.budget.final_episodes)
+        """Save, evaluate the final parameters, plot; Ctrl-C leaves the evaluation to a resume."""
         self._save()
+        try:
+            self.at_once = True
+            if self.interrupted:
+                return
+            self.run.evaluation = self.run.evaluate(self.budget.final_episodes)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            return
+        finally:
+            self.at_once = False
         self.run.write_summary()
         if self.run.folder is not None:
             write_curve(self.run)
@@ -419,15 +402,6 @@ def take_averages(state: State) -> dict[str, Tensor]:
     return averages
 
 
-def _lists(parts: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:
-    """The shards' metrics put together, as lists for JSON; NaN for a shard that lacks one."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    sizes = [next(iter(part.values())).shape for part in parts]
-    return {
-        name: [
-            value
-            for part, size in zip(parts, sizes)
-            for value in per_learner(part.get(name, torch.full(size, math.nan)))
-        ]
-        for name in names
-    }
+def _lists(metrics: Metrics) -> dict[str, list[float]]:
+    """Metrics `[*L]` as lists for JSON."""
+    return {name: per_learner(value) for name, value in metrics.items()}

@@ -239,6 +239,26 @@ def test_uniform_numbers_lie_in_the_open_interval(
         assert random.integers(KEYS, "a", 0, (), n).tolist() == [0, n - 1]
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float16, 10), (torch.bfloat16, 7)])
+def test_uniform_numbers_of_half_precision_never_round_to_one(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, precision: int
+) -> None:
+    steps = torch.arange(2**precision) << (64 - precision)
+    monkeypatch.setattr(random, "bits", lambda *_: steps | ((1 << (64 - precision)) - 1))
+    drawn = random.uniform(KEYS, "a", 0, (), dtype)
+    assert drawn.dtype == dtype
+    assert drawn.double().tolist() == [(i + 0.5) / 2**precision for i in range(2**precision)]
+
+
+def test_few_and_short_counter_offsets_are_kept() -> None:
+    for count in (*range(1, 200), random._LONGEST_KEPT + 1):
+        assert random._counter_offsets(count, KEYS.device).shape == (count,)
+    kept = random._kept_offsets.cache_info()
+    assert kept.maxsize is not None and kept.currsize <= kept.maxsize
+    assert random._counter_offsets(random._LONGEST_KEPT + 1, KEYS.device).shape == (random._LONGEST_KEPT + 1,)
+    assert random._kept_offsets.cache_info() == kept, "long ones are not"
+
+
 def test_integers_are_uniform() -> None:
     drawn = random.integers(KEYS[0], "a", 0, (60_000,), 6)
     assert drawn.dtype == torch.int64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 import rlmeta as rl
 from rlmeta.envs.native import Bandit, CartPole
@@ -37,14 +38,14 @@ def test_every_kind_of_task_comes_back(problem):
 
 def test_what_cannot_be_named_is_asked_for_again():
     experiment = Experiment((rl.PPO(),), (0,), rl.task(lambda: None, name="own"), Budget(steps=10))
-    with pytest.raises(SettingError, match="pass it again as env="):
+    with pytest.raises(SettingError, match=r"pass it again as env= \(on the command line --env\)"):
         from_config(experiment.config(), where="here")
 
     class Mine(Bandit):
         """A user's own native environment."""
 
     experiment = dataclasses.replace(experiment, task=rl.task(Mine()))
-    with pytest.raises(SettingError, match="pass it again as env="):
+    with pytest.raises(SettingError, match=r"pass it again as env= \(on the command line --env\)"):
         from_config(experiment.config(), where="here")
     assert isinstance(from_config(experiment.config(), where="here", source=Mine()).task.source, Mine)
 
@@ -54,11 +55,10 @@ def test_a_configuration_of_something_else_is_refused():
         from_config({"exp_name": "ppo"}, where="here")
 
 
-def test_learners_are_split_evenly_over_threads():
-    experiment = Experiment((rl.PPO(),), tuple(range(5)), rl.task("CartPole-v1"), Budget(), threads=2)
-    assert experiment.shards == [3, 2]
-    foreign = dataclasses.replace(experiment, task=rl.task("CartPole-v1", native=False))
-    assert foreign.shards == [5]
+@pytest.mark.parametrize(("seeds", "threads"), [(3, 1), (4, 2)])
+def test_torch_takes_several_threads_for_four_learners_or_more(seeds, threads):
+    Experiment((rl.PPO(),), tuple(range(seeds)), rl.task("CartPole-v1"), threads=2).use_threads()
+    assert torch.get_num_threads() == threads
 
 
 def test_changing_one_constant_of_a_named_family_keeps_its_ranges():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import rlmeta as rl
 from rlmeta import agents
 from rlmeta.agents import PPO
+from rlmeta.envs import names as names_module
 from rlmeta.envs.names import names, read_toml
 from rlmeta.envs.task import Task, TaskFamily, TaskStream, from_table
 from rlmeta.errors import SettingError, UnknownNameError
@@ -15,6 +18,7 @@ from rlmeta.functional.random import make_keys
 from rlmeta.lab.experiment import agent_class
 from rlmeta.lab.presets import NOTHING, load_preset, preset, preset_files
 
+REPOSITORY = Path(rl.__file__).parents[1]
 FILE = """
 [defaults]
 max_grad_norm = 1.5
@@ -142,6 +146,34 @@ def test_shipped_presets_are_settings() -> None:
     assert dataclasses.replace(PPO(), num_steps=32, num_epochs=20, learning_rate=1e-3) == dataclasses.replace(
         cartpole, gamma=0.99, gae_lambda=0.95, clip_range_schedule="constant"
     )
+
+
+def test_everything_in_the_folders_of_names_is_shipped() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    for target, patterns in project["tool"]["setuptools"]["data-files"].items():
+        folder = REPOSITORY / Path(target).name
+        shipped = {path for pattern in patterns for path in REPOSITORY.glob(pattern)}
+        assert shipped == {path for path in folder.iterdir() if path.name != "__pycache__"}
+    assert set(project["tool"]["setuptools"]["data-files"]) == {"share/rlmeta/agents", "share/rlmeta/envs"}
+
+
+@pytest.mark.parametrize("prefix", ["venv", "user", "target"])
+def test_names_fall_back_to_the_installed_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    shipped = tmp_path / prefix / "share" / "rlmeta" / "agents" / "ppo.toml"
+    shipped.parent.mkdir(parents=True)
+    shutil.copy(REPOSITORY / "agents" / "ppo.toml", shipped)
+    monkeypatch.delenv("RLMETA_PATH", raising=False)
+    monkeypatch.setattr(names_module, "__file__", str(tmp_path / "target" / "rlmeta" / "envs" / "names.py"))
+    monkeypatch.setattr(
+        names_module.sysconfig, "get_path", lambda name, scheme="": str(tmp_path / ("user" if scheme else "venv"))
+    )
+    monkeypatch.chdir(tmp_path)
+    assert names("agents") == {"ppo": shipped}
+    assert load_preset(PPO, "CartPole-v1").path == shipped
+    mine = tmp_path / "agents" / "ppo.toml"
+    mine.parent.mkdir()
+    mine.write_text("[CartPole-v1]\nsteps = 5\n")
+    assert load_preset(PPO, "CartPole-v1").steps == 5, "the user's own file comes first"
 
 
 def test_shipped_tasks_families_and_streams_run() -> None:

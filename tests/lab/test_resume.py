@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +17,14 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.agents.agent import Agent
 from rlmeta.errors import CheckpointError, InexactResumeError, RunExistsError, SettingError
 from rlmeta.functional import tree
+from rlmeta.lab import run_folder
+from rlmeta.lab.evaluate import evaluate
+from rlmeta.lab.experiment import Experiment
+from rlmeta.lab.run import Run
+from rlmeta.lab.train import _restore_world
 from tests.agents.worlds import Target
 from tests.lab import killed
 
@@ -106,6 +114,38 @@ def test_an_environment_that_cannot_be_brought_back_says_so_and_goes_on_if_asked
     assert rl.resume(tmp_path / "run", env=Random, inexact=True).env_steps == 256
 
 
+class Half(Random):
+    """Not reproducible where its seed is odd."""
+
+    def reset(self, *, seed=None, options=None):
+        first, info = super().reset()
+        return first if seed % 2 else np.zeros(2, np.float32), info
+
+    def step(self, action):
+        seen, *rest = super().step(action)
+        return np.zeros_like(seen), *rest
+
+
+def test_rows_that_begin_a_new_episode_forget_the_old_one_and_no_others_do(tmp_path, monkeypatch):
+    initial = lambda agent, p, rows: {"hidden": torch.full((*rows, 3), 7.0)}  # noqa: E731
+    monkeypatch.setattr(Agent, "initial_memory", initial)
+    problem = rl.task(Half, name="half")
+    run = Run(Experiment((rl.A2C(num_envs=8),), (0, 1), problem), None)
+    run.start()
+    odd = run.state["world"]["seed"] % 2 == 1
+    assert odd.any() and not odd.all()
+    run.state["memory"]["hidden"].fill_(3.0)
+    run.state["episode"] = tree.map(lambda leaf: leaf + 5.0, run.state["episode"])
+    with pytest.raises(InexactResumeError):
+        _restore_world(run, inexact=False)
+    _restore_world(run, inexact=True)
+    run.close()
+    assert run.state["world"]["episode"].equal(odd.long())
+    assert run.state["memory"]["hidden"].equal(torch.where(odd, 7.0, 3.0).unsqueeze(-1).expand(2, 8, 3))
+    for total in run.state["episode"].values():
+        assert total.equal(torch.where(odd, 0.0, 5.0).double())
+
+
 def test_wrong_folders_and_wrong_checkpoints_are_refused_and_nothing_is_overwritten(tmp_path):
     run = killed.train(str(tmp_path / "a"), "a2c", "CartPole-v1")
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
@@ -138,7 +178,104 @@ def test_a_run_with_ones_own_network_asks_for_it_again(tmp_path):
 
     budget = rl.Budget(steps=64, final_episodes=2)
     rl.train(rl.A2C(network=Net), "CartPole-v1", out=tmp_path / "run", budget=budget)
-    with pytest.raises(SettingError, match="pass it again as network="):
+    with pytest.raises(SettingError, match=r"pass it again as network= \(on the command line --network\)"):
         rl.load(tmp_path / "run")
     run = rl.load(tmp_path / "run", network=Net)
     assert run.act(np.zeros(4, np.float32)) in (0, 1)
+
+
+class Dies(Exception):
+    """Ends a run as a crash would."""
+
+
+def crash(at: int):
+    """A callback that raises at an iteration."""
+
+    def callback(run, line):
+        if line["iteration"] >= at:
+            raise Dies
+
+    return callback
+
+
+BUDGET = rl.Budget(steps=256, eval_every=64, eval_episodes=2, final_episodes=2, checkpoint_seconds=0.0, log_points=16)
+SETTINGS = rl.A2C(num_envs=2, num_steps=8, hidden_sizes=(8,))
+
+
+def test_a_resume_from_the_checkpoint_before_a_damaged_one_repeats_no_line(tmp_path):
+    whole = rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "whole", budget=BUDGET)
+    with pytest.raises(Dies):
+        rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "run", budget=BUDGET, callbacks=[crash(8)])
+    folder = tmp_path / "run" / "state"
+    newest, previous = (
+        json.loads((folder / f"manifest{kind}.json").read_text())["files"] for kind in ("", ".previous")
+    )
+    for name in newest.keys() - previous.keys():
+        (folder / name).write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match="using the checkpoint before it"):
+        resumed = rl.resume(tmp_path / "run")
+    assert_same_run(whole, resumed)
+
+
+def test_a_folder_that_another_process_has_used_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    folder, lock = tmp_path / "run", run_folder.lock
+
+    def late(path):
+        (folder / "config.toml").write_text("theirs")
+        return lock(path)
+
+    monkeypatch.setattr(run_folder, "lock", late)
+    with pytest.raises(RunExistsError):
+        rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET)
+    assert (folder / "config.toml").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_at_least_one_episode_is_evaluated(native):
+    run = rl.train(SETTINGS, rl.task("CartPole-v1", native=native), budget=BUDGET)
+    for episodes in (0, -1):
+        with pytest.raises(SettingError, match=f"episodes is {episodes}, expected at least 1"):
+            run.evaluate(episodes)
+    agent, p = run.agent, run.agent.seen(run.state)
+    with pytest.raises(SettingError, match="at least 1"):
+        evaluate(agent, p, run.experiment.world(), run.state["key"], 0)
+
+
+def press(*_):
+    """Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_during_the_final_evaluation_leaves_it_to_a_resume(tmp_path, monkeypatch):
+    whole = rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "whole", budget=BUDGET)
+    evaluations, play = [], rl.Run.evaluate
+
+    def interrupted(run, episodes):
+        press()
+        evaluations.append(play(run, episodes))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rl.Run, "evaluate", interrupted)
+        run = rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "run", budget=BUDGET)
+    assert (run.stopped, run.evaluation, evaluations) == ("interrupted", None, [])
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    lines = []
+    resumed = rl.resume(tmp_path / "run", callbacks=[lambda run, line: lines.append(line)])
+    assert (resumed.stopped, lines) == ("", [])
+    assert_same_run(whole, resumed)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_iteration(tmp_path):
+    def impatient(run, line):
+        press()
+        lines.append(line)
+        press()
+        time.sleep(60)
+
+    lines = []
+    with pytest.raises(KeyboardInterrupt):
+        rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "run", budget=BUDGET, callbacks=[impatient])
+    assert len(lines) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert rl.resume(tmp_path / "run").env_steps == 256

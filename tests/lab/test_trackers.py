@@ -124,6 +124,17 @@ def test_tensorboard_shows_the_hyperparameters_of_each_learner_once(tmp_path: Pa
         assert row in rows
 
 
+def test_speed_is_of_all_learners_as_in_timing_jsonl(tmp_path: Path) -> None:
+    run: Any = SimpleNamespace(folder=tmp_path, experiment=experiment((0, 7)), seconds=0.0)
+    tracker = to_tensorboard()(run)
+    for step, seconds in ((100, 0.0), (256, 2.0), (512, 8.0)):
+        run.seconds = seconds
+        tracker.log(step, {})
+    tracker.close()
+    for seed in (0, 7):
+        assert tensorboard(tmp_path / "tensorboard" / f"seed={seed}") == {"charts/SPS": [(256, 256.0), (512, 128.0)]}
+
+
 @pytest.mark.parametrize("where", ["claiming", "between", "writing"])
 def test_tensorboard_never_holds_a_step_twice_after_a_kill(tmp_path: Path, where: str) -> None:
     def die_at_step_900() -> None:
@@ -242,6 +253,37 @@ def test_wandb_has_a_run_for_every_learner_with_its_own_configuration(tmp_path: 
     assert [[line[name] for line in run.lines] for run in runs] == [[1, 5], [2, 6], [7], [4]]
     texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(os.environ["WANDB_API_KEY"].encode() in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("offline", "said"),
+    [
+        ([False, False], "W&B: https://wandb/0 and 1 more in group g\n"),
+        ([False, True], "W&B: https://wandb/0\n"),
+        ([True, True], ""),
+    ],
+)
+def test_wandb_says_where_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], offline: list[bool], said: str
+) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    def start(tracker: WandbTracker, index: int, *_: Any) -> Any:
+        def log(line: dict[str, float], step: int, commit: bool) -> None:
+            logged.append((step, line))
+
+        return SimpleNamespace(url=f"https://wandb/{index}", offline=offline[index], disabled=False, log=log)
+
+    monkeypatch.setattr(WandbTracker, "_start", start)
+    run: Any = SimpleNamespace(folder=tmp_path, experiment=experiment((0, 7)), seconds=2.0)
+    tracker = to_wandb("project", group="g")(run)
+    for step in (256, 512):
+        tracker.log(step, {"charts/episodic_return": [1, NAN]})
+    assert tuple(capsys.readouterr()) == ("", said)
+    assert logged[:2] == [
+        (256, {"global_step": 256, "charts/episodic_return": 1, "charts/SPS": 256.0}),
+        (256, {"global_step": 256, "charts/SPS": 256.0}),
+    ]
 
 
 @pytest.mark.usefixtures("offline")
@@ -405,7 +447,12 @@ def test_a_folder_tells_which_trackers_its_run_had(tmp_path: Path, monkeypatch: 
     saved = {"last_step": 5, "project": "old", "entity": "team", "group": "g", "ids": ["a", "b"]}
     (tmp_path / "wandb.json").write_text(json.dumps(saved))
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(WandbTracker, "_start", lambda self, *arguments: asked.update(self._journal.content))
+
+    def start(self: WandbTracker, *_: Any) -> Any:
+        asked.update(self._journal.content)
+        return SimpleNamespace(offline=True)
+
+    monkeypatch.setattr(WandbTracker, "_start", start)
     assert isinstance(trackers_of(tmp_path)[1](run), WandbTracker) and asked == saved
     (tmp_path / "wandb.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"wandb\.json can't be read"):

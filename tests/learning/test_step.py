@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning.method import Gradients, Method, StepInfo
-from rlmeta.learning.state import Packed, join, put, select, split, take
+from rlmeta.learning.state import Packed, put, select, take
 from rlmeta.learning.step import step
 from tests.learning.toy import LinearRegression, data
 
@@ -239,12 +239,9 @@ def test_packed_weights_are_views_and_packing_twice_is_free():
     assert flat.grad.sum() == S * 5
 
 
-def test_take_put_split_join_and_select():
+def test_take_put_and_select():
     state = {"a": torch.arange(12.0).reshape(4, 3), "b": {"c": torch.arange(4)}}
     assert torch.equal(take(state, 2)["a"], state["a"][2])
-    parts = split(state, [1, 3])
-    assert [part["b"]["c"].tolist() for part in parts] == [[0], [1, 2, 3]]
-    assert torch.equal(join(parts)["a"], state["a"])
     moved = put(state, 1, take(state, 3))
     assert moved["b"]["c"].tolist() == [0, 3, 2, 3] and state["b"]["c"].tolist() == [0, 1, 2, 3]
     chosen = select(torch.tensor([True, False, True, False]), moved, {"a": -state["a"], "b": {"c": -state["b"]["c"]}})
