@@ -1,0 +1,91 @@
+"""Layers as one node of the graph: equal to a loop over learners, also where a layer is narrow, to the second order."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlmeta.nn.product import layers, learner_product
+
+FUNCTIONS = (torch.tanh, torch.relu, torch.sigmoid, torch.nn.functional.softplus, None)
+
+
+def make(sizes: list[int], learners: int, batch: int) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(sum(sizes))
+    x = torch.randn(learners, batch, sizes[0], dtype=torch.float64, requires_grad=True)
+    tensors = []
+    for size, next_size in itertools.pairwise(sizes):
+        tensors.append(torch.randn(learners, next_size, size, dtype=torch.float64, requires_grad=True))
+        tensors.append(torch.randn(learners, 1, next_size, dtype=torch.float64, requires_grad=True))
+    return x, tensors
+
+
+def looped(x: Tensor, tensors: list[Tensor], functions: list[object]) -> Tensor:
+    outs = []
+    for learner in range(x.shape[0]):
+        h = x[learner]
+        for weight, bias, function in zip(tensors[::2], tensors[1::2], functions):
+            h = h @ weight[learner].T + bias[learner]
+            h = function(h) if callable(function) else h
+        outs.append(h)
+    return torch.stack(outs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 3, 8, 9, 12]), min_size=2, max_size=4),
+    function=st.sampled_from(FUNCTIONS),
+    learners=st.integers(1, 3),
+    batch=st.sampled_from([1, 3, 8, 10]),
+)
+def test_layers_equal_a_loop_in_value_and_gradient(
+    sizes: list[int], function: object, learners: int, batch: int
+) -> None:
+    x, tensors = make(sizes, learners, batch)
+    functions = [function] * (len(sizes) - 2) + [None]
+    out, expected = layers(x, tensors, functions), looped(x, tensors, functions)  # type: ignore[arg-type]
+    torch.testing.assert_close(out, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layers(x, tensors, functions), expected)  # type: ignore[arg-type]
+    seed = torch.randn_like(out)
+    found = torch.autograd.grad(out, [x, *tensors], seed)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, [x, *tensors], seed)):
+        torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("sizes", [[2, 9, 3], [9, 2, 9]])
+def test_second_derivatives_match_finite_differences(sizes: list[int]) -> None:
+    x, tensors = make(sizes, 2, 3)
+    assert torch.autograd.gradgradcheck(lambda x, *t: layers(x, t, [torch.tanh, None]), (x, *tensors))
+
+
+def test_a_part_that_needs_no_gradient_gets_none_and_inputs_stay_as_they_were() -> None:
+    x, tensors = make([4, 9, 2], 2, 5)
+    data, kept = x.detach(), [t.detach().clone() for t in tensors]
+    before = data.clone()
+    (gradient,) = torch.autograd.grad(layers(data, tensors, [torch.tanh, None]).sum(), tensors[2])
+    assert gradient.shape == tensors[2].shape
+    with torch.no_grad():
+        layers(data, tensors, [torch.relu, torch.relu])
+    assert torch.equal(data, before) and all(torch.equal(t, k) for t, k in zip(tensors, kept))
+
+
+def test_under_vmap_and_grad_of_torch_func() -> None:
+    x, tensors = make([3, 9, 2], 2, 4)
+
+    def loss(weight: Tensor) -> Tensor:
+        return layers(x.detach(), [weight, *(t.detach() for t in tensors[1:])], [torch.tanh, None]).square().sum()
+
+    wanted = torch.autograd.grad(loss(tensors[0]), tensors[0])[0]
+    torch.testing.assert_close(torch.func.grad(loss)(tensors[0].detach()), wanted)
+    several = torch.stack([tensors[0].detach()] * 2)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(several), torch.stack([wanted] * 2))
+
+
+@pytest.mark.parametrize("out", [1, 8, 9])
+def test_a_product_without_bias(out: int) -> None:
+    x, (weight, _) = make([5, out], 3, 4)
+    torch.testing.assert_close(learner_product(x, weight, None), x @ weight.mT)
