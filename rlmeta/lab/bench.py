@@ -139,7 +139,8 @@ def agents(options: Agents) -> int:
             rounds[-1][side] = _run([{**job, "seed": job.get("seed", 0) + cores * number} for job in jobs])
             print(f"round {number + 1}: {side}: {rounds[-1][side]['steps_per_second']:,.0f} steps/s", flush=True)
     rows = [_row(side, rounds, alone, each) for side in sides]
-    Console().print(_table(options, rows))
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(_table(options, rows))  # a log has no width
     options.out.mkdir(parents=True, exist_ok=True)
     record = {"steps": options.steps, "cores": cores, "when": time.strftime("%Y-%m-%d"), "rows": rows}
     (options.out / "bench_agents.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -50,6 +50,12 @@ class Budget:
         require(self.checkpoint_seconds >= 0, f"checkpoint_seconds is {self.checkpoint_seconds}, expected 0 or more")
 
 
+def available_threads() -> int:
+    """As many as OMP_NUM_THREADS says, as everywhere in torch; else one a core."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Variants of an agent's settings that share their static values, by seeds, on a task: one batch of learners."""
@@ -101,7 +107,7 @@ class Experiment:
 
     def use_threads(self) -> None:
         """Set torch's threads; a few small learners gain nothing from more than one."""
-        threads = self.threads or os.cpu_count() or 1
+        threads = self.threads or available_threads()
         torch.set_num_threads(threads if len(self.learners) >= 4 else 1)
 
     def config(self) -> dict[str, Any]:
@@ -111,7 +117,7 @@ class Experiment:
             "env_id": self.task.name,
             "seeds": list(self.seeds),
             "device": self.device,
-            "threads": self.threads or os.cpu_count() or 1,
+            "threads": self.threads or available_threads(),
             "task": self.task.describe(),
             "budget": dataclasses.asdict(self.budget),
             "methods": [method.name for method in self.methods],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import rlmeta as rl
 from rlmeta.envs.native import Bandit, CartPole
 from rlmeta.errors import CheckpointError, SettingError
-from rlmeta.lab.experiment import Budget, Experiment, from_config
+from rlmeta.lab.experiment import Budget, Experiment, available_threads, from_config
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,9 @@ def test_changing_one_constant_of_a_named_family_keeps_its_ranges():
     assert changed.ranges == rl.family("cartpole-physics").ranges != {}
     assert changed.source.tau == 0.03
     assert rl.task("cartpole-long-pole", mode="async").mode == "async"
+
+
+@pytest.mark.parametrize(("given", "threads"), [("3", 3), ("", os.cpu_count()), ("all", os.cpu_count())])
+def test_threads_are_as_many_as_omp_num_threads_says(monkeypatch, given, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert available_threads() == threads
