@@ -20,6 +20,7 @@ from rlmeta.functional.normalise import (
     running_init,
     running_update,
 )
+from rlmeta.learning.capture import Capture
 from rlmeta.learning.collect import Rollout, collect, episode_statistics
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
@@ -54,6 +55,7 @@ class Agent:
         self.settings = settings
         self.observation_space, self.action_space = observation_space, action_space
         self.methods = tuple(methods)
+        self.capture = Capture() if settings.network is None else None  # a user's network may do anything
 
     # ------------------------------------------------------------------ what an algorithm provides
 

@@ -42,7 +42,7 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
     for t in range(num_steps):
         clock.switch("act")
         observation = world.observation(world_state)
-        action, memory = agent.act(p, observation, memory, keys[t])
+        action, memory = _act(agent, {"params": p, "observation": observation, "memory": memory, "key": keys[t]})
         clock.switch("environment")
         world_state, transition = world.step(world_state, action)
         memory = clear_memory(memory, transition.memory_reset)
@@ -57,6 +57,18 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
         "env_steps": count["env_steps"] + num_steps * world.num_envs,
     }
     return state, {**rollout, "first_memory": first_memory}
+
+
+def _act(agent: Any, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
+    """`agent.act`, replayed where the agent has a `capture` for it."""
+
+    def act(inputs: tree.Tree) -> tree.Tree:
+        action, memory = agent.act(inputs["params"], inputs["observation"], inputs["memory"], inputs["key"])
+        return {"action": action, "memory": memory}
+
+    capture = getattr(agent, "capture", None)
+    found = act(inputs) if capture is None else capture("act", act, inputs)
+    return found["action"], found["memory"]
 
 
 def _record(transition: Transition) -> Rollout:

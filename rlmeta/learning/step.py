@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlmeta.functional import tree
 from rlmeta.functional.optim import Optimizer, apply_updates, clip_by_norm
+from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.state import Packed, Params, State, select
 from rlmeta.nn import Context
@@ -73,19 +74,24 @@ def step(
     """
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
-    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    p = {**params, "weights": leaves}
     memories, task = state.get("methods", {}), state.get("task", {})
-    seen = p
-    for method in methods:
-        seen = method.params(seen, memories[method.name], task)
-
-    ctx = StepContext(training=True, key=key, report=report)
-    losses = learner.losses(seen, batch, ctx)
-    loss = torch.stack(list(losses.values())).sum(0) if len(losses) > 1 else next(iter(losses.values()))
-    terms = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
-    extra = [term for term in terms if term is not None]
-    task_gradient = _gradient(loss, leaves, retain_graph=bool(extra))
+    ctx, extra = StepContext(training=True, key=key, report=report), list[Tensor]()
+    capture: Capture | None = getattr(learner, "capture", None)
+    if capture is None or methods or key is not None:
+        leaves = _leaves(weights)
+        seen = {**params, "weights": leaves}
+        for method in methods:
+            seen = method.params(seen, memories[method.name], task)
+        losses = learner.losses(seen, batch, ctx)
+        terms = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
+        extra = [term for term in terms if term is not None]
+        task_gradient = _gradient(_total(losses), leaves, retain_graph=bool(extra))
+        reported = {**losses, **ctx.info}
+    else:
+        seen, inputs = params, {"params": {**params, "weights": dict(weights)}, "batch": batch}
+        name = ("losses", report, *batch)
+        found = capture(name, lambda inputs: _losses_and_gradient(learner, inputs, report), inputs)
+        reported, task_gradient = found["reported"], found["gradient"]
 
     with torch.no_grad():
         total = task_gradient
@@ -119,8 +125,26 @@ def step(
             }
     if not report:
         return state, {}
-    diagnostics = {name: value.detach() for name, value in {**losses, **ctx.info}.items()}
+    diagnostics = {name: value.detach() for name, value in reported.items()}
     return state, {**diagnostics, "losses/grad_norm": norm}
+
+
+def _leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+
+
+def _total(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum(0) if len(losses) > 1 else next(iter(losses.values()))
+
+
+def _losses_and_gradient(learner: HasLosses, inputs: tree.Tree, report: bool) -> tree.Tree:
+    """`reported` losses and diagnostics, and the packed `gradient`: a pure function of tensors."""
+    leaves, ctx = _leaves(inputs["params"]["weights"]), StepContext(training=True, report=report)
+    with torch.enable_grad():
+        losses = learner.losses({**inputs["params"], "weights": leaves}, inputs["batch"], ctx)
+        total = _total(losses)
+    reported = {name: value.detach() for name, value in {**losses, **ctx.info}.items()} if report else {}
+    return {"reported": reported, "gradient": _gradient(total, leaves)}
 
 
 def _gradient(loss: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False) -> Tensor:
