@@ -46,6 +46,10 @@ class Agent:
     noise_hold = 1
     """For how many steps a key is kept while acting."""
 
+    capture: Capture | None
+    """Replays `act` and `losses` once they are warm: both depend on their tensors alone. None calls them every time, as
+    a user's network needs, which may do anything."""
+
     steps_per_iteration: int
     """Steps every environment takes in one iteration."""
 
@@ -55,7 +59,7 @@ class Agent:
         self.settings = settings
         self.observation_space, self.action_space = observation_space, action_space
         self.methods = tuple(methods)
-        self.capture = Capture() if settings.network is None else None  # a user's network may do anything
+        self.capture = Capture() if settings.network is None else None
 
     # ------------------------------------------------------------------ what an algorithm provides
 
