@@ -59,7 +59,7 @@ class Agent:
         self.settings = settings
         self.observation_space, self.action_space = observation_space, action_space
         self.methods = tuple(methods)
-        self.capture = Capture() if settings.network is None else None
+        self.capture = Capture() if getattr(settings, "network", None) is None else None
 
     # ------------------------------------------------------------------ what an algorithm provides
 

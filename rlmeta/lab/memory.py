@@ -11,9 +11,8 @@ _MEGABYTE = 1 << 20
 def keep_freed_memory() -> bool:
     """Tell glibc's allocator not to give freed blocks back to the system at once.
 
-    By default every tensor of more than a few hundred kilobytes may be mapped afresh, page fault by page fault: with 16
-    learners that is a tenth of a gradient step. Memory in use is what it was; what is free for reuse stays in the
-    process, up to a gigabyte.
+    By default every tensor of more than a few hundred kilobytes may be mapped afresh, page fault by page fault. Memory
+    in use is what it was; what is free for reuse stays in the process, up to a gigabyte.
 
     Returns:
         Whether the allocator took it; others than glibc's do not know the call.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,30 +75,18 @@ def step(
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
     memories, task = state.get("methods", {}), state.get("task", {})
-    ctx, extra = StepContext(training=True, key=key, report=report), list[Tensor]()
     capture: Capture | None = getattr(learner, "capture", None)
     if capture is None or methods or key is not None:
-        leaves = _leaves(weights)
-        seen = {**params, "weights": leaves}
-        for method in methods:
-            seen = method.params(seen, memories[method.name], task)
-        losses = learner.losses(seen, batch, ctx)
-        terms = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
-        extra = [term for term in terms if term is not None]
-        task_gradient = _gradient(_total(losses), leaves, retain_graph=bool(extra))
-        reported = {**losses, **ctx.info}
+        found = _gradients(learner, state, batch, methods, StepContext(training=True, key=key, report=report))
     else:
-        seen, inputs = params, {"params": {**params, "weights": dict(weights)}, "batch": batch}
+        inputs = {"params": {**params, "weights": dict(weights)}, "batch": batch}
         name = ("losses", report, *batch)
         found = capture(name, lambda inputs: _losses_and_gradient(learner, inputs, report), inputs)
-        reported, task_gradient = found["reported"], found["gradient"]
+    seen: Params = found["seen"] if "seen" in found else params
+    task_gradient = found["gradient"]
 
     with torch.no_grad():
-        total = task_gradient
-        if extra:
-            with torch.enable_grad():
-                penalty = torch.stack(extra).sum(0)
-            total = total + _gradient(penalty, leaves)
+        total = task_gradient + found["penalty"] if "penalty" in found else task_gradient
         for method in methods:
             total = method.grads(Gradients(task_gradient, total), seen, memories[method.name], task)
         frozen = _union([method.frozen(seen, memories[method.name], task) for method in methods])
@@ -113,8 +101,8 @@ def step(
             moments = select(keep, moments, state["optimizer"])
 
         state["params"] = {**params, "weights": Packed.view(flat, weights, axes)}
-        if ctx.new_buffers:
-            buffers = {**params["buffers"], **ctx.new_buffers}
+        if found["buffers"]:
+            buffers = {**params["buffers"], **found["buffers"]}
             state["params"]["buffers"] = select(keep, buffers, params["buffers"])
         state["optimizer"] = moments
         if methods:
@@ -123,10 +111,7 @@ def step(
                 **memories,
                 **{m.name: m.after_step(info, state["params"], memories[m.name], task) for m in methods},
             }
-    if not report:
-        return state, {}
-    diagnostics = {name: value.detach() for name, value in reported.items()}
-    return state, {**diagnostics, "losses/grad_norm": norm}
+    return state, {**found["reported"], "losses/grad_norm": norm} if report else {}
 
 
 def _leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,13 +123,34 @@ def _total(losses: dict[str, Tensor]) -> Tensor:
 
 
 def _losses_and_gradient(learner: HasLosses, inputs: tree.Tree, report: bool) -> tree.Tree:
-    """`reported` losses and diagnostics, and the packed `gradient`: a pure function of tensors."""
+    """What `_gradients` finds where there are no methods and no key: a pure function of tensors."""
     leaves, ctx = _leaves(inputs["params"]["weights"]), StepContext(training=True, report=report)
     with torch.enable_grad():
         losses = learner.losses({**inputs["params"], "weights": leaves}, inputs["batch"], ctx)
         total = _total(losses)
-    reported = {name: value.detach() for name, value in {**losses, **ctx.info}.items()} if report else {}
-    return {"reported": reported, "gradient": _gradient(total, leaves)}
+    return {**_found(losses, ctx), "gradient": _gradient(total, leaves)}
+
+
+def _gradients(
+    learner: HasLosses, state: State, batch: tree.Tree, methods: Sequence[Method], ctx: StepContext
+) -> dict[str, Any]:
+    """The packed `gradient` of the losses, the methods' `penalty`, the parameters `seen`, `reported`, `buffers`."""
+    params, memories, task = state["params"], state.get("methods", {}), state.get("task", {})
+    leaves = _leaves(params["weights"])
+    seen = {**params, "weights": leaves}
+    for method in methods:
+        seen = method.params(seen, memories[method.name], task)
+    losses = learner.losses(seen, batch, ctx)
+    terms = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
+    extra = [term for term in terms if term is not None]
+    gradient = _gradient(_total(losses), leaves, retain_graph=bool(extra))
+    penalty = {"penalty": _gradient(torch.stack(extra).sum(0), leaves)} if extra else {}
+    return {**_found(losses, ctx), "gradient": gradient, **penalty, "seen": seen}
+
+
+def _found(losses: dict[str, Tensor], ctx: StepContext) -> dict[str, dict[str, Tensor]]:
+    values = {**losses, **ctx.info} if ctx.report else {}
+    return {"reported": {name: value.detach() for name, value in values.items()}, "buffers": dict(ctx.new_buffers)}
 
 
 def _gradient(loss: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False) -> Tensor:

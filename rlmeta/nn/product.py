@@ -15,7 +15,7 @@ from torch import Tensor
 Elementwise: TypeAlias = Callable[[Tensor], Tensor]
 
 _NARROW = 8
-"""Up to this many features a product is laid out the other way round: measured, 2 to 4 times as fast."""
+"""Up to this many features a product is laid out the other way round, which is faster."""
 
 _IN_PLACE: dict[Elementwise, Elementwise] = {
     torch.tanh: torch.tanh_,

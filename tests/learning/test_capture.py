@@ -84,3 +84,18 @@ def test_training_is_the_same_with_and_without(monkeypatch):
     for agent in (rl.PPO(num_steps=32, num_epochs=4), rl.A2C(), rl.DQN(), rl.REINFORCE()):
         plain, replayed = weights(10**9, agent), weights(3, agent)
         assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+
+def test_an_agent_whose_settings_have_no_network_can_be_bound():
+    from dataclasses import dataclass
+
+    import gymnasium as gym
+
+    from rlmeta.agents.agent import Agent
+
+    @dataclass(frozen=True)
+    class Settings:
+        """A user's own."""
+
+    agent = Agent(Settings(), gym.spaces.Discrete(2), gym.spaces.Discrete(2))
+    assert agent.capture is not None
