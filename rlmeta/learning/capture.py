@@ -1,7 +1,7 @@
 """A pure function of tensors, recorded once and replayed without Python.
 
-For small networks most of a gradient step is Python and autograd's bookkeeping. What is recorded is the very sequence of
-tensor operations, so a replay gives the same bits; that is checked before the first one is used.
+For small networks most of a gradient step is Python and autograd's bookkeeping. What is recorded is the very sequence
+of tensor operations, so a replay gives the same bits; that is checked before the first one is used.
 """
 
 from __future__ import annotations

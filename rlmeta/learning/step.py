@@ -82,7 +82,7 @@ def step(
         inputs = {"params": {**params, "weights": dict(weights)}, "batch": batch}
         name = ("losses", report, *batch)
         found = capture(name, lambda inputs: _losses_and_gradient(learner, inputs, report), inputs)
-    seen: Params = found["seen"] if "seen" in found else params
+    seen: Params = {"seen": params, **found}["seen"]
     task_gradient = found["gradient"]
 
     with torch.no_grad():
