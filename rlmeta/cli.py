@@ -1,4 +1,4 @@
-"""The command line: `rlmeta train | eval | resume | list | bench`."""
+"""The command line: `rlmeta train | eval | resume | record | list | bench`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ USAGE = """usage: rlmeta COMMAND ...
   train AGENT TASK [flags]   train an agent, many seeds at once
   eval RUN [flags]           play fresh episodes with a run's learners
   resume RUN [flags]         go on with a run that was interrupted or killed
+  record RUN [flags]         write demonstrations: whole episodes of one of its learners
   list [agents|tasks|families|streams|runs]
                              what can be named
   bench NAME [flags]         measure speed and scores
@@ -79,6 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
         "train": train,
         "eval": evaluate,
         "resume": resume,
+        "record": record,
         "list": show_list,
         "bench": bench,
     }
@@ -205,6 +207,28 @@ class ResumeFlags:
     """No live progress."""
 
 
+@dataclass(frozen=True)
+class RecordFlags:
+    """The episodes."""
+
+    out: str = ""
+    """The file to write; needed."""
+    episodes: int = 60
+    """How many."""
+    learner: int = -1
+    """Which learner plays; -1 for the best in the final evaluation."""
+    best: bool = False
+    """The parameters of its best periodic evaluation instead of the final ones."""
+    sampled: bool = False
+    """Sample actions instead of taking the policy's mode."""
+    seed: int = 0
+    """Another seed plays other episodes."""
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise SettingError("rlmeta record needs a file to write: --out FILE")
+
+
 def evaluate(arguments: list[str]) -> int:
     """`rlmeta eval RUN`."""
     from rlmeta.lab import flags
@@ -253,6 +277,44 @@ def resume(arguments: list[str]) -> int:
         return _interrupted(folder)
     _print_results(run.summary())
     _print_ends(run)
+    return 0
+
+
+def record(arguments: list[str]) -> int:
+    """`rlmeta record RUN --out FILE`."""
+    from rlmeta.lab import flags
+
+    folder, rest = _one_folder(arguments, "record")
+    groups: dict[str, Any] = {"episodes": (RecordFlags, {}), "own_code": (OwnCode, {})}
+    about = "Write demonstrations: whole episodes of one of a run's learners."
+    texts = flags.read(f"rlmeta record {folder}", about, groups, rest)
+    chosen, own = flags.build(RecordFlags, texts["episodes"]), flags.build(OwnCode, texts["own_code"])
+    from rlmeta.lab import plan as plans
+    from rlmeta.lab.record import record as play
+    from rlmeta.lab.run import load
+
+    if plans.is_plan(folder):
+        raise SettingError(
+            f"{folder} holds several runs: record one of {', '.join(map(str, plans.members(folder).values()))}"
+        )
+    run = load(folder, network=plans.loaded_network(own.network), env=plans.loaded_env_of(folder, own.env))
+    try:
+        made = play(
+            run,
+            chosen.episodes,
+            learner=None if chosen.learner < 0 else chosen.learner,
+            best=chosen.best,
+            deterministic=not chosen.sampled,
+            seed=chosen.seed,
+        )
+    finally:
+        run.close()
+    made.save(chosen.out)
+    returns = made.returns
+    print(
+        f"{len(made)} episodes of learner {made.about['learner']}, {made.steps:,} steps, returns "
+        f"{returns.mean():g} ({returns.min():g} to {returns.max():g}), saved in {chosen.out}"
+    )
     return 0
 
 

@@ -34,6 +34,10 @@ class MissingExtraError(RlmetaError, ImportError):
     """An optional package that is needed now and not installed."""
 
 
+class DemonstrationError(RlmetaError, ValueError):
+    """Demonstrations that are broken, empty, cut, not numbers, or of other spaces than the task's."""
+
+
 class InexactResumeError(RlmetaError):
     """An environment that could not be brought back to where the checkpoint left it."""
 

@@ -9,6 +9,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from rlmeta.agents.rewards import Reward, distinct, relabel
 from rlmeta.envs.world import World
 from rlmeta.errors import SpaceError
 from rlmeta.functional import random, tree
@@ -59,6 +60,7 @@ class Agent:
         self.settings = settings
         self.observation_space, self.action_space = observation_space, action_space
         self.methods = tuple(methods)
+        self.rewards: tuple[Reward, ...] = distinct(getattr(settings, "rewards", ()))
         self.capture = Capture() if getattr(settings, "network", None) is None else None
 
     # ------------------------------------------------------------------ what an algorithm provides
@@ -102,6 +104,8 @@ class Agent:
         self._init_normalisers(state, world)
         state["memory"] = self.initial_memory(state["params"], rows)
         state["methods"] = {method.name: method.init(self, state) for method in self.methods}
+        if self.rewards:
+            state["rewards"] = {reward.name: reward.init(self, state, world) for reward in self.rewards}
         return state
 
     def initial_memory(self, p: Params, rows: tuple[int, ...]) -> tree.Tree:
@@ -156,9 +160,19 @@ class Agent:
         """
         state, rollout = collect(self, state, world, self.steps_per_iteration)
         state, episodes = episode_statistics(state, rollout)
-        rewards = {"task": self.scale_reward(state, rollout, rollout["reward"])}
+        state, rewards, relabelled = self.relabel(state, rollout)
         state, metrics = self.update(state, rollout, rewards)
-        return self.end_iteration(state, rollout), {**metrics, **episodes}
+        return self.end_iteration(state, rollout), {**metrics, **episodes, **relabelled}
+
+    def relabel(self, state: State, rollout: Rollout) -> tuple[State, dict[str, Tensor], Metrics]:
+        """The streams of reward that a rollout is learned from: the task's own, through what `rewards` lists."""
+        rewards, metrics = {"task": rollout["reward"]}, Metrics()
+        if self.rewards:
+            state, rewards, metrics = relabel(self, self.rewards, state, rollout, rewards)
+        if "reward" in state["params"]["normalisers"]:
+            total = torch.stack(list(rewards.values())).sum(0)
+            rewards = {"task": self.scale_reward(state, rollout, total)}
+        return state, rewards, metrics
 
     @torch.no_grad()
     def end_iteration(self, state: State, rollout: Rollout) -> State:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
+from rlmeta.agents.rewards import Reward
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
@@ -87,6 +88,8 @@ class PPO:
     """One body under the policy and the value instead of one each."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    rewards: tuple[Reward, ...] = ()
+    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_grad_norm", "clip_range", "kl_target"):

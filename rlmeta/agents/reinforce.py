@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
+from rlmeta.agents.rewards import Reward
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
@@ -70,6 +71,8 @@ class REINFORCE:
     """Activation of the default network."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    rewards: tuple[Reward, ...] = ()
+    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_grad_norm"):

@@ -129,7 +129,7 @@ def _settings_table(settings: Any) -> dict[str, Any]:
     table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in table.items():
         if isinstance(value, tuple):
-            table[name] = list(value)
+            table[name] = [one if isinstance(one, int | float | str) else str(one) for one in value]
         elif callable(value):
             table[name] = f"{value.__module__}:{value.__qualname__}"
     return {name: value for name, value in table.items() if value is not None}
@@ -173,8 +173,7 @@ def from_config(
                         "(on the command line --network)"
                     )
                 table["network"] = network
-            if "hidden_sizes" in table:
-                table["hidden_sizes"] = tuple(table["hidden_sizes"])
+            table.update({name: tuple(value) for name, value in table.items() if isinstance(value, list)})
             settings_.check_names(cls, table, where)
         return Experiment(
             variants=tuple(cls(**table) for table in tables),

@@ -126,6 +126,12 @@ def _layers(text: str) -> tuple[int, ...]:
     return () if text == "none" else tuple(whole(part) for part in text.split("x"))
 
 
+def _objects(text: str) -> tuple[Any, ...]:
+    """What the names joined by + stand for; a class is made with its defaults."""
+    loaded = () if text == "none" else tuple(load_object(part.strip()) for part in text.split("+"))
+    return tuple(one() if isinstance(one, type) else one for one in loaded)
+
+
 def form(hint: Any) -> Form:
     """How the values of a type hint look."""
     if typing.get_origin(hint) is Annotated:  # PerLearner: a float, or floats to compare
@@ -138,6 +144,8 @@ def form(hint: Any) -> Form:
     if origin is typing.Literal:
         choices = {str(choice): choice for choice in arguments}
         return Form("|".join(choices), f"one of {', '.join(choices)}", lambda text: _lookup(choices, text))
+    if origin is tuple and arguments[0] is not int:
+        return Form("PACKAGE.MODULE:NAME[+...]", "package.module:Name, joined by +, or none", _objects)
     if origin is tuple:
         return Form("INTxINT", "whole numbers joined by x, such as 64x64, or none", _layers)
     if origin is collections.abc.Callable:

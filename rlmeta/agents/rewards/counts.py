@@ -1,0 +1,111 @@
+"""Episodic counts: a bonus for what has been seen seldom in this episode (Strehl and Littman, 2008; Henaff, 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.agents.rewards.reward import Memory, Rewards
+from rlmeta.envs.world import World
+from rlmeta.errors import SettingError
+from rlmeta.functional import random, tree
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.settings import require_range
+from rlmeta.learning.state import State
+
+Cell = Callable[[tree.Tree], Tensor]
+"""From observations `[*L, ...]` to whole numbers `[*L, ...]`: which observations count as the same."""
+
+
+@dataclass(frozen=True)
+class EpisodicCounts:
+    """Adds coefficient / sqrt(n), where n says how often the step's successor was met in the running episode."""
+
+    coefficient: float = 0.1
+    """Weight of the bonus."""
+    resolution: float = 0.1
+    """Numbers are the same where they round to the same multiple of this; discrete observations are as they are."""
+    buckets: int = 1024
+    """Size of each environment's table of counts; cells that share a bucket are counted as one."""
+    cell: Cell | None = None
+    """Your own function from observations to cells, instead of rounding."""
+    name: str = "counts"
+    """Of the stream and the memory."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "coefficient", 0.0)
+        require_range(self, "resolution", 0.0, above=True)
+        require_range(self, "buckets", 1)
+
+    def init(self, agent: Any, state: State, world: World) -> Memory:
+        """Empty tables `[*L, N, buckets]`, to be filled from the first step of an episode on.
+
+        Raises:
+            SettingError: the cells are no whole numbers, one for each observation.
+        """
+        rows = (*world.learner_shape, world.num_envs)
+        device = self.bucket(world.observation(state["world"]), rows).device
+        return {
+            "counts": torch.zeros(*rows, self.buckets, dtype=torch.int32, device=device),
+            "begins": torch.ones(rows, dtype=torch.bool, device=device),
+            "return": torch.zeros(rows, dtype=torch.float64, device=device),
+            "last_return": torch.zeros(rows, dtype=torch.float64, device=device),
+        }
+
+    def relabel(
+        self, agent: Any, state: State, memory: Memory, rollout: Rollout, rewards: Rewards
+    ) -> tuple[Memory, Rewards, dict[str, Tensor]]:
+        """Add the stream of bonuses; `rewards/NAME_return` is the mean over rows of the last whole episode's."""
+        shape, dtype = tuple(rollout["reward"].shape), rollout["reward"].dtype
+        left, reached = (self.bucket(rollout[name], shape) for name in ("observation", "next_observation"))
+        counts, begins = memory["counts"].clone(), memory["begins"]
+        running, last = memory["return"], memory["last_return"]
+        over = rollout["terminated"] | rollout["truncated"]
+        bonuses = []
+        for here, there, end, valid in zip(*(x.unbind(-2) for x in (left, reached, over, rollout["valid"]))):
+            begins = _count_first(counts, here, begins, valid)
+            counts.scatter_add_(-1, there.unsqueeze(-1), valid.unsqueeze(-1).to(counts.dtype))
+            met = counts.gather(-1, there.unsqueeze(-1)).squeeze(-1).clamp(min=1)
+            bonus = (self.coefficient * met.to(dtype).rsqrt()).masked_fill(~valid, 0.0)
+            bonuses.append(bonus)
+            ended = end & valid
+            running = running + bonus
+            last, running = torch.where(ended, running, last), running.masked_fill(ended, 0.0)
+            begins = begins | ended
+        kept = {"counts": counts, "begins": begins, "return": running, "last_return": last}
+        stream = {self.name: torch.stack(bonuses, -2)}
+        return kept, {**rewards, **stream}, {f"rewards/{self.name}_return": last.mean(-1)}
+
+    def bucket(self, observation: tree.Tree, shape: tuple[int, ...]) -> Tensor:
+        """Where in the table an observation is counted: `[*L, ...]` int64, of the given shape."""
+        cells = _rounded(observation, shape, self.resolution) if self.cell is None else self.cell(observation)
+        if not isinstance(cells, Tensor) or tuple(cells.shape) != shape or cells.is_floating_point():
+            given = f"{cells.dtype} {tuple(cells.shape)}" if isinstance(cells, Tensor) else type(cells).__name__
+            raise SettingError(f"cell= gave {given} for observations {shape}, expected one whole number for each")
+        return cells.to(torch.int64) % self.buckets
+
+
+def _count_first(counts: Tensor, observation: Tensor, begins: Tensor, valid: Tensor) -> Tensor:
+    """Start the table of the rows whose episode begins with this step, in place; those that still wait for theirs."""
+    starts = begins & valid
+    if bool(starts.any()):
+        counts.masked_fill_(starts.unsqueeze(-1), 0)
+        counts.scatter_add_(-1, observation.unsqueeze(-1), starts.unsqueeze(-1).to(counts.dtype))
+    return begins & ~valid
+
+
+def _rounded(observation: tree.Tree, shape: tuple[int, ...], resolution: float) -> Tensor:
+    """One whole number for each observation: itself where it is one, else a hash of its rounded entries."""
+    leaves = list(tree.leaves(observation))
+    if len(leaves) == 1 and tuple(leaves[0].shape) == shape and not leaves[0].is_floating_point():
+        return leaves[0]
+    entries = [
+        (leaf / resolution).round().to(torch.int64) if leaf.is_floating_point() else leaf.to(torch.int64)
+        for leaf in leaves
+    ]
+    flat = torch.cat([entry.reshape(*shape, -1) for entry in entries], -1)
+    return random.fold(torch.arange(flat.shape[-1], device=flat.device), flat).sum(-1)

@@ -1,0 +1,340 @@
+"""Demonstrations: whole episodes of somebody who knows how, in one file without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as encode
+from torch import Tensor
+
+from rlmeta.errors import DemonstrationError
+from rlmeta.functional import random, tree
+
+FORMAT = "rlmeta demonstrations 1"
+TENSORS = ("observation", "action", "reward", "lengths", "terminated", "truncated")
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstrations:
+    """E episodes of M steps in all, one behind the other; an episode of T steps has T + 1 observations.
+
+    Raises:
+        DemonstrationError: no episode, an empty or cut one, values that are not finite or not of the spaces.
+    """
+
+    observation: tree.Tree
+    """`[M + E, ...]` as worlds give them: float32 for Box, int64 counted from 0 if discrete, a dict for Dict, Tuple."""
+    action: Tensor
+    """`[M, ...]`"""
+    reward: Tensor
+    """`[M]` float32, the environment's own; only to be reported, no imitator learns from it."""
+    lengths: Tensor
+    """`[E]` int64, steps of every episode."""
+    terminated: Tensor
+    """`[E]` bool: the episode ended in a terminal state."""
+    truncated: Tensor
+    """`[E]` bool: it was cut by a time limit."""
+    observation_space: gym.Space
+    """Of one environment."""
+    action_space: gym.Space
+    """Of one environment."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Where they come from, in words and numbers."""
+    path: str = ""
+    """The file they were read from, or ''."""
+
+    def __post_init__(self) -> None:
+        self._check_bounds()
+        self._check_values()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def steps(self) -> int:
+        """M, the steps of all episodes."""
+        return len(self.action)
+
+    @property
+    def returns(self) -> Tensor:
+        """The undiscounted return of every episode, `[E]` float64."""
+        parts = torch.split(self.reward.double(), self.lengths.tolist())
+        return torch.stack([part.sum() for part in parts])
+
+    @property
+    def digest(self) -> str:
+        """A checksum of the numbers: two demonstrations with the same one teach the same."""
+        found = hashlib.sha256()
+        for name, leaf in sorted(tree.flatten(self._tensors()).items()):
+            found.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
+            found.update(leaf.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    # ------------------------------------------------------------------ what imitators read
+
+    def transitions(self) -> dict[str, Any]:
+        """Every step: `observation, next_observation, action, reward` `[M, ...]`, `terminated, truncated` `[M]`."""
+        before, after = self._rows()
+        last = self.lengths.cumsum(0) - 1
+        flags = {name: torch.zeros(self.steps, dtype=torch.bool) for name in ("terminated", "truncated")}
+        flags["terminated"][last], flags["truncated"][last] = self.terminated, self.truncated
+        return {
+            "observation": tree.map(lambda leaf: leaf[before], self.observation),
+            "next_observation": tree.map(lambda leaf: leaf[after], self.observation),
+            "action": self.action,
+            "reward": self.reward,
+            **flags,
+        }
+
+    def first(self, episodes: int) -> Demonstrations:
+        """The first so many episodes.
+
+        Raises:
+            DemonstrationError: there are fewer.
+        """
+        if not 1 <= episodes <= len(self):
+            raise DemonstrationError(f"{episodes} episodes of demonstrations asked for, expected 1 to {len(self)}")
+        steps = int(self.lengths[:episodes].sum())
+        return replace(
+            self,
+            observation=tree.map(lambda leaf: leaf[: steps + episodes], self.observation),
+            action=self.action[:steps],
+            reward=self.reward[:steps],
+            **{name: getattr(self, name)[:episodes] for name in ("lengths", "terminated", "truncated")},
+            path="",
+        )
+
+    def shuffled(self, seed: int = 0) -> Demonstrations:
+        """A control that teaches nothing: every action moved to a random step of any episode.
+
+        Observations, episodes and how often each action is taken stay; which action belongs to which observation is
+        lost. What imitates as well from these has not learned from the demonstrations' decisions.
+        """
+        order = random.permutation(random.make_keys([seed]), "shuffled demonstrations", 0, self.steps)[0]
+        return replace(self, action=self.action[order], about={**self.about, "shuffled": seed}, path="")
+
+    def check(self, observation_space: gym.Space, action_space: gym.Space) -> None:
+        """Refuse demonstrations of another task.
+
+        Raises:
+            DemonstrationError: the spaces differ.
+        """
+        for role, mine, given in (
+            ("observation", self.observation_space, observation_space),
+            ("action", self.action_space, action_space),
+        ):
+            if not _same(mine, given):
+                raise DemonstrationError(
+                    f"the demonstrations{self._where()} have {role} space {mine}, the task has {given}: record them "
+                    "on this task"
+                )
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one file: tensors as safetensors, spaces and words as JSON in its header. Atomic."""
+        path = Path(path)
+        header = {
+            "format": FORMAT,
+            "observation_space": _space_to_json(self.observation_space),
+            "action_space": _space_to_json(self.action_space),
+            "about": self.about,
+        }
+        tensors = {name: leaf.contiguous() for name, leaf in tree.flatten(self._tensors()).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_name(path.name + ".tmp")
+        written.write_bytes(encode(tensors, {"demonstrations": json.dumps(header)}))
+        os.replace(written, path)
+        return path
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Demonstrations:
+        """Read what `save` wrote.
+
+        Raises:
+            DemonstrationError: no such file, not one of demonstrations, or a damaged one.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DemonstrationError(f"no demonstrations at {path}: record some with `rlmeta record RUN --out {path}`")
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("demonstrations", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        except (SafetensorError, ValueError, OSError) as error:
+            raise DemonstrationError(f"{path} is damaged or no file of demonstrations: {error}") from None
+        if header.get("format") != FORMAT:
+            raise DemonstrationError(
+                f"{path} says it is {header.get('format', 'no demonstrations')!r}, expected {FORMAT!r}"
+            )
+        try:
+            spaces: dict[str, Any] = {
+                name: _space_from_json(header[name]) for name in ("observation_space", "action_space")
+            }
+            return Demonstrations(**tree.unflatten(tensors), **spaces, about=header["about"], path=str(path))
+        except (KeyError, TypeError) as error:
+            raise DemonstrationError(f"{path} is damaged: {error}; record the demonstrations again") from None
+
+    # ------------------------------------------------------------------ checks
+
+    def _tensors(self) -> dict[str, tree.Tree]:
+        return {name: getattr(self, name) for name in TENSORS}
+
+    def _where(self) -> str:
+        return f" of {self.path}" if self.path else ""
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The rows of `observation` before and after every step `[M]`."""
+        episode = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
+        before = torch.arange(self.steps) + episode
+        return before, before + 1
+
+    def _check_bounds(self) -> None:
+        episodes, where = self.lengths.numel(), self._where()
+        if self.lengths.dim() != 1 or episodes == 0:
+            raise DemonstrationError(f"demonstrations{where} without an episode: record at least one")
+        empty = (self.lengths < 1).nonzero().flatten().tolist()
+        if empty:
+            raise DemonstrationError(f"episodes {empty[:8]} of the demonstrations{where} are empty: leave them out")
+        steps = int(self.lengths.sum())
+        rows = {name: len(leaf) for name, leaf in tree.flatten({"observation": self.observation}).items()}
+        expected = {**dict.fromkeys(rows, steps + episodes), "action": steps, "reward": steps}
+        expected |= {"terminated": episodes, "truncated": episodes}
+        rows |= {name: len(getattr(self, name)) for name in ("action", "reward", "terminated", "truncated")}
+        for name, count in expected.items():
+            if rows[name] != count:
+                raise DemonstrationError(
+                    f"the demonstrations{where} have {rows[name]} rows of {name}, expected {count} for {episodes} "
+                    f"episodes of {steps} steps in all (an episode of T steps has T + 1 observations): one is cut"
+                )
+        cut = (~(self.terminated | self.truncated)).nonzero().flatten().tolist()
+        if cut:
+            raise DemonstrationError(
+                f"episodes {cut[:8]} of the demonstrations{where} are cut: they neither terminated nor reached a time "
+                "limit; record whole episodes, or leave them out"
+            )
+
+    def _check_values(self) -> None:
+        named = tree.flatten({"observation": self.observation, "action": self.action, "reward": self.reward})
+        for name, leaf in named.items():
+            if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                row = int((~torch.isfinite(leaf.reshape(len(leaf), -1)).all(-1)).nonzero()[0])
+                raise DemonstrationError(
+                    f"{name} of the demonstrations{self._where()} is not finite (row {row}): leave that episode out"
+                )
+        for path, space in _leaves(self.observation_space, "observation"):
+            _check_leaf(named, path, space, self._where())
+        for path, space in _leaves(self.action_space, "action"):
+            _check_leaf(named, path, space, self._where())
+
+
+def join(parts: Sequence[Demonstrations]) -> Demonstrations:
+    """The episodes of several demonstrations of the same spaces, in order."""
+    for other in parts[1:]:
+        other.check(parts[0].observation_space, parts[0].action_space)
+    joined: dict[str, Any] = {
+        name: tree.map(lambda *leaves: torch.cat(leaves), *[getattr(part, name) for part in parts]) for name in TENSORS
+    }
+    return replace(parts[0], **joined, path="")
+
+
+def _leaves(space: gym.Space, path: str) -> list[tuple[str, gym.Space]]:
+    """Every elementary space under the name its tensor has."""
+    if isinstance(space, gym.spaces.Dict):
+        children: list[tuple[str, gym.Space]] = list(space.spaces.items())
+    elif isinstance(space, gym.spaces.Tuple):
+        children = [(str(index), child) for index, child in enumerate(space.spaces)]
+    else:
+        return [(path, space)]
+    return [leaf for name, child in children for leaf in _leaves(child, f"{path}/{name}")]
+
+
+def _counts(space: gym.Space) -> np.ndarray | None:
+    """How many values each entry of a discrete space has; None for Box."""
+    if isinstance(space, gym.spaces.Discrete):
+        return np.asarray(space.n)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return space.nvec
+    if isinstance(space, gym.spaces.MultiBinary):
+        return np.full(space.shape, 2)
+    return None
+
+
+def _check_leaf(named: dict[str, Tensor], path: str, space: gym.Space, where: str) -> None:
+    """The entry is there, has the space's shape, and discrete values are among the space's."""
+    shape = tuple(space.shape or ())
+    given = tuple(named[path].shape[1:]) if path in named else "missing"
+    if given != shape:
+        raise DemonstrationError(f"{path} of the demonstrations{where} has shape {given}, its space {space} {shape}")
+    counts = _counts(space)
+    if counts is not None:
+        leaf = named[path].numpy()
+        if leaf.dtype.kind not in "iub" or (leaf < 0).any() or (leaf >= counts).any():
+            raise DemonstrationError(
+                f"{path} of the demonstrations{where} holds {leaf.dtype} from {leaf.min()} to {leaf.max()}, expected "
+                f"whole numbers of {space}, counted from 0"
+            )
+
+
+def _same(one: gym.Space, other: gym.Space) -> bool:
+    """Whether two spaces have the same form; the bounds of a Box may differ, as those of a task's variants do."""
+    first, second = _leaves(one, ""), _leaves(other, "")
+    if [path for path, _ in first] != [path for path, _ in second]:
+        return False
+    for (_, a), (_, b) in zip(first, second):
+        if type(a) is not type(b) or a.shape != b.shape or not np.array_equal(_counts(a) or 0, _counts(b) or 0):
+            return False
+    return True
+
+
+def _space_to_json(space: gym.Space) -> dict[str, Any]:
+    if isinstance(space, gym.spaces.Box):
+        bounds = {name: _bound_to_json(getattr(space, name)) for name in ("low", "high")}
+        return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
+    if isinstance(space, gym.spaces.Discrete):
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+    if isinstance(space, gym.spaces.MultiBinary):
+        return {"kind": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
+    if isinstance(space, gym.spaces.Dict):
+        return {"kind": "Dict", "spaces": {name: _space_to_json(child) for name, child in space.spaces.items()}}
+    if isinstance(space, gym.spaces.Tuple):
+        return {"kind": "Tuple", "spaces": [_space_to_json(child) for child in space.spaces]}
+    raise DemonstrationError(f"demonstrations can't be of space {space}: expected Box, Discrete, Dict and the like")
+
+
+def _bound_to_json(bound: np.ndarray) -> Any:
+    """A bound as text, so that infinities survive; a single one where all entries agree."""
+    same = bound.size > 0 and bool((bound == bound.flat[0]).all())
+    return repr(bound.flat[0].item()) if same else [repr(value.item()) for value in bound.flat]
+
+
+def _space_from_json(content: dict[str, Any]) -> gym.Space:
+    kind = content["kind"]
+    if kind == "Box":
+        shape, dtype = tuple(content["shape"]), np.dtype(content["dtype"])
+        low, high = (np.array(content[name], dtype=np.float64) for name in ("low", "high"))
+        bounds = [np.broadcast_to(b if b.ndim == 0 else b.reshape(shape), shape).astype(dtype) for b in (low, high)]
+        return gym.spaces.Box(bounds[0], bounds[1], dtype=dtype.type)
+    if kind == "Discrete":
+        return gym.spaces.Discrete(content["n"], start=content["start"])
+    if kind == "MultiDiscrete":
+        return gym.spaces.MultiDiscrete(content["nvec"], start=content["start"])
+    if kind == "MultiBinary":
+        return gym.spaces.MultiBinary(content["n"])
+    if kind == "Dict":
+        return gym.spaces.Dict({name: _space_from_json(child) for name, child in content["spaces"].items()})
+    if kind == "Tuple":
+        return gym.spaces.Tuple([_space_from_json(child) for child in content["spaces"]])
+    raise KeyError(f"space {kind!r}")

@@ -1,0 +1,241 @@
+"""Demonstrations: what they give, the file, what is refused; recorded from runs on native and gymnasium tasks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load as decode
+from safetensors.torch import save_file
+
+import rlmeta as rl
+from rlmeta.envs.demonstrations import Demonstrations, join
+from rlmeta.errors import DemonstrationError, SettingError
+from rlmeta.functional import tree
+from rlmeta.lab.record import record
+from tests.agents.worlds import Target
+
+BOX = gym.spaces.Box(-1, 1, (2,), np.float32)
+NESTED = gym.spaces.Dict(
+    {
+        "image": gym.spaces.Box(0, 255, (2, 3), np.uint8),
+        "more": gym.spaces.Tuple((gym.spaces.MultiBinary(2), gym.spaces.MultiDiscrete([2, 3]))),
+    }
+)
+
+
+def make(episode_lengths: tuple[int, ...] = (3, 1, 2), space: gym.Space = BOX, **changed: Any) -> Demonstrations:
+    """Episodes whose observations are numbered, with actions 0, 1, 2, 0, ..."""
+    steps, episodes = sum(episode_lengths), len(episode_lengths)
+    observation: Any = torch.arange(2 * (steps + episodes)).reshape(-1, 2).float()
+    if space is NESTED:
+        rows = steps + episodes
+        observation = {
+            "image": torch.arange(rows * 6).reshape(rows, 2, 3).to(torch.uint8),
+            "more": {"0": torch.ones(rows, 2, dtype=torch.int64), "1": torch.zeros(rows, 2, dtype=torch.int64)},
+        }
+    given = {
+        "observation": observation,
+        "action": torch.arange(steps) % 3,
+        "reward": torch.arange(steps).float(),
+        "lengths": torch.tensor(episode_lengths),
+        "terminated": torch.arange(episodes) % 2 == 0,
+        "truncated": torch.arange(episodes) % 2 == 1,
+        "observation_space": space,
+        "action_space": gym.spaces.Discrete(3),
+        "about": {"who": "a test"},
+    }
+    return Demonstrations(**{**given, **changed})
+
+
+def assert_equal(one: Demonstrations, two: Demonstrations) -> None:
+    first, second = tree.flatten(one._tensors()), tree.flatten(two._tensors())
+    assert first.keys() == second.keys()
+    for name, leaf in first.items():
+        assert torch.equal(leaf, second[name]) and leaf.dtype == second[name].dtype, name
+    assert (one.observation_space, one.action_space) == (two.observation_space, two.action_space)
+    assert one.about == two.about and one.digest == two.digest
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+def test_transitions_never_cross_an_episode(lengths):
+    made = make(tuple(lengths))
+    steps = made.transitions()
+    at, row = 0, 0
+    for episode, length in enumerate(lengths):
+        for t in range(length):
+            assert torch.equal(steps["observation"][at], made.observation[row + t])
+            assert torch.equal(steps["next_observation"][at], made.observation[row + t + 1])
+            last = t == length - 1
+            assert bool(steps["terminated"][at]) == (last and episode % 2 == 0)
+            assert bool(steps["truncated"][at]) == (last and episode % 2 == 1)
+            at += 1
+        row += length + 1
+    assert made.steps == at == sum(lengths) and len(made) == len(lengths)
+    assert made.returns.sum() == made.reward.sum() and len(made.returns) == len(lengths)
+
+
+@pytest.mark.parametrize("space", [BOX, NESTED, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)], ids=str)
+def test_saved_and_loaded_are_equal(space, tmp_path):
+    made = make(space=space)
+    path = made.save(tmp_path / "deep" / "demo.safetensors")
+    loaded = Demonstrations.load(path)
+    assert_equal(made, loaded)
+    assert loaded.path == str(path)
+    assert decode(path.read_bytes()).keys() == tree.flatten(made._tensors()).keys()  # any reader of safetensors
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "action_space",
+    [gym.spaces.Discrete(3, start=5), gym.spaces.MultiDiscrete([3, 4]), gym.spaces.MultiBinary(2),
+     gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, np.inf], np.float32)),
+     gym.spaces.Box(0, 1, (2,))],
+    ids=str,
+)  # fmt: skip
+def test_every_action_space_comes_back(action_space, tmp_path):
+    shape, real = action_space.shape, isinstance(action_space, gym.spaces.Box)
+    action = torch.ones(6, *shape) if real else torch.ones(6, *shape, dtype=torch.int64)
+    made = make(action=action, action_space=action_space)
+    assert_equal(made, Demonstrations.load(made.save(tmp_path / "demo")))
+
+
+def test_the_first_episodes_and_joined_ones():
+    made = make()
+    two = made.first(2)
+    assert two.lengths.tolist() == [3, 1] and two.steps == 4 and len(two.observation) == 6
+    assert torch.equal(two.transitions()["next_observation"], made.transitions()["next_observation"][:4])
+    both = join([two, made])
+    assert both.lengths.tolist() == [3, 1, 3, 1, 2]
+    assert torch.equal(both.transitions()["observation"][4:], made.transitions()["observation"])
+    with pytest.raises(DemonstrationError, match="4 episodes of demonstrations asked for, expected 1 to 3"):
+        made.first(4)
+    with pytest.raises(DemonstrationError, match="expected 1 to 3"):
+        made.first(0)
+
+
+def test_shuffled_keeps_how_often_each_action_is_taken_and_nothing_else():
+    made = make((40, 20))
+    control = made.shuffled()
+    assert torch.equal(control.observation, made.observation)
+    assert not torch.equal(control.action, made.action)
+    assert torch.equal(control.action.sort().values, made.action.sort().values)
+    assert torch.equal(control.action, made.shuffled().action)
+    assert not torch.equal(control.action, made.shuffled(1).action)
+    assert control.digest != made.digest
+
+
+NAN = torch.full((9, 2), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lengths": torch.tensor([], dtype=torch.int64)}, "without an episode"),
+        ({"lengths": torch.tensor([3, 0, 3])}, r"episodes \[1\].* are empty"),
+        ({"lengths": torch.tensor([3, 1, 3])}, "have 9 rows of observation, expected 10 for 3 episodes of 7 steps"),
+        ({"action": torch.zeros(5, dtype=torch.int64)}, "have 5 rows of action, expected 6"),
+        ({"reward": torch.zeros(7)}, "have 7 rows of reward, expected 6"),
+        ({"terminated": torch.ones(2, dtype=torch.bool)}, "have 2 rows of terminated, expected 3"),
+        ({"terminated": torch.zeros(3, dtype=torch.bool)}, r"episodes \[0, 2\].* are cut"),
+        ({"observation": NAN}, r"observation of the demonstrations is not finite \(row 0\)"),
+        ({"reward": torch.tensor([0, 0, 0, 0, torch.inf, 0])}, r"reward .* not finite \(row 4\)"),
+        ({"observation": torch.zeros(9, 3)}, r"observation of the demonstrations has shape \(3,\)"),
+        ({"action": torch.full((6,), 3)}, r"action of the demonstrations holds int64 from 3 to 3.*Discrete\(3\)"),
+        ({"action": torch.zeros(6)}, "action of the demonstrations holds float32"),
+        ({"observation": {"a": torch.zeros(9, 2)}}, "observation of the demonstrations has shape missing"),
+    ],
+)
+def test_broken_demonstrations_are_refused(changed, message):
+    with pytest.raises(DemonstrationError, match=message):
+        make(**changed)
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "role"),
+    [
+        (gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(3), "observation"),
+        (gym.spaces.Dict({"a": BOX}), gym.spaces.Discrete(3), "observation"),
+        (BOX, gym.spaces.Discrete(2), "action"),
+        (BOX, gym.spaces.Box(-1, 1, ()), "action"),
+        (BOX, gym.spaces.MultiDiscrete([3]), "action"),
+    ],
+)
+def test_another_tasks_spaces_are_refused(observation_space, action_space, role):
+    with pytest.raises(DemonstrationError, match=f"have {role} space"):
+        make().check(observation_space, action_space)
+    make().check(gym.spaces.Box(-5, 5, (2,), np.float32), gym.spaces.Discrete(3))  # bounds may differ
+
+
+def test_broken_files_are_refused(tmp_path):
+    with pytest.raises(DemonstrationError, match="rlmeta record RUN"):
+        Demonstrations.load(tmp_path / "none")
+    path = make().save(tmp_path / "demo")
+    whole = path.read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2], whole[:-8]):
+        path.write_bytes(content)
+        with pytest.raises(DemonstrationError, match="damaged or no file of demonstrations"):
+            Demonstrations.load(path)
+    save_file({"action": torch.zeros(3)}, path)
+    with pytest.raises(DemonstrationError, match="no demonstrations"):
+        Demonstrations.load(path)
+    save_file({"action": torch.zeros(3)}, path, {"demonstrations": '{"format": "rlmeta demonstrations 1"}'})
+    with pytest.raises(DemonstrationError, match="damaged"):
+        Demonstrations.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------- recorded
+
+TINY = rl.Budget(steps=64, eval_every=32, eval_episodes=2, final_episodes=2)
+
+
+def tiny(problem: Any, **settings: Any) -> rl.Run:
+    return rl.train(rl.A2C(num_envs=2, hidden_sizes=(8,), **settings), problem, seeds=3, budget=TINY)
+
+
+def test_a_recording_replays_in_the_environment_itself():
+    run = tiny("CartPole-v1")
+    made = record(run, 5, learner=1, deterministic=False)
+    assert len(made) == 5 and made.about["learner"] == 1
+    made.check(run.world.observation_space, run.world.action_space)
+    steps = made.transitions()
+    env = rl.task("CartPole-v1").source
+    state = {"state": steps["observation"].double()}
+    state, reward, terminated = env.step(state, steps["action"], torch.empty(made.steps, 0), {})
+    torch.testing.assert_close(env.observe(state), steps["next_observation"], rtol=1e-5, atol=1e-6)
+    assert torch.equal(reward, made.reward) and torch.equal(terminated, steps["terminated"])
+    assert torch.equal(made.returns, made.lengths.double())
+
+
+def test_learners_parameters_and_seeds_of_a_recording_are_what_was_asked_for():
+    run = tiny("CartPole-v1")
+    assert_equal(record(run, 2, learner=0), record(run, 2, learner=0))
+    assert record(run, 2, learner=0).digest != record(run, 2, learner=0, seed=1).digest
+    chosen = int(run.scores.argmax())
+    assert record(run, 2).about["learner"] == chosen
+    best = record(run, 2, learner=0, best=True)
+    run.state["best"]["params"]["weights"] = tree.map(torch.zeros_like, run.state["best"]["params"]["weights"])
+    zero = record(run, 2, learner=0, best=True)
+    assert best.digest != zero.digest and not zero.action.any()
+    with pytest.raises(SettingError, match="learners 0 to 2"):
+        record(run, 2, learner=3)
+    del run.state["best"]
+    with pytest.raises(SettingError, match="no best parameters"):
+        record(run, 2, best=True)
+
+
+@pytest.mark.parametrize("kind", ["discrete", "shifted", "multidiscrete", "box"])
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_gymnasiums_tasks_are_recorded_as_they_are(kind, as_dict, tmp_path):
+    run = tiny(rl.task(partial(Target, kind, as_dict=as_dict), name="target"))
+    made = record(run, 6, deterministic=False)
+    assert made.lengths.tolist() == [1] * 6 and made.terminated.all()
+    if kind == "box":
+        assert made.action.abs().max() <= 1  # as the environment took it
+    assert_equal(made, Demonstrations.load(made.save(tmp_path / "demo")))

@@ -1,0 +1,41 @@
+"""`rlmeta record`, on the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlmeta.cli import main
+from rlmeta.envs.demonstrations import Demonstrations
+
+TINY = "--steps 64 --num-envs 2 --num-steps 16 --batch-size 32 --num-epochs 1 --final-episodes 2 --eval-episodes 2"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlmeta.lab.plots.write_curve", lambda run: None)
+    assert main(["train", "ppo", "CartPole-v1", "--seeds", "2", "--out", "run", *TINY.split()]) == 0
+    return tmp_path
+
+
+def test_record_writes_demonstrations_and_says_how_good_they_are(run, capsys):
+    assert main(["record", "run", "--episodes", "3", "--learner", "1", "--sampled", "--seed", "4", "--out", "demo"]) == 0
+    made = Demonstrations.load(run / "demo")
+    assert f"3 episodes of learner 1, {made.steps} steps, returns {made.returns.mean():g}" in capsys.readouterr().out
+    assert made.about == {"agent": "ppo", "task": "CartPole-v1", "learner": 1, "deterministic": False, "seed": 4}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("run", "needs a file to write: --out FILE"),
+        ("run --out demo --learner 2", "the run has learners 0 to 1"),
+        ("none --out demo", "is not the folder of a run"),
+        ("run --out demo --episodes 0", "episodes is 0"),
+        ("", "takes one run folder"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said_in_a_line(run, capsys, flags, message):
+    assert main(["record", *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (run / "demo").exists()
