@@ -6,7 +6,9 @@ arithmetic, and matrix libraries are slow where one side of a product is narrow;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -32,6 +34,23 @@ _SLOPES: dict[Elementwise | None, Callable[[Tensor, Tensor], Tensor]] = {
 """From the gradient behind an activation and the activation's output to the gradient before it."""
 
 
+class _Graph(threading.local):
+    plain = False
+
+
+_graph = _Graph()
+
+
+@contextmanager
+def plain_graph() -> Iterator[None]:
+    """Within, layers are ordinary nodes: one node would compute twice what is differentiated twice."""
+    before, _graph.plain = _graph.plain, True
+    try:
+        yield
+    finally:
+        _graph.plain = before
+
+
 def learner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`[S, B, in]`, `[S, out, in]`, `[S, 1, out]` -> `[S, B, out]`, one batched product."""
     if weight.shape[-2] <= _NARROW:
@@ -54,7 +73,8 @@ def layers(x: Tensor, tensors: Sequence[Tensor], functions: Sequence[Elementwise
     if not torch.is_grad_enabled():
         # A product is nobody else's: writing over it saves a third of a large forward pass.
         return _one_by_one(x, tensors, [_IN_PLACE.get(f, f) if f else None for f in functions])
-    if torch._C._are_functorch_transforms_active() or any(function not in _SLOPES for function in functions):
+    transformed = torch._C._are_functorch_transforms_active()
+    if _graph.plain or transformed or any(function not in _SLOPES for function in functions):
         return _one_by_one(x, tensors, functions)
     return _Layers.apply(x, functions, *tensors)  # type: ignore[no-untyped-call]
 

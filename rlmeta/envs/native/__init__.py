@@ -5,6 +5,7 @@ from rlmeta.envs.native.bandit import Bandit
 from rlmeta.envs.native.base import NativeEnv, NativeWorld, Physics, Redraw
 from rlmeta.envs.native.cartpole import CartPole
 from rlmeta.envs.native.mountain_car import MountainCar, MountainCarContinuous
+from rlmeta.envs.native.navigation import Navigation
 from rlmeta.envs.native.pendulum import Pendulum
 from rlmeta.envs.native.tabular import CliffWalking, FrozenLake, GridWorld, Tables, Tabular, TabularMDP
 
@@ -19,6 +20,7 @@ NATIVE: dict[str, NativeEnv] = {
     "CliffWalking-v1": CliffWalking(),
     "GridWorld-v0": GridWorld(),
     "Bandit-v0": Bandit(),
+    "Navigation-v0": Navigation(),
 }
 """The native environments by the gymnasium id they stand in for, or by their own."""
 
@@ -34,6 +36,7 @@ __all__ = [
     "MountainCarContinuous",
     "NativeEnv",
     "NativeWorld",
+    "Navigation",
     "Pendulum",
     "Physics",
     "Redraw",

@@ -1,0 +1,144 @@
+"""learn2learn's MAML for any `nn.Module`: `clone()`, `adapt(loss)`; only the import changes.
+
+```python
+from rlmeta.compat.learn2learn import MAML
+
+maml = MAML(model, lr=0.01)
+for task in tasks:
+    learner = maml.clone()
+    learner.adapt(loss(learner(task.x_support), task.y_support))
+    total = total + loss(learner(task.x_query), task.y_query)
+total.backward()  # gradients of `model`, second order
+```
+
+One task after the other, as there. `rlmeta.meta.maml` adapts to all tasks of a meta-batch at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlmeta.errors import SettingError
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning (Finn, Abbeel and Levine, 2017) around a module.
+
+    Unlike in the original, a clone has its own buffers too: batch-norm statistics of one task never reach another.
+
+    Args:
+        model: any module.
+        lr: the inner learning rate.
+        first_order: take the inner gradients for constants.
+        allow_unused: accept parameters that the loss does not depend on; by default as `allow_nograd`.
+        allow_nograd: accept parameters that do not require gradients; they stay as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+    ) -> None:
+        super().__init__()
+        self.module = model
+        self.lr = lr
+        self.first_order = first_order
+        self.allow_nograd = allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's."""
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def clone(
+        self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
+    ) -> MAML:
+        """A copy to adapt, whose gradients flow back to this one's parameters."""
+        return MAML(
+            clone_module(self.module),
+            self.lr,
+            self.first_order if first_order is None else first_order,
+            self.allow_unused if allow_unused is None else allow_unused,
+            self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One inner step in place on this clone: p ← p − lr ∇loss.
+
+        Raises:
+            SettingError: a parameter takes no gradient or the loss does not depend on it, and that was not allowed.
+        """
+        second_order = not (self.first_order if first_order is None else first_order)
+        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        allow_unused = self.allow_unused if allow_unused is None else allow_unused
+        parameters = dict(self.module.named_parameters())
+        adapted = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not allow_nograd and len(adapted) < len(parameters):
+            frozen = ", ".join(name for name in parameters if name not in adapted)
+            raise SettingError(f"adapt: {frozen} require no gradient; pass allow_nograd=True to leave them as they are")
+        gradients = torch.autograd.grad(
+            loss, list(adapted.values()), retain_graph=second_order, create_graph=second_order, allow_unused=True
+        )
+        unused = ", ".join(name for name, gradient in zip(adapted, gradients) if gradient is None)
+        if unused and not allow_unused:
+            raise SettingError(f"adapt: the loss does not depend on {unused}; pass allow_unused=True to leave them")
+        moved: dict[Tensor, Tensor] = {p: p - self.lr * g for p, g in zip(adapted.values(), gradients) if g is not None}
+        _replace(self.module, moved)
+
+
+def clone_module(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters are differentiable copies; tied ones stay tied, buffers are its own."""
+    copies: dict[Tensor, Tensor] = {}
+    modules: dict[int, nn.Module] = {}
+
+    def copied(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if tensor not in copies:
+            copies[tensor] = tensor.clone()
+        return copies[tensor]
+
+    def copy(original: nn.Module) -> nn.Module:
+        if id(original) in modules:
+            return modules[id(original)]
+        clone = original.__new__(type(original))
+        modules[id(original)] = clone
+        clone.__dict__ = dict(original.__dict__)
+        clone.__dict__["_parameters"] = {name: copied(p) for name, p in original._parameters.items()}
+        clone.__dict__["_buffers"] = {name: copied(b) for name, b in original._buffers.items()}
+        clone.__dict__["_modules"] = {n: None if m is None else copy(m) for n, m in original._modules.items()}
+        _refresh(clone)
+        return clone
+
+    return copy(module)
+
+
+def _replace(module: nn.Module, moved: dict[Tensor, Tensor]) -> None:
+    """Put other tensors in the place of parameters, wherever they are used."""
+    for part in module.modules():
+        part._parameters.update({n: moved[p] for n, p in part._parameters.items() if p is not None and p in moved})  # type: ignore[misc]
+        _refresh(part)
+
+
+def _refresh(module: nn.Module) -> None:
+    """Recurrent modules keep a second list of their parameters, and it is that which they use."""
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]

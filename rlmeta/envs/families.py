@@ -1,0 +1,404 @@
+"""Families of supervised and optimisation problems: distributions that meta-learners draw tasks from.
+
+A family draws K tasks for every learner: `tasks(key, counter, K, split)`. What belongs to the splits "train",
+"validation" and "test" never overlaps; every draw is a function of the learner's key, the counter and the split alone.
+A supervised task is `{"support": {observation, target}, "query": {...}}`; an optimisation problem is whatever its
+family's `loss` needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmeta.errors import SettingError
+from rlmeta.functional import random
+from rlmeta.functional.tree import Tree
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+
+Weights: TypeAlias = dict[str, Tensor]
+
+
+class Family(Protocol):
+    """A distribution over tasks."""
+
+    @property
+    def observation_space(self) -> gym.Space:
+        """Of one input."""
+
+    @property
+    def action_space(self) -> gym.Space:
+        """Of one target: Discrete classes, or a Box."""
+
+    def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
+        """K = `count` tasks for each key `[*L]`, every leaf `[*L, K, ...]`; `counter` is a number or `[*L]`."""
+        ...
+
+
+class Problems(Family, Protocol):
+    """A distribution over functions to minimise."""
+
+    def start(self, problem: Tree) -> Weights:
+        """Where the minimisation begins, `{name: [*L, K, ...]}`."""
+
+    def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
+        """The loss `[*L, K]` at step `[*L, K]`, which stochastic problems draw their minibatch from."""
+        ...
+
+
+def task_keys(key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tensor:
+    """One key for each of `count` tasks, `[*L, K]`."""
+    if split not in get_args(Split):
+        raise SettingError(f"split is {split!r}, expected one of {', '.join(get_args(Split))}")
+    start = random.fold(random.fold(key, f"family/{split}"), counter)
+    return random.fold(start.unsqueeze(-1), torch.arange(count, device=key.device))
+
+
+# ---------------------------------------------------------------------- regression
+
+
+@dataclass(frozen=True)
+class Sinusoid:
+    """y = amplitude · sin(x − phase), amplitude uniform in [0.1, 5], phase in [0, π], x in [−5, 5].
+
+    Predicting 0 costs 4.25, the best prediction that does not adapt, −1.62 cos x, costs 3.01 (mean squared error).
+
+    Source: Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning", 2017, section 5.1.
+    """
+
+    shots: int = 10
+    """Points to adapt to."""
+    queries: int = 10
+    """Further points to learn from, or to be measured by."""
+
+    def __post_init__(self) -> None:
+        _check_sizes("Sinusoid", self)
+
+    @cached_property
+    def observation_space(self) -> gym.Space:
+        """x."""
+        return gym.spaces.Box(-5.0, 5.0, (1,), np.float32)
+
+    @cached_property
+    def action_space(self) -> gym.Space:
+        """y."""
+        return gym.spaces.Box(-5.0, 5.0, (1,), np.float32)
+
+    def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
+        """K sine waves and points on them."""
+        keys, points = task_keys(key, counter, count, split), self.shots + self.queries
+        draw = random.uniform(keys, "sinusoid", 0, (points + 2, 1))
+        amplitude, phase = 0.1 + 4.9 * draw[..., :1, :], math.pi * draw[..., 1:2, :]
+        x = 10.0 * draw[..., 2:, :] - 5.0
+        return _episode(x, amplitude * torch.sin(x - phase), self.shots)
+
+
+def _episode(observation: Tensor, target: Tensor, shots: int) -> Tree:
+    """The first `shots` of the samples `[*L, K, n, D]` as support, the rest as query."""
+    pair, axis = {"observation": observation, "target": target}, observation.dim() - 2
+    return {
+        "support": {name: value.narrow(axis, 0, shots) for name, value in pair.items()},
+        "query": {name: value.narrow(axis, shots, value.shape[axis] - shots) for name, value in pair.items()},
+    }
+
+
+def _check_sizes(name: str, family: Any) -> None:
+    for size in ("shots", "queries"):
+        if getattr(family, size) < 1:
+            raise SettingError(f"{name}: {size} is {getattr(family, size)}, expected at least 1")
+
+
+# ---------------------------------------------------------------------- classification
+
+
+@dataclass(frozen=True, eq=False)
+class FewShot:
+    """N-way K-shot classification: N classes of a split, K samples of each to adapt to, others of them to be asked.
+
+    Every task numbers its classes anew, 0 ... N − 1, in random order. With `rotations`, the classes to train on come
+    turned by 90, 180 and 270 degrees too, as classes of their own; those of the other splits never do.
+
+    Source of the protocol: Vinyals et al., "Matching Networks for One Shot Learning", 2016.
+    """
+
+    images: Tensor
+    """`[n, ...]`, float."""
+    labels: Tensor
+    """`[n]` int64, of any values."""
+    classes: Mapping[str, Sequence[int]]
+    """For each split, the labels that belong to it."""
+    ways: int = 5
+    """N."""
+    shots: int = 1
+    """K."""
+    queries: int = 5
+    """Samples of each class in the query set."""
+    rotations: bool = False
+    """Whether to turn the training classes."""
+    _pools: dict[str, tuple[Tensor, Tensor]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_sizes("FewShot", self)
+        _check_disjoint(self.classes)
+        labels = self.labels.to(torch.int64)
+        pools: dict[str, tuple[Tensor, Tensor]] = {}
+        for split, members in self.classes.items():
+            turned = self.rotations and split == "train"
+            count = len(members) * (4 if turned else 1)
+            if count < self.ways:
+                raise SettingError(
+                    f"{self.ways} ways, but split {split!r} has {count} classes: ask for fewer ways or give it more"
+                )
+            pools[split] = self._pool(labels, members, split, turned)
+        object.__setattr__(self, "_pools", pools)
+
+    def _pool(self, labels: Tensor, members: Sequence[int], split: str, turned: bool) -> tuple[Tensor, Tensor]:
+        """Images of the split's classes `[C, most, ...]`, and how many each class has `[C]`."""
+        found = [self.images[labels == member] for member in members]
+        needed = self.shots + self.queries
+        for member, images in zip(members, found):
+            if len(images) < needed:
+                raise SettingError(
+                    f"class {member} of split {split!r} has {len(images)} samples, {self.shots} shots and "
+                    f"{self.queries} queries need {needed}: ask for fewer"
+                )
+        if turned:
+            found = [torch.rot90(images, quarter, (-2, -1)) for quarter in range(4) for images in found]
+        counts = torch.tensor([len(images) for images in found])
+        pool = self.images.new_zeros((len(found), int(counts.max()), *self.images.shape[1:]))
+        for row, images in zip(pool, found):
+            row[: len(images)] = images
+        return pool, counts
+
+    @cached_property
+    def observation_space(self) -> gym.Space:
+        """One image."""
+        low, high = float(self.images.min()), float(self.images.max())
+        return gym.spaces.Box(low, high, tuple(self.images.shape[1:]), np.float32)
+
+    @cached_property
+    def action_space(self) -> gym.Space:
+        """The task's own numbers of its classes."""
+        return gym.spaces.Discrete(self.ways)
+
+    def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
+        """K tasks; the samples of support and query are ordered class by class."""
+        keys = task_keys(key, counter, count, split)
+        if split not in self._pools:
+            raise SettingError(f"there are no classes for split {split!r}, only for {', '.join(self._pools)}")
+        pool, counts = (part.to(key.device) for part in self._pools[split])
+        chosen = random.permutation(keys, "classes", 0, len(pool))[..., : self.ways]
+        class_keys = random.fold(keys.unsqueeze(-1), torch.arange(self.ways, device=key.device))
+        order = random.uniform(class_keys, "samples", 0, (pool.shape[1],), torch.float64)
+        missing = torch.arange(pool.shape[1], device=key.device) >= counts[chosen].unsqueeze(-1)
+        rows = order.masked_fill(missing, 2.0).argsort(-1)[..., : self.shots + self.queries]
+        images = pool[chosen.unsqueeze(-1), rows]  # [*L, K, ways, shots + queries, ...]
+        label = torch.arange(self.ways, device=key.device).unsqueeze(-1).expand(rows.shape)
+        axes = keys.dim()
+
+        def flat(x: Tensor, start: int, stop: int) -> Tensor:
+            return x.narrow(axes + 1, start, stop - start).flatten(axes, axes + 1)
+
+        cuts = {"support": (0, self.shots), "query": (self.shots, self.shots + self.queries)}
+        return {name: {"observation": flat(images, *cut), "target": flat(label, *cut)} for name, cut in cuts.items()}
+
+
+def _check_disjoint(classes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse splits that share a class."""
+    owner: dict[int, str] = {}
+    for split, members in classes.items():
+        if split not in get_args(Split):
+            raise SettingError(f"split {split!r} is unknown, expected {', '.join(get_args(Split))}")
+        for member in members:
+            if member in owner:
+                raise SettingError(
+                    f"class {member} is in split {owner[member]!r} and in {split!r}: a class belongs to one split"
+                )
+            owner[member] = split
+
+
+def split_classes(groups: Sequence[Any], test: Sequence[Any], validation: Sequence[Any] = ()) -> dict[str, list[int]]:
+    """Classes by split, where whole groups (alphabets, say) are held out.
+
+    Args:
+        groups: the group of each class 0 ... C − 1.
+        test: groups of the test split.
+        validation: groups of the validation split; every other group is trained on.
+
+    Raises:
+        SettingError: a group is asked for that no class belongs to, or stands in both lists.
+    """
+    for group in (*test, *validation):
+        if group not in groups:
+            raise SettingError(f"there is no group {group!r}; there are {', '.join(map(str, sorted(set(groups))))}")
+    if set(test) & set(validation):
+        raise SettingError(f"{sorted(set(test) & set(validation))} are both validation and test groups")
+    found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for number, group in enumerate(groups):
+        found["test" if group in test else "validation" if group in validation else "train"].append(number)
+    return {split: members for split, members in found.items() if members}
+
+
+# ---------------------------------------------------------------------- functions to minimise
+
+
+@dataclass(frozen=True)
+class Quadratics:
+    """f(x) = ‖W x − y‖² with W `[d, d]` and y `[d]` standard normal, from x ~ N(0, 0.01²).
+
+    Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016, section 3.1.
+    """
+
+    dimensions: int = 10
+    """d."""
+
+    @cached_property
+    def observation_space(self) -> gym.Space:
+        """x."""
+        return gym.spaces.Box(-np.inf, np.inf, (self.dimensions,), np.float32)
+
+    @cached_property
+    def action_space(self) -> gym.Space:
+        """A move of x."""
+        return self.observation_space
+
+    def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
+        """K quadratic functions, and where each begins."""
+        keys, d = task_keys(key, counter, count, split), self.dimensions
+        draw = random.normal(keys, "quadratic", 0, (d, d + 2))
+        return {"matrix": draw[..., :d], "target": draw[..., d], "start": 0.01 * draw[..., d + 1]}
+
+    def start(self, problem: Tree) -> Weights:
+        """x `[*L, K, d]`."""
+        return {"x": problem["start"]}
+
+    def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
+        """f, `[*L, K]`."""
+        x = weights["x"]
+        return ((problem["matrix"] @ x.unsqueeze(-1)).squeeze(-1) - problem["target"]).square().sum(-1)
+
+
+@dataclass(frozen=True)
+class DigitMLPs:
+    """Perceptrons of one hidden layer that learn digits by cross-entropy, from different weights and minibatches.
+
+    Training problems see one part of the images, held-out ones (validation, test) the other.
+
+    Source: Andrychowicz et al., 2016, section 3.2, on the 8 x 8 digits of scikit-learn.
+    """
+
+    hidden: int = 20
+    """Units of the hidden layer."""
+    batch_size: int = 128
+    """Images of a minibatch."""
+    activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid"
+    """Of the hidden layer."""
+
+    @cached_property
+    def observation_space(self) -> gym.Space:
+        """One image."""
+        return gym.spaces.Box(0.0, 1.0, (64,), np.float32)
+
+    @cached_property
+    def action_space(self) -> gym.Space:
+        """The digit."""
+        return gym.spaces.Discrete(10)
+
+    @cached_property
+    def _digits(self) -> tuple[Tensor, Tensor]:
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        return torch.tensor(found.data / 16.0, dtype=torch.float32), torch.tensor(found.target, dtype=torch.int64)
+
+    def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
+        """K keys, and which part of the images each uses."""
+        keys = task_keys(key, counter, count, split)
+        part = torch.full_like(keys, 0 if split == "train" else 1)
+        return {"key": keys, "part": part}
+
+    def start(self, problem: Tree) -> Weights:
+        """Weights with deviation 1 / √inputs, biases 0."""
+        key, h = problem["key"], self.hidden
+        first = random.normal(key, "first layer", 0, (h, 64)) / 8.0
+        second = random.normal(key, "second layer", 0, (10, h)) / math.sqrt(h)
+        zeros = first.new_zeros
+        return {
+            "0.weight": first,
+            "0.bias": zeros((*key.shape, h)),
+            "1.weight": second,
+            "1.bias": zeros((*key.shape, 10)),
+        }
+
+    def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
+        """Cross-entropy of a minibatch, `[*L, K]`, in nats."""
+        images, digits = (part.to(step.device) for part in self._digits)
+        half = len(images) // 2
+        index = random.integers(problem["key"], "minibatch", step, (self.batch_size,), half)
+        index = index + half * problem["part"].unsqueeze(-1)
+        hidden = images[index] @ weights["0.weight"].mT + weights["0.bias"].unsqueeze(-2)
+        hidden = getattr(torch, self.activation)(hidden)
+        logits = hidden @ weights["1.weight"].mT + weights["1.bias"].unsqueeze(-2)
+        log_prob = logits.log_softmax(-1).gather(-1, digits[index].unsqueeze(-1))
+        return -log_prob.squeeze(-1).mean(-1)
+
+
+# ---------------------------------------------------------------------- as a problem to train on
+
+
+@dataclass(frozen=True)
+class DataFamily:
+    """A named family, ready to train a meta-learner on."""
+
+    name: str
+    source: Any
+    """A `Family`."""
+
+    native = True
+
+    def world(self, learner_shape: tuple[int, ...], num_envs: int) -> FamilyWorld:
+        """The tasks of every learner."""
+        return FamilyWorld(self.source, learner_shape, num_envs)
+
+
+class FamilyWorld:
+    """The tasks of `*L` learners; nothing in it changes.
+
+    Args:
+        family: what to draw from.
+        learner_shape: `*L`.
+        num_envs: K, tasks of a meta-batch.
+    """
+
+    exact_resume = True
+
+    def __init__(self, family: Family, learner_shape: tuple[int, ...], num_envs: int) -> None:
+        if num_envs < 1:
+            raise SettingError(f"{num_envs} tasks in a meta-batch, expected at least 1")
+        self.family = family
+        self.observation_space, self.action_space = family.observation_space, family.action_space
+        self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
+
+    def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
+        """`count` tasks of the split for each learner, every leaf `[*L, K, ...]`."""
+        return self.family.tasks(key, counter, count, split)
+
+    def reset(self, key: Tensor) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def restore(self, state: dict[str, Any], inexact: bool = False) -> dict[str, Any]:
+        """Nothing is hidden."""
+        return state
+
+    def close(self) -> None:
+        """Nothing to release."""

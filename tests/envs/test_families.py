@@ -1,0 +1,169 @@
+"""Families: moments, disjoint splits, labels without meaning, draws that depend on the key alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlmeta.envs.families import DataFamily, DigitMLPs, FewShot, Quadratics, Sinusoid, split_classes
+from rlmeta.errors import SettingError
+from rlmeta.functional import random, tree
+
+KEY = random.make_keys([0, 1, 2])
+
+
+def labelled(classes=12, each=6, size=2):
+    """Images whose pixels all are their own number."""
+    n = classes * each
+    images = torch.arange(n, dtype=torch.float32).reshape(n, 1, 1).expand(n, size, size).clone()
+    return images, torch.arange(n) // each
+
+
+def few_shot(**settings):
+    images, labels = labelled()
+    classes = {"train": range(6), "validation": range(6, 9), "test": range(9, 12)}
+    return FewShot(images, labels, classes, **{"ways": 3, "shots": 2, "queries": 3, **settings})
+
+
+def test_sinusoid_has_the_moments_of_the_paper():
+    tasks = Sinusoid(shots=10, queries=10).tasks(random.make_keys([0]), 0, 40_000, "train")
+    x, y = (torch.cat([tasks[part][name] for part in tasks], 2) for name in ("observation", "target"))
+    assert float(y.square().mean()) == pytest.approx(4.25, abs=0.06)
+    assert float((y + 1.62 * x.cos()).square().mean()) == pytest.approx(3.01, abs=0.06)
+    assert float(x.min()) > -5 and float(x.max()) < 5 and float(y.abs().max()) <= 5
+    basis = torch.stack([x[0].sin(), x[0].cos()], -1).squeeze(2)  # every task's points lie on one sine wave
+    solution = torch.linalg.lstsq(basis[:50], y[0, :50]).solution
+    torch.testing.assert_close(basis[:50] @ solution, y[0, :50], atol=1e-3, rtol=1e-3)
+    amplitude = solution.squeeze(-1).norm(dim=-1)
+    assert amplitude.min() >= 0.1 - 1e-3 and amplitude.max() <= 5.0 + 1e-3
+    assert (solution[:, 1, 0] <= 1e-3).all()  # −A sin(phase), phase in [0, π]
+
+
+@pytest.mark.parametrize("family", [Sinusoid(), few_shot(), Quadratics(), DigitMLPs()])
+def test_a_learners_tasks_depend_on_its_key_the_counter_and_the_split(family):
+    tasks = tree.flatten(family.tasks(KEY, 5, 4, "train"))
+    alone = tree.flatten(family.tasks(KEY[1:2], torch.tensor([5]), 2, "train"))
+    for name, value in tasks.items():
+        assert value.shape[:2] == (3, 4)
+        assert torch.equal(value[1, :2], alone[name][0])
+    for other in (family.tasks(KEY, 6, 4, "train"), family.tasks(KEY, 5, 4, "test")):
+        changed = [not torch.equal(value, tasks[name]) for name, value in tree.flatten(other).items()]
+        assert any(changed)
+    distinct = {tuple(value.flatten().tolist()) for value in next(iter(tasks.values())).flatten(0, 1)}
+    assert len(distinct) == 12
+    with pytest.raises(SettingError, match="split is 'held-out'"):
+        family.tasks(KEY, 0, 1, "held-out")
+
+
+def test_support_and_query_are_disjoint_and_of_the_same_classes():
+    family = few_shot()
+    tasks = family.tasks(KEY, 0, 50, "train")
+    for s in range(3):
+        for k in range(50):
+            pixels, target = ({p: tasks[p][n][s, k] for p in tasks} for n in ("observation", "target"))
+            numbers = {part: pixels[part][:, 0, 0].long() for part in pixels}
+            together = torch.cat([numbers["support"], numbers["query"]])
+            assert len(set(together.tolist())) == 15
+            for part, each in (("support", 2), ("query", 3)):
+                assert target[part].bincount(minlength=3).tolist() == [each] * 3
+                assert (numbers[part] // 6 < 6).all()
+            classes = [{int(n) // 6 for n in together[torch.cat(list(target.values())) == i]} for i in range(3)]
+            assert all(len(found) == 1 for found in classes) and len(set.union(*classes)) == 3
+
+
+def test_labels_say_nothing_about_classes():
+    """Every class gets every label about as often."""
+    tasks = few_shot().tasks(random.make_keys([0]), 0, 3000, "train")
+    number = tasks["support"]["observation"][..., 0, 0].long() // 6
+    table = torch.zeros(6, 3)
+    for label in range(3):
+        table[:, label] = number[tasks["support"]["target"] == label].bincount(minlength=6).float()
+    assert (table / table.sum() * 18 - 1).abs().max() < 0.1
+
+
+def test_splits_never_overlap_and_are_equal_for_every_seed():
+    family, seen = few_shot(), {}
+    for split in ("train", "validation", "test"):
+        tasks = family.tasks(KEY, 0, 60, split)
+        seen[split] = {int(n) // 6 for part in tasks.values() for n in part["observation"][..., 0, 0].flatten()}
+    assert seen == {"train": set(range(6)), "validation": {6, 7, 8}, "test": {9, 10, 11}}
+
+
+def test_rotations_are_new_classes_of_the_training_side_alone():
+    images = torch.arange(4.0).reshape(1, 2, 2) + 10 * torch.arange(12.0).reshape(12, 1, 1)
+    family = FewShot(
+        images.repeat_interleave(2, 0), torch.arange(24) // 2, {"train": range(6), "test": range(6, 12)},
+        ways=5, shots=1, queries=1, rotations=True,
+    )  # fmt: skip
+    turned = {tuple(torch.rot90(torch.arange(4.0).reshape(2, 2), i).flatten().tolist()) for i in range(4)}
+    for split, count in (("train", 4), ("test", 1)):
+        tasks = family.tasks(KEY, 0, 60, split)
+        found = tasks["support"]["observation"].flatten(0, 2)
+        assert len({tuple((image % 10).flatten().tolist()) for image in found} & turned) == count
+        query = tasks["query"]["observation"].flatten(0, 2)
+        assert torch.equal(found, query)  # a class is one turn of one character
+
+
+def test_alphabets_are_held_out_whole():
+    groups = ["greek"] * 3 + ["latin"] * 2 + ["tengwar"] * 2
+    assert split_classes(groups, ["latin"], ["tengwar"]) == {"train": [0, 1, 2], "validation": [5, 6], "test": [3, 4]}
+    with pytest.raises(SettingError, match="no group 'klingon'"):
+        split_classes(groups, ["klingon"])
+    with pytest.raises(SettingError, match="both"):
+        split_classes(groups, ["latin"], ["latin"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ways": 4}, "4 ways, but split 'validation' has 3 classes"),
+        ({"shots": 4}, "class 0 of split 'train' has 6 samples, 4 shots and 3 queries need 7"),
+        ({"shots": 0}, "shots is 0"),
+        ({"classes": {"train": range(6), "test": range(5, 9)}}, "class 5 is in split 'train' and in 'test'"),
+        ({"classes": {"training": range(6)}}, "split 'training' is unknown"),
+    ],
+)
+def test_few_shot_refuses_what_it_cannot_draw(change, message):
+    images, labels = labelled()
+    classes = {"train": range(6), "validation": range(6, 9), "test": range(9, 12)}
+    with pytest.raises(SettingError, match=message):
+        FewShot(images, labels, **{"classes": classes, "ways": 3, "shots": 2, "queries": 3, **change})
+
+
+def test_classes_of_different_sizes_give_only_what_they_have():
+    labels = torch.tensor([0] * 3 + [1] * 9 + [2] * 5)
+    images = (labels + 1.0).reshape(-1, 1, 1)
+    tasks = FewShot(images, labels, {"train": [0, 1, 2]}, ways=3, shots=1, queries=2).tasks(KEY, 0, 40, "train")
+    for part in tasks.values():
+        assert (part["observation"] > 0).all()
+
+
+def test_quadratics_and_digit_mlps_are_functions_to_minimise():
+    for family, high in ((Quadratics(4), 40.0), (DigitMLPs(hidden=5, batch_size=16), 3.5)):
+        problem = family.tasks(KEY, 0, 3, "train")
+        weights = {n: w.requires_grad_() for n, w in family.start(problem).items()}
+        step = torch.zeros(3, 3, dtype=torch.int64)
+        loss = family.loss(weights, problem, step)
+        assert loss.shape == (3, 3) and (loss > 0).all() and (loss.mean() < high)
+        grads = torch.autograd.grad(loss.sum(), list(weights.values()))
+        lower = family.loss({n: w - 1e-3 * g for (n, w), g in zip(weights.items(), grads)}, problem, step)
+        assert (lower < loss).all()
+    assert float(Quadratics().tasks(KEY, 0, 500, "train")["matrix"].std()) == pytest.approx(1.0, abs=0.01)
+    again = family.loss(weights, problem, step + 1)
+    assert not torch.equal(again, loss)  # another minibatch
+
+
+def test_digit_mlps_hold_images_out():
+    family = DigitMLPs(hidden=3, batch_size=8)
+    parts = [family.tasks(KEY, 0, 2, split)["part"].unique().tolist() for split in ("train", "validation", "test")]
+    assert parts == [[0], [1], [1]]
+
+
+def test_a_world_hands_out_the_familys_tasks():
+    world = DataFamily("sinusoid", Sinusoid()).world((3,), 5)
+    assert world.num_envs == 5 and world.learner_shape == (3,) and world.observation_space.shape == (1,)
+    ours = world.tasks(KEY, 0, 5, "test")["query"]["target"]
+    assert torch.equal(ours, Sinusoid().tasks(KEY, 0, 5, "test")["query"]["target"])
+    assert math.prod(ours.shape) == 3 * 5 * 10
