@@ -26,12 +26,15 @@ class Context:
         new_buffers: filled in training by what keeps statistics, under the names of `Params`; `{**params,
             **new_buffers}` is what the next step starts from. Nothing is written in place.
         learner_axes: how many learner axes there are, where a block has no parameter to tell it by. Containers fill it.
+        taps: None, or what every linear layer leaves its calls in, `{place in params: [(input, output), ...]}`: with
+            the gradient at the output, the gradient of every single sample follows (`functional.sample_gradients`).
     """
 
     training: bool = False
     key: Tensor | None = None
     new_buffers: Params = field(default_factory=dict)
     learner_axes: int | None = None
+    taps: dict[str, list[tuple[Tensor, Tensor]]] | None = None
 
 
 class Block(nn.Module):

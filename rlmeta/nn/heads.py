@@ -26,15 +26,16 @@ from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import distributions, random
 from rlmeta.nn.block import Block, Context, Params, between
 from rlmeta.nn.initialisers import Initialiser
-from rlmeta.nn.linear import Linear, linear
+from rlmeta.nn.linear import Linear, linear, tapped
 
 Distribution: TypeAlias = dict[str, Tensor]
 """Parameters of one distribution per learner and batch row."""
 
 
-def _project(params: Params, x: Tensor, prefix: str) -> Tensor:
+def _project(params: Params, x: Tensor, ctx: Context, prefix: str) -> Tensor:
     """The head's linear layer, without the detour over its module."""
-    return linear(x, params[prefix + "linear.weight"], params[prefix + "linear.bias"])
+    out = linear(x, params[prefix + "linear.weight"], params[prefix + "linear.bias"])
+    return out if ctx.taps is None else tapped(ctx, f"{prefix}linear.", x, out)
 
 
 def _flat(action: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -65,7 +66,7 @@ class CategoricalHead(Block):
         self, params: Params, x: Tensor, ctx: Context, prefix: str = "", mask: Tensor | None = None
     ) -> Distribution:
         """Features `[*L, ..., D]` -> logits; `mask` `[*L, ..., A]` is nonzero where an action is allowed."""
-        logits = _project(params, x, prefix)
+        logits = _project(params, x, ctx, prefix)
         return {"logits": logits if mask is None else distributions.mask_logits(logits, mask)}
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class MultiDiscreteHead(Block):
         self, params: Params, x: Tensor, ctx: Context, prefix: str = "", mask: Tensor | None = None
     ) -> Distribution:
         """Features `[*L, ..., D]` -> logits; `mask` is nonzero where a component's action is allowed."""
-        logits = _project(params, x, prefix)
+        logits = _project(params, x, ctx, prefix)
         return {"logits": logits if mask is None else distributions.mask_logits(logits, mask)}
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class BernoulliHead(Block):
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:
         """Features `[*L, ..., D]` -> log-odds."""
-        return {"logits": _project(params, x, prefix)}
+        return {"logits": _project(params, x, ctx, prefix)}
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
         """An action."""
@@ -213,7 +214,7 @@ class GaussianHead(Block):
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:
         """Features `[*L, ..., D]` -> mean and log_std, both of full shape."""
-        mean = _project(params, x, prefix)
+        mean = _project(params, x, ctx, prefix)
         log_std = params[prefix + "log_std"]
         return {"mean": mean, "log_std": between(log_std, mean, log_std.dim() - 1).expand_as(mean)}
 
@@ -294,7 +295,7 @@ class TanhGaussianHead(Block):
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:
         """Features `[*L, ..., D]` -> mean and log_std."""
-        mean, log_std = _project(params, x, prefix).chunk(2, -1)
+        mean, log_std = _project(params, x, ctx, prefix).chunk(2, -1)
         return {"mean": mean, "log_std": log_std.clamp(*self._log_std_range)}
 
     def _scaled(self, squashed: Tensor) -> Tensor:
@@ -371,7 +372,7 @@ class StateDependentNoiseHead(Block):
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:
         """Features `[*L, ..., D]` -> mean, spread, and what sampling needs."""
-        mean = _project(params, x, prefix)
+        mean = _project(params, x, ctx, prefix)
         noise_log_std, features = params[prefix + "log_std"], x.detach()
         variance = linear(features.square(), (2.0 * noise_log_std).exp().mT, None)
         # 1e-6 keeps the density finite where every feature is zero, as in Stable-Baselines3.
@@ -427,7 +428,7 @@ class ValueHead(Block):
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
         """`[*L, ..., D]` -> `[*L, ...]`."""
-        return _project(params, x, prefix).squeeze(-1)
+        return _project(params, x, ctx, prefix).squeeze(-1)
 
 
 class QHead(Block):
@@ -453,7 +454,7 @@ class QHead(Block):
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
         """`[*L, ..., D]` -> `[*L, ..., A]`."""
-        return _project(params, x, prefix)
+        return _project(params, x, ctx, prefix)
 
     def mode(self, values: Tensor) -> Tensor:
         """The best action, `[..., A]` -> `[...]`."""

@@ -78,6 +78,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.reshape(*x.shape[:-1], weight.shape[-2])
 
 
+def tapped(ctx: Context, prefix: str, x: Tensor, out: Tensor) -> Tensor:
+    """The output of the linear layer at `prefix`, left in the context's taps where it has them."""
+    if ctx.taps is not None:
+        out = out if out.requires_grad else out.requires_grad_()  # the first layer, under constant weights
+        ctx.taps.setdefault(prefix, []).append((x.detach(), out))
+    return out
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return learner_product(x, weight, None) if bias is None else layers(x, (weight, bias), (None,))
 
@@ -112,7 +120,8 @@ class Linear(Block):
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
         """`[*L, ..., in]` -> `[*L, ..., out]`."""
-        return linear(x, params[prefix + "weight"], fetch(self, params, prefix, "bias"))
+        out = linear(x, params[prefix + "weight"], fetch(self, params, prefix, "bias"))
+        return out if ctx.taps is None else tapped(ctx, prefix, x, out)
 
 
 class Activation(Block):

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.nn.block import Block, Context, Params
 from rlmeta.nn.initialisers import Initialiser
-from rlmeta.nn.linear import Activation, ActivationName, Linear, activation_function, check_linear
+from rlmeta.nn.linear import Activation, ActivationName, Linear, activation_function, check_linear, linear, tapped
 from rlmeta.nn.product import layers
 
 
@@ -73,6 +73,8 @@ class MLP(Block):
         """`[*L, ..., in]` -> `[*L, ..., out]`."""
         first = params[prefix + "0.weight"]
         check_linear(x, first)
+        if ctx.taps is not None:
+            return self._tapped(params, x, ctx, prefix)
         axes = first.dim() - 2
         if axes == 0:
             for (weight, bias), activation in zip(self._names, self._functions):
@@ -91,3 +93,11 @@ class MLP(Block):
             tensors += [layer, offset]
         x = layers(x, tensors, self._functions)
         return x if x.shape[:-1] == batch_shape else x.reshape(*batch_shape, x.shape[-1])
+
+    def _tapped(self, params: Params, x: Tensor, ctx: Context, prefix: str) -> Tensor:
+        """Layer by layer, each leaving its call in the context's taps."""
+        for (weight, bias), activation in zip(self._names, self._functions):
+            out = linear(x, params[prefix + weight], params[prefix + bias])
+            x = tapped(ctx, prefix + weight.removesuffix("weight"), x, out)
+            x = x if activation is None else activation(x)
+        return x

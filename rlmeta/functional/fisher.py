@@ -1,0 +1,165 @@
+"""The diagonal of the Fisher information: how much a predictive distribution changes with each weight.
+
+F = E_x E_{y ~ p(.|x)} (∂ log p(y|x) / ∂w)², averaged over samples. With η the distribution's parameters (logits, say)
+and G(η) = Σᵣ vᵣ vᵣᵀ its Fisher information in them, the diagonal in the weights is Σᵣ (Jᵀ vᵣ)², J the Jacobian of η:
+one backward pass for every root v, and `squared_gradients` does the rest. The kinds differ in their roots:
+
+| kind | labels | roots |
+|---|---|---|
+| exact | the expectation over all of them | √p(y) ∂ log p(y) / ∂η for every y (categorical), 1/σ and √2 (Gaussian) |
+| sample | one drawn from the distribution, unbiased | ∂ log p(y) / ∂η |
+| empirical | those of the data; not the Fisher information, and 0 where the data are fitted | ∂ log p(y) / ∂η |
+
+Squaring the gradient of a batch's mean loss, as many implementations do, is none of these.
+
+Source: van de Ven, "On the computation of the Fisher information in continual learning", 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rlmeta.errors import SettingError
+from rlmeta.functional import random, tree
+from rlmeta.functional.sample_gradients import Forward, Params, squared_gradients
+from rlmeta.nn.block import Context
+
+FisherKind: TypeAlias = Literal["exact", "sample", "empirical"]
+"""What is done about the labels."""
+
+
+def categorical_fisher(
+    logits: Forward,
+    p: Params,
+    batch: tree.Tree,
+    learner_axes: int,
+    kind: FisherKind = "exact",
+    *,
+    target: Tensor | None = None,
+    key: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    chunk: int = 512,
+) -> Tensor:
+    """Diagonal Fisher information of a categorical distribution, per sample on average.
+
+    Args:
+        logits: gives `[*L, B, C]` for a batch.
+        p: parameters, evaluated without dropout and with running statistics.
+        batch: samples `[*L, n, ...]`.
+        learner_axes: how many learner axes there are.
+        kind: what is done about the labels.
+        target: kind "empirical": the labels `[*L, n]` int64.
+        key: kind "sample": `[*L]`.
+        names: the weights it is wanted for, all where left out; 0 for the others.
+        chunk: samples at a time.
+
+    Returns:
+        `[*L, P]`
+
+    Raises:
+        SettingError: the labels or the key that the kind needs are missing.
+    """
+    samples = next(tree.leaves(batch)).shape[learner_axes]
+    if kind == "exact":
+        total = squared_gradients(logits, p, batch, categorical_roots, learner_axes, names, chunk)
+        return total / samples
+    if kind == "sample":
+        if key is None:
+            raise SettingError('fisher: kind "sample" draws labels: pass a key')
+        with torch.no_grad():
+            drawn = logits(p, batch, Context())
+        target = (drawn + random.gumbel(key, "fisher", 0, drawn.shape[key.dim() :], drawn.dtype)).argmax(-1)
+    if target is None:
+        raise SettingError('fisher: kind "empirical" is of the data\'s labels: pass target')
+    labelled = {"batch": batch, "target": target}
+    total = squared_gradients(
+        lambda p, b, ctx: logits(p, b["batch"], ctx), p, labelled, _label_roots, learner_axes, names, chunk
+    )
+    return total / samples
+
+
+def gaussian_fisher(
+    parameters: Forward,
+    p: Params,
+    batch: tree.Tree,
+    learner_axes: int,
+    *,
+    names: Sequence[str] | None = None,
+    chunk: int = 512,
+) -> Tensor:
+    """Exact diagonal Fisher information of a diagonal Gaussian: Σⱼ (∂μⱼ)² / σⱼ² + 2 (∂ log σⱼ)², per sample on average.
+
+    Args:
+        parameters: gives the means and the logarithms of the deviations, joined: `[*L, B, 2 A]`.
+        p: parameters.
+        batch: samples `[*L, n, ...]`.
+        learner_axes: how many learner axes there are.
+        names: the weights it is wanted for, all where left out; 0 for the others.
+        chunk: samples at a time.
+
+    Returns:
+        `[*L, P]`
+    """
+    samples = next(tree.leaves(batch)).shape[learner_axes]
+    return squared_gradients(parameters, p, batch, gaussian_roots, learner_axes, names, chunk) / samples
+
+
+def score_fisher(
+    log_prob: Forward,
+    p: Params,
+    batch: tree.Tree,
+    learner_axes: int,
+    *,
+    names: Sequence[str] | None = None,
+    chunk: int = 512,
+) -> Tensor:
+    """Mean of (∂ log p)² over samples, of any distribution: "sample" where it drew its batch itself, else "empirical".
+
+    Args:
+        log_prob: gives `[*L, B]`.
+        p: parameters.
+        batch: samples `[*L, n, ...]`, with their labels or actions.
+        learner_axes: how many learner axes there are.
+        names: the weights it is wanted for, all where left out; 0 for the others.
+        chunk: samples at a time.
+
+    Returns:
+        `[*L, P]`
+    """
+
+    def ones(out: Tensor, batch: tree.Tree) -> Iterator[Tensor]:
+        yield torch.ones_like(out)
+
+    samples = next(tree.leaves(batch)).shape[learner_axes]
+    return squared_gradients(log_prob, p, batch, ones, learner_axes, names, chunk) / samples
+
+
+def categorical_roots(logits: Tensor, batch: tree.Tree = None) -> Iterator[Tensor]:
+    """√p_y (e_y - p) for every label y: the square root of diag(p) - p pᵀ."""
+    probabilities = logits.softmax(-1)
+    for label in range(logits.shape[-1]):
+        one = probabilities[..., label : label + 1].sqrt()
+        root = -one * probabilities
+        root[..., label : label + 1] += one
+        yield root
+
+
+def gaussian_roots(parameters: Tensor, batch: tree.Tree = None) -> Iterator[Tensor]:
+    """1 / σⱼ for every mean and √2 for every log deviation, `[*L, B, 2 A]` each."""
+    mean, log_std = parameters.chunk(2, -1)
+    scales = torch.cat([(-log_std).exp(), torch.full_like(mean, 2.0**0.5)], -1)
+    for j in range(scales.shape[-1]):
+        root = torch.zeros_like(scales)
+        root[..., j] = scales[..., j]
+        yield root
+
+
+def _label_roots(logits: Tensor, batch: tree.Tree) -> Iterator[Tensor]:
+    """e_y - p of the given labels."""
+    root = -logits.softmax(-1)
+    target = batch["target"].unsqueeze(-1)
+    yield root.scatter_add(-1, target, torch.ones_like(target, dtype=root.dtype))
