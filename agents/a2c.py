@@ -12,8 +12,8 @@ import tyro
 
 import rlmeta as rl
 from rlmeta.functional import random
-from rlmeta.lab.evaluate import evaluate
 from rlmeta.learning.collect import collect
+from rlmeta.learning.evaluate import evaluate
 from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step

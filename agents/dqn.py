@@ -12,9 +12,9 @@ import tyro
 
 import rlmeta as rl
 from rlmeta.functional import optim, random
-from rlmeta.lab.evaluate import evaluate
 from rlmeta.learning import replay
 from rlmeta.learning.collect import collect
+from rlmeta.learning.evaluate import evaluate
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step
 
@@ -47,7 +47,7 @@ def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 50_000) -> dic
                 gamma, max_norm = p["hyper"]["gamma"], p["hyper"]["max_grad_norm"]
                 batch = replay.sample(state["replay"], key, settings.batch_size, end, gamma, settings.n_steps)
                 state, _ = step(agent, state, batch, optimizer, max_grad_norm=max_norm)
-                state = agent.count_gradient_step(state)
+                agent.follow(state)
         state = agent.end_iteration(state, rollout)
     return state
 

@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlmeta.agents import A2C, DQN, PPO, REINFORCE
-    from rlmeta.envs.task import Task, TaskFamily, TaskStream, family, stream, task
+    from rlmeta.agents import A2C, DQN, PPO, REINFORCE, Classifier, Regressor
+    from rlmeta.envs.streams import TaskStream, stream
+    from rlmeta.envs.task import Task, TaskFamily, family, task
     from rlmeta.errors import RlmetaError
     from rlmeta.lab.experiment import Budget
     from rlmeta.lab.presets import preset
@@ -16,14 +17,16 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "A2C": "rlmeta.agents",
+    "Classifier": "rlmeta.agents",
     "DQN": "rlmeta.agents",
     "PPO": "rlmeta.agents",
     "REINFORCE": "rlmeta.agents",
+    "Regressor": "rlmeta.agents",
     "Task": "rlmeta.envs.task",
     "TaskFamily": "rlmeta.envs.task",
-    "TaskStream": "rlmeta.envs.task",
+    "TaskStream": "rlmeta.envs.streams",
     "family": "rlmeta.envs.task",
-    "stream": "rlmeta.envs.task",
+    "stream": "rlmeta.envs.streams",
     "task": "rlmeta.envs.task",
     "RlmetaError": "rlmeta.errors",
     "Budget": "rlmeta.lab.experiment",
@@ -41,6 +44,8 @@ __all__ = [
     "PPO",
     "REINFORCE",
     "Budget",
+    "Classifier",
+    "Regressor",
     "RlmetaError",
     "Run",
     "Task",

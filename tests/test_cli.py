@@ -300,7 +300,7 @@ def test_native_environment_by_name(
     groups = f"train ppo my_native_env:MyNativeEnv --env.drag 0.5 {flags} --hidden-sizes 8,9 --quiet --out g"
     assert main(groups.split()) == 0
     again = plans.from_folder(Path("g")).train("hidden_sizes=9", Path("g"))
-    assert again.experiment.task.source == dragged
+    assert again.experiment.problem.source == dragged
 
 
 def test_an_error_in_own_code_is_one_line_with_its_place(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -424,7 +424,7 @@ def environment() -> dict[str, str]:
         ("train ppo", "rlmeta train takes an agent and a task first, got ppo"),
         ("train ppo CartPole-v1 again", "got ppo CartPole-v1 again"),
         ("train pop CartPole-v1", "unknown agent 'pop': did you mean ppo?"),
-        ("train xyz CartPole-v1", "unknown agent 'xyz': expected one of a2c, dqn, ppo, reinforce"),
+        ("train xyz CartPole-v1", "unknown agent 'xyz': expected one of a2c, classifier, dqn, ppo, re"),
         ("train ppo xyz", "unknown task 'xyz': `rlmeta list` shows what can be named"),
         ("train ppo CartPole-v2", "unknown task 'CartPole-v2': did you mean CartPole-v1"),
         ("train ppo CartPole-v1 --learning-rte 1e-3", "unknown flag --learning-rte: did you mean --learning-rate"),
@@ -450,7 +450,13 @@ def environment() -> dict[str, str]:
         ("train ppo CartPole-v1 --wandb-project mine", "--wandb-project is given without --wandb"),
         ("train ppo CartPole-v1 --network nopkg:Net", "--network: no module 'nopkg' can be imported"),
         ("train ppo CartPole-v1 --network json:Net", "--network: json has no 'Net'"),
-        ("train ppo cartpole-conflicts", "'cartpole-conflicts' is a stream of tasks, expected one task"),
+        ("train ppo split-digits", "DQN"),
+        ("train ppo CartPole-v1 --lifelong ewc", "are for streams of tasks, 'CartPole-v1' is none"),
+        ("train ppo cartpole-conflicts --order sideways", "--order is 'sideways', expected given, all"),
+        ("train ppo cartpole-conflicts --scenario class", "scenario is for streams of samples"),
+        ("train classifier split-digits --scenario clas", "scenario is 'clas', expected one of task, domain, class"),
+        ("train classifier split-digits --lifelong nothing", "unknown lifelong method 'nothing'"),
+        ("train classifier permuted-digits --order all", "10 tasks have 3,628,800 orders, more than 720"),
         ("train ppo nopkg:MyEnv-v0", "no module 'nopkg' can be imported"),
         ("train ppo json:MyEnv-v0", "unknown gymnasium environment 'json:MyEnv-v0'"),
         ("eval", "rlmeta eval takes one run folder, got none"),

@@ -1,12 +1,14 @@
-"""Agents: one file an algorithm."""
+"""Agents and supervised learners: one file an algorithm."""
 
 from rlmeta.agents.a2c import A2C
 from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.classifier import Classifier
 from rlmeta.agents.dqn import DQN
 from rlmeta.agents.ppo import PPO
+from rlmeta.agents.regressor import Regressor
 from rlmeta.agents.reinforce import REINFORCE
 
-ALL: tuple[type, ...] = (REINFORCE, A2C, PPO, DQN)
-"""The settings class of every agent."""
+ALL: tuple[type, ...] = (REINFORCE, A2C, PPO, DQN, Classifier, Regressor)
+"""The settings class of every learner that can be named on the command line."""
 
-__all__ = ["A2C", "ALL", "DQN", "PPO", "REINFORCE", "Agent", "NetworkFactory"]
+__all__ = ["A2C", "ALL", "DQN", "PPO", "REINFORCE", "Agent", "Classifier", "NetworkFactory", "Regressor"]

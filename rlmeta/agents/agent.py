@@ -23,15 +23,16 @@ from rlmeta.functional.normalise import (
 )
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.collect import Rollout, collect, episode_statistics
-from rlmeta.learning.method import Method
+from rlmeta.learning.evaluate import Evaluation, evaluate, evaluation_rows
+from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
+from rlmeta.learning.method import Method, seen
+from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.state import Params, State
-from rlmeta.nn import Block, Context, stack
+from rlmeta.learning.step import StepContext
+from rlmeta.nn import Block, Context
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
 """From an observation space to a module that turns a batch of observations into features `[B, D]`."""
-
-Metrics = dict[str, Tensor]
-"""Figures of one iteration, `[*L]` each."""
 
 
 class Agent:
@@ -53,6 +54,8 @@ class Agent:
 
     steps_per_iteration: int
     """Steps every environment takes in one iteration."""
+    num_tasks = 1
+    score = Score("return")
 
     def __init__(
         self, settings: Any, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -75,6 +78,10 @@ class Agent:
         """Actions `[*L, N, ...]` and the memory after them."""
         raise NotImplementedError
 
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """The losses `{group: [*L]}` of a minibatch `[*L, B, ...]`."""
+        raise NotImplementedError
+
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Learn from a rollout; `rewards` names the reward streams `[*L, T, N]`."""
         raise NotImplementedError
@@ -83,30 +90,30 @@ class Agent:
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """The state at the start of a run: fresh weights from each learner's key, environments reset."""
-        built = stack(lambda: nn.ModuleDict(self.networks()), random.fold(key, "initialisation"))
-        trained = {name for name, _ in nn.ModuleDict(self.networks()).named_parameters()}
-        weights = {name: value for name, value in built.items() if name in trained}
-        buffers = {name: value for name, value in built.items() if name not in trained}
-        zero = torch.zeros(key.shape, dtype=torch.int64, device=key.device)
-        rows = (*key.shape, world.num_envs)
-        state: State = {
-            "params": {"weights": weights, "buffers": buffers, "normalisers": {}, "hyper": hyper},
-            "key": key,
-            "count": {"iterations": zero, "vector_steps": zero.clone(), "env_steps": zero.clone()},
-            "progress": torch.zeros(key.shape, dtype=torch.float64, device=key.device),
-            "active": torch.ones(key.shape, dtype=torch.bool, device=key.device),
-            "world": world.reset(random.fold(key, "world")),
-            "episode": {
-                "return": torch.zeros(rows, dtype=torch.float64, device=key.device),
-                "length": torch.zeros(rows, dtype=torch.float64, device=key.device),
-            },
-        }
+        state = initial_state(self.networks, key, hyper)
+        state["world"] = world.reset(random.fold(key, "world"))
+        state["episode"] = self._no_episodes(key, world)
         self._init_normalisers(state, world)
-        state["memory"] = self.initial_memory(state["params"], rows)
-        state["methods"] = {method.name: method.init(self, state) for method in self.methods}
+        state["memory"] = self.initial_memory(state["params"], (*key.shape, world.num_envs))
+        state["methods"] = initial_memories(self, self.methods, state)
+        return self._begin_rewards(state, world)
+
+    def begin_task(self, state: State, world: World, key: Tensor) -> State:
+        """Begin episodes of the task that the world has been set to; `key` is `[*L]`."""
+        state["world"] = world.reset(key)
+        state["episode"] = self._no_episodes(key, world)
+        state["memory"] = self.initial_memory(state["params"], (*key.shape, world.num_envs))
+        state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
+        return self._begin_rewards(state, world)
+
+    def _begin_rewards(self, state: State, world: World) -> State:
         if self.rewards:
             state["rewards"] = {reward.name: reward.init(self, state, world) for reward in self.rewards}
         return state
+
+    def _no_episodes(self, key: Tensor, world: World) -> State:
+        zero = torch.zeros(*key.shape, world.num_envs, dtype=torch.float64, device=key.device)
+        return {"return": zero, "length": zero.clone()}
 
     def initial_memory(self, p: Params, rows: tuple[int, ...]) -> tree.Tree:
         """The memory of `rows` `[*L, N]` agents at the start of an episode; none for feed-forward agents."""
@@ -114,10 +121,7 @@ class Agent:
 
     def seen(self, state: State) -> Params:
         """The parameters as forward passes see them, through the lifelong methods' hooks."""
-        p = state["params"]
-        for method in self.methods:
-            p = method.params(p, state["methods"][method.name], state["task"])
-        return p
+        return seen(self.methods, state)
 
     # ------------------------------------------------------------------ observations and rewards
 
@@ -149,6 +153,31 @@ class Agent:
         ended, gamma = rollout["terminated"] | rollout["truncated"], state["params"]["hyper"]["gamma"]
         normalisers["reward"] = reward_update(normalisers["reward"], reward, ended, gamma, rollout["valid"])
         return normalise_reward(reward, normalisers["reward"])
+
+    # ------------------------------------------------------------------ evaluation, and samples for lifelong methods
+
+    def evaluation_rows(self, episodes: int, native: bool) -> int:
+        """Rows to play so many episodes in."""
+        return evaluation_rows(episodes, native)
+
+    def evaluate(
+        self, p: Params, world: World, key: Tensor, episodes: int, *, deterministic: bool = True
+    ) -> Evaluation:
+        """Play `episodes` episodes with every learner."""
+        return evaluate(self, p, world, key, episodes, deterministic=deterministic)
+
+    @torch.no_grad()
+    def draw(self, state: State, world: World, n: int) -> Rollout:
+        """At least n fresh steps `[*L, n, ...]` of the policy as it is, from where the environments stand.
+
+        The state stays as it is; live environments move on, so a new task must begin, or the run end, after it.
+        """
+        axes = state["key"].dim()
+        copied = tree.map(torch.clone, state)
+        copied["key"] = random.fold(state["key"], "draw")
+        _, rollout = collect(self, copied, world, -(-n // world.num_envs))
+        del rollout["first_memory"]
+        return flatten_time(rollout, axes)
 
     # ------------------------------------------------------------------ one iteration
 
@@ -182,5 +211,9 @@ class Agent:
             observation, valid = rollout["observation"].flatten(axes, axes + 1), rollout["valid"].flatten(axes)
             normalisers["observation"] = running_update(normalisers["observation"], observation, valid)
         count = state["count"]
-        state["count"] = {**count, "iterations": count["iterations"] + 1}
+        state["count"] = {
+            **count,
+            "iterations": count["iterations"] + 1,
+            "task_steps": count["task_steps"] + self.steps_per_iteration,
+        }
         return state

@@ -11,7 +11,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
+from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import q_network
 from rlmeta.agents.rewards import Reward
 from rlmeta.envs.world import World
@@ -21,6 +21,7 @@ from rlmeta.functional.axes import align
 from rlmeta.learning import replay
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
@@ -131,7 +132,12 @@ class DQNAgent(Agent):
         p["hyper"] = {**hyper, "epsilon": hyper["epsilon_start"].clone()}
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
         state["replay"] = replay.init(world, state["world"], self.settings.capacity // self.settings.num_envs)
-        state["count"]["gradient_steps"] = torch.zeros_like(state["count"]["iterations"])
+        return state
+
+    def begin_task(self, state: State, world: World, key: Tensor) -> State:
+        """Begin the task with an empty replay memory: its steps are counted from here."""
+        state = super().begin_task(state, world, key)
+        state["replay"] = tree.map(torch.zeros_like, state["replay"])
         return state
 
     # ------------------------------------------------------------------ act
@@ -159,7 +165,7 @@ class DQNAgent(Agent):
         h = state["params"]["hyper"]
         spent = (state["progress"].to(h["epsilon"].dtype) / h["exploration_fraction"]).clamp(max=1.0)
         epsilon = h["epsilon_start"] + spent * (h["epsilon_end"] - h["epsilon_start"])
-        warm_up = state["count"]["env_steps"] < self.settings.learning_starts
+        warm_up = state["count"]["task_steps"] * self.settings.num_envs < self.settings.learning_starts
         return torch.where(warm_up, torch.ones_like(epsilon), epsilon)
 
     # ------------------------------------------------------------------ learn
@@ -187,7 +193,7 @@ class DQNAgent(Agent):
         """Remember the rollout; once there is enough, take gradient steps on random transitions."""
         s, axes = self.settings, state["key"].dim()
         reward = torch.stack(list(rewards.values())).sum(0)
-        end = int(state["count"]["vector_steps"].max())
+        end = int(state["count"]["task_steps"].max()) + s.num_steps
         state["replay"] = replay.insert(state["replay"], rollout, reward, end - s.num_steps, axes)
         rate, h = self.annealed(state), state["params"]["hyper"]
         metrics = {"charts/learning_rate": rate, "charts/epsilon": h["epsilon"]}
@@ -198,7 +204,7 @@ class DQNAgent(Agent):
             key = random.fold(state["key"], state["count"]["gradient_steps"])
             batch = replay.sample(state["replay"], key, s.batch_size, end, h["gamma"], s.n_steps)
             state, info = step(self, state, batch, optimizer, max_grad_norm=h["max_grad_norm"], methods=self.methods)
-            state = self.count_gradient_step(state)
+            self.follow(state)
             average.add(info)
         return state, {**average.result(), **metrics}
 
@@ -208,13 +214,10 @@ class DQNAgent(Agent):
         linear = self.settings.learning_rate_schedule == "linear"
         return rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate
 
-    def count_gradient_step(self, state: State) -> State:
-        """Count a gradient step; move the target network every so many."""
-        steps = state["count"]["gradient_steps"] + 1
-        state["count"] = {**state["count"], "gradient_steps": steps}
-        if int(steps.max()) % self.settings.target_every == 0:
+    def follow(self, state: State) -> None:
+        """Move the target network every so many gradient steps."""
+        if int(state["count"]["gradient_steps"].max()) % self.settings.target_every == 0:
             self._move_target(state)
-        return state
 
     @torch.no_grad()
     def _move_target(self, state: State) -> None:

@@ -11,7 +11,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
+from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
 from rlmeta.agents.rewards import Reward
 from rlmeta.envs.world import World
@@ -20,6 +20,7 @@ from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import generalized_advantage
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, minibatches
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of

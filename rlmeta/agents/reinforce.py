@@ -15,7 +15,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
+from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
 from rlmeta.agents.rewards import Reward
 from rlmeta.envs.world import World
@@ -23,6 +23,7 @@ from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import monte_carlo_return
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.settings import PerLearner, require_range

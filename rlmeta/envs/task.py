@@ -1,4 +1,4 @@
-"""A task is one problem, a family a distribution over problems, a stream a sequence of problems."""
+"""A task is one problem to act in, a family a distribution over such problems."""
 
 from __future__ import annotations
 
@@ -106,22 +106,6 @@ class TaskFamily:
         return dataclasses.replace(self.base, name=self.name, ranges=self.ranges)
 
 
-@dataclass(frozen=True)
-class TaskStream:
-    """A sequence of tasks and what it reveals of them."""
-
-    name: str
-    tasks: tuple[Task, ...]
-    reveals: frozenset[str] = frozenset({"boundaries", "train_id", "test_id"})
-    """Of `boundaries` (when a task ends), `train_id` and `test_id` (which task it is, in training and at test)."""
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> Task:
-        return self.tasks[index]
-
-
 def task(
     source: str | gym.envs.registration.EnvSpec | Callable[[], Any] | NativeEnv,
     *,
@@ -161,11 +145,10 @@ def task(
 def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native: bool) -> Task:
     found = read_named("envs", source)
     if found is not None:
-        made = from_table(source, found)
-        if not isinstance(made, Task):
-            made = made.task() if isinstance(made, TaskFamily) else made
-        if isinstance(made, TaskStream):
+        if found.get("kind") == "stream":
             raise SettingError(f"{source!r} is a stream of tasks, expected one task: use rl.stream({source!r})")
+        described = from_table(source, found)
+        made = described.task() if isinstance(described, TaskFamily) else described
         if settings:
             ranges = made.ranges
             made = task(made.source, name=name, settings={**made.settings, **settings})
@@ -242,27 +225,18 @@ def _said(hint: Any) -> str:
     return words.get(hint) or str(hint)
 
 
-def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily | TaskStream:
-    """The task, family or stream that a TOML table describes.
+def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
+    """The task or family that a TOML table describes.
 
-    Keys: `kind` ("task", "family" or "stream"), `env`, `settings`, and for a family `ranges` (name = [low, high]), for
-    a stream `tasks` (names or tables) and `reveals`.
+    Keys: `kind` ("task" or "family"), `env`, `settings`, and for a family `ranges` (name = [low, high]).
     """
-    kinds = {"task": {"env", "settings"}, "family": {"env", "settings", "ranges"}, "stream": {"tasks", "reveals"}}
+    kinds = {"task": {"env", "settings"}, "family": {"env", "settings", "ranges"}}
     kind = table.get("kind", "task")
     if kind not in kinds:
-        raise SettingError(f"envs/{name}.toml: kind is {kind!r}, expected one of {', '.join(kinds)}")
+        raise SettingError(f"envs/{name}.toml: kind is {kind!r}, expected one of {', '.join([*kinds, 'stream'])}")
     unknown = set(table) - kinds[kind] - {"kind", "description", "threshold"}
     if unknown:
         raise SettingError(f"envs/{name}.toml: {unknown_name('key', min(unknown), kinds[kind])}")
-    if kind == "stream":
-        tasks = tuple(
-            task(entry)
-            if isinstance(entry, str)
-            else task(entry["env"], settings=entry.get("settings"), name=f"{name}/{i}")
-            for i, entry in enumerate(table["tasks"])
-        )
-        return TaskStream(name, tasks, frozenset(table.get("reveals", ["boundaries", "train_id", "test_id"])))
     base = task(table["env"], name=name, settings=table.get("settings"))
     if kind == "task":
         return base
@@ -280,23 +254,19 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily | TaskStre
 
 def family(name: str) -> TaskFamily:
     """The named family of tasks."""
-    made = from_table(name, _require_named(name))
+    table = require_named(name)
+    made = from_table(name, table) if table.get("kind") == "family" else None
     if not isinstance(made, TaskFamily):
-        raise SettingError(f"{name!r} is a {type(made).__name__}, expected a family of tasks")
+        raise SettingError(f"{name!r} is a {table.get('kind', 'task')}, expected a family of tasks")
     return made
 
 
-def stream(source: str | Sequence[Task | str], name: str = "stream") -> TaskStream:
-    """The named stream of tasks, or one made from a list of tasks."""
-    if not isinstance(source, str):
-        return TaskStream(name, tuple(one if isinstance(one, Task) else task(one) for one in source))
-    made = from_table(source, _require_named(source))
-    if not isinstance(made, TaskStream):
-        raise SettingError(f"{source!r} is a {type(made).__name__}, expected a stream of tasks")
-    return made
+def require_named(name: str) -> dict[str, Any]:
+    """The TOML table of a family or stream.
 
-
-def _require_named(name: str) -> dict[str, Any]:
+    Raises:
+        UnknownNameError: nothing has this name; the nearest names are listed.
+    """
     found = read_named("envs", name)
     if found is None:
         from rlmeta.envs.names import names

@@ -274,3 +274,35 @@ def _variance(x: Tensor, valid: Tensor | None) -> Tensor:
 def _clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """`x` between two numbers, or between two tensors that broadcast against it."""
     return torch.clamp(x, low, high)  # type: ignore[arg-type]  # torch's stubs have no overload for a union
+
+
+def cross_entropy_loss(logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean of -log softmax(logits)[target], in nats.
+
+    Args:
+        logits: `[*L, B, C]`; minus infinity closes a class.
+        target: `[*L, B]` int64 in [0, C).
+        valid: None, or `[*L, B]`.
+
+    Returns:
+        `[*L]`
+    """
+    if logits.shape[:-1] != target.shape:
+        raise ValueError(f"logits are {tuple(logits.shape)}, expected {(*target.shape, 'C')} for these targets")
+    chosen = logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return -masked_mean(chosen, valid)
+
+
+def squared_loss(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean of (prediction - target)^2 over samples and their components.
+
+    Args:
+        prediction: `[*L, B, D]`.
+        target: `[*L, B, D]`.
+        valid: None, or `[*L, B]`.
+
+    Returns:
+        `[*L]`
+    """
+    same_shape(2, prediction=prediction, target=target)
+    return masked_mean((prediction - target).square().mean(-1), valid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor
 
 from rlmeta import agents
-from rlmeta.agents.agent import Agent, NetworkFactory
-from rlmeta.envs import native
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs import native, streams
 from rlmeta.envs.native import NativeEnv
+from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Task, task
-from rlmeta.envs.world import World
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random
 from rlmeta.learning import settings as settings_
-from rlmeta.learning.method import Method
+from rlmeta.learning.learner import Learner
+from rlmeta.learning.method import Method, check_needs
 from rlmeta.learning.settings import require
 
 
@@ -29,7 +31,7 @@ class Budget:
     """How long to train and how often to look."""
 
     steps: int = 100_000
-    """Environment steps of each learner, rounded up to a whole iteration."""
+    """Environment steps (or samples) of each learner, on every task of a stream, rounded up to a whole iteration."""
     eval_every: int = 0
     """Environment steps between two evaluations; 0 for a tenth of the budget."""
     eval_episodes: int = 16
@@ -58,11 +60,12 @@ def available_threads() -> int:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variants of an agent's settings that share their static values, by seeds, on a task: one batch of learners."""
+    """Variants of settings that share their static values, by orders of a stream, by seeds: one batch of learners."""
 
     variants: tuple[Any, ...]
     seeds: tuple[int, ...]
-    task: Task
+    problem: Any
+    """A task, a family or a stream: it has a `name`, makes a `world`, and can `describe` itself."""
     budget: Budget = dataclasses.field(default_factory=Budget)
     methods: tuple[Method, ...] = ()
     device: str = "cpu"
@@ -72,11 +75,28 @@ class Experiment:
     def __post_init__(self) -> None:
         require(len(self.seeds) > 0, "no seeds given, expected at least one")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds repeat: {list(self.seeds)}")
+        if isinstance(self.problem, TaskStream):
+            check_needs(self.methods, self.problem.reveals, self.problem.name)
 
     @property
     def learners(self) -> list[tuple[Any, int]]:
-        """(settings, seed) of every learner, variant by variant."""
-        return [(variant, seed) for variant in self.variants for seed in self.seeds]
+        """(settings, seed) of every learner: variant by variant, in each order by order."""
+        return [(variant, seed) for variant in self.variants for _ in self._orders for seed in self.seeds]
+
+    @property
+    def repeats(self) -> int:
+        """Learners of each variant."""
+        return len(self._orders) * len(self.seeds)
+
+    @property
+    def _orders(self) -> tuple[tuple[int, ...], ...]:
+        return self.problem.orders() if isinstance(self.problem, TaskStream) else ((0,),)
+
+    @property
+    def orders(self) -> Tensor:
+        """The order in which every learner meets the tasks of a stream, `[S, T]`."""
+        rows = [order for _ in self.variants for order in self._orders for _ in self.seeds]
+        return torch.tensor(rows)
 
     @property
     def labels(self) -> list[str]:
@@ -94,16 +114,18 @@ class Experiment:
 
     def hyper(self) -> dict[str, Tensor]:
         """The per-learner settings `{name: [S]}`."""
-        return settings_.hyper_tensors(self.variants, len(self.seeds), self.device)
+        return settings_.hyper_tensors(self.variants, self.repeats, self.device)
 
-    def world(self, num_envs: int | None = None) -> World:
-        """The learners' environments, as many for each as given or as the settings say."""
-        return self.task.world((len(self.learners),), num_envs or self.variants[0].num_envs)
+    def world(self, num_envs: int | None = None) -> Any:
+        """The learners' rows, as many for each as given or as the settings say."""
+        return self.problem.world((len(self.learners),), num_envs or self.variants[0].num_envs)
 
-    def bind(self, world: World) -> Agent:
-        """The agent on the world's spaces."""
+    def bind(self, world: Any) -> Learner:
+        """The learner on the world's spaces."""
         merged = settings_.merge(self.variants)
-        return merged.bind(world.observation_space, world.action_space, self.methods)
+        learner: Learner = merged.bind(world.observation_space, world.action_space, self.methods)
+        learner.num_tasks = len(self.problem) if isinstance(self.problem, TaskStream) else 1
+        return learner
 
     def use_threads(self) -> None:
         """Set torch's threads; a few small learners gain nothing from more than one."""
@@ -114,13 +136,13 @@ class Experiment:
         """The table of `config.toml`."""
         return {
             "exp_name": self.agent_name,
-            "env_id": self.task.name,
+            "env_id": self.problem.name,
             "seeds": list(self.seeds),
             "device": self.device,
             "threads": self.threads or available_threads(),
-            "task": self.task.describe(),
+            "task": self.problem.describe(),
             "budget": dataclasses.asdict(self.budget),
-            "methods": [method.name for method in self.methods],
+            "methods": [_method_table(method) for method in self.methods],
             "variants": [_settings_table(variant) for variant in self.variants],
         }
 
@@ -133,6 +155,27 @@ def _settings_table(settings: Any) -> dict[str, Any]:
         elif callable(value):
             table[name] = f"{value.__module__}:{value.__qualname__}"
     return {name: value for name, value in table.items() if value is not None}
+
+
+def _method_table(method: Method) -> dict[str, Any]:
+    settings: dict[str, Any] = _settings_table(method) if dataclasses.is_dataclass(method) else {}
+    return {"name": method.name, "settings": settings}
+
+
+def _methods_again(tables: Sequence[dict[str, Any]], where: str) -> tuple[Method, ...]:
+    """The lifelong methods of a saved configuration; a user's own have to be given again."""
+    from rlmeta import lifelong
+
+    known = {cls.name: cls for cls in lifelong.ALL}
+    for table in tables:
+        if table["name"] not in known:
+            raise SettingError(f"{where} had the lifelong method {table['name']}: pass it again as lifelong=")
+    made: list[Method] = []
+    for table in tables:
+        cls: Any = known[table["name"]]
+        values = {n: tuple(v) if isinstance(v, list) else v for n, v in table["settings"].items()}
+        made.append(cls(**values))
+    return tuple(made)
 
 
 def agent_class(name: str) -> type:
@@ -178,14 +221,37 @@ def from_config(
         return Experiment(
             variants=tuple(cls(**table) for table in tables),
             seeds=tuple(config["seeds"]),
-            task=_task_again(config["task"], source, where),
+            problem=_problem_again(config["task"], source, where),
             budget=Budget(**config["budget"]),
-            methods=methods,
+            methods=methods or _methods_again(config["methods"], where),
             device=config["device"],
             threads=config["threads"],
         )
     except KeyError as error:
         raise CheckpointError(f"{where}: config.toml lacks {error}; it is not the configuration of a run") from None
+
+
+def _problem_again(described: dict[str, Any], source: Any, where: str) -> Any:
+    """The problem of a saved configuration; a user's own data and code have to be given again."""
+    kind = described.get("kind", "task")
+    if kind == "stream":
+        return _stream_again(described, source, where)
+    if kind == "data":
+        if source is None:
+            raise SettingError(f"{where} learned from the samples {described['name']!r}: pass them again as env=")
+        return source
+    return _task_again(described, source, where)
+
+
+def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStream:
+    if isinstance(source, TaskStream):
+        return source
+    scenario, order = described["scenario"], described["order"]
+    if "table" in described:
+        table = described["table"]
+        return streams.from_table(described["name"], table, scenario if "data" in table else None, order)
+    tasks = tuple(_problem_again(one, None, where) for one in described["tasks"])
+    return TaskStream(described["name"], tasks, frozenset(described["reveals"]), order, scenario)
 
 
 def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:

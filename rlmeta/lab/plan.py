@@ -19,17 +19,21 @@ from typing import Any
 import tomli_w
 import torch
 
+from rlmeta import lifelong
 from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs import streams
 from rlmeta.envs.names import read_toml
 from rlmeta.envs.native import NativeEnv
-from rlmeta.envs.task import Mode, Task, TaskFamily, TaskStream, task
-from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.envs.streams import TaskStream
+from rlmeta.envs.task import Mode, Task, TaskFamily, task
+from rlmeta.errors import CheckpointError, SettingError, unknown_name
 from rlmeta.lab import flags, presets, run_folder
 from rlmeta.lab import train as training
 from rlmeta.lab.experiment import Budget, agent_class
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
-from rlmeta.learning.settings import per_learner_names, variants
+from rlmeta.learning.method import Method
+from rlmeta.learning.settings import check_names, per_learner_names, variants
 
 PLAN = "plan.toml"
 
@@ -68,6 +72,12 @@ class Options:
     """The W&B project."""
     quiet: bool = False
     """No live progress and no header."""
+    lifelong: str = ""
+    """Lifelong methods that work together on a stream of tasks (ewc,replay); --ewc.strength 100 sets one's setting."""
+    order: str = "given"
+    """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
+    scenario: str = ""
+    """What is known of the classes of a stream of samples: task, domain or class; by default as its file says."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,8 @@ class Plan:
     task: str
     env: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment."""
+    lifelong: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of lifelong methods by method."""
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """The flags, in the groups `run`, `budget` and `settings`."""
     preset: presets.Preset = presets.NOTHING
@@ -112,18 +124,36 @@ class Plan:
         except ValueError:
             raise SettingError(f"--seeds is {text!r}, expected a count (16) or seeds (3,5,7)") from None
 
-    def problem(self) -> Task | TaskFamily:
-        """What the agent is trained on."""
+    def methods(self) -> tuple[Method, ...]:
+        """The lifelong methods, in the order they are named."""
+        names = [name for name in self.options.lifelong.split(",") if name]
+        for name in self.lifelong:
+            if name not in names:
+                raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to --lifelong")
+        return tuple(lifelong_method(name, self.lifelong.get(name, {})) for name in names)
+
+    def problem(self) -> Any:
+        """What the learner is trained on."""
         source = _source(self.task)
+        options = self.options
+        if isinstance(source, str) and streams.is_stream(source):
+            if self.env:
+                raise SettingError(f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have settings")
+            order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")
+            return streams.stream(source, scenario=options.scenario or None, order=order)  # type: ignore[arg-type]
         if isinstance(source, TaskStream):
-            raise SettingError(f"{self.task!r} is a stream of tasks, expected one task")
+            return source
+        if options.lifelong or options.scenario or options.order != "given":
+            raise SettingError(
+                f"--lifelong, --order and --scenario are for streams of tasks, {self.task!r} is none: "
+                "`rlmeta list streams` shows them"
+            )
         if isinstance(source, Task | TaskFamily):
             if self.env:
                 raise SettingError(
                     f"--env.{next(iter(self.env))}: {self.task!r} is a task with its settings made already"
                 )
             return source
-        options = self.options
         mode: Mode = "async" if options.async_ else "sync"
         made = task(source, name=self.task, settings=self.env, mode=mode, native=options.native)
         if made.native and options.async_:
@@ -143,6 +173,7 @@ class Plan:
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"--device is {self.options.device!r}: {str(error).splitlines()[0]}") from None
         groups, problem = self.groups, self.problem()
+        self.methods()
         if len(groups) > 1:
             world = (problem.task() if isinstance(problem, TaskFamily) else problem).world((), 1)
             try:
@@ -191,7 +222,13 @@ class Plan:
         """With several groups, make the common folder and keep the plan in it."""
         if len(self.groups) > 1:
             run_folder.create(folder)
-            content = {"agent": self.agent, "task": self.task, "env": self.env, "flags": self.texts}
+            content = {
+                "agent": self.agent,
+                "task": self.task,
+                "env": self.env,
+                "lifelong": self.lifelong,
+                "flags": self.texts,
+            }
             written = folder / f"{PLAN}.tmp"
             written.write_text(tomli_w.dumps(content))
             os.replace(written, folder / PLAN)
@@ -221,6 +258,7 @@ class Plan:
             settings,
             self.problem(),
             seeds=self.seeds,
+            lifelong=self.methods(),
             out=where,
             budget=self.budget,
             trackers=self.trackers(),
@@ -249,14 +287,15 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
         SettingError, UnknownNameError: a name, a flag or a value that is wrong.
     """
     cls = agent_class(agent)
-    env, rest = _env_settings(arguments)
+    dotted, rest = _dotted_settings(arguments)
+    env = dotted.pop("env", {})
     source = _peek(rest, "--preset")
     preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
     steps = {} if preset.steps is None else {"steps": preset.steps}
     groups = {"run": (Options, {}), "budget": (Budget, steps), agent: (cls, preset.settings)}
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
     texts["settings"] = texts.pop(agent)
-    plan = Plan(agent, task_name, env, texts, preset)
+    plan = Plan(agent, task_name, env, dotted, texts, preset)
     plan.check()
     return plan
 
@@ -279,9 +318,9 @@ def from_folder(folder: Path) -> Plan:
     """
     path = folder / PLAN
     content = read_toml(path)
-    if set(content) != {"agent", "task", "env", "flags"}:
+    if set(content) != {"agent", "task", "env", "lifelong", "flags"}:
         raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")
-    return Plan(content["agent"], content["task"], content["env"], content["flags"])
+    return Plan(content["agent"], content["task"], content["env"], content["lifelong"], content["flags"])
 
 
 def group_folder(folder: Path, label: str) -> Path:
@@ -336,24 +375,47 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _env_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of the environment (`--env.KEY VALUE`), and the other flags."""
-    settings: dict[str, Any] = {}
+def lifelong_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """The lifelong method of a name, with these settings.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        SettingError: it has no such setting.
+    """
+    known: dict[str, Any] = {cls.name: cls for cls in lifelong.ALL}
+    if name not in known:
+        raise unknown_name("lifelong method", name, known)
+    check_names(known[name], dict(settings), f"--{name}")
+    made: Method = known[name](**settings)
+    return made
+
+
+def _whole(text: str, flag: str) -> int:
+    try:
+        return flags.whole(text)
+    except ValueError:
+        raise SettingError(f"{flag} is {text!r}, expected given, all, or a whole number") from None
+
+
+def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Arguments of the environment (`--env.KEY VALUE`) and of lifelong methods (`--ewc.KEY VALUE`), and the rest."""
+    owners = ("env", *(cls.name for cls in lifelong.ALL))
+    settings: dict[str, dict[str, Any]] = {}
     others, rest = [], deque(arguments)
     while rest:
         token = rest.popleft()
         flag, equals, value = token.partition("=")
-        if not flag.startswith("--env."):
+        owner, dot, key = flag.removeprefix("--").partition(".")
+        if not flag.startswith("--") or not dot or owner not in owners:
             others.append(token)
             continue
-        name = flag.removeprefix("--env.").replace("-", "_")
-        if not name.isidentifier() or name in settings:
-            raise SettingError(
-                f"{flag} {'is given twice' if name in settings else 'names no argument: --env.KEY VALUE'}"
-            )
+        name, of = key.replace("-", "_"), settings.setdefault(owner, {})
+        if not name.isidentifier() or name in of:
+            said = "is given twice" if name in of else f"names no argument: --{owner}.KEY VALUE"
+            raise SettingError(f"{flag} {said}")
         if not equals and (not rest or rest[0].startswith("--")):
             raise SettingError(f"{flag} needs a value")
-        settings[name] = flags.scalar(value if equals else rest.popleft())
+        of[name] = flags.scalar(value if equals else rest.popleft())
     return settings, others
 
 

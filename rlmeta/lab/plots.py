@@ -152,7 +152,7 @@ def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
     together = f" of all {learners} learners together" if learners > 1 else ""
     right.set_xlabel(f"wall time{together} [{unit}]")
     over = f"interquartile mean of {seeds} seeds" if seeds > FEW_SEEDS else f"mean of {seeds} seeds"
-    title = f"{experiment.agent_name} on {experiment.task.name}" + (f": {over}" if seeds > 1 else "")
+    title = f"{experiment.agent_name} on {experiment.problem.name}" + (f": {over}" if seeds > 1 else "")
     figure.suptitle(title, fontsize=12)
     figure.legend(handles=list(_legend(run, not alone)), loc="outside right center", frameon=False, fontsize=9)
     return figure

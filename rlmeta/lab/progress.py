@@ -46,7 +46,7 @@ class Progress:
         self._enabled, self._iterations, self._steps = enabled, iterations, steps_per_iteration
         self._learners = len(experiment.learners)
         learners = f", {self._learners} learners" if self._learners > 1 else ""
-        self._title = f"{experiment.agent_name} on {experiment.task.name}{learners}"
+        self._title = f"{experiment.agent_name} on {experiment.problem.name}{learners}"
         self._done, self._seconds, self._shown = done, 0.0, done
         self._parts: Mapping[str, float] = {}
         self._returns: dict[str, float] = {}

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import spaces
+from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random, statistics, tree
-from rlmeta.lab import checkpoint, run_folder
-from rlmeta.lab.evaluate import Evaluation, evaluate
+from rlmeta.lab import checkpoint, run_folder, stages
 from rlmeta.lab.experiment import Experiment, from_config
 from rlmeta.lab.memory import keep_freed_memory
+from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import require
 from rlmeta.learning.state import State
 
 
@@ -43,7 +44,7 @@ class Run:
         experiment.use_threads()
         keep_freed_memory()
         self.world = experiment.world()
-        self.agent: Agent = experiment.bind(self.world)
+        self.agent: Learner = experiment.bind(self.world)
         self.state: State = {}
         self.evaluation: Evaluation | None = None
         self.seconds = 0.0
@@ -53,6 +54,28 @@ class Run:
     def start(self) -> None:
         """Set the state to that of a run that begins."""
         self.state = self.agent.init(self.experiment.keys(), self.experiment.hyper(), self.world)
+        if self.stream is not None:
+            self.state = stages.start(self.state, self.stream)
+
+    @property
+    def stream(self) -> TaskStream | None:
+        """The stream it learns from, if it is one."""
+        problem = self.experiment.problem
+        return problem if isinstance(problem, TaskStream) else None
+
+    @property
+    def matrix(self) -> Tensor:
+        """Scores on a stream, `[S, T + 1, T]`: in row i those on every learner's tasks after its first i were trained.
+
+        Columns are places in each learner's own order; NaN where nothing was measured yet.
+
+        Raises:
+            SettingError: the run is not on a stream.
+        """
+        if self.stream is None:
+            raise SettingError(f"{self.experiment.problem.name} is a single problem: only a stream has a matrix")
+        matrix: Tensor = self.state["matrix"]
+        return matrix
 
     # ------------------------------------------------------------------ what a reader asks
 
@@ -69,7 +92,7 @@ class Run:
         return self.evaluation.returns.mean(-1)
 
     def evaluate(self, episodes: int, *, deterministic: bool = True, best: bool = False, seed: int = 0) -> Evaluation:
-        """Play `episodes` fresh episodes with every learner.
+        """Try every learner on `episodes` fresh episodes, on as many of every task of a stream.
 
         Args:
             episodes: of each learner.
@@ -78,18 +101,25 @@ class Run:
             seed: another seed plays other episodes.
         """
         state = self.state
-        p = self.agent.seen(state)
         if best:
             if "best" not in state:
                 raise SettingError("no best parameters: the run has had no periodic evaluation")
-            p = {**p, **state["best"]["params"]}
-        rows = evaluation_rows(episodes, self.experiment.task.native)
-        world = self.experiment.world(rows)
+            state = {**state, "params": {**state["params"], **state["best"]["params"]}}
+        world = self.evaluation_world(episodes)
         try:
             key = random.fold(random.fold(state["key"], "evaluation"), seed)
-            return evaluate(self.agent, p, world, key, episodes, deterministic=deterministic)
+            if self.stream is None:
+                return self.agent.evaluate(self.agent.seen(state), world, key, episodes, deterministic=deterministic)
+            orders = self.experiment.orders
+            found = stages.evaluate_tasks(self.agent, state, world, orders, key, episodes, deterministic=deterministic)
+            return Evaluation(*(torch.cat(parts, -1) for parts in zip(*found)))
         finally:
             world.close()
+
+    def evaluation_world(self, episodes: int) -> Any:
+        """Fresh rows of the problem to play `episodes` episodes in."""
+        rows = self.agent.evaluation_rows(episodes, self.experiment.problem.native)
+        return self.experiment.world(rows)
 
     @torch.no_grad()
     def act(self, observation: Any, *, deterministic: bool = True, learner: int | None = None) -> Any:
@@ -104,20 +134,29 @@ class Run:
             SpaceError: the observation is not of the task's observation space.
         """
         if learner is None:
-            learner = int(self.scores.argmax()) if self.evaluation is not None else 0
+            learner = self.best_learner if self.evaluation is not None else 0
+        if not hasattr(self.agent, "act"):
+            raise SettingError(f"a run of {self.experiment.agent_name} does not act: only agents do")
         if not 0 <= learner < len(self.experiment.learners):
             raise SettingError(f"learner {learner}: the run has learners 0 to {len(self.experiment.learners) - 1}")
         state = self.state
         p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
-        given = tree.map(lambda x: x.unsqueeze(0), spaces.to_tree(self.agent.observation_space, observation))
+        given = tree.map(lambda x: x.unsqueeze(0), spaces.to_tree(self.world.observation_space, observation))
         self._acted = getattr(self, "_acted", 0) + 1
         key = random.fold(random.fold(state["key"][learner], "act"), self._acted)
-        action, _ = self.agent.act(p, given, self.agent.initial_memory(p, (1,)), key, deterministic)
-        return spaces.to_numpy(self.agent.action_space, action[0])
+        agent: Any = self.agent
+        action, _ = agent.act(p, given, agent.initial_memory(p, (1,)), key, deterministic)
+        return spaces.to_numpy(self.world.action_space, action[0])
+
+    @property
+    def best_learner(self) -> int:
+        """The one with the best final score."""
+        scores = self.scores if self.agent.score.maximise else -self.scores
+        return int(scores.argmax())
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for each variant: its label, IQM with 95 % interval, mean, steps, seconds, steps/s."""
-        seeds, steps = len(self.experiment.seeds), self.env_steps
+        seeds, steps = self.experiment.repeats, self.env_steps
         scores = self.scores.reshape(-1, seeds).cpu().numpy()
         rows = []
         for label, score in zip(self.experiment.labels, scores):
@@ -125,8 +164,9 @@ class Run:
             rows.append(
                 {
                     "agent": self.experiment.agent_name,
-                    "task": self.experiment.task.name,
+                    "task": self.experiment.problem.name,
                     "setting": label,
+                    "score": self.agent.score.name,
                     "seeds": seeds,
                     "iqm": float(statistics.iqm(score[:, None])),
                     "low": float(low),
@@ -162,12 +202,6 @@ class Run:
     def close(self) -> None:
         """End worker processes and environments."""
         self.world.close()
-
-
-def evaluation_rows(episodes: int, native: bool) -> int:
-    """Rows to play `episodes` episodes in: all at once where rows cost nothing, else the largest divisor up to 16."""
-    require(episodes >= 1, f"episodes is {episodes}, expected at least 1")
-    return episodes if native else max(n for n in range(1, 17) if episodes % n == 0)
 
 
 def load(

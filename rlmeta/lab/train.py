@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Metrics, NetworkFactory
-from rlmeta.envs.task import Task, TaskFamily, task
-from rlmeta.envs.world import World
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs import streams
+from rlmeta.envs.task import TaskFamily, task
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
-from rlmeta.lab import run_folder
-from rlmeta.lab.evaluate import evaluate
+from rlmeta.lab import run_folder, stages
 from rlmeta.lab.experiment import Budget, Experiment
 from rlmeta.lab.plots import write_curve
 from rlmeta.lab.progress import Progress
 from rlmeta.lab.records import Records
-from rlmeta.lab.run import Run, evaluation_rows, load, per_learner
+from rlmeta.lab.run import Run, load, per_learner
+from rlmeta.lab.stages import Stage
 from rlmeta.lab.trackers import Tracker, TrackerFactory
 from rlmeta.learning.clock import clock
+from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import group, variants
 from rlmeta.learning.state import State, select
@@ -39,7 +40,7 @@ Callback = Callable[[Run, dict[str, Any]], bool | None]
 
 def train(
     agent: Any,
-    problem: Task | TaskFamily | str,
+    problem: Any,
     *,
     steps: int = 100_000,
     seeds: int | Sequence[int] = 1,
@@ -55,9 +56,9 @@ def train(
     """Train every setting with every seed, all at once, and evaluate the final parameters.
 
     Args:
-        agent: an agent's settings, such as `PPO()`; lists in it compare values, each with all seeds.
-        problem: a task, a family (its constants are redrawn every episode), or the name of a task.
-        steps: environment steps of each learner.
+        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds.
+        problem: a task, a family (an agent meets constants redrawn every episode), a stream, or the name of one.
+        steps: environment steps (or samples) of each learner, on every task of a stream.
         seeds: how many, or which.
         out: folder of the run; None keeps it in memory.
         budget: steps and the finer points; replaces `steps`.
@@ -74,14 +75,10 @@ def train(
     Raises:
         SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
-    if isinstance(problem, str):
-        problem = task(problem)
-    elif isinstance(problem, TaskFamily):
-        problem = problem.task()
     experiment = Experiment(
         variants=tuple(one_batch(variants(agent))),
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
-        task=problem,
+        problem=resolve(problem),
         budget=budget or Budget(steps=steps),
         methods=tuple(lifelong),
         device=device,
@@ -99,6 +96,17 @@ def train(
             return _Loop(run, callbacks, trackers, progress).go()
     finally:
         run.close()
+
+
+def resolve(problem: Any) -> Any:
+    """What a run is on: the problem itself, or what its name names; for a family, the task that redraws its constants.
+
+    Raises:
+        UnknownNameError: nothing has this name.
+    """
+    if isinstance(problem, str):
+        problem = streams.stream(problem) if streams.is_stream(problem) else task(problem)
+    return problem.task() if isinstance(problem, TaskFamily) else problem
 
 
 def resume(
@@ -141,15 +149,16 @@ def resume(
 
 def _restore_world(run: Run, inexact: bool) -> None:
     """Bring live environments back to where the checkpoint left them; rows that can't be begin new episodes."""
-    from rlmeta.envs.gymnasium_world import GymnasiumWorld
-
-    if not isinstance(run.world, GymnasiumWorld):
-        return
     state, saved = run.state, run.state["world"]
+    if run.stream is not None:
+        run.world.select(state["task"]["identity"])
+    if run.experiment.problem.native:
+        return
     state["world"] = run.world.restore(saved, inexact)
     begins = (state["world"]["episode"] != saved["episode"].cpu()).to(state["key"].device)
+    agent: Any = run.agent
     fresh = {
-        "memory": run.agent.initial_memory(state["params"], tuple(begins.shape)),
+        "memory": agent.initial_memory(state["params"], tuple(begins.shape)),
         "episode": tree.map(torch.zeros_like, state["episode"]),
     }
     for name, part in fresh.items():
@@ -164,7 +173,7 @@ def one_batch(settings: Sequence[Any]) -> Sequence[Any]:
     return groups[0]
 
 
-REPORTED = ("metrics", "best", "progress")
+REPORTED = ("metrics", "best", "progress", "stage", "task", "matrix")
 """What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
 ACTING = ("world", "memory", "episode")
 """What moves on with live environments, which can't be put back while their neighbours go on."""
@@ -179,7 +188,10 @@ class _Loop:
         self.run, self.callbacks, self.show_progress = run, callbacks, progress
         self.budget = run.experiment.budget
         self.steps_per_iteration = run.world.num_envs * run.agent.steps_per_iteration
-        self.iterations = math.ceil(self.budget.steps / self.steps_per_iteration)
+        self.stages = stages.stages_of(
+            run.experiment.problem, run.agent.methods, math.ceil(self.budget.steps / self.steps_per_iteration)
+        )
+        self.iterations = self.stages[-1].last
         self.log_every = max(1, self.iterations // self.budget.log_points)
         every = self.budget.eval_every or max(1, self.budget.steps // 10)
         self.eval_every = max(1, round(every / self.steps_per_iteration))
@@ -188,10 +200,9 @@ class _Loop:
         self.handler = signal.getsignal(signal.SIGINT)
         self.frozen: dict[int, State] = {}
         self._freeze()
-        self.eval_world: World | None = None
-        if self.eval_every < self.iterations:
-            rows = evaluation_rows(self.budget.eval_episodes, run.experiment.task.native)
-            self.eval_world = run.experiment.world(rows)
+        self.eval_world: Any = None
+        if self.eval_every < self.iterations or run.stream is not None:
+            self.eval_world = run.evaluation_world(self.budget.eval_episodes)
         self.records: dict[str, Records] = {}
         if run.folder is not None:
             self.records = {name: Records(run.folder / f"{name}.jsonl") for name in ("metrics", "timing")}
@@ -234,9 +245,14 @@ class _Loop:
     def _advance(self) -> dict[str, Any]:
         """Iterations up to the next line of metrics, and that line."""
         run, before = self.run, self._active_learners()
-        last = min(self._next(self.log_every), self._next(self.eval_every), self.iterations)
+        stage = next(stage for stage in self.stages if self.done < stage.last)
+        if run.stream is not None and int(run.state["stage"].max()) == stage.number:
+            self._begin(stage)
+        last = min(self._next(self.log_every), self._next(self.eval_every), stage.last)
         for iteration in range(self.done, last):
-            run.state["progress"] = torch.full_like(run.state["progress"], iteration / self.iterations)
+            progress = torch.full_like(run.state["progress"], stage.progress(iteration))
+            run.state["progress"] = progress
+            run.state["task"] = {**run.state["task"], "progress": progress}
             clock.switch("learn")
             run.state, metrics = run.agent.iterate(run.state, run.world)
             clock.switch("other")
@@ -247,26 +263,64 @@ class _Loop:
         line: dict[str, Any] = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
         if self.done % self.log_every == 0 or self.done == self.iterations:
             line.update(_lists(take_averages(run.state)))
-        if self.eval_world is not None and self.done % self.eval_every == 0 and self.done < self.iterations:
-            line.update(_lists(self._evaluate(self.eval_world)))
+        if run.stream is not None:
+            if stage.ends_task and self.done == stage.last:
+                line.update(_lists(self._end_task(stage)))
+        elif self.eval_world is not None and self.done % self.eval_every == 0 and self.done < self.iterations:
+            line.update(_lists(self._evaluate()))
         return line
 
-    def _evaluate(self, world: World) -> Metrics:
+    def _begin(self, stage: Stage) -> None:
+        """Begin a stage of a stream; before the very first, see how well untrained learners do."""
+        run = self.run
+        run.state = stages.begin(run.agent, run.state, run.world, run.experiment.orders, stage)
+        if stage.number == 0:
+            self._fill_matrix(0)
+        self._freeze()
+
+    def _end_task(self, stage: Stage) -> Metrics:
+        """End a task of a stream: what the methods keep of it, then the scores on all tasks."""
+        run = self.run
+        clock.switch("learn")
+        run.state = stages.end_task(run.agent, run.state, run.world)
+        self._freeze()
+        self._fill_matrix(stage.position + 1)
+        scores = run.matrix[..., stage.position + 1, :]
+        name = run.agent.score.name.replace(" ", "_")
+        return {f"eval/{name}_task_{j}": scores[..., j] for j in range(scores.shape[-1])} | {
+            f"eval/{name}": scores[..., : stage.position + 1].mean(-1)
+        }
+
+    def _fill_matrix(self, row: int) -> None:
+        clock.switch("evaluate")
+        run, orders = self.run, self.run.experiment.orders
+        key = random.fold(random.fold(run.state["key"], "stream evaluation"), row)
+        found = stages.evaluate_tasks(run.agent, run.state, self.eval_world, orders, key, self.budget.eval_episodes)
+        matrix = run.state["matrix"].clone()
+        matrix[..., row, :] = torch.stack([one.returns.mean(-1) for one in found], -1)
+        run.state["matrix"] = matrix
+        clock.switch("other")
+
+    def _evaluate(self) -> Metrics:
         """A periodic evaluation: keeps the best parameters, stops the learners that reached the target."""
         clock.switch("evaluate")
-        state, agent = self.run.state, self.run.agent
+        state, agent, target = self.run.state, self.run.agent, self.budget.target
         key = random.fold(random.fold(state["key"], "periodic evaluation"), self.done)
         p = agent.seen(state)
-        result = evaluate(agent, p, world, key, self.budget.eval_episodes)
+        result = agent.evaluate(p, self.eval_world, key, self.budget.eval_episodes)
         score = result.returns.mean(-1)
         current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}
         best = state.get("best", current)
-        better = (score > best["score"]) & state["active"]
-        state["best"] = tree.map(torch.clone, select(better, current, best))
-        state["active"] = state["active"] & ~(score >= self.budget.target)
+        better = score > best["score"] if agent.score.maximise else score < best["score"]
+        state["best"] = tree.map(torch.clone, select(better & state["active"], current, best))
+        if math.isfinite(target):
+            state["active"] = state["active"] & ~(score >= target if agent.score.maximise else score <= target)
         self._freeze()
         clock.switch("other")
-        return {"eval/return": score, "eval/length": result.lengths.double().mean(-1)}
+        return {
+            f"eval/{agent.score.name.replace(' ', '_')}": score,
+            "eval/length": result.lengths.double().mean(-1),
+        }
 
     def _freeze(self) -> None:
         """Keep every learner that is not active bit-identical to where it stopped."""
@@ -274,7 +328,7 @@ class _Loop:
         active = state["active"]
         if bool(active.all()):
             return
-        moving = REPORTED if self.run.experiment.task.native else REPORTED + ACTING
+        moving = REPORTED if self.run.experiment.problem.native else REPORTED + ACTING
         still = {name: part for name, part in state.items() if name not in moving}
         for learner in (~active).nonzero().flatten().tolist():
             kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
@@ -289,10 +343,9 @@ class _Loop:
     def _name_frozen(self, before: Sequence[bool]) -> None:
         """Say which learners lost their numbers since."""
         experiment = self.run.experiment
+        labels = [label for label in experiment.labels for _ in range(experiment.repeats)]
         names = [
-            f"seed {seed}" + (f" ({label})" if label else "")
-            for label in experiment.labels
-            for seed in experiment.seeds
+            f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in zip(labels, experiment.learners)
         ]
         for name, was, active in zip(names, before, self._active_learners()):
             if was and not active:
@@ -367,7 +420,7 @@ class _Loop:
         run = self.run
         about = {
             "agent": run.experiment.agent_name,
-            "task": run.experiment.task.name,
+            "task": run.experiment.problem.name,
             "iteration": self.done,
             "offsets": {name: record.offset() for name, record in self.records.items()},
             "seconds": run.seconds,
@@ -391,11 +444,11 @@ def take_averages(state: State) -> dict[str, Tensor]:
     """The averages since the last line, `[*L]`, NaN where there is nothing to average; the sums start anew."""
     sums: dict[str, Tensor] = state["metrics"]
     state["metrics"] = tree.map(torch.zeros_like, sums)
-    episodes = sums["episodes"][..., 0]
-    averages = {
-        "charts/episodic_return": sums["return_sum"][..., 0] / episodes,
-        "charts/episodic_length": sums["length_sum"][..., 0] / episodes,
-    }
+    averages: dict[str, Tensor] = {}
+    if "episodes" in sums:
+        episodes = sums["episodes"][..., 0]
+        averages["charts/episodic_return"] = sums["return_sum"][..., 0] / episodes
+        averages["charts/episodic_length"] = sums["length_sum"][..., 0] / episodes
     for entry, value in sums.items():
         if "." in entry:
             averages[entry.replace(".", "/", 1)] = value[..., 0] / value[..., 1]

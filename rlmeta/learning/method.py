@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.state import Params, State
 
 Memory = State
-"""A method's own memory: a nested dictionary of tensors that start with `*L`, kept in `state["methods"]`."""
+"""A method's own memory: a nested dictionary of tensors that start with `*L`, kept in `state["methods"]`. Its shapes
+never change in a run: what grows with the tasks is made for `learner.num_tasks` of them."""
 
 Task = dict[str, Tensor]
-"""What the stream reveals of the current task, as tensors `[*L]`: `index`, `identity`, `progress`."""
+"""Which task it is, as tensors `[*L]`: `index` (its place in the stream, int64), `identity` (which one, int64; differs
+from learner to learner where their orders do), `progress` (the fraction of its phase that is done, float64)."""
+
+Draw = Callable[[int], tree.Tree]
+"""`draw(n)` gives n samples `[*L, n, ...]` of the task that has just ended."""
 
 
 class Gradients(NamedTuple):
@@ -40,20 +46,31 @@ class StepInfo(NamedTuple):
 class Method:
     """A lifelong method; override the hooks it needs. No hook writes in place: each returns what it changes.
 
-    `p` is the state's params, `m` the method's own memory, `task` what the stream reveals.
+    `p` is the state's params, `m` the method's own memory, `task` which task it is, `key` `[*L]` its own random key,
+    another one in every step.
     """
 
     name: str = "method"
+    needs: frozenset[str] = frozenset()
+    """What a stream must reveal: of `boundaries`, `train_id`, `test_id`."""
 
     def init(self, learner: Any, state: State) -> Memory:
         """The method's memory at the start of a run."""
         return {}
 
-    def task_start(self, learner: Any, p: Params, m: Memory, task: Task) -> Memory:
-        """Before the first step on a task."""
-        return m
+    def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
+        """(name, iterations) of the phases that follow `("train", iterations)` in every task."""
+        return ()
 
-    def task_end(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
+    def task_start(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
+        """Before the first step on a task."""
+        return p, m
+
+    def phase_start(self, learner: Any, p: Params, m: Memory, task: Task, phase: str) -> tuple[Params, Memory]:
+        """Before the first step of a phase, "train" or one of any method's."""
+        return p, m
+
+    def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """After the last step on a task."""
         return p, m
 
@@ -61,11 +78,17 @@ class Method:
         """Parameters as every forward pass sees them, in training and evaluation."""
         return p
 
+    def batches(
+        self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
+    ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
+        """Further minibatches, and the weight `[*L]` of their losses beside the learner's own."""
+        return ()
+
     def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
         """A further loss `[*L]`, or None."""
         return None
 
-    def grads(self, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
+    def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
         """The total gradient `[*L, P]` after this method's penalty or projection."""
         return gradients.total
 
@@ -73,9 +96,49 @@ class Method:
         """Entries `[*L, P]` (bool) that must come out of the step bit-identical, or None."""
         return None
 
-    def after_step(self, info: StepInfo, p: Params, m: Memory, task: Task) -> Memory:
+    def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
         """After the weights moved."""
         return m
+
+    def predict(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
+        """Logits `[*L, B, C]` that replace the learner's own in evaluation, or None."""
+        return None
+
+
+def seen(methods: Sequence[Method], state: State, task: Task | None = None) -> Params:
+    """The parameters as forward passes see them, through the methods' hooks; `task` is the state's own by default.
+
+    Where a method has a decision rule of its own, `memories` and `task` come with them.
+    """
+    p: Params = state["params"]
+    task = state["task"] if task is None else task
+    for method in methods:
+        p = method.params(p, state["methods"][method.name], task)
+    if any(type(method).predict is not Method.predict for method in methods):
+        p = {**p, "memories": state["methods"], "task": task}
+    return p
+
+
+def check_needs(methods: Sequence[Method], reveals: frozenset[str], stream: str) -> None:
+    """Refuse methods that need what the stream hides.
+
+    Raises:
+        SettingError: also where two methods have one name.
+    """
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise SettingError(f"lifelong methods repeat: {', '.join(names)}; each keeps one memory, give it once")
+    words = {
+        "boundaries": "when a task ends",
+        "train_id": "which task it trains on",
+        "test_id": "which task it is tested on",
+    }
+    for method in methods:
+        for need in sorted(method.needs - reveals):
+            raise SettingError(
+                f"{method.name} needs to know {words[need]}, which the stream {stream!r} hides: choose a stream or "
+                f"scenario that reveals {need!r}, or another method"
+            )
 
 
 Callback = Callable[[Any, dict[str, Any]], bool | None]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlmeta.functional import tree
+from rlmeta.functional import random, tree
 from rlmeta.functional.optim import Optimizer, apply_updates, clip_by_norm
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
@@ -88,7 +88,7 @@ def step(
     with torch.no_grad():
         total = task_gradient + found["penalty"] if "penalty" in found else task_gradient
         for method in methods:
-            total = method.grads(Gradients(task_gradient, total), seen, memories[method.name], task)
+            total = method.grads(learner, Gradients(task_gradient, total), seen, memories[method.name], task)
         frozen = _union([method.frozen(seen, memories[method.name], task) for method in methods])
         if frozen is not None:
             total = total.masked_fill(frozen, 0.0)
@@ -106,12 +106,25 @@ def step(
             state["params"]["buffers"] = select(keep, buffers, params["buffers"])
         state["optimizer"] = moments
         if methods:
-            info = StepInfo(task_gradient, flat - weights.flat, batch)
-            state["methods"] = {
-                **memories,
-                **{m.name: m.after_step(info, state["params"], memories[m.name], task) for m in methods},
-            }
+            _after_step(learner, state, StepInfo(task_gradient, flat - weights.flat, batch), methods, keep)
+    count = state["count"]
+    state["count"] = {**count, "gradient_steps": count["gradient_steps"] + 1}
     return state, {**found["reported"], "losses/grad_norm": norm} if report else {}
+
+
+def _after_step(learner: Any, state: State, info: StepInfo, methods: Sequence[Method], keep: Tensor) -> None:
+    """Let the methods look at the step; the memory of a learner that took none stays as it is."""
+    memories, task = state["methods"], state["task"]
+    after = {
+        m.name: m.after_step(learner, info, state["params"], memories[m.name], task, method_key(state, m))
+        for m in methods
+    }
+    state["methods"] = {**memories, **(after if bool(keep.all()) else select(keep, after, memories))}
+
+
+def method_key(state: State, method: Method) -> Tensor:
+    """The random key `[*L]` of a method in this step: adding a method changes no other consumer's numbers."""
+    return random.fold(random.fold(state["key"], f"method/{method.name}"), state["count"]["gradient_steps"])
 
 
 def _leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,11 +154,26 @@ def _gradients(
     for method in methods:
         seen = method.params(seen, memories[method.name], task)
     losses = learner.losses(seen, batch, ctx)
-    terms = [method.loss(learner, seen, memories[method.name], batch, task) for method in methods]
-    extra = [term for term in terms if term is not None]
+    extra = _further_losses(learner, state, seen, batch, methods, ctx)
     gradient = _gradient(_total(losses), leaves, retain_graph=bool(extra))
     penalty = {"penalty": _gradient(torch.stack(extra).sum(0), leaves)} if extra else {}
     return {**_found(losses, ctx), "gradient": gradient, **penalty, "seen": seen}
+
+
+def _further_losses(
+    learner: HasLosses, state: State, seen: Params, batch: tree.Tree, methods: Sequence[Method], ctx: StepContext
+) -> list[Tensor]:
+    """What the methods add to the losses, `[*L]` each: of further minibatches, then their own."""
+    found: list[Tensor] = []
+    for method in methods:
+        memory, task = state["methods"][method.name], state["task"]
+        quiet = StepContext(training=True, key=ctx.key, report=False)
+        for further, weight in method.batches(learner, seen, memory, batch, task, method_key(state, method)):
+            found.append(weight * _total(learner.losses(seen, further, quiet)))
+        own = method.loss(learner, seen, memory, batch, task)
+        if own is not None:
+            found.append(own)
+    return found
 
 
 def _found(losses: dict[str, Tensor], ctx: StepContext) -> dict[str, dict[str, Tensor]]:
@@ -164,6 +192,11 @@ def _gradient(loss: Tensor, leaves: dict[str, Tensor], retain_graph: bool = Fals
         materialize_grads=True,
     )
     return torch.cat([gradient.reshape(*loss.shape, -1) for gradient in found], -1)
+
+
+def reset_optimizer(state: State) -> State:
+    """The optimizer's moments as at the start of a run: every one of them starts at zero."""
+    return {**state, "optimizer": tree.map(torch.zeros_like, state["optimizer"])}
 
 
 def init_optimizer(optimizer: Optimizer, state: State) -> State:

@@ -12,8 +12,8 @@ from rlmeta.agents import A2C, DQN, PPO, REINFORCE
 from rlmeta.envs.task import task
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import random, tree
-from rlmeta.lab.evaluate import evaluate
 from rlmeta.learning.collect import collect
+from rlmeta.learning.evaluate import evaluate
 from rlmeta.learning.state import take
 from tests.agents.worlds import Endless, Target, start, train
 

@@ -30,8 +30,8 @@ from rlmeta.lab.experiment import Budget, Experiment, available_threads, from_co
 def test_every_kind_of_task_comes_back(problem):
     experiment = Experiment((rl.PPO(learning_rate=1e-3), rl.PPO(gamma=0.5)), (3, 5), problem, Budget(steps=10))
     again = from_config(experiment.config(), where="here")
-    assert again.task.source == problem.source
-    assert again.task.ranges == problem.ranges
+    assert again.problem.source == problem.source
+    assert again.problem.ranges == problem.ranges
     assert again.variants == experiment.variants
     assert again.seeds == (3, 5)
     assert again.budget == experiment.budget
@@ -45,10 +45,10 @@ def test_what_cannot_be_named_is_asked_for_again():
     class Mine(Bandit):
         """A user's own native environment."""
 
-    experiment = dataclasses.replace(experiment, task=rl.task(Mine()))
+    experiment = dataclasses.replace(experiment, problem=rl.task(Mine()))
     with pytest.raises(SettingError, match=r"pass it again as env= \(on the command line --env\)"):
         from_config(experiment.config(), where="here")
-    assert isinstance(from_config(experiment.config(), where="here", source=Mine()).task.source, Mine)
+    assert isinstance(from_config(experiment.config(), where="here", source=Mine()).problem.source, Mine)
 
 
 def test_a_configuration_of_something_else_is_refused():

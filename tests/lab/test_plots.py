@@ -19,9 +19,9 @@ from rlmeta.envs.task import task
 from rlmeta.errors import SettingError
 from rlmeta.functional import statistics
 from rlmeta.lab import plots
-from rlmeta.lab.evaluate import Evaluation
 from rlmeta.lab.experiment import Budget, Experiment
 from rlmeta.lab.records import Records
+from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.settings import variants
 
 NAN = np.nan

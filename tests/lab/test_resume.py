@@ -21,10 +21,10 @@ from rlmeta.agents.agent import Agent
 from rlmeta.errors import CheckpointError, InexactResumeError, RunExistsError, SettingError
 from rlmeta.functional import tree
 from rlmeta.lab import run_folder
-from rlmeta.lab.evaluate import evaluate
 from rlmeta.lab.experiment import Experiment
 from rlmeta.lab.run import Run
 from rlmeta.lab.train import _restore_world
+from rlmeta.learning.evaluate import evaluate
 from tests.agents.worlds import Target
 from tests.lab import killed
 

@@ -148,13 +148,13 @@ class Penalty(Method):
         flat = torch.cat([w.flatten(1) for w in p["weights"].values()], -1)
         return 0.5 * (flat - m["anchor"]).square().sum(-1)
 
-    def grads(self, gradients: Gradients, p, m, task) -> Tensor:
+    def grads(self, learner, gradients: Gradients, p, m, task) -> Tensor:
         if not self.closed:
             return gradients.total
         flat = torch.cat([w.detach().flatten(1) for w in p["weights"].values()], -1)
         return gradients.total + (flat - m["anchor"])
 
-    def after_step(self, info: StepInfo, p, m, task):
+    def after_step(self, learner, info: StepInfo, p, m, task, key):
         self.seen.append(info)
         return m
 

@@ -21,7 +21,14 @@ class LinearRegression:
             "net.bias": random.normal(keys, "b", 0, (1,), torch.float64),
         }
         params = {"weights": weights, "buffers": {}, "normalisers": {}, "hyper": {}}
-        state: State = {"params": params, "key": keys, "active": torch.ones(keys.shape, dtype=torch.bool)}
+        zero = torch.zeros(keys.shape, dtype=torch.int64)
+        state: State = {
+            "params": params,
+            "key": keys,
+            "active": torch.ones(keys.shape, dtype=torch.bool),
+            "count": {"gradient_steps": zero},
+            "task": {"index": zero, "identity": zero, "progress": zero.double()},
+        }
         state["optimizer"] = init_optimizer(optimizer, state)
         return state
 

@@ -18,12 +18,12 @@ MAX_STEPS = 1_000_000
 
 
 class Evaluation(NamedTuple):
-    """Episodes of every learner."""
+    """Episodes of every learner; of one that is no agent, what it is tried on instead: test samples, or tasks."""
 
     returns: Tensor
-    """Undiscounted, of the environment's own reward, `[*L, E]` float64."""
+    """Undiscounted, of the environment's own reward, or what else the learner's score is, `[*L, E]` float64."""
     lengths: Tensor
-    """In steps, `[*L, E]` int64."""
+    """In steps or samples, `[*L, E]` int64."""
 
 
 @torch.no_grad()
@@ -72,3 +72,9 @@ def evaluate(
             if bool((finished >= rounds).all()):
                 return Evaluation(returns.flatten(-2), lengths.flatten(-2))
     raise SettingError(f"an evaluation episode did not end within {MAX_STEPS} steps: give the task a time limit")
+
+
+def evaluation_rows(episodes: int, native: bool) -> int:
+    """Rows to play `episodes` episodes in: all at once where rows cost nothing, else the largest divisor up to 16."""
+    require(episodes >= 1, f"episodes is {episodes}, expected at least 1")
+    return episodes if native else max(n for n in range(1, 17) if episodes % n == 0)

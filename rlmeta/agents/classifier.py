@@ -1,0 +1,133 @@
+"""Classification by maximum likelihood; of the classes of a task, of all seen so far, or of a domain's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from rlmeta.agents.supervised import OptimizerName, Supervised, require_target
+from rlmeta.envs.data import DataWorld
+from rlmeta.functional import losses, tree
+from rlmeta.learning.learner import Score
+from rlmeta.learning.method import Method
+from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import StepContext
+from rlmeta.nn import Context
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Settings of a classifier. A list for a number marked per learner compares its values."""
+
+    batch_size: int = 32
+    """Samples in a minibatch."""
+    num_steps: int = 10
+    """Gradient steps in an iteration, the grain of budgets and records."""
+    optimizer: OptimizerName = "adam"
+    """Which optimizer."""
+    learning_rate: PerLearner = 1e-3
+    """The optimizer's step size."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget (of each task of a stream)."""
+    momentum: PerLearner = 0.0
+    """Of the optimizers sgd and rmsprop."""
+    weight_decay: PerLearner = 0.0
+    """L2 in the gradient; decoupled for optimizer="adamw"."""
+    max_grad_norm: PerLearner = math.inf
+    """Clip each learner's gradient to this norm."""
+    hidden_sizes: tuple[int, ...] = (400, 400)
+    """Widths of the hidden layers of the default network."""
+    activation: Literal["tanh", "relu"] = "relu"
+    """Activation of the default network."""
+    network: Callable[[gym.Space], nn.Module] | None = None
+    """Your own network: from an observation space to a module that gives features [B, D]."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "learning_rate", 0.0, above=True)
+        require_range(self, "max_grad_norm", 0.0, above=True)
+        require_range(self, "momentum", 0.0, 1.0)
+        require_range(self, "weight_decay", 0.0)
+        for name in ("batch_size", "num_steps"):
+            require_range(self, name, 1)
+
+    @property
+    def num_envs(self) -> int:
+        """Rows of a world: samples in a minibatch."""
+        return self.batch_size
+
+    def bind(
+        self, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> ClassifierLearner:
+        """The learner for inputs and targets of these spaces."""
+        return ClassifierLearner(self, observation_space, target_space, methods)
+
+
+class ClassifierLearner(Supervised):
+    """A classifier on given spaces."""
+
+    score = Score("accuracy")
+
+    def __init__(
+        self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> None:
+        require_target(target_space, gym.spaces.Discrete, "Classifier", "Regressor")
+        super().__init__(settings, observation_space, target_space, methods)
+
+    def outputs(self) -> int:
+        """One logit for every class."""
+        return int(self.target_space.n)  # type: ignore[attr-defined]
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
+        """The state at the start of a run, with the classes that exist from the beginning."""
+        state = super().init(key, hyper, world)
+        state["params"]["buffers"]["born"] = world.born().expand(*key.shape, -1).clone()
+        return state
+
+    def begin_task(self, state: State, world: DataWorld, key: Tensor) -> State:
+        """Turn to the world's task; its classes are born."""
+        state = super().begin_task(state, world, key)
+        p = state["params"]
+        state["params"] = {**p, "buffers": {**p["buffers"], "born": p["buffers"]["born"] | world.classes()}}
+        return state
+
+    def logits(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
+        """Of every class, `[*L, B, C]`.
+
+        Minus infinity for classes not born yet, and for those that the batch's `allowed` `[*L, B, C]` closes because
+        the task is known.
+        """
+        output = self.output(p, batch, ctx)
+        open_ = p["buffers"]["born"].unsqueeze(-2) if "born" in p["buffers"] else None
+        if "allowed" in batch:
+            open_ = batch["allowed"] if open_ is None else batch["allowed"] & open_
+        return output if open_ is None else output.masked_fill(~open_, -torch.inf)
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """Mean cross-entropy in nats, `[*L]`."""
+        logits = self.logits(p, batch, ctx)
+        if ctx.report:
+            with torch.no_grad():
+                ctx.info["losses/accuracy"] = self.score_of(logits, batch).mean(-1)
+        loss = losses.cross_entropy_loss(logits, batch["target"], batch.get("valid"))
+        ctx.info["losses/loss"] = loss.detach()
+        return {"net": loss}
+
+    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
+        """log p(target | input), `[*L, B]`."""
+        logits = self.logits(p, batch).log_softmax(-1)
+        return logits.gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1)
+
+    def answer(self, p: Params, batch: tree.Tree) -> Tensor:
+        """The logits."""
+        return self.logits(p, batch)
+
+    def score_of(self, output: Tensor, batch: tree.Tree) -> Tensor:
+        """1 where the most probable class is the right one, `[*L, B]`."""
+        return (output.argmax(-1) == batch["target"]).float()

@@ -1,0 +1,185 @@
+"""What supervised learners share: a network, minibatches of the task at hand, an optimizer, tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.agents.networks import build_body
+from rlmeta.envs.data import DataWorld
+from rlmeta.errors import SpaceError
+from rlmeta.functional import optim, random, tree
+from rlmeta.learning.average import Average
+from rlmeta.learning.capture import Capture
+from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
+from rlmeta.learning.method import Method, seen
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.nn import Block, Context, Linear, Sequential
+
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
+
+EVALUATED_AT_ONCE = 1000
+"""Test samples of each learner in one forward pass."""
+
+
+class Supervised:
+    """A learner of labelled samples, bound to the spaces of its inputs and targets.
+
+    A subclass gives `losses` and `score_of`.
+
+    Args:
+        settings: of the learner.
+        observation_space: of one input.
+        target_space: of one target, Discrete classes or a Box.
+        methods: lifelong methods, in order.
+    """
+
+    num_tasks = 1
+    score = Score("score")
+
+    def __init__(
+        self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> None:
+        self.settings = settings
+        self.observation_space, self.target_space = observation_space, target_space
+        self.methods = tuple(methods)
+        self.steps_per_iteration: int = settings.num_steps
+        self.capture = Capture() if settings.network is None else None
+        self.net: Any = self.networks()["net"]
+        self._draws = any(isinstance(m, Block) and m.may_draw() for m in self.net.modules())
+
+    def outputs(self) -> int:
+        """How many numbers the network gives for an input."""
+        raise NotImplementedError
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """The loss `[*L]` of a minibatch."""
+        raise NotImplementedError
+
+    def score_of(self, output: Tensor, batch: tree.Tree) -> Tensor:
+        """The score `[*L, B]` of every sample."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ set-up
+
+    def networks(self) -> dict[str, Block]:
+        """`net` turns an input into the numbers that the loss is of."""
+        s = self.settings
+        body, features = build_body(s.network, self.observation_space, s.hidden_sizes, s.activation, "torch")
+        return {"net": Sequential(body, Linear(features, self.outputs(), initialiser="torch"))}
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
+        """The state at the start of a run."""
+        state = initial_state(self.networks, key, hyper)
+        state["world"] = world.reset(random.fold(key, "world"))
+        state["optimizer"] = init_optimizer(self.optimizer(state), state)
+        state["methods"] = initial_memories(self, self.methods, state)
+        return state
+
+    def begin_task(self, state: State, world: DataWorld, key: Tensor) -> State:
+        """Turn to the samples of the task that the world has been set to."""
+        state["world"] = world.reset(key)
+        state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
+        return state
+
+    def optimizer(self, state: State) -> optim.Optimizer:
+        """The optimizer at the learner's progress."""
+        s, h = self.settings, state["params"]["hyper"]
+        rate = h["learning_rate"]
+        if s.learning_rate_schedule == "linear":
+            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
+        if s.optimizer == "sgd":
+            return optim.sgd(rate, momentum=h["momentum"], weight_decay=h["weight_decay"])
+        if s.optimizer == "rmsprop":
+            return optim.rmsprop(rate, weight_decay=h["weight_decay"], momentum=h["momentum"])
+        return (optim.adam if s.optimizer == "adam" else optim.adamw)(rate, weight_decay=h["weight_decay"])
+
+    # ------------------------------------------------------------------ learn
+
+    def output(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
+        """What the network gives for the batch's inputs, `[*L, B, outputs]`."""
+        tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
+        return self.net.run(tensors, batch["observation"], ctx or Context(), "net.")
+
+    def iterate(self, state: State, world: DataWorld) -> tuple[State, Metrics]:
+        """`num_steps` gradient steps, each on the next minibatch of the current task."""
+        average, optimizer = Average(), self.optimizer(state)
+        for _ in range(self.steps_per_iteration):
+            state["world"], batch = world.next_batch(state["world"])
+            key = random.fold(state["key"], state["count"]["gradient_steps"]) if self._draws else None
+            state, info = step(
+                self,
+                state,
+                batch,
+                optimizer,
+                max_grad_norm=state["params"]["hyper"]["max_grad_norm"],
+                methods=self.methods,
+                key=key,
+            )
+            average.add(info)
+        count, steps = state["count"], self.steps_per_iteration
+        state["count"] = {
+            **count,
+            "iterations": count["iterations"] + 1,
+            "vector_steps": count["vector_steps"] + steps,
+            "env_steps": count["env_steps"] + steps * world.num_envs,
+            "task_steps": count["task_steps"] + steps,
+        }
+        return state, average.result()
+
+    def seen(self, state: State) -> Params:
+        """The parameters as forward passes see them, through the lifelong methods' hooks."""
+        return seen(self.methods, state)
+
+    # ------------------------------------------------------------------ evaluation, and samples for lifelong methods
+
+    def evaluation_rows(self, episodes: int, native: bool) -> int:
+        """One: all test samples are looked at, whatever the number of rows."""
+        return 1
+
+    @torch.no_grad()
+    def evaluate(
+        self, p: Params, world: DataWorld, key: Tensor, episodes: int = 1, *, deterministic: bool = True
+    ) -> Evaluation:
+        """The mean score over all test samples of the world's task, one figure for every learner `[*L, 1]`."""
+        total = torch.zeros(key.shape, dtype=torch.float64, device=key.device)
+        count = torch.zeros(key.shape, dtype=torch.int64, device=key.device)
+        for batch in world.test_batches(EVALUATED_AT_ONCE):
+            output = self._decide(p, batch)
+            valid = batch["valid"]
+            total += (self.score_of(output, batch).double() * valid).sum(-1)
+            count += valid.sum(-1)
+        return Evaluation((total / count).unsqueeze(-1), count.unsqueeze(-1))
+
+    def answer(self, p: Params, batch: tree.Tree) -> Tensor:
+        """What the learner says of the batch's inputs when it is evaluated, `[*L, B, outputs]`."""
+        return self.output(p, batch)
+
+    def _decide(self, p: Params, batch: tree.Tree) -> Tensor:
+        """The learner's answer, or that of the first method with a decision rule of its own."""
+        for method in self.methods:
+            memory = p.get("memories", {}).get(method.name)
+            found = None if memory is None else method.predict(self, p, memory, batch, p["task"])
+            if found is not None:
+                return found
+        return self.answer(p, batch)
+
+    def draw(self, state: State, world: DataWorld, n: int) -> tree.Tree:
+        """n training samples `[*L, n, ...]` of the current task, drawn without replacement; all if there are fewer."""
+        return world.sample(random.fold(state["key"], "draw"), n)
+
+
+def require_target(space: gym.Space, kind: type[gym.Space], learner: str, other: str) -> None:
+    """Refuse a problem whose targets are of another kind.
+
+    Raises:
+        SpaceError: with the learner to use instead.
+    """
+    if not isinstance(space, kind):
+        raise SpaceError(f"{learner} learns targets in {kind.__name__}, the task has {space}: use {other}")

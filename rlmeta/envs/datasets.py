@@ -1,0 +1,182 @@
+"""Labelled data by name: from a folder named by RLMETA_DATA, a checksummed download, or what a package ships."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlmeta.envs.data import Samples
+from rlmeta.errors import SettingError, missing_extra, unknown_name
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_FILES = {
+    "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c",
+}
+OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
+OMNIGLOT_FILES = {"images_background.zip": "md5:68d2efa1b9178cc56df9314c21c6e718"}
+
+
+class Labelled(NamedTuple):
+    """A data set for classification."""
+
+    train: Samples
+    test: Samples
+    num_classes: int
+
+
+class Characters(NamedTuple):
+    """Drawings of characters, for few-shot classification."""
+
+    image: Tensor
+    """`[n, H, W]` uint8, ink is high."""
+    character: Tensor
+    """`[n]` int64: which character, counted over all alphabets."""
+    alphabet: Tensor
+    """`[n]` int64."""
+    alphabet_names: tuple[str, ...]
+
+
+def labelled(name: str) -> Labelled:
+    """The data set "digits" or "mnist".
+
+    "digits" is scikit-learn's 1,797 digits of 8 x 8 (every fifth is for testing). "mnist" is read from `mnist-10k.npz`
+    in the folder RLMETA_DATA (`x` uint8 [n, 28, 28], `y`; the first four fifths to train), else downloaded whole.
+
+    Raises:
+        UnknownNameError: there is no such data set.
+        MissingExtraError: the package that ships or downloads it is not installed.
+    """
+    found = {"digits": _digits, "mnist": _mnist}
+    if name not in found:
+        raise unknown_name("data set", name, found)
+    return found[name]()
+
+
+@functools.cache
+def _digits() -> Labelled:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise missing_extra("scikit-learn", "data", "the data set 'digits'") from None
+    images, classes = load_digits(return_X_y=True)
+    held_out = np.arange(len(classes)) % 5 == 4
+    pixels = np.round(images * (255 / 16)).astype(np.uint8)
+    return Labelled(_samples(pixels[~held_out], classes[~held_out]), _samples(pixels[held_out], classes[held_out]), 10)
+
+
+@functools.cache
+def _mnist() -> Labelled:
+    given = data_folder()
+    if given is not None and (given / "mnist-10k.npz").is_file():
+        with np.load(given / "mnist-10k.npz", allow_pickle=False) as content:
+            images, classes = content["x"].reshape(len(content["x"]), -1), content["y"]
+        cut = len(classes) * 4 // 5
+        return Labelled(_samples(images[:cut], classes[:cut]), _samples(images[cut:], classes[cut:]), 10)
+    parts = [_idx(download("mnist", MNIST_URL, file, checksum)) for file, checksum in MNIST_FILES.items()]
+    train, test = (_samples(x.reshape(len(x), -1), y) for x, y in (parts[:2], parts[2:]))
+    return Labelled(train, test, 10)
+
+
+@functools.cache
+def omniglot() -> Characters:
+    """Omniglot's drawings, 28 x 28, 20 of each character; an alphabet that stands in several files is one alphabet.
+
+    Read from `omniglot-*.npz` in the folder RLMETA_DATA (`image`, `alphabet`, `character`, `alphabet_names`,
+    `character_names`), else the background set is downloaded.
+    """
+    given = data_folder()
+    files = sorted(given.glob("omniglot-*.npz")) if given is not None else []
+    parts = [_characters_of(file) for file in files] or [_downloaded_omniglot()]
+    names = tuple(sorted({name for part in parts for name in part[2]}))
+    images = np.concatenate([part[0] for part in parts])
+    alphabet = np.concatenate([np.array([names.index(n) for n in part[2]])[part[1]] for part in parts])
+    drawn = [f"{names[a]}/{c}" for a, c in zip(alphabet, np.concatenate([part[3] for part in parts]))]
+    _, character = np.unique(drawn, return_inverse=True)
+    return Characters(torch.from_numpy(images), torch.from_numpy(character), torch.from_numpy(alphabet), names)
+
+
+Part = tuple[NDArray[np.uint8], NDArray[np.int64], list[str], NDArray[np.str_]]
+"""Images, alphabet of each, alphabet names, name of each one's character within its alphabet."""
+
+
+def _characters_of(path: Path) -> Part:
+    with np.load(path, allow_pickle=False) as content:
+        names = [str(name) for name in content["alphabet_names"]]
+        characters = np.array([str(name) for name in content["character_names"]])[content["character"]]
+        return content["image"], content["alphabet"].astype(np.int64), names, characters
+
+
+def _downloaded_omniglot() -> Part:
+    import io
+    import zipfile
+
+    try:
+        from PIL import Image
+    except ImportError:
+        raise missing_extra("pillow", "data", "Omniglot's pictures") from None
+    file, checksum = next(iter(OMNIGLOT_FILES.items()))
+    images, alphabets, characters = [], [], []
+    with zipfile.ZipFile(download("omniglot", OMNIGLOT_URL, file, checksum)) as archive:
+        for entry in sorted(name for name in archive.namelist() if name.endswith(".png")):
+            _, alphabet, character, _ = entry.split("/")
+            picture = Image.open(io.BytesIO(archive.read(entry))).convert("L").resize((28, 28), Image.Resampling.BOX)
+            images.append(255 - np.asarray(picture))
+            alphabets.append(alphabet)
+            characters.append(character)
+    names, of = np.unique(alphabets, return_inverse=True)
+    return np.stack(images).astype(np.uint8), of.astype(np.int64), [str(n) for n in names], np.array(characters)
+
+
+def data_folder() -> Path | None:
+    """The folder that RLMETA_DATA names.
+
+    Raises:
+        SettingError: it names something else.
+    """
+    given = os.environ.get("RLMETA_DATA", "")
+    if given and not Path(given).is_dir():
+        raise SettingError(f"RLMETA_DATA is {given!r}, which is no folder: name one that holds the data, or unset it")
+    return Path(given) if given else None
+
+
+def download(name: str, url: str, file: str, checksum: str) -> Path:
+    """The file, downloaded once into the user's cache and checked.
+
+    Raises:
+        MissingExtraError: pooch is not installed.
+        SettingError: it can't be fetched, or its checksum is another.
+    """
+    try:
+        import pooch
+    except ImportError:
+        raise missing_extra("pooch", "data", f"downloading {name}") from None
+    try:
+        return Path(pooch.retrieve(url + file, checksum, fname=file, path=pooch.os_cache("rlmeta") / name))
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"{name} could not be fetched from {url}{file} ({error}): connect to the internet, or put the data into a "
+            "folder and name it by RLMETA_DATA"
+        ) from None
+
+
+def _idx(path: Path) -> NDArray[np.uint8]:
+    """An array in MNIST's own format."""
+    content = gzip.decompress(path.read_bytes())
+    axes = content[3]
+    shape = np.frombuffer(content, ">i4", axes, 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _samples(images: NDArray[np.uint8], classes: NDArray[np.integer]) -> Samples:
+    return Samples(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(classes.astype(np.int64)))

@@ -1,0 +1,403 @@
+"""A stream is a sequence of problems that one learner meets in turn: tasks to act in, or tasks of labelled samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random as python_random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlmeta.envs.data import DataTable, DataTask, DataWorld, Samples
+from rlmeta.envs.datasets import Labelled, labelled
+from rlmeta.envs.names import read_named
+from rlmeta.envs.native import NativeEnv, NativeWorld
+from rlmeta.envs.task import Task, require_named, task
+from rlmeta.envs.world import State, Transition, World
+from rlmeta.errors import SettingError, unknown_name
+from rlmeta.functional import random
+from rlmeta.functional.tree import Tree
+
+Scenario: TypeAlias = Literal["task", "domain", "class"]
+"""What is known at test, after van de Ven et al. (2022): which task it is, so that only its classes count ("task");
+only that the tasks share their classes ("domain"); nothing, all classes seen so far count ("class")."""
+
+Order: TypeAlias = Literal["given", "all"] | int
+"""The tasks as they stand, every order of them, or so many distinct ones drawn at random. Every order is a learner."""
+
+EVERYTHING = frozenset({"boundaries", "train_id", "test_id"})
+MOST_ORDERS = 720
+
+
+@dataclass(frozen=True)
+class TaskStream:
+    """A sequence of tasks and what it reveals of them."""
+
+    name: str
+    tasks: tuple[Any, ...]
+    """All of them `Task`s with the same spaces, or all `DataTask`s of the same form."""
+    reveals: frozenset[str] = EVERYTHING
+    """Of `boundaries` (when a task ends), `train_id` and `test_id` (which task it is, in training and at test)."""
+    order: Order = "given"
+    """In which order learners meet the tasks."""
+    scenario: Scenario = "task"
+    """Of tasks of labelled samples: what is known of their classes."""
+    table: dict[str, Any] = field(default_factory=dict)
+    """The TOML table it was made from, {} for one made in code."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise SettingError(f"stream {self.name!r} has no tasks, expected at least one")
+        if len({isinstance(one, DataTask) for one in self.tasks}) > 1:
+            raise SettingError(f"stream {self.name!r} mixes tasks of samples with tasks to act in: make two streams")
+        if self.order not in ("given", "all") and (not isinstance(self.order, int) or self.order < 1):
+            raise SettingError(f"order is {self.order!r}, expected given, all, or how many orders to draw")
+        if self.scenario not in get_args(Scenario):
+            raise SettingError(f"scenario is {self.scenario!r}, expected one of {', '.join(get_args(Scenario))}")
+        unknown = self.reveals - EVERYTHING
+        if unknown:
+            raise SettingError(str(unknown_name("thing to reveal", min(unknown), EVERYTHING)))
+        self.orders()
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.tasks[index]
+
+    @property
+    def native(self) -> bool:
+        """Whether the tasks are rlmeta's own, so that rows cost little and nothing is hidden."""
+        return all(one.native for one in self.tasks)
+
+    def orders(self) -> tuple[tuple[int, ...], ...]:
+        """The orders in which learners meet the tasks.
+
+        Raises:
+            SettingError: all orders of too many tasks, or more orders than there are.
+        """
+        count = len(self.tasks)
+        if self.order == "given":
+            return (tuple(range(count)),)
+        if self.order == "all":
+            if math.factorial(count) > MOST_ORDERS:
+                raise SettingError(
+                    f"{count} tasks have {math.factorial(count):,} orders, more than {MOST_ORDERS}: draw some of them, "
+                    "such as order=24"
+                )
+            return tuple(itertools.permutations(range(count)))
+        if count < 12 and self.order > math.factorial(count):
+            raise SettingError(f"order is {self.order}, but {count} tasks have only {math.factorial(count)} orders")
+        source, found = python_random.Random(0), dict[tuple[int, ...], None]()
+        while len(found) < self.order:
+            found[tuple(source.sample(range(count), count))] = None
+        return tuple(found)
+
+    def world(self, learner_shape: tuple[int, ...], num_envs: int) -> DataWorld | StreamWorld:
+        """Rows for every learner, each of the task it is set to by the world's `select`."""
+        if isinstance(self.tasks[0], DataTask):
+            known, late = self.scenario == "task", self.scenario == "class"
+            return DataWorld(self._samples, learner_shape, num_envs, reveals_classes=known, born=not late)
+        return StreamWorld(self.tasks, learner_shape, num_envs)
+
+    @cached_property
+    def _samples(self) -> DataTable:
+        return DataTable(self.tasks)
+
+    def describe(self) -> dict[str, Any]:
+        """What a saved configuration needs to make the stream again."""
+        said: dict[str, Any] = {"kind": "stream", "name": self.name, "order": self.order, "scenario": self.scenario}
+        if self.table:
+            return {**said, "table": self.table}
+        return {**said, "reveals": sorted(self.reveals), "tasks": [one.describe() for one in self.tasks]}
+
+
+# ---------------------------------------------------------------------- tasks to act in
+
+
+class StreamWorld:
+    """The environments of a stream's tasks with equal spaces; every learner is in the task it has been set to.
+
+    Native tasks that differ in constants alone may differ from learner to learner, each with its own physics. Other
+    environments stand side by side, and all learners are in the same one.
+
+    Raises:
+        SettingError: the tasks' spaces differ.
+    """
+
+    def __init__(self, tasks: Sequence[Task], learner_shape: tuple[int, ...], num_envs: int) -> None:
+        self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
+        self._tasks, self._physics = tasks, _physics_of(tasks)
+        self._worlds: list[World] = [] if self._physics else [one.world(learner_shape, num_envs) for one in tasks]
+        self.identity = torch.zeros(learner_shape, dtype=torch.int64)
+        self._current: Any = self._with_physics() if self._physics else self._worlds[0]
+        self.observation_space, self.action_space = self._current.observation_space, self._current.action_space
+        for one, world in zip(tasks, self._worlds):
+            if (world.observation_space, world.action_space) != (self.observation_space, self.action_space):
+                raise SettingError(
+                    f"{one.name} has spaces {world.observation_space}, {world.action_space}, {tasks[0].name} has "
+                    f"{self.observation_space}, {self.action_space}: the tasks of a stream need the same"
+                )
+
+    @property
+    def exact_resume(self) -> bool:
+        """Whether `restore` always brings every environment back to exactly where the state says."""
+        return bool(self._current.exact_resume)
+
+    def select(self, identity: Tensor) -> None:
+        """Set every learner to a task, `[*L]` int64; `reset` begins it.
+
+        Raises:
+            SettingError: learners in different tasks that can't stand in one batch.
+        """
+        self.identity = identity.cpu()
+        if self._physics:
+            self._current = self._with_physics()
+            return
+        chosen = set(self.identity.flatten().tolist())
+        if len(chosen) > 1:
+            raise SettingError(
+                "orders of tasks as learners need native tasks of one environment that differ in its constants: give "
+                'these tasks in one order (order="given")'
+            )
+        self._current = self._worlds[chosen.pop()]
+
+    def _with_physics(self) -> NativeWorld:
+        identity, shape = self.identity, (*self.learner_shape, self.num_envs)
+        physics = {
+            name: values[identity].unsqueeze(-1).expand(shape) for name, values in (self._physics or {}).items() if name
+        }
+        return NativeWorld(self._tasks[0].source, self.learner_shape, self.num_envs, physics)
+
+    def reset(self, key: Tensor) -> State:
+        """Episode 0 of every learner's task."""
+        state: State = self._current.reset(key)
+        return state
+
+    def observation(self, state: State) -> Tree:
+        """The current observation."""
+        return self._current.observation(state)
+
+    def step(self, state: State, action: Tensor) -> tuple[State, Transition]:
+        """Act once in every row."""
+        found: tuple[State, Transition] = self._current.step(state, action)
+        return found
+
+    def restore(self, state: State, inexact: bool = False) -> State:
+        """Put what is hidden where a loaded `state` of the selected task says."""
+        if self._physics:
+            return state
+        current: Any = self._current
+        found: State = current.restore(state) if isinstance(current, NativeWorld) else current.restore(state, inexact)
+        return found
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+        for world in self._worlds:
+            world.close()
+
+
+def _physics_of(tasks: Sequence[Task]) -> dict[str, Tensor] | None:
+    """Constants `[K]` in which native tasks of one environment differ; None where they differ in anything else.
+
+    The name '' stands for no constant, so that equal tasks have physics too.
+    """
+    first = tasks[0].source
+    alike = (isinstance(one.source, NativeEnv) and type(one.source) is type(first) for one in tasks)
+    if not all(alike) or any(one.ranges for one in tasks):
+        return None
+    free = first.constants()
+    found: dict[str, Tensor] = {"": torch.empty(0)}
+    for constant in dataclasses.fields(first):
+        values = [getattr(one.source, constant.name) for one in tasks]
+        if any(not _equal(value, values[0]) for value in values):
+            if constant.name not in free or free[constant.name].dim():
+                return None
+            found[constant.name] = torch.tensor(values, dtype=free[constant.name].dtype)
+    return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+# ---------------------------------------------------------------------- tasks of labelled samples
+
+
+def split(data: Labelled, groups: Sequence[Sequence[int]], scenario: Scenario) -> list[DataTask]:
+    """A task for every group of classes.
+
+    In the scenario "domain" the targets are places within the group, which all groups share.
+
+    Raises:
+        SettingError: a class in two groups or unknown, or groups of different sizes in the scenario "domain".
+    """
+    named = [c for group in groups for c in group]
+    if len(set(named)) < len(named) or not set(named) <= set(range(data.num_classes)):
+        raise SettingError(f"split {list(groups)}: expected groups of different classes of 0 to {data.num_classes - 1}")
+    if scenario == "domain" and len({len(group) for group in groups}) > 1:
+        raise SettingError(f"split {list(groups)}: the scenario 'domain' needs groups of one size")
+    tasks = []
+    for group in groups:
+        places = torch.zeros(data.num_classes, dtype=torch.int64)
+        places[list(group)] = torch.arange(len(group)) if scenario == "domain" else torch.tensor(list(group))
+        train, test = (_of_classes(part, group, places) for part in (data.train, data.test))
+        classes = tuple(range(len(group))) if scenario == "domain" else tuple(group)
+        count = len(group) if scenario == "domain" else data.num_classes
+        tasks.append(DataTask("+".join(map(str, group)), train, test, classes, count))
+    return tasks
+
+
+def _of_classes(samples: Samples, group: Sequence[int], places: Tensor) -> Samples:
+    chosen = torch.isin(samples.target, torch.tensor(list(group)))
+    return Samples(samples.observation[chosen], places[samples.target[chosen]])
+
+
+def permute(data: Labelled, count: int, samples: int | None = None) -> list[DataTask]:
+    """Tasks that differ in a fixed permutation of the pixels; the first leaves them (Goodfellow et al., 2013)."""
+    features, key = data.train.observation.shape[1], random.make_keys([0])[0]
+    orders = [torch.arange(features)] + [random.permutation(key, "pixels", i, features) for i in range(1, count)]
+
+    def shuffled(part: Samples, order: Tensor) -> Samples:
+        return Samples(part.observation[:, order], part.target)
+
+    return [
+        _whole(data, f"permutation-{i}", shuffled(_some(data.train, i, samples), order), shuffled(data.test, order))
+        for i, order in enumerate(orders)
+    ]
+
+
+def rotate(data: Labelled, count: int, degrees: float = 180.0, samples: int | None = None) -> list[DataTask]:
+    """Tasks that differ in the angle of the pictures, evenly from 0 to below `degrees` (Lopez-Paz and Ranzato, 2017).
+
+    Args:
+        data: square pictures.
+        count: how many tasks.
+        degrees: of the angle that would follow the last.
+        samples: training samples of each task, drawn anew for each; None takes all.
+    """
+    tasks = []
+    for i in range(count):
+        angle = degrees * i / count
+        train, test = (_rotated(part, angle) for part in (_some(data.train, i, samples), data.test))
+        tasks.append(_whole(data, f"rotation-{angle:g}", train, test))
+    return tasks
+
+
+def _whole(data: Labelled, name: str, train: Samples, test: Samples) -> DataTask:
+    return DataTask(name, train, test, tuple(range(data.num_classes)), data.num_classes)
+
+
+def _some(part: Samples, i: int, count: int | None) -> Samples:
+    """`count` samples for task i, drawn without replacement."""
+    if count is None:
+        return part
+    if not 1 <= count <= len(part.target):
+        raise SettingError(f"samples is {count}, expected 1 to the {len(part.target)} that there are")
+    rows = random.permutation(random.make_keys([1])[0], "samples", i, len(part.target))[:count]
+    return Samples(part.observation[rows], part.target[rows])
+
+
+def _rotated(part: Samples, degrees: float) -> Samples:
+    """The pictures turned about their middle, with bilinear interpolation."""
+    side = math.isqrt(part.observation.shape[1])
+    pictures = part.observation.reshape(-1, 1, side, side).float()
+    angle = math.radians(degrees)
+    turn = torch.tensor([[math.cos(angle), math.sin(angle), 0.0], [-math.sin(angle), math.cos(angle), 0.0]])
+    grid = F.affine_grid(turn.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
+    turned = F.grid_sample(pictures, grid, align_corners=False)
+    return Samples(turned.round().clamp(0, 255).to(torch.uint8).reshape(part.observation.shape), part.target)
+
+
+# ---------------------------------------------------------------------- by name
+
+
+def stream(
+    source: str | Sequence[Any],
+    name: str = "stream",
+    *,
+    scenario: Scenario | None = None,
+    order: Order = "given",
+) -> TaskStream:
+    """The named stream of tasks, or one made from a list of tasks.
+
+    Args:
+        source: a name (`rlmeta list streams`), or tasks (or names of tasks) in their order.
+        name: what to call one that is made from a list.
+        scenario: what is known of the classes of labelled samples; by default as the stream's file says.
+        order: the tasks as they stand, every order of them ("all"), or so many distinct orders; every order is a
+            learner.
+
+    Raises:
+        UnknownNameError: there is no such stream.
+        SettingError: not a stream, or one that can't be so.
+    """
+    if isinstance(source, str):
+        return from_table(source, require_named(source), scenario, order)
+    tasks = tuple(task(one) if isinstance(one, str) else one for one in source)
+    return TaskStream(name, tasks, _reveals(scenario, EVERYTHING), order, scenario or "task")
+
+
+def _reveals(scenario: Scenario | None, given: frozenset[str]) -> frozenset[str]:
+    """Which task it is at test is hidden, except where only its own classes count."""
+    return given - {"test_id"} if scenario in ("domain", "class") else given
+
+
+def from_table(
+    name: str, table: dict[str, Any], scenario: Scenario | None = None, order: Order = "given"
+) -> TaskStream:
+    """The stream that a TOML table describes.
+
+    Keys: `tasks` (names, or tables with `env` and `settings`), or `data` (a data set) with one of `split` (groups of
+    classes), `permute` (how many tasks) and `rotate` (how many tasks; `degrees`), and `samples`, `scenario`; `reveals`.
+
+    Raises:
+        SettingError: not the table of a stream, or a scenario that is not of its kind.
+    """
+    where = f"envs/{name}.toml"
+    if table.get("kind") != "stream":
+        raise SettingError(f"{name!r} is a {table.get('kind', 'task')}, expected a stream of tasks")
+    known = {"kind", "description", "tasks", "reveals", "data", "split", "permute", "rotate", "degrees", "samples"}
+    unknown = set(table) - known - {"scenario"}
+    if unknown:
+        raise SettingError(f"{where}: {unknown_name('key', min(unknown), known)}")
+    given = frozenset(table.get("reveals", EVERYTHING))
+    if "tasks" in table:
+        if scenario is not None:
+            raise SettingError(f"scenario is for streams of samples, {name!r} has tasks to act in: leave it out")
+        tasks = tuple(_entry(entry, f"{name}/{i}") for i, entry in enumerate(table["tasks"]))
+        return TaskStream(name, tasks, given, order, "task", table)
+    chosen: Scenario = scenario or table.get("scenario", "task")
+    return TaskStream(name, tuple(_of_data(where, table, chosen)), _reveals(chosen, given), order, chosen, table)
+
+
+def _entry(entry: Any, name: str) -> Task:
+    if isinstance(entry, str):
+        return task(entry)
+    return task(entry["env"], settings=entry.get("settings"), name=name)
+
+
+def _of_data(where: str, table: dict[str, Any], scenario: Scenario) -> list[DataTask]:
+    kinds = [kind for kind in ("split", "permute", "rotate") if kind in table]
+    if "data" not in table or len(kinds) != 1:
+        raise SettingError(f"{where}: expected tasks, or data with one of split, permute and rotate")
+    data = labelled(table["data"])
+    if kinds == ["split"]:
+        return split(data, table["split"], scenario)
+    if kinds == ["permute"]:
+        return permute(data, table["permute"], table.get("samples"))
+    return rotate(data, table["rotate"], table.get("degrees", 180.0), table.get("samples"))
+
+
+def is_stream(name: str) -> bool:
+    """Whether a stream has this name."""
+    return (read_named("envs", name) or {}).get("kind") == "stream"

@@ -1,0 +1,139 @@
+"""Streams: what each scenario shows of the classes, the orders, and worlds in which every learner has its own task."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import rlmeta as rl
+from rlmeta.envs import streams
+from rlmeta.envs.data import DataWorld
+from rlmeta.envs.datasets import labelled
+from rlmeta.envs.names import names, read_toml
+from rlmeta.errors import RlmetaError, SettingError
+from rlmeta.functional.random import make_keys
+
+
+def test_split_digits_in_the_three_scenarios():
+    task, domain, klass = (rl.stream("split-digits", scenario=scenario) for scenario in ("task", "domain", "class"))
+    assert task.reveals == {"boundaries", "train_id", "test_id"}
+    assert domain.reveals == klass.reveals == {"boundaries", "train_id"}
+    whole = labelled("digits")
+    assert sum(len(one.train.target) for one in task.tasks) == len(whole.train.target)
+    assert sum(len(one.test.target) for one in task.tasks) == len(whole.test.target)
+    for i, (own, shared) in enumerate(zip(task.tasks, domain.tasks)):
+        assert set(own.train.target.tolist()) == {2 * i, 2 * i + 1}
+        assert set(shared.train.target.tolist()) == {0, 1} and shared.num_classes == 2
+        assert torch.equal(own.train.target - 2 * i, shared.train.target)
+    assert isinstance(klass.world((2,), 4), DataWorld)
+    assert task.world((2,), 4).next_batch(task.world((2,), 4).reset(make_keys([0, 1])))[1]["allowed"].sum(-1).max() == 2
+    assert not klass.world((2,), 4).born().any()
+
+
+def test_permutations_keep_the_pixels_and_the_first_task_as_it_is():
+    first, second = rl.stream("permuted-digits").tasks[:2]
+    plain = labelled("digits").train.observation
+    assert torch.equal(first.train.observation, plain)
+    assert not torch.equal(second.train.observation, plain)
+    assert torch.equal(second.train.observation.sort(-1).values, plain.sort(-1).values)
+
+
+def test_rotations_turn_pictures_by_their_angle():
+    data = labelled("digits")
+    quarter = streams.rotate(data, 2, 180.0)[1]
+    picture = data.test.observation[0].reshape(8, 8).numpy()
+    turned = quarter.test.observation[0].reshape(8, 8).numpy().astype(int)
+    gap = min(np.abs(turned - np.rot90(picture, k).astype(int)).max() for k in (1, 3))
+    assert gap <= 1, "a quarter turn needs no interpolation"
+    assert torch.equal(streams.rotate(data, 3)[0].test.observation, data.test.observation)
+
+
+def test_a_task_can_have_samples_of_its_own():
+    data = labelled("digits")
+    first, second = (one.train.observation for one in streams.permute(data, 2, samples=100))
+    assert first.shape == (100, 64)
+    assert not torch.equal(first.sort(-1).values, second.sort(-1).values), "other samples, not only other pixels"
+
+
+def test_orders():
+    three = [rl.task("CartPole-v1", name=str(i), settings={"length": 0.5 + i}) for i in range(3)]
+    assert streams.TaskStream("s", tuple(three)).orders() == ((0, 1, 2),)
+    assert len(set(rl.stream(three, order="all").orders())) == 6
+    drawn = rl.stream(three, order=4).orders()
+    assert len(set(drawn)) == 4 and all(sorted(order) == [0, 1, 2] for order in drawn)
+    assert drawn == rl.stream(three, order=4).orders()
+    with pytest.raises(SettingError, match="3 tasks have only 6 orders"):
+        rl.stream(three, order=7)
+    with pytest.raises(SettingError, match="3,628,800 orders, more than 720"):
+        rl.stream("permuted-digits", order="all")
+
+
+def test_native_tasks_may_differ_from_learner_to_learner():
+    stream = rl.stream("cartpole-conflicts")
+    world, keys = stream.world((4,), 2), make_keys([5, 6, 7, 8])
+    world.select(torch.tensor([0, 1, 2, 3]))
+    state, action = world.reset(keys), torch.ones(4, 2, dtype=torch.int64)
+    for _ in range(30):
+        state, transition = world.step(state, action)
+    for i, task in enumerate(stream.tasks):
+        alone = task.world((1,), 2)
+        own = alone.reset(keys[i : i + 1])
+        for _ in range(30):
+            own, expected = alone.step(own, action[:1])
+        assert torch.equal(transition.observation[i], expected.observation[0])
+    assert transition.observation[0, 0, 1] * transition.observation[1, 0, 1] < 0, "the push is reversed"
+
+
+def test_other_environments_stand_side_by_side_in_one_order():
+    stream = rl.stream([rl.task("CartPole-v1", native=False), rl.task("CartPole-v1", name="other", native=False)])
+    world = stream.world((2,), 1)
+    world.select(torch.tensor([1, 1]))
+    state = world.reset(make_keys([0, 1]))
+    assert world.step(state, torch.zeros(2, 1, dtype=torch.int64))[1].reward.shape == (2, 1)
+    with pytest.raises(SettingError, match="orders of tasks as learners need native tasks"):
+        world.select(torch.tensor([0, 1]))
+    world.close()
+    with pytest.raises(SettingError, match="tasks of a stream need the same"):
+        rl.stream(["CartPole-v1", "MountainCar-v0"]).world((1,), 1)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"kind": "stream", "data": "digits"}, "data with one of split, permute and rotate"),
+        ({"kind": "stream", "data": "digits", "split": [[0, 1], [1, 2]]}, "groups of different classes"),
+        ({"kind": "stream", "data": "digits", "split": [[0], [1, 2]], "scenario": "domain"}, "groups of one size"),
+        ({"kind": "stream", "data": "digit", "split": [[0]]}, "did you mean digits"),
+        ({"kind": "stream", "data": "digits", "permute": 2, "samples": 9999}, "expected 1 to the 1438"),
+        ({"kind": "stream", "tasks": ["CartPole-v1"], "reveal": []}, "did you mean reveals"),
+        ({"kind": "task", "env": "CartPole-v1"}, "expected a stream of tasks"),
+    ],
+)
+def test_wrong_tables_are_refused(table, message):
+    with pytest.raises(RlmetaError, match=message):
+        streams.from_table("mine", table)
+
+
+def test_streams_say_how_to_make_them_again():
+    from rlmeta.lab.experiment import _problem_again
+
+    for given in (
+        rl.stream("split-digits", scenario="class", order=3),
+        rl.stream("cartpole-conflicts", order="all"),
+        rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two"),
+    ):
+        again = _problem_again(given.describe(), None, "here")
+        assert again.orders() == given.orders() and again.scenario == given.scenario
+        assert [one.name for one in again.tasks] == [one.name for one in given.tasks]
+        assert again.reveals == given.reveals
+        assert dataclasses.replace(again, tasks=given.tasks, table=given.table) == given
+
+
+def test_every_shipped_stream_of_embedded_data_can_be_made():
+    found = [name for name, path in names("envs").items() if read_toml(path).get("data") == "digits"]
+    assert set(found) >= {"split-digits", "permuted-digits", "rotated-digits"}
+    for name in found:
+        assert len(rl.stream(name)) >= 5

@@ -1,0 +1,145 @@
+"""Training along a stream: every hook at its time, the matrix of scores, orders as learners, phases, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import rlmeta as rl
+from rlmeta.errors import SettingError
+from rlmeta.functional import tree
+from rlmeta.lab.records import read_records
+from rlmeta.lab.train import _Loop
+from rlmeta.learning.method import Method
+
+SMALL = rl.Classifier(hidden_sizes=(32,), batch_size=16, num_steps=5)
+BUDGET = rl.Budget(steps=160, final_episodes=1)
+
+
+class Diary(Method):
+    """Writes down which hooks were called when, and has a phase of its own."""
+
+    name = "diary"
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def init(self, learner, state):
+        assert learner.num_tasks == 5
+        return {"steps": torch.zeros(state["key"].shape[0], dtype=torch.int64)}
+
+    def phases(self, iterations):
+        return [("rehearse", 1)]
+
+    def task_start(self, learner, p, m, task):
+        self.lines.append(f"start {int(task['index'][0])}")
+        return p, m
+
+    def phase_start(self, learner, p, m, task, phase):
+        self.lines.append(phase)
+        return p, m
+
+    def task_end(self, learner, p, m, task, draw):
+        batch = draw(12)
+        assert batch["observation"].shape[:2] == (2, 12)
+        assert (batch["identity"] == task["identity"].unsqueeze(-1)).all()
+        self.lines.append(f"end {int(task['index'][0])}")
+        return p, m
+
+    def after_step(self, learner, info, p, m, task, key):
+        return {"steps": m["steps"] + 1}
+
+
+def test_hooks_are_called_in_their_order_and_memories_are_kept():
+    diary = Diary()
+    run = rl.train(SMALL, rl.stream("split-digits"), budget=BUDGET, seeds=2, lifelong=[diary])
+    expected = [line for i in range(5) for line in (f"start {i}", "train", "rehearse", f"end {i}")]
+    assert diary.lines == expected
+    assert run.state["methods"]["diary"]["steps"].tolist() == [5 * (2 + 1) * 5] * 2
+    assert run.matrix.shape == (2, 6, 5) and not run.matrix.isnan().any()
+    assert torch.equal(run.scores, run.matrix[:, 5].mean(-1))
+
+
+def test_a_classifier_learns_every_task_and_forgets_without_help():
+    run = rl.train(SMALL, rl.stream("split-digits", scenario="class"), steps=1600, seeds=4)
+    matrix = run.matrix
+    assert (matrix.diagonal(offset=-1, dim1=-2, dim2=-1) > 0.9).all(), "each task right after it was trained"
+    assert (matrix[:, 5, :4] < 0.2).all(), "and not much of it at the end"
+
+
+def test_every_order_is_a_learner_with_the_numbers_it_has_alone():
+    stream = rl.stream("split-digits")
+    few = dataclasses.replace(stream, tasks=stream.tasks[:3], table={})
+    together = rl.train(SMALL, dataclasses.replace(few, order="all"), budget=BUDGET, seeds=2)
+    assert together.matrix.shape == (12, 4, 3)
+    orders = together.experiment.orders
+    assert orders[::2].tolist() == [list(order) for order in dataclasses.replace(few, order="all").orders()]
+    swapped = dataclasses.replace(few, tasks=tuple(few.tasks[i] for i in orders[6].tolist()))
+    alone = rl.train(SMALL, swapped, budget=BUDGET, seeds=2)
+    torch.testing.assert_close(alone.matrix, together.matrix[6:8])
+
+
+def test_one_task_as_a_stream_is_the_task():
+    task = rl.task("CartPole-v1")
+    small = rl.PPO(num_steps=16, batch_size=32, num_epochs=2)
+    budget = rl.Budget(steps=512, eval_every=10_000, final_episodes=2)
+    plain = rl.train(small, task, budget=budget, seeds=2)
+    stream = rl.train(small, rl.stream([task]), budget=budget, seeds=2)
+    for a, b in zip(tree.leaves(plain.state["params"]), tree.leaves(stream.state["params"])):
+        assert torch.equal(a, b)
+
+
+class Counting(Diary):
+    """The same with a memory that depends on everything before."""
+
+    def task_end(self, learner, p, m, task, draw):
+        return p, {"steps": m["steps"] * 3 + draw(4)["target"].sum(-1)}
+
+
+class Interrupted(Exception):
+    """What stops a run in the middle here; a real kill is in test_resume."""
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3, 8, 14])
+def test_a_run_stopped_after_any_step_of_the_loop_ends_as_the_one_that_was_not(tmp_path, monkeypatch, stop):
+    stream = rl.stream("split-digits", scenario="class", order=2)
+    budget = rl.Budget(steps=160, final_episodes=1, checkpoint_seconds=0.0)
+    whole = rl.train(SMALL, stream, budget=budget, seeds=1, out=tmp_path / "whole", lifelong=[Counting()])
+    calls = iter(range(100))
+    record = _Loop._record
+
+    def stopping(loop, line):
+        record(loop, line)
+        if next(calls) == stop:
+            raise Interrupted
+
+    monkeypatch.setattr(_Loop, "_record", stopping)
+    with pytest.raises(Interrupted):
+        rl.train(SMALL, stream, budget=budget, seeds=1, out=tmp_path / "cut", lifelong=[Counting()])
+    monkeypatch.setattr(_Loop, "_record", record)
+    resumed = rl.resume(tmp_path / "cut", lifelong=[Counting()])
+    ours, theirs = tree.flatten(resumed.state), tree.flatten(whole.state)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].nan_to_num(7.0), theirs[name].nan_to_num(7.0)) for name in ours)
+    assert read_records(tmp_path / "cut" / "metrics.jsonl") == read_records(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_scores_that_fall_are_better_for_a_loss():
+    run = rl.train(rl.Classifier(hidden_sizes=(8,)), rl.stream("split-digits"), budget=BUDGET)
+    assert run.agent.score.maximise
+    assert math.isfinite(run.summary()[0]["iqm"])
+    with pytest.raises(SettingError, match="does not act"):
+        run.act([0.0])
+
+
+def test_what_a_stream_hides_is_refused_before_training():
+    class Nosy(Method):
+        name, needs = "nosy", frozenset({"test_id"})
+
+    with pytest.raises(SettingError, match="nosy needs to know which task it is tested on"):
+        rl.train(SMALL, rl.stream("split-digits", scenario="class"), lifelong=[Nosy()])
+    with pytest.raises(SettingError, match="lifelong methods repeat: nosy, nosy"):
+        rl.train(SMALL, rl.stream("split-digits"), lifelong=[Nosy(), Nosy()])
