@@ -450,7 +450,8 @@ def environment() -> dict[str, str]:
         ("train ppo CartPole-v1 --wandb-project mine", "--wandb-project is given without --wandb"),
         ("train ppo CartPole-v1 --network nopkg:Net", "--network: no module 'nopkg' can be imported"),
         ("train ppo CartPole-v1 --network json:Net", "--network: json has no 'Net'"),
-        ("train ppo split-digits", "DQN"),
+        ("train ppo split-digits", "PPO acts in environments, this problem is of labelled samples: use Classifier"),
+        ("train classifier CartPole-v1", "Classifier learns from labelled samples, this problem is to act in: use PPO"),
         ("train ppo CartPole-v1 --lifelong ewc", "are for streams of tasks, 'CartPole-v1' is none"),
         ("train ppo cartpole-conflicts --order sideways", "--order is 'sideways', expected given, all"),
         ("train ppo cartpole-conflicts --scenario class", "scenario is for streams of samples"),
@@ -477,7 +478,7 @@ def test_bad_input(
     assert message in error
     assert error.count("\n") == 1
     assert list(project.iterdir()) == [], "nothing is written"
-    if not ("seeds repeat" in message or "json:" in message):
+    if not any(late in message for late in ("seeds repeat", "json:", "labelled samples")):
         assert said == ""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlmeta.agents.rewards import Reward, distinct, relabel
 from rlmeta.envs.world import World
-from rlmeta.errors import SpaceError
+from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import random, tree
 from rlmeta.functional.normalise import (
     normalise,
@@ -90,6 +90,9 @@ class Agent:
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """The state at the start of a run: fresh weights from each learner's key, environments reset."""
+        if not hasattr(world, "step"):
+            name = type(self.settings).__name__
+            raise SettingError(f"{name} acts in environments, this problem is of labelled samples: use Classifier")
         state = initial_state(self.networks, key, hyper)
         state["world"] = world.reset(random.fold(key, "world"))
         state["episode"] = self._no_episodes(key, world)

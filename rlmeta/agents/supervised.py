@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlmeta.agents.networks import build_body
 from rlmeta.envs.data import DataWorld
-from rlmeta.errors import SpaceError
+from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning.average import Average
 from rlmeta.learning.capture import Capture
@@ -76,6 +76,9 @@ class Supervised:
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
         """The state at the start of a run."""
+        if not hasattr(world, "next_batch"):
+            name = type(self.settings).__name__
+            raise SettingError(f"{name} learns from labelled samples, this problem is to act in: use PPO or DQN")
         state = initial_state(self.networks, key, hyper)
         state["world"] = world.reset(random.fold(key, "world"))
         state["optimizer"] = init_optimizer(self.optimizer(state), state)

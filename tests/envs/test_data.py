@@ -86,7 +86,7 @@ def test_samples_for_methods_are_drawn_without_replacement():
 def test_bad_data_are_refused_by_name():
     with pytest.raises(SettingError, match="a minibatch of 8 is more than the 7 training samples of b"):
         world(8)
-    with pytest.raises(SettingError, match="c is of 5 classes, a is of 4"):
+    with pytest.raises(SettingError, match="c is of 5 classes, a of 4"):
         DataTable([*TASKS, numbered("c", 0, 4, (0,), 5)])
     other = DataTask("d", *[Samples(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))] * 2, (0,), 4)
     with pytest.raises(SettingError, match=r"d has samples torch.float32 \(2,\), a has"):
