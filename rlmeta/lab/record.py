@@ -11,8 +11,9 @@ from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
-from rlmeta.lab.run import Run, evaluation_rows
+from rlmeta.lab.run import Run
 from rlmeta.learning.collect import clear_memory
+from rlmeta.learning.evaluate import evaluation_rows
 from rlmeta.learning.state import Params
 
 
@@ -40,7 +41,7 @@ def record(
     """
     learners = len(run.experiment.learners)
     if learner is None:
-        learner = int(run.scores.argmax()) if run.evaluation is not None else 0
+        learner = run.best_learner if run.evaluation is not None else 0
     if not 0 <= learner < learners:
         raise SettingError(f"learner {learner}: the run has learners 0 to {learners - 1}")
     p = run.agent.seen(run.state)
@@ -49,7 +50,7 @@ def record(
             raise SettingError("no best parameters: the run has had no periodic evaluation")
         p = {**p, **run.state["best"]["params"]}
     alone = tree.map(lambda leaf: leaf[learner : learner + 1], {"p": p, "key": run.state["key"]})
-    task = run.experiment.task
+    task = run.experiment.problem
     world = task.world((1,), evaluation_rows(episodes, task.native))
     try:
         key = random.fold(random.fold(alone["key"], "demonstrations"), seed)

@@ -19,7 +19,9 @@ def run(tmp_path, monkeypatch):
 
 
 def test_record_writes_demonstrations_and_says_how_good_they_are(run, capsys):
-    assert main(["record", "run", "--episodes", "3", "--learner", "1", "--sampled", "--seed", "4", "--out", "demo"]) == 0
+    assert (
+        main(["record", "run", "--episodes", "3", "--learner", "1", "--sampled", "--seed", "4", "--out", "demo"]) == 0
+    )
     made = Demonstrations.load(run / "demo")
     assert f"3 episodes of learner 1, {made.steps} steps, returns {made.returns.mean():g}" in capsys.readouterr().out
     assert made.about == {"agent": "ppo", "task": "CartPole-v1", "learner": 1, "deterministic": False, "seed": 4}
