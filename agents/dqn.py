@@ -48,6 +48,7 @@ def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 50_000) -> dic
                 batch = replay.sample(state["replay"], key, settings.batch_size, end, gamma, settings.n_steps)
                 state, _ = step(agent, state, batch, optimizer, max_grad_norm=max_norm)
                 agent.follow(state)
+            agent.average_weights(state)
         state = agent.end_iteration(state, rollout)
     return state
 

@@ -23,7 +23,7 @@ from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import PerLearner, require, require_range
+from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import Block
@@ -59,6 +59,9 @@ class DQN:
     """Gradient steps between two moves of the target network."""
     target_rate: PerLearner = 1.0
     """How far the target network moves towards the online one; 1 copies it."""
+    average_rate: PerLearner = 1.0
+    """Below 1, greedy actions (evaluation, `act`) come from a moving average of the weights, which goes this far
+    towards them after each update; 1 acts by the weights themselves, as do runs with lifelong methods."""
     epsilon_start: PerLearner = 1.0
     """Probability of a random action at the start."""
     epsilon_end: PerLearner = 0.05
@@ -85,7 +88,7 @@ class DQN:
             require_range(self, name, 0.0, above=True)
         for name in ("gamma", "epsilon_start", "epsilon_end"):
             require_range(self, name, 0.0, 1.0)
-        for name in ("target_rate", "exploration_fraction"):
+        for name in ("target_rate", "average_rate", "exploration_fraction"):
             require_range(self, name, 0.0, 1.0, above=True)
         for name in ("num_envs", "num_steps", "gradient_steps", "batch_size", "n_steps", "target_every"):
             require_range(self, name, 1)
@@ -118,6 +121,7 @@ class DQNAgent(Agent):
             raise SpaceError(f"DQN chooses among Discrete actions, the task has {action_space}: use PPO or A2C")
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
+        self.averaged = min(values_of(settings.average_rate)) < 1.0 and not self.methods
         self.q: Any = self.networks()["q"]
 
     def networks(self) -> dict[str, Block]:
@@ -128,7 +132,8 @@ class DQNAgent(Agent):
         """The state at the start of a run: the target network is the online one, the memory is empty."""
         state = super().init(key, hyper, world)
         p = state["params"]
-        p["buffers"] = {**p["buffers"], **self._online_as_target(p)}
+        average = _online_as("average", p) if self.averaged else {}
+        p["buffers"] = {**p["buffers"], **_online_as("target", p), **average}
         p["hyper"] = {**hyper, "epsilon": hyper["epsilon_start"].clone()}
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
         state["replay"] = replay.init(world, state["world"], self.settings.capacity // self.settings.num_envs)
@@ -146,7 +151,7 @@ class DQNAgent(Agent):
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
         """The best action, or a random one with probability epsilon, `[*L, N]`; a masked action is never taken."""
-        values = self.forward(self.q, "q", p, observation)
+        values = self.forward(self.q, "average" if deterministic and self.averaged else "q", p, observation)
         best = self.q.head.mode(values)
         if deterministic:
             return best, memory
@@ -206,7 +211,13 @@ class DQNAgent(Agent):
             state, info = step(self, state, batch, optimizer, max_grad_norm=h["max_grad_norm"], methods=self.methods)
             self.follow(state)
             average.add(info)
+        self.average_weights(state)
         return state, {**average.result(), **metrics}
+
+    def average_weights(self, state: State) -> None:
+        """Move the average of the weights on, where there is one (Polyak and Juditsky, 1992)."""
+        if self.averaged:
+            _move("average", state, state["params"]["hyper"]["average_rate"])
 
     def annealed(self, state: State) -> Tensor:
         """The learning rate `[*L]` at the learner's progress."""
@@ -217,19 +228,22 @@ class DQNAgent(Agent):
     def follow(self, state: State) -> None:
         """Move the target network every so many gradient steps."""
         if int(state["count"]["gradient_steps"].max()) % self.settings.target_every == 0:
-            self._move_target(state)
+            _move("target", state, state["params"]["hyper"]["target_rate"])
 
-    @torch.no_grad()
-    def _move_target(self, state: State) -> None:
-        """Move the target network towards the online one, for the learners that are active."""
-        p = state["params"]
-        rate = p["hyper"]["target_rate"] * state["active"]
-        moved = {
-            name: torch.lerp(p["buffers"][name].to(value.dtype), value, align(rate.to(value.dtype), value))
-            for name, value in self._online_as_target(p).items()
-        }
-        p["buffers"] = {**p["buffers"], **moved}
 
-    def _online_as_target(self, p: Params) -> dict[str, Tensor]:
-        online = {**p["weights"], **p["buffers"]}
-        return {f"target.{n.removeprefix('q.')}": t.detach().clone() for n, t in online.items() if n.startswith("q.")}
+@torch.no_grad()
+def _move(name: str, state: State, rate: Tensor) -> None:
+    """copy += rate (online - copy), for the learners that are active."""
+    p = state["params"]
+    rate = rate * state["active"]
+    moved = {
+        name: torch.lerp(p["buffers"][name].to(value.dtype), value, align(rate.to(value.dtype), value))
+        for name, value in _online_as(name, p).items()
+    }
+    p["buffers"] = {**p["buffers"], **moved}
+
+
+def _online_as(name: str, p: Params) -> dict[str, Tensor]:
+    """The online network's weights and buffers under another name."""
+    online = {**p["weights"], **p["buffers"]}
+    return {f"{name}.{n.removeprefix('q.')}": t.detach().clone() for n, t in online.items() if n.startswith("q.")}
