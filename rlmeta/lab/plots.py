@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rlmeta.lab.run import Run
 
-TRAINING, EVALUATION = "charts/episodic_return", "eval/return"
+TRAINING = "charts/episodic_return"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which the colour-blind can tell apart."""
 GREY = "#555555"
@@ -79,7 +79,7 @@ def curves(run: Run) -> tuple[Curve, Curve]:
     lines = read_records(run.folder / "metrics.jsonl")
     seconds = {record["iteration"]: record["seconds"] for record in read_records(run.folder / "timing.jsonl")}
     learners = len(run.experiment.learners)
-    evaluation, training = (_curve(lines, seconds, name, learners) for name in (EVALUATION, TRAINING))
+    evaluation, training = (_curve(lines, seconds, name, learners) for name in (run.agent.score.metric, TRAINING))
     if run.evaluation is not None:
         evaluation = Curve(
             np.append(evaluation.steps, run.env_steps),
@@ -146,7 +146,8 @@ def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
                 _draw(places, curve.values[:, of], style, spread)
     for axes in (left, right):
         _dress(axes)
-    left.set_ylabel("undiscounted return per episode")
+    score = run.agent.score.name
+    left.set_ylabel("undiscounted return per episode" if score == "return" else score)
     left.set_xlabel("environment steps of each learner" if learners > 1 else "environment steps")
     left.xaxis.set_major_formatter(EngFormatter(sep=""))
     together = f" of all {learners} learners together" if learners > 1 else ""

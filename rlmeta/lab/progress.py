@@ -25,7 +25,12 @@ LINE_SECONDS = 30.0
 """Between two lines where there is no terminal."""
 WINDOW_SECONDS = 30.0
 """The rate is that of the last so many seconds."""
-RETURNS = {"charts/episodic_return": "return", "eval/return": "evaluation"}
+RETURNS = {
+    "charts/episodic_return": "return",
+    "eval/return": "evaluation",
+    "eval/accuracy": "accuracy",
+    "eval/squared_error": "squared error",
+}
 PARTS = ("act", "environment", "learn", "evaluate", "save", "other")
 
 
@@ -128,7 +133,9 @@ class Progress:
     def _numbers(self) -> str:
         done, whole = self._done * self._steps, self._iterations * self._steps
         rate = self._rate() * self._steps * self._learners
-        returns = [f"{RETURNS[name]} {value:,.1f}" for name, value in self._returns.items()]
+        returns = [
+            f"{RETURNS[name]} {value:,.{1 if 'return' in name else 3}f}" for name, value in self._returns.items()
+        ]
         return ", ".join([f"{done:,} of {whole:,} steps", f"{rate:,.0f} steps/s", *returns])
 
     def _line(self) -> str:

@@ -13,6 +13,8 @@ FEW_SEEDS = 3
 """Up to as many seeds an interval means nothing: they are shown one by one."""
 
 TEXTS = ("agent", "task", "setting")
+TRANSFER = ("BWT", "FWT", "forgetting")
+"""Columns of runs on a stream."""
 TITLE_WIDTH = 72
 
 
@@ -20,8 +22,9 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The results of runs, as `Run.summary()` gives them. What all rows share is in the title, to leave room.
 
     Args:
-        rows: at least one, with `agent`, `task`, `setting`, `seeds`, `scores` (one a seed), `iqm`, `low`, `high`,
-            `episodes` and `steps` (of each seed), `seconds` and `steps_per_second` (of all learners of the run).
+        rows: at least one, with `agent`, `task`, `setting`, `score` (its name), `seeds`, `scores` (one a seed), `iqm`,
+            `low`, `high`, `episodes` and `steps` (of each seed), `seconds` and `steps_per_second` (of all learners of
+            the run); `BWT`, `FWT` and `forgetting` on a stream.
     """
     score = _score_header(rows)
     cells = [_cells(row, score) for row in rows]
@@ -55,6 +58,7 @@ def _cells(row: dict[str, Any], score: str) -> dict[str, str]:
         score: _score(row),
         "episodes": f"{row['episodes']:,}",
         "steps": f"{row['steps']:,}",
+        **{name: f"{row[name]:+.3g}" for name in TRANSFER if name in row},
         "seconds": f"{row['seconds']:,.1f}",
         "steps/s": f"{row['steps_per_second']:,}",
     }
@@ -62,16 +66,19 @@ def _cells(row: dict[str, Any], score: str) -> dict[str, str]:
 
 def _score_header(rows: Sequence[dict[str, Any]]) -> str:
     counts = [row["seeds"] for row in rows]
+    names = {row["score"] for row in rows}
+    name = names.pop() if len(names) == 1 else "score"
     if not any(count > FEW_SEEDS for count in counts):
-        return "return" if max(counts, default=1) == 1 else "mean (each seed)"
-    return "IQM [95 % interval]" + ("" if min(counts) > FEW_SEEDS else " or mean (each seed)")
+        return name if max(counts, default=1) == 1 else f"mean {name} (each seed)"
+    return f"IQM {name} [95 % interval]" + ("" if min(counts) > FEW_SEEDS else " or mean (each seed)")
 
 
 def _score(row: dict[str, Any]) -> str:
-    iqm = f"{row['iqm']:,.1f}"
+    digits = 1 if row["score"] == "return" else 3
+    iqm, low, high = (f"{row[name]:,.{digits}f}" for name in ("iqm", "low", "high"))
     if row["seeds"] > FEW_SEEDS:
-        return f"{iqm} [{row['low']:,.1f}, {row['high']:,.1f}]"
-    return iqm if row["seeds"] == 1 else f"{iqm} ({', '.join(f'{score:,.1f}' for score in row['scores'])})"
+        return f"{iqm} [{low}, {high}]"
+    return iqm if row["seeds"] == 1 else f"{iqm} ({', '.join(f'{score:,.{digits}f}' for score in row['scores'])})"
 
 
 def _title(shared: dict[str, str]) -> str:

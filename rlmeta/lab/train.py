@@ -22,6 +22,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab import run_folder, stages
 from rlmeta.lab.experiment import Budget, Experiment
+from rlmeta.lab.matrix_plot import write_matrix
 from rlmeta.lab.plots import write_curve
 from rlmeta.lab.progress import Progress
 from rlmeta.lab.records import Records
@@ -286,9 +287,9 @@ class _Loop:
         self._freeze()
         self._fill_matrix(stage.position + 1)
         scores = run.matrix[..., stage.position + 1, :]
-        name = run.agent.score.name.replace(" ", "_")
-        return {f"eval/{name}_task_{j}": scores[..., j] for j in range(scores.shape[-1])} | {
-            f"eval/{name}": scores[..., : stage.position + 1].mean(-1)
+        metric = run.agent.score.metric
+        return {f"{metric}_task_{j}": scores[..., j] for j in range(scores.shape[-1])} | {
+            metric: scores[..., : stage.position + 1].mean(-1)
         }
 
     def _fill_matrix(self, row: int) -> None:
@@ -318,7 +319,7 @@ class _Loop:
         self._freeze()
         clock.switch("other")
         return {
-            f"eval/{agent.score.name.replace(' ', '_')}": score,
+            agent.score.metric: score,
             "eval/length": result.lengths.double().mean(-1),
         }
 
@@ -415,6 +416,8 @@ class _Loop:
         self.run.write_summary()
         if self.run.folder is not None:
             write_curve(self.run)
+            if self.run.stream is not None:
+                write_matrix(self.run)
 
     def _save(self) -> None:
         run = self.run

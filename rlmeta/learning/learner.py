@@ -26,6 +26,11 @@ class Score(NamedTuple):
     maximise: bool = True
     """Whether more is better."""
 
+    @property
+    def metric(self) -> str:
+        """Its name in the records."""
+        return f"eval/{self.name.replace(' ', '_')}"
+
 
 class Learner(Protocol):
     """A learner bound to its problem's spaces.

@@ -22,6 +22,7 @@ from rlmeta.lab import plots
 from rlmeta.lab.experiment import Budget, Experiment
 from rlmeta.lab.records import Records
 from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.learner import Score
 from rlmeta.learning.settings import variants
 
 NAN = np.nan
@@ -46,6 +47,7 @@ def ended_run(folder: Path, seeds: int, rates: list[float], lines: int = 12, eva
     returns = torch.from_numpy(level[:, None] + draws.normal(0, 30, (learners, 8)))
     evaluation = Evaluation(returns, returns.long()) if evaluated else None
     return SimpleNamespace(
+        agent=SimpleNamespace(score=Score("return")),
         folder=folder,
         experiment=experiment,
         evaluation=evaluation,

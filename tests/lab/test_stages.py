@@ -143,3 +143,13 @@ def test_what_a_stream_hides_is_refused_before_training():
         rl.train(SMALL, rl.stream("split-digits", scenario="class"), lifelong=[Nosy()])
     with pytest.raises(SettingError, match="lifelong methods repeat: nosy, nosy"):
         rl.train(SMALL, rl.stream("split-digits"), lifelong=[Nosy(), Nosy()])
+
+
+def test_a_folder_of_a_stream_has_its_matrix_as_a_picture(tmp_path):
+    from matplotlib import image
+
+    settings = rl.Classifier(hidden_sizes=(8,), batch_size=16, num_steps=5, learning_rate=[1e-3, 1e-2])
+    rl.train(settings, rl.stream("split-digits", order=2), budget=BUDGET, seeds=2, out=tmp_path / "run")
+    pixels = image.imread(tmp_path / "run" / "matrix.png")
+    assert pixels.shape[0] > 800, "two settings, two rows of panels"
+    assert pixels[..., :3].std() > 0.1

@@ -14,6 +14,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "agent": "ppo",
         "task": "CartPole-v1",
         "setting": "",
+        "score": "return",
         "seeds": 5,
         "iqm": 1176.84,
         "low": 109.25,
@@ -37,7 +38,7 @@ def rendered(rows: list[dict[str, Any]], width: int = 80) -> list[str]:
 def test_one_setting_has_its_interval_and_its_costs() -> None:
     assert rendered([row()]) == [
         "ppo on CartPole-v1",
-        "seeds IQM [95 % interval] episodes steps seconds steps/s",
+        "seeds IQM return [95 % interval] episodes steps seconds steps/s",
         "5 1,176.8 [109.2, 1,210.8] 64 100,352 1,195.1 13,090",
     ]
 
@@ -47,7 +48,7 @@ def test_what_settings_share_is_in_the_title() -> None:
     assert rendered(rows) == [
         "ppo on CartPole-v1",
         "5 seeds, 64 episodes, 100,352 steps, 1,195.1 seconds, 13,090 steps/s",
-        "setting IQM [95 % interval]",
+        "setting IQM return [95 % interval]",
         "learning_rate=0.001 1,176.8 [109.2, 1,210.8]",
         "gamma=0.9",
         "learning_rate=0.1 3.0 [109.2, 1,210.8]",
@@ -57,7 +58,7 @@ def test_what_settings_share_is_in_the_title() -> None:
 
 def test_up_to_three_seeds_are_shown_one_by_one() -> None:
     assert rendered([row(seeds=3, iqm=2.0, scores=[1.0, 2.0, 3.25])])[1:] == [
-        "seeds mean (each seed) episodes steps seconds steps/s",
+        "seeds mean return (each seed) episodes steps seconds steps/s",
         "3 2.0 (1.0, 2.0, 3.2) 64 100,352 1,195.1 13,090",
     ]
     assert rendered([row(seeds=1, iqm=7.0, scores=[7.0])])[1].startswith("seeds return ")
@@ -65,7 +66,7 @@ def test_up_to_three_seeds_are_shown_one_by_one() -> None:
     mixed = rendered([row(), row(agent="a2c", seeds=2, scores=[1.0, 2.0], iqm=1.5)])
     assert mixed[0] == "CartPole-v1"
     assert mixed[2:] == [
-        "agent seeds IQM [95 % interval] or mean (each seed)",
+        "agent seeds IQM return [95 % interval] or mean (each seed)",
         "ppo 5 1,176.8 [109.2, 1,210.8]",
         "a2c 2 1.5 (1.0, 2.0)",
     ]

@@ -1,0 +1,115 @@
+"""What a stream of tasks did to its learners: `matrix.png`, a heat map of all scores and every task's score in time."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlmeta.errors import missing_extra
+from rlmeta.lab.plots import band, centre
+from rlmeta.lab.tables import FEW_SEEDS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from rlmeta.lab.run import Run
+
+WRITTEN_UP_TO = 10
+"""Tasks with so many or fewer get their scores written into the heat map."""
+
+
+def write_matrix(run: Run) -> Path | None:
+    """Draw the matrix of a run on a stream into its folder's `matrix.png`, a row of panels for each setting.
+
+    Left, the mean over learners of R[i, j], the score on the j-th task after training on i. Right, the same as a curve
+    for each task, the interquartile mean over learners with its 95 % interval. Without matplotlib a sentence says what
+    to install.
+
+    Returns:
+        The file, or None where nothing was drawn.
+    """
+    assert run.folder is not None
+    try:
+        figure = _figure(run)
+    except ImportError:
+        print(missing_extra("matplotlib", "plot", "drawing matrix.png"), file=sys.stderr)
+        return None
+    path = run.folder / "matrix.png"
+    temporary = path.with_name("matrix.png.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
+    return path
+
+
+def _figure(run: Run) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    experiment = run.experiment
+    labels, each = experiment.labels, experiment.repeats
+    figure = Figure(figsize=(12, 4.4 * len(labels)), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels: NDArray[Any] = np.asarray(figure.subplots(len(labels), 2)).reshape(len(labels), 2)
+    matrices = run.matrix.cpu().numpy().reshape(len(labels), each, *run.matrix.shape[1:])
+    names = _names(run)
+    for (left, right), matrix, label in zip(panels, matrices, labels):
+        _heat_map(left, matrix.mean(0), names, run.agent.score.name)
+        _curves(right, matrix, names, run.agent.score.name)
+        if label:
+            left.set_title(label, fontsize=10)
+    orders = len({tuple(order) for order in experiment.orders.tolist()})
+    over = f"{each} learners" if orders == 1 else f"{each} learners in {orders} orders of the tasks"
+    methods = ", ".join(method.name for method in experiment.methods) or "fine-tuning"
+    figure.suptitle(f"{experiment.agent_name} on {experiment.problem.name}, {methods}: {over}", fontsize=12)
+    return figure
+
+
+def _names(run: Run) -> list[str]:
+    """The tasks' names, or their places where learners meet them in several orders."""
+    stream = run.stream
+    assert stream is not None
+    if len(stream.orders()) > 1:
+        return [f"task {j + 1}" for j in range(len(stream))]
+    return [stream.tasks[j].name for j in stream.orders()[0]]
+
+
+def _heat_map(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: str) -> None:
+    image = axes.imshow(matrix, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 5 else 0, fontsize=8)
+    axes.set_yticks(range(len(matrix)), ["untrained", *names], fontsize=8)
+    axes.set_xlabel("evaluated on")
+    axes.set_ylabel("trained up to")
+    axes.figure.colorbar(image, ax=axes, label=score)
+    if len(names) > WRITTEN_UP_TO:
+        return
+    middle = (np.nanmin(matrix) + np.nanmax(matrix)) / 2
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            colour = "white" if value < middle else "black"
+            axes.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)
+
+
+def _curves(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: str) -> None:
+    from matplotlib import colormaps
+
+    x = np.arange(matrix.shape[1])
+    for j, name in enumerate(names):
+        colour = colormaps["viridis"](0.9 * j / max(1, len(names) - 1))
+        values = matrix[:, :, j].T
+        if matrix.shape[0] > FEW_SEEDS:
+            axes.fill_between(x, *band(values), color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, centre(values), color=colour, marker="o", markersize=3.5, label=name)
+        axes.plot(j + 1, centre(values)[j + 1], color=colour, marker="*", markersize=12)
+    axes.set_xticks(x, ["untrained", *names], rotation=45 if len(names) > 5 else 0, fontsize=8)
+    axes.set_xlabel("trained up to (star: the task itself)")
+    axes.set_ylabel(score)
+    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(names) <= WRITTEN_UP_TO:
+        axes.legend(fontsize=8, frameon=False, title="task")
