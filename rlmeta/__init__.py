@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rlmeta.lab.presets import preset
     from rlmeta.lab.run import Run, load
     from rlmeta.lab.train import resume, train
+    from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
 
 _WHERE = {
     "A2C": "rlmeta.agents",
@@ -35,17 +36,27 @@ _WHERE = {
     "load": "rlmeta.lab.run",
     "resume": "rlmeta.lab.train",
     "train": "rlmeta.lab.train",
+    "AGEM": "rlmeta.lifelong",
+    "EWC": "rlmeta.lifelong",
+    "GEM": "rlmeta.lifelong",
+    "PackNet": "rlmeta.lifelong",
+    "Replay": "rlmeta.lifelong",
 }
 """Imported when first used: `import rlmeta` alone loads neither torch nor an environment."""
 
 __all__ = [
     "A2C",
+    "AGEM",
     "DQN",
+    "EWC",
+    "GEM",
     "PPO",
     "REINFORCE",
     "Budget",
     "Classifier",
+    "PackNet",
     "Regressor",
+    "Replay",
     "RlmetaError",
     "Run",
     "Task",

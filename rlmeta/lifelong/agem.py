@@ -1,0 +1,92 @@
+"""Averaged GEM (Chaudhry et al., 2019): one reference gradient, on a few samples of all that is remembered.
+
+g̃ = g - ⟨g, r⟩ / ⟨r, r⟩ r where ⟨g, r⟩ < 0: the average loss over old tasks may not rise, each single one may. A step
+costs one more gradient, however many tasks there were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.functional import random, tree
+from rlmeta.functional.projection import project_average
+from rlmeta.functional.sample_gradients import group_gradients
+from rlmeta.learning.method import Draw, Gradients, Memory, Method, StepInfo, Task
+from rlmeta.learning.minibatch import gather
+from rlmeta.learning.settings import require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.lifelong.recall import (
+    blank_memories,
+    check_count,
+    draw_memories,
+    names_of,
+    position_of,
+    put_memories,
+    recall_loss,
+    samples_of_a_task,
+)
+
+
+@dataclass(frozen=True)
+class AGEM(Method):
+    """Settings of A-GEM, and the method itself."""
+
+    memory: int = 256
+    """Samples kept of every task."""
+    batch_size: int = 256
+    """Of them, drawn in every step over all old tasks."""
+
+    name = "agem"
+    needs = frozenset({"boundaries"})
+
+    def __post_init__(self) -> None:
+        require_range(self, "memory", 0)
+        require_range(self, "batch_size", 1)
+
+    def init(self, learner: Any, state: State) -> Memory:
+        """Room for the samples of every task."""
+        check_count(self.memory, samples_of_a_task(state) or self.memory)
+        kept = blank_memories(learner, state, learner.num_tasks, self.memory) if self.memory else {}
+        return {
+            "samples": kept,
+            "key": random.fold(state["key"], "agem"),
+            "steps": torch.zeros_like(state["key"]),
+        }
+
+    def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
+        """Keep some samples of the task."""
+        if not self.memory:
+            return p, m
+        axes = task["index"].dim()
+        kept = draw_memories(learner, p, draw, self.memory, axes)
+        return p, {**m, "samples": put_memories(m["samples"], position_of(task), kept, axes)}
+
+    def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
+        """Project the total gradient."""
+        tasks, axes = position_of(task), task["index"].dim()
+        if tasks == 0 or not self.memory:
+            return gradients.total
+        rows = random.integers(m["key"], "rows", m["steps"], (self.batch_size,), tasks * self.memory)
+        samples = gather(tree.map(lambda x: x.flatten(axes, axes + 1), m["samples"]), rows)
+        names = names_of(p["weights"])
+        reference = group_gradients(
+            lambda p, batch, ctx: recall_loss(learner, p, batch, ctx),
+            p,
+            tree.map(lambda x: x.unsqueeze(axes), samples),
+            axes,
+            names,
+        )
+        shape = gradients.total.shape[:axes]
+        whole = [
+            (reference[name] if name in reference else torch.zeros_like(weight)).reshape(*shape, -1)
+            for name, weight in p["weights"].items()
+        ]
+        return project_average(gradients.total, torch.cat(whole, -1))
+
+    def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
+        """Another draw in the next step."""
+        return {**m, "steps": m["steps"] + 1}

@@ -1,0 +1,164 @@
+"""Elastic weight consolidation (Kirkpatrick et al., 2017): a spring on every weight, as stiff as old tasks need it.
+
+After each task k the diagonal Fisher information Fₖ of the learner's predictive distribution says how much the weights
+θₖ matter to it; later losses get the penalty ½ λ Σₖ Fₖ (θ - θₖ)². The sum of the tasks' quadratics is one quadratic
+about their weighted mean, so memory and time do not grow with the number of tasks (Huszár, 2018, has the sum):
+
+    Σₖ Fₖ (θ - θₖ)² = A (θ - c)² + constant,   A = Σ Fₖ,   c = Σ Fₖ θₖ / A
+
+The penalty's gradient λ A (θ - c) is added in closed form, so the losses' own gradient stays visible to other methods.
+In reinforcement learning F is of the policy in states that it visits itself, and the critic is left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.functional import random, tree
+from rlmeta.functional.axes import align
+from rlmeta.functional.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
+from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
+from rlmeta.learning.settings import PerLearner, require_range, values_of
+from rlmeta.learning.state import Packed, Params, State
+from rlmeta.lifelong.recall import SPREAD, distribution, is_agent, names_of, per_learner, position_of
+from rlmeta.nn import CategoricalHead, Context, GaussianHead
+
+
+@dataclass(frozen=True)
+class EWC(Method):
+    """Settings of EWC, and the method itself."""
+
+    strength: PerLearner = 1e3
+    """λ: weight of the penalty ½ λ Σ F (θ - θₖ)², with F averaged per sample."""
+    samples: int = 500
+    """How many samples the Fisher information of a task is averaged over, all of it where it has fewer."""
+    fisher: FisherKind = "exact"
+    """The labels: expected over all of them, one drawn from the learner, or the data's (an agent's own actions)."""
+    online: bool = False
+    """One anchor at the latest weights and F <- decay F + new F (Schwarz et al., 2018), instead of the exact sum."""
+    decay: PerLearner = 1.0
+    """γ of online EWC."""
+
+    name = "ewc"
+    needs = frozenset({"boundaries"})
+
+    def __post_init__(self) -> None:
+        require_range(self, "strength", 0.0)
+        require_range(self, "samples", 1)
+        require_range(self, "decay", 0.0, 1.0)
+
+    @property
+    def _idle(self) -> bool:
+        """Whether there is nothing to do for any learner."""
+        return not any(values_of(self.strength))
+
+    def init(self, learner: Any, state: State) -> Memory:
+        """No task yet: a quadratic that is 0 everywhere."""
+        flat = Packed.of(state["params"]["weights"], state["key"].dim()).flat
+        return {
+            "quadratic": no_quadratic(flat),
+            "strength": per_learner(self.strength, state),
+            "decay": per_learner(self.decay, state),
+            "key": random.fold(state["key"], "ewc"),
+        }
+
+    def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
+        """Add the task's quadratic."""
+        if self._idle:
+            return p, m
+        axes = task["index"].dim()
+        every = SPREAD if is_agent(learner) else 1
+        batch = tree.map(lambda x: x[(slice(None),) * axes + (slice(None, None, every),)], draw(self.samples * every))
+        key = random.fold(m["key"], position_of(task))
+        fisher = information(learner, p, batch, axes, self.fisher, key)
+        theta = Packed.of(p["weights"], axes).flat
+        if self.online:
+            found = replace_quadratic(m["quadratic"], fisher, theta, m["decay"])
+        else:
+            found = add_quadratic(m["quadratic"], fisher, theta)
+        return p, {**m, "quadratic": found}
+
+    def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
+        """Add the penalty's gradient."""
+        if self._idle:
+            return gradients.total
+        q, strength = m["quadratic"], m["strength"].unsqueeze(-1)
+        theta = Packed.of(p["weights"], task["index"].dim()).flat.detach()
+        pulled = gradients.total + strength * (q["precision"] * (theta - q["centre"]))
+        return torch.where(strength > 0, pulled, gradients.total)
+
+
+# ---------------------------------------------------------------------- quadratics, in closed form over tasks
+
+
+def no_quadratic(flat: Tensor) -> dict[str, Tensor]:
+    """0 for every θ: `precision` A and `centre` c `[*L, P]`, `constant` `[*L]`."""
+    zero = torch.zeros_like(flat)
+    return {"precision": zero, "centre": zero.clone(), "constant": zero[..., 0].clone()}
+
+
+def add_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor) -> dict[str, Tensor]:
+    """A (θ - c)² + constant, plus F (θ - θₖ)²; the centre moves by the new part of the precision.
+
+    Args:
+        q: the sum so far.
+        fisher: F `[*L, P]`, 0 or more.
+        theta: θₖ `[*L, P]`.
+    """
+    total = q["precision"] + fisher
+    share = torch.where(total > 0, fisher / torch.where(total > 0, total, torch.ones_like(total)), 0.0)
+    apart = theta - q["centre"]
+    return {
+        "precision": total,
+        "centre": q["centre"] + share * apart,
+        "constant": q["constant"] + (q["precision"] * share * apart.square()).sum(-1),
+    }
+
+
+def replace_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor, decay: Tensor) -> dict[str, Tensor]:
+    """Online EWC: (γ A + F) (θ - θₖ)²; `decay` γ is `[*L]`."""
+    faded = align(decay, fisher) * q["precision"] + fisher
+    return {"precision": faded, "centre": theta.clone(), "constant": torch.zeros_like(q["constant"])}
+
+
+def quadratic_value(q: dict[str, Tensor], theta: Tensor) -> Tensor:
+    """Σ A (θ - c)² + constant, `[*L]`."""
+    return (q["precision"] * (theta - q["centre"]).square()).sum(-1) + q["constant"]
+
+
+# ---------------------------------------------------------------------- Fisher information of a learner
+
+
+def information(learner: Any, p: Params, batch: tree.Tree, axes: int, kind: FisherKind, key: Tensor) -> Tensor:
+    """The diagonal Fisher information `[*L, P]` of a learner's predictive distribution on samples `[*L, n, ...]`.
+
+    "exact" is in closed form for categorical and Gaussian distributions; where there is none, and for an agent with any
+    other kind, it is estimated with the actions of the batch, which the policy drew itself.
+    """
+    names, head = names_of(p["weights"]), getattr(learner, "head", None)
+
+    def parameters(p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
+        found = distribution(learner, p, batch, ctx)
+        if "logits" in found:
+            return found["logits"]
+        return torch.cat([found["mean"], found.get("log_std", torch.zeros_like(found["mean"]))], -1)
+
+    if not is_agent(learner):
+        if hasattr(learner, "logits"):
+            target = batch["target"] if kind == "empirical" else None
+            return categorical_fisher(parameters, p, batch, axes, kind, target=target, key=key, names=names)
+        return gaussian_fisher(parameters, p, batch, axes, names=names)
+    if kind == "exact" and isinstance(head, CategoricalHead):
+        return categorical_fisher(parameters, p, batch, axes, names=names)
+    if kind == "exact" and isinstance(head, GaussianHead):
+        return gaussian_fisher(parameters, p, batch, axes, names=names)
+
+    def log_prob(p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
+        found: Tensor = learner.head.log_prob(distribution(learner, p, batch, ctx), batch["action"])
+        return found
+
+    return score_fisher(log_prob, p, batch, axes, names=names)

@@ -1,0 +1,92 @@
+"""Gradient episodic memory (Lopez-Paz and Ranzato, 2017): no step may raise the loss on what is remembered.
+
+A few samples of every task are kept. In each step the gradients gₖ of their losses are found, of all old tasks in one
+pass, and the learner's gradient g is replaced by the nearest one with ⟨g̃, gₖ⟩ >= 0 for all k. With plain gradient
+descent and a small step no old loss rises; momentum, Adam and clipping come after the projection and bend that promise.
+
+An agent's memories are states and its policy's answers in them (see `recall`), and the projection is of the policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.functional import tree
+from rlmeta.functional.projection import projection_weights
+from rlmeta.functional.sample_gradients import group_gradients
+from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
+from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.state import Packed, Params, State
+from rlmeta.lifelong.recall import (
+    blank_memories,
+    check_count,
+    draw_memories,
+    names_of,
+    per_learner,
+    position_of,
+    put_memories,
+    recall_loss,
+    samples_of_a_task,
+)
+
+
+@dataclass(frozen=True)
+class GEM(Method):
+    """Settings of GEM, and the method itself."""
+
+    memory: int = 256
+    """Samples kept of every task."""
+    margin: PerLearner = 0.5
+    """Lower bound of the multipliers where a constraint is violated; above 0 the step leans towards old tasks."""
+
+    name = "gem"
+    needs = frozenset({"boundaries"})
+
+    def __post_init__(self) -> None:
+        require_range(self, "memory", 0)
+        require_range(self, "margin", 0.0)
+
+    def init(self, learner: Any, state: State) -> Memory:
+        """Room for the samples of every task."""
+        check_count(self.memory, samples_of_a_task(state) or self.memory)
+        kept = blank_memories(learner, state, learner.num_tasks, self.memory) if self.memory else {}
+        return {"samples": kept, "margin": per_learner(self.margin, state)}
+
+    def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
+        """Keep some samples of the task."""
+        if not self.memory:
+            return p, m
+        axes = task["index"].dim()
+        kept = draw_memories(learner, p, draw, self.memory, axes)
+        return p, {**m, "samples": put_memories(m["samples"], position_of(task), kept, axes)}
+
+    def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
+        """Project the total gradient."""
+        tasks, axes = position_of(task), task["index"].dim()
+        if tasks == 0 or not self.memory:
+            return gradients.total
+        samples = tree.map(lambda x: x.narrow(axes, 0, tasks), m["samples"])
+        references = group_gradients(
+            lambda p, batch, ctx: recall_loss(learner, p, batch, ctx), p, samples, axes, names_of(p["weights"])
+        )
+        return projected(gradients.total, references, p["weights"], m["margin"])
+
+
+def projected(total: Tensor, references: dict[str, Tensor], weights: dict[str, Tensor], margin: Tensor) -> Tensor:
+    """`functional.projection.project` of a packed gradient `[*L, P]` and references `{name: [*L, K, ...]}`."""
+    axes = total.dim() - 1
+    parts = Packed.view(total, weights, axes)
+    flat = {name: reference.flatten(axes + 1) for name, reference in references.items()}
+    gram = torch.stack([r @ r.mT for r in flat.values()]).sum(0)
+    products = torch.stack([(r @ parts[n].reshape(*r.shape[:axes], -1, 1)).squeeze(-1) for n, r in flat.items()]).sum(0)
+    v = projection_weights(gram, products, total.square().sum(-1), margin)
+    if not bool((v != 0).any()):
+        return total
+    moves = {name: (v.unsqueeze(-2) @ r).squeeze(-2) for name, r in flat.items()}
+    moved = [parts[name].reshape(*total.shape[:axes], -1) + moves.get(name, 0.0) for name in weights]
+    violated = (products < 0).any(-1, keepdim=True)
+    return torch.where(violated, torch.cat(moved, -1), total)

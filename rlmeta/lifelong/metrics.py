@@ -1,0 +1,116 @@
+"""What a stream of tasks did to a learner, from the matrix of its scores.
+
+`R[i, j]` is the score on task j after training on i tasks of the stream, `[..., T + 1, T]`: row 0 is the untrained
+learner, row T the final one, and columns are in the order of the stream, so that task j is trained between rows j and
+j + 1. NaN stands for "not evaluated" and makes NaN of every average it enters; a single task has no transfer and no
+forgetting, which is NaN and not 0. Published code differs in every one of these (divisions by T instead of T - 1, a
+maximum that includes the final row, zeros for what was never measured); here are the papers' definitions.
+
+Sources: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", 2017 (accuracy, backward and forward
+transfer); Chaudhry et al., "Riemannian Walk for Incremental Learning", 2018 (forgetting).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rlmeta.errors import SettingError
+from rlmeta.functional import statistics
+
+
+def accuracy(matrix: ArrayLike) -> Any:
+    """ACC: mean over tasks of the final scores, (1 / T) Σⱼ R[T, j]; `[..., T + 1, T]` -> `[...]`."""
+    return _checked(matrix)[..., -1, :].mean(-1)
+
+
+def learning_accuracy(matrix: ArrayLike) -> Any:
+    """How well each task was learned when it was trained on, (1 / T) Σⱼ R[j + 1, j]; `[..., T + 1, T]` -> `[...]`."""
+    return _trained(_checked(matrix)).mean(-1)
+
+
+def backward_transfer(matrix: ArrayLike) -> Any:
+    """BWT: by how much later training changed each task but the last, (1 / (T - 1)) Σⱼ R[T, j] - R[j + 1, j]."""
+    r = _checked(matrix)
+    return _mean((r[..., -1, :] - _trained(r))[..., :-1])
+
+
+def forward_transfer(matrix: ArrayLike) -> Any:
+    """FWT: what earlier tasks gave each but the first before it was trained, (1 / (T - 1)) Σⱼ R[j, j] - R[0, j]."""
+    r = _checked(matrix)
+    before = np.diagonal(r[..., :-1, :], axis1=-2, axis2=-1)
+    return _mean((before - r[..., 0, :])[..., 1:])
+
+
+def forgetting(matrix: ArrayLike, maximise: bool = True) -> Any:
+    """Mean over all tasks but the last of the best score since the task was trained, the final one left out, less the
+    final score; negative where the last task helped. With `maximise=False` scores are losses: the best is the lowest.
+    """
+    return _mean(task_forgetting(matrix, maximise)[..., :-1])
+
+
+def task_forgetting(matrix: ArrayLike, maximise: bool = True) -> NDArray[np.float64]:
+    """`forgetting` task by task, `[..., T + 1, T]` -> `[..., T]`; NaN for the last task, which nothing came after."""
+    r = _checked(matrix) * (1.0 if maximise else -1.0)
+    tasks = r.shape[-1]
+    lost = np.full((*r.shape[:-2], tasks), np.nan)
+    for j in range(tasks - 1):
+        lost[..., j] = r[..., j + 1 : tasks, j].max(-1) - r[..., tasks, j]
+    return lost
+
+
+def forgetting_first(matrix: ArrayLike, maximise: bool = True) -> Any:
+    """The score just after training on a task less its final one, mean over all but the last: minus BWT."""
+    return backward_transfer(matrix) * (-1.0 if maximise else 1.0)
+
+
+def summary(matrix: ArrayLike, maximise: bool = True) -> dict[str, Any]:
+    """Every figure of this file by name, `[...]` each."""
+    return {
+        "accuracy": accuracy(matrix),
+        "backward_transfer": backward_transfer(matrix),
+        "forward_transfer": forward_transfer(matrix),
+        "forgetting": forgetting(matrix, maximise),
+        "forgetting_first": forgetting_first(matrix, maximise),
+        "learning_accuracy": learning_accuracy(matrix),
+    }
+
+
+class Estimate(NamedTuple):
+    """The mean of a figure over runs and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimates(matrix: ArrayLike, maximise: bool = True) -> dict[str, Estimate]:
+    """`summary` over runs `[S, T + 1, T]`, with intervals; three runs or fewer give no interval worth the name."""
+    found = {}
+    for name, values in summary(matrix, maximise).items():
+        values = np.atleast_1d(values)
+        low, high = statistics.stratified_bootstrap_interval(values, statistics.mean)
+        found[name] = Estimate(float(values.mean()), float(low), float(high))
+    return found
+
+
+def _checked(matrix: ArrayLike) -> NDArray[np.float64]:
+    r = np.asarray(matrix, dtype=np.float64)
+    if r.ndim < 2 or r.shape[-2] != r.shape[-1] + 1 or r.shape[-1] == 0:
+        raise SettingError(
+            f"the matrix of scores has shape {r.shape}, expected [..., T + 1, T]: a row before any training and one "
+            "after each task"
+        )
+    return r
+
+
+def _trained(r: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R[j + 1, j], `[..., T]`."""
+    return np.diagonal(r[..., 1:, :], axis1=-2, axis2=-1)
+
+
+def _mean(values: NDArray[np.float64]) -> Any:
+    """Over the last axis; NaN, without a warning, where it is empty."""
+    return values.mean(-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)[()]

@@ -1,0 +1,162 @@
+"""What methods remember of a task, and what they ask of a learner: samples and how well they are still known.
+
+A supervised learner remembers inputs and targets. An agent remembers observations and what its policy made of them when
+the task ended: transitions would go stale, since returns and ratios belong to the policy that made them, while the
+divergence from a stored policy stays a loss for ever (behaviour cloning, as in CLEAR and ClonEx).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.envs.spaces import to_tree
+from rlmeta.errors import SettingError
+from rlmeta.functional import tree
+from rlmeta.learning.method import Draw
+from rlmeta.learning.settings import values_of
+from rlmeta.learning.state import Params, State
+from rlmeta.nn import Context
+
+SPREAD = 8
+"""An agent's samples are every eighth of its fresh steps: neighbours in time are nearly the same."""
+
+
+def is_agent(learner: Any) -> bool:
+    """Whether it has a policy; supervised learners have outputs."""
+    return hasattr(learner, "policy")
+
+
+def names_of(weights: dict[str, Tensor], critic: bool = False) -> list[str]:
+    """The weights that methods look after: all, or with an agent those of its policy, and its critic's if wanted."""
+    policy = [name for name in weights if name.startswith("policy.")]
+    return policy if policy and not critic else list(weights)
+
+
+def distribution(learner: Any, p: Params, batch: tree.Tree, ctx: Context) -> dict[str, Tensor]:
+    """The parameters of the learner's predictive distribution `{name: [*L, B, ...]}`: logits, or means and deviations.
+
+    Raises:
+        SettingError: the learner has none.
+    """
+    if is_agent(learner):
+        found: dict[str, Tensor] = learner.forward(learner.policy, "policy", p, batch["observation"], ctx)
+        return {name: value for name, value in found.items() if name not in ("features", "noise_log_std")}
+    if hasattr(learner, "logits"):
+        return {"logits": learner.logits(p, batch, ctx)}
+    if hasattr(learner, "output"):
+        return {"mean": learner.output(p, batch, ctx)}
+    raise SettingError(
+        f"{type(learner.settings).__name__} gives no distribution over actions or targets, which lifelong methods need "
+        "to say what was learned: use an agent with a policy, a Classifier or a Regressor"
+    )
+
+
+def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) -> Tensor:
+    """How badly what is remembered is known, `[*L, B]`.
+
+    Supervised: minus the log-likelihood of the target. Agents: KL(π then ‖ π now), in nats.
+    """
+    now = distribution(learner, p, remembered, ctx)
+    if is_agent(learner):
+        divergence: Tensor = learner.head.kl(remembered["taught"], now)
+        return divergence
+    if "logits" in now:
+        target = remembered["target"].unsqueeze(-1)
+        return -now["logits"].log_softmax(-1).gather(-1, target).squeeze(-1)
+    return 0.5 * (now["mean"] - remembered["target"]).square().sum(-1)
+
+
+def remember(learner: Any, p: Params, samples: tree.Tree) -> tree.Tree:
+    """What is kept of samples `[*L, n, ...]`."""
+    if is_agent(learner):
+        kept = {"observation": samples["observation"]}
+        with torch.no_grad():
+            return {**kept, "taught": distribution(learner, p, kept, Context())}
+    kept = {name: samples[name] for name in ("observation", "target", "identity")}
+    if hasattr(learner, "logits"):
+        given = samples.get("allowed")
+        shape = (*kept["identity"].shape, learner.outputs())
+        kept["allowed"] = kept["identity"].new_ones(shape, dtype=torch.bool) if given is None else given
+    return kept
+
+
+def draw_memories(learner: Any, p: Params, draw: Draw, count: int, axes: int) -> tree.Tree:
+    """`remember` of `count` samples of the task that has just ended, `[*L, count, ...]`.
+
+    Raises:
+        SettingError: the task has fewer samples.
+    """
+    every = SPREAD if is_agent(learner) else 1
+    samples = draw(count * every)
+    available = next(tree.leaves(samples)).shape[axes] // every
+    check_count(count, available)
+    rows = torch.arange(count, device=next(tree.leaves(samples)).device) * every
+    return remember(learner, p, tree.map(lambda x: x.index_select(axes, rows), samples))
+
+
+def check_count(count: int, available: int) -> None:
+    """Refuse to remember more samples of a task than it has."""
+    if count > available:
+        raise SettingError(
+            f"a memory of {count} samples a task is more than the {available} that a task has: choose a smaller one"
+        )
+
+
+def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
+    """Room for memories, `[*L, *slots, ...]`; its shapes stay for the whole run."""
+    learner_shape, device = tuple(state["key"].shape), state["key"].device
+    space = learner.observation_space
+    one = to_tree(space, gym.vector.utils.batch_space(space, 1).sample(), (1,), "the task")
+    observation = tree.map(lambda x: torch.zeros_like(x, device=device).expand(*learner_shape, *x.shape), one)
+    samples = {"observation": observation}
+    if not is_agent(learner):
+        zero = torch.zeros(*learner_shape, 1, dtype=torch.int64, device=device)
+        target = zero if hasattr(learner, "logits") else zero.new_zeros((*zero.shape, learner.outputs())).float()
+        samples |= {"target": target, "identity": zero}
+    kept, axes = remember(learner, state["params"], samples), len(learner_shape)
+
+    def room(x: Tensor) -> Tensor:
+        return x.new_zeros((*x.shape[:axes], *slots, *x.shape[axes + 1 :]))
+
+    return tree.map(room, kept)
+
+
+def put_memories(memories: tree.Tree, slot: int, kept: tree.Tree, axes: int) -> tree.Tree:
+    """A copy of `memories` `[*L, T, M, ...]` with `kept` `[*L, M, ...]` at slot `slot`."""
+
+    def write(room: Tensor, value: Tensor) -> Tensor:
+        room = room.clone()
+        room.select(axes, slot).copy_(value)
+        return room
+
+    return tree.map(write, memories, kept)
+
+
+def samples_of_a_task(state: State) -> int | None:
+    """How many samples a supervised learner's task has at most; None for an agent, which makes its own."""
+    order = state["world"].get("order") if isinstance(state["world"], dict) else None
+    return None if order is None else int(order.shape[-1])
+
+
+def per_learner(setting: float | Sequence[float], state: State) -> Tensor:
+    """A setting as a tensor `[*L]` of the weights' dtype; a list is one value for each learner, or for equal blocks.
+
+    Raises:
+        SettingError: the list does not fit the number of learners.
+    """
+    values, key = values_of(setting), state["key"]
+    if key.numel() % len(values):
+        raise SettingError(f"{len(values)} values for {key.numel()} learners: give one for each, or for equal blocks")
+    dtype = next(iter(state["params"]["weights"].values())).dtype
+    made = torch.tensor(values, dtype=dtype, device=key.device)
+    return made.repeat_interleave(key.numel() // len(values)).reshape(key.shape)
+
+
+def position_of(task: dict[str, Tensor]) -> int:
+    """The place in the stream, which all learners of a batch share whatever their orders."""
+    return int(task["index"].reshape(-1)[0])

@@ -1,0 +1,161 @@
+"""Experience replay: a few old samples in every step (Chaudhry et al., 2019, "On Tiny Episodic Memories").
+
+A supervised learner's buffer is a reservoir: every sample met so far is in it with the same chance (Vitter, 1985), in
+each class on its own where the buffer is balanced; nothing needs to be known of tasks. An agent's buffer is a set of
+states of every task and its policy's answers in them, and what is replayed is the divergence from those (see `recall`);
+old transitions would be stale for an on-policy learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlmeta.errors import SettingError
+from rlmeta.functional import random, tree
+from rlmeta.functional.axes import align
+from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
+from rlmeta.learning.minibatch import gather
+from rlmeta.learning.settings import PerLearner, require_range, values_of
+from rlmeta.learning.state import Params, State
+from rlmeta.lifelong.recall import (
+    blank_memories,
+    draw_memories,
+    is_agent,
+    per_learner,
+    position_of,
+    put_memories,
+    recall_loss,
+    remember,
+)
+from rlmeta.nn import Context
+
+
+@dataclass(frozen=True)
+class Replay(Method):
+    """Settings of replay, and the method itself."""
+
+    size: int = 200
+    """Samples the buffer has room for: in equal parts for every class, or with an agent for every task."""
+    strength: PerLearner = 1.0
+    """Weight of the replayed loss beside the learner's own."""
+    batch_size: int = 0
+    """Replayed samples in every step; 0 for as many as the minibatch has."""
+    balance: Literal["class", "none"] = "class"
+    """A reservoir for every class, or one for all samples; regression and agents have no classes."""
+
+    name = "replay"
+
+    def __post_init__(self) -> None:
+        require_range(self, "size", 0)
+        require_range(self, "strength", 0.0)
+        require_range(self, "batch_size", 0)
+
+    @property
+    def _idle(self) -> bool:
+        """Whether there is nothing to do for any learner."""
+        return self.size == 0 or not any(values_of(self.strength))
+
+    def init(self, learner: Any, state: State) -> Memory:
+        """An empty buffer."""
+        m = {"strength": per_learner(self.strength, state), "key": random.fold(state["key"], "replay")}
+        classes = hasattr(learner, "logits") and self.balance == "class"
+        groups = learner.num_tasks if is_agent(learner) else learner.outputs() if classes else 1
+        share = self._share(groups, "tasks" if is_agent(learner) else "classes")
+        if self.size:
+            slots = (groups, share) if is_agent(learner) else (groups * share,)
+            m["samples"] = blank_memories(learner, state, *slots)
+        return {**m, "met": torch.zeros(*state["key"].shape, groups, dtype=torch.int64, device=state["key"].device)}
+
+    def _share(self, groups: int, kind: str) -> int:
+        """Places for each of `groups`."""
+        if 0 < self.size < groups:
+            raise SettingError(f"Replay: size is {self.size}, less than the {groups} {kind}: give it one for each")
+        return self.size // groups
+
+    # ------------------------------------------------------------------ supervised learners
+
+    def batches(
+        self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
+    ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
+        """A minibatch of the buffer, every sample in it with the same chance."""
+        if self._idle or is_agent(learner) or not bool(m["met"].any()):
+            return ()
+        axes = task["index"].dim()
+        size = self.batch_size or next(tree.leaves(batch)).shape[axes]
+        groups = m["met"].shape[-1]
+        share = next(tree.leaves(m["samples"])).shape[axes] // groups
+        filled = torch.arange(share, device=key.device) < m["met"].clamp(max=share).unsqueeze(-1)
+        ends = filled.flatten(axes).cumsum(-1)
+        chosen = random.integers(key, "rows", 0, (size,), ends[..., -1:])
+        return [(gather(m["samples"], torch.searchsorted(ends, chosen, right=True)), m["strength"])]
+
+    def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
+        """Offer the minibatch to the reservoirs."""
+        if self._idle:
+            return m
+        if is_agent(learner):
+            return {**m, "met": m["met"] + 1}
+        groups = m["met"].shape[-1]
+        group = info.batch["target"] if groups > 1 else torch.zeros_like(info.batch["identity"])
+        samples, met = reservoir(m["samples"], m["met"], remember(learner, p, info.batch), group, key)
+        return {**m, "samples": samples, "met": met}
+
+    # ------------------------------------------------------------------ agents
+
+    def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
+        """Keep states of the task and the policy's answers in them."""
+        if self._idle or not is_agent(learner):
+            return p, m
+        axes = task["index"].dim()
+        kept = draw_memories(learner, p, draw, self.size // learner.num_tasks, axes)
+        return p, {**m, "samples": put_memories(m["samples"], position_of(task), kept, axes)}
+
+    def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
+        """The divergence from the policies of old tasks in some of their states."""
+        tasks, axes = position_of(task), task["index"].dim()
+        if self._idle or not is_agent(learner) or tasks == 0:
+            return None
+        size = self.batch_size or next(tree.leaves(batch)).shape[axes]
+        rows = random.integers(m["key"], "rows", m["met"][..., 0], (size,), tasks * (self.size // learner.num_tasks))
+        samples = gather(tree.map(lambda x: x.flatten(axes, axes + 1), m["samples"]), rows)
+        return m["strength"] * recall_loss(learner, p, samples, Context(training=True)).mean(-1)
+
+
+def reservoir(samples: tree.Tree, met: Tensor, new: tree.Tree, group: Tensor, key: Tensor) -> tuple[tree.Tree, Tensor]:
+    """Offer a minibatch to one reservoir a group, sample after sample by Vitter's algorithm R, but all at once.
+
+    The n-th sample of a group is taken while there is room; later it replaces a place drawn from n, if that is one of
+    the reservoir's. Where several samples of the minibatch fall on one place the last stays, as in a loop.
+
+    Args:
+        samples: `[*L, G * M, ...]`, M places for each of G groups.
+        met: how many samples of each group were offered before, `[*L, G]`.
+        new: the minibatch `[*L, B, ...]`.
+        group: of each of its samples, `[*L, B]` in [0, G).
+        key: `[*L]`.
+
+    Returns:
+        The new samples and counts.
+    """
+    axes, groups = key.dim(), met.shape[-1]
+    places = next(tree.leaves(samples)).shape[axes]
+    room, count = places // groups, group.shape[-1]
+    member = torch.nn.functional.one_hot(group, groups)
+    number = (met.unsqueeze(-2) + member.cumsum(-2)).gather(-1, group.unsqueeze(-1)).squeeze(-1)
+    drawn = random.integers(key, "place", 0, (count,), number)
+    place = torch.where(number <= room, number - 1, drawn)
+    at = torch.where(place < room, group * room + place, places)  # the last row is for those that are not taken
+    order = torch.arange(count, device=key.device).expand(at.shape)
+    winner = at.new_full((*at.shape[:-1], places + 1), -1).scatter_reduce(-1, at, order, "amax")[..., :places]
+    taken = winner >= 0
+    chosen = gather(new, winner.clamp(min=0))
+
+    def write(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(torch.as_tensor(align(taken, new)), new, old)
+
+    return tree.map(write, chosen, samples), met + member.sum(-2)

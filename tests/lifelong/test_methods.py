@@ -1,0 +1,193 @@
+"""What every lifelong method must do: nothing when switched off, the same after a kill, no looking at hidden ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+
+import pytest
+import torch
+
+import rlmeta as rl
+from rlmeta.envs.streams import stream
+from rlmeta.errors import SettingError
+from rlmeta.functional import tree
+from rlmeta.learning.method import seen
+from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
+from tests.lifelong.toy import flat, learner, points, trained
+
+OFF = [EWC(strength=0.0), GEM(memory=0), AGEM(memory=0), Replay(size=0), Replay(strength=0.0)]
+ON = [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8, batch_size=8), Replay(size=6), PackNet()]
+
+
+@pytest.mark.parametrize("method", OFF, ids=repr)
+def test_a_method_that_is_switched_off_is_fine_tuning_bit_for_bit(method):
+    assert torch.equal(flat(trained(method).state), flat(trained().state))
+
+
+@pytest.mark.parametrize("method", ON, ids=lambda m: m.name)
+def test_a_method_that_is_switched_on_is_not(method):
+    assert not torch.equal(flat(trained(method).state), flat(trained().state))
+
+
+@pytest.mark.parametrize("method", [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8), PackNet(retrain=0.0)])
+def test_the_first_task_is_as_without_the_method(method):
+    run, plain = trained(method, count=1), trained(count=1)
+    assert torch.equal(flat(run.state), flat(plain.state))
+    assert torch.equal(run.matrix, plain.matrix)
+
+
+@pytest.mark.parametrize("method", [EWC(strength=(0.0, 100.0)), Replay(size=6, strength=(0.0, 1.0))], ids=repr)
+def test_every_learner_may_have_a_strength_of_its_own(method):
+    rates = (0.01, 0.01)  # two variants of two seeds, which are equal but for the strength
+    both = flat(trained(method, seeds=2, learning_rate=rates).state)
+    assert torch.equal(both[:2], flat(trained(seeds=2).state))
+    alone = flat(trained(dataclasses.replace(method, strength=method.strength[1]), seeds=2).state)
+    torch.testing.assert_close(both[2:], alone)
+    assert not torch.equal(both[2:], both[:2])
+
+
+def test_strengths_that_do_not_fit_the_learners_are_refused():
+    with pytest.raises(SettingError, match="3 learners"):
+        trained(EWC(strength=(1.0, 2.0)))
+
+
+@pytest.mark.parametrize("order", ["given", "all"])
+@pytest.mark.parametrize("method", ON, ids=lambda m: m.name)
+def test_a_learner_is_the_same_alone_and_in_company(method, order):
+    """With orders as learners, too: seed 1 in the last of two orders."""
+    together = rl.train(learner(), points(2, order), steps=80, seeds=2, lifelong=[method], progress=False)
+    alone = rl.train(learner(), points(2, order), steps=80, seeds=[1], lifelong=[method], progress=False)
+    torch.testing.assert_close(flat(together.state)[1::2], flat(alone.state), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.matrix[1::2], alone.matrix)
+
+
+@pytest.mark.parametrize("method", ON, ids=lambda m: m.name)
+@pytest.mark.parametrize("stop", [6, 11])
+def test_a_run_stopped_and_resumed_ends_as_the_one_that_was_not(method, stop, tmp_path):
+    """Iterations of PackNet: 4 + 2 a task, so that 6 is the end of a task and 11 in the middle of retraining."""
+    arguments = {"steps": 160, "seeds": 2, "lifelong": [method], "progress": False}
+    whole = rl.train(learner(), points(), out=tmp_path / "whole", budget=budget(), **without_steps(arguments))
+
+    def stopper(run, metrics):
+        return metrics["iteration"] >= stop
+
+    rl.train(
+        learner(),
+        points(),
+        out=tmp_path / "part",
+        budget=budget(),
+        callbacks=[stopper],
+        **without_steps(arguments),
+    )
+    shutil.move(tmp_path / "part", tmp_path / "moved")
+    again = rl.resume(tmp_path / "moved", env=points(), progress=False)
+    ours, theirs = tree.flatten(again.state), tree.flatten(whole.state)
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name].nan_to_num(), value.nan_to_num()), name
+
+
+def budget() -> rl.Budget:
+    return rl.Budget(steps=160, log_points=1000)
+
+
+def without_steps(arguments: dict) -> dict:
+    return {name: value for name, value in arguments.items() if name != "steps"}
+
+
+@pytest.mark.parametrize("method", ON[:4], ids=lambda m: m.name)
+def test_which_task_it_is_at_test_is_not_looked_at(method):
+    run = trained(method)
+    state = run.state
+    for identity in range(3):
+        task = tree.map(lambda x, i=identity: torch.full_like(x, i), state["task"])
+        p = seen(run.agent.methods, state, task)
+        for name, value in state["params"]["weights"].items():
+            assert p["weights"][name] is value
+    assert "test_id" not in method.needs
+
+
+def test_a_method_that_needs_what_the_stream_hides_is_refused_before_training():
+    hidden = dataclasses.replace(points(), reveals=frozenset({"boundaries", "train_id"}))
+    with pytest.raises(SettingError, match="packnet needs to know which task it is tested on"):
+        rl.train(learner(), hidden, steps=8, lifelong=[PackNet()], progress=False)
+    blurred = dataclasses.replace(points(), reveals=frozenset())
+    for method in (EWC(), GEM(memory=8), AGEM(memory=8)):
+        with pytest.raises(SettingError, match="when a task ends"):
+            rl.train(learner(), blurred, steps=8, lifelong=[method], progress=False)
+    rl.train(learner(), blurred, steps=8, lifelong=[Replay(size=6)], progress=False)  # needs nothing
+
+
+def test_a_memory_larger_than_the_data_is_refused_before_training():
+    for method in (GEM(memory=41), AGEM(memory=41)):
+        with pytest.raises(SettingError, match="41 samples a task is more than the 40"):
+            trained(method)
+    with pytest.raises(SettingError, match="less than the 3 classes"):
+        trained(Replay(size=2))
+
+
+@pytest.mark.parametrize("wrong", [{"strength": -1.0}, {"samples": 0}, {"decay": 2.0}])
+def test_ewc_refuses_wrong_settings(wrong):
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        EWC(**wrong)
+
+
+def test_methods_are_named_on_the_command_line():
+    from rlmeta.lab.plan import lifelong_method
+
+    made = lifelong_method("ewc", {"strength": 5.0})
+    assert made == EWC(strength=5.0)
+    with pytest.raises(SettingError, match="strenght"):
+        lifelong_method("ewc", {"strenght": 5.0})
+    with pytest.raises(rl.RlmetaError, match="did you mean ewc"):
+        lifelong_method("ewcc", {})
+
+
+# ---------------------------------------------------------------------- agents
+
+
+def conflicts():
+    return stream(["CartPole-v1", rl.task("CartPole-v1", settings={"force_mag": -10.0})], "conflict")
+
+
+def agent() -> rl.PPO:
+    return rl.PPO(num_envs=4, num_steps=16, batch_size=32, num_epochs=2, hidden_sizes=(8,))
+
+
+SHORT = rl.Budget(steps=128, eval_episodes=1, final_episodes=1)
+
+
+@functools.cache
+def acted(*methods):
+    return rl.train(agent(), conflicts(), budget=SHORT, seeds=2, lifelong=methods, progress=False)
+
+
+@pytest.mark.parametrize("method", OFF, ids=repr)
+def test_an_agents_method_that_is_switched_off_is_fine_tuning_bit_for_bit(method):
+    assert torch.equal(flat(acted(method).state), flat(acted().state))
+
+
+AGENTS = [EWC(strength=100.0, samples=32), GEM(memory=8), AGEM(memory=8, batch_size=8), Replay(size=16), PackNet()]
+
+
+@pytest.mark.parametrize("method", AGENTS, ids=lambda m: m.name)
+def test_an_agents_method_works_on_its_policy(method):
+    run = acted(method)
+    assert torch.isfinite(flat(run.state)).all() and torch.isfinite(run.matrix).all()
+    assert not torch.equal(flat(run.state), flat(acted().state))
+
+
+@pytest.mark.parametrize("method", AGENTS, ids=lambda m: m.name)
+def test_methods_work_on_box_actions(method):
+    twice = stream(["Pendulum-v1"] * 2, "twice")
+    run = rl.train(agent(), twice, budget=SHORT, seeds=2, lifelong=[method], progress=False)
+    assert torch.isfinite(flat(run.state)).all()
+
+
+def test_methods_compose():
+    run = trained(EWC(strength=10.0), GEM(memory=8), Replay(size=6))
+    assert set(run.state["methods"]) == {"ewc", "gem", "replay"}
+    other = trained(Replay(size=6), GEM(memory=8), EWC(strength=10.0))
+    assert not torch.equal(flat(run.state), flat(other.state))  # a penalty before a projection is projected, too
