@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rlmeta.envs.world import Transition, World
 from rlmeta.functional import random, tree
+from rlmeta.learning.capture import Capture
 from rlmeta.learning.clock import clock
-from rlmeta.learning.state import State
+from rlmeta.learning.state import Params, State
 
 Rollout = dict[str, Any]
 """`observation, next_observation, action, reward, terminated, truncated, valid, memory_reset` as `[*L, T, N, ...]`,
@@ -32,24 +33,19 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
         num_steps: T.
     """
     axes = state["key"].dim()
-    memory, world_state = state["memory"], state["world"]
     counter = state["count"]["vector_steps"]
     draws = torch.arange(num_steps, device=counter.device).reshape(-1, *(1,) * axes) + counter
     keys = random.fold(state["key"], draws // agent.noise_hold).unbind(0)
+    take_step = _recorded_step if getattr(world, "records", False) and _capture(agent) is not None else _step
     rows: list[Rollout] = []
-    first_memory = memory
+    moving: tree.Tree = {"world": state["world"], "memory": state["memory"]}
     p = agent.seen(state)
-    for t in range(num_steps):
-        clock.switch("act")
-        observation = world.observation(world_state)
-        action, memory = _act(agent, {"params": p, "observation": observation, "memory": memory, "key": keys[t]})
-        clock.switch("environment")
-        world_state, transition = world.step(world_state, action)
-        memory = clear_memory(memory, transition.memory_reset)
-        rows.append({"observation": observation, "action": action, **_record(transition)})
+    for key in keys:
+        moving, row = take_step(agent, world, p, moving, key)
+        rows.append(row)
     clock.switch("learn")
     rollout = tree.map(lambda *steps: torch.stack(steps, axes), rows[0], *rows[1:])
-    state["memory"], state["world"] = memory, world_state
+    first_memory, state["memory"], state["world"] = state["memory"], moving["memory"], moving["world"]
     count = state["count"]
     state["count"] = {
         **count,
@@ -59,6 +55,44 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
     return state, {**rollout, "first_memory": first_memory}
 
 
+def _step(agent: Any, world: World, p: Params, moving: tree.Tree, key: Tensor) -> tuple[tree.Tree, Rollout]:
+    """Act once in every environment; `moving` is `world` and `memory`, and so is what is returned with the step."""
+    clock.switch("act")
+    observation = world.observation(moving["world"])
+    action, memory = _act(agent, {"params": p, "observation": observation, "memory": moving["memory"], "key": key})
+    clock.switch("environment")
+    world_state, transition = world.step(moving["world"], action)
+    memory = clear_memory(memory, transition.memory_reset)
+    return {"world": world_state, "memory": memory}, {
+        "observation": observation,
+        "action": action,
+        **_record(transition),
+    }
+
+
+def _recorded_step(agent: Any, world: Any, p: Params, moving: tree.Tree, key: Tensor) -> tuple[tree.Tree, Rollout]:
+    """`_step` as one replay."""
+    clock.switch("act")
+    ahead, left = moving.pop("ahead", ({}, 0))
+    if not left:
+        ahead, left = world.ahead(moving["world"])
+
+    def step(inputs: tree.Tree) -> tree.Tree:
+        observation = world.observation(inputs["world"])
+        action, memory = agent.act(inputs["params"], observation, inputs["memory"], inputs["key"])
+        world_state, transition = world.step(inputs["world"], action, inputs["ahead"])
+        memory = clear_memory(memory, transition.memory_reset)
+        row = {"observation": observation, "action": action, **_record(transition)}
+        return {"moving": {"world": world_state, "memory": memory}, "row": row}
+
+    found = agent.capture(("step", world), step, {"params": p, **moving, "key": key, "ahead": ahead})
+    return {**found["moving"], "ahead": (ahead, left - 1)}, found["row"]
+
+
+def _capture(agent: Any) -> Capture | None:
+    return getattr(agent, "capture", None)
+
+
 def _act(agent: Any, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
     """`agent.act`, replayed where the agent has a `capture` for it."""
 
@@ -66,7 +100,7 @@ def _act(agent: Any, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
         action, memory = agent.act(inputs["params"], inputs["observation"], inputs["memory"], inputs["key"])
         return {"action": action, "memory": memory}
 
-    capture = getattr(agent, "capture", None)
+    capture = _capture(agent)
     found = act(inputs) if capture is None else capture("act", act, inputs)
     return found["action"], found["memory"]
 

@@ -102,26 +102,39 @@ class _Ahead:
 
     def __init__(self, stream: str, width: int, rows: int) -> None:
         self._stream, self._width = stream, width
-        fitting = max(1, min(_FARTHEST, _AT_ONCE // max(1, rows * width)))
-        self._ahead = 1 << (fitting.bit_length() - 1)  # a power of two
+        fitting = max(2, min(_FARTHEST, _AT_ONCE // max(1, rows * width)))
+        self.counters = 1 << (fitting.bit_length() - 1)  # a power of two
         self._key = torch.empty(0, dtype=torch.int64)
-        self._first = self._draws = self._key
+        self._window = {"first": self._key, "draws": self._key}
+
+    def window(self, key: Tensor, counter: Tensor, count: int) -> dict[str, Tensor]:
+        """Numbers for at least `count` counters from each row's `counter` `[*L, N]` on.
+
+        Returns:
+            `draws` `[*L, N, counters, width]`, and `first` `[*L, N]`, the counter they begin at.
+        """
+        known = key.device == self._key.device and torch.equal(key, self._key)
+        if known:
+            offset = counter - self._window["first"]
+            known = not bool(((offset < 0) | (offset > self.counters - count)).any())
+        if not known:
+            self._key = key.clone()
+            counters = counter.unsqueeze(-1) + torch.arange(self.counters, device=key.device)
+            draws = random.uniform(key.unsqueeze(-1), self._stream, counters, (self._width,), torch.float64)
+            self._window = {"first": counter.clone(), "draws": draws}
+        return self._window
 
     def at(self, key: Tensor, counter: Tensor) -> Tensor:
         """The numbers `[*L, N, width]` of each row's `key` and `counter`, both `[*L, N]`."""
-        if key.device != self._key.device or not torch.equal(key, self._key):
-            self._draw(key, counter)
-        offset = counter - self._first
-        if (offset & -self._ahead).any():  # some row is outside 0 ... ahead - 1
-            self._draw(key, counter)
-            offset = torch.zeros_like(counter)
-        index = offset[..., None, None].expand(*offset.shape, 1, self._width)
-        return self._draws.gather(-2, index).squeeze(-2)
+        return _pick(self.window(key, counter, 1), counter)
 
-    def _draw(self, key: Tensor, counter: Tensor) -> None:
-        self._key, self._first = key.clone(), counter.clone()
-        counters = counter.unsqueeze(-1) + torch.arange(self._ahead, device=key.device)
-        self._draws = random.uniform(key.unsqueeze(-1), self._stream, counters, (self._width,), torch.float64)
+
+def _pick(window: Mapping[str, Tensor], counter: Tensor) -> Tensor:
+    """The numbers `[*L, N, width]` of a window that covers each row's `counter` `[*L, N]`."""
+    draws = window["draws"]
+    offset = counter - window["first"]
+    index = offset[..., None, None].expand(*offset.shape, 1, draws.shape[-1])
+    return draws.gather(-2, index).squeeze(-2)
 
 
 class NativeWorld:
@@ -146,6 +159,8 @@ class NativeWorld:
     """
 
     exact_resume = True
+    records: bool
+    """Whether steps with numbers drawn `ahead` may be recorded; not where physics is drawn for every episode."""
 
     def __init__(
         self,
@@ -165,6 +180,7 @@ class NativeWorld:
         self._rows = (*self.learner_shape, num_envs)
         self._constants = env.constants()
         self._redraw: Redraw | None = physics if callable(physics) else None
+        self.records = self._redraw is None
         self._fixed = None if physics is None or callable(physics) else self._per_row(physics)
         self._bounds = _action_bounds(env.action_space)
         self._reset_noise = _Ahead("environment/reset", env.reset_noise, math.prod(self._rows))
@@ -204,31 +220,46 @@ class NativeWorld:
         """The current observation `[*L, N, ...]`."""
         return self.env.observe(state["env"])
 
-    def step(self, state: State, action: Tensor) -> tuple[State, Transition]:
-        """Act once in every row; a row whose episode ends starts its next one at once."""
+    def step(self, state: State, action: Tensor, ahead: Tree | None = None) -> tuple[State, Transition]:
+        """Act once in every row; a row whose episode ends starts its next one at once.
+
+        With the numbers that `ahead` drew no operation depends on a value, so that a step can be recorded.
+        """
         key, episode, physics = state["key"], state["episode"], state.get("physics", {})
         new: State = {"key": key}
         noise = self._no_noise(key)
         if self.env.step_noise:
-            noise = self._step_noise.at(key, state["step_count"])
-            new["step_count"] = state["step_count"] + 1
+            count = state["step_count"]
+            noise = self._step_noise.at(key, count) if ahead is None else _pick(ahead["step"], count)
+            new["step_count"] = count + 1
         env_state, reward, terminated = self.env.step(state["env"], self._legal(action), noise, physics)
         elapsed = state["elapsed"] + 1
         limit = self.env.max_episode_steps
         truncated = torch.zeros_like(terminated) if limit is None else elapsed >= limit
         done = terminated | truncated
         observation = next_observation = self.env.observe(env_state)
-        if done.any():
+        if ahead is not None or done.any():
             episode, elapsed = episode + done, elapsed.masked_fill(done, 0)
             if self._redraw is not None:
                 physics = self._physics(key, episode)  # in the rows that go on, what they have already
-            env_state = _where(done, self._fresh(key, episode, physics), env_state)
+            env_state = _where(done, self._fresh(key, episode, physics, ahead), env_state)
             observation = self.env.observe(env_state)
         new.update(env=env_state, episode=episode, elapsed=elapsed)
         if physics:
             new["physics"] = physics
         valid = torch.ones_like(done)
         return new, Transition(observation, next_observation, reward, terminated, truncated, valid, done)
+
+    def ahead(self, state: State) -> tuple[Tree, int]:
+        """Random numbers for `step`, and for how many steps from `state` on they last."""
+        counters = {"reset": ("episode", self._reset_noise), "step": ("step_count", self._step_noise)}
+        if not self.env.step_noise:
+            del counters["step"]
+        if not self.env.reset_noise:
+            del counters["reset"]
+        steps = min((noise.counters // 2 for _, noise in counters.values()), default=_FARTHEST)
+        drawn = {name: noise.window(state["key"], state[entry], steps + 1) for name, (entry, noise) in counters.items()}
+        return drawn, steps
 
     def restore(self, state: State) -> State:
         """The state itself: nothing is hidden."""
@@ -240,8 +271,10 @@ class NativeWorld:
     def _no_noise(self, key: Tensor) -> Tensor:
         return torch.empty((*self._rows, 0), dtype=torch.float64, device=key.device)
 
-    def _fresh(self, key: Tensor, episode: Tensor, physics: Physics) -> State:
-        noise = self._reset_noise.at(key, episode) if self.env.reset_noise else self._no_noise(key)
+    def _fresh(self, key: Tensor, episode: Tensor, physics: Physics, ahead: Tree | None = None) -> State:
+        noise = self._no_noise(key)
+        if self.env.reset_noise:
+            noise = self._reset_noise.at(key, episode) if ahead is None else _pick(ahead["reset"], episode)
         return self.env.reset(noise, physics)
 
     def _physics(self, key: Tensor, episode: Tensor) -> dict[str, Tensor]:
