@@ -148,6 +148,11 @@ class _Tape(TorchDispatchMode):
         for leaf in leaves:
             self._new(leaf)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not needed here, and to import it would take seconds."""
+        return False
+
     def _new(self, tensor: Tensor) -> _Place:
         self._tensors.append(tensor)
         return self._places.setdefault(id(tensor), _Place(len(self._tensors) - 1))
@@ -196,12 +201,11 @@ def _map(function: Callable[[Any], Any], x: Any) -> Any:
 
 
 aten = torch.ops.aten
+_NAMES = ["add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "ge", "gt", "le", "lt", "eq", "ne"]
+_NAMES += ["__rshift__", "bitwise_and", "bitwise_and_", "bitwise_xor", "bitwise_xor_", "bitwise_or", "bitwise_or_"]
 _WITH_NUMBERS = {
     getattr(getattr(aten, name), overload): getattr(aten, name).Tensor
-    for name in (
-        "add add_ sub sub_ mul mul_ div div_ ge gt le lt eq ne __rshift__ bitwise_and bitwise_and_ bitwise_xor "
-        "bitwise_xor_ bitwise_or bitwise_or_"
-    ).split()
+    for name in _NAMES
     for overload in ("Tensor", "Scalar")
 }
 
