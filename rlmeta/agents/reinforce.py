@@ -26,7 +26,7 @@ from rlmeta.learning.collect import Rollout
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time
-from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import Block
@@ -46,8 +46,8 @@ class REINFORCE:
     """Discount factor; 1 adds rewards up."""
     normalise_return: bool = True
     """Centre and scale the credit over the batch, per learner."""
-    baseline: Literal["none", "learned"] = "learned"
-    """Subtract nothing, or a value learned by regression on the returns."""
+    baseline: Literal["none", "batch", "learned"] = "learned"
+    """Subtract nothing, the mean of the other environments at the same step, or a value learned by regression."""
     value_coefficient: PerLearner = 0.5
     """Weight of the baseline's loss, mean (return - value)^2."""
     learning_rate: PerLearner = 1e-3
@@ -83,6 +83,7 @@ class REINFORCE:
         require_range(self, "gamma", 0.0, 1.0)
         for name in ("num_envs", "num_steps"):
             require_range(self, name, 1)
+        require(self.baseline != "batch" or self.num_envs > 1, "REINFORCE: baseline batch needs num_envs of 2 or more")
 
     def bind(
         self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -112,7 +113,7 @@ class REINFORCEAgent(Agent):
     def networks(self) -> dict[str, Block]:
         """`policy` gives a distribution's parameters, `value` the baseline where one is learned."""
         policy = policy_network(self.settings, self.observation_space, self.action_space)
-        if self.settings.baseline == "none":
+        if self.settings.baseline != "learned":
             return {"policy": policy}
         return {"policy": policy, "value": value_network(self.settings, self.observation_space)}
 
@@ -160,6 +161,8 @@ class REINFORCEAgent(Agent):
             credit, valid = reward, rollout["valid"]
         elif s.credit == "episode":
             credit = _at_episode_start(to_go, ended)
+        if s.baseline == "batch":
+            credit = (credit - credit.mean(-1, keepdim=True)) * (credit.shape[-1] / (credit.shape[-1] - 1))
         kept = {name: rollout[name] for name in ("observation", "action")}
         return {**kept, "valid": valid, "credit": credit, "return": to_go}
 
@@ -176,7 +179,8 @@ class REINFORCEAgent(Agent):
         if self.settings.normalise_return:
             credit = losses.normalise_advantage(credit, valid)
         distribution = self.forward(self.policy, "policy", p, batch["observation"], ctx)
-        policy = losses.policy_gradient_loss(self.head.log_prob(distribution, batch["action"]), credit, valid)
+        log_prob = self.head.log_prob(distribution, batch["action"])
+        policy = losses.twice_differentiable_policy_gradient_loss(log_prob, credit, valid)
         entropy = masked_mean(self.head.entropy(distribution), valid)
         ctx.info.update({"losses/policy_loss": policy, "losses/entropy": entropy})
         return {"policy": policy - h["entropy_coefficient"] * entropy, **found}

@@ -356,18 +356,25 @@ class DigitMLPs:
 
 
 @dataclass(frozen=True)
-class DataFamily:
-    """A named family, ready to train a meta-learner on."""
+class NamedFamily:
+    """A family under its name: what a meta-learner is trained on."""
 
     name: str
     source: Any
-    """A `Family`."""
+    """A `Family`, or a `TaskFamily` of environments."""
+    table: dict[str, Any] = field(default_factory=dict)
+    """The TOML table it was made from, {} for one made in code."""
 
     native = True
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> FamilyWorld:
         """The tasks of every learner."""
         return FamilyWorld(self.source, learner_shape, num_envs)
+
+
+    def describe(self) -> dict[str, Any]:
+        """What a saved configuration needs to make it again; a family made in code is the user's to give again."""
+        return {"kind": "family", "name": self.name, **({"table": self.table} if self.table else {})}
 
 
 class FamilyWorld:
@@ -380,6 +387,8 @@ class FamilyWorld:
     """
 
     exact_resume = True
+    split: Split = "test"
+    """Of the tasks that an evaluation adapts to."""
 
     def __init__(self, family: Family, learner_shape: tuple[int, ...], num_envs: int) -> None:
         if num_envs < 1:
@@ -393,8 +402,8 @@ class FamilyWorld:
         return self.family.tasks(key, counter, count, split)
 
     def reset(self, key: Tensor) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
+        """Nothing to remember but whose it is."""
+        return {"key": key}
 
     def restore(self, state: dict[str, Any], inexact: bool = False) -> dict[str, Any]:
         """Nothing is hidden."""

@@ -14,6 +14,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from rlmeta.envs.families import Split, task_keys
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
 from rlmeta.envs.world import World
@@ -100,6 +101,20 @@ class TaskFamily:
         """Environments `[*L, N]` in which each learner has the constants that `sample` drew for it."""
         rows = {name: value.unsqueeze(-1).expand(*learner_shape, num_envs) for name, value in physics.items()}
         return NativeWorld(self.base.source, learner_shape, num_envs, rows)
+
+    @property
+    def observation_space(self) -> gym.Space:
+        """Of every task."""
+        return self.base.source.observation_space
+
+    @property
+    def action_space(self) -> gym.Space:
+        """Of every task."""
+        return self.base.source.action_space
+
+    def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> dict[str, Tensor]:
+        """The constants of K = `count` tasks for every learner, `{name: [*L, K]}`, for a meta-learner."""
+        return self.sample(task_keys(key, counter, count, split))
 
     def task(self) -> Task:
         """The task whose constants are redrawn at every reset."""

@@ -20,6 +20,9 @@ from rlmeta.errors import SettingError, unknown_name
 PerLearner: TypeAlias = Annotated[float | Sequence[float], "per learner"]
 """A number every learner may have its own of; a list compares its values, `--seeds` learners each."""
 
+LearnerSettings: TypeAlias = Annotated[Any, "learner"]
+"""Settings of another learner, such as the one whose initial weights are learned; None for a default."""
+
 S = TypeVar("S")
 
 

@@ -1,15 +1,37 @@
-"""A learned optimizer: an LSTM that turns each weight's gradient into its update (Andrychowicz et al., 2016)."""
+"""A learned optimizer: an LSTM that turns each weight's gradient into its update.
+
+Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016.
+
+What is learned: the optimizer. Inner algorithm: that optimizer. Estimator: backpropagation through `unroll` steps of
+`horizon`, or evolution strategies on them (ES, PES). The K problems of a meta-batch are minimised at once, `[*L, K]`, each
+at its own place of its own unroll, so that all parts of an unroll count in every meta-gradient.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from rlmeta.envs.families import FamilyWorld, Split
+from rlmeta.errors import SettingError
+from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import Optimizer, State, Tensors
-from rlmeta.nn import Block, Context, Linear, Params
+from rlmeta.learning.capture import Capture
+from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
+from rlmeta.learning.method import Method, seen
+from rlmeta.learning.settings import PerLearner, require, require_range
+from rlmeta.learning.state import Packed, Params, select
+from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.meta.adapt import adapt
+from rlmeta.meta.estimators import backpropagated, evolved
+from rlmeta.nn import Block, Context, Linear
 from rlmeta.nn.recurrent import LSTMCell
 
 # ---------------------------------------------------------------------- the optimizer
@@ -158,3 +180,278 @@ def _nested(flat: dict[str, Tensor]) -> State:
             i, part = name.split(".")
             state.setdefault(i, {})[part] = value
     return state
+
+
+# ---------------------------------------------------------------------- how it is learned
+
+
+@dataclass(frozen=True)
+class LearnedOptimizer:
+    """Settings of a learned optimizer's meta-training. A list for a number marked per learner compares its values."""
+
+    num_envs: int = 32
+    """Problems that are minimised at once."""
+    horizon: int = 100
+    """Steps after which a problem is left for a new one."""
+    unroll: int = 20
+    """Steps between two meta-updates; divides the horizon."""
+    estimator: Literal["truncated", "es", "pes"] = "truncated"
+    """Backpropagation through each piece of an unroll, evolution strategies on it, or persistent ones, unbiased."""
+    sigma: PerLearner = 0.01
+    """Deviation of the perturbations of ES and PES."""
+    hidden_sizes: tuple[int, ...] = (20, 20)
+    """Widths of the LSTM's layers; none leaves a linear map of the gradient's features."""
+    output_scale: float = 0.1
+    """Factor of the updates."""
+    preprocess: float = 10.0
+    """k of the gradient's features: below e^-k a gradient counts as it is, above by its logarithm."""
+    zero_output: bool = False
+    """Begin with updates of 0 instead of random ones."""
+    meta_rate: PerLearner = 1e-3
+    """Adam's step size for the LSTM's weights."""
+    meta_rate_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the meta rate, or anneal it to 0 over the budget."""
+    max_grad_norm: PerLearner = 1.0
+    """Clip each learner's meta-gradient to this norm."""
+
+    learns_from_tasks = True
+
+    def __post_init__(self) -> None:
+        for name in ("meta_rate", "output_scale", "preprocess"):
+            require_range(self, name, 0.0)
+        for name in ("max_grad_norm", "sigma"):
+            require_range(self, name, 0.0, above=True)
+        for name in ("num_envs", "horizon", "unroll"):
+            require_range(self, name, 1)
+        require(
+            self.horizon % self.unroll == 0,
+            f"LearnedOptimizer: unroll {self.unroll} does not divide horizon {self.horizon}",
+        )
+        require(
+            self.estimator == "truncated" or self.num_envs % 2 == 0,
+            f"LearnedOptimizer: num_envs is {self.num_envs}, but {self.estimator} perturbs problems in pairs",
+        )
+
+    def bind(
+        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> LearnedOptimizerLearner:
+        """The meta-learner; the optimizer it learns fits problems of any size."""
+        return LearnedOptimizerLearner(self, methods)
+
+
+class LearnedOptimizerLearner:
+    """Meta-training of an optimizer on a family of problems.
+
+    The problems under way, `carry`, are among the parameters' buffers: the losses of a step move them on, as they do
+    with batch-norm statistics.
+    """
+
+    num_tasks = 1
+    score = Score("final loss", maximise=False)
+
+    def __init__(self, settings: LearnedOptimizer, methods: Sequence[Method] = ()) -> None:
+        self.settings, self.methods = settings, tuple(methods)
+        self.steps_per_iteration = settings.unroll
+        self.network = self.networks()["optimizer"]
+        self.capture = Capture()
+        self.family: Any = None
+
+    # ------------------------------------------------------------------ set-up
+
+    def networks(self) -> dict[str, CoordinateLSTM]:
+        """`optimizer` turns gradients into updates."""
+        s = self.settings
+        return {"optimizer": CoordinateLSTM(s.hidden_sizes, zero=s.zero_output)}
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
+        """The state at the start of a run, the problems spread over the horizon."""
+        s = self.settings
+        state = initial_state(self.networks, key, hyper)  # type: ignore[arg-type]
+        state["world"] = world.reset(key)
+        state["optimizer"] = init_optimizer(self.optimizer(state), state)
+        carry = self._fresh(state, world)
+        pair = s.num_envs // 2 if s.estimator != "truncated" else s.num_envs
+        phase = torch.arange(s.num_envs, device=key.device) % pair % (s.horizon // s.unroll)
+        carry["age"] = carry["age"] + phase * s.unroll
+        state["params"]["buffers"] = {"carry": carry}
+        if s.estimator == "pes":
+            state["accumulator"] = self._no_noise(state)
+        state["methods"] = initial_memories(self, self.methods, state)
+        return state
+
+    def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
+        """A family has no order of tasks."""
+        raise SettingError("LearnedOptimizer learns from a family of problems, not along a stream: give it a family")
+
+    def seen(self, state: State) -> Params:
+        """The parameters as forward passes see them, through the lifelong methods' hooks."""
+        return seen(self.methods, state)
+
+    def optimizer(self, state: State) -> Optimizer:
+        """Adam, for the meta-parameters, at the learner's progress."""
+        rate = state["params"]["hyper"]["meta_rate"]
+        linear = self.settings.meta_rate_schedule == "linear"
+        return optim.adam(rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate)
+
+    def learned(self, p: Params) -> Optimizer:
+        """The optimizer that parameters `[*L, ...]` are, for weights `[*L, ...]` or `[*L, K, ...]`."""
+        theta = {name.removeprefix("optimizer."): value for name, value in p["weights"].items()}
+        s = self.settings
+        return learned_optimizer(self.network, theta, output_scale=s.output_scale, k=s.preprocess)
+
+    def as_torch(self, p: Params, parameters: Iterable[Any], learner: int = 0) -> TorchLearnedOptimizer:
+        """What was learned as a `torch.optim.Optimizer` of a module's parameters.
+
+        Args:
+            p: the meta-parameters `[S, ...]`, as `seen` gives them.
+            parameters: what to optimize.
+            learner: which of the S.
+        """
+        theta = {name.removeprefix("optimizer."): value[learner] for name, value in p["weights"].items()}
+        s = self.settings
+        return TorchLearnedOptimizer(parameters, self.network, theta, output_scale=s.output_scale, k=s.preprocess)
+
+    # ------------------------------------------------------------------ problems
+
+    def _fresh(self, state: State, world: FamilyWorld) -> State:
+        """K new problems at their beginning, in equal pairs where perturbations come in pairs."""
+        s, key = self.settings, state["key"]
+        self.family = _problems(world)
+        paired = s.estimator != "truncated"
+        count = s.num_envs // 2 if paired else s.num_envs
+        problem = world.tasks(key, state["count"]["iterations"], count, "train")
+        if paired:
+            problem = tree.map(lambda x: torch.cat([x, x], key.dim()), problem)
+        weights, shape = self.family.start(problem), (*key.shape, s.num_envs)
+        return {
+            "problem": problem,
+            "weights": weights,
+            "memory": self.learned(state["params"]).init(weights, shape),
+            "age": torch.zeros(shape, dtype=torch.int64, device=key.device),
+        }
+
+    def _no_noise(self, state: State) -> Tensor:
+        flat = Packed.of(state["params"]["weights"], state["key"].dim()).flat
+        return flat.new_zeros((*state["key"].shape, self.settings.num_envs, flat.shape[-1]))
+
+    def unroll(self, weights: Tensors, carry: State) -> tuple[Tensor, State]:
+        """`unroll` steps on every problem: the mean loss after each, `[*L, K]`, and where that leads.
+
+        Args:
+            weights: the learner's, `[*L, ...]` or `[*L, K, ...]`.
+            carry: the problems under way.
+        """
+        steps, problem, age = self.settings.unroll, carry["problem"], carry["age"]
+
+        def loss(w: Tensors, i: int) -> Tensor:
+            found: Tensor = self.family.loss(w, problem, age + i)
+            return found
+
+        learned = self.learned({"weights": weights})
+        order: Literal["first", "none"] = "first" if torch.is_grad_enabled() else "none"
+        found = adapt(loss, carry["weights"], learned, steps, order=order, state=carry["memory"])
+        after = [*found.losses[1:], loss(found.weights, steps)]
+        carry = {"problem": problem, "weights": found.weights, "memory": found.state, "age": age + steps}
+        return torch.stack(after).mean(0), carry
+
+    # ------------------------------------------------------------------ learn
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """The mean loss of the problems over a piece of their unrolls, `[*L]`; they move on by it.
+
+        With an estimated gradient `[*L, P]` in the batch, a linear function that has it.
+        """
+        if "gradient" in batch:
+            flat = torch.cat([w.flatten(p["hyper"]["meta_rate"].dim()) for w in p["weights"].values()], -1)
+            return {"unroll": (flat * batch["gradient"]).sum(-1)}
+        loss, ctx.new_buffers["carry"] = backpropagated(self.unroll, p["weights"], p["buffers"]["carry"])
+        return {"unroll": loss}
+
+    def iterate(self, state: State, world: FamilyWorld) -> tuple[State, Metrics]:
+        """New problems for those that are through, `unroll` steps on all, one meta-update."""
+        s, params, count = self.settings, state["params"], state["count"]
+        carry = params["buffers"]["carry"]
+        over = carry["age"] >= s.horizon
+        if bool(over.any()):
+            carry = select(over, self._fresh(state, world), carry)
+            if "accumulator" in state:
+                state["accumulator"] = state["accumulator"].masked_fill(over.unsqueeze(-1), 0.0)
+        state["params"] = {**params, "buffers": {"carry": carry}}
+        bound = params["hyper"]["max_grad_norm"]
+        metrics: Metrics = {}
+        batch: State = {}
+        if s.estimator != "truncated":
+            state, batch, metrics = self._estimate(state)
+        state, info = step(self, state, batch, self.optimizer(state), max_grad_norm=bound, methods=self.methods)
+        state["count"] = {
+            **state["count"],
+            "iterations": count["iterations"] + 1,
+            "vector_steps": count["vector_steps"] + s.unroll,
+            "env_steps": count["env_steps"] + s.unroll * s.num_envs,
+            "task_steps": count["task_steps"] + s.unroll,
+        }
+        return state, {**info, **metrics}
+
+    def _estimate(self, state: State) -> tuple[State, State, Metrics]:
+        """The meta-gradient by evaluations alone; the problems move on."""
+        p, key = state["params"], random.fold(state["key"], "evolution")
+        sigma, counter = p["hyper"]["sigma"], state["count"]["iterations"]
+        accumulator = state.get("accumulator")
+        found = evolved(self.unroll, p["weights"], p["buffers"]["carry"], key, counter, sigma, accumulator)
+        state["params"] = {**p, "buffers": {"carry": found.carry}}
+        if accumulator is not None:
+            state["accumulator"] = found.accumulator
+        return state, {"gradient": found.gradient}, {"losses/unroll": found.loss}
+
+    def draw(self, state: State, world: FamilyWorld, n: int) -> tree.Tree:
+        """n fresh training problems; the state stays as it is."""
+        return world.tasks(random.fold(state["key"], "draw"), 0, n, "train")
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluation_rows(self, episodes: int, native: bool) -> int:
+        """A problem each."""
+        return episodes
+
+    def evaluate(
+        self, p: Params, world: FamilyWorld, key: Tensor, episodes: int, *, deterministic: bool = True
+    ) -> Evaluation:
+        """The loss after `horizon` steps on `episodes` held-out problems, `[*L, E]`."""
+        final = self.adaptation(p, world, key, episodes, self.settings.horizon)[..., -1]
+        return Evaluation(final, torch.full_like(final, self.settings.horizon, dtype=torch.int64))
+
+    def adaptation(
+        self, p: Params, world: FamilyWorld, key: Tensor, tasks: int, steps: int, *, split: Split | None = None
+    ) -> Tensor:
+        """The loss of each of `tasks` problems after 0 ... `steps` steps, `[*L, E, steps + 1]` float64."""
+        problem = world.tasks(key, 0, tasks, split or world.split)
+        return minimise(_problems(world), problem, self.learned(p), steps)
+
+
+def minimise(family: Any, problem: tree.Tree, optimizer: Optimizer, steps: int) -> Tensor:
+    """The loss of every problem after 0 ... `steps` steps of any optimizer, `[*L, K, steps + 1]` float64.
+
+    Args:
+        family: of `Problems`.
+        problem: as its `tasks` drew them, `[*L, K, ...]`.
+        optimizer: of `functional.optim`, with settings of shape `[*L]` or `[*L, K]`, or a learned one.
+        steps: how many.
+    """
+
+    def loss(w: Tensors, i: int) -> Tensor:
+        found: Tensor = family.loss(w, problem, torch.tensor(i))
+        return found
+
+    found = adapt(loss, family.start(problem), optimizer, steps, order="none")
+    with torch.no_grad():
+        return torch.stack([*found.losses, loss(found.weights, steps)], -1).double()
+
+
+def _problems(world: FamilyWorld) -> Any:
+    """The world's family, if it is one of functions to minimise."""
+    if not hasattr(world.family, "start"):
+        raise SettingError(
+            f"LearnedOptimizer minimises functions, {type(world.family).__name__} is a family of other tasks: "
+            "use quadratics or digit-mlps, or MAML"
+        )
+    return world.family

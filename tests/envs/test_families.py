@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlmeta.envs.families import DataFamily, DigitMLPs, FewShot, Quadratics, Sinusoid, split_classes
+from rlmeta.envs.families import NamedFamily, DigitMLPs, FewShot, Quadratics, Sinusoid, split_classes
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 
@@ -162,7 +162,7 @@ def test_digit_mlps_hold_images_out():
 
 
 def test_a_world_hands_out_the_familys_tasks():
-    world = DataFamily("sinusoid", Sinusoid()).world((3,), 5)
+    world = NamedFamily("sinusoid", Sinusoid()).world((3,), 5)
     assert world.num_envs == 5 and world.learner_shape == (3,) and world.observation_space.shape == (1,)
     ours = world.tasks(KEY, 0, 5, "test")["query"]["target"]
     assert torch.equal(ours, Sinusoid().tasks(KEY, 0, 5, "test")["query"]["target"])

@@ -1,0 +1,329 @@
+"""Model-agnostic meta-learning: initial weights from which a few gradient steps learn a new task.
+
+Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017.
+
+    minimise over θ  E_task [ L_query(θ_k) ],  θ_{i+1} = θ_i - inner_rate · ∇ L_support(θ_i),  θ_0 = θ
+
+What is learned: initial weights. Inner algorithm: gradient descent. Estimator: backpropagation through the steps, or
+with the inner gradients taken for constants (first order). The K tasks of a meta-batch are learners `[*L, K]`, so that
+they adapt at once, and L is whatever the inner learner's `losses` are: squared error, cross-entropy, or the surrogates
+of REINFORCE and PPO, whose support and query are then rollouts before and after adaptation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.agents.classifier import Classifier
+from rlmeta.agents.regressor import Regressor
+from rlmeta.envs.families import FamilyWorld, Split
+from rlmeta.errors import SettingError
+from rlmeta.functional import optim, random, tree
+from rlmeta.learning.average import Average
+from rlmeta.learning.capture import Capture
+from rlmeta.learning.collect import collect
+from rlmeta.learning.evaluate import Evaluation, evaluate
+from rlmeta.learning.learner import Metrics, initial_memories, initial_state
+from rlmeta.learning.method import Method, seen
+from rlmeta.learning.minibatch import flatten_time
+from rlmeta.learning.settings import LearnerSettings, PerLearner, hyper_tensors, require, require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.meta.adapt import Order, adapt, expand_tasks
+
+TASKS_AT_ONCE = 50
+"""Tasks of each learner that an evaluation adapts to at a time."""
+
+
+@dataclass(frozen=True)
+class MAML:
+    """Settings of MAML. A list for a number marked per learner compares its values."""
+
+    learner: LearnerSettings = None
+    """The learner whose initial weights are learned (`Regressor(hidden_sizes=(40, 40))`, as a flag `regressor
+    hidden_sizes=40x40`); none: a Regressor or Classifier, whichever the targets ask for."""
+    num_envs: int = 25
+    """Tasks of a meta-batch."""
+    inner_steps: int = 1
+    """Gradient steps to adapt; 0 trains on all tasks jointly."""
+    inner_rate: PerLearner = 0.01
+    """Step size of the adaptation."""
+    order: Literal["second", "first"] = "second"
+    """Differentiate through the inner gradients, or take them for constants."""
+    meta_rate: PerLearner = 1e-3
+    """Adam's step size for the initial weights."""
+    meta_rate_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the meta rate, or anneal it to 0 over the budget."""
+    meta_epochs: int = 1
+    """Meta-gradient steps on every meta-batch; several make sense for PPO, whose ratio bounds them."""
+    max_grad_norm: PerLearner = math.inf
+    """Clip each learner's meta-gradient to this norm."""
+
+    learns_from_tasks = True
+
+    def __post_init__(self) -> None:
+        for name in ("inner_rate", "meta_rate"):
+            require_range(self, name, 0.0)
+        require_range(self, "max_grad_norm", 0.0, above=True)
+        require_range(self, "inner_steps", 0)
+        for name in ("num_envs", "meta_epochs"):
+            require_range(self, name, 1)
+
+    def bind(
+        self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> MAMLLearner:
+        """The meta-learner for tasks of these spaces."""
+        return MAMLLearner(self, observation_space, action_space, methods)
+
+
+class MAMLLearner:
+    """MAML on given spaces: adapt, ask, learn."""
+
+    num_tasks = 1
+
+    def __init__(
+        self, settings: MAML, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> None:
+        default = Regressor() if isinstance(action_space, gym.spaces.Box) else Classifier(hidden_sizes=(64, 64))
+        self.settings = settings
+        self.inner_settings: Any = settings.learner or default
+        self.inner: Any = self.inner_settings.bind(observation_space, action_space)
+        self.methods = tuple(methods)
+        self.acts = hasattr(self.inner, "act")
+        self.score = self.inner.score
+        self.capture = None if self.inner.capture is None else Capture()
+        self.steps_per_iteration = 1
+        if self.acts:
+            s = self.inner_settings
+            self.steps_per_iteration = s.num_envs * s.num_steps * (settings.inner_steps + 1)
+            for name in ("normalise_observation", "normalise_reward"):
+                require(not getattr(s, name, False), f"MAML adapts to single tasks: switch {name} of its learner off")
+            require(getattr(s, "penalty", "clip") == "clip", 'MAML differentiates PPO with penalty="clip" alone')
+
+    # ------------------------------------------------------------------ set-up
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
+        """The state at the start of a run."""
+        own = {
+            name: value.expand(key.shape).clone()
+            for name, value in hyper_tensors([self.inner_settings], 1, key.device).items()
+        }
+        state = initial_state(self.inner.networks, key, {**own, **hyper})
+        state["world"] = world.reset(key)
+        state["optimizer"] = init_optimizer(self.optimizer(state), state)
+        state["methods"] = initial_memories(self, self.methods, state)
+        return state
+
+    def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
+        """A family has no order of tasks."""
+        raise SettingError("MAML learns from a family of tasks, not along a stream: give it a family")
+
+    def seen(self, state: State) -> Params:
+        """The parameters as forward passes see them, through the lifelong methods' hooks."""
+        return seen(self.methods, state)
+
+    def optimizer(self, state: State) -> optim.Optimizer:
+        """Adam at the learner's progress."""
+        rate = state["params"]["hyper"]["meta_rate"]
+        linear = self.settings.meta_rate_schedule == "linear"
+        return optim.adam(rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate)
+
+    # ------------------------------------------------------------------ adapt
+
+    def start(self, p: Params, tasks: int) -> Params:
+        """Parameters `[*L, ...]` as every task's own `[*L, K, ...]`."""
+        axes = p["hyper"]["inner_rate"].dim()
+
+        def expand(part: Any) -> Any:
+            return {n: expand(v) for n, v in part.items()} if isinstance(part, dict) else _expand(part, axes, tasks)
+
+        return {name: expand(p[name]) for name in ("weights", "buffers", "normalisers", "hyper")}
+
+    def adapted(self, p: Params, support: tree.Tree, steps: int, order: Order = "second") -> Params:
+        """Parameters of tasks `[*L, K, ...]` after gradient steps on their support.
+
+        Args:
+            p: as `start` gives them, or adapted already.
+            support: a batch `[*L, K, n, ...]`; or `{"0": batch, "1": batch, ...}`, one for each step.
+            steps: how many.
+            order: what may be differentiated afterwards.
+        """
+
+        def loss(weights: dict[str, Tensor], i: int) -> Tensor:
+            batch = support[str(i)] if "0" in support else support
+            return self.loss({**p, "weights": weights}, batch)
+
+        found = adapt(loss, p["weights"], optim.sgd(p["hyper"]["inner_rate"]), steps, order=order)
+        return {**p, "weights": found.weights}
+
+    def loss(self, p: Params, batch: tree.Tree, ctx: StepContext | None = None) -> Tensor:
+        """The inner learner's loss of every task, `[*L, K]`."""
+        losses = self.inner.losses(p, batch, ctx or StepContext(training=True, report=False))
+        return torch.stack(list(losses.values())).sum(0)
+
+    # ------------------------------------------------------------------ ask
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """The loss on the query after adaptation, mean over the tasks `[*L]`: its gradient is the meta-gradient."""
+        tasks = next(tree.leaves(batch["query"])).shape[p["hyper"]["inner_rate"].dim()]
+        adapted = self.adapted(self.start(p, tasks), batch["support"], self.settings.inner_steps, self.settings.order)
+        inner = StepContext(training=True, report=ctx.report)
+        query = self.loss(adapted, batch["query"], inner)
+        ctx.info.update({name: value.mean(-1) for name, value in inner.info.items()})
+        return {"query": query.mean(-1)}
+
+    # ------------------------------------------------------------------ learn
+
+    def iterate(self, state: State, world: FamilyWorld) -> tuple[State, Metrics]:
+        """One meta-batch: draw tasks, adapt to each, move the initial weights."""
+        count = state["count"]
+        tasks = world.tasks(state["key"], count["iterations"], self.settings.num_envs, "train")
+        batch, metrics = self.experience(state, world, tasks) if self.acts else (tasks, {})
+        average, optimizer = Average(), self.optimizer(state)
+        for _ in range(self.settings.meta_epochs):
+            bound = state["params"]["hyper"]["max_grad_norm"]
+            state, info = step(self, state, batch, optimizer, max_grad_norm=bound, methods=self.methods)
+            average.add(info)
+        state["count"] = {
+            **state["count"],
+            "iterations": count["iterations"] + 1,
+            "vector_steps": count["vector_steps"] + self.steps_per_iteration,
+            "env_steps": count["env_steps"] + self.steps_per_iteration * self.settings.num_envs,
+            "task_steps": count["task_steps"] + self.steps_per_iteration,
+        }
+        return state, {**average.result(), **metrics}
+
+    def draw(self, state: State, world: FamilyWorld, n: int) -> tree.Tree:
+        """n fresh training tasks, to adapt to and to be asked about; the state stays as it is."""
+        key = random.fold(state["key"], "draw")
+        tasks = world.tasks(key, 0, n, "train")
+        return self.experience({**state, "key": key}, world, tasks)[0] if self.acts else tasks
+
+    # ------------------------------------------------------------------ reinforcement learning: rollouts as data
+
+    def experience(self, state: State, world: FamilyWorld, physics: tree.Tree) -> tuple[tree.Tree, Metrics]:
+        """Rollouts before every inner step and after the last, as support and query.
+
+        Later, `losses` differentiates the same steps: the surrogates' ratios of a policy to itself are 1, and their
+        derivatives count that the policy chose the actions it adapts to (Foerster et al., 2018; Rothfuss et al., 2019).
+        """
+        s = self.settings
+        key, axes = random.fold(state["key"], "experience"), state["key"].dim()
+        counter = state["count"]["iterations"]
+        key = random.fold(random.fold(key, counter).unsqueeze(-1), torch.arange(s.num_envs, device=key.device))
+        tasks = world.family.world(physics, tuple(key.shape), self.inner_settings.num_envs)  # type: ignore[attr-defined]
+        p, support, returns = self.start(self.seen(state), s.num_envs), {}, []
+        for i in range(s.inner_steps + 1):
+            batch, mean = self.rollout(p, tasks, random.fold(key, i))
+            returns.append(mean.mean(-1))
+            if i < s.inner_steps:
+                support[str(i)] = batch
+                p = self.adapted(p, batch, 1, "none")
+        assert axes == returns[0].dim()
+        metrics = {"charts/return_before": returns[0], "charts/return_after": returns[-1]}
+        return {"support": support, "query": batch}, metrics
+
+    @torch.no_grad()
+    def rollout(self, p: Params, world: Any, key: Tensor) -> tuple[tree.Tree, Tensor]:
+        """One rollout of every task's policy, credited, `[*L, K, T * N, ...]`, and its mean return `[*L, K]`."""
+        rows = (*key.shape, world.num_envs)
+        zero = torch.zeros_like(key)
+        acting: State = {
+            "params": p,
+            "key": key,
+            "count": {"vector_steps": zero, "env_steps": zero},
+            "memory": self.inner.initial_memory(p, rows),
+            "world": world.reset(random.fold(key, "world")),
+            "methods": {},
+            "task": {},
+        }
+        _, rollout = collect(self.inner, acting, world, self.inner_settings.num_steps)
+        reward, axes = rollout["reward"], key.dim()
+        batch = flatten_time(self.inner.credit(p, rollout, {"task": reward}), axes)
+        if "clip_range" in p["hyper"]:
+            batch["clip_range"] = p["hyper"]["clip_range"]
+        ended = (rollout["terminated"] | rollout["truncated"]).sum((-2, -1)).clamp(min=1)
+        return batch, reward.double().sum((-2, -1)) / ended
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluation_rows(self, episodes: int, native: bool) -> int:
+        """A task each."""
+        return episodes
+
+    def evaluate(
+        self, p: Params, world: FamilyWorld, key: Tensor, episodes: int, *, deterministic: bool = True
+    ) -> Evaluation:
+        """The score on `episodes` held-out tasks after `inner_steps` steps, `[*L, E]`."""
+        curves = self.adaptation(p, world, key, episodes, self.settings.inner_steps, deterministic=deterministic)
+        steps = torch.full(curves.shape[:-1], self.settings.inner_steps, dtype=torch.int64, device=key.device)
+        return Evaluation(curves[..., -1], steps)
+
+    def adaptation(
+        self,
+        p: Params,
+        world: FamilyWorld,
+        key: Tensor,
+        tasks: int,
+        steps: int,
+        *,
+        split: Split | None = None,
+        deterministic: bool = True,
+    ) -> Tensor:
+        """The score on the query of each of `tasks` tasks after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64.
+
+        Args:
+            p: the initial weights, as forward passes see them.
+            world: of the family.
+            key: `[*L]`; another key is other tasks.
+            tasks: E.
+            steps: of adaptation.
+            split: which tasks; the world's own by default, held-out ones unless it says otherwise.
+            deterministic: act by the policy's mode once adapted, or sample; of no matter in supervised learning.
+        """
+        parts = []
+        for number, first in enumerate(range(0, tasks, TASKS_AT_ONCE)):
+            count = min(TASKS_AT_ONCE, tasks - first)
+            drawn = world.tasks(key, number, count, split or world.split)
+            parts.append(
+                self._curve(self.start(p, count), world, random.fold(key, number), drawn, steps, deterministic)
+            )
+        return torch.cat(parts, -2)
+
+    def _curve(
+        self, p: Params, world: FamilyWorld, key: Tensor, drawn: tree.Tree, steps: int, deterministic: bool
+    ) -> Tensor:
+        """The scores of tasks that are drawn, `[*L, K, steps + 1]`."""
+        if not self.acts:
+            scores = [self._score(p, drawn["query"])]
+            for _ in range(steps):
+                p = self.adapted(p, drawn["support"], 1, "none")
+                scores.append(self._score(p, drawn["query"]))
+            return torch.stack(scores, -1)
+        count = next(tree.leaves(drawn)).shape[-1]
+        key = random.fold(key.unsqueeze(-1), torch.arange(count, device=key.device))
+        tasks = world.family.world(drawn, tuple(key.shape), self.inner_settings.num_envs)  # type: ignore[attr-defined]
+        scores = []
+        for i in range(steps + 1):
+            fresh = random.fold(random.fold(key, "measure"), i)
+            found = evaluate(self.inner, p, tasks, fresh, tasks.num_envs, deterministic=deterministic)
+            scores.append(found.returns.mean(-1))
+            if i < steps:
+                p = self.adapted(p, self.rollout(p, tasks, random.fold(key, i))[0], 1, "none")
+        return torch.stack(scores, -1)
+
+    @torch.no_grad()
+    def _score(self, p: Params, query: tree.Tree) -> Tensor:
+        """The mean score on the query, `[*L, K]` float64."""
+        return self.inner.score_of(self.inner.answer(p, query), query).double().mean(-1)
+
+
+def _expand(value: Tensor, axes: int, tasks: int) -> Tensor:
+    return expand_tasks({"": value}, axes, tasks)[""]
