@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlmeta.lab.run import Run, load
     from rlmeta.lab.train import resume, train
     from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
+    from rlmeta.meta import MAML, LearnedOptimizer
 
 _WHERE = {
     "A2C": "rlmeta.agents",
@@ -23,6 +24,8 @@ _WHERE = {
     "PPO": "rlmeta.agents",
     "REINFORCE": "rlmeta.agents",
     "Regressor": "rlmeta.agents",
+    "MAML": "rlmeta.meta",
+    "LearnedOptimizer": "rlmeta.meta",
     "Task": "rlmeta.envs.task",
     "TaskFamily": "rlmeta.envs.task",
     "TaskStream": "rlmeta.envs.streams",
@@ -50,10 +53,12 @@ __all__ = [
     "DQN",
     "EWC",
     "GEM",
+    "MAML",
     "PPO",
     "REINFORCE",
     "Budget",
     "Classifier",
+    "LearnedOptimizer",
     "PackNet",
     "Regressor",
     "Replay",

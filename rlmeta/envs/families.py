@@ -8,8 +8,9 @@ family's `loss` needs.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, get_args
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError
+from rlmeta.envs.datasets import labelled, omniglot
+from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
 from rlmeta.functional.tree import Tree
 
@@ -371,10 +373,76 @@ class NamedFamily:
         """The tasks of every learner."""
         return FamilyWorld(self.source, learner_shape, num_envs)
 
-
     def describe(self) -> dict[str, Any]:
         """What a saved configuration needs to make it again; a family made in code is the user's to give again."""
-        return {"kind": "family", "name": self.name, **({"table": self.table} if self.table else {})}
+        made: dict[str, Any] = {"table": self.table} if self.table else {}
+        if hasattr(self.source, "base"):
+            made = {"task": self.source.base.describe(), "ranges": {n: list(r) for n, r in self.source.ranges.items()}}
+        return {"kind": "family", "name": self.name, **made}
+
+
+def few_shot_digits(ways: int = 3, shots: int = 1, queries: int = 5) -> FewShot:
+    """scikit-learn's digits: 0 to 3 to train on (in four turns, 16 classes), 4 to 6 to validate, 7 to 9 to test."""
+    found = labelled("digits")
+    images = torch.cat([found.train.observation, found.test.observation]).reshape(-1, 8, 8).float() / 255
+    classes = {"train": range(4), "validation": range(4, 7), "test": range(7, 10)}
+    digits = torch.cat([found.train.target, found.test.target])
+    return FewShot(images, digits, classes, ways, shots, queries, rotations=True)
+
+
+def few_shot_omniglot(ways: int = 5, shots: int = 1, queries: int = 5, fold: int = 0, size: int = 28) -> FewShot:
+    """Omniglot with whole alphabets held out.
+
+    Args:
+        ways: N.
+        shots: K.
+        queries: samples of each class in the query set.
+        fold: which alphabets, in the order of their names: two to test from number 2 fold on, the next to validate.
+        size: side of the images, which divides 28; smaller ones are means of pixels.
+    """
+    found = omniglot()
+    count = len(found.alphabet_names)
+    if size < 1 or 28 % size:
+        raise SettingError(f"omniglot: size is {size}, expected a divisor of 28")
+    images = torch.nn.functional.avg_pool2d(found.image.float().unsqueeze(1) / 255, 28 // size).squeeze(1)
+    groups = [int(found.alphabet[found.character == c][0]) for c in range(int(found.character.max()) + 1)]
+    test, validation = [2 * fold % count, (2 * fold + 1) % count], [(2 * fold + 2) % count]
+    classes = split_classes(groups, test, validation)
+    return FewShot(images, found.character, classes, ways, shots, queries, rotations=True)
+
+
+MADE: dict[str, Callable[..., Any]] = {
+    "sinusoid": Sinusoid,
+    "few-shot-digits": few_shot_digits,
+    "few-shot-omniglot": few_shot_omniglot,
+    "quadratics": Quadratics,
+    "digit-mlps": DigitMLPs,
+}
+"""What `family = ` in a file of the `envs` folders may be, and what makes it."""
+
+
+def from_table(name: str, table: dict[str, Any], settings: dict[str, Any] | None = None) -> NamedFamily:
+    """The family that a TOML table with the keys `family` and `settings` describes.
+
+    Args:
+        name: of the table's file.
+        table: what it says.
+        settings: further ones, which win.
+
+    Raises:
+        UnknownNameError: there is no such family, or it has no such setting.
+        SettingError: it can't be made with these settings.
+    """
+    if table["family"] not in MADE:
+        raise unknown_name(f"family in envs/{name}.toml", str(table["family"]), MADE)
+    make, given = MADE[table["family"]], {**table.get("settings", {}), **(settings or {})}
+    known = inspect.signature(make).parameters
+    for setting, value in given.items():
+        if setting not in known:
+            raise unknown_name(f"setting of {name}", setting, known)
+        if not isinstance(value, type(known[setting].default)):
+            raise SettingError(f"{name}: {setting} is {value!r}, expected as {known[setting].default!r}")
+    return NamedFamily(name, make(**given), {**table, "settings": given})
 
 
 class FamilyWorld:

@@ -14,7 +14,8 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.envs.families import Split, task_keys
+from rlmeta.envs.families import NamedFamily, Split, task_keys
+from rlmeta.envs.families import from_table as named_family
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
 from rlmeta.envs.world import World
@@ -267,13 +268,20 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
     return TaskFamily(name, base, {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()})
 
 
-def family(name: str) -> TaskFamily:
-    """The named family of tasks."""
+def family(name: str, settings: dict[str, Any] | None = None) -> TaskFamily | NamedFamily:
+    """The named family: of environments' constants, or of supervised and optimisation tasks with these settings."""
     table = require_named(name)
+    if "family" in table:
+        return named_family(name, table, settings)
     made = from_table(name, table) if table.get("kind") == "family" else None
     if not isinstance(made, TaskFamily):
         raise SettingError(f"{name!r} is a {table.get('kind', 'task')}, expected a family of tasks")
     return made
+
+
+def is_data_family(name: str) -> bool:
+    """Whether a family of supervised or optimisation tasks has this name."""
+    return "family" in (read_named("envs", name) or {})
 
 
 def require_named(name: str) -> dict[str, Any]:

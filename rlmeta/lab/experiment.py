@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmeta import agents
+from rlmeta import agents, meta
 from rlmeta.agents.agent import NetworkFactory
-from rlmeta.envs import native, streams
+from rlmeta.envs import families, native, streams
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
-from rlmeta.envs.task import Task, task
+from rlmeta.envs.task import Task, TaskFamily, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random
+from rlmeta.lab import flags
 from rlmeta.learning import settings as settings_
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, check_needs
@@ -150,7 +151,9 @@ class Experiment:
 def _settings_table(settings: Any) -> dict[str, Any]:
     table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in table.items():
-        if isinstance(value, tuple):
+        if dataclasses.is_dataclass(value):
+            table[name] = flags.text_of(value)
+        elif isinstance(value, tuple):
             table[name] = [one if isinstance(one, int | float | str) else str(one) for one in value]
         elif callable(value):
             table[name] = f"{value.__module__}:{value.__qualname__}"
@@ -180,7 +183,7 @@ def _methods_again(tables: Sequence[dict[str, Any]], where: str) -> tuple[Method
 
 def agent_class(name: str) -> type:
     """The settings class of an agent's command-line name."""
-    classes = {cls.__name__.lower(): cls for cls in agents.ALL}
+    classes = {cls.__name__.lower(): cls for cls in (*agents.ALL, *meta.ALL)}
     if name not in classes:
         from rlmeta.errors import unknown_name
 
@@ -216,6 +219,8 @@ def from_config(
                         "(on the command line --network)"
                     )
                 table["network"] = network
+            if "learner" in table:
+                table["learner"] = flags.learner(table["learner"])
             table.update({name: tuple(value) for name, value in table.items() if isinstance(value, list)})
             settings_.check_names(cls, table, where)
         return Experiment(
@@ -236,7 +241,13 @@ def _problem_again(described: dict[str, Any], source: Any, where: str) -> Any:
     kind = described.get("kind", "task")
     if kind == "stream":
         return _stream_again(described, source, where)
-    if kind == "data":
+    if kind == "family" and source is None and "table" in described:
+        return families.from_table(described["name"], described["table"])
+    if kind == "family" and source is None and "task" in described:
+        ranges = {name: (low, high) for name, (low, high) in described["ranges"].items()}
+        base = _task_again(described["task"], None, where)
+        return families.NamedFamily(described["name"], TaskFamily(described["name"], base, ranges))
+    if kind in ("data", "family"):
         if source is None:
             raise SettingError(f"{where} learned from the samples {described['name']!r}: pass them again as env=")
         return source

@@ -26,6 +26,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, TypeVar
 
 from rlmeta.errors import SettingError
+from rlmeta.learning.settings import check_names
 
 C = TypeVar("C")
 
@@ -96,6 +97,24 @@ def load_module(name: str) -> types.ModuleType:
         raise SettingError(f"no module {name!r} can be imported: run where it lies, or install it") from None
 
 
+def learner(text: str) -> Any:
+    """The settings that `reinforce num_steps=100 baseline=batch` names; None for `none`.
+
+    Raises:
+        SettingError, UnknownNameError: there is no such learner, setting or value.
+    """
+    from rlmeta.lab.experiment import agent_class
+
+    name, *words = text.split()
+    if name == "none":
+        return None
+    cls, texts = agent_class(name), dict(word.split("=", 1) for word in words if "=" in word)
+    if len(texts) < len(words):
+        raise SettingError(f"{text!r}: every word behind {name} is SETTING=VALUE, each setting once")
+    check_names(cls, texts, text)
+    return build(cls, texts)
+
+
 def scalar(text: str) -> int | float | bool | str:
     """A text as TOML reads it: an int, a float, a bool; anything else is a string."""
     try:
@@ -117,6 +136,12 @@ def text_of(value: Any) -> str:
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        words = [
+            f"{f.name}={text_of(changed[f.name])}" for f in dataclasses.fields(value) if changed[f.name] != f.default
+        ]
+        return " ".join([type(value).__name__.lower(), *words])
     if callable(value):
         return f"{value.__module__}:{value.__qualname__}"
     return str(value)
@@ -134,6 +159,8 @@ def _objects(text: str) -> tuple[Any, ...]:
 
 def form(hint: Any) -> Form:
     """How the values of a type hint look."""
+    if typing.get_origin(hint) is Annotated and "learner" in hint.__metadata__:
+        return Form("NAME [SETTING=VALUE ...]", "a learner, with settings behind its name", learner, splits=False)
     if typing.get_origin(hint) is Annotated:  # PerLearner: a float, or floats to compare
         return Form("NUMBER[,...]", "a number", number)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -25,11 +25,11 @@ EXTRAS = {
 
 def agents_table() -> Table:
     """Every agent and the tasks it has presets for."""
-    from rlmeta import agents
+    from rlmeta import agents, meta
     from rlmeta.lab.presets import preset_files
 
     table, presets = _table("agents", "name", "what", "presets for"), preset_files()
-    for cls in agents.ALL:
+    for cls in (*agents.ALL, *meta.ALL):
         name = cls.__name__.lower()
         table.add_row(name, (cls.__doc__ or "").split(".")[0], ", ".join(presets.get(name, [])))
     return table

@@ -22,10 +22,11 @@ import torch
 from rlmeta import lifelong
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import streams
+from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.names import read_toml
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
-from rlmeta.envs.task import Mode, Task, TaskFamily, task
+from rlmeta.envs.task import Mode, Task, TaskFamily, family, is_data_family, task
 from rlmeta.errors import CheckpointError, SettingError, unknown_name
 from rlmeta.lab import flags, presets, run_folder
 from rlmeta.lab import train as training
@@ -148,7 +149,10 @@ class Plan:
                 f"--lifelong, --order and --scenario are for streams of tasks, {self.task!r} is none: "
                 "`rlmeta list streams` shows them"
             )
-        if isinstance(source, Task | TaskFamily):
+        meta = getattr(agent_class(self.agent), "learns_from_tasks", False)
+        if isinstance(source, str) and (is_data_family(source) or (meta and not self.env)):
+            return family(source, self.env)
+        if isinstance(source, Task | TaskFamily | NamedFamily):
             if self.env:
                 raise SettingError(
                     f"--env.{next(iter(self.env))}: {self.task!r} is a task with its settings made already"
@@ -175,7 +179,7 @@ class Plan:
         groups, problem = self.groups, self.problem()
         self.methods()
         if len(groups) > 1:
-            world = (problem.task() if isinstance(problem, TaskFamily) else problem).world((), 1)
+            world = training.resolve(problem, next(iter(groups.values()))).world((), 1)
             try:
                 for settings in groups.values():
                     variants(settings)[0].bind(world.observation_space, world.action_space)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import streams
-from rlmeta.envs.task import TaskFamily, task
+from rlmeta.envs.families import FamilyWorld, NamedFamily
+from rlmeta.envs.task import TaskFamily, family, is_data_family, task
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab import run_folder, stages
@@ -79,7 +80,7 @@ def train(
     experiment = Experiment(
         variants=tuple(one_batch(variants(agent))),
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
-        problem=resolve(problem),
+        problem=resolve(problem, agent),
         budget=budget or Budget(steps=steps),
         methods=tuple(lifelong),
         device=device,
@@ -99,14 +100,30 @@ def train(
         run.close()
 
 
-def resolve(problem: Any) -> Any:
-    """What a run is on: the problem itself, or what its name names; for a family, the task that redraws its constants.
+def resolve(problem: Any, settings: Any = None) -> Any:
+    """What a run is on: the problem itself, or what its name names.
+
+    A meta-learner gets a family as it is, any other learner the task that redraws its constants.
 
     Raises:
         UnknownNameError: nothing has this name.
+        SettingError: a meta-learner without a family, or a family of tasks that only a meta-learner can use.
     """
+    meta = getattr(type(settings), "learns_from_tasks", False)
     if isinstance(problem, str):
-        problem = streams.stream(problem) if streams.is_stream(problem) else task(problem)
+        if streams.is_stream(problem):
+            problem = streams.stream(problem)
+        else:
+            problem = family(problem) if meta or is_data_family(problem) else task(problem)
+    if meta and isinstance(problem, TaskFamily):
+        return NamedFamily(problem.name, problem)
+    if meta != isinstance(problem, NamedFamily):
+        what, name = type(settings).__name__, getattr(problem, "name", problem)
+        raise SettingError(
+            f"{what} learns from a family of tasks, {name!r} is none: `rlmeta list families` shows them"
+            if meta
+            else f"{name!r} is a family of tasks to learn to learn, {what} learns one: use MAML or another meta-learner"
+        )
     return problem.task() if isinstance(problem, TaskFamily) else problem
 
 
@@ -204,6 +221,8 @@ class _Loop:
         self.eval_world: Any = None
         if self.eval_every < self.iterations or run.stream is not None:
             self.eval_world = run.evaluation_world(self.budget.eval_episodes)
+            if isinstance(self.eval_world, FamilyWorld):
+                self.eval_world.split = "validation"
         self.records: dict[str, Records] = {}
         if run.folder is not None:
             self.records = {name: Records(run.folder / f"{name}.jsonl") for name in ("metrics", "timing")}

@@ -2,3 +2,11 @@
 
 `adapt` is the inner loop, `estimators` the third slot, and each further file a method: a choice of the three.
 """
+
+from rlmeta.meta.learned_optimizer import LearnedOptimizer
+from rlmeta.meta.maml import MAML
+
+ALL: tuple[type, ...] = (MAML, LearnedOptimizer)
+"""The settings class of every meta-learner that can be named on the command line."""
+
+__all__ = ["ALL", "MAML", "LearnedOptimizer"]

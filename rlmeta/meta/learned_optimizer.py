@@ -3,8 +3,8 @@
 Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016.
 
 What is learned: the optimizer. Inner algorithm: that optimizer. Estimator: backpropagation through `unroll` steps of
-`horizon`, or evolution strategies on them (ES, PES). The K problems of a meta-batch are minimised at once, `[*L, K]`, each
-at its own place of its own unroll, so that all parts of an unroll count in every meta-gradient.
+`horizon`, or evolution strategies on them (ES, PES). The K problems of a meta-batch are minimised at once, `[*L, K]`,
+each at its own place of its own unroll, so that all parts of an unroll count in every meta-gradient.
 """
 
 from __future__ import annotations

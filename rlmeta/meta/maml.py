@@ -55,8 +55,8 @@ class MAML:
     """Gradient steps to adapt; 0 trains on all tasks jointly."""
     inner_rate: PerLearner = 0.01
     """Step size of the adaptation."""
-    order: Literal["second", "first"] = "second"
-    """Differentiate through the inner gradients, or take them for constants."""
+    first_order: bool = False
+    """Take the inner gradients for constants instead of differentiating through them."""
     meta_rate: PerLearner = 1e-3
     """Adam's step size for the initial weights."""
     meta_rate_schedule: Literal["constant", "linear"] = "constant"
@@ -173,7 +173,8 @@ class MAMLLearner:
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """The loss on the query after adaptation, mean over the tasks `[*L]`: its gradient is the meta-gradient."""
         tasks = next(tree.leaves(batch["query"])).shape[p["hyper"]["inner_rate"].dim()]
-        adapted = self.adapted(self.start(p, tasks), batch["support"], self.settings.inner_steps, self.settings.order)
+        order: Order = "first" if self.settings.first_order else "second"
+        adapted = self.adapted(self.start(p, tasks), batch["support"], self.settings.inner_steps, order)
         inner = StepContext(training=True, report=ctx.report)
         query = self.loss(adapted, batch["query"], inner)
         ctx.info.update({name: value.mean(-1) for name, value in inner.info.items()})
@@ -277,7 +278,7 @@ class MAMLLearner:
         split: Split | None = None,
         deterministic: bool = True,
     ) -> Tensor:
-        """The score on the query of each of `tasks` tasks after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64.
+        """The score on the query of every task after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64.
 
         Args:
             p: the initial weights, as forward passes see them.

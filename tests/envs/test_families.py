@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlmeta.envs.families import NamedFamily, DigitMLPs, FewShot, Quadratics, Sinusoid, split_classes
+from rlmeta.envs.families import DigitMLPs, FewShot, NamedFamily, Quadratics, Sinusoid, split_classes
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 
