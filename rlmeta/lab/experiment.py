@@ -107,7 +107,7 @@ class Experiment:
     @property
     def agent_name(self) -> str:
         """As on the command line."""
-        return type(self.variants[0]).__name__.lower()
+        return settings_.name_of(type(self.variants[0]))
 
     def keys(self) -> Tensor:
         """The learners' random keys `[S]`: of the seed alone, so that variants meet the same luck."""
@@ -183,7 +183,7 @@ def _methods_again(tables: Sequence[dict[str, Any]], where: str) -> tuple[Method
 
 def agent_class(name: str) -> type:
     """The settings class of an agent's command-line name."""
-    classes = {cls.__name__.lower(): cls for cls in (*agents.ALL, *meta.ALL)}
+    classes = {settings_.name_of(cls): cls for cls in (*agents.ALL, *meta.ALL)}
     if name not in classes:
         from rlmeta.errors import unknown_name
 

@@ -26,7 +26,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, TypeVar
 
 from rlmeta.errors import SettingError
-from rlmeta.learning.settings import check_names
+from rlmeta.learning.settings import check_names, name_of
 
 C = TypeVar("C")
 
@@ -141,7 +141,7 @@ def text_of(value: Any) -> str:
         words = [
             f"{f.name}={text_of(changed[f.name])}" for f in dataclasses.fields(value) if changed[f.name] != f.default
         ]
-        return " ".join([type(value).__name__.lower(), *words])
+        return " ".join([name_of(type(value)), *words])
     if callable(value):
         return f"{value.__module__}:{value.__qualname__}"
     return str(value)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rlmeta.envs.names import names, read_toml
 from rlmeta.errors import RlmetaError
 from rlmeta.lab import run_folder
+from rlmeta.learning.settings import name_of
 
 EXTRAS = {
     "box2d": ("Box2D", "rlmeta[box2d]"),
@@ -30,7 +31,7 @@ def agents_table() -> Table:
 
     table, presets = _table("agents", "name", "what", "presets for"), preset_files()
     for cls in (*agents.ALL, *meta.ALL):
-        name = cls.__name__.lower()
+        name = name_of(cls)
         table.add_row(name, (cls.__doc__ or "").split(".")[0], ", ".join(presets.get(name, [])))
     return table
 

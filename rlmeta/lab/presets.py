@@ -22,7 +22,7 @@ from rlmeta.envs.names import folders, names, read_named, read_toml
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.lab import flags
 from rlmeta.lab.experiment import agent_class
-from rlmeta.learning.settings import check_names, per_learner_names
+from rlmeta.learning.settings import check_names, name_of, per_learner_names
 
 DEFAULTS = "defaults"
 
@@ -106,7 +106,7 @@ def _find(agent: type, source: str | None) -> tuple[Path | None, str]:
 
 
 def _own_file(agent: type) -> Path | None:
-    return names("agents").get(agent.__name__.lower())
+    return names("agents").get(name_of(agent))
 
 
 def _tables(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeAlias, TypeVar
@@ -24,6 +25,11 @@ LearnerSettings: TypeAlias = Annotated[Any, "learner"]
 """Settings of another learner, such as the one whose initial weights are learned; None for a default."""
 
 S = TypeVar("S")
+
+
+def name_of(settings_class: type) -> str:
+    """What the command line calls a learner: `PPO` is ppo, `LearnedOptimizer` learned_optimizer."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", settings_class.__name__).lower()
 
 
 def per_learner_names(settings_class: type) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 import rlmeta as rl
 from rlmeta.functional import tree
+from rlmeta.learning.settings import name_of
 
 PROGRAMS = Path(__file__).parents[2] / "agents"
 
@@ -46,6 +47,6 @@ def test_every_agent_has_a_short_program_and_settings():
     from rlmeta.agents import ALL, Regressor
 
     for cls in set(ALL) - {Regressor}:  # which serves meta-learners
-        name = cls.__name__.lower()
+        name = name_of(cls)
         assert len((PROGRAMS / f"{name}.py").read_text().splitlines()) <= 80
         assert (PROGRAMS / f"{name}.toml").is_file()

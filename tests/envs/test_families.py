@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+import rlmeta as rl
+from rlmeta.envs.datasets import data_folder
 from rlmeta.envs.families import DigitMLPs, FewShot, NamedFamily, Quadratics, Sinusoid, split_classes
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional import random, tree
 
 KEY = random.make_keys([0, 1, 2])
@@ -167,3 +169,29 @@ def test_a_world_hands_out_the_familys_tasks():
     ours = world.tasks(KEY, 0, 5, "test")["query"]["target"]
     assert torch.equal(ours, Sinusoid().tasks(KEY, 0, 5, "test")["query"]["target"])
     assert math.prod(ours.shape) == 3 * 5 * 10
+
+
+def test_named_families_are_made_with_settings():
+    assert rl.family("sinusoid", {"shots": 5}).source == Sinusoid(shots=5)
+    digits = rl.family("few-shot-digits").source
+    assert digits.tasks(KEY, 0, 2, "test")["support"]["observation"].shape == (3, 2, 3, 8, 8)
+    assert len(digits._pools["train"][0]) == 16 and len(digits._pools["test"][0]) == 3
+    assert rl.family("quadratics").source == Quadratics() and rl.family("digit-mlps").source == DigitMLPs()
+    with pytest.raises(UnknownNameError, match="unknown setting of sinusoid 'shot': did you mean shots"):
+        rl.family("sinusoid", {"shot": 5})
+    with pytest.raises(SettingError, match="shots is '5', expected as 10"):
+        rl.family("sinusoid", {"shots": "5"})
+
+
+@pytest.mark.skipif(data_folder() is None, reason="RLMETA_DATA names no folder with Omniglot")
+def test_omniglots_folds_hold_every_alphabet_out_once():
+    tested = []
+    for fold in range(4):
+        family = rl.family("few-shot-omniglot", {"fold": fold, "size": 14}).source
+        sizes = {split: len(pool) for split, (pool, _) in family._pools.items()}
+        assert sizes["train"] == 4 * len(family.classes["train"])
+        members = [set(family.classes[split]) for split in ("train", "validation", "test")]
+        assert sum(map(len, members)) == len(set.union(*members)) == len(set(family.labels.tolist()))
+        tested += members[2]
+        assert family.observation_space.shape == (14, 14) and family.observation_space.high.max() <= 1
+    assert len(tested) == len(set(tested)) == len(set.union(*members))

@@ -22,12 +22,14 @@ from rlmeta.functional.losses import (
     ppo_kl_loss,
     q_target,
     td_target,
+    twice_differentiable_policy_gradient_loss,
     value_loss,
 )
 
 # name -> (function, how many tensors [*L, B] it takes first, whether a setting follows, whether it takes `valid`)
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], int, bool, bool]] = {
     "policy_gradient_loss": (policy_gradient_loss, 2, False, True),
+    "twice_differentiable_policy_gradient_loss": (twice_differentiable_policy_gradient_loss, 2, False, True),
     "ppo_clip_loss": (ppo_clip_loss, 3, True, True),
     "ppo_kl_loss": (ppo_kl_loss, 4, True, True),
     "entropy_loss": (entropy_loss, 1, False, True),
@@ -49,7 +51,8 @@ def data(count: int, *shape: int, seed: int = 0) -> list[Tensor]:
 
 def test_every_function_of_samples_is_in_the_table() -> None:
     own = {name for name, f in vars(losses).items() if getattr(f, "__module__", "") == losses.__name__}
-    assert {name for name in own if not name.startswith("_")} == FUNCTIONS.keys() | {"q_target", "double_q_target"}
+    others = {"q_target", "double_q_target", "cross_entropy_loss", "squared_loss"}
+    assert {name for name in own if not name.startswith("_")} == FUNCTIONS.keys() | others
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

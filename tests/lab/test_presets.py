@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import rlmeta as rl
-from rlmeta import agents
+from rlmeta import agents, meta
 from rlmeta.agents import PPO
 from rlmeta.envs import names as names_module
 from rlmeta.envs import streams
@@ -18,6 +18,7 @@ from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional.random import make_keys
 from rlmeta.lab.experiment import agent_class
 from rlmeta.lab.presets import NOTHING, load_preset, preset, preset_files
+from rlmeta.learning.settings import name_of
 
 REPOSITORY = Path(rl.__file__).parents[1]
 FILE = """
@@ -135,7 +136,7 @@ def test_preset_of_an_unknown_task_or_agent() -> None:
 
 
 def test_shipped_presets_are_settings() -> None:
-    known = {cls.__name__.lower(): cls for cls in agents.ALL}
+    known = {name_of(cls): cls for cls in (*agents.ALL, *meta.ALL)}
     for name, tables in preset_files().items():
         assert name in known, f"agents/{name}.toml is of no agent"
         assert tables
@@ -183,7 +184,7 @@ def test_shipped_tasks_families_and_streams_run() -> None:
         table = read_toml(path)
         assert table["description"]
         kinds.add(table.get("kind", "task"))
-        if "data" in table:  # streams of samples: tests/envs/test_streams.py
+        if "data" in table or "family" in table:  # of samples: tests/envs/test_streams.py, test_families.py
             continue
         if table.get("kind") == "stream":
             tasks = streams.from_table(name, table).tasks
