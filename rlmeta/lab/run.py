@@ -22,6 +22,7 @@ from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import State
+from rlmeta.lifelong import metrics
 
 
 class Run:
@@ -159,7 +160,7 @@ class Run:
         seeds, steps = self.experiment.repeats, self.env_steps
         scores = self.scores.reshape(-1, seeds).cpu().numpy()
         rows = []
-        for label, score in zip(self.experiment.labels, scores):
+        for label, score, transfer in zip(self.experiment.labels, scores, self._transfer()):
             low, high = statistics.stratified_bootstrap_interval(score[:, None], statistics.iqm)
             rows.append(
                 {
@@ -177,9 +178,19 @@ class Run:
                     "steps": steps,
                     "seconds": round(self.seconds, 1),
                     "steps_per_second": round(steps * len(self.experiment.learners) / max(self.seconds, 1e-9)),
+                    **transfer,
                 }
             )
         return rows
+
+    def _transfer(self) -> list[dict[str, float]]:
+        """What every variant kept and gained along a stream, means over its learners; nothing of a single problem."""
+        if self.stream is None:
+            return [{} for _ in self.experiment.labels]
+        matrices = self.matrix.reshape(-1, self.experiment.repeats, *self.matrix.shape[1:]).cpu().numpy()
+        names = {"BWT": "backward_transfer", "FWT": "forward_transfer", "forgetting": "forgetting"}
+        found = [metrics.summary(matrix, self.agent.score.maximise) for matrix in matrices]
+        return [{name: float(one[figure].mean()) for name, figure in names.items()} for one in found]
 
     # ------------------------------------------------------------------ files
 

@@ -1,4 +1,7 @@
-"""Train in a process that is killed at a chosen iteration: `python killed.py FOLDER AGENT TASK KILL_AT`."""
+"""Train in a process that is killed at a chosen iteration: `python killed.py FOLDER AGENT TASK KILL_AT`.
+
+On a stream, where the task is one, with lifelong methods behind a plus: "split-digits+ewc+replay".
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import rlmeta as rl
+from rlmeta.envs import streams
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -21,15 +25,23 @@ SETTINGS: dict[str, Any] = {
     "dqn": rl.DQN(num_envs=2, num_steps=8, gradient_steps=2, capacity=200, learning_starts=32, target_every=3,
                   n_steps=2, batch_size=8, hidden_sizes=(8,)),
     "reinforce": rl.REINFORCE(num_envs=2, num_steps=32, action_noise=0.1, hidden_sizes=(8,)),
+    "classifier": rl.Classifier(batch_size=16, num_steps=2, hidden_sizes=(12,)),
 }  # fmt: skip
-STEPS = {"ppo": 1024, "a2c": 512, "dqn": 512, "reinforce": 1024}
+STEPS = {"ppo": 1024, "a2c": 512, "dqn": 512, "reinforce": 1024, "classifier": 128}
+METHODS: dict[str, Any] = {
+    "ewc": rl.EWC(strength=100.0, samples=32),
+    "gem": rl.GEM(memory=16),
+    "agem": rl.AGEM(memory=16),
+    "packnet": rl.PackNet(),
+    "replay": rl.Replay(size=20, batch_size=8),
+}
 
 
-def problem(name: str) -> rl.Task:
-    """A native task, one of Box2D, one whose observations are normalised, or a user's own environment."""
+def problem(name: str) -> Any:
+    """A native task, one of Box2D, a user's own environment, or a stream."""
     if name == "own":
         return rl.task(partial(Target, "discrete"), name="own")
-    return rl.task(name)
+    return rl.stream(name) if streams.is_stream(name) else rl.task(name)
 
 
 def train(folder: str, agent: str, task: str, kill_at: int = 0) -> rl.Run:
@@ -39,9 +51,19 @@ def train(folder: str, agent: str, task: str, kill_at: int = 0) -> rl.Run:
         if kill_at and line["iteration"] >= kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    name, *methods = task.split("+")
     budget = rl.Budget(steps=STEPS[agent], eval_every=STEPS[agent] // 4, eval_episodes=2, final_episodes=2,
                        checkpoint_seconds=0.0, log_points=8)  # fmt: skip
-    return rl.train(SETTINGS[agent], problem(task), seeds=2, out=folder, budget=budget, callbacks=[kill], threads=2)
+    return rl.train(
+        SETTINGS[agent],
+        problem(name),
+        seeds=2,
+        out=folder,
+        budget=budget,
+        callbacks=[kill],
+        threads=2,
+        lifelong=[METHODS[method] for method in methods],
+    )
 
 
 if __name__ == "__main__":

@@ -54,6 +54,29 @@ def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path):
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.parametrize(
+    ("agent", "stream", "tenth"),
+    [
+        ("classifier", "split-digits+ewc+replay", 5),
+        ("classifier", "split-digits+gem", 5),
+        ("classifier", "split-digits+agem", 7),
+        ("classifier", "split-digits+packnet", 3),
+        ("classifier", "split-digits+packnet", 4),
+        ("ppo", "cartpole-conflicts+ewc+replay", 5),
+        ("ppo", "cartpole-conflicts+packnet", 6),
+    ],
+)
+def test_killed_along_a_stream_and_resumed_equals_never_stopped(agent, stream, tenth, tmp_path):
+    """The methods' memories, PackNet's phases and the matrix of scores included; the run says itself what it needs."""
+    whole = killed.train(str(tmp_path / "whole"), agent, stream)
+    at = int(whole.state["count"]["iterations"].max()) * tenth // 10
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "killed"), agent, stream, str(at)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert_same_run(whole, rl.resume(tmp_path / "killed"))
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     whole = killed.train(str(tmp_path / "run"), "a2c", "CartPole-v1")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
