@@ -2,13 +2,27 @@
 
 from rlmeta.agents.a2c import A2C
 from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.behaviour_cloning import BehaviourCloning
 from rlmeta.agents.classifier import Classifier
 from rlmeta.agents.dqn import DQN
+from rlmeta.agents.gail import GAIL
 from rlmeta.agents.ppo import PPO
 from rlmeta.agents.regressor import Regressor
 from rlmeta.agents.reinforce import REINFORCE
 
-ALL: tuple[type, ...] = (REINFORCE, A2C, PPO, DQN, Classifier, Regressor)
+ALL: tuple[type, ...] = (REINFORCE, A2C, PPO, DQN, BehaviourCloning, GAIL, Classifier, Regressor)
 """The settings class of every learner that can be named on the command line."""
 
-__all__ = ["A2C", "ALL", "DQN", "PPO", "REINFORCE", "Agent", "Classifier", "NetworkFactory", "Regressor"]
+__all__ = [
+    "A2C",
+    "ALL",
+    "DQN",
+    "GAIL",
+    "PPO",
+    "REINFORCE",
+    "Agent",
+    "BehaviourCloning",
+    "Classifier",
+    "NetworkFactory",
+    "Regressor",
+]

@@ -64,6 +64,7 @@ class Agent:
         self.observation_space, self.action_space = observation_space, action_space
         self.methods = tuple(methods)
         self.rewards: tuple[Reward, ...] = distinct(getattr(settings, "rewards", ()))
+        self.pretrain: Callable[[State], State] | None = None
         self.capture = Capture() if getattr(settings, "network", None) is None else None
 
     # ------------------------------------------------------------------ what an algorithm provides
@@ -190,6 +191,8 @@ class Agent:
         Returns:
             The new state and the iteration's metrics `[*L]`.
         """
+        if self.pretrain is not None and not bool(state["count"]["iterations"].any()):
+            state = self.pretrain(state)
         state, rollout = collect(self, state, world, self.steps_per_iteration)
         state, episodes = episode_statistics(state, rollout)
         state, rewards, relabelled = self.relabel(state, rollout)

@@ -42,6 +42,9 @@ class CartPole(NativeEnv):
     kinematics_integrator: Literal["euler", "semi-implicit"] = "euler"
     sutton_barto_reward: bool = False
     """0 a step and -1 at the end, rather than 1 a step."""
+    fixed_horizon: bool = False
+    """Never terminate: the angle wraps round and a step pays 1 within the thresholds, 0 outside, as in
+    seals/CartPole-v0. How long an episode lasts then says nothing: a constant reward teaches nothing."""
     max_episode_steps: int | None = 500
 
     reset_noise = 4
@@ -51,11 +54,14 @@ class CartPole(NativeEnv):
             raise SettingError(
                 f"kinematics_integrator={self.kinematics_integrator!r}: expected 'euler' or 'semi-implicit'"
             )
+        if self.fixed_horizon and self.max_episode_steps is None:
+            raise SettingError("fixed_horizon=True without max_episode_steps: such an episode would never end")
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """x, x', theta, theta'; twice the thresholds, so that final observations are inside."""
-        high = np.array([self.x_threshold * 2, np.inf, self.theta_threshold * 2, np.inf], dtype=np.float32)
+        """x, x', theta, theta'; to twice the thresholds, so that final observations are inside."""
+        x, theta = (np.inf, np.pi) if self.fixed_horizon else (self.x_threshold * 2, self.theta_threshold * 2)
+        high = np.array([x, np.inf, theta, np.inf], dtype=np.float32)
         return gym.spaces.Box(-high, high, dtype=np.float32)
 
     @cached_property
@@ -81,6 +87,10 @@ class CartPole(NativeEnv):
         change = torch.stack((velocity, acceleration, angular_velocity, angular_acceleration), -1)
         new = change.mul_(tau.unsqueeze(-1) if isinstance(tau, Tensor) else tau).add_(old)
         terminated = (new.abs() > self._limits(new, physics)).any(-1)
+        if self.fixed_horizon:
+            wrapped = torch.remainder(new[..., 2:3] + math.pi, 2 * math.pi) - math.pi
+            new = torch.cat((new[..., :2], wrapped, new[..., 3:]), -1)
+            return {"state": new}, (~terminated).float(), torch.zeros_like(terminated)
         reward = -terminated.float() if self.sutton_barto_reward else torch.ones_like(terminated, dtype=torch.float32)
         return {"state": new}, reward, terminated
 

@@ -1,0 +1,338 @@
+"""Generative adversarial imitation learning (Ho and Ermon, 2016): a reward for looking like the demonstrations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from rlmeta.agents.behaviour_cloning import chosen, draw, warm_start
+from rlmeta.agents.ppo import PPO, PPOAgent
+from rlmeta.agents.rewards import distinct
+from rlmeta.agents.rewards.reward import Memory, Rewards
+from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.world import World
+from rlmeta.errors import SettingError
+from rlmeta.functional import optim, random, tree
+from rlmeta.functional.axes import align, masked_mean
+from rlmeta.functional.normalise import normalise, running_init, running_update
+from rlmeta.learning.average import Average
+from rlmeta.learning.capture import Capture
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.method import Method
+from rlmeta.learning.minibatch import flatten_time, gather
+from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.nn import MLP, Context, Encoder, stack
+
+Form = Literal["softplus", "logit", "log_sigmoid"]
+"""The reward of a logit x: -log(1 - D) = softplus(x), x itself (the sum of both), or log D = -softplus(-x)."""
+
+
+@dataclass(frozen=True)
+class GAIL(PPO):
+    """Settings of GAIL: PPO's, whose reward is how much a step looks like the demonstrations.
+
+    Any other agent learns from the same reward with `rewards=(AdversarialReward(...),)`.
+    """
+
+    demonstrations: Demonstrations | str | None = None
+    """What to imitate: a file of `rlmeta record`, or Demonstrations."""
+    episodes: int = 0
+    """Of the demonstrations, take only the first so many; 0 takes all."""
+    shuffled: bool = False
+    """A control that must fail: imitate the demonstrations with their actions at random steps."""
+    form: Form = "softplus"
+    """The learned reward: softplus (the paper's, always positive), logit, or log_sigmoid (always negative)."""
+    discriminator_updates: int = 8
+    """Gradient steps of the discriminator for each rollout."""
+    discriminator_batch_size: int = 512
+    """Steps of the demonstrations, and of the rollout, in a minibatch of the discriminator."""
+    discriminator_learning_rate: PerLearner = 1e-3
+    """Adam's step size for the discriminator."""
+    discriminator_hidden_sizes: tuple[int, ...] = (32, 32)
+    """Widths of the discriminator's hidden layers."""
+    gradient_penalty: PerLearner = 10.0
+    """Weight of (|d logit / d input| - 1)^2 between the two sides (Gulrajani et al., 2017)."""
+    absorbing: bool = False
+    """Let the discriminator see what comes after a terminal state (Kostrikov et al., 2019): without it a reward that is
+    always positive pays for surviving, and one that is always negative for ending soon, whatever was demonstrated."""
+    warm_start: int = 0
+    """Gradient steps of behaviour cloning before the first rollout."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, "discriminator_learning_rate", 0.0, above=True)
+        for name in ("discriminator_updates", "discriminator_batch_size"):
+            require_range(self, name, 1)
+        for name in ("episodes", "warm_start"):
+            require_range(self, name, 0)
+
+    def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
+        """PPO for environments of these spaces, with the discriminator before its other rewards."""
+        given = chosen(self.demonstrations, self.episodes, observation_space, action_space)
+        given = given.shuffled() if self.shuffled else given
+        learned = AdversarialReward(
+            given,
+            self.form,
+            self.discriminator_updates,
+            self.discriminator_batch_size,
+            hidden_sizes=self.discriminator_hidden_sizes,
+            absorbing=self.absorbing,
+        )
+        agent = PPOAgent(self, observation_space, action_space, methods)
+        agent.rewards = distinct((learned, *agent.rewards))
+        if self.warm_start:
+            steps = given.transitions()
+            agent.pretrain = lambda state: warm_start(agent, state, steps, self.warm_start, 64, 1e-3)
+        return agent
+
+
+@dataclass(frozen=True, eq=False)
+class AdversarialReward:
+    """Replaces the task's reward by a discriminator's, which is trained on every rollout before it judges it.
+
+    The discriminator maximises E_demonstrations[log D] + E_agent[log(1 - D)] with D = sigmoid(logit(s, a)).
+    """
+
+    demonstrations: Demonstrations
+    """What to imitate."""
+    form: Form = "softplus"
+    """See `Form`."""
+    updates: int = 8
+    """Gradient steps for each rollout."""
+    batch_size: int = 512
+    """Steps of each side in a minibatch."""
+    learning_rate: float = 1e-3
+    """Adam's step size; an agent with the setting `discriminator_learning_rate` brings its own."""
+    gradient_penalty: float = 10.0
+    """Weight of (|d logit / d input| - 1)^2 between the two sides; an agent with this setting brings its own."""
+    hidden_sizes: tuple[int, ...] = (32, 32)
+    """Widths of the hidden layers."""
+    absorbing: bool = False
+    """Let the discriminator see what comes after a terminal state."""
+    name: str = "imitation"
+    """Of the stream and the memory."""
+
+    # ------------------------------------------------------------------ set-up
+
+    @cached_property
+    def discriminator(self) -> Discriminator:
+        """The network on the demonstrations' spaces."""
+        spaces = self.demonstrations.observation_space, self.demonstrations.action_space
+        return Discriminator(*spaces, self.hidden_sizes, self.absorbing)
+
+    @cached_property
+    def steps(self) -> dict[str, Tensor]:
+        """The demonstrations as the discriminator reads them: `input` `[M, D]`, `ends` `[M]`."""
+        steps = self.demonstrations.transitions()
+        inputs = self.discriminator.encode(steps["observation"], steps["action"])
+        return {"input": inputs, "ends": steps["terminated"].to(inputs.dtype)}
+
+    def init(self, agent: Any, state: State, world: World) -> Memory:
+        """A fresh discriminator for every learner, its optimizer, and running statistics of its inputs.
+
+        Raises:
+            DemonstrationError: demonstrations of other spaces than the task's.
+            SettingError: `absorbing` without a discount below 1.
+        """
+        self.demonstrations.check(world.observation_space, world.action_space)
+        if self.absorbing and not bool((state["params"]["hyper"]["gamma"] < 1).all()):
+            raise SettingError("absorbing=True needs gamma below 1: an absorbing state pays for ever")
+        key = random.fold(state["key"], f"rewards/{self.name}")
+        memory: Memory = {
+            "params": {
+                "weights": stack(self.discriminator.make, random.fold(key, "initialisation")),
+                "buffers": {},
+                "normalisers": {"input": running_init(key.shape, (self.discriminator.features,), key.device)},
+            },
+            "key": key,
+            "count": {"gradient_steps": torch.zeros_like(key)},
+            "active": torch.ones_like(state["active"]),
+        }
+        memory["optimizer"] = init_optimizer(optim.adam(self._hyper(state)["discriminator_learning_rate"]), memory)
+        return memory
+
+    def _hyper(self, state: State) -> dict[str, Tensor]:
+        """The agent's settings `[*L]` of the discriminator, or this reward's own."""
+        own = {"discriminator_learning_rate": self.learning_rate, "gradient_penalty": self.gradient_penalty}
+        full = {name: torch.full_like(state["progress"], value, dtype=torch.float32) for name, value in own.items()}
+        return {name: state["params"]["hyper"].get(name, value) for name, value in full.items()}
+
+    # ------------------------------------------------------------------ learn, then judge
+
+    def relabel(
+        self, agent: Any, state: State, memory: Memory, rollout: Rollout, rewards: Rewards
+    ) -> tuple[Memory, Rewards, dict[str, Tensor]]:
+        """Train the discriminator on the rollout, then let its reward take the place of the task's.
+
+        Metrics: loss, entropy and, on each side, accuracy of the discriminator.
+        """
+        axes, ended = state["key"].dim(), rollout["terminated"] & rollout["valid"]
+        if not self.absorbing and bool(ended.any()):
+            _warn_of_horizons(self.form)
+        inputs = self.discriminator.encode(rollout["observation"], rollout["action"])
+        judged = {"input": inputs, "ends": ended.to(inputs.dtype), "valid": rollout["valid"].to(inputs.dtype)}
+        memory = self._update_statistics(dict(memory), flatten_time(judged, axes))
+        scaled = {**judged, "input": self._normalise(memory, inputs)}
+        memory, metrics = self._train(memory, flatten_time(scaled, axes), self._hyper(state))
+        state["active"] = state["active"] & memory["active"]
+        reward = self.reward(memory["params"], scaled, state["params"]["hyper"]["gamma"])
+        reward = reward.masked_fill(~rollout["valid"], 0.0)
+        others = {name: stream for name, stream in rewards.items() if name != "task"}
+        return memory, {self.name: reward, **others}, metrics
+
+    def reward(self, p: Params, steps: dict[str, Tensor], gamma: Tensor) -> Tensor:
+        """The reward `[*L, T, N]` of steps with normalised inputs; what follows a terminal state is paid with its last.
+
+        The absorbing state pays r for ever: a terminal step gets r gamma / (1 - gamma) on top.
+        """
+        logit = self.discriminator.logit(p, steps["input"])
+        reward = _form(self.form, logit)
+        if not self.absorbing:
+            return reward
+        for_ever = _form(self.form, self.discriminator.absorbing_logit(p)) * (gamma / (1 - gamma))
+        return reward + steps["ends"] * align(for_ever, reward)
+
+    def _update_statistics(self, memory: Memory, steps: dict[str, Tensor]) -> Memory:
+        """Count the rollout's inputs `[*L, M, D]`, and as many of the demonstrations'."""
+        p, inputs = memory["params"], steps["input"]
+        count = memory["count"]["gradient_steps"]
+        shown = draw({"input": self.steps["input"]}, random.fold(memory["key"], "statistics"), count, inputs.shape[-2])
+        import os
+        running = p["normalisers"]["input"]
+        if os.environ.get("NORM") != "demo": running = running_update(running, inputs, steps["valid"].bool())
+        running = running_update(running, shown["input"])
+        memory["params"] = {**p, "normalisers": {"input": running}}
+        return memory
+
+    def _normalise(self, memory: Memory, inputs: Tensor) -> Tensor:
+        return normalise(inputs, memory["params"]["normalisers"]["input"])
+
+    def _train(
+        self, memory: Memory, steps: dict[str, Tensor], hyper: dict[str, Tensor]
+    ) -> tuple[Memory, dict[str, Tensor]]:
+        """Gradient steps on minibatches of the demonstrations and of a rollout `[*L, M, ...]`."""
+        average, optimizer = Average(), optim.adam(hyper["discriminator_learning_rate"])
+        for _ in range(self.updates):
+            counter = memory["count"]["gradient_steps"]
+            shown = draw(self.steps, memory["key"], counter, self.batch_size)
+            rows = random.integers(memory["key"], "rollout", counter, (self.batch_size,), steps["input"].shape[-2])
+            batch = {
+                "demonstrations": {**shown, "input": self._normalise(memory, shown["input"])},
+                "agent": gather(steps, rows),
+                "mix": random.uniform(memory["key"], "mix", counter, (self.batch_size, 1)),
+                "gradient_penalty": hyper["gradient_penalty"],
+            }
+            with torch.enable_grad():
+                memory, info = step(self.discriminator, memory, batch, optimizer)
+            memory["count"] = {"gradient_steps": counter + 1}
+            average.add(info)
+        return memory, {f"discriminator/{name.split('/')[-1]}": value for name, value in average.result().items()}
+
+
+class Discriminator:
+    """The logit of "this step is demonstrated" from an observation and an action; what `step` trains.
+
+    Args:
+        observation_space: of one environment.
+        action_space: of one environment.
+        hidden_sizes: widths of the hidden layers.
+        absorbing: give it a further input that is 1 in the absorbing state and 0 elsewhere.
+    """
+
+    def __init__(
+        self, observation_space: gym.Space, action_space: gym.Space, hidden_sizes: tuple[int, ...], absorbing: bool
+    ) -> None:
+        self.observation, self.action, self.absorbing = Encoder(observation_space), Encoder(action_space), absorbing
+        self.features = self.observation.features + self.action.features + absorbing
+        self.bounds: tuple[Tensor, Tensor] | None = None
+        if isinstance(action_space, gym.spaces.Box):
+            self.bounds = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.hidden_sizes, self.capture = hidden_sizes, Capture()
+        self.network = self.make()
+
+    def make(self) -> MLP:
+        """A fresh network."""
+        return MLP(self.features, self.hidden_sizes, 1)
+
+    def encode(self, observation: tree.Tree, action: Tensor) -> Tensor:
+        """Steps `[*L, ...]` as inputs `[*L, ..., D]`; Box actions within their bounds, as they are taken."""
+        if self.bounds is not None:
+            low, high = (bound.to(action) for bound in self.bounds)
+            action = action.clamp(low, high)
+        parts = [self.observation.run({}, observation, Context()), self.action.run({}, action, Context())]
+        if self.absorbing:
+            parts.append(torch.zeros_like(parts[0][..., :1]))
+        return torch.cat(parts, -1)
+
+    def logit(self, p: Params, inputs: Tensor) -> Tensor:
+        """`[*L, ..., D]` -> `[*L, ...]`"""
+        return self.network.run(p["weights"], inputs, Context()).squeeze(-1)
+
+    def absorbing_logit(self, p: Params) -> Tensor:
+        """Of the absorbing state, `[*L]`."""
+        return self.logit(p, self._absorbing_input(p)).squeeze(-1)
+
+    def _absorbing_input(self, p: Params) -> Tensor:
+        """Nothing observed and nothing done, `[*L, 1, D]`."""
+        weight = next(iter(p["weights"].values()))
+        row = torch.zeros(1, self.features, dtype=weight.dtype, device=weight.device)
+        row[..., -1] = 1.0
+        return row.expand(*weight.shape[:-2], 1, self.features)
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """Binary cross-entropy `[*L]` of the demonstrations as 1 and the agent as 0, the two sides weighted alike.
+
+        Every end is followed by a visit of the absorbing state where that is seen.
+        """
+        shown, own = batch["demonstrations"], batch["agent"]
+        inputs = [shown["input"], own["input"]]
+        if self.absorbing:
+            inputs.append(self._absorbing_input(p))
+        sizes = [x.shape[-2] for x in inputs]
+        real, fake, *rest = torch.split(self.logit(p, torch.cat(inputs, -2)), sizes, -1)
+        valid = own["valid"]
+        real_loss, fake_loss = softplus(-real).mean(-1), masked_mean(softplus(fake), valid)
+        if rest:
+            real_ends, fake_ends = shown["ends"].mean(-1), masked_mean(own["ends"], valid)
+            absorbed = rest[0].squeeze(-1)
+            real_loss = (real_loss + real_ends * softplus(-absorbed)) / (1 + real_ends)
+            fake_loss = (fake_loss + fake_ends * softplus(absorbed)) / (1 + fake_ends)
+        if ctx.report:
+            with torch.no_grad():
+                ctx.info["accuracy_demonstrations"] = (real > 0).to(real.dtype).mean(-1)
+                ctx.info["accuracy_agent"] = masked_mean((fake < 0).to(fake.dtype), valid)
+                both = torch.cat((real, fake), -1)
+                ctx.info["entropy"] = (softplus(both) - both * both.sigmoid()).mean(-1)
+        mixed = torch.lerp(own["input"], shown["input"], batch["mix"]).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.logit(p, mixed).sum(), mixed, create_graph=True)
+        penalty = (slope.square().sum(-1).add(1e-12).sqrt() - 1).square().mean(-1)
+        return {"loss": real_loss + fake_loss, "gradient_penalty": batch["gradient_penalty"] * penalty}
+
+
+def _form(form: Form, logit: Tensor) -> Tensor:
+    if form == "softplus":
+        return softplus(logit)
+    return logit if form == "logit" else -softplus(-logit)
+
+
+def _warn_of_horizons(form: Form) -> None:
+    """Name the bias of rewards of one sign where episodes end by terminating."""
+    bias = {
+        "softplus": "form='softplus' is always positive and so pays for surviving",
+        "log_sigmoid": "form='log_sigmoid' is always negative and so pays for ending soon",
+        "logit": "form='logit' has no sign of its own, but nothing is learned of what comes after an end",
+    }
+    text = (
+        f"episodes terminate at different times: {bias[form]}, whatever was demonstrated; absorbing=True removes that"
+    )
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
