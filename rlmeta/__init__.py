@@ -6,12 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlmeta.agents import A2C, DQN, PPO, REINFORCE, Classifier, Regressor
+    from rlmeta.agents import (
+        A2C,
+        DQN,
+        GAIL,
+        IRL,
+        PPO,
+        REINFORCE,
+        AdversarialReward,
+        BehaviourCloning,
+        Classifier,
+        Regressor,
+    )
+    from rlmeta.agents.rewards import EpisodicCounts, PotentialShaping
+    from rlmeta.envs.demonstrations import Demonstrations
     from rlmeta.envs.streams import TaskStream, stream
     from rlmeta.envs.task import Task, TaskFamily, family, task
     from rlmeta.errors import RlmetaError
     from rlmeta.lab.experiment import Budget
     from rlmeta.lab.presets import preset
+    from rlmeta.lab.record import record
     from rlmeta.lab.run import Run, load
     from rlmeta.lab.train import resume, train
     from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
@@ -19,6 +33,14 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "A2C": "rlmeta.agents",
+    "record": "rlmeta.lab.record",
+    "Demonstrations": "rlmeta.envs.demonstrations",
+    "PotentialShaping": "rlmeta.agents.rewards",
+    "EpisodicCounts": "rlmeta.agents.rewards",
+    "IRL": "rlmeta.agents",
+    "GAIL": "rlmeta.agents",
+    "BehaviourCloning": "rlmeta.agents",
+    "AdversarialReward": "rlmeta.agents",
     "Classifier": "rlmeta.agents",
     "DQN": "rlmeta.agents",
     "PPO": "rlmeta.agents",
@@ -52,14 +74,21 @@ __all__ = [
     "AGEM",
     "DQN",
     "EWC",
+    "GAIL",
     "GEM",
+    "IRL",
     "MAML",
     "PPO",
     "REINFORCE",
+    "AdversarialReward",
+    "BehaviourCloning",
     "Budget",
     "Classifier",
+    "Demonstrations",
+    "EpisodicCounts",
     "LearnedOptimizer",
     "PackNet",
+    "PotentialShaping",
     "Regressor",
     "Replay",
     "RlmetaError",
@@ -70,6 +99,7 @@ __all__ = [
     "family",
     "load",
     "preset",
+    "record",
     "resume",
     "stream",
     "task",

@@ -177,6 +177,15 @@ class OwnCode:
     """The network again, as package.module:Name."""
     env: str | None = None
     """The environment's factory again, as package.module:name."""
+    rewards: str = "none"
+    """The rewards again, as package.module:Name, joined by +."""
+
+    def settings(self) -> dict[str, Any]:
+        """What of it is a setting that the run's configuration only describes."""
+        from rlmeta.lab.flags import load_objects
+
+        rewards = load_objects(self.rewards)
+        return {"rewards": rewards} if rewards else {}
 
 
 @dataclass(frozen=True)
@@ -242,7 +251,8 @@ def evaluate(arguments: list[str]) -> int:
 
     rows: list[dict[str, Any]] = []
     for label, member in members(folder).items():
-        run = load(member, network=loaded_network(own.network), env=loaded_env_of(member, own.env))
+        env = loaded_env_of(member, own.env)
+        run = load(member, network=loaded_network(own.network), env=env, own=own.settings())
         try:
             run.evaluation = run.evaluate(
                 chosen.episodes, deterministic=not chosen.sampled, best=chosen.best, seed=chosen.seed
@@ -270,6 +280,7 @@ def resume(arguments: list[str]) -> int:
         folder,
         network=plans.loaded_network(own.network),
         env=plans.loaded_env_of(folder, own.env),
+        own=own.settings(),
         progress=not chosen.quiet,
         inexact=chosen.inexact,
     )
@@ -297,7 +308,8 @@ def record(arguments: list[str]) -> int:
         raise SettingError(
             f"{folder} holds several runs: record one of {', '.join(map(str, plans.members(folder).values()))}"
         )
-    run = load(folder, network=plans.loaded_network(own.network), env=plans.loaded_env_of(folder, own.env))
+    env = plans.loaded_env_of(folder, own.env)
+    run = load(folder, network=plans.loaded_network(own.network), env=env, own=own.settings())
     try:
         made = play(
             run,

@@ -11,7 +11,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, Metrics, NetworkFactory
+from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.world import World
@@ -20,6 +20,7 @@ from rlmeta.functional import optim, random, tree
 from rlmeta.functional.normalise import running_update
 from rlmeta.learning.average import Average
 from rlmeta.learning.capture import Capture
+from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
@@ -142,10 +143,7 @@ class BehaviourCloningAgent(Agent):
             batch = draw(self.transitions, state["key"], state["count"]["iterations"] * s.num_steps + i, s.batch_size)
             state, info = step(self, state, batch, optimizer, max_grad_norm=h["max_grad_norm"], methods=self.methods)
             average.add(info)
-        count, nothing = state["count"], torch.zeros_like(state["progress"])
-        state["count"] = {**count, "iterations": count["iterations"] + 1}
-        episodes = dict.fromkeys(("return_sum", "length_sum", "episodes"), nothing)
-        return state, {**average.result(), "charts/learning_rate": rate, **episodes}
+        return count_steps(state, s.num_steps), {**average.result(), "charts/learning_rate": rate}
 
     def draw(self, state: State, world: World, n: int) -> tree.Tree:
         """n steps of the demonstrations, `[*L, n, ...]`."""
@@ -174,6 +172,14 @@ def chosen(
     loaded = given if isinstance(given, Demonstrations) else Demonstrations.load(given)
     loaded.check(observation_space, action_space)
     return loaded.first(episodes) if episodes else loaded
+
+
+def count_steps(state: State, steps: int) -> State:
+    """Count an iteration that acted nowhere: what a budget counts are its gradient steps."""
+    count = state["count"]
+    moved = {name: count[name] + steps for name in ("vector_steps", "env_steps", "task_steps")}
+    state["count"] = {**count, **moved, "iterations": count["iterations"] + 1}
+    return state
 
 
 def draw(transitions: tree.Tree, key: Tensor, counter: int | Tensor, count: int) -> tree.Tree:

@@ -19,7 +19,7 @@ from rlmeta.agents.rewards import distinct
 from rlmeta.agents.rewards.reward import Memory, Rewards
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.world import World
-from rlmeta.errors import SettingError
+from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.normalise import normalise, running_init, running_update
@@ -32,6 +32,9 @@ from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import MLP, Context, Encoder, stack
+
+SMALLEST_VARIANCE = 1e-4
+"""Of an input that the demonstrations hardly vary: less would make every other value of it infinitely far."""
 
 Form = Literal["softplus", "logit", "log_sigmoid"]
 """The reward of a logit x: -log(1 - D) = softplus(x), x itself (the sum of both), or log D = -softplus(-x)."""
@@ -52,15 +55,15 @@ class GAIL(PPO):
     """A control that must fail: imitate the demonstrations with their actions at random steps."""
     form: Form = "softplus"
     """The learned reward: softplus (the paper's, always positive), logit, or log_sigmoid (always negative)."""
-    discriminator_updates: int = 8
+    discriminator_updates: int = 50
     """Gradient steps of the discriminator for each rollout."""
-    discriminator_batch_size: int = 512
+    discriminator_batch_size: int = 256
     """Steps of the demonstrations, and of the rollout, in a minibatch of the discriminator."""
-    discriminator_learning_rate: PerLearner = 1e-3
+    discriminator_learning_rate: PerLearner = 3e-3
     """Adam's step size for the discriminator."""
     discriminator_hidden_sizes: tuple[int, ...] = (32, 32)
     """Widths of the discriminator's hidden layers."""
-    gradient_penalty: PerLearner = 10.0
+    gradient_penalty: PerLearner = 1.0
     """Weight of (|d logit / d input| - 1)^2 between the two sides (Gulrajani et al., 2017)."""
     absorbing: bool = False
     """Let the discriminator see what comes after a terminal state (Kostrikov et al., 2019): without it a reward that is
@@ -71,6 +74,7 @@ class GAIL(PPO):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self, "discriminator_learning_rate", 0.0, above=True)
+        require_range(self, "gradient_penalty", 0.0)
         for name in ("discriminator_updates", "discriminator_batch_size"):
             require_range(self, name, 1)
         for name in ("episodes", "warm_start"):
@@ -107,13 +111,13 @@ class AdversarialReward:
     """What to imitate."""
     form: Form = "softplus"
     """See `Form`."""
-    updates: int = 8
+    updates: int = 50
     """Gradient steps for each rollout."""
-    batch_size: int = 512
+    batch_size: int = 256
     """Steps of each side in a minibatch."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Adam's step size; an agent with the setting `discriminator_learning_rate` brings its own."""
-    gradient_penalty: float = 10.0
+    gradient_penalty: float = 1.0
     """Weight of (|d logit / d input| - 1)^2 between the two sides; an agent with this setting brings its own."""
     hidden_sizes: tuple[int, ...] = (32, 32)
     """Widths of the hidden layers."""
@@ -127,18 +131,10 @@ class AdversarialReward:
     @cached_property
     def discriminator(self) -> Discriminator:
         """The network on the demonstrations' spaces."""
-        spaces = self.demonstrations.observation_space, self.demonstrations.action_space
-        return Discriminator(*spaces, self.hidden_sizes, self.absorbing)
-
-    @cached_property
-    def steps(self) -> dict[str, Tensor]:
-        """The demonstrations as the discriminator reads them: `input` `[M, D]`, `ends` `[M]`."""
-        steps = self.demonstrations.transitions()
-        inputs = self.discriminator.encode(steps["observation"], steps["action"])
-        return {"input": inputs, "ends": steps["terminated"].to(inputs.dtype)}
+        return Discriminator(self.demonstrations, self.hidden_sizes, self.absorbing)
 
     def init(self, agent: Any, state: State, world: World) -> Memory:
-        """A fresh discriminator for every learner, its optimizer, and running statistics of its inputs.
+        """A fresh discriminator for every learner and its optimizer.
 
         Raises:
             DemonstrationError: demonstrations of other spaces than the task's.
@@ -148,20 +144,18 @@ class AdversarialReward:
         if self.absorbing and not bool((state["params"]["hyper"]["gamma"] < 1).all()):
             raise SettingError("absorbing=True needs gamma below 1: an absorbing state pays for ever")
         key = random.fold(state["key"], f"rewards/{self.name}")
+        weights = stack(self.discriminator.make, random.fold(key, "initialisation"))
         memory: Memory = {
-            "params": {
-                "weights": stack(self.discriminator.make, random.fold(key, "initialisation")),
-                "buffers": {},
-                "normalisers": {"input": running_init(key.shape, (self.discriminator.features,), key.device)},
-            },
+            "params": {"weights": weights, "buffers": {}},
             "key": key,
             "count": {"gradient_steps": torch.zeros_like(key)},
             "active": torch.ones_like(state["active"]),
+            "digest": torch.full_like(key, int(self.demonstrations.digest[:15], 16)),
         }
-        memory["optimizer"] = init_optimizer(optim.adam(self._hyper(state)["discriminator_learning_rate"]), memory)
+        memory["optimizer"] = init_optimizer(optim.adam(self.hyper(state)["discriminator_learning_rate"]), memory)
         return memory
 
-    def _hyper(self, state: State) -> dict[str, Tensor]:
+    def hyper(self, state: State) -> dict[str, Tensor]:
         """The agent's settings `[*L]` of the discriminator, or this reward's own."""
         own = {"discriminator_learning_rate": self.learning_rate, "gradient_penalty": self.gradient_penalty}
         full = {name: torch.full_like(state["progress"], value, dtype=torch.float32) for name, value in own.items()}
@@ -176,103 +170,99 @@ class AdversarialReward:
 
         Metrics: loss, entropy and, on each side, accuracy of the discriminator.
         """
-        axes, ended = state["key"].dim(), rollout["terminated"] & rollout["valid"]
-        if not self.absorbing and bool(ended.any()):
+        if bool((memory["digest"] != int(self.demonstrations.digest[:15], 16)).any()):
+            raise DemonstrationError("the demonstrations are not those the run began with: give it the same file")
+        steps = self.read(rollout)
+        if not self.absorbing and bool(steps["ends"].any()):
             _warn_of_horizons(self.form)
-        inputs = self.discriminator.encode(rollout["observation"], rollout["action"])
-        judged = {"input": inputs, "ends": ended.to(inputs.dtype), "valid": rollout["valid"].to(inputs.dtype)}
-        memory = self._update_statistics(dict(memory), flatten_time(judged, axes))
-        scaled = {**judged, "input": self._normalise(memory, inputs)}
-        memory, metrics = self._train(memory, flatten_time(scaled, axes), self._hyper(state))
+        with torch.enable_grad():
+            memory, metrics = self.train(dict(memory), flatten_time(steps, state["key"].dim()), self.hyper(state))
         state["active"] = state["active"] & memory["active"]
-        reward = self.reward(memory["params"], scaled, state["params"]["hyper"]["gamma"])
-        reward = reward.masked_fill(~rollout["valid"], 0.0)
+        reward = self.judge(memory["params"], steps, state["params"]["hyper"]["gamma"])
         others = {name: stream for name, stream in rewards.items() if name != "task"}
         return memory, {self.name: reward, **others}, metrics
 
-    def reward(self, p: Params, steps: dict[str, Tensor], gamma: Tensor) -> Tensor:
-        """The reward `[*L, T, N]` of steps with normalised inputs; what follows a terminal state is paid with its last.
+    def read(self, rollout: Rollout) -> dict[str, Tensor]:
+        """A rollout as the discriminator sees it, `[*L, T, N, ...]`: `input`, and `ends` and `valid` as numbers."""
+        inputs = self.discriminator.encode(rollout["observation"], rollout["action"])
+        ends = rollout["terminated"] & rollout["valid"]
+        return {"input": inputs, "ends": ends.to(inputs.dtype), "valid": rollout["valid"].to(inputs.dtype)}
 
-        The absorbing state pays r for ever: a terminal step gets r gamma / (1 - gamma) on top.
-        """
-        logit = self.discriminator.logit(p, steps["input"])
-        reward = _form(self.form, logit)
-        if not self.absorbing:
-            return reward
-        for_ever = _form(self.form, self.discriminator.absorbing_logit(p)) * (gamma / (1 - gamma))
-        return reward + steps["ends"] * align(for_ever, reward)
-
-    def _update_statistics(self, memory: Memory, steps: dict[str, Tensor]) -> Memory:
-        """Count the rollout's inputs `[*L, M, D]`, and as many of the demonstrations'."""
-        p, inputs = memory["params"], steps["input"]
-        count = memory["count"]["gradient_steps"]
-        shown = draw({"input": self.steps["input"]}, random.fold(memory["key"], "statistics"), count, inputs.shape[-2])
-        import os
-        running = p["normalisers"]["input"]
-        if os.environ.get("NORM") != "demo": running = running_update(running, inputs, steps["valid"].bool())
-        running = running_update(running, shown["input"])
-        memory["params"] = {**p, "normalisers": {"input": running}}
-        return memory
-
-    def _normalise(self, memory: Memory, inputs: Tensor) -> Tensor:
-        return normalise(inputs, memory["params"]["normalisers"]["input"])
-
-    def _train(
+    def train(
         self, memory: Memory, steps: dict[str, Tensor], hyper: dict[str, Tensor]
     ) -> tuple[Memory, dict[str, Tensor]]:
         """Gradient steps on minibatches of the demonstrations and of a rollout `[*L, M, ...]`."""
         average, optimizer = Average(), optim.adam(hyper["discriminator_learning_rate"])
         for _ in range(self.updates):
-            counter = memory["count"]["gradient_steps"]
-            shown = draw(self.steps, memory["key"], counter, self.batch_size)
-            rows = random.integers(memory["key"], "rollout", counter, (self.batch_size,), steps["input"].shape[-2])
+            key, counter = memory["key"], memory["count"]["gradient_steps"]
+            rows = random.integers(key, "rollout", counter, (self.batch_size,), steps["input"].shape[-2])
             batch = {
-                "demonstrations": {**shown, "input": self._normalise(memory, shown["input"])},
+                "demonstrations": draw(self.discriminator.shown, key, counter, self.batch_size),
                 "agent": gather(steps, rows),
-                "mix": random.uniform(memory["key"], "mix", counter, (self.batch_size, 1)),
+                "mix": random.uniform(key, "mix", counter, (self.batch_size, 1)),
                 "gradient_penalty": hyper["gradient_penalty"],
             }
-            with torch.enable_grad():
-                memory, info = step(self.discriminator, memory, batch, optimizer)
-            memory["count"] = {"gradient_steps": counter + 1}
+            memory, info = step(self.discriminator, memory, batch, optimizer)
             average.add(info)
         return memory, {f"discriminator/{name.split('/')[-1]}": value for name, value in average.result().items()}
+
+    def judge(self, p: Params, steps: dict[str, Tensor], gamma: Tensor) -> Tensor:
+        """The reward `[*L, T, N]` of a rollout's steps; what follows a terminal state is paid with its last.
+
+        The absorbing state pays r for ever: a terminal step gets r gamma / (1 - gamma) on top.
+        """
+        reward = _form(self.form, self.discriminator.logit(p, steps["input"]))
+        if self.absorbing:
+            for_ever = _form(self.form, self.discriminator.absorbing_logit(p)) * (gamma / (1 - gamma))
+            reward = reward + steps["ends"] * align(for_ever, reward)
+        return reward * steps["valid"]
 
 
 class Discriminator:
     """The logit of "this step is demonstrated" from an observation and an action; what `step` trains.
 
+    Inputs are whitened by the demonstrations' own mean and deviation, so that where an agent strays far they say so
+    and where it is close they tell small differences.
+
     Args:
-        observation_space: of one environment.
-        action_space: of one environment.
+        demonstrations: what to tell apart.
         hidden_sizes: widths of the hidden layers.
         absorbing: give it a further input that is 1 in the absorbing state and 0 elsewhere.
     """
 
-    def __init__(
-        self, observation_space: gym.Space, action_space: gym.Space, hidden_sizes: tuple[int, ...], absorbing: bool
-    ) -> None:
-        self.observation, self.action, self.absorbing = Encoder(observation_space), Encoder(action_space), absorbing
-        self.features = self.observation.features + self.action.features + absorbing
+    def __init__(self, demonstrations: Demonstrations, hidden_sizes: tuple[int, ...], absorbing: bool) -> None:
+        space = demonstrations.action_space
+        self.observation, self.action = Encoder(demonstrations.observation_space), Encoder(space)
         self.bounds: tuple[Tensor, Tensor] | None = None
-        if isinstance(action_space, gym.spaces.Box):
-            self.bounds = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
-        self.hidden_sizes, self.capture = hidden_sizes, Capture()
-        self.network = self.make()
+        if isinstance(space, gym.spaces.Box):
+            self.bounds = torch.as_tensor(space.low), torch.as_tensor(space.high)
+        self.features = self.observation.features + self.action.features + absorbing
+        self.hidden_sizes, self.absorbing = hidden_sizes, absorbing
+        self.network, self.capture = self.make(), Capture()
+        steps = demonstrations.transitions()
+        inputs = self._features(steps["observation"], steps["action"])
+        self.statistics = running_update(running_init((), inputs.shape[-1:]), inputs)
+        whitened = self.encode(steps["observation"], steps["action"])
+        self.shown = {"input": whitened, "ends": steps["terminated"].to(whitened.dtype)}
+        """The demonstrations as it reads them: `input` `[M, D]`, `ends` `[M]`."""
 
     def make(self) -> MLP:
         """A fresh network."""
         return MLP(self.features, self.hidden_sizes, 1)
 
     def encode(self, observation: tree.Tree, action: Tensor) -> Tensor:
-        """Steps `[*L, ...]` as inputs `[*L, ..., D]`; Box actions within their bounds, as they are taken."""
+        """Steps `[*L, ...]` as whitened inputs `[*L, ..., D]`."""
+        features = self._features(observation, action)
+        statistics = tree.map(lambda leaf: leaf.to(features.device), self.statistics)
+        whitened = normalise(features, statistics, eps=SMALLEST_VARIANCE)
+        return torch.cat((whitened, torch.zeros_like(whitened[..., :1])), -1) if self.absorbing else whitened
+
+    def _features(self, observation: tree.Tree, action: Tensor) -> Tensor:
+        """Observation and action side by side; Box actions within their bounds, as environments take them."""
         if self.bounds is not None:
             low, high = (bound.to(action) for bound in self.bounds)
             action = action.clamp(low, high)
-        parts = [self.observation.run({}, observation, Context()), self.action.run({}, action, Context())]
-        if self.absorbing:
-            parts.append(torch.zeros_like(parts[0][..., :1]))
-        return torch.cat(parts, -1)
+        return torch.cat([self.observation.run({}, observation, Context()), self.action.run({}, action, Context())], -1)
 
     def logit(self, p: Params, inputs: Tensor) -> Tensor:
         """`[*L, ..., D]` -> `[*L, ...]`"""

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ class Demonstrations:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __str__(self) -> str:
+        return f"{len(self)} demonstrations, {self.steps:,} steps, digest {self.digest}"
+
     @property
     def steps(self) -> int:
         """M, the steps of all episodes."""
@@ -71,7 +75,7 @@ class Demonstrations:
         parts = torch.split(self.reward.double(), self.lengths.tolist())
         return torch.stack([part.sum() for part in parts])
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A checksum of the numbers: two demonstrations with the same one teach the same."""
         found = hashlib.sha256()

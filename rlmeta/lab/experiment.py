@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,10 +151,13 @@ class Experiment:
 def _settings_table(settings: Any) -> dict[str, Any]:
     table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in table.items():
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Demonstrations):
+            table[name] = value.path or f"<{value}>"
+        elif dataclasses.is_dataclass(value):
             table[name] = flags.text_of(value)
         elif isinstance(value, tuple):
-            table[name] = [one if isinstance(one, int | float | str) else str(one) for one in value]
+            plain = all(isinstance(one, int | float | str) for one in value)
+            table[name] = list(value) if plain else f"<{', '.join(str(one) for one in value)}>"
         elif callable(value):
             table[name] = f"{value.__module__}:{value.__qualname__}"
     return {name: value for name, value in table.items() if value is not None}
@@ -198,6 +201,7 @@ def from_config(
     network: NetworkFactory | None = None,
     source: Any = None,
     methods: tuple[Method, ...] = (),
+    own: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """The experiment of a saved configuration.
 
@@ -207,6 +211,7 @@ def from_config(
         network: the user's network again, where the run had one: a configuration names code but never loads it.
         source: the user's environment factory again, where the run had one.
         methods: the lifelong methods again, where the run had some.
+        own: other settings that no configuration can hold (rewards, demonstrations that are no file), by name, again.
     """
     try:
         cls = agent_class(config["exp_name"])
@@ -222,6 +227,7 @@ def from_config(
             if "learner" in table:
                 table["learner"] = flags.learner(table["learner"])
             table.update({name: tuple(value) for name, value in table.items() if isinstance(value, list)})
+            table.update(_own_again(table, own or {}, where))
             settings_.check_names(cls, table, where)
         return Experiment(
             variants=tuple(cls(**table) for table in tables),
@@ -234,6 +240,18 @@ def from_config(
         )
     except KeyError as error:
         raise CheckpointError(f"{where}: config.toml lacks {error}; it is not the configuration of a run") from None
+
+
+def _own_again(table: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings that a configuration only describes, from those that were given again."""
+    described = {n: value for n, value in table.items() if isinstance(value, str) and value[:1] == "<"}
+    for name, value in described.items():
+        if name not in own:
+            raise SettingError(
+                f"{where} had the {name} {value}, which a configuration only describes: pass it again as "
+                f"own={{{name!r}: ...}} (on the command line --{name})"
+            )
+    return {name: own[name] for name in table if name in own}
 
 
 def _problem_again(described: dict[str, Any], source: Any, where: str) -> Any:

@@ -151,7 +151,7 @@ def _layers(text: str) -> tuple[int, ...]:
     return () if text == "none" else tuple(whole(part) for part in text.split("x"))
 
 
-def _objects(text: str) -> tuple[Any, ...]:
+def load_objects(text: str) -> tuple[Any, ...]:
     """What the names joined by + stand for; a class is made with its defaults."""
     loaded = () if text == "none" else tuple(load_object(part.strip()) for part in text.split("+"))
     return tuple(one() if isinstance(one, type) else one for one in loaded)
@@ -172,7 +172,7 @@ def form(hint: Any) -> Form:
         choices = {str(choice): choice for choice in arguments}
         return Form("|".join(choices), f"one of {', '.join(choices)}", lambda text: _lookup(choices, text))
     if origin is tuple and arguments[0] is not int:
-        return Form("PACKAGE.MODULE:NAME[+...]", "package.module:Name, joined by +, or none", _objects)
+        return Form("PACKAGE.MODULE:NAME[+...]", "package.module:Name, joined by +, or none", load_objects)
     if origin is tuple:
         return Form("INTxINT", "whole numbers joined by x, such as 64x64, or none", _layers)
     if origin is collections.abc.Callable:
@@ -248,7 +248,14 @@ def flag_of(name: str) -> str:
 
 
 def docs(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass, on one line."""
+    """The string below each field of a dataclass and of the one it extends, on one line."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        found |= _own_docs(owner)
+    return found
+
+
+def _own_docs(cls: type) -> dict[str, str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError):

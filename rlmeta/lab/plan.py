@@ -251,11 +251,12 @@ class Plan:
         if label and (where / run_folder.CONFIG).is_file():
             source, network = _source(self.task), getattr(settings, "network", None)
             env = None if isinstance(source, str) else source
+            own = {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {}
             if isinstance(env, NativeEnv):
                 env = dataclasses.replace(env, **self.env)  # type: ignore[type-var]
             if (where / "summary.json").is_file():
-                return load(where, network=network, env=env)
-            return go_on(where, network=network, env=env, progress=not quiet, inexact=inexact)
+                return load(where, network=network, env=env, own=own)
+            return go_on(where, network=network, env=env, own=own, progress=not quiet, inexact=inexact)
         if label and not quiet:
             print(label)
         return training.train(
@@ -272,7 +273,15 @@ class Plan:
         )
 
 
-def go_on(folder: Path, *, network: NetworkFactory | None, env: Any, progress: bool, inexact: bool) -> Run:
+def go_on(
+    folder: Path,
+    *,
+    network: NetworkFactory | None,
+    env: Any,
+    own: Mapping[str, Any],
+    progress: bool,
+    inexact: bool,
+) -> Run:
     """Resume a single run, with the trackers it had.
 
     Raises:
@@ -281,7 +290,9 @@ def go_on(folder: Path, *, network: NetworkFactory | None, env: Any, progress: b
     if not is_run(folder):
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
     trackers = trackers_of(folder)
-    return training.resume(folder, network=network, env=env, trackers=trackers, progress=progress, inexact=inexact)
+    return training.resume(
+        folder, network=network, env=env, own=own, trackers=trackers, progress=progress, inexact=inexact
+    )
 
 
 def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ def load(
     network: NetworkFactory | None = None,
     env: Any = None,
     methods: tuple[Method, ...] = (),
+    own: Mapping[str, Any] | None = None,
 ) -> Run:
     """Read a run back: its settings, its state, its final evaluation.
 
@@ -229,6 +231,7 @@ def load(
         network: the user's network again, where it had one; a run folder names code but never loads any.
         env: the user's environment factory again, where it had one.
         methods: the lifelong methods again, where it had some.
+        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
 
     Raises:
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
@@ -237,7 +240,8 @@ def load(
     if not (folder / "config.toml").is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.toml")
     config = run_folder.read_config(folder)
-    run = Run(from_config(config, where=str(folder), network=network, source=env, methods=methods), folder)
+    experiment = from_config(config, where=str(folder), network=network, source=env, methods=methods, own=own)
+    run = Run(experiment, folder)
     state, about = checkpoint.load(folder / "state")
     run.start()
     run.state = fit(run.state, state, str(folder))

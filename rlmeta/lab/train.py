@@ -6,7 +6,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -133,6 +133,7 @@ def resume(
     network: NetworkFactory | None = None,
     env: Any = None,
     lifelong: Sequence[Method] = (),
+    own: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[TrackerFactory] = (),
     progress: bool = False,
@@ -145,6 +146,7 @@ def resume(
         network: the user's network again, where the run had one.
         env: the user's environment factory again, where the run had one.
         lifelong: the lifelong methods again, where the run had some.
+        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
         callbacks: as for `train`.
         trackers: as for `train`.
         progress: as for `train`.
@@ -156,7 +158,7 @@ def resume(
     """
     folder = Path(folder)
     with run_folder.lock(folder):
-        run = load(folder, network=network, env=env, methods=tuple(lifelong))
+        run = load(folder, network=network, env=env, methods=tuple(lifelong), own=own)
         run.stopped = ""
         try:
             _restore_world(run, inexact)

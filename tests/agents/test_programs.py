@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,41 @@ def test_the_classifier_program_equals_train_on_a_stream(scenario):
     for path, leaf in tree.flatten(by_hand["state"]["params"]).items():
         assert torch.equal(leaf, ours[path]), path
     assert torch.equal(by_hand["accuracy"], run.matrix[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "steps"), [("behaviour_cloning", "CartPole-v1", 150), ("gail", "CartPole-fixed", 8000)]
+)
+def test_programs_of_imitation_equal_train(name, task, steps, tmp_path):
+    expert = rl.train(rl.A2C(), task, seeds=1, budget=rl.Budget(steps=2_000, eval_every=4_000, final_episodes=1))
+    path = str(rl.record(expert, 10).save(tmp_path / "demo"))
+    by_hand = load(name).train(path, task, seeds=2, steps=steps)
+    settings = replace(rl.preset(name, task), demonstrations=path)
+    budget = rl.Budget(steps=steps, eval_every=10 * steps, final_episodes=1)
+    ours = tree.flatten(rl.train(settings, task, seeds=2, budget=budget, threads=1).state)
+    for path, leaf in tree.flatten({"params": by_hand["params"], "rewards": by_hand.get("rewards", {})}).items():
+        assert torch.equal(leaf, ours[path]), path
+
+
+def test_the_irl_program_equals_train(tmp_path):
+    expert = rl.train(rl.A2C(), "GridWorld-v0", seeds=1, budget=rl.Budget(steps=2_000, final_episodes=1))
+    path = str(rl.record(expert, 10, deterministic=False).save(tmp_path / "demo"))
+    by_hand = load("irl").train(path, seeds=2, steps=20)
+    settings = replace(rl.preset("irl", "GridWorld-v0"), demonstrations=path)
+    run = rl.train(settings, "GridWorld-v0", seeds=2, steps=20, threads=1)
+    for name, weight in by_hand["params"]["weights"].items():
+        torch.testing.assert_close(weight, run.state["params"]["weights"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_shaping_program_equals_train():
+    program = load("reward_shaping")
+    steps = 8192
+    by_hand = program.train(seeds=2, steps=steps)
+    settings = replace(rl.preset("ppo", "MountainCar-v0"), rewards=(program.ENERGY,))
+    budget = rl.Budget(steps=steps, eval_every=10 * steps, final_episodes=1)
+    ours = tree.flatten(rl.train(settings, "MountainCar-v0", seeds=2, budget=budget, threads=1).state["params"])
+    for path, leaf in tree.flatten(by_hand["params"]).items():
+        assert torch.equal(leaf, ours[path]), path
 
 
 def test_every_agent_has_a_short_program_and_settings():

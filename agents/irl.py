@@ -1,0 +1,63 @@
+"""Maximum causal entropy IRL with its loop in sight: plan, count visits, pay where the demonstrator was more often.
+
+The same as `rl.train(IRL(demonstrations, ...), task)`, bit for bit.
+
+python agents/irl.py FILE --task GridWorld-v0 --seeds 1 --steps 400     (FILE: rlmeta record RUN --sampled --out FILE)
+"""
+
+import dataclasses
+import math
+
+import torch
+import tyro
+
+import rlmeta as rl
+from rlmeta.agents.behaviour_cloning import count_steps
+from rlmeta.functional import optim, random
+from rlmeta.learning.settings import hyper_tensors
+
+
+def train(demonstrations: str, task: str = "GridWorld-v0", seeds: int = 1, steps: int = 400) -> dict:
+    """Find `seeds` rewards at once; returns their state."""
+    settings = dataclasses.replace(rl.preset("irl", task), demonstrations=demonstrations)
+    world = rl.task(task).world((seeds,), settings.num_envs)
+    agent = settings.bind(world.observation_space, world.action_space)
+    state = agent.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
+    hyper, iterations = state["params"]["hyper"], math.ceil(steps / settings.num_steps)
+    weights, moments = {name: w.clone() for name, w in state["params"]["weights"].items()}, None
+    adam = optim.adam(hyper["learning_rate"])
+
+    for _ in range(iterations):
+        for _ in range(settings.num_steps):
+            leaves = {name: w.requires_grad_() for name, w in weights.items()}
+            reward = agent.reward({**state["params"], "weights": leaves})  # [*L, S]
+
+            # plan the soft policy of this reward, and count what it visits
+            with torch.no_grad():
+                visits = agent.policy_visits(agent.plan(reward))
+
+            # the likelihood's gradient: what the demonstrator visits more often pays more
+            loss = ((visits - agent.visits) * reward).sum()
+            gradient = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+            moments = adam.init(leaves, (seeds,)) if moments is None else moments
+            with torch.no_grad():
+                updates, moments = adam.update(gradient, moments, leaves)
+                weights = optim.apply_updates(leaves, updates)
+        state = count_steps(state, settings.num_steps)
+    state["params"]["weights"] = {name: w.detach() for name, w in weights.items()}
+    return state
+
+
+def main(demonstrations: str, task: str = "GridWorld-v0", seeds: int = 1, steps: int = 400) -> None:
+    """Train, print the reward of every state and what its policy earns in the task itself."""
+    state = train(demonstrations, task, seeds, steps)
+    world = rl.task(task).world((seeds,), 64)
+    settings = dataclasses.replace(rl.preset("irl", task), demonstrations=demonstrations)
+    agent = settings.bind(world.observation_space, world.action_space)
+    agent.init(state["key"], state["params"]["hyper"], world)
+    print(agent.reward(state["params"]))
+    print(agent.evaluate(state["params"], world, state["key"], 64).returns.mean(-1))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
