@@ -15,6 +15,7 @@ from torch import Tensor
 from rlmeta import agents, meta
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import families, native, streams
+from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Task, TaskFamily, task
