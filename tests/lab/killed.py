@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "ppo": rl.PPO(num_envs=2, num_steps=32, batch_size=32, num_epochs=2, normalise_reward=True, hidden_sizes=(8,)),
     "a2c": rl.A2C(num_envs=2, num_steps=8, normalise_advantage=True, hidden_sizes=(8,)),
     "dqn": rl.DQN(num_envs=2, num_steps=8, gradient_steps=2, capacity=200, learning_starts=32, target_every=3,
-                  n_steps=2, batch_size=8, hidden_sizes=(8,)),
+                  n_steps=2, batch_size=8, average_rate=0.3, hidden_sizes=(8,)),
     "reinforce": rl.REINFORCE(num_envs=2, num_steps=32, action_noise=0.1, hidden_sizes=(8,)),
     "classifier": rl.Classifier(batch_size=16, num_steps=2, hidden_sizes=(12,)),
 }  # fmt: skip
