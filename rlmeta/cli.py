@@ -1,4 +1,4 @@
-"""The command line: `rlmeta train | eval | resume | record | list | bench`."""
+"""The command line: `rlmeta train | eval | resume | record | adapt | list | bench`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ USAGE = """usage: rlmeta COMMAND ...
   train AGENT TASK [flags]   train an agent, many seeds at once
   eval RUN [flags]           play fresh episodes with a run's learners
   resume RUN [flags]         go on with a run that was interrupted or killed
+  adapt RUN [flags]          follow a meta-learner as it adapts to held-out tasks
   record RUN [flags]         write demonstrations: whole episodes of one of its learners
   list [agents|tasks|families|streams|runs]
                              what can be named
@@ -81,6 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
         "eval": evaluate,
         "resume": resume,
         "record": record,
+        "adapt": adapt,
         "list": show_list,
         "bench": bench,
     }
@@ -331,6 +333,32 @@ def record(arguments: list[str]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------ list and bench
+
+
+def adapt(arguments: list[str]) -> int:
+    """`rlmeta adapt RUN`."""
+    from rlmeta.lab import adapt as adaptation
+    from rlmeta.lab import flags
+
+    folder, rest = _one_folder(arguments, "adapt")
+    groups: dict[str, Any] = {"adaptation": (adaptation.AdaptFlags, {}), "own_code": (OwnCode, {})}
+    about = "Adapt a meta-learner to held-out tasks: the score against inner steps, as a table and a picture."
+    texts = flags.read(f"rlmeta adapt {folder}", about, groups, rest)
+    chosen, own = flags.build(adaptation.AdaptFlags, texts["adaptation"]), flags.build(OwnCode, texts["own_code"])
+    from rlmeta.lab.plan import loaded_env_of, loaded_network, members
+    from rlmeta.lab.run import load
+
+    for label, member in members(folder).items():
+        run = load(member, network=loaded_network(own.network), env=loaded_env_of(member, own.env))
+        try:
+            found = adaptation.adapt(run, chosen.tasks, chosen.steps, chosen.seed)
+            title = f"{run.experiment.agent_name} on {run.experiment.problem.name}" + (f", {label}" if label else "")
+            seeds = len(run.experiment.learners)
+            _console().print(adaptation.table(found, f"{title}: {seeds} learners, {chosen.tasks} held-out tasks each"))
+            print("saved " + " and ".join(map(str, adaptation.write(run, found, member, chosen.seed))))
+        finally:
+            run.close()
+    return 0
 
 
 def show_list(arguments: list[str]) -> int:

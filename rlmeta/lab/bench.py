@@ -68,6 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     if name == "worker":
         print(json.dumps(_work(json.loads(flags[0]))))
         return 0
+    if name == "meta":
+        from rlmeta.lab import bench_meta
+
+        return bench_meta.main(flags)
     if name != "agents":
         raise unknown_name("benchmark", name, ["agents"])
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)

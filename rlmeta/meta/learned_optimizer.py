@@ -37,6 +37,11 @@ from rlmeta.nn.recurrent import LSTMCell
 # ---------------------------------------------------------------------- the optimizer
 
 
+def features_of(gradient: Tensor, k: float) -> Tensor:
+    """What the LSTM sees: `log_and_sign`, or with k = 0 the gradient alone; `[...]` -> `[..., 2]` or `[..., 1]`."""
+    return log_and_sign(gradient, k) if k > 0 else gradient.unsqueeze(-1)
+
+
 def log_and_sign(gradient: Tensor, k: float = 10.0) -> Tensor:
     """A gradient of any size as two numbers of moderate size, `[...]` -> `[..., 2]`.
 
@@ -90,7 +95,7 @@ def learned_optimizer(
         network: the LSTM.
         theta: its weights, `{name: [*L', ...]}`.
         output_scale: factor of the updates.
-        k: of `log_and_sign`.
+        k: of `features_of`.
     """
     axes = theta["output.bias"].dim() - 1
 
@@ -117,7 +122,7 @@ def learned_optimizer(
             str(i): {name: fold(value) for name, value in state[str(i)].items()}
             for i in range(len(network.hidden_sizes))
         }
-        found = network.run(theta, {"input": fold(log_and_sign(flat, k)), **memory}, Context())
+        found = network.run(theta, {"input": fold(features_of(flat, k)), **memory}, Context())
         move = (output_scale * found.pop("output")).reshape(flat.shape)
         pieces = torch.split(move, [g.shape[len(shape) :].numel() for g in grads.values()], -1)
         updates = {name: piece.reshape(g.shape) for (name, g), piece in zip(grads.items(), pieces)}
@@ -138,7 +143,7 @@ class TorchLearnedOptimizer(torch.optim.Optimizer):
         network: the LSTM.
         theta: its weights, of one learner.
         output_scale: factor of the updates.
-        k: of `log_and_sign`.
+        k: of `features_of`.
     """
 
     def __init__(
@@ -204,7 +209,8 @@ class LearnedOptimizer:
     output_scale: float = 0.1
     """Factor of the updates."""
     preprocess: float = 10.0
-    """k of the gradient's features: below e^-k a gradient counts as it is, above by its logarithm."""
+    """k of the gradient's features: below e^-k a gradient counts as it is, above by its logarithm; 0: always as it
+    is."""
     zero_output: bool = False
     """Begin with updates of 0 instead of random ones."""
     meta_rate: PerLearner = 1e-3
@@ -261,7 +267,7 @@ class LearnedOptimizerLearner:
     def networks(self) -> dict[str, CoordinateLSTM]:
         """`optimizer` turns gradients into updates."""
         s = self.settings
-        return {"optimizer": CoordinateLSTM(s.hidden_sizes, zero=s.zero_output)}
+        return {"optimizer": CoordinateLSTM(s.hidden_sizes, 2 if s.preprocess > 0 else 1, s.zero_output)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
         """The state at the start of a run, the problems spread over the horizon."""
@@ -269,7 +275,7 @@ class LearnedOptimizerLearner:
         state = initial_state(self.networks, key, hyper)  # type: ignore[arg-type]
         state["world"] = world.reset(key)
         state["optimizer"] = init_optimizer(self.optimizer(state), state)
-        carry = self._fresh(state, world)
+        carry = self.fresh(state, world)
         pair = s.num_envs // 2 if s.estimator != "truncated" else s.num_envs
         phase = torch.arange(s.num_envs, device=key.device) % pair % (s.horizon // s.unroll)
         carry["age"] = carry["age"] + phase * s.unroll
@@ -313,7 +319,7 @@ class LearnedOptimizerLearner:
 
     # ------------------------------------------------------------------ problems
 
-    def _fresh(self, state: State, world: FamilyWorld) -> State:
+    def fresh(self, state: State, world: FamilyWorld) -> State:
         """K new problems at their beginning, in equal pairs where perturbations come in pairs."""
         s, key = self.settings, state["key"]
         self.family = _problems(world)
@@ -373,7 +379,7 @@ class LearnedOptimizerLearner:
         carry = params["buffers"]["carry"]
         over = carry["age"] >= s.horizon
         if bool(over.any()):
-            carry = select(over, self._fresh(state, world), carry)
+            carry = select(over, self.fresh(state, world), carry)
             if "accumulator" in state:
                 state["accumulator"] = state["accumulator"].masked_fill(over.unsqueeze(-1), 0.0)
         state["params"] = {**params, "buffers": {"carry": carry}}

@@ -33,6 +33,19 @@ def load(name):
     return program
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "steps"), [("maml", "sinusoid", 250), ("learned_optimizer", "quadratics", 4480)]
+)
+def test_the_meta_learners_programs_equal_train(name, family, steps):
+    by_hand = load(name).train(family, seeds=2, steps=steps)
+    budget = rl.Budget(steps=steps, eval_every=10 * steps, final_episodes=2)
+    run = rl.train(rl.preset(name, family), family, seeds=2, budget=budget, threads=1)
+    ours = tree.flatten(run.state["params"])
+    for path, leaf in tree.flatten(by_hand["params"]).items():
+        assert torch.equal(leaf, ours[path]), path
+    assert len((PROGRAMS / f"{name}.py").read_text().splitlines()) <= 80
+
+
 @pytest.mark.parametrize("scenario", ["task", "class"])
 def test_the_classifier_program_equals_train_on_a_stream(scenario):
     by_hand = load("classifier").train("split-digits", scenario, seeds=2, steps=640)

@@ -7,10 +7,22 @@ import math
 import pytest
 import torch
 
-from rlmeta.functional import random
+import rlmeta as rl
+from rlmeta.envs.families import NamedFamily, Quadratics
+from rlmeta.errors import SettingError
+from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import apply_updates
+from rlmeta.learning.settings import hyper_tensors
+from rlmeta.learning.step import StepContext
 from rlmeta.meta.adapt import adapt, expand_tasks
-from rlmeta.meta.learned_optimizer import CoordinateLSTM, TorchLearnedOptimizer, learned_optimizer, log_and_sign
+from rlmeta.meta.learned_optimizer import (
+    CoordinateLSTM,
+    LearnedOptimizer,
+    TorchLearnedOptimizer,
+    learned_optimizer,
+    log_and_sign,
+    minimise,
+)
 from rlmeta.nn import stack
 
 NET = CoordinateLSTM((5, 4))
@@ -131,3 +143,132 @@ def test_in_torchs_form_it_is_the_same_optimizer_and_its_state_can_be_saved():
     ours = adapt(loss, started, learned_optimizer(NET, meta), 4, order="none")
     for name, p in module.named_parameters():
         torch.testing.assert_close(p.detach(), ours.weights[name])
+
+
+# ---------------------------------------------------------------------- its meta-training
+
+
+def bound(seeds=(0, 1, 2), problems=None, **settings):
+    problem = NamedFamily("problems", problems or Quadratics(3))
+    made = LearnedOptimizer(**{"num_envs": 6, "horizon": 8, "unroll": 2, "hidden_sizes": (4,), **settings})
+    world = problem.world((len(seeds),), made.num_envs)
+    learner = made.bind(world.observation_space, world.action_space)
+    return learner, learner.init(random.make_keys(seeds), hyper_tensors([made], len(seeds)), world), world
+
+
+class Parabola(Quadratics):
+    """f(x) = x², from 1."""
+
+    def tasks(self, key, counter, count, split):
+        one = torch.ones(*key.shape, count, 1)
+        return {"matrix": one.unsqueeze(-1), "target": torch.zeros_like(one), "start": one}
+
+
+def test_one_variable_is_minimised_as_deepminds_convergence_test_asks():
+    """Below 1e-5 within 500 epochs of 5 unrolls of 20 steps, by a linear map that begins at zero."""
+    settings = {"num_envs": 1, "horizon": 100, "unroll": 20, "hidden_sizes": (), "zero_output": True, "preprocess": 0.0}
+    learner, state, world = bound((0,), Parabola(1), meta_rate=1e-2, output_scale=1.0, **settings)
+    losses = []
+    for _ in range(10):
+        for _ in range(50 * 5):
+            state, _ = learner.iterate(state, world)
+        losses.append(float(learner.evaluate(state["params"], world, state["key"], 1).returns))
+        if losses[-1] < 1e-5:
+            break
+    assert losses[-1] < 1e-5, losses
+
+
+def test_problems_are_spread_over_the_horizon_and_replaced_at_its_end():
+    learner, state, world = bound()
+    ages, problems = [], []
+    for _ in range(9):
+        state, _ = learner.iterate(state, world)
+        carry = state["params"]["buffers"]["carry"]
+        ages.append(carry["age"][0].tolist())
+        problems.append(carry["problem"]["target"][0, :, 0].tolist())
+    assert ages[0] == [2, 4, 6, 8, 2, 4] and ages[1] == [4, 6, 8, 2, 4, 6]
+    assert all(0 < age <= 8 for row in ages for age in row)
+    for before, after, age in zip(problems, problems[1:], ages[1:]):
+        assert [x != y for x, y in zip(before, after)] == [a == 2 for a in age]
+
+
+@pytest.mark.parametrize("estimator", ["es", "pes"])
+def test_perturbed_pairs_share_problem_and_age(estimator):
+    learner, state, world = bound(estimator=estimator, num_envs=4)
+    for i in range(6):
+        state, metrics = learner.iterate(state, world)
+        carry = state["params"]["buffers"]["carry"]
+        assert torch.equal(carry["problem"]["matrix"][:, :2], carry["problem"]["matrix"][:, 2:])
+        assert torch.equal(carry["age"][:, :2], carry["age"][:, 2:])
+        assert not torch.equal(carry["weights"]["x"][:, :2], carry["weights"]["x"][:, 2:])
+        if estimator == "pes":
+            sizes = state["accumulator"].square().mean(-1).sqrt() / 0.01 / (carry["age"] / 2.0).clamp(max=i + 1).sqrt()
+            torch.testing.assert_close(sizes, torch.ones_like(sizes), rtol=0.25, atol=0)
+    assert torch.isfinite(metrics["losses/unroll"]).all()
+    assert ("accumulator" in state) == (estimator == "pes")
+
+
+def test_the_estimate_goes_through_the_one_step_as_a_gradient():
+    learner, state, _ = bound(estimator="pes", num_envs=4)
+    p, ctx = state["params"], StepContext(training=True)
+    given = torch.randn(3, sum(w[0].numel() for w in p["weights"].values()))
+    leaves = {n: w.clone().requires_grad_() for n, w in p["weights"].items()}
+    loss = learner.losses({**p, "weights": leaves}, {"gradient": given}, ctx)["unroll"]
+    found = torch.autograd.grad(loss.sum(), list(leaves.values()))
+    torch.testing.assert_close(torch.cat([g.flatten(1) for g in found], 1), given)
+
+
+@pytest.mark.parametrize("estimator", ["truncated", "pes"])
+def test_a_meta_learners_numbers_are_its_own(estimator):
+    together, alone = bound(estimator=estimator), bound((1,), estimator=estimator)
+    states = []
+    for learner, state, world in (together, alone):
+        for _ in range(6):
+            state, _ = learner.iterate(state, world)
+        states.append(state["params"])
+    for a, b in zip(tree.leaves(states[0]), tree.leaves(states[1])):
+        torch.testing.assert_close(a[1:2], b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["truncated", "pes"])
+def test_stopped_and_resumed_is_never_stopped(estimator, tmp_path):
+    settings = LearnedOptimizer(num_envs=4, horizon=8, unroll=2, hidden_sizes=(4,), estimator=estimator)
+    whole = rl.train(settings, "quadratics", steps=320, seeds=2, threads=1)
+
+    def stop(run, line):
+        return line["iteration"] >= 23
+
+    rl.train(settings, "quadratics", steps=320, seeds=2, threads=1, out=tmp_path / "run", callbacks=[stop])
+    again = rl.resume(tmp_path / "run")
+    for name, value in tree.flatten(whole.state).items():
+        assert torch.equal(value, tree.flatten(again.state)[name]), name
+
+
+def test_what_was_learned_optimizes_a_module():
+    learner, state, _ = bound()
+    module = torch.nn.Linear(3, 2)
+    optimizer = learner.as_torch(state["params"], module.parameters(), learner=1)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    before = module.weight.detach().clone()
+    module(torch.ones(4, 3)).square().mean().backward()
+    optimizer.step()
+    learned = learner.learned({"weights": {n: w[1] for n, w in state["params"]["weights"].items()}})
+    updates, _ = learned.update({"w": module.weight.grad}, learned.init({"w": before}), {"w": before})
+    torch.testing.assert_close(module.weight.detach(), before + updates["w"])
+
+
+def test_any_optimizer_minimises_problems():
+    family, keys = Quadratics(4), random.make_keys([0, 1])
+    problem = family.tasks(keys, 0, 3, "test")
+    rates = torch.tensor([0.01, 0.001])
+    found = minimise(family, problem, optim.sgd(rates), 5)
+    assert found.shape == (2, 3, 6) and (found[..., -1] < found[..., 0]).all()
+    alone = minimise(family, tree.map(lambda x: x[1:], problem), optim.sgd(0.001), 5)
+    torch.testing.assert_close(found[1:], alone)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(SettingError, match="unroll 30 does not divide horizon 100"):
+        LearnedOptimizer(unroll=30)
+    with pytest.raises(SettingError, match="perturbs problems in pairs"):
+        LearnedOptimizer(estimator="pes", num_envs=5)

@@ -1,0 +1,430 @@
+"""`rlmeta bench meta`: what the meta-learners reach, each beside its baselines, and how fast a meta-update is.
+
+Every part trains its learners (10 seeds in one process), measures them on held-out tasks, prints a table with the bar
+and writes `meta_PART.json`. Intervals are bootstrap 95 % intervals of the mean over seeds. `--speed` measures second-
+order MAML on the sinusoid against learn2learn, whose source RLMETA_LEARN2LEARN names, on one thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import statistics as python_statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from rlmeta.envs.families import FamilyWorld, NamedFamily, Quadratics, Sinusoid
+from rlmeta.envs.task import family as family_named
+from rlmeta.errors import SettingError, unknown_name
+from rlmeta.functional import optim, random, statistics
+from rlmeta.lab.presets import load_preset
+from rlmeta.lab.run import Run
+from rlmeta.lab.train import train
+from rlmeta.learning.settings import hyper_tensors
+from rlmeta.learning.step import step
+from rlmeta.meta.estimators import backpropagated, evolved
+from rlmeta.meta.learned_optimizer import LearnedOptimizer, minimise
+from rlmeta.meta.maml import MAML
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What the meta-learners reach."""
+
+    parts: str = "sinusoid,omniglot,navigation,optimizer,pes"
+    """Which, joined by commas."""
+    seeds: int = 10
+    """Learners of each row."""
+    speed: bool = False
+    """Instead: seconds of a meta-update beside learn2learn's."""
+    rounds: int = 5
+    """Of --speed: how often either side is measured in turn."""
+    out: Path = Path("runs/results")
+    """Where the figures go."""
+
+
+def main(flags: Sequence[str]) -> int:
+    """`rlmeta bench meta [flags]`."""
+    options = tyro.cli(Meta, prog="rlmeta bench meta", args=list(flags))
+    if options.seeds < 1 or options.rounds < 1:
+        raise SettingError("bench meta: seeds and rounds are at least 1")
+    parts: dict[str, Callable[[Meta], list[Row]]] = {
+        "sinusoid": sinusoid,
+        "omniglot": omniglot,
+        "navigation": navigation,
+        "optimizer": optimizer,
+        "pes": pes,
+    }
+    if options.speed:
+        return _publish("speed", speed(options), options)
+    for part in options.parts.split(","):
+        if part not in parts:
+            raise unknown_name("part of bench meta", part, parts)
+        _publish(part, parts[part](options), options)
+    return 0
+
+
+def _publish(part: str, rows: list[Row], options: Meta) -> int:
+    """Print the rows and write them down."""
+    table = Table(title=f"bench meta: {part}", title_justify="left")
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "scores"))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("what", "reach") else "right", overflow="fold")
+    for row in rows:
+        cells = [row.get(column, "") for column in columns]
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {"command": f"rlmeta bench meta --parts {part}", "when": time.strftime("%Y-%m-%d"), "rows": rows}
+    if part == "speed":
+        record["command"] = "rlmeta bench meta --speed"
+    (options.out / f"meta_{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _row(what: str, scores: Tensor, reach: str = "", **further: Any) -> Row:
+    """A row of the table: mean over seeds `[S]` with its interval."""
+    values = scores.double().numpy()
+    low, high = statistics.stratified_bootstrap_interval(values, statistics.mean)
+    shown = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+    return {"what": what, **shown, "seeds": len(values), "reach": reach, **further, "scores": values.tolist()}
+
+
+def _trained(settings: Any, problem: NamedFamily, options: Meta, steps: int) -> Run:
+    return train(settings, problem, steps=steps, seeds=options.seeds)
+
+
+def _settings(cls: type, problem: str) -> tuple[Any, int]:
+    """The preset's settings and budget."""
+    found = load_preset(cls, problem)
+    return cls(**found.settings), found.steps or 1
+
+
+def _curve(run: Run, tasks: int, steps: int, rate: float | None = None, split: str | None = None) -> Tensor:
+    """Scores on held-out tasks against inner steps, `[S, E, steps + 1]`, perhaps with another inner rate."""
+    agent: Any = run.agent
+    p = agent.seen(run.state)
+    if rate is not None:
+        hyper = {**p["hyper"], "inner_rate": torch.full_like(p["hyper"]["inner_rate"], rate)}
+        p = {**p, "hyper": hyper}
+    key = random.fold(run.state["key"], "bench")
+    found: Tensor = agent.adaptation(p, run.experiment.world(), key, tasks, steps, split=split)
+    return found
+
+
+def _best_rate(run: Run, rates: Sequence[float], steps: int = 1) -> float:
+    """The inner rate with the best score after `steps` on validation tasks."""
+    sign = 1.0 if run.agent.score.maximise else -1.0
+    found = [sign * float(_curve(run, 100, steps, rate, "validation")[..., -1].mean()) for rate in rates]
+    return rates[max(range(len(rates)), key=lambda i: found[i] if math.isfinite(found[i]) else -math.inf)]
+
+
+# ---------------------------------------------------------------------- sinusoid
+
+
+def sinusoid(options: Meta) -> list[Row]:
+    """Mean squared error of 10-shot sine waves after one step; 600 held-out tasks for every seed."""
+    settings, steps = _settings(MAML, "sinusoid")
+    problem = family_named("sinusoid")
+    assert isinstance(problem, NamedFamily)
+    rows = []
+    for what, changed in (
+        ("MAML", {}),
+        ("MAML, first order", {"first_order": True}),
+        ("pre-training + fine-tuning", {"inner_steps": 0}),
+    ):
+        run = _trained(dataclasses.replace(settings, **changed), problem, options, steps)
+        fine_tuned = "inner_steps" in changed
+        rate = _best_rate(run, [10 ** (-e / 4) for e in range(2, 15)]) if fine_tuned else settings.inner_rate
+        curve = _curve(run, 600, 10, rate)
+        further = {"before": float(curve[..., 0].mean()), "after 10 steps": float(curve[..., 10].mean())}
+        reach = "<= 0.67" if what == "MAML" else ""
+        rows.append(_row(what, curve[..., 1].mean(-1), reach, **further, rate=rate, seconds=run.seconds))
+    rows.append(_row("best without adapting, -1.62 cos x", _floor(options.seeds), "3.01"))
+    return rows
+
+
+def _floor(seeds: int) -> Tensor:
+    """The error of the best prediction that does not adapt, `[S]`."""
+    query = Sinusoid().tasks(random.make_keys(range(seeds)), 0, 6000, "test")["query"]
+    return (query["target"] + 1.62 * query["observation"].cos()).square().double().mean((1, 2, 3))
+
+
+# ---------------------------------------------------------------------- Omniglot
+
+
+def omniglot(options: Meta) -> list[Row]:
+    """Accuracy in 5-way 1-shot Omniglot, alphabets held out: the mean over four folds of 600 episodes each."""
+    settings, steps = _settings(MAML, "few-shot-omniglot")
+    found: dict[str, list[Tensor]] = {"MAML": [], "before": [], "nearest pixel": [], "after 5 steps": []}
+    seconds = 0.0
+    for fold in range(4):
+        problem = family_named("few-shot-omniglot", {"fold": fold, "size": 14})
+        assert isinstance(problem, NamedFamily)
+        run = _trained(settings, problem, options, steps)
+        curve = _curve(run, 600, 5)
+        found["MAML"].append(curve[..., settings.inner_steps].mean(-1))
+        found["before"].append(curve[..., 0].mean(-1))
+        found["after 5 steps"].append(curve[..., 5].mean(-1))
+        found["nearest pixel"].append(nearest_pixel(run.experiment.world(), options.seeds))
+        seconds += run.seconds
+        print(f"fold {fold}: MAML {float(found['MAML'][-1].mean()):.3f}, {run.seconds:.0f} s", flush=True)
+    percent = {name: 100 * torch.stack(values).mean(0) for name, values in found.items()}
+    further = {"before": float(percent["before"].mean()), "after 5 steps": float(percent["after 5 steps"].mean())}
+    what = f"MAML, perceptron {settings.learner.hidden_sizes}, 14 x 14, {settings.inner_steps} steps"
+    return [
+        _row(what, percent["MAML"], "its number", **further, seconds=seconds),
+        _row("nearest pixel", percent["nearest pixel"]),
+    ]
+
+
+def nearest_pixel(world: FamilyWorld, seeds: int) -> Tensor:
+    """Accuracy `[S]` of the label of the nearest support image, on 600 episodes."""
+    scores = []
+    for number in range(6):
+        tasks = world.tasks(random.make_keys(range(seeds)), number, 100, "test")
+        support, query = (tasks[part]["observation"].flatten(3) for part in ("support", "query"))
+        nearest = torch.cdist(query, support).argmin(-1)
+        label = tasks["support"]["target"].gather(-1, nearest)
+        scores.append((label == tasks["query"]["target"]).double().mean((-2, -1)))
+    return torch.stack(scores).mean(0)
+
+
+# ---------------------------------------------------------------------- 2D navigation
+
+
+def navigation(options: Meta) -> list[Row]:
+    """Return of the 2D navigation after one policy-gradient step, 40 held-out goals for every seed."""
+    settings, steps = _settings(MAML, "navigation-short")
+    family: Any = family_named("navigation-short")
+    problem = NamedFamily(family.name, family)
+    rates = [0.03, 0.1, 0.3, 1.0, 3.0]
+    rows = []
+    for what, changed, budget in (
+        ("MAML over REINFORCE", {}, steps),
+        ("joint training", {"inner_steps": 0}, steps),
+        ("random initial weights", {"meta_rate": 0.0}, 1),
+    ):
+        run = _trained(dataclasses.replace(settings, **changed), problem, options, budget)
+        rate = settings.inner_rate if what.startswith("MAML") else _best_rate(run, rates)
+        curve = _curve(run, 40, 3, rate)
+        further = {"before": float(curve[..., 0].mean()), "after 3 steps": float(curve[..., 3].mean())}
+        reach = "above both" if what.startswith("MAML") else ""
+        rows.append(_row(what, curve[..., 1].mean(-1), reach, **further, rate=rate, seconds=run.seconds))
+    return rows
+
+
+# ---------------------------------------------------------------------- learned optimizer
+
+RATES = [10 ** (-e / 4) for e in range(1, 15)]
+"""14 learning rates, from 0.56 down to 0.0003."""
+
+TUNED: dict[str, Callable[[float], optim.Optimizer]] = {
+    "Adam": optim.adam,
+    "RMSProp": optim.rmsprop,
+    "SGD": optim.sgd,
+    "SGD with momentum 0.9": lambda rate: optim.sgd(rate, momentum=0.9),
+}
+
+
+def optimizer(options: Meta) -> list[Row]:
+    """Mean loss at step 100 of held-out 10-d quadratics; baselines tuned over 14 rates x 5 seeds."""
+    settings, steps = _settings(LearnedOptimizer, "quadratics")
+    problem = NamedFamily("quadratics", Quadratics())
+    run = _trained(settings, problem, options, steps)
+    curve = _curve(run, 256, 300)
+    rows = [_loss_row("LSTM, truncated backpropagation", curve, "below all", seconds=run.seconds)]
+    key = random.fold(run.state["key"], "bench")
+    held_out = problem.source.tasks(key, 0, 256, "test")
+    for name, make in TUNED.items():
+        validation = problem.source.tasks(random.make_keys(range(5)), 0, 256, "validation")
+        losses = [float(minimise(problem.source, validation, make(r), 100)[..., 100].mean()) for r in RATES]
+        best = RATES[min(range(len(RATES)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
+        tuned = minimise(problem.source, held_out, make(best), 300)
+        rows.append(_loss_row(name, tuned, rate=best))
+    return [*rows, *_evolved_optimizer(options, settings, problem, steps), _parabola(options)]
+
+
+def _evolved_optimizer(options: Meta, settings: LearnedOptimizer, problem: NamedFamily, steps: int) -> list[Row]:
+    """The same LSTM meta-trained by PES."""
+    pes_settings = dataclasses.replace(settings, estimator="pes", sigma=0.01)
+    run = _trained(pes_settings, problem, options, steps)
+    curve = _curve(run, 256, 300)
+    return [_loss_row("LSTM, PES", curve, seconds=run.seconds)]
+
+
+def _loss_row(what: str, curve: Tensor, reach: str = "", **further: Any) -> Row:
+    """Losses `[S, E, steps + 1]` at step 100, and before and beyond."""
+    beside: dict[str, Any] = {f"step {i}": float(curve[..., i].mean()) for i in (20, 300)}
+    return _row(what, curve[..., 100].mean(-1), reach, **beside, **further)
+
+
+class Parabola(Quadratics):
+    """f(x) = x² from x = 1: the convergence test of DeepMind's learning-to-learn."""
+
+    def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Any) -> Any:
+        """K of the one problem."""
+        one = torch.ones(*key.shape, count, 1)
+        return {"matrix": one.unsqueeze(-1), "target": torch.zeros_like(one), "start": one}
+
+
+def _parabola(options: Meta) -> Row:
+    """500 epochs of 5 unrolls of 20 steps on one variable."""
+    linear: dict[str, Any] = {"hidden_sizes": (), "zero_output": True, "preprocess": 0.0, "output_scale": 1.0}
+    settings = LearnedOptimizer(num_envs=1, meta_rate=1e-2, **linear)
+    run = _trained(settings, NamedFamily("parabola", Parabola(1)), options, 500 * 100)
+    return _row("x², linear, 500 epochs: loss at step 100", _curve(run, 1, 100)[..., 100].mean(-1), "< 1e-5")
+
+
+# ---------------------------------------------------------------------- PES
+
+
+def pes(options: Meta) -> list[Row]:
+    """Estimates of a known meta-gradient from pieces of 3 of an unroll of 12 steps; 4,000 repetitions."""
+    theta, expected = torch.tensor([[0.3]], dtype=torch.float64), _scalar_gradient(12)
+    rows: list[Row] = [
+        {"what": "whole unroll, exact", "mean": expected},
+        {"what": "truncated backpropagation", "mean": _scalar_gradient(3)},
+    ]
+    for what, persistent in (("ES on pieces", False), ("PES", True)):
+        keys = random.make_keys(range(4000))
+        carry: Any = {"x": torch.full((4000, 8), 2.0, dtype=torch.float64)}
+        accumulator = torch.zeros(4000, 8, 1, dtype=torch.float64) if persistent else None
+        total = torch.zeros(4000, dtype=torch.float64)
+        for piece in range(4):
+            found = evolved(_scalar(3), {"a": theta.expand(4000, 1)}, carry, keys, piece, 0.01, accumulator)
+            carry, total = found.carry, total + found.gradient[:, 0] / 4
+            accumulator = found.accumulator if persistent else None
+        error = float(total.std() / len(total) ** 0.5)
+        row = {"what": what, "mean": float(total.mean()), "low": float(total.mean()) - 1.96 * error}
+        off = abs(float(total.mean()) - expected) / error
+        rows.append({**row, "high": float(total.mean()) + 1.96 * error, "standard errors off": off})
+    rows[-1]["reach"] = "unbiased"
+    return rows
+
+
+def _scalar(steps: int) -> Callable[[dict[str, Tensor], Any], tuple[Tensor, Any]]:
+    """x ← 0.9 x + θ, loss (x - 1)²: an early push lasts."""
+
+    def unroll(theta: dict[str, Tensor], carry: Any) -> tuple[Tensor, Any]:
+        x, total = carry["x"], torch.zeros_like(carry["x"])
+        for _ in range(steps):
+            x = 0.9 * x + theta["a"][..., 0].reshape(*theta["a"].shape[:-1], *(1,) * (x.dim() + 1 - theta["a"].dim()))
+            total = total + (x - 1.0).square()
+        return total / steps, {"x": x}
+
+    return unroll
+
+
+def _scalar_gradient(piece: int) -> float:
+    leaf = torch.tensor([[0.3]], dtype=torch.float64, requires_grad=True)
+    carry: Any = {"x": torch.full((1, 1), 2.0, dtype=torch.float64)}
+    total = 0.0
+    for _ in range(12 // piece):
+        loss, carry = backpropagated(_scalar(piece), {"a": leaf}, carry)
+        total += float(torch.autograd.grad(loss.sum(), leaf)[0]) / (12 // piece)
+    return total
+
+
+# ---------------------------------------------------------------------- speed
+
+
+def learn2learn_maml() -> Any:
+    """learn2learn's MAML, without the rest of its package, which needs gym and lightning.
+
+    Raises:
+        SettingError: RLMETA_LEARN2LEARN names no unpacked source of it.
+    """
+    source = os.environ.get("RLMETA_LEARN2LEARN", "")
+    if not (Path(source) / "learn2learn" / "algorithms").is_dir():
+        raise SettingError(
+            f"RLMETA_LEARN2LEARN is {source!r}: let it name the unpacked source of learn2learn 0.2.0, whose three .pyx "
+            "were built in place with Cython < 3.1"
+        )
+    package = types.ModuleType("learn2learn")
+    package.__path__ = [str(Path(source) / "learn2learn")]
+    sys.path.insert(0, source)
+    sys.modules["learn2learn"] = package
+    return importlib.import_module("learn2learn.algorithms.maml").MAML
+
+
+def speed(options: Meta) -> list[Row]:
+    """Seconds of a second-order meta-update with Adam: 25 tasks, 10-shot, 40-40, 1 and 5 inner steps, one thread."""
+    theirs_class = learn2learn_maml()
+    torch.set_num_threads(1)
+    rows = []
+    for steps in (1, 5):
+        ours, theirs = _our_update(steps), _their_update(theirs_class, steps)
+        for _ in range(60):  # record
+            ours()
+        times: list[tuple[float, float]] = []
+        for _ in range(options.rounds):
+            times.append((_seconds(ours, 40), _seconds(theirs, 5)))
+        a, b = (python_statistics.median(column) for column in zip(*times))
+        ratio = python_statistics.median(b / a for a, b in times)
+        reach = ">= 25" if steps == 5 else ""
+        what = f"meta-update, {steps} inner steps"
+        rows.append({"what": what, "rlmeta ms": 1e3 * a, "learn2learn ms": 1e3 * b, "ratio": ratio, "reach": reach})
+    return rows
+
+
+def _seconds(update: Callable[[], None], count: int) -> float:
+    update()
+    started = time.perf_counter()
+    for _ in range(count):
+        update()
+    return (time.perf_counter() - started) / count
+
+
+def _our_update(steps: int) -> Callable[[], None]:
+    settings = MAML(inner_steps=steps)
+    world = NamedFamily("sinusoid", Sinusoid()).world((1,), settings.num_envs)
+    learner = settings.bind(world.observation_space, world.action_space)
+    key = random.make_keys([0])
+    state = learner.init(key, hyper_tensors([settings], 1), world)
+    tasks = world.tasks(key, 0, settings.num_envs, "train")
+
+    def update() -> None:
+        nonlocal state
+        state, _ = step(learner, state, tasks, learner.optimizer(state), report=False)
+
+    return update
+
+
+def _their_update(theirs: Any, steps: int) -> Callable[[], None]:
+    module = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    maml = theirs(module, lr=0.01)
+    adam = torch.optim.Adam(maml.parameters(), 1e-3)
+    tasks = Sinusoid().tasks(random.make_keys([0]), 0, 25, "train")
+    support, query = tasks["support"], tasks["query"]
+
+    def update() -> None:
+        adam.zero_grad()
+        total = torch.zeros(())
+        for k in range(25):
+            clone = maml.clone()
+            for _ in range(steps):
+                error = nn.functional.mse_loss(clone(support["observation"][0, k]), support["target"][0, k])
+                clone.adapt(error)
+            total = total + nn.functional.mse_loss(clone(query["observation"][0, k]), query["target"][0, k])
+        (total / 25).backward()  # type: ignore[no-untyped-call]
+        adam.step()
+
+    return update

@@ -1,0 +1,319 @@
+"""MAML as a learner: its losses are the adapted losses of any inner learner, whatever that is."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+import rlmeta as rl
+from rlmeta.agents import PPO, REINFORCE, Classifier, Regressor
+from rlmeta.envs.families import FewShot, NamedFamily, Sinusoid
+from rlmeta.envs.native import Bandit
+from rlmeta.envs.task import Task, TaskFamily
+from rlmeta.errors import SettingError
+from rlmeta.functional import random, tree
+from rlmeta.learning.settings import hyper_tensors
+from rlmeta.learning.step import StepContext
+from rlmeta.meta.maml import MAML
+from rlmeta.nn import Encoder
+
+S = K = 3
+SMALL = Regressor(hidden_sizes=(4,), activation="tanh")
+
+
+def images():
+    x = random.normal(random.make_keys([0])[0], "images", 0, (60, 2, 2))
+    return FewShot(
+        x, torch.arange(60) // 6, {"train": range(5), "validation": range(5, 7), "test": range(7, 10)}, 2, 1, 2
+    )
+
+
+NAVIGATION = NamedFamily("navigation", rl.family("navigation-short"))
+PROBLEMS = {
+    "regressor": (SMALL, NamedFamily("sinusoid", Sinusoid(shots=4, queries=3))),
+    "classifier": (Classifier(hidden_sizes=(4,), activation="tanh"), NamedFamily("images", images())),
+    "reinforce": (REINFORCE(num_envs=4, num_steps=20, baseline="batch", hidden_sizes=(4,)), NAVIGATION),
+    "ppo": (PPO(num_envs=4, num_steps=20, batch_size=80, hidden_sizes=(4,)), NAVIGATION),
+}
+
+
+def bound(name, seeds=range(S), double=True, **settings):
+    inner, problem = PROBLEMS[name]
+    maml = MAML(**{"learner": inner, "num_envs": K, "inner_rate": 0.1, "inner_steps": 2, **settings})
+    world = problem.world((len(seeds),), K)
+    with mock.patch.object(Encoder.__init__, "__defaults__", (torch.float64 if double else torch.float32,)):
+        learner = maml.bind(world.observation_space, world.action_space)
+    learner.capture = learner.inner.capture = None
+    state = learner.init(random.make_keys(seeds), hyper_tensors([maml], len(seeds)), world)
+    if double:
+        state["params"] = doubled(state["params"])
+    return learner, state, world
+
+
+def doubled(part):
+    return tree.map(lambda x: x.double() if x.is_floating_point() else x, part)
+
+
+def batch_of(learner, state, world):
+    tasks = world.tasks(state["key"], 0, K, "train")
+    return doubled(learner.experience(state, world, tasks)[0] if learner.acts else tasks)
+
+
+def gradient(learner, p, batch):
+    leaves = {n: w.detach().clone().requires_grad_() for n, w in p["weights"].items()}
+    loss = learner.losses({**p, "weights": leaves}, batch, StepContext(training=True, report=False))["query"]
+    found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), dict(zip(leaves, found))
+
+
+@pytest.mark.parametrize("name", ["regressor", "classifier", "ppo"])
+def test_the_meta_gradient_is_that_of_the_loss(name):
+    """Finite differences; of PPO's surrogate without adaptation, since its ratios hide what they differentiate."""
+    learner, state, world = bound(name, inner_steps=1)
+    p, batch = state["params"], batch_of(learner, state, world)
+    if learner.acts:
+        learner.settings = MAML(learner=PROBLEMS[name][0], num_envs=K, inner_steps=0)
+    _, grads = gradient(learner, p, batch)
+    for weight in list(p["weights"])[:3]:
+        value = p["weights"][weight]
+        index, eps = (1,) + (0,) * (value.dim() - 1), 1e-6
+        ends = []
+        for sign in (1, -1):
+            moved = value.clone()
+            moved[index] += sign * eps
+            ctx = StepContext(training=True, report=False)
+            ends.append(learner.losses({**p, "weights": {**p["weights"], weight: moved}}, batch, ctx)["query"][1])
+        assert grads[weight][index].item() == pytest.approx(
+            ((ends[0] - ends[1]) / (2 * eps)).item(), rel=2e-5, abs=1e-8
+        )
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_batched_learners_and_tasks_are_loops(name):
+    learner, state, world = bound(name)
+    p, batch = state["params"], batch_of(learner, state, world)
+    loss, together = gradient(learner, p, batch)
+    for s in range(S):
+        found = []
+        for k in range(K):
+            one = tree.map(lambda x, s=s, k=k: x[s : s + 1, k : k + 1], batch)
+            found.append(gradient(learner, tree.map(lambda x, s=s: x[s : s + 1], p), one))
+        torch.testing.assert_close(loss[s], torch.stack([each[0][0] for each in found]).mean())
+        for weight, value in together.items():
+            torch.testing.assert_close(value[s], torch.stack([each[1][weight][0] for each in found]).mean(0))
+
+
+@pytest.mark.parametrize("name", ["regressor", "classifier"])
+def test_without_inner_steps_it_is_joint_training_on_the_queries(name):
+    learner, state, world = bound(name, inner_steps=0)
+    p, batch = state["params"], batch_of(learner, state, world)
+    _, found = gradient(learner, p, batch)
+    leaves = {n: w.clone().requires_grad_() for n, w in p["weights"].items()}
+    pooled = tree.map(lambda x: x.flatten(1, 2), batch["query"])
+    plain = learner.inner.losses({**p, "weights": leaves}, pooled, StepContext(training=True, report=False))["net"]
+    for weight, g in zip(leaves, torch.autograd.grad(plain.sum(), list(leaves.values()))):
+        torch.testing.assert_close(found[weight], g)
+    rate_0, *_ = bound(name)
+    zero = {**p, "hyper": {**p["hyper"], "inner_rate": torch.zeros(S, dtype=torch.float64)}}
+    for order in (False, True):
+        rate_0.settings = MAML(learner=PROBLEMS[name][0], num_envs=K, inner_steps=3, first_order=order)
+        for weight, g in gradient(rate_0, zero, batch)[1].items():
+            torch.testing.assert_close(g, found[weight])
+
+
+def test_first_order_differs_and_is_the_gradient_at_the_end():
+    learner, state, world = bound("regressor", first_order=True)
+    p, batch = state["params"], batch_of(learner, state, world)
+    _, first = gradient(learner, p, batch)
+    end = learner.adapted(learner.start(p, K), batch["support"], 2, "none")
+    leaves = {n: w.clone().requires_grad_() for n, w in end["weights"].items()}
+    at_end = torch.autograd.grad(learner.loss({**end, "weights": leaves}, batch["query"]).sum(), list(leaves.values()))
+    for weight, g in zip(leaves, at_end):
+        torch.testing.assert_close(first[weight], g.mean(1))
+    learner.settings = MAML(learner=SMALL, num_envs=K, inner_steps=2)
+    _, second = gradient(learner, p, batch)
+    assert not torch.allclose(first["net.0.1.0.weight"], second["net.0.1.0.weight"], rtol=1e-2)
+
+
+# ---------------------------------------------------------------------- reinforcement learning
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("kind", ["reinforce", "ppo"])
+def test_on_a_bandit_the_meta_gradient_is_exact(steps, kind):
+    """All arms enumerated with their probabilities as weights: what is left is the estimator itself."""
+    reward = torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64)
+    inner = (
+        REINFORCE(baseline="none", normalise_return=False, hidden_sizes=())
+        if kind == "reinforce"
+        else PPO(
+            num_envs=1, num_steps=3, batch_size=3, normalise_advantage=False, hidden_sizes=(), value_coefficient=0.0
+        )
+    )
+    env = Bandit(mean=(0.1, 0.2, 0.3))
+    maml = MAML(learner=inner, num_envs=1, inner_steps=steps, inner_rate=0.75)
+    with mock.patch.object(Encoder.__init__, "__defaults__", (torch.float64,)):
+        learner = maml.bind(env.observation_space, env.action_space)
+    family = NamedFamily("bandit", TaskFamily("bandit", Task("bandit", env), {}))
+    state = learner.init(random.make_keys([0]), hyper_tensors([maml], 1), family.world((1,), 1))
+    p = doubled(state["params"])
+    name = "policy.head.linear.bias"
+    p["weights"] = {
+        n: w + 0.3 * torch.arange(w.numel()).reshape(w.shape) if n == name else w for n, w in p["weights"].items()
+    }
+
+    def log_prob(p):  # [1, 1, 3]
+        batch = {"observation": torch.zeros(1, 1, 3, dtype=torch.int64), "action": torch.arange(3).expand(1, 1, 3)}
+        return learner.inner.log_prob(p, batch)
+
+    def enumerated(p):
+        value = log_prob(p).detach()
+        rows = {"credit": reward, "return": reward, "advantage": reward, "old_value": reward}
+        return {
+            "observation": torch.zeros(1, 1, 3, dtype=torch.int64),
+            "action": torch.arange(3).expand(1, 1, 3),
+            "valid": value.exp(),
+            "old_log_prob": value,
+            "clip_range": torch.full((1, 1), 0.2, dtype=torch.float64),
+            **{n: r.expand(1, 1, 3) for n, r in rows.items()},
+        }
+
+    support, at = {}, learner.start(p, 1)
+    for i in range(steps):
+        support[str(i)] = enumerated(at)
+        at = learner.adapted(at, support[str(i)], 1, "none")
+    _, found = gradient(learner, p, {"support": support, "query": enumerated(at)})
+
+    leaves = {n: w.clone().requires_grad_() for n, w in p["weights"].items()}
+    now = learner.start({**p, "weights": leaves}, 1)
+    for _ in range(steps):
+        expected = (log_prob(now).exp() * reward).sum()
+        moves = torch.autograd.grad(expected, list(now["weights"].values()), create_graph=True, allow_unused=True)
+        moved = {n: w if g is None else w + 0.75 * g for (n, w), g in zip(now["weights"].items(), moves)}
+        now = {**now, "weights": moved}
+    loss = -(log_prob(now).exp() * reward).sum()
+    exact = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    for weight, g in zip(leaves, exact):
+        if weight.startswith("policy"):
+            torch.testing.assert_close(found[weight], g, rtol=1e-9, atol=1e-12)
+    assert found[name].abs().max() > 1e-2
+
+
+def test_the_surrogates_ratio_is_1_at_the_adapted_policy():
+    """`losses` repeats the adaptation that the rollouts were made by."""
+    learner, state, world = bound("ppo", double=False)
+    batch, metrics = learner.experience(state, world, world.tasks(state["key"], 0, K, "train"))
+    ctx = StepContext(training=True)
+    learner.losses(state["params"], batch, ctx)
+    assert ctx.info["losses/approx_kl"].abs().max() < 1e-6
+    assert batch["query"]["action"].shape == (S, K, 80, 2) and set(batch["support"]) == {"0", "1"}
+    assert metrics["charts/return_after"].shape == (S,)
+
+
+def test_a_tasks_constants_stay_and_its_rollouts_are_fresh():
+    learner, state, world = bound("reinforce", double=False)
+    tasks = world.tasks(state["key"], 0, K, "train")
+    batch, _ = learner.experience(state, world, tasks)
+    again, _ = learner.experience(state, world, tasks)
+    assert torch.equal(batch["query"]["action"], again["query"]["action"])
+    assert not torch.equal(batch["support"]["0"]["action"], batch["query"]["action"])
+    distinct = tasks["goal_x"].flatten()
+    assert len(distinct.unique()) == S * K and distinct.abs().max() < 0.5
+    held_out = world.tasks(state["key"], 0, K, "test")["goal_x"].flatten()
+    assert not set(distinct.tolist()) & set(held_out.tolist())
+
+
+def test_settings_that_a_single_task_cannot_have_are_refused():
+    for settings in (PPO(normalise_observation=True), PPO(normalise_reward=True), PPO(penalty="kl")):
+        with pytest.raises(SettingError, match="MAML"):
+            MAML(learner=settings).bind(NAVIGATION.source.observation_space, NAVIGATION.source.action_space)
+
+
+# ---------------------------------------------------------------------- as every learner
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_learners_numbers_are_its_own(name):
+    learner, state, world = bound(name, double=False)
+    alone, single, one = bound(name, seeds=[1], double=False)
+    for _ in range(3):
+        state, _ = learner.iterate(state, world)
+        single, metrics = alone.iterate(single, one)
+    for weight, value in single["params"]["weights"].items():
+        torch.testing.assert_close(state["params"]["weights"][weight][1:2], value, rtol=2e-4, atol=1e-5)
+    assert all(torch.isfinite(value).all() for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_evaluation_changes_nothing_and_keeps_no_graph(name):
+    learner, state, world = bound(name, double=False)
+    before, drawn = tree.map(torch.clone, state["params"]), torch.get_rng_state()
+    curve = learner.adaptation(state["params"], world, state["key"], 53, 2)
+    assert curve.shape == (S, 53, 3) and curve.dtype == torch.float64 and not curve.requires_grad
+    result = learner.evaluate(state["params"], world, state["key"], 53)
+    assert torch.equal(result.returns, curve[..., 2])
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(state["params"])))
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_it_learns_to_learn():
+    run = rl.train(rl.MAML(inner_rate=0.02, meta_rate=5e-3), rl.family("sinusoid"), steps=7_500, seeds=2)
+    curve = run.agent.adaptation(run.agent.seen(run.state), run.world, run.state["key"], 100, 1).mean((0, 1))
+    assert curve[1] < 1.6 < 2.5 < curve[0]
+
+
+def test_permuted_labels_leave_chance():
+    """What the support says is used: with its labels shuffled, accuracy is 1 / N."""
+    learner, state, world = bound("classifier", double=False, inner_steps=5, inner_rate=1.0)
+    tasks = world.tasks(state["key"], 0, 400, "test")
+    keys = random.fold(state["key"].unsqueeze(-1), torch.arange(400))
+    order = random.permutation(keys, "shuffle", 0, 2)
+    tasks["query"]["target"] = order.gather(-1, tasks["query"]["target"])
+    p = learner.adapted(learner.start(state["params"], 400), tasks["support"], 5, "none")
+    assert float(learner._score(p, tasks["query"]).mean()) == pytest.approx(0.5, abs=0.04)
+
+
+def test_a_run_that_was_stopped_and_resumed_is_the_one_that_was_not(tmp_path):
+    settings, family = rl.MAML(SMALL, num_envs=5, meta_rate_schedule="linear"), "sinusoid"
+    whole = rl.train(settings, family, steps=300, seeds=2, threads=1)
+
+    def stop(run, line):
+        return line["iteration"] >= 23
+
+    rl.train(settings, family, steps=300, seeds=2, threads=1, out=tmp_path / "run", callbacks=[stop])
+    again = rl.resume(tmp_path / "run")
+    assert again.experiment.variants == (settings,)
+    for name, value in tree.flatten(whole.state).items():
+        assert torch.equal(value, tree.flatten(again.state)[name]), name
+    assert torch.equal(whole.scores, again.scores)
+
+
+def test_problems_of_another_kind_are_refused():
+    with pytest.raises(SettingError, match="MAML learns from a family of tasks, 'CartPole-v1' is none"):
+        rl.train(rl.MAML(), rl.task("CartPole-v1"))
+    with pytest.raises(SettingError, match="'sinusoid' is a family of tasks to learn to learn, Regressor learns one"):
+        rl.train(Regressor(), "sinusoid")
+    with pytest.raises(SettingError, match="LearnedOptimizer minimises functions, Sinusoid is a family of other tasks"):
+        rl.train(rl.LearnedOptimizer(), "sinusoid")
+    with pytest.raises(SettingError, match="inner_steps is -1"):
+        rl.MAML(inner_steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("none", None),
+        ("regressor hidden_sizes=40x40", Regressor(hidden_sizes=(40, 40))),
+        ("reinforce num_steps=20 baseline=batch", REINFORCE(num_steps=20, baseline="batch")),
+    ],
+)
+def test_a_learner_is_a_setting_in_text(text, settings):
+    from rlmeta.lab import flags
+
+    assert flags.learner(text) == settings
+    assert flags.learner(flags.text_of(settings)) == settings
+    for wrong, message in (("regressor hidden", "SETTING=VALUE"), ("regressor lr=1", "lr"), ("regressr", "regressor")):
+        with pytest.raises((SettingError, LookupError), match=message):
+            flags.learner(wrong)
