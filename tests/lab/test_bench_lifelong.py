@@ -1,0 +1,68 @@
+"""The benchmark's tables on digits, small enough to run in a test: every row is there and the files can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from rlmeta.cli import main
+from rlmeta.envs.streams import stream
+from rlmeta.errors import UnknownNameError
+from rlmeta.lab import bench_lifelong, bench_lifelong_speed
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Digits for MNIST, two or three tasks, a small network, a few steps."""
+
+    def digits(name: str, **arguments):
+        found = stream(name.replace("mnist", "digits"), **arguments)
+        return dataclasses.replace(found, tasks=found.tasks[:2])
+
+    network = dataclasses.replace(bench_lifelong.NETWORK, hidden_sizes=(16,), batch_size=16, num_steps=5)
+    for module in (bench_lifelong, bench_lifelong_speed):
+        monkeypatch.setattr(module, "stream", digits)
+    monkeypatch.setattr(bench_lifelong, "NETWORK", network)
+    monkeypatch.setattr(bench_lifelong, "SPLIT_STEPS", 5)
+    for rows in ("ROTATIONS", "SPLIT"):
+        value = getattr(bench_lifelong, rows)
+        tables = value.values() if isinstance(value, dict) else [value]
+        for row in [row for table in tables for row in table]:
+            monkeypatch.setitem(row.__dict__, "settings", dataclasses.replace(network, optimizer="sgd"))
+
+
+def test_tables_of_samples(small, tmp_path, capsys):
+    arguments = ["--tables", "rotations,split", "--seeds", "2", "--out", str(tmp_path)]
+    assert main(["bench", "lifelong", *arguments]) == 0
+    printed = capsys.readouterr().out
+    for name in ("single", "EWC", "GEM", "A-GEM", "PackNet", "joint", "buffer only"):
+        assert name in printed
+    for table, rows in (("rotations", 4), ("split_task", 7), ("split_class", 6)):
+        content = json.loads((tmp_path / f"lifelong_{table}.json").read_text())
+        assert len(content["rows"]) == rows
+        assert all(0 <= row["accuracy"][0] <= 1 for row in content["rows"])
+
+
+def test_control_table(tmp_path, capsys):
+    arguments = ["--tables", "control", "--seeds", "1", "--control-steps", "256", "--only", "PackNet"]
+    assert main(["bench", "lifelong", *arguments, "--out", str(tmp_path)]) == 0
+    assert "of single-task training" in capsys.readouterr().out
+    content = json.loads((tmp_path / "lifelong_control.json").read_text())
+    assert [row["name"] for row in content["rows"]] == ["PackNet"]
+    assert len(json.loads((tmp_path / "lifelong_transfer.json").read_text())["transfer"]) == 4
+
+
+def test_unknown_tables_are_refused():
+    with pytest.raises(UnknownNameError, match="rotations"):
+        bench_lifelong.lifelong(bench_lifelong.Lifelong(tables="rotation"))
+
+
+def test_sides_of_the_speed_table_run():
+    for sides in (
+        bench_lifelong_speed.fisher(20, 2),
+        bench_lifelong_speed.ewc_steps(),
+        bench_lifelong_speed.gem_steps(),
+    ):
+        assert all(side() > 0 for side in sides)
