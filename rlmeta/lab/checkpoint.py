@@ -250,7 +250,8 @@ def _encode_tensors(tensors: dict[str, Tensor]) -> list[Buffer]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The elements of a tensor in row-major order, as bytes."""
     plain = tensor.detach().contiguous().resolve_conj().resolve_neg().cpu()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    row = plain.as_strided((plain.numel(),), (1,))  # `reshape` keeps the odd stride of an axis of size 1
+    return row.view(torch.uint8).numpy().data
 
 
 def _dtype_name(tensor: Tensor) -> str:
