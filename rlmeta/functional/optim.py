@@ -17,9 +17,10 @@ A setting may change from step to step: making an optimizer costs nothing and th
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -47,11 +48,34 @@ class Update(Protocol):
         """From the gradients of the parameters that `init` was given, what to add to them and the next state."""
 
 
+class Recipe(NamedTuple):
+    """How an optimizer was made, so that another can be made with other settings."""
+
+    make: Callable[..., Optimizer]
+    settings: Mapping[str, Setting]
+
+
 class Optimizer(NamedTuple):
     """What `sgd`, `adam`, a learned optimizer and `chain` return."""
 
     init: Init
     update: Update
+    recipe: Recipe | None = None
+    """`recipe.make(**recipe.settings)` is an equal optimizer; None where it has more to it than settings."""
+
+
+P = ParamSpec("P")
+
+
+def _with_recipe(make: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def made(*args: P.args, **settings: P.kwargs) -> Optimizer:
+        optimizer = make(*args, **settings)
+        return optimizer._replace(recipe=Recipe(make, signature.bind(*args, **settings).arguments))
+
+    return made
 
 
 def apply_updates(params: Tensors, updates: Tensors) -> Tensors:
@@ -117,6 +141,7 @@ def clip(max_norm: Setting) -> Optimizer:
     return Optimizer(_init_with(), update)
 
 
+@_with_recipe
 def sgd(lr: Setting, *, momentum: Setting = 0.0, nesterov: bool = False, weight_decay: Setting = 0.0) -> Optimizer:
     """Stochastic gradient descent: b ← μ b + g, Δ = −lr b, or −lr (g + μ b) with Nesterov's momentum.
 
@@ -147,6 +172,7 @@ def sgd(lr: Setting, *, momentum: Setting = 0.0, nesterov: bool = False, weight_
     return Optimizer(_init_with(*buffers), update)
 
 
+@_with_recipe
 def adagrad(
     lr: Setting = 0.01,
     *,
@@ -187,6 +213,7 @@ def adagrad(
     return Optimizer(init, update)
 
 
+@_with_recipe
 def rmsprop(
     lr: Setting = 0.01,
     *,
@@ -232,6 +259,7 @@ def rmsprop(
     return Optimizer(_init_with(*buffers), update)
 
 
+@_with_recipe
 def adam(
     lr: Setting = 1e-3,
     b1: Setting = 0.9,
@@ -256,6 +284,7 @@ def adam(
     return _adam(lr, b1, b2, eps, weight_decay, amsgrad, decoupled=False)
 
 
+@_with_recipe
 def adamw(
     lr: Setting = 1e-3,
     b1: Setting = 0.9,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional import random, tree
-from rlmeta.functional.optim import Optimizer, apply_updates, clip_by_norm
+from rlmeta.functional.optim import Optimizer, Recipe, apply_updates, clip_by_norm
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.state import Packed, Params, State, select
@@ -74,42 +74,87 @@ def step(
     """
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
-    memories, task = state.get("methods", {}), state.get("task", {})
+    max_norm = torch.inf if max_grad_norm is None else max_grad_norm
     capture: Capture | None = getattr(learner, "capture", None)
-    if capture is None or methods or key is not None:
-        found = _gradients(learner, state, batch, methods, StepContext(training=True, key=key, report=report))
+    if capture is None or methods or key is not None or optimizer.recipe is None:
+        ctx = StepContext(training=True, key=key, report=report)
+        found = _descent(learner, state, weights, batch, optimizer, max_norm, methods, ctx)
     else:
-        inputs = {"params": {**params, "weights": dict(weights)}, "batch": batch}
-        name = ("losses", report, *batch)
-        found = capture(name, lambda inputs: _losses_and_gradient(learner, inputs, report), inputs)
-    seen: Params = {"seen": params, **found}["seen"]
-    task_gradient = found["gradient"]
-
+        found = _recorded_descent(capture, learner, state, weights, batch, optimizer.recipe, max_norm, report)
     with torch.no_grad():
-        total = task_gradient + found["penalty"] if "penalty" in found else task_gradient
-        for method in methods:
-            total = method.grads(learner, Gradients(task_gradient, total), seen, memories[method.name], task)
-        frozen = _union([method.frozen(seen, memories[method.name], task) for method in methods])
-        if frozen is not None:
-            total = total.masked_fill(frozen, 0.0)
-        clipped, norm = clip_by_norm({"weights": total}, torch.inf if max_grad_norm is None else max_grad_norm, axes)
-        flat, moments, finite = _move(weights.flat, state["optimizer"], clipped["weights"], norm, optimizer, frozen)
-        state["active"] = state["active"] & finite
+        flat, moments = found["flat"], found["moments"]
+        state["active"] = state["active"] & found["finite"]
         keep = state["active"] if active is None else state["active"] & active
         if not bool(keep.all()):
             flat = torch.where(keep.unsqueeze(-1), flat, weights.flat)
             moments = select(keep, moments, state["optimizer"])
-
         state["params"] = {**params, "weights": Packed.view(flat, weights, axes)}
         if found["buffers"]:
             buffers = {**params["buffers"], **found["buffers"]}
             state["params"]["buffers"] = select(keep, buffers, params["buffers"])
         state["optimizer"] = moments
         if methods:
-            _after_step(learner, state, StepInfo(task_gradient, flat - weights.flat, batch), methods, keep)
+            _after_step(learner, state, StepInfo(found["gradient"], flat - weights.flat, batch), methods, keep)
     count = state["count"]
     state["count"] = {**count, "gradient_steps": count["gradient_steps"] + 1}
-    return state, {**found["reported"], "losses/grad_norm": norm} if report else {}
+    return state, {**found["reported"], "losses/grad_norm": found["norm"]} if report else {}
+
+
+def _recorded_descent(
+    capture: Capture,
+    learner: HasLosses,
+    state: State,
+    weights: Packed,
+    batch: tree.Tree,
+    recipe: Recipe,
+    max_norm: float | Tensor,
+    report: bool,
+) -> tree.Tree:
+    """`_descent` where there are no methods and no key: a function of tensors alone, for `capture` to replay."""
+    settings = {**recipe.settings, "max_norm": max_norm}
+    tensors = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in settings.items() if name not in tensors}
+
+    def descend(inputs: tree.Tree) -> tree.Tree:
+        given = {**numbers, **inputs["settings"]}
+        max_norm, axes = given.pop("max_norm"), state["key"].dim()
+        found = _losses_and_gradient(learner, inputs, report)
+        gradient, optimizer = found.pop("gradient"), recipe.make(**given)
+        return {**found, **_move(inputs["flat"], inputs["moments"], gradient, max_norm, axes, optimizer)}
+
+    inputs = {
+        "params": {**state["params"], "weights": dict(weights)},
+        "batch": batch,
+        "flat": weights.flat,
+        "moments": state["optimizer"],
+        "settings": tensors,
+    }
+    return capture(("step", report, *batch, recipe.make, *numbers.items()), descend, inputs)
+
+
+def _descent(
+    learner: HasLosses,
+    state: State,
+    weights: Packed,
+    batch: tree.Tree,
+    optimizer: Optimizer,
+    max_norm: float | Tensor,
+    methods: Sequence[Method],
+    ctx: StepContext,
+) -> tree.Tree:
+    """Where the step leads: `flat` and `moments`, whether they are `finite`, the `norm` and the task's `gradient`."""
+    memories, task = state.get("methods", {}), state.get("task", {})
+    found = _gradients(learner, state, batch, methods, ctx)
+    with torch.no_grad():
+        task_gradient, seen = found["gradient"], found.pop("seen")
+        total = task_gradient + found["penalty"] if "penalty" in found else task_gradient
+        for method in methods:
+            total = method.grads(learner, Gradients(task_gradient, total), seen, memories[method.name], task)
+        frozen = _union([method.frozen(seen, memories[method.name], task) for method in methods])
+        if frozen is not None:
+            total = total.masked_fill(frozen, 0.0)
+        axes = state["key"].dim()
+        return {**found, **_move(weights.flat, state["optimizer"], total, max_norm, axes, optimizer, frozen)}
 
 
 def _after_step(learner: Any, state: State, info: StepInfo, methods: Sequence[Method], keep: Tensor) -> None:
@@ -206,10 +251,17 @@ def init_optimizer(optimizer: Optimizer, state: State) -> State:
 
 
 def _move(
-    flat: Tensor, moments: State, gradient: Tensor, norm: Tensor, optimizer: Optimizer, frozen: Tensor | None
-) -> tuple[Tensor, State, Tensor]:
-    """The optimizer's move; frozen entries, and the moments under them, are written back."""
-    updates, new_moments = optimizer.update({"weights": gradient}, moments, {"weights": flat})
+    flat: Tensor,
+    moments: State,
+    gradient: Tensor,
+    max_norm: float | Tensor,
+    axes: int,
+    optimizer: Optimizer,
+    frozen: Tensor | None = None,
+) -> tree.Tree:
+    """Clip, then the optimizer's move; frozen entries, and the moments under them, are written back."""
+    clipped, norm = clip_by_norm({"weights": gradient}, max_norm, axes)
+    updates, new_moments = optimizer.update(clipped, moments, {"weights": flat})
     new_flat = apply_updates({"weights": flat}, updates)["weights"]
     if frozen is not None:
         new_flat = torch.where(frozen, flat, new_flat)
@@ -217,7 +269,7 @@ def _move(
             lambda new: new.masked_fill(frozen, 0.0) if new.shape == flat.shape else new, new_moments
         )
     finite = torch.isfinite(norm + new_flat.sum(-1))  # one not finite entry makes the sum so
-    return new_flat, new_moments, finite
+    return {"flat": new_flat, "moments": new_moments, "norm": norm, "finite": finite}
 
 
 def _union(masks: Sequence[Tensor | None]) -> Tensor | None:
