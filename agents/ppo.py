@@ -15,6 +15,7 @@ from rlmeta.functional import optim, random
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import evaluate
 from rlmeta.learning.minibatch import flatten_time, minibatches
+from rlmeta.learning.parts import in_parts
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step
 
@@ -27,15 +28,10 @@ def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 100_000) -> di
     state = agent.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
     iterations = math.ceil(steps / (settings.num_envs * settings.num_steps))
 
-    for i in range(iterations):
-        state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
+    def learn(state, rollout, rewards):
         p = state["params"]
 
-        # act
-        state, rollout = collect(agent, state, world, settings.num_steps)
-
         # credit
-        rewards = {"task": agent.scale_reward(state, rollout, rollout["reward"])}
         batch = flatten_time(agent.credit(p, rollout, rewards), 1)
         del batch["valid"]  # no row of a native task is ever a mere reset
 
@@ -43,10 +39,21 @@ def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 100_000) -> di
         rate, clip_range = agent.annealed(state)
         optimizer = optim.adam(rate, eps=settings.adam_epsilon)
         for epoch in range(settings.num_epochs):
-            counter = i * settings.num_epochs + epoch
+            counter = state["count"]["iterations"] * settings.num_epochs + epoch
             for minibatch in minibatches(state["key"], counter, batch, settings.batch_size):
                 minibatch["clip_range"] = clip_range
                 state, _ = step(agent, state, minibatch, optimizer, max_grad_norm=p["hyper"]["max_grad_norm"])
+        return state
+
+    for i in range(iterations):
+        state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
+
+        # act
+        state, rollout = collect(agent, state, world, settings.num_steps)
+
+        # some of the learners on every core
+        rewards = {"task": agent.scale_reward(state, rollout, rollout["reward"])}
+        state = in_parts(learn, state, rollout, rewards)
         state = agent.end_iteration(state, rollout)
     return state
 

@@ -23,6 +23,7 @@ from rlmeta.learning.collect import Rollout
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, minibatches
+from rlmeta.learning.parts import in_parts
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
@@ -230,6 +231,12 @@ class PPOAgent(Agent):
         return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
+        """Learn from a rollout, some of the learners on every core."""
+        if self.capture is None or self.methods or not state["key"].dim():
+            return self._update(state, rollout, rewards)
+        return in_parts(self._update, state, rollout, rewards)
+
+    def _update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Several epochs of minibatches over one rollout."""
         s, axes = self.settings, state["key"].dim()
         p = self.seen(state)

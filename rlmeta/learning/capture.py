@@ -7,6 +7,7 @@ before the first one is used.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -26,6 +27,10 @@ WARM_UP = 30
 
 _CHECKS = 3
 """Calls that a recording must answer as the function does; it is optimised within them."""
+
+
+_RECORDING = threading.Lock()
+"""Recorders keep notes of their own, one for all threads."""
 
 
 class Capture:
@@ -58,7 +63,8 @@ class Capture:
         self._calls[key] += 1
         if self._calls[key] < self._warm_up:
             return function(inputs)
-        expected, self._replays[key] = _record(function, inputs, leaves)
+        with _RECORDING:
+            expected, self._replays[key] = _record(function, inputs, leaves)
         return expected
 
 

@@ -76,10 +76,13 @@ class Packed(dict[str, Tensor]):
 
     @staticmethod
     def view(flat: Tensor, like: dict[str, Tensor], learner_axes: int) -> Packed:
-        """The tensor `flat` seen under the names and shapes of `like`; gradients flow through."""
+        """The tensor `flat` seen under the names and shapes of `like`; gradients flow through.
+
+        `like` may be of other learners than `flat`.
+        """
         packed = Packed()
         packed.flat = flat
         sizes = [weight.shape[learner_axes:].numel() for weight in like.values()]
         for (name, weight), piece in zip(like.items(), torch.split(flat, sizes, -1)):
-            packed[name] = piece.view(weight.shape)
+            packed[name] = piece.view(*flat.shape[:-1], *weight.shape[learner_axes:])
         return packed

@@ -26,6 +26,19 @@ def test_program_equals_train(name, steps):
         assert torch.equal(leaf, ours[path]), path
 
 
+def test_the_ppo_program_equals_train_on_two_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        by_hand = load("ppo").train("CartPole-v1", seeds=4, steps=1024)
+        budget = rl.Budget(steps=1024, eval_every=10240, final_episodes=1)
+        run = rl.train(rl.preset("ppo", "CartPole-v1"), "CartPole-v1", seeds=4, budget=budget, threads=2)
+    finally:
+        torch.set_num_threads(before)
+    for name, weight in by_hand["params"]["weights"].items():
+        assert torch.equal(weight, run.state["params"]["weights"][name]), name
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(f"program_{name}", PROGRAMS / f"{name}.py")
     program = importlib.util.module_from_spec(spec)

@@ -1,0 +1,80 @@
+"""Learners that never meet can be worked on by several cores, each with some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from rlmeta.functional import tree
+from rlmeta.learning.state import Packed
+
+
+def in_parts(function: Callable[..., tree.Tree], *arguments: tree.Tree) -> tree.Tree:
+    """`function(*arguments)`, a part of the learners on each core that torch may use, put together again.
+
+    When instead every operation runs on all cores they wait for each other after each, which for small networks takes
+    as long as the operation. Nothing is gained where most of the time is Python's, which runs on one core at a time.
+
+    Args:
+        function: from trees to a tree; no learner's result depends on another.
+        arguments: every leaf starts with the same learner axes, one at least.
+    """
+    learners = next(tree.leaves(arguments[0])).shape[0]
+    parts = min(torch.get_num_threads(), learners)
+    if parts == 1:
+        return function(*arguments)
+    firsts = [learners * part // parts for part in range(parts + 1)]
+    pieces = [[_piece(one, first, end - first) for one in arguments] for first, end in pairwise(firsts)]
+
+    def work(piece: Sequence[tree.Tree]) -> tree.Tree:
+        with one_core(True):
+            return function(*piece)
+
+    return _joined(list(_workers(parts).map(work, pieces)))
+
+
+@contextmanager
+def one_core(when: bool) -> Iterator[None]:
+    """Within, the operations of this thread run on one core."""
+    before = torch.get_num_threads()
+    if not when or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "rlmeta-part")
+
+
+def _piece(whole: tree.Tree, first: int, count: int) -> tree.Tree:
+    """Some of the learners, as views."""
+    if isinstance(whole, Packed):
+        like = {name: value.narrow(0, first, count) for name, value in whole.items()}
+        return Packed.view(whole.flat.narrow(0, first, count), like, whole.flat.dim() - 1)
+    if isinstance(whole, dict):
+        return {name: _piece(value, first, count) for name, value in whole.items()}
+    return whole.narrow(0, first, count)
+
+
+def _joined(pieces: Sequence[Any]) -> tree.Tree:
+    first = pieces[0]
+    if isinstance(first, Packed):
+        flat = torch.cat([piece.flat for piece in pieces])
+        return Packed.view(flat, first, flat.dim() - 1)
+    if isinstance(first, tuple):
+        return tuple(_joined(column) for column in zip(*pieces))
+    if isinstance(first, dict):
+        return {name: _joined([piece[name] for piece in pieces]) for name in first}
+    return torch.cat(list(pieces))
