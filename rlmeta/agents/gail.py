@@ -52,7 +52,7 @@ class GAIL(PPO):
     episodes: int = 0
     """Of the demonstrations, take only the first so many; 0 takes all."""
     shuffled: bool = False
-    """A control that must fail: imitate the demonstrations with their actions at random steps."""
+    """A control that must fail: imitate the demonstrations with every number at a random place."""
     form: Form = "softplus"
     """The learned reward: softplus (the paper's, always positive), logit, or log_sigmoid (always negative)."""
     discriminator_updates: int = 50

@@ -119,13 +119,24 @@ class Demonstrations:
         )
 
     def shuffled(self, seed: int = 0) -> Demonstrations:
-        """A control that teaches nothing: every action moved to a random step of any episode.
+        """A control that teaches nothing: the same numbers, every one moved to a random place.
 
-        Observations, episodes and how often each action is taken stay; which action belongs to which observation is
-        lost. What imitates as well from these has not learned from the demonstrations' decisions.
+        Actions move to any step of any episode. So do the entries of Box observations, and among one another: moving
+        actions alone would leave the visited states, and these teach a good deal. Observations that are counted (and
+        each part of a Dict or Tuple) move as a whole.
         """
-        order = random.permutation(random.make_keys([seed]), "shuffled demonstrations", 0, self.steps)[0]
-        return replace(self, action=self.action[order], about={**self.about, "shuffled": seed}, path="")
+        key = random.make_keys([seed])[0]
+
+        def moved(name: str, leaf: Tensor) -> Tensor:
+            pool = leaf.flatten() if leaf.is_floating_point() else leaf
+            order = random.permutation(random.fold(key, name), "shuffled demonstrations", 0, len(pool))
+            return pool[order].reshape(leaf.shape)
+
+        named = tree.flatten({"observation": self.observation, "action": self.action})
+        content = tree.unflatten({name: moved(name, leaf) for name, leaf in named.items() if name != "action"})
+        order = random.permutation(key, "shuffled demonstrations", 0, self.steps)
+        about = {**self.about, "shuffled": seed}
+        return replace(self, observation=content["observation"], action=self.action[order], about=about, path="")
 
     def check(self, observation_space: gym.Space, action_space: gym.Space) -> None:
         """Refuse demonstrations of another task.
@@ -296,7 +307,9 @@ def _same(one: gym.Space, other: gym.Space) -> bool:
     if [path for path, _ in first] != [path for path, _ in second]:
         return False
     for (_, a), (_, b) in zip(first, second):
-        if type(a) is not type(b) or a.shape != b.shape or not np.array_equal(_counts(a) or 0, _counts(b) or 0):
+        if type(a) is not type(b) or a.shape != b.shape:
+            return False
+        if (counts := _counts(a)) is not None and not np.array_equal(counts, np.asarray(_counts(b))):
             return False
     return True
 

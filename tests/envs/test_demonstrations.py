@@ -120,10 +120,14 @@ def test_the_first_episodes_and_joined_ones():
         made.first(0)
 
 
-def test_shuffled_keeps_how_often_each_action_is_taken_and_nothing_else():
+def test_shuffled_keeps_the_numbers_and_no_place_of_any():
     made = make((40, 20))
     control = made.shuffled()
-    assert torch.equal(control.observation, made.observation)
+    assert torch.equal(control.observation.flatten().sort().values, made.observation.flatten().sort().values)
+    assert (control.observation == made.observation).float().mean() < 0.1
+    assert not torch.equal(control.observation[:, 0].sort().values, made.observation[:, 0].sort().values)
+    nested = make((40, 20), space=NESTED).shuffled()
+    assert not torch.equal(nested.observation["image"], make((40, 20), space=NESTED).observation["image"])
     assert not torch.equal(control.action, made.action)
     assert torch.equal(control.action.sort().values, made.action.sort().values)
     assert torch.equal(control.action, made.shuffled().action)
