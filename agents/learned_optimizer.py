@@ -2,7 +2,7 @@
 
 The same as `rl.train(rl.preset("learned_optimizer", family), family)`, bit for bit.
 
-python agents/learned_optimizer.py --family quadratics --seeds 2 --steps 640000
+python agents/learned_optimizer.py --family quadratics --seeds 2 --steps 320000
 """
 
 import math
@@ -18,7 +18,7 @@ from rlmeta.learning.state import Packed, select
 from rlmeta.meta.adapt import adapt
 
 
-def train(family: str = "quadratics", seeds: int = 2, steps: int = 640_000) -> dict:
+def train(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> dict:
     """Meta-train `seeds` optimizers at once, each on many problems; returns their state."""
     settings = rl.preset("learned_optimizer", family)
     world = resolve(family, settings).world((seeds,), settings.num_envs)
@@ -59,7 +59,7 @@ def train(family: str = "quadratics", seeds: int = 2, steps: int = 640_000) -> d
     return state
 
 
-def main(family: str = "quadratics", seeds: int = 2, steps: int = 640_000) -> None:
+def main(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> None:
     """Meta-train, minimise 256 held-out problems, print the mean loss after 0, 20, ... 100 steps."""
     state, settings = train(family, seeds, steps), rl.preset("learned_optimizer", family)
     world = resolve(family, settings).world((seeds,), settings.num_envs)

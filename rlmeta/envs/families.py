@@ -317,10 +317,9 @@ class DigitMLPs:
 
     @cached_property
     def _digits(self) -> tuple[Tensor, Tensor]:
-        from sklearn.datasets import load_digits
-
-        found = load_digits()
-        return torch.tensor(found.data / 16.0, dtype=torch.float32), torch.tensor(found.target, dtype=torch.int64)
+        found = labelled("digits")
+        images = torch.cat([found.train.observation, found.test.observation]).reshape(-1, 64).float() / 255
+        return images, torch.cat([found.train.target, found.test.target])
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
         """K keys, and which part of the images each uses."""

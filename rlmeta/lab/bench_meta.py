@@ -48,7 +48,7 @@ class Meta:
     """What the meta-learners reach."""
 
     parts: str = "sinusoid,omniglot,navigation,optimizer,pes"
-    """Which, joined by commas."""
+    """Which, joined by commas; evolved-optimizer is there, too."""
     seeds: int = 10
     """Learners of each row."""
     speed: bool = False
@@ -69,6 +69,7 @@ def main(flags: Sequence[str]) -> int:
         "omniglot": omniglot,
         "navigation": navigation,
         "optimizer": optimizer,
+        "evolved-optimizer": evolved_optimizer,
         "pes": pes,
     }
     if options.speed:
@@ -259,13 +260,14 @@ def optimizer(options: Meta) -> list[Row]:
         best = RATES[min(range(len(RATES)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
         tuned = minimise(problem.source, held_out, make(best), 300)
         rows.append(_loss_row(name, tuned, rate=best))
-    return [*rows, *_evolved_optimizer(options, settings, problem, steps), _parabola(options)]
+    return [*rows, _parabola(options)]
 
 
-def _evolved_optimizer(options: Meta, settings: LearnedOptimizer, problem: NamedFamily, steps: int) -> list[Row]:
+def evolved_optimizer(options: Meta) -> list[Row]:
     """The same LSTM meta-trained by PES."""
-    pes_settings = dataclasses.replace(settings, estimator="pes", sigma=0.01)
-    run = _trained(pes_settings, problem, options, steps)
+    settings, steps = _settings(LearnedOptimizer, "quadratics")
+    problem = NamedFamily("quadratics", Quadratics())
+    run = _trained(dataclasses.replace(settings, estimator="pes", sigma=0.01), problem, options, steps)
     curve = _curve(run, 256, 300)
     return [_loss_row("LSTM, PES", curve, seconds=run.seconds)]
 

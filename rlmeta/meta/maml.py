@@ -116,6 +116,12 @@ class MAMLLearner:
             for name, value in hyper_tensors([self.inner_settings], 1, key.device).items()
         }
         state = initial_state(self.inner.networks, key, {**own, **hyper})
+        statistics = [name for name in state["params"]["buffers"] if name.endswith("running_mean")]
+        require(
+            not statistics,
+            f"MAML: {', '.join(statistics)} would be statistics of no task: use LayerNorm, or BatchNorm with "
+            "track_running_stats=False, which takes those of each batch",
+        )
         state["world"] = world.reset(key)
         state["optimizer"] = init_optimizer(self.optimizer(state), state)
         state["methods"] = initial_memories(self, self.methods, state)

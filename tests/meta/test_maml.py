@@ -290,6 +290,14 @@ def test_a_run_that_was_stopped_and_resumed_is_the_one_that_was_not(tmp_path):
     assert torch.equal(whole.scores, again.scores)
 
 
+def test_running_statistics_are_refused():
+    def network(space):
+        return torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.BatchNorm1d(3))
+
+    with pytest.raises(SettingError, match="running_mean would be statistics of no task: use LayerNorm"):
+        rl.train(rl.MAML(Regressor(network=network), num_envs=2), "sinusoid", steps=4)
+
+
 def test_problems_of_another_kind_are_refused():
     with pytest.raises(SettingError, match="MAML learns from a family of tasks, 'CartPole-v1' is none"):
         rl.train(rl.MAML(), rl.task("CartPole-v1"))
