@@ -457,6 +457,11 @@ def environment() -> dict[str, str]:
         ("train ppo cartpole-conflicts --scenario class", "scenario is for streams of samples"),
         ("train classifier split-digits --scenario clas", "scenario is 'clas', expected one of task, domain, class"),
         ("train classifier split-digits --lifelong nothing", "unknown lifelong method 'nothing'"),
+        (
+            "train classifier split-digits --lifelong ewc --ewc.strength abc",
+            "--ewc.strength is 'abc', expected a number",
+        ),
+        ("train classifier split-digits --lifelong ewc --ewc.strength 1,9", "--ewc.strength is '1,9', expected one"),
         ("train classifier permuted-digits --order all", "10 tasks have 3,628,800 orders, more than 720"),
         ("train ppo nopkg:MyEnv-v0", "no module 'nopkg' can be imported"),
         ("train ppo json:MyEnv-v0", "unknown gymnasium environment 'json:MyEnv-v0'"),

@@ -113,8 +113,8 @@ def _episode(observation: Tensor, target: Tensor, shots: int) -> Tree:
     }
 
 
-def _check_sizes(name: str, family: Any) -> None:
-    for size in ("shots", "queries"):
+def _check_sizes(name: str, family: Any, sizes: Sequence[str] = ("shots", "queries")) -> None:
+    for size in sizes:
         if getattr(family, size) < 1:
             raise SettingError(f"{name}: {size} is {getattr(family, size)}, expected at least 1")
 
@@ -150,6 +150,8 @@ class FewShot:
 
     def __post_init__(self) -> None:
         _check_sizes("FewShot", self)
+        if self.ways < 2:
+            raise SettingError(f"FewShot: ways is {self.ways}, expected at least 2 classes to tell apart")
         _check_disjoint(self.classes)
         labels = self.labels.to(torch.int64)
         pools: dict[str, tuple[Tensor, Tensor]] = {}
@@ -263,6 +265,9 @@ class Quadratics:
     dimensions: int = 10
     """d."""
 
+    def __post_init__(self) -> None:
+        _check_sizes("Quadratics", self, ("dimensions",))
+
     @cached_property
     def observation_space(self) -> gym.Space:
         """x."""
@@ -304,6 +309,9 @@ class DigitMLPs:
     """Images of a minibatch."""
     activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid"
     """Of the hidden layer."""
+
+    def __post_init__(self) -> None:
+        _check_sizes("DigitMLPs", self, ("hidden", "batch_size"))
 
     @cached_property
     def observation_space(self) -> gym.Space:

@@ -127,7 +127,7 @@ class Plan:
 
     def methods(self) -> tuple[Method, ...]:
         """The lifelong methods, in the order they are named."""
-        names = [name for name in self.options.lifelong.split(",") if name]
+        names = [name.strip() for name in self.options.lifelong.split(",") if name.strip()]
         for name in self.lifelong:
             if name not in names:
                 raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to --lifelong")
@@ -395,13 +395,19 @@ def lifelong_method(name: str, settings: Mapping[str, Any]) -> Method:
 
     Raises:
         UnknownNameError: there is no such method.
-        SettingError: it has no such setting.
+        SettingError: it has no such setting, or the setting no such value.
     """
     known: dict[str, Any] = {cls.name: cls for cls in lifelong.ALL}
     if name not in known:
         raise unknown_name("lifelong method", name, known)
     check_names(known[name], dict(settings), f"--{name}")
-    made: Method = known[name](**settings)
+    values = {}
+    for key, value in settings.items():
+        found = flags.values(known[name], key, flags.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
+        if len(found) > 1:
+            raise SettingError(f"{where} is {value!r}, expected one value: only the agent's settings compare")
+        values[key] = found[0]
+    made: Method = known[name](**values)
     return made
 
 

@@ -24,7 +24,15 @@ from rlmeta.functional.fisher import FisherKind, categorical_fisher, gaussian_fi
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.settings import PerLearner, require_range, values_of
 from rlmeta.learning.state import Packed, Params, State
-from rlmeta.lifelong.recall import SPREAD, distribution, is_agent, names_of, per_learner, position_of
+from rlmeta.lifelong.recall import (
+    SPREAD,
+    check_distribution,
+    distribution,
+    is_agent,
+    names_of,
+    per_learner,
+    position_of,
+)
 from rlmeta.nn import CategoricalHead, Context, GaussianHead
 
 
@@ -58,6 +66,7 @@ class EWC(Method):
 
     def init(self, learner: Any, state: State) -> Memory:
         """No task yet: a quadratic that is 0 everywhere."""
+        check_distribution(learner)
         flat = Packed.of(state["params"]["weights"], state["key"].dim()).flat
         return {
             "quadratic": no_quadratic(flat),

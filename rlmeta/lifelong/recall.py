@@ -43,17 +43,22 @@ def distribution(learner: Any, p: Params, batch: tree.Tree, ctx: Context) -> dic
     Raises:
         SettingError: the learner has none.
     """
+    check_distribution(learner)
     if is_agent(learner):
         found: dict[str, Tensor] = learner.forward(learner.policy, "policy", p, batch["observation"], ctx)
         return {name: value for name, value in found.items() if name not in ("features", "noise_log_std")}
     if hasattr(learner, "logits"):
         return {"logits": learner.logits(p, batch, ctx)}
-    if hasattr(learner, "output"):
-        return {"mean": learner.output(p, batch, ctx)}
-    raise SettingError(
-        f"{type(learner.settings).__name__} gives no distribution over actions or targets, which lifelong methods need "
-        "to say what was learned: use an agent with a policy, a Classifier or a Regressor"
-    )
+    return {"mean": learner.output(p, batch, ctx)}
+
+
+def check_distribution(learner: Any) -> None:
+    """Refuse a learner that predicts no distribution, before anything is trained."""
+    if not any(hasattr(learner, name) for name in ("policy", "logits", "output")):
+        raise SettingError(
+            f"{type(learner.settings).__name__} gives no distribution over actions or targets, which lifelong methods "
+            "need to say what was learned: use an agent with a policy, a Classifier or a Regressor"
+        )
 
 
 def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) -> Tensor:
@@ -109,6 +114,7 @@ def check_count(count: int, available: int) -> None:
 
 def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
     """Room for memories, `[*L, *slots, ...]`; its shapes stay for the whole run."""
+    check_distribution(learner)
     learner_shape, device = tuple(state["key"].shape), state["key"].device
     space = learner.observation_space
     one = to_tree(space, gym.vector.utils.batch_space(space, 1).sample(), (1,), "the task")

@@ -24,6 +24,7 @@ from rlmeta.learning.settings import PerLearner, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     blank_memories,
+    check_distribution,
     draw_memories,
     is_agent,
     per_learner,
@@ -62,6 +63,7 @@ class Replay(Method):
 
     def init(self, learner: Any, state: State) -> Memory:
         """An empty buffer."""
+        check_distribution(learner)
         m = {"strength": per_learner(self.strength, state), "key": random.fold(state["key"], "replay")}
         classes = hasattr(learner, "logits") and self.balance == "class"
         groups = learner.num_tasks if is_agent(learner) else learner.outputs() if classes else 1

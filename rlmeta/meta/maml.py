@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlmeta.agents.classifier import Classifier
 from rlmeta.agents.regressor import Regressor
+from rlmeta.agents.supervised import Supervised
 from rlmeta.envs.families import FamilyWorld, Split
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
@@ -110,7 +111,12 @@ class MAMLLearner:
     # ------------------------------------------------------------------ set-up
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
-        """The state at the start of a run."""
+        """The state at the start of a run.
+
+        Raises:
+            SettingError: a learner that can't adapt, or tasks of another kind than the learner's.
+        """
+        self._check(world.family)
         own = {
             name: value.expand(key.shape).clone()
             for name, value in hyper_tensors([self.inner_settings], 1, key.device).items()
@@ -126,6 +132,16 @@ class MAMLLearner:
         state["optimizer"] = init_optimizer(self.optimizer(state), state)
         state["methods"] = initial_memories(self, self.methods, state)
         return state
+
+    def _check(self, family: Any) -> None:
+        """Refuse what would fail in the middle of an iteration."""
+        inner, name, of = self.inner, type(self.inner_settings).__name__, type(family).__name__
+        fits = hasattr(inner, "credit") if self.acts else isinstance(inner, Supervised)
+        require(fits, f"MAML can't adapt {name}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO")
+        require(not getattr(inner, "rewards", ()), f"MAML's {name} learns from the tasks' own rewards, without others")
+        require(not hasattr(family, "start"), f"{of} is a family of functions to minimise: use LearnedOptimizer")
+        kind, use = ("to act in", "REINFORCE or PPO") if hasattr(family, "world") else ("of samples", "a Regressor")
+        require(self.acts == hasattr(family, "world"), f"{name} can't learn a family {kind}: give MAML {use}")
 
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
         """A family has no order of tasks."""

@@ -123,6 +123,7 @@ def test_alphabets_are_held_out_whole():
         ({"ways": 4}, "4 ways, but split 'validation' has 3 classes"),
         ({"shots": 4}, "class 0 of split 'train' has 6 samples, 4 shots and 3 queries need 7"),
         ({"shots": 0}, "shots is 0"),
+        ({"ways": 1}, "ways is 1, expected at least 2"),
         ({"classes": {"train": range(6), "test": range(5, 9)}}, "class 5 is in split 'train' and in 'test'"),
         ({"classes": {"training": range(6)}}, "split 'training' is unknown"),
     ],
@@ -179,6 +180,8 @@ def test_named_families_are_made_with_settings():
     assert rl.family("quadratics").source == Quadratics() and rl.family("digit-mlps").source == DigitMLPs()
     with pytest.raises(UnknownNameError, match="unknown setting of sinusoid 'shot': did you mean shots"):
         rl.family("sinusoid", {"shot": 5})
+    with pytest.raises(SettingError, match="Quadratics: dimensions is 0, expected at least 1"):
+        rl.family("quadratics", {"dimensions": 0})
     with pytest.raises(SettingError, match="shots is '5', expected as 10"):
         rl.family("sinusoid", {"shots": "5"})
 

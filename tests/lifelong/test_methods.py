@@ -120,6 +120,13 @@ def test_a_method_that_needs_what_the_stream_hides_is_refused_before_training():
     rl.train(learner(), blurred, steps=8, lifelong=[Replay(size=6)], progress=False)  # needs nothing
 
 
+@pytest.mark.parametrize("method", [EWC(), GEM(), AGEM(), Replay()], ids=lambda m: m.name)
+def test_a_learner_without_a_distribution_is_refused_before_training(method, tmp_path):
+    with pytest.raises(SettingError, match="DQN gives no distribution"):
+        rl.train(rl.DQN(), "cartpole-conflicts", steps=64, lifelong=[method], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_memory_larger_than_the_data_is_refused_before_training():
     for method in (GEM(memory=41), AGEM(memory=41)):
         with pytest.raises(SettingError, match="41 samples a task is more than the 40"):

@@ -307,6 +307,16 @@ def test_problems_of_another_kind_are_refused():
         rl.train(rl.LearnedOptimizer(), "sinusoid")
     with pytest.raises(SettingError, match="inner_steps is -1"):
         rl.MAML(inner_steps=-1)
+    for learner, name, message in (
+        (None, "quadratics", "Quadratics is a family of functions to minimise: use LearnedOptimizer"),
+        (rl.PPO(), "sinusoid", "PPO can't learn a family of samples: give MAML a Regressor"),
+        (Regressor(), "navigation", "Regressor can't learn a family to act in: give MAML REINFORCE or PPO"),
+        (rl.MAML(), "sinusoid", "MAML can't adapt MAML"),
+        (rl.DQN(), "cartpole-physics", "MAML can't adapt DQN"),
+        (rl.PPO(rewards=(rl.EpisodicCounts(),)), "navigation", "PPO learns from the tasks' own rewards"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            rl.train(rl.MAML(learner), name)
 
 
 @pytest.mark.parametrize(
