@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlmeta.errors import RlmetaError, SettingError, unknown_name
+from rlmeta.errors import RlmetaError, RunExistsError, SettingError, unknown_name
 
 if TYPE_CHECKING:
     from rlmeta.lab.plan import Plan
@@ -24,7 +24,7 @@ USAGE = """usage: rlmeta COMMAND ...
   resume RUN [flags]         go on with a run that was interrupted or killed
   adapt RUN [flags]          follow a meta-learner as it adapts to held-out tasks
   record RUN [flags]         write demonstrations: whole episodes of one of its learners
-  list [agents|tasks|families|streams|runs]
+  list [agents|tasks|families|streams|methods|runs]
                              what can be named
   bench NAME [flags]         measure speed and scores
 
@@ -238,6 +238,10 @@ class RecordFlags:
     def __post_init__(self) -> None:
         if not self.out:
             raise SettingError("rlmeta record needs a file to write: --out FILE")
+        if os.path.lexists(self.out):
+            raise RunExistsError(f"{self.out} exists: record into another file, or delete it first")
+        if self.learner < -1:
+            raise SettingError(f"--learner is {self.learner}, expected 0 or more, or -1 for the best")
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -471,6 +471,9 @@ def environment() -> dict[str, str]:
         ("eval nothing --episodes 0", "--episodes is 0, expected at least 1"),
         ("eval nothing --bset", "unknown flag --bset: did you mean --best"),
         ("resume nothing", "nothing is not the folder of a run: it has no config.toml"),
+        ("record nothing", "rlmeta record needs a file to write: --out FILE"),
+        ("record nothing --out .", ". exists: record into another file, or delete it first"),
+        ("record nothing --out demo --learner -2", "--learner is -2, expected 0 or more, or -1 for the best"),
         ("list tsaks", "unknown kind of name 'tsaks': did you mean tasks, streams?"),
     ],
 )
@@ -535,13 +538,15 @@ def test_eval(trained: Path, tables: list[list[dict[str, Any]]]) -> None:
 
 def test_list(capfd: pytest.CaptureFixture[str]) -> None:
     said, _ = rlmeta_says(capfd, "list")
-    for title in ("agents", "tasks", "families", "streams", "runs"):
+    for title in ("agents", "tasks", "families", "streams", "methods", "runs"):
         assert f"{title} " in said
     for name in ("ppo", "CartPole-v1, Acrobot-v1", "cartpole-long-pole", "cartpole-physics", "cartpole-conflicts"):
         assert name in said
     said, _ = rlmeta_says(capfd, "list families")
     assert "pendulum-physics" in said
     assert "cartpole-conflicts" not in said
+    said, _ = rlmeta_says(capfd, "list methods")
+    assert "ewc │ --ewc.strength │ 1000 │ λ: weight of the penalty" in said
 
 
 def test_list_marks_what_needs_an_extra(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -592,7 +597,7 @@ def test_bench_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train ppo CartPole-v1 --help", ["Adam's step size. (default: 0.001)", "--async", "--env.KEY"]),
         ("eval --help", ["--episodes INT", "(default: 256)", "--best", "--sampled"]),
         ("resume --help", ["--inexact", "--network", "--env"]),
-        ("list --help", ["agents|tasks|families|streams|runs"]),
+        ("list --help", ["agents|tasks|families|streams|methods|runs"]),
     ],
 )
 def test_help(arguments: str, parts: list[str], capfd: pytest.CaptureFixture[str]) -> None:

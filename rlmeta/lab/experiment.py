@@ -33,7 +33,8 @@ class Budget:
     """How long to train and how often to look."""
 
     steps: int = 100_000
-    """Environment steps (or samples) of each learner, on every task of a stream, rounded up to a whole iteration."""
+    """Environment steps of each learner (samples, tasks or gradient steps where it does not act), on every task of a
+    stream, rounded up to a whole iteration."""
     eval_every: int = 0
     """Environment steps between two evaluations; 0 for a tenth of the budget."""
     eval_episodes: int = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -79,6 +80,23 @@ def streams_table() -> Table:
     return _described("streams", "stream")
 
 
+def methods_table() -> Table:
+    """Lifelong methods and their settings: `--lifelong NAME --NAME.SETTING VALUE`."""
+    from rlmeta import lifelong
+    from rlmeta.lab.flags import docs, text_of
+
+    table = _table("methods", "name", "setting", "default", "what")
+    for cls in lifelong.ALL:
+        table.add_section()
+        about: Any = cls
+        for i, setting in enumerate(dataclasses.fields(about)):
+            what = docs(cls).get(setting.name, "")
+            table.add_row(
+                "" if i else cls.name, f"--{cls.name}.{setting.name.replace('_', '-')}", text_of(setting.default), what
+            )
+    return table
+
+
 def runs_table(folder: Path = Path("runs")) -> Table:
     """The runs below a folder: what they train, how far they are, how well they did."""
     table = _table(str(folder), "run", "agent", "task", "seeds", "steps", "state", "IQM")
@@ -98,6 +116,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "tasks": tasks_table,
     "families": families_table,
     "streams": streams_table,
+    "methods": methods_table,
     "runs": runs_table,
 }
 """What `rlmeta list` can show."""
@@ -108,8 +127,14 @@ def _outcome(summary: Path) -> tuple[str, str]:
     if not summary.is_file():
         return "unfinished", ""
     content = json.loads(summary.read_text())
-    scores = [f"{row['iqm']:.1f}" + (f" ({row['setting']})" if row["setting"] else "") for row in content["summary"]]
+    scores = [_iqm(row) + (f" ({row['setting']})" if row["setting"] else "") for row in content["summary"]]
     return content["stopped"] or "finished", "\n".join(scores)
+
+
+def _iqm(row: dict[str, Any]) -> str:
+    """The score, and its name where it is no return."""
+    score = row.get("score", "return")
+    return f"{row['iqm']:.1f}" if score == "return" else f"{row['iqm']:.3f} {score}"
 
 
 def _named(kind: str) -> Iterator[tuple[str, str]]:

@@ -39,7 +39,7 @@ from rlmeta.learning.settings import check_names, per_learner_names, variants
 PLAN = "plan.toml"
 
 AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
-  TASK    a name that `rlmeta list tasks` shows, a gymnasium id, or package.module:MyEnv-v0
+  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, or package.module:MyEnv-v0
   flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""
 
 ABOUT = """Train an agent, all seeds and settings at once. A comma compares: --learning-rate 1e-4,1e-3 trains every seed
@@ -74,7 +74,8 @@ class Options:
     quiet: bool = False
     """No live progress and no header."""
     lifelong: str = ""
-    """Lifelong methods that work together on a stream of tasks (ewc,replay); --ewc.strength 100 sets one's setting."""
+    """Lifelong methods that work together on a stream of tasks (ewc,replay), of those that `rlmeta list methods` shows
+    with their settings; --ewc.strength 100 sets one."""
     order: str = "given"
     """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
     scenario: str = ""

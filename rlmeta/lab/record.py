@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
@@ -37,8 +38,11 @@ def record(
         seed: another seed plays other episodes.
 
     Raises:
-        SettingError: no such learner, or no best parameters.
+        SettingError: no such learner, no best parameters, or a run that acts in no single task.
     """
+    if not hasattr(run.agent, "act") or isinstance(run.experiment.problem, TaskStream):
+        what = f"a run of {run.experiment.agent_name} on {run.experiment.problem.name}"
+        raise SettingError(f"{what} can't be recorded: give one of an agent that acts in a single task")
     learners = len(run.experiment.learners)
     if learner is None:
         learner = run.best_learner if run.evaluation is not None else 0

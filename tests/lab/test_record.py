@@ -41,3 +41,12 @@ def test_what_cannot_be_recorded_is_said_in_a_line(run, capsys, flags, message):
     assert main(["record", *flags.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (run / "demo").exists()
+
+
+@pytest.mark.parametrize(("learner", "problem"), [("classifier", "split-digits"), ("maml", "sinusoid")])
+def test_what_does_not_act_in_a_task_is_refused(learner, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", learner, problem, "--steps", "1", "--final-episodes", "1", "--out", "run", "--quiet"]) == 0
+    assert main(["record", "run", "--out", "demo"]) == 2
+    assert f"a run of {learner} on {problem} can't be recorded" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
