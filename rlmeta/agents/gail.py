@@ -52,7 +52,7 @@ class GAIL(PPO):
     episodes: int = 0
     """Of the demonstrations, take only the first so many; 0 takes all."""
     shuffled: bool = False
-    """A control that must fail: imitate the demonstrations with every number at a random place."""
+    """A control that must fail: which steps are demonstrated and which are the agent's is shuffled."""
     form: Form = "softplus"
     """The learned reward: softplus (the paper's, always positive), logit, or log_sigmoid (always negative)."""
     discriminator_updates: int = 50
@@ -83,7 +83,6 @@ class GAIL(PPO):
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
         """PPO for environments of these spaces, with the discriminator before its other rewards."""
         given = chosen(self.demonstrations, self.episodes, observation_space, action_space)
-        given = given.shuffled() if self.shuffled else given
         learned = AdversarialReward(
             given,
             self.form,
@@ -91,6 +90,7 @@ class GAIL(PPO):
             self.discriminator_batch_size,
             hidden_sizes=self.discriminator_hidden_sizes,
             absorbing=self.absorbing,
+            shuffled=self.shuffled,
         )
         agent = PPOAgent(self, observation_space, action_space, methods)
         agent.rewards = distinct((learned, *agent.rewards))
@@ -123,6 +123,8 @@ class AdversarialReward:
     """Widths of the hidden layers."""
     absorbing: bool = False
     """Let the discriminator see what comes after a terminal state."""
+    shuffled: bool = False
+    """A control: tell the discriminator at random which steps are demonstrated."""
     name: str = "imitation"
     """Of the stream and the memory."""
 
@@ -196,9 +198,12 @@ class AdversarialReward:
         for _ in range(self.updates):
             key, counter = memory["key"], memory["count"]["gradient_steps"]
             rows = random.integers(key, "rollout", counter, (self.batch_size,), steps["input"].shape[-2])
+            shown, own = draw(self.discriminator.shown, key, counter, self.batch_size), gather(steps, rows)
+            if self.shuffled:
+                shown, own = _shuffled(shown, own, random.uniform(key, "shuffled", counter, (self.batch_size,)) < 0.5)
             batch = {
-                "demonstrations": draw(self.discriminator.shown, key, counter, self.batch_size),
-                "agent": gather(steps, rows),
+                "demonstrations": shown,
+                "agent": own,
                 "mix": random.uniform(key, "mix", counter, (self.batch_size, 1)),
                 "gradient_penalty": hyper["gradient_penalty"],
             }
@@ -307,6 +312,16 @@ class Discriminator:
         (slope,) = torch.autograd.grad(self.logit(p, mixed).sum(), mixed, create_graph=True)
         penalty = (slope.square().sum(-1).add(1e-12).sqrt() - 1).square().mean(-1)
         return {"loss": real_loss + fake_loss, "gradient_penalty": batch["gradient_penalty"] * penalty}
+
+
+def _shuffled(shown: tree.Tree, own: tree.Tree, swap: Tensor) -> tuple[tree.Tree, tree.Tree]:
+    """Two minibatches `[*L, B, ...]` whose rows change sides where `swap` `[*L, B]` is set."""
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(align(swap, a), a, b)  # type: ignore[arg-type]
+
+    sides = {name: own[name] for name in shown}
+    return tree.map(choose, sides, shown), {**own, **tree.map(choose, shown, sides)}
 
 
 def _form(form: Form, logit: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: rlmeta bench agents [--steps N] [--rounds N] [--scale] [--out FOLDER]")
         print("       rlmeta bench lifelong [--tables NAMES] [--seeds N] [--speed] [--avalanche PYTHON] [--out FOLDER]")
+        print("       rlmeta bench imitation [--tables NAMES] [--seeds N] [--speed] [--imitation PYTHON]")
         return 0 if arguments else 2
     name, *flags = arguments
     if name == "worker":
@@ -77,8 +78,12 @@ def main(arguments: Sequence[str]) -> int:
         from rlmeta.lab import bench_lifelong
 
         return bench_lifelong.lifelong(tyro.cli(bench_lifelong.Lifelong, prog="rlmeta bench lifelong", args=flags))
+    if name == "imitation":
+        from rlmeta.lab import bench_imitation
+
+        return bench_imitation.imitation(tyro.cli(bench_imitation.Imitation, prog="rlmeta bench imitation", args=flags))
     if name != "agents":
-        raise unknown_name("benchmark", name, ["agents", "lifelong", "meta"])
+        raise unknown_name("benchmark", name, ["agents", "imitation", "lifelong", "meta"])
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
     if options.steps < 1 or options.rounds < 1 or options.seeds < 1:
         raise SettingError("bench: steps, rounds and seeds are at least 1")
