@@ -308,7 +308,7 @@ def test_a_shuffled_control_tells_nothing_apart():
         for _ in range(4):
             state, metrics = agent.iterate(state, world)
         accuracy[shuffled] = metrics["discriminator/accuracy_demonstrations"] + metrics["discriminator/accuracy_agent"]
-    assert (accuracy[False] > 1.8).all() and ((accuracy[True] - 1).abs() < 0.2).all()
+    assert (accuracy[False] > 1.5).all() and ((accuracy[True] - 1).abs() < 0.2).all()
 
 
 def test_episodes_that_end_are_warned_of_and_fixed_ones_are_not():
