@@ -45,6 +45,8 @@ class DataTask:
 
     def __post_init__(self) -> None:
         for part, samples in (("training", self.train), ("test", self.test)):
+            if not all(isinstance(x, Tensor) for x in samples):
+                raise SettingError(f"{self.name}: {part} samples are no tensors: make them with torch.as_tensor")
             if len(samples.observation) == 0 or len(samples.observation) != len(samples.target):
                 raise SettingError(
                     f"{self.name}: {len(samples.observation)} {part} inputs and {len(samples.target)} targets, "
@@ -52,6 +54,17 @@ class DataTask:
                 )
         if not self.classes and not self.train.target.is_floating_point():
             raise SettingError(f"{self.name}: targets are whole numbers but no classes are named: give classes=")
+        if not self.classes and self.train.target.dim() < 2:
+            raise SettingError(f"{self.name}: targets {tuple(self.train.target.shape)}, expected [n, D]: unsqueeze(-1)")
+        outside = [one for one in self.classes if not 0 <= one < self.num_classes]
+        if outside:
+            raise SettingError(
+                f"{self.name}: class {outside[0]}, expected 0 to {self.num_classes - 1}: give num_classes= of all tasks"
+            )
+        targets = torch.cat([self.train.target, self.test.target]).unique().tolist()
+        strange = [one for one in targets if self.classes and one not in self.classes]
+        if strange:
+            raise SettingError(f"{self.name}: target {strange[0]} is none of its classes {self.classes}")
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> DataWorld:
         """Minibatches of `num_envs` samples for every learner."""

@@ -78,6 +78,12 @@ class Experiment:
     def __post_init__(self) -> None:
         require(len(self.seeds) > 0, "no seeds given, expected at least one")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds repeat: {list(self.seeds)}")
+        strange = [one for one in self.methods if not isinstance(one, Method)]
+        require(not strange, f"lifelong has {strange[:1]}, expected methods such as [EWC()]")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
         if isinstance(self.problem, TaskStream):
             check_needs(self.methods, self.problem.reveals, self.problem.name)
 

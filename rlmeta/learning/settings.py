@@ -113,7 +113,11 @@ def values_of(setting: float | Sequence[float]) -> list[float]:
 
 def require_range(settings: Any, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
     """Refuse a setting outside [low, high] (or (low, high] with `above`), naming it and its value."""
-    for value in values_of(getattr(settings, name)):
+    given = getattr(settings, name)
+    for value in given if isinstance(given, Sequence) else [given]:
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a number")
+    for value in values_of(given):
         if not (low < value if above else low <= value) or not value <= high:
             bound = f"{'above' if above else 'at least'} {low:g}" + (
                 "" if math.isinf(high) else f" and at most {high:g}"

@@ -95,3 +95,12 @@ def test_bad_data_are_refused_by_name():
         DataTask("e", *[Samples(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))] * 2)
     with pytest.raises(SettingError, match="e: 0 training inputs and 0 targets"):
         DataTask("e", *[Samples(torch.zeros(0, 2), torch.zeros(0))] * 2)
+    pair = [Samples(torch.zeros(4, 2), torch.tensor([0, 1, 1, 3]))] * 2
+    with pytest.raises(SettingError, match=r"f: target 3 is none of its classes \(0, 1\)"):
+        DataTask("f", *pair, (0, 1), 4)
+    with pytest.raises(SettingError, match="f: class 3, expected 0 to 2"):
+        DataTask("f", *pair, (0, 1, 3), 3)
+    with pytest.raises(SettingError, match=r"f: targets \(4,\), expected \[n, D\]"):
+        DataTask("f", *[Samples(torch.zeros(4, 2), torch.zeros(4))] * 2)
+    with pytest.raises(SettingError, match="f: training samples are no tensors"):
+        DataTask("f", *[Samples([[0.0]], [0])] * 2, (0,), 1)

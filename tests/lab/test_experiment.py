@@ -73,3 +73,10 @@ def test_changing_one_constant_of_a_named_family_keeps_its_ranges():
 def test_threads_are_as_many_as_omp_num_threads_says(monkeypatch, given, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert available_threads() == threads
+
+
+def test_devices_and_methods_that_are_none_are_refused():
+    with pytest.raises(SettingError, match="device is 'gpu'"):
+        Experiment((rl.PPO(),), (0,), rl.task("CartPole-v1"), device="gpu")
+    with pytest.raises(SettingError, match="expected methods such as"):
+        Experiment((rl.PPO(),), (0,), rl.stream("cartpole-conflicts"), methods=(rl.EWC,))

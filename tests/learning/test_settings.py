@@ -43,6 +43,9 @@ def test_values_out_of_range_are_refused_by_name_and_value(cls, name, value):
 def test_one_wrong_value_in_a_list_is_refused():
     with pytest.raises(SettingError, match="learning_rate is -1"):
         PPO(learning_rate=[1e-3, -1.0])
+    for given in ("3e-4", [1e-3, "a"], None):
+        with pytest.raises(SettingError, match=r"PPO: learning_rate is .*, expected a number"):
+            PPO(learning_rate=given)
 
 
 @pytest.mark.parametrize(
