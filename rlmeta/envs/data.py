@@ -61,10 +61,10 @@ class DataTask:
             raise SettingError(
                 f"{self.name}: class {outside[0]}, expected 0 to {self.num_classes - 1}: give num_classes= of all tasks"
             )
-        targets = torch.cat([self.train.target, self.test.target]).unique().tolist()
-        strange = [one for one in targets if self.classes and one not in self.classes]
-        if strange:
-            raise SettingError(f"{self.name}: target {strange[0]} is none of its classes {self.classes}")
+        targets = torch.cat([self.train.target, self.test.target])
+        strange = targets[~torch.isin(targets, torch.tensor(self.classes, dtype=targets.dtype))]
+        if self.classes and len(strange):
+            raise SettingError(f"{self.name}: target {strange[0].tolist()} is none of its classes {self.classes}")
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> DataWorld:
         """Minibatches of `num_envs` samples for every learner."""

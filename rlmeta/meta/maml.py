@@ -34,7 +34,7 @@ from rlmeta.learning.evaluate import Evaluation, evaluate
 from rlmeta.learning.learner import Metrics, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.minibatch import flatten_time
-from rlmeta.learning.settings import LearnerSettings, PerLearner, hyper_tensors, require, require_range
+from rlmeta.learning.settings import LearnerSettings, PerLearner, hyper_tensors, require, require_range, variants
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import Order, adapt, expand_tasks
@@ -137,6 +137,7 @@ class MAMLLearner:
         """Refuse what would fail in the middle of an iteration."""
         inner, name, of = self.inner, type(self.inner_settings).__name__, type(family).__name__
         fits = hasattr(inner, "credit") if self.acts else isinstance(inner, Supervised)
+        require(len(variants(self.inner_settings)) == 1, f"MAML's {name} compares values: compare MAML's own settings")
         require(fits, f"MAML can't adapt {name}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO")
         require(not getattr(inner, "rewards", ()), f"MAML's {name} learns from the tasks' own rewards, without others")
         require(not hasattr(family, "start"), f"{of} is a family of functions to minimise: use LearnedOptimizer")

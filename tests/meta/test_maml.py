@@ -313,6 +313,7 @@ def test_problems_of_another_kind_are_refused():
         (Regressor(), "navigation", "Regressor can't learn a family to act in: give MAML REINFORCE or PPO"),
         (rl.MAML(), "sinusoid", "MAML can't adapt MAML"),
         (rl.DQN(), "cartpole-physics", "MAML can't adapt DQN"),
+        (Regressor(learning_rate=[0.1, 0.2]), "sinusoid", "MAML's Regressor compares values"),
         (rl.PPO(rewards=(rl.EpisodicCounts(),)), "navigation", "PPO learns from the tasks' own rewards"),
     ):
         with pytest.raises(SettingError, match=message):
