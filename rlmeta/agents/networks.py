@@ -11,6 +11,7 @@ from torch import nn
 
 from rlmeta.envs.spaces import to_tree
 from rlmeta.errors import SettingError, SpaceError
+from rlmeta.functional import tree
 from rlmeta.functional.tree import Tree
 from rlmeta.nn import (
     MLP,
@@ -115,8 +116,14 @@ def _features_of(module: nn.Module, observation_space: gym.Space) -> int:
     two = gym.vector.utils.batch_space(observation_space, 2).sample()
     observation: Tree = to_tree(observation_space, two, (2,), "the task")
     training = module.training
-    with torch.no_grad():
-        features = module.eval()(observation)
+    try:
+        with torch.no_grad():
+            features = module.eval()(observation)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in tree.leaves(observation))
+        bytes_ = any(leaf.dtype == torch.uint8 for leaf in tree.leaves(observation))
+        hint = ". Bytes come as they are: begin with x.float() / 255" if bytes_ else ""
+        raise SettingError(f"network= fails for two observations, {shapes}: {error}{hint}") from error
     module.train(training)
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or features.shape[0] != 2:
         given = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__

@@ -242,12 +242,21 @@ def from_config(
             seeds=tuple(config["seeds"]),
             problem=_problem_again(config["task"], source, where),
             budget=Budget(**config["budget"]),
-            methods=methods or _methods_again(config["methods"], where),
+            methods=_same_methods(methods, config["methods"], where) or _methods_again(config["methods"], where),
             device=config["device"],
             threads=config["threads"],
         )
     except KeyError as error:
         raise CheckpointError(f"{where}: config.toml lacks {error}; it is not the configuration of a run") from None
+
+
+def _same_methods(given: tuple[Method, ...], tables: Sequence[dict[str, Any]], where: str) -> tuple[Method, ...]:
+    """The methods that were given again, after a check that they are the run's."""
+    had = [table["name"] for table in tables]
+    if given and [method.name for method in given] != had:
+        said = ", ".join(method.name for method in given)
+        raise SettingError(f"{where} had lifelong methods {', '.join(had) or '(none)'}, got {said}: give the same")
+    return given
 
 
 def _own_again(table: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:

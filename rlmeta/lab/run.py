@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ def load(
     *,
     network: NetworkFactory | None = None,
     env: Any = None,
-    methods: tuple[Method, ...] = (),
+    lifelong: Sequence[Method] = (),
     own: Mapping[str, Any] | None = None,
 ) -> Run:
     """Read a run back: its settings, its state, its final evaluation.
@@ -230,7 +230,7 @@ def load(
         folder: as given to `train(out=...)`.
         network: the user's network again, where it had one; a run folder names code but never loads any.
         env: the user's environment factory again, where it had one.
-        methods: the lifelong methods again, where it had some.
+        lifelong: the lifelong methods again, where it had some of your own.
         own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
 
     Raises:
@@ -240,7 +240,7 @@ def load(
     if not (folder / "config.toml").is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.toml")
     config = run_folder.read_config(folder)
-    experiment = from_config(config, where=str(folder), network=network, source=env, methods=methods, own=own)
+    experiment = from_config(config, where=str(folder), network=network, source=env, methods=tuple(lifelong), own=own)
     run = Run(experiment, folder)
     state, about = checkpoint.load(folder / "state")
     run.start()

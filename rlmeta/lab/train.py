@@ -117,6 +117,8 @@ def resolve(problem: Any, settings: Any = None) -> Any:
             problem = family(problem) if meta or is_data_family(problem) else task(problem)
     if meta and isinstance(problem, TaskFamily):
         return NamedFamily(problem.name, problem)
+    if meta and hasattr(problem, "tasks") and not isinstance(problem, NamedFamily | streams.TaskStream):
+        return NamedFamily(type(problem).__name__, problem)
     if meta != isinstance(problem, NamedFamily):
         what, name = type(settings).__name__, getattr(problem, "name", problem)
         raise SettingError(
@@ -158,7 +160,7 @@ def resume(
     """
     folder = Path(folder)
     with run_folder.lock(folder):
-        run = load(folder, network=network, env=env, methods=tuple(lifelong), own=own)
+        run = load(folder, network=network, env=env, lifelong=lifelong, own=own)
         run.stopped = ""
         try:
             _restore_world(run, inexact)
