@@ -92,8 +92,8 @@ PAPER = Classifier(batch_size=10, num_steps=10, optimizer="sgd", hidden_sizes=(1
 """The GEM paper's network and minibatch: 784-100-100-10, plain SGD, one pass over 1,000 samples a task."""
 
 ROTATIONS = (
-    Row("single", replace(PAPER, learning_rate=0.005)),
-    Row("EWC", replace(PAPER, learning_rate=0.01), (EWC(strength=10.0, samples=1000),)),
+    Row("single", replace(PAPER, learning_rate=0.004)),
+    Row("EWC", replace(PAPER, learning_rate=0.01), (EWC(strength=15.0, samples=1000),)),
     Row("A-GEM", replace(PAPER, learning_rate=0.1), (AGEM(memory=256, batch_size=256),)),
     Row("GEM", replace(PAPER, learning_rate=0.1), (GEM(memory=256, margin=0.5),)),
 )
