@@ -165,7 +165,7 @@ class PPOAgent(Agent):
         reward = torch.stack(list(rewards.values())).sum(0)
         ctx = Context()
         distribution, value = self._evaluate(p, rollout["observation"], ctx)
-        _, next_value = self._evaluate(p, rollout["next_observation"], ctx)
+        next_value = self._value(p, rollout["next_observation"], ctx)
         gamma = p["hyper"]["gamma"]
         discount = align(gamma, reward) * ~rollout["terminated"]
         cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
@@ -184,12 +184,18 @@ class PPOAgent(Agent):
     def _evaluate(self, p: Params, observation: tree.Tree, ctx: Context) -> tuple[Any, Tensor]:
         """The distribution's parameters and the value, for observations `[*L, ...]`."""
         if not self.settings.share_network:
-            distribution = self.forward(self.policy, "policy", p, observation, ctx)
-            return distribution, self.forward(self.value, "value", p, observation, ctx)
+            return self.forward(self.policy, "policy", p, observation, ctx), self._value(p, observation, ctx)
         features = self.forward(self.policy.body, "policy.body", p, observation, ctx)
         tensors = {**p["weights"], **p["buffers"]}
         distribution = self.policy.head.run(tensors, features, ctx, "policy.head.")
         return distribution, self.value.run(tensors, features, ctx, "value.")
+
+    def _value(self, p: Params, observation: tree.Tree, ctx: Context) -> Tensor:
+        """The value alone."""
+        if self.settings.share_network:
+            return self._evaluate(p, observation, ctx)[1]
+        value: Tensor = self.forward(self.value, "value", p, observation, ctx)
+        return value
 
     # ------------------------------------------------------------------ learn
 

@@ -61,8 +61,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
 def _piece(whole: tree.Tree, first: int, count: int) -> tree.Tree:
     """Some of the learners, as views."""
     if isinstance(whole, Packed):
-        like = {name: value.narrow(0, first, count) for name, value in whole.items()}
-        return Packed.view(whole.flat.narrow(0, first, count), like, whole.flat.dim() - 1)
+        return Packed.view(whole.flat.narrow(0, first, count), whole, whole.flat.dim() - 1)
     if isinstance(whole, dict):
         return {name: _piece(value, first, count) for name, value in whole.items()}
     return whole.narrow(0, first, count)

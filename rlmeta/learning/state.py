@@ -64,6 +64,8 @@ class Packed(dict[str, Tensor]):
     """
 
     flat: Tensor
+    shapes: list[torch.Size]
+    """Of every weight of one learner."""
 
     @staticmethod
     def of(weights: dict[str, Tensor], learner_axes: int) -> Packed:
@@ -80,9 +82,11 @@ class Packed(dict[str, Tensor]):
 
         `like` may be of other learners than `flat`.
         """
-        packed = Packed()
+        packed, learner_shape = Packed(), flat.shape[:-1]
         packed.flat = flat
-        sizes = [weight.shape[learner_axes:].numel() for weight in like.values()]
-        for (name, weight), piece in zip(like.items(), torch.split(flat, sizes, -1)):
-            packed[name] = piece.view(*flat.shape[:-1], *weight.shape[learner_axes:])
+        shapes = like.shapes if isinstance(like, Packed) else [w.shape[learner_axes:] for w in like.values()]
+        packed.shapes = shapes
+        pieces = torch.split(flat, [shape.numel() for shape in shapes], -1)
+        for name, shape, piece in zip(like, shapes, pieces):
+            packed[name] = piece.view(learner_shape + shape)
         return packed

@@ -118,12 +118,13 @@ def _recorded_descent(
     def descend(inputs: tree.Tree) -> tree.Tree:
         given = {**numbers, **inputs["settings"]}
         max_norm, axes = given.pop("max_norm"), state["key"].dim()
-        found = _losses_and_gradient(learner, inputs, report)
+        seen = {**inputs["params"], "weights": Packed.view(inputs["flat"], weights, axes)}
+        found = _losses_and_gradient(learner, seen, inputs["batch"], report)
         gradient, optimizer = found.pop("gradient"), recipe.make(**given)
         return {**found, **_move(inputs["flat"], inputs["moments"], gradient, max_norm, axes, optimizer)}
 
     inputs = {
-        "params": {**state["params"], "weights": dict(weights)},
+        "params": {**state["params"], "weights": {}},
         "batch": batch,
         "flat": weights.flat,
         "moments": state["optimizer"],
@@ -180,11 +181,11 @@ def _total(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum(0) if len(losses) > 1 else next(iter(losses.values()))
 
 
-def _losses_and_gradient(learner: HasLosses, inputs: tree.Tree, report: bool) -> tree.Tree:
+def _losses_and_gradient(learner: HasLosses, p: Params, batch: tree.Tree, report: bool) -> tree.Tree:
     """What `_gradients` finds where there are no methods and no key: a pure function of tensors."""
-    leaves, ctx = _leaves(inputs["params"]["weights"]), StepContext(training=True, report=report)
+    leaves, ctx = _leaves(p["weights"]), StepContext(training=True, report=report)
     with torch.enable_grad():
-        losses = learner.losses({**inputs["params"], "weights": leaves}, inputs["batch"], ctx)
+        losses = learner.losses({**p, "weights": leaves}, batch, ctx)
         total = _total(losses)
     return {**_found(losses, ctx), "gradient": _gradient(total, leaves)}
 
