@@ -36,7 +36,8 @@ def in_parts(function: Callable[..., tree.Tree], *arguments: tree.Tree) -> tree.
         with one_core(True):
             return function(*piece)
 
-    return _joined(list(_workers(parts).map(work, pieces)))
+    with one_core(True):  # a second core would spin for a while after every operation, in the way of the parts
+        return _joined(list(_workers(parts).map(work, pieces)))
 
 
 @contextmanager
