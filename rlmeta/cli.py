@@ -405,9 +405,9 @@ def _print_results(rows: Sequence[dict[str, Any]]) -> None:
 def _print_ends(run: Run) -> None:
     """Name the learners that ended early."""
     state, target = run.state, run.experiment.budget.target
-    for i, (settings, seed) in enumerate(run.experiment.learners):
+    learners = zip(run.experiment.learner_labels, run.experiment.learners)
+    for i, (label, (_, seed)) in enumerate(learners):
         if not bool(state["active"][i]):
-            label = run.experiment.labels[run.experiment.variants.index(settings)]
             reached = "best" in state and float(state["best"]["score"][i]) >= target
             why = f"reached {target:g}" if reached else "turned NaN and was frozen"
             name = f"learner {i} (seed {seed}{', ' + label if label else ''})"

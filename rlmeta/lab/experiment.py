@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,27 @@ class Experiment:
     @property
     def labels(self) -> list[str]:
         """What sets each variant apart; [''] for a single one."""
-        return [settings_.difference(variant, self.variants) for variant in self.variants]
+        own = [settings_.difference(variant, self.variants) for variant in self.variants]
+        of_methods = [self._difference_of_methods(i) for i in range(len(self.variants))]
+        return [", ".join(filter(None, parts)) for parts in zip(own, of_methods)]
+
+    def _difference_of_methods(self, variant: int) -> str:
+        """The methods' settings that differ between variants, as `ewc.strength=10`."""
+        said = []
+        for method in self.methods:
+            for name in _compared(method):
+                values = settings_.values_of(getattr(method, name))
+                if len(set(values)) > 1:
+                    said.append(f"{method.name}.{name}={values[variant]:g}")
+        return ", ".join(said)
+
+    @property
+    def learner_labels(self) -> list[str]:
+        """What sets every learner apart besides its seed, '' for nothing."""
+        orders = [f"order={i}" for i in range(len(self._orders))] if len(self._orders) > 1 else [""]
+        return [
+            ", ".join(filter(None, (label, order))) for label in self.labels for order in orders for _ in self.seeds
+        ]
 
     @property
     def agent_name(self) -> str:
@@ -154,6 +175,32 @@ class Experiment:
             "methods": [_method_table(method) for method in self.methods],
             "variants": [_settings_table(variant) for variant in self.variants],
         }
+
+
+def compare(agents_: Sequence[Any], methods: Sequence[Method]) -> tuple[tuple[Any, ...], tuple[Method, ...]]:
+    """Every agent's settings with every combination of the values that the methods' settings compare.
+
+    Returns:
+        The variants, and the methods with one value for each variant in what is compared.
+    """
+    combinations = list(itertools.product(*(_alone(method) for method in methods)))
+    if len(combinations) == 1:
+        return tuple(agents_), tuple(methods)
+    blocks = [combination for _ in agents_ for combination in combinations]
+    merged = [settings_.merge(column) if dataclasses.is_dataclass(column[0]) else column[0] for column in zip(*blocks)]
+    return tuple(agent for agent in agents_ for _ in combinations), tuple(merged)
+
+
+def _compared(method: Method) -> list[str]:
+    """The settings in which a method has a value for every variant."""
+    if not dataclasses.is_dataclass(method):
+        return []
+    names: list[str] = settings_.per_learner_names(type(method))
+    return [name for name in names if isinstance(getattr(method, name), Sequence)]
+
+
+def _alone(method: Method) -> list[Any]:
+    return settings_.variants(method) if _compared(method) else [method]
 
 
 def _settings_table(settings: Any) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
     from matplotlib.ticker import EngFormatter
 
     experiment = run.experiment
-    learners, seeds = len(experiment.learners), len(experiment.seeds)
+    learners, seeds = len(experiment.learners), experiment.repeats
     figure = Figure(figsize=(12, 4.4), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -188,7 +188,7 @@ def _legend(run: Run, evaluated: bool) -> Iterator[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    labels, seeds = run.experiment.labels, len(run.experiment.seeds)
+    labels, seeds = run.experiment.labels, run.experiment.repeats
     if len(labels) > 1:
         for label, colour in zip(labels, _colours(len(labels))):
             yield Line2D([], [], color=colour, linewidth=3, label=label.replace(", ", "\n") or "(equal)")

@@ -248,9 +248,8 @@ class WandbTracker:
 
 def learner_names(experiment: Experiment) -> list[str]:
     """A name for every learner from its setting's label and its seed, distinct and fit for a folder."""
-    labels = [label for label in experiment.labels for _ in experiment.seeds]
     names = []
-    for label, (_, seed) in zip(labels, experiment.learners, strict=True):
+    for label, (_, seed) in zip(experiment.learner_labels, experiment.learners, strict=True):
         name = re.sub(r"[^\w.,=+-]+", "_", label.replace(", ", ","))
         names.append(f"{name}__seed={seed}" if name else f"seed={seed}")
     if len(set(names)) == len(names) and max(map(len, names)) <= LONGEST_NAME:
@@ -332,16 +331,15 @@ def _lines(metrics: dict[str, list[float]], learners: int) -> list[dict[str, flo
 def _hyperparameters(experiment: Experiment, index: int) -> dict[str, Any]:
     """What one learner is: the names that CleanRL's tools look for, its settings, the task's, the budget."""
     config = experiment.config()
-    variant, seed = divmod(index, len(experiment.seeds))
     return {
         "env_id": config["env_id"],
         "exp_name": config["exp_name"],
-        "seed": config["seeds"][seed],
-        "setting": experiment.labels[variant],
+        "seed": experiment.learners[index][1],
+        "setting": experiment.learner_labels[index],
         "total_timesteps": config["budget"]["steps"],
         "methods": config["methods"],
-        **{f"env.{name}": value for name, value in config["task"]["settings"].items()},
-        **config["variants"][variant],
+        **{f"env.{name}": value for name, value in config["task"].get("settings", {}).items()},
+        **config["variants"][index // experiment.repeats],
     }
 
 

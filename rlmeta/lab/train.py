@@ -22,7 +22,7 @@ from rlmeta.envs.task import TaskFamily, family, is_data_family, task
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab import run_folder, stages
-from rlmeta.lab.experiment import Budget, Experiment
+from rlmeta.lab.experiment import Budget, Experiment, compare
 from rlmeta.lab.matrix_plot import write_matrix
 from rlmeta.lab.plots import write_curve
 from rlmeta.lab.progress import Progress
@@ -77,12 +77,13 @@ def train(
     Raises:
         SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
+    compared, methods = compare(one_batch(variants(agent)), lifelong)
     experiment = Experiment(
-        variants=tuple(one_batch(variants(agent))),
+        variants=compared,
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
         problem=resolve(problem, agent),
         budget=budget or Budget(steps=steps),
-        methods=tuple(lifelong),
+        methods=methods,
         device=device,
         threads=threads,
     )
@@ -367,10 +368,8 @@ class _Loop:
     def _name_frozen(self, before: Sequence[bool]) -> None:
         """Say which learners lost their numbers since."""
         experiment = self.run.experiment
-        labels = [label for label in experiment.labels for _ in range(experiment.repeats)]
-        names = [
-            f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in zip(labels, experiment.learners)
-        ]
+        learners = zip(experiment.learner_labels, experiment.learners)
+        names = [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
         for name, was, active in zip(names, before, self._active_learners()):
             if was and not active:
                 text = f"{name} is no longer finite: frozen by iteration {self.done}, the other learners go on"

@@ -153,3 +153,22 @@ def test_a_folder_of_a_stream_has_its_matrix_as_a_picture(tmp_path):
     pixels = image.imread(tmp_path / "run" / "matrix.png")
     assert pixels.shape[0] > 800, "two settings, two rows of panels"
     assert pixels[..., :3].std() > 0.1
+
+
+def test_a_list_in_a_method_compares_as_one_in_the_settings_does(tmp_path):
+    """Every seed with every combination, a row each, and each learner as it is alone."""
+    stream = rl.stream("split-digits")
+    settings = dataclasses.replace(SMALL, learning_rate=[1e-3, 1e-2])
+    method = rl.EWC(strength=[0.0, 100.0], samples=16)
+    run = rl.train(settings, stream, budget=BUDGET, seeds=2, lifelong=[method], out=tmp_path / "run")
+    assert run.experiment.labels == [
+        f"learning_rate={rate}, ewc.strength={strength}" for rate in (0.001, 0.01) for strength in (0, 100)
+    ]
+    assert [seed for _, seed in run.experiment.learners] == [0, 1] * 4
+    assert [row["setting"] for row in run.summary()] == run.experiment.labels
+    four = rl.train(settings, stream, budget=BUDGET, seeds=2, lifelong=[rl.EWC(strength=[0.0, 7.0], samples=16)])
+    assert torch.equal(four.matrix[:2], run.matrix[:2]), "strength 0 does not hear of its neighbours"
+    assert not torch.equal(four.matrix[2:4], run.matrix[2:4])
+    again = rl.load(tmp_path / "run")
+    assert again.experiment.labels == run.experiment.labels
+    assert again.experiment.methods == run.experiment.methods
