@@ -11,7 +11,7 @@ from rlmeta.envs.world import Transition, World
 from rlmeta.functional import random, tree
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.clock import clock
-from rlmeta.learning.parts import one_core
+from rlmeta.learning.parts import FEW_ROWS, one_core
 from rlmeta.learning.state import Params, State
 
 Rollout = dict[str, Any]
@@ -21,9 +21,6 @@ and `first_memory` `[*L, N, ...]`, the agent's memory before the first step.
 `next_observation` is the true successor, the final observation where an episode ended; `observation` at t + 1 is that
 of the next episode. `memory_reset` at t says that the memory was cleared *after* step t.
 """
-
-_FEW_ROWS = 1024
-"""Up to so many rows a second core costs more than it gives."""
 
 
 @torch.no_grad()
@@ -44,7 +41,7 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
     rows: list[Rollout] = []
     moving: tree.Tree = {"world": state["world"], "memory": state["memory"]}
     p = agent.seen(state)
-    with one_core(state["key"].numel() * world.num_envs <= _FEW_ROWS):
+    with one_core(state["key"].numel() * world.num_envs <= FEW_ROWS):
         for key in keys:
             moving, row = take_step(agent, world, p, moving, key)
             rows.append(row)

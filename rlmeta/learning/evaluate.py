@@ -11,6 +11,7 @@ from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.learning.collect import clear_memory
+from rlmeta.learning.parts import FEW_ROWS, one_core
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params
 
@@ -55,8 +56,9 @@ def evaluate(
     lengths = torch.zeros(*rows, rounds, dtype=torch.int64, device=key.device)
     for t in range(MAX_STEPS):
         step_key = random.fold(key, t // agent.noise_hold)
-        action, memory = agent.act(p, world.observation(state), memory, step_key, deterministic)
-        state, transition = world.step(state, action)
+        with one_core(length.numel() <= FEW_ROWS):
+            action, memory = agent.act(p, world.observation(state), memory, step_key, deterministic)
+            state, transition = world.step(state, action)
         memory = clear_memory(memory, transition.memory_reset)
         running = running + transition.reward * transition.valid
         length = length + transition.valid

@@ -14,6 +14,9 @@ import torch
 from rlmeta.functional import tree
 from rlmeta.learning.state import Packed
 
+FEW_ROWS = 1024
+"""Acting in up to so many rows, a second core costs more than it gives."""
+
 
 def in_parts(function: Callable[..., tree.Tree], *arguments: tree.Tree) -> tree.Tree:
     """`function(*arguments)`, a part of the learners on each core that torch may use, put together again.
