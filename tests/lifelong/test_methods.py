@@ -15,6 +15,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import seen
 from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
+from rlmeta.lifelong.recall import per_learner
 from tests.lifelong.toy import flat, learner, points, trained
 
 OFF = [EWC(strength=0.0), GEM(memory=0), AGEM(memory=0), Replay(size=0), Replay(strength=0.0)]
@@ -40,8 +41,7 @@ def test_the_first_task_is_as_without_the_method(method):
 
 @pytest.mark.parametrize("method", [EWC(strength=(0.0, 100.0)), Replay(size=6, strength=(0.0, 1.0))], ids=repr)
 def test_every_learner_may_have_a_strength_of_its_own(method):
-    rates = (0.01, 0.01)  # two variants of two seeds, which are equal but for the strength
-    both = flat(trained(method, seeds=2, learning_rate=rates).state)
+    both = flat(trained(method, seeds=2).state)  # two variants of two seeds
     assert torch.equal(both[:2], flat(trained(seeds=2).state))
     alone = flat(trained(dataclasses.replace(method, strength=method.strength[1]), seeds=2).state)
     torch.testing.assert_close(both[2:], alone)
@@ -49,8 +49,8 @@ def test_every_learner_may_have_a_strength_of_its_own(method):
 
 
 def test_strengths_that_do_not_fit_the_learners_are_refused():
-    with pytest.raises(SettingError, match="3 learners"):
-        trained(EWC(strength=(1.0, 2.0)))
+    with pytest.raises(SettingError, match="2 values for 3 learners"):
+        per_learner((1.0, 2.0), trained(count=1).state)
 
 
 @pytest.mark.parametrize("order", ["given", "all"])
