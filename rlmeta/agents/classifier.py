@@ -2,65 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlmeta.agents.supervised import OptimizerName, Supervised, require_target
+from rlmeta.agents.supervised import Supervised, SupervisedSettings, require_target
 from rlmeta.envs.data import DataWorld
 from rlmeta.functional import losses, tree
 from rlmeta.learning.learner import Score
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext
 from rlmeta.nn import Context
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(SupervisedSettings):
     """Settings of a classifier. A list for a number marked per learner compares its values."""
 
-    batch_size: int = 32
-    """Samples in a minibatch."""
-    num_steps: int = 10
-    """Gradient steps in an iteration, the grain of budgets and records."""
-    optimizer: OptimizerName = "adam"
-    """Which optimizer."""
-    learning_rate: PerLearner = 1e-3
-    """The optimizer's step size."""
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the learning rate, or anneal it to 0 over the budget (of each task of a stream)."""
-    momentum: PerLearner = 0.0
-    """Of the optimizers sgd and rmsprop."""
-    weight_decay: PerLearner = 0.0
-    """L2 in the gradient; decoupled for optimizer="adamw"."""
-    max_grad_norm: PerLearner = math.inf
-    """Clip each learner's gradient to this norm."""
     hidden_sizes: tuple[int, ...] = (400, 400)
     """Widths of the hidden layers of the default network."""
-    activation: Literal["tanh", "relu"] = "relu"
-    """Activation of the default network."""
-    network: Callable[[gym.Space], nn.Module] | None = None
-    """Your own network: from an observation space to a module that gives features [B, D]."""
-
-    def __post_init__(self) -> None:
-        require_range(self, "learning_rate", 0.0, above=True)
-        require_range(self, "max_grad_norm", 0.0, above=True)
-        require_range(self, "momentum", 0.0, 1.0)
-        require_range(self, "weight_decay", 0.0)
-        for name in ("batch_size", "num_steps"):
-            require_range(self, name, 1)
-
-    @property
-    def num_envs(self) -> int:
-        """Rows of a world: samples in a minibatch."""
-        return self.batch_size
 
     def bind(
         self, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import gymnasium as gym
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlmeta.agents.networks import build_body
 from rlmeta.envs.data import DataWorld
@@ -18,6 +20,7 @@ from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
+from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import Block, Context, Linear, Sequential
@@ -26,6 +29,47 @@ OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 
 EVALUATED_AT_ONCE = 1000
 """Test samples of each learner in one forward pass."""
+
+
+@dataclass(frozen=True)
+class SupervisedSettings:
+    """What all supervised learners can be set to."""
+
+    batch_size: int = 32
+    """Samples in a minibatch."""
+    num_steps: int = 10
+    """Gradient steps in an iteration, the grain of budgets and records."""
+    optimizer: OptimizerName = "adam"
+    """Which optimizer."""
+    learning_rate: PerLearner = 1e-3
+    """The optimizer's step size."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget (of each task of a stream)."""
+    momentum: PerLearner = 0.0
+    """Of the optimizers sgd and rmsprop."""
+    weight_decay: PerLearner = 0.0
+    """L2 in the gradient; decoupled for optimizer="adamw"."""
+    max_grad_norm: PerLearner = math.inf
+    """Clip each learner's gradient to this norm."""
+    hidden_sizes: tuple[int, ...] = (400, 400)
+    """Widths of the hidden layers of the default network."""
+    activation: Literal["tanh", "relu"] = "relu"
+    """Activation of the default network."""
+    network: Callable[[gym.Space], nn.Module] | None = None
+    """Your own network: from an observation space to a module that gives features [B, D]."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "learning_rate", 0.0, above=True)
+        require_range(self, "max_grad_norm", 0.0, above=True)
+        require_range(self, "momentum", 0.0, 1.0)
+        require_range(self, "weight_decay", 0.0)
+        for name in ("batch_size", "num_steps"):
+            require_range(self, name, 1)
+
+    @property
+    def num_envs(self) -> int:
+        """Rows of a world: samples in a minibatch."""
+        return self.batch_size
 
 
 class Supervised:
