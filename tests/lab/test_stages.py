@@ -172,3 +172,13 @@ def test_a_list_in_a_method_compares_as_one_in_the_settings_does(tmp_path):
     again = rl.load(tmp_path / "run")
     assert again.experiment.labels == run.experiment.labels
     assert again.experiment.methods == run.experiment.methods
+
+
+def test_an_agent_that_keeps_its_answers_forgets_exactly_nothing():
+    """Every row of the matrix plays the same episodes, so that a policy that did not change has the same score."""
+    small = rl.PPO(num_steps=32, batch_size=64, num_epochs=2, hidden_sizes=(16,))
+    run = rl.train(small, "cartpole-conflicts", steps=512, seeds=2, lifelong=[rl.PackNet()])
+    for j in range(4):
+        later = run.matrix[:, j + 1 :, j]
+        assert torch.equal(later, later[:, :1].expand_as(later))
+    assert run.summary()[0]["forgetting"] == 0.0
