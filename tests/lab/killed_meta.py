@@ -1,0 +1,41 @@
+"""Meta-train in a process that is killed at a chosen iteration: `python killed_meta.py FOLDER NAME KILL_AT`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+import rlmeta as rl
+
+POLICY = rl.REINFORCE(num_envs=2, num_steps=20, baseline="batch", hidden_sizes=(6,), learning_rate=0.1)
+LEARNED = {"num_envs": 4, "horizon": 10, "unroll": 5, "hidden_sizes": (4,)}
+CASES: dict[str, tuple[Any, str, int]] = {
+    "maml": (rl.MAML(rl.Regressor(hidden_sizes=(8,)), num_envs=4), "sinusoid", 16),
+    "maml reinforce": (rl.MAML(POLICY, num_envs=3, inner_rate=0.1), "navigation-short", 960),
+    "truncated": (rl.LearnedOptimizer(estimator="truncated", **LEARNED), "quadratics", 100),
+    "pes": (rl.LearnedOptimizer(estimator="pes", **LEARNED), "quadratics", 100),
+}
+"""Settings, family and steps. The optimizers' problems are renewed every second iteration, so a kill at an odd one
+falls into the middle of unrolls."""
+
+
+def train(folder: str, name: str, kill_at: int = 0) -> rl.Run:
+    """Train, with a checkpoint after every line of metrics; killed without warning where asked."""
+
+    def kill(run: rl.Run, line: dict[str, Any]) -> None:
+        if kill_at and line["iteration"] >= kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    settings, family, steps = CASES[name]
+    budget = rl.Budget(steps=steps, eval_every=steps // 4, eval_episodes=2, final_episodes=2,
+                       checkpoint_seconds=0.0, log_points=8)  # fmt: skip
+    return rl.train(settings, family, seeds=2, out=folder, budget=budget, callbacks=[kill], threads=1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(sys.argv[1], sys.argv[2], int(sys.argv[3]))
