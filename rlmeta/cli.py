@@ -136,19 +136,17 @@ def train(arguments: list[str]) -> int:
         return 0
     plan = plans.from_flags(names[0], names[1] if len(names) > 1 else "TASK", rest)
     folder = plan.folder()
-    if not plan.options.quiet:
-        print(plan.header(folder))
     plan.begin(folder)
-    return _run_groups(plan, folder, inexact=False)
+    return _run_groups(plan, folder, header="" if plan.options.quiet else plan.header(folder))
 
 
-def _run_groups(plan: Plan, folder: Path, inexact: bool) -> int:
-    """Train, or go on with, every group of the plan."""
+def _run_groups(plan: Plan, folder: Path, inexact: bool = False, header: str = "") -> int:
+    """Train, or go on with, every group of the plan; the header stands before the first."""
     rows: list[dict[str, Any]] = []
     runs: list[Run] = []
     try:
         for label in plan.groups:
-            runs.append(run := plan.train(label, folder, inexact))
+            runs.append(run := plan.train(label, folder, inexact, "" if runs else header))
             if run.stopped == "interrupted":
                 raise KeyboardInterrupt
             rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import sys
 from collections.abc import Iterable
 
 
@@ -66,3 +68,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """A `MissingExtraError` that says which extra brings `package`."""
     return MissingExtraError(f"{purpose} needs {package}, which is not installed: pip install 'rlmeta[{extra}]'")
+
+
+def require_extra(package: str, extra: str, purpose: str) -> None:
+    """Refuse to go on without an optional package, which is not imported yet.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    there = sys.modules[package] is not None if package in sys.modules else importlib.util.find_spec(package)
+    if not there:
+        raise missing_extra(package, extra, purpose)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import random as python_random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
@@ -33,6 +33,10 @@ Order: TypeAlias = Literal["given", "all"] | int
 """The tasks as they stand, every order of them, or so many distinct ones drawn at random. Every order is a learner."""
 
 EVERYTHING = frozenset({"boundaries", "train_id", "test_id"})
+ONE_ORDER = (
+    "orders of tasks as learners need native tasks of one environment that differ in its constants: give these tasks "
+    'in one order (order="given")'
+)
 MOST_ORDERS = 720
 
 
@@ -57,14 +61,16 @@ class TaskStream:
             raise SettingError(f"stream {self.name!r} has no tasks, expected at least one")
         if len({isinstance(one, DataTask) for one in self.tasks}) > 1:
             raise SettingError(f"stream {self.name!r} mixes tasks of samples with tasks to act in: make two streams")
-        if self.order not in ("given", "all") and (not isinstance(self.order, int) or self.order < 1):
+        counts = isinstance(self.order, int) and not isinstance(self.order, bool) and self.order >= 1
+        if self.order not in ("given", "all") and not counts:
             raise SettingError(f"order is {self.order!r}, expected given, all, or how many orders to draw")
         if self.scenario not in get_args(Scenario):
             raise SettingError(f"scenario is {self.scenario!r}, expected one of {', '.join(get_args(Scenario))}")
         unknown = self.reveals - EVERYTHING
         if unknown:
-            raise SettingError(str(unknown_name("thing to reveal", min(unknown), EVERYTHING)))
-        self.orders()
+            raise unknown_name("thing to reveal", min(unknown), EVERYTHING)
+        if len(self.orders()) > 1 and not isinstance(self.tasks[0], DataTask) and not _physics_of(self.tasks):
+            raise SettingError(ONE_ORDER)
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -163,10 +169,7 @@ class StreamWorld:
             return
         chosen = set(self.identity.flatten().tolist())
         if len(chosen) > 1:
-            raise SettingError(
-                "orders of tasks as learners need native tasks of one environment that differ in its constants: give "
-                'these tasks in one order (order="given")'
-            )
+            raise SettingError(ONE_ORDER)
         self._current = self._worlds[chosen.pop()]
 
     def _with_physics(self) -> NativeWorld:
@@ -327,6 +330,7 @@ def stream(
     *,
     scenario: Scenario | None = None,
     order: Order = "given",
+    reveals: Iterable[str] | None = None,
 ) -> TaskStream:
     """The named stream of tasks, or one made from a list of tasks.
 
@@ -336,15 +340,22 @@ def stream(
         scenario: what is known of the classes of labelled samples; by default as the stream's file says.
         order: the tasks as they stand, every order of them ("all"), or so many distinct orders; every order is a
             learner.
+        reveals: what methods are told of the tasks, of "boundaries" (when one ends), "train_id" and "test_id" (which
+            one it is, in training and at test); by default everything, or what the stream's file says. The scenarios
+            "domain" and "class" hide "test_id" in any case.
 
     Raises:
-        UnknownNameError: there is no such stream.
+        UnknownNameError: there is no such stream, or nothing of this name to reveal.
         SettingError: not a stream, or one that can't be so.
     """
+    if isinstance(reveals, str):
+        raise SettingError(f"reveals is {reveals!r}, expected a list such as [{reveals!r}]")
     if isinstance(source, str):
-        return from_table(source, require_named(source), scenario, order)
+        table = require_named(source)
+        return from_table(source, table if reveals is None else {**table, "reveals": sorted(reveals)}, scenario, order)
     tasks = tuple(task(one) if isinstance(one, str) else one for one in source)
-    return TaskStream(name, tasks, _reveals(scenario, EVERYTHING), order, scenario or "task")
+    given = EVERYTHING if reveals is None else frozenset(reveals)
+    return TaskStream(name, tasks, _reveals(scenario, given), order, scenario or "task")
 
 
 def _reveals(scenario: Scenario | None, given: frozenset[str]) -> frozenset[str]:

@@ -87,6 +87,11 @@ class Experiment:
             raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
         if isinstance(self.problem, TaskStream):
             check_needs(self.methods, self.problem.reveals, self.problem.name)
+        elif self.methods:
+            raise SettingError(
+                f"lifelong methods are for streams of tasks, {self.problem.name!r} is none: `rlmeta list streams` "
+                "shows them"
+            )
 
     @property
     def learners(self) -> list[tuple[Any, int]]:

@@ -34,7 +34,7 @@ from rlmeta.lab.experiment import Budget, agent_class
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import check_names, per_learner_names, variants
+from rlmeta.learning.settings import check_names, per_learner_names
 
 PLAN = "plan.toml"
 
@@ -121,10 +121,14 @@ class Plan:
         text = self.options.seeds
         try:
             if "," in text:
-                return tuple(flags.whole(part) for part in text.split(",") if part.strip())
-            return flags.whole(text)
+                found = tuple(flags.whole(part) for part in text.split(",") if part.strip())
+            else:
+                return flags.whole(text)
         except ValueError:
             raise SettingError(f"--seeds is {text!r}, expected a count (16) or seeds (3,5,7)") from None
+        if len(set(found)) < len(found):
+            raise SettingError(f"seeds repeat: {list(found)}")
+        return found
 
     def methods(self) -> tuple[Method, ...]:
         """The lifelong methods, in the order they are named."""
@@ -177,15 +181,11 @@ class Plan:
             torch.empty(0, device=self.options.device)
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"--device is {self.options.device!r}: {str(error).splitlines()[0]}") from None
-        groups, problem = self.groups, self.problem()
-        self.methods()
+        self.trackers()
+        groups, problem, methods = self.groups, self.problem(), self.methods()
         if len(groups) > 1:
-            world = training.resolve(problem, next(iter(groups.values()))).world((), 1)
-            try:
-                for settings in groups.values():
-                    variants(settings)[0].bind(world.observation_space, world.action_space)
-            finally:
-                world.close()
+            for settings in groups.values():
+                training.prepare(settings, problem, self.budget, lifelong=methods).close()
 
     # ------------------------------------------------------------------ what is printed first
 
@@ -246,8 +246,15 @@ class Plan:
         chosen = [to_tensorboard()] if options.tensorboard else []
         return [*chosen, to_wandb(options.wandb_project)] if options.wandb else chosen
 
-    def train(self, label: str, folder: Path, inexact: bool = False) -> Run:
-        """Train one group; one that is there already goes on, or is read if it has ended."""
+    def train(self, label: str, folder: Path, inexact: bool = False, header: str = "") -> Run:
+        """Train one group; one that is there already goes on, or is read if it has ended.
+
+        Args:
+            label: of the group.
+            folder: of the whole plan.
+            inexact: as for `rlmeta resume`.
+            header: printed once nothing can be wrong with the run any more.
+        """
         settings, where, quiet = self.groups[label], group_folder(folder, label), self.options.quiet
         if label and (where / run_folder.CONFIG).is_file():
             source, network = _source(self.task), getattr(settings, "network", None)
@@ -258,20 +265,20 @@ class Plan:
             if (where / "summary.json").is_file():
                 return load(where, network=network, env=env, own=own)
             return go_on(where, network=network, env=env, own=own, progress=not quiet, inexact=inexact)
-        if label and not quiet:
-            print(label)
-        return training.train(
+        trackers = self.trackers()
+        run = training.prepare(
             settings,
             self.problem(),
+            self.budget,
             seeds=self.seeds,
             lifelong=self.methods(),
             out=where,
-            budget=self.budget,
-            trackers=self.trackers(),
-            progress=not quiet,
             device=self.options.device,
             threads=self.options.threads,
         )
+        for line in filter(None, (header, label if not quiet else "")):
+            print(line)
+        return training.go(run, trackers=trackers, progress=not quiet)
 
 
 def go_on(

@@ -33,16 +33,38 @@ def create(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = sorted(set(os.listdir(folder)) - {LOCK})
     except (FileExistsError, NotADirectoryError) as error:
-        raise RunExistsError(f"{folder} cannot be a run folder, a file is in its place: use another --out") from error
+        raise _in_the_way(folder) from error
     except OSError as error:
         raise SettingError(f"cannot make the run folder {folder}: {error.strerror}; use another --out") from error
+    check_free(folder)
+    return folder
+
+
+def check_free(path: str | os.PathLike[str]) -> None:
+    """Refuse a place for a new run where something is already.
+
+    Raises:
+        RunExistsError: there is a file, or a folder with something in it.
+        SettingError: the folder cannot be read.
+    """
+    folder = Path(path)
+    try:
+        content = sorted(set(os.listdir(folder)) - {LOCK})
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise _in_the_way(folder) from error
+    except OSError as error:
+        raise SettingError(f"cannot read the run folder {folder}: {error.strerror}; use another --out") from error
     if content:
         raise RunExistsError(
             f"{folder} exists and holds {content[0]!r}: use another --out, or `rlmeta resume {folder}` to go on with it"
         )
-    return folder
+
+
+def _in_the_way(folder: Path) -> RunExistsError:
+    return RunExistsError(f"{folder} cannot be a run folder, a file is in its place: use another --out")
 
 
 @contextlib.contextmanager

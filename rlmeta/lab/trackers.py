@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from rlmeta.errors import CheckpointError, SettingError, missing_extra
+from rlmeta.errors import CheckpointError, SettingError, missing_extra, require_extra
 
 if TYPE_CHECKING:
     from rlmeta.lab.experiment import Experiment
@@ -54,11 +54,13 @@ TrackerFactory: TypeAlias = "Callable[[Run], Tracker]"
 
 def to_tensorboard() -> TrackerFactory:
     """Log to TensorBoard: `rl.train(..., out="runs/first", trackers=[to_tensorboard()])`."""
+    require_extra("tensorboard", "tensorboard", "logging to TensorBoard")
     return lambda run: TensorBoardTracker(_folder(run, "TensorBoard"), run.experiment, lambda: run.seconds)
 
 
 def to_wandb(project: str, *, group: str | None = None, entity: str | None = None) -> TrackerFactory:
     """Log to Weights & Biases; the arguments are those of `WandbTracker`."""
+    require_extra("wandb", "wandb", "logging to Weights & Biases")
     return lambda run: WandbTracker(
         run.experiment, project, group, folder=_folder(run, "W&B"), entity=entity, seconds=lambda: run.seconds
     )

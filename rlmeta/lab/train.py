@@ -77,25 +77,58 @@ def train(
     Raises:
         SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
+    chosen = budget or Budget(steps=steps)
+    run = prepare(agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads)
+    return go(run, callbacks=callbacks, trackers=trackers, progress=progress)
+
+
+def prepare(
+    agent: Any,
+    problem: Any,
+    budget: Budget,
+    *,
+    seeds: int | Sequence[int] = 1,
+    out: str | Path | None = None,
+    lifelong: Sequence[Method] = (),
+    device: str = "cpu",
+    threads: int = 0,
+) -> Run:
+    """A run at its start, before anything is written: what is wrong with its arguments is found here.
+
+    Args and errors are those of `train`.
+    """
     compared, methods = compare(one_batch(variants(agent)), lifelong)
     experiment = Experiment(
         variants=compared,
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
         problem=resolve(problem, agent),
-        budget=budget or Budget(steps=steps),
+        budget=budget,
         methods=methods,
         device=device,
         threads=threads,
     )
+    if out is not None:
+        run_folder.check_free(out)
     run = Run(experiment, None if out is None else Path(out))
     try:
         run.start()
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def go(
+    run: Run, *, callbacks: Sequence[Callback] = (), trackers: Sequence[TrackerFactory] = (), progress: bool = False
+) -> Run:
+    """Make the folder of a run that is at its start, train and evaluate it; the arguments are those of `train`."""
+    try:
         if run.folder is None:
             return _Loop(run, callbacks, trackers, progress).go()
         run_folder.create(run.folder)
         with run_folder.lock(run.folder):
             run_folder.create(run.folder)  # another process may have been faster
-            run_folder.write_config(run.folder, experiment.config())
+            run_folder.write_config(run.folder, run.experiment.config())
             return _Loop(run, callbacks, trackers, progress).go()
     finally:
         run.close()

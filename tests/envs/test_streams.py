@@ -69,6 +69,42 @@ def test_orders():
         rl.stream(three, order=7)
     with pytest.raises(SettingError, match="3,628,800 orders, more than 720"):
         rl.stream("permuted-digits", order="all")
+    for order in (True, False, 0, 2.0, "given "):
+        with pytest.raises(SettingError, match=f"order is {order!r}, expected given, all, or how many"):
+            rl.stream(three, order=order)
+
+
+def test_a_list_of_tasks_reveals_what_it_is_told():
+    two = ["CartPole-v1", "cartpole-long-pole"]
+    assert rl.stream(two).reveals == {"boundaries", "train_id", "test_id"}
+    assert rl.stream(two, reveals=["train_id"]).reveals == {"train_id"}
+    assert rl.stream(two, reveals=[]).reveals == set()
+    named = rl.stream("split-digits", reveals=["boundaries", "test_id"], scenario="class")
+    assert named.reveals == {"boundaries"}, "which task it is at test is what the scenario hides"
+    with pytest.raises(RlmetaError, match="unknown thing to reveal 'boundary': did you mean boundaries"):
+        rl.stream(two, reveals=["boundary"])
+    with pytest.raises(SettingError, match=r"reveals is 'boundaries', expected a list such as \['boundaries'\]"):
+        rl.stream(two, reveals="boundaries")
+
+
+@pytest.mark.parametrize(
+    ("reveals", "method", "words"),
+    [
+        (["train_id", "test_id"], rl.EWC(), "ewc needs to know when a task ends"),
+        (["boundaries", "test_id"], rl.PackNet(), "packnet needs to know which task it trains on"),
+        (["boundaries", "train_id"], rl.PackNet(), "packnet needs to know which task it is tested on"),
+    ],
+)
+def test_a_method_that_needs_what_a_stream_hides_is_refused(reveals, method, words):
+    for stream in (rl.stream(["CartPole-v1"] * 2, reveals=reveals), rl.stream("cartpole-conflicts", reveals=reveals)):
+        with pytest.raises(SettingError, match=f"{words}, which the stream '{stream.name}' hides"):
+            rl.train(rl.PPO(), stream, steps=32, lifelong=[method])
+
+
+def test_lifelong_methods_are_refused_on_a_plain_task():
+    for settings, problem in ((rl.PPO(), "CartPole-v1"), (rl.MAML(), "sinusoid")):
+        with pytest.raises(SettingError, match=f"lifelong methods are for streams of tasks, '{problem}' is none"):
+            rl.train(settings, problem, steps=32, lifelong=[rl.EWC()])
 
 
 def test_native_tasks_may_differ_from_learner_to_learner():
@@ -96,6 +132,8 @@ def test_other_environments_stand_side_by_side_in_one_order():
     with pytest.raises(SettingError, match="orders of tasks as learners need native tasks"):
         world.select(torch.tensor([0, 1]))
     world.close()
+    with pytest.raises(SettingError, match="orders of tasks as learners need native tasks"):
+        dataclasses.replace(stream, order=2)
     with pytest.raises(SettingError, match="tasks of a stream need the same"):
         rl.stream(["CartPole-v1", "MountainCar-v0"]).world((1,), 1)
 
@@ -124,6 +162,8 @@ def test_streams_say_how_to_make_them_again():
         rl.stream("split-digits", scenario="class", order=3),
         rl.stream("cartpole-conflicts", order="all"),
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two"),
+        rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", reveals=["train_id"]),
+        rl.stream("cartpole-conflicts", reveals=["boundaries"]),
     ):
         again = _problem_again(given.describe(), None, "here")
         assert again.orders() == given.orders() and again.scenario == given.scenario

@@ -418,6 +418,9 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'rlmeta\[tensorboard\]'"):
         TensorBoardTracker(tmp_path, experiment())
+    for make in (to_tensorboard, lambda: to_wandb("project")):
+        with pytest.raises(MissingExtraError):
+            make()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -40,7 +40,10 @@ class Reward(Protocol):
 
 
 def distinct(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
-    """The rewards, after a check that each has a name of its own."""
+    """The rewards, after a check that they are some and that each has a name of its own."""
+    for reward in rewards:
+        if not hasattr(reward, "relabel") or not hasattr(reward, "name"):
+            raise SettingError(f"rewards has {reward!r}, expected rewards such as PotentialShaping or EpisodicCounts")
     names = [reward.name for reward in rewards]
     for name in names:
         if names.count(name) > 1:
