@@ -176,16 +176,24 @@ class OwnCode:
     network: str | None = None
     """The network again, as package.module:Name."""
     env: str | None = None
-    """The environment's factory again, as package.module:name."""
+    """The environment's factory again, or the stream or family, as package.module:name."""
+    lifelong: str = ""
+    """The lifelong methods again, as package.module:MyMethod, joined by commas."""
     rewards: str = "none"
     """The rewards again, as package.module:Name, joined by +."""
 
-    def settings(self) -> dict[str, Any]:
-        """What of it is a setting that the run's configuration only describes."""
+    def again(self, folder: Path) -> dict[str, Any]:
+        """What `load` and `resume` are given of it for the run in a folder."""
+        from rlmeta.lab import own_code
         from rlmeta.lab.flags import load_objects
 
         rewards = load_objects(self.rewards)
-        return {"rewards": rewards} if rewards else {}
+        return {
+            "network": own_code.network_again(self.network),
+            "env": own_code.env_again(folder, self.env),
+            "lifelong": own_code.own_methods_again(folder, self.lifelong),
+            "own": {"rewards": rewards} if rewards else {},
+        }
 
 
 @dataclass(frozen=True)
@@ -250,13 +258,12 @@ def evaluate(arguments: list[str]) -> int:
     groups: dict[str, Any] = {"evaluation": (EvaluateFlags, {}), "own_code": (OwnCode, {})}
     texts = flags.read(f"rlmeta eval {folder}", "Play fresh episodes with a run's learners.", groups, rest)
     chosen, own = flags.build(EvaluateFlags, texts["evaluation"]), flags.build(OwnCode, texts["own_code"])
-    from rlmeta.lab.plan import loaded_env_of, loaded_network, members
+    from rlmeta.lab.plan import members
     from rlmeta.lab.run import load
 
     rows: list[dict[str, Any]] = []
     for label, member in members(folder).items():
-        env = loaded_env_of(member, own.env)
-        run = load(member, network=loaded_network(own.network), env=env, own=own.settings())
+        run = load(member, **own.again(member))
         try:
             run.evaluation = run.evaluate(
                 chosen.episodes, deterministic=not chosen.sampled, best=chosen.best, seed=chosen.seed
@@ -280,14 +287,7 @@ def resume(arguments: list[str]) -> int:
 
     if plans.is_plan(folder):
         return _run_groups(plans.from_folder(folder), folder, chosen.inexact)
-    run = plans.go_on(
-        folder,
-        network=plans.loaded_network(own.network),
-        env=plans.loaded_env_of(folder, own.env),
-        own=own.settings(),
-        progress=not chosen.quiet,
-        inexact=chosen.inexact,
-    )
+    run = plans.go_on(folder, **own.again(folder), progress=not chosen.quiet, inexact=chosen.inexact)
     if run.stopped == "interrupted":
         return _interrupted(folder)
     _print_results(run.summary())
@@ -312,8 +312,7 @@ def record(arguments: list[str]) -> int:
         raise SettingError(
             f"{folder} holds several runs: record one of {', '.join(map(str, plans.members(folder).values()))}"
         )
-    env = plans.loaded_env_of(folder, own.env)
-    run = load(folder, network=plans.loaded_network(own.network), env=env, own=own.settings())
+    run = load(folder, **own.again(folder))
     try:
         made = play(
             run,
@@ -347,11 +346,11 @@ def adapt(arguments: list[str]) -> int:
     about = "Adapt a meta-learner to held-out tasks: the score against inner steps, as a table and a picture."
     texts = flags.read(f"rlmeta adapt {folder}", about, groups, rest)
     chosen, own = flags.build(adaptation.AdaptFlags, texts["adaptation"]), flags.build(OwnCode, texts["own_code"])
-    from rlmeta.lab.plan import loaded_env_of, loaded_network, members
+    from rlmeta.lab.plan import members
     from rlmeta.lab.run import load
 
     for label, member in members(folder).items():
-        run = load(member, network=loaded_network(own.network), env=loaded_env_of(member, own.env))
+        run = load(member, **own.again(member))
         try:
             found = adaptation.adapt(run, chosen.tasks, chosen.steps, chosen.seed)
             title = f"{run.experiment.agent_name} on {run.experiment.problem.name}" + (f", {label}" if label else "")

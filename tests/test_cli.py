@@ -75,7 +75,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("RLMETA_DEBUG", raising=False)
     monkeypatch.setattr("rlmeta.lab.plots.write_curve", lambda run: None)
     yield tmp_path
-    for name in ("own_code", "my_env", "my_native_env"):
+    for name in ("own_code", "own_methods", "my_env", "my_native_env", "my_family", "my_stream"):
         sys.modules.pop(name, None)
     for name in ("Line-v0", "MyEnv-v0"):
         gym.registry.pop(name, None)
@@ -301,6 +301,91 @@ def test_native_environment_by_name(
     assert main(groups.split()) == 0
     again = plans.from_folder(Path("g")).train("hidden_sizes=9", Path("g"))
     assert again.experiment.problem.source == dragged
+
+
+OWN_METHODS = """
+from dataclasses import dataclass
+
+from rlmeta.learning.method import Method
+from tests.lifelong.toy import points
+
+@dataclass(frozen=True)
+class Slow(Method):
+    part: float = 1.0
+
+    name = "slow"
+    needs = frozenset({"boundaries"})
+
+    def grads(self, learner, gradients, p, m, task):
+        return self.part * gradients.total
+
+class Nothing(Method):
+    name = "nothing"
+
+def stream(count=2):
+    return points(count)
+"""
+
+
+def test_own_stream_and_methods_by_name_are_given_again(
+    project: Path, tables: list[list[dict[str, Any]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (project / "own_methods.py").write_text(OWN_METHODS)
+    methods = "--lifelong own_methods:Slow,replay,own_methods:Nothing"
+    train = f"train classifier own_methods:stream --steps 64 --batch-size 8 --eval-episodes 4 {methods} --slow.part 0.5"
+    rlmeta_says(capfd, f"{train} --order 2 --quiet --out a")
+    assert read_config("a")["methods"][0] == {"name": "slow", "class": "own_methods:Slow", "settings": {"part": 0.5}}
+    rlmeta_says(capfd, f"{train} --quiet --hidden-sizes 4,5 --out g")
+    assert rlmeta_says(capfd, "resume g")[1] == "", "a plan names what it needs"
+    for given, message in (
+        (
+            "--env own_methods:stream",
+            "had lifelong methods of your own: pass them again as lifelong= (on the command line --lifelong ",
+        ),
+        ("--env own_methods:stream --lifelong own_methods:Nothing", "--lifelong own_methods:Slow)"),
+        (methods, "learned from your own samples 'points-0': pass it again as env="),
+        ("--lifelong own_methods:stream", "expected a class that extends rlmeta's Method"),
+        ("--lifelong own_methods:Fast", "own_methods has no 'Fast'"),
+    ):
+        _, error = rlmeta_says(capfd, f"eval a {given}", 2)
+        assert message in error
+    again = "--env own_methods:stream --lifelong own_methods:Slow,own_methods:Nothing"
+    rlmeta_says(capfd, f"resume a {again}")
+    rlmeta_says(capfd, f"eval a --episodes 4 {again}")
+    assert tables[-2][0]["scores"] == tables[0][0]["scores"] and len(tables[-1][0]["scores"]) == 2
+    for flags, message in (
+        ("--slow.pat 1", "--slow: unknown setting of Slow 'pat': did you mean part?"),
+        ("--nothing.x 1", "--nothing.x: nothing has no settings"),
+        ("--scenario class", "--scenario: the stream 'own_methods:stream' is made already"),
+        ("--env.size 1", "own_methods:stream takes other settings: got an unexpected keyword argument 'size'"),
+        ("--env.count 3", "--env.count: 'own_methods:stream' has its settings made already"),
+    ):
+        _, error = rlmeta_says(capfd, f"{train} {flags}", 2)
+        assert message in error
+
+
+def test_own_family_by_name_is_given_again(
+    project: Path, tables: list[list[dict[str, Any]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(REPOSITORY / "envs", project / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    rlmeta_says(capfd, "train maml my_family:MyFamily --env.slope 3 --steps 64 --num-envs 8 --quiet --out a")
+    assert read_config("a")["task"]["settings"]["slope"] == 3.0
+    _, error = rlmeta_says(capfd, "eval a", 2)
+    assert "learned from your own family 'MyFamily': pass it again as env= (on the command line --env" in error
+    rlmeta_says(capfd, "eval a --episodes 8 --env my_family:MyFamily")
+    family = sys.modules["my_family"].MyFamily(slope=3.0)
+    assert tables[-1][0]["scores"] == rlmeta.load("a", env=family).evaluate(8, seed=1).returns.mean(-1).tolist()
+    _, error = rlmeta_says(capfd, "train maml my_family:MyFamily --env.slop 3", 2)
+    assert "my_family:MyFamily takes other settings: got an unexpected keyword argument 'slop'" in error
+    _, error = rlmeta_says(capfd, "train ppo my_family:MyFamily", 2)
+    assert "'MyFamily' is a family of tasks to learn to learn, PPO learns one" in error
+
+
+def test_template_stream_can_be_learned(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(REPOSITORY / "envs", project / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    flags = TINY.replace("--steps 64", "--steps 32")
+    assert main(f"train ppo my_stream:my_stream {flags} --lifelong ewc --order 2 --quiet --out a".split()) == 0
+    assert rlmeta.load("a").matrix.shape == (2, 4, 3)
 
 
 def test_an_error_in_own_code_is_one_line_with_its_place(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -669,7 +754,7 @@ def test_everything_exported_is_there() -> None:
         rlmeta.trian  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["my_env.py", "my_native_env.py", "my_stream.py"])
+@pytest.mark.parametrize("name", ["my_env.py", "my_native_env.py", "my_family.py", "my_stream.py"])
 def test_templates_check_themselves(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(REPOSITORY / "envs" / name), run_name="__main__")
     assert "is fine" in capfd.readouterr().out

@@ -8,6 +8,7 @@ family's `loss` needs.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -382,10 +383,17 @@ class NamedFamily:
 
     def describe(self) -> dict[str, Any]:
         """What a saved configuration needs to make it again; a family made in code is the user's to give again."""
-        made: dict[str, Any] = {"table": self.table} if self.table else {}
+        made: dict[str, Any] = {"table": self.table} if self.table else {"settings": _plain_settings(self.source)}
         if hasattr(self.source, "base"):
             made = {"task": self.source.base.describe(), "ranges": {n: list(r) for n, r in self.source.ranges.items()}}
         return {"kind": "family", "name": self.name, **made}
+
+
+def _plain_settings(family: Any) -> dict[str, Any]:
+    """The settings of a family that is a dataclass, as far as they are numbers, switches or text."""
+    made = [f.name for f in dataclasses.fields(family) if f.init] if dataclasses.is_dataclass(family) else []
+    values = {name: getattr(family, name) for name in made}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
 
 
 def few_shot_digits(ways: int = 3, shots: int = 1, queries: int = 5) -> FewShot:

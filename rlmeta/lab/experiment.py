@@ -224,23 +224,39 @@ def _settings_table(settings: Any) -> dict[str, Any]:
 
 
 def _method_table(method: Method) -> dict[str, Any]:
-    settings: dict[str, Any] = _settings_table(method) if dataclasses.is_dataclass(method) else {}
-    return {"name": method.name, "settings": settings}
-
-
-def _methods_again(tables: Sequence[dict[str, Any]], where: str) -> tuple[Method, ...]:
-    """The lifelong methods of a saved configuration; a user's own have to be given again."""
     from rlmeta import lifelong
 
-    known = {cls.name: cls for cls in lifelong.ALL}
-    for table in tables:
-        if table["name"] not in known:
-            raise SettingError(f"{where} had the lifelong method {table['name']}: pass it again as lifelong=")
+    settings: dict[str, Any] = _settings_table(method) if dataclasses.is_dataclass(method) else {}
+    cls = type(method)
+    own = {} if cls in lifelong.ALL else {"class": f"{cls.__module__}:{cls.__qualname__}"}
+    return {"name": method.name, **own, "settings": settings}
+
+
+def methods_again(
+    tables: Sequence[Mapping[str, Any]], where: str, own: Mapping[str, Any] | None = None
+) -> tuple[Method, ...]:
+    """The lifelong methods of a saved configuration.
+
+    Args:
+        tables: of the configuration.
+        where: for error messages.
+        own: the user's own classes or instances of methods by name, again: a configuration names them only.
+    """
+    from rlmeta import lifelong
+
+    given, known = own or {}, {cls.name: cls for cls in lifelong.ALL}
+    asked = [table for table in tables if table["name"] not in given]
+    strange = [table.get("class", table["name"]) for table in asked if "class" in table or table["name"] not in known]
+    if strange:
+        raise SettingError(
+            f"{where} had lifelong methods of your own: pass them again as lifelong= (on the command line --lifelong "
+            f"{','.join(strange)})"
+        )
     made: list[Method] = []
     for table in tables:
-        cls: Any = known[table["name"]]
+        found: Any = given.get(table["name"], known.get(table["name"]))
         values = {n: tuple(v) if isinstance(v, list) else v for n, v in table["settings"].items()}
-        made.append(cls(**values))
+        made.append(found if isinstance(found, Method) else found(**values))
     return tuple(made)
 
 
@@ -294,7 +310,7 @@ def from_config(
             seeds=tuple(config["seeds"]),
             problem=_problem_again(config["task"], source, where),
             budget=Budget(**config["budget"]),
-            methods=_same_methods(methods, config["methods"], where) or _methods_again(config["methods"], where),
+            methods=_same_methods(methods, config["methods"], where) or methods_again(config["methods"], where),
             device=config["device"],
             threads=config["threads"],
         )
@@ -323,6 +339,9 @@ def _own_again(table: Mapping[str, Any], own: Mapping[str, Any], where: str) -> 
     return {name: own[name] for name in table if name in own}
 
 
+ENV_AGAIN = "pass it again as env= (on the command line --env PACKAGE.MODULE:NAME)"
+
+
 def _problem_again(described: dict[str, Any], source: Any, where: str) -> Any:
     """The problem of a saved configuration; a user's own data and code have to be given again."""
     kind = described.get("kind", "task")
@@ -336,15 +355,17 @@ def _problem_again(described: dict[str, Any], source: Any, where: str) -> Any:
         return families.NamedFamily(described["name"], TaskFamily(described["name"], base, ranges))
     if kind in ("data", "family"):
         if source is None:
-            raise SettingError(f"{where} learned from the samples {described['name']!r}: pass them again as env=")
-        return source
+            what = "samples" if kind == "data" else "family"
+            raise SettingError(f"{where} learned from your own {what} {described['name']!r}: {ENV_AGAIN}")
+        made = kind == "data" or isinstance(source, families.NamedFamily)
+        return source if made else families.NamedFamily(described["name"], source)
     return _task_again(described, source, where)
 
 
 def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStream:
-    if isinstance(source, TaskStream):
-        return source
     scenario, order = described["scenario"], described["order"]
+    if isinstance(source, TaskStream):
+        return source if source.order == order else dataclasses.replace(source, order=order)
     if "table" in described:
         table = described["table"]
         return streams.from_table(described["name"], table, scenario if "data" in table else None, order)
@@ -354,6 +375,8 @@ def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStr
 
 def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     """The task of a saved configuration; a user's own code has to be given again."""
+    if isinstance(source, Task):
+        return source
     name, settings, mode = described["name"], described["settings"], described["mode"]
     ranges = {constant: (low, high) for constant, (low, high) in described["ranges"].items()}
     module, _, cls = described["source"].partition(":")
@@ -366,9 +389,7 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     elif module.startswith("rlmeta.envs.native.") and cls != "TabularMDP":
         made = Task(name, getattr(native, cls)(**described["constants"]), settings)
     elif "constants" in described or "<" in cls or (cls and "-v" not in cls):
-        raise SettingError(
-            f"{where} had environments of {described['source']}: pass it again as env= (on the command line --env)"
-        )
+        raise SettingError(f"{where} had environments of {described['source']}: {ENV_AGAIN}")
     else:
         made = task(described["source"], name=name, settings=settings, mode=mode, native=False)
     return dataclasses.replace(made, ranges=ranges)

@@ -22,24 +22,24 @@ import torch
 from rlmeta import lifelong
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import streams
-from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.names import read_toml
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
-from rlmeta.envs.task import Mode, Task, TaskFamily, family, is_data_family, task
-from rlmeta.errors import CheckpointError, SettingError, unknown_name
-from rlmeta.lab import flags, presets, run_folder
+from rlmeta.envs.task import Mode, family, is_data_family, task
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.lab import flags, own_code, presets, run_folder
 from rlmeta.lab import train as training
 from rlmeta.lab.experiment import Budget, agent_class
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import check_names, per_learner_names
+from rlmeta.learning.settings import per_learner_names
 
 PLAN = "plan.toml"
 
 AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
-  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, or package.module:MyEnv-v0
+  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, package.module:MyEnv-v0, or
+          package.module:name of your own environment, stream or family, or of a function that makes one
   flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""
 
 ABOUT = """Train an agent, all seeds and settings at once. A comma compares: --learning-rate 1e-4,1e-3 trains every seed
@@ -75,7 +75,7 @@ class Options:
     """No live progress and no header."""
     lifelong: str = ""
     """Lifelong methods that work together on a stream of tasks (ewc,replay), of those that `rlmeta list methods` shows
-    with their settings; --ewc.strength 100 sets one."""
+    with their settings, or your own as package.module:MyMethod; --ewc.strength 100 sets one."""
     order: str = "given"
     """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
     scenario: str = ""
@@ -132,23 +132,29 @@ class Plan:
 
     def methods(self) -> tuple[Method, ...]:
         """The lifelong methods, in the order they are named."""
-        names = [name.strip() for name in self.options.lifelong.split(",") if name.strip()]
+        found = own_code.methods_named(self.options.lifelong)
         for name in self.lifelong:
-            if name not in names:
+            if name not in [one.name for one in found]:
                 raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to --lifelong")
-        return tuple(lifelong_method(name, self.lifelong.get(name, {})) for name in names)
+        return tuple(own_code.made_method(one, self.lifelong.get(one.name, {})) for one in found)
+
+    @cached_property
+    def source(self) -> Any:
+        """What the task's name stands for: itself, or the user's own."""
+        return own_code.source_of(self.task, self.env)
 
     def problem(self) -> Any:
         """What the learner is trained on."""
-        source = _source(self.task)
-        options = self.options
+        source, options = self.source, self.options
+        order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")
         if isinstance(source, str) and streams.is_stream(source):
             if self.env:
                 raise SettingError(f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have settings")
-            order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")
             return streams.stream(source, scenario=options.scenario or None, order=order)  # type: ignore[arg-type]
         if isinstance(source, TaskStream):
-            return source
+            if options.scenario:
+                raise SettingError(f"--scenario: the stream {self.task!r} is made already, with its own")
+            return source if order == "given" else dataclasses.replace(source, order=order)
         if options.lifelong or options.scenario or options.order != "given":
             raise SettingError(
                 f"--lifelong, --order and --scenario are for streams of tasks, {self.task!r} is none: "
@@ -157,11 +163,7 @@ class Plan:
         meta = getattr(agent_class(self.agent), "learns_from_tasks", False)
         if isinstance(source, str) and (is_data_family(source) or (meta and not self.env)):
             return family(source, self.env)
-        if isinstance(source, Task | TaskFamily | NamedFamily):
-            if self.env:
-                raise SettingError(
-                    f"--env.{next(iter(self.env))}: {self.task!r} is a task with its settings made already"
-                )
+        if own_code.is_problem(source):
             return source
         mode: Mode = "async" if options.async_ else "sync"
         made = task(source, name=self.task, settings=self.env, mode=mode, native=options.native)
@@ -257,14 +259,7 @@ class Plan:
         """
         settings, where, quiet = self.groups[label], group_folder(folder, label), self.options.quiet
         if label and (where / run_folder.CONFIG).is_file():
-            source, network = _source(self.task), getattr(settings, "network", None)
-            env = None if isinstance(source, str) else source
-            own = {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {}
-            if isinstance(env, NativeEnv):
-                env = dataclasses.replace(env, **self.env)  # type: ignore[type-var]
-            if (where / "summary.json").is_file():
-                return load(where, network=network, env=env, own=own)
-            return go_on(where, network=network, env=env, own=own, progress=not quiet, inexact=inexact)
+            return self._go_on(settings, where, inexact)
         trackers = self.trackers()
         run = training.prepare(
             settings,
@@ -280,12 +275,28 @@ class Plan:
             print(line)
         return training.go(run, trackers=trackers, progress=not quiet)
 
+    def _go_on(self, settings: Any, where: Path, inexact: bool) -> Run:
+        """Go on with a group that has begun, or read one that has ended."""
+        env = None if isinstance(self.source, str) else self.source
+        if isinstance(env, NativeEnv):
+            env = dataclasses.replace(env, **self.env)  # type: ignore[type-var]
+        again: dict[str, Any] = {
+            "network": getattr(settings, "network", None),
+            "env": env,
+            "lifelong": self.methods(),
+            "own": {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {},
+        }
+        if (where / "summary.json").is_file():
+            return load(where, **again)
+        return go_on(where, **again, progress=not self.options.quiet, inexact=inexact)
+
 
 def go_on(
     folder: Path,
     *,
     network: NetworkFactory | None,
     env: Any,
+    lifelong: Sequence[Method],
     own: Mapping[str, Any],
     progress: bool,
     inexact: bool,
@@ -297,9 +308,15 @@ def go_on(
     """
     if not is_run(folder):
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
-    trackers = trackers_of(folder)
     return training.resume(
-        folder, network=network, env=env, own=own, trackers=trackers, progress=progress, inexact=inexact
+        folder,
+        network=network,
+        env=env,
+        lifelong=lifelong,
+        own=own,
+        trackers=trackers_of(folder),
+        progress=progress,
+        inexact=inexact,
     )
 
 
@@ -359,64 +376,12 @@ def members(folder: Path) -> dict[str, Path]:
     return {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
 
 
-def loaded_env(name: str | None, constants: Mapping[str, Any] | None = None) -> Any:
-    """The environment that `package.module:name` names: a factory, a native environment, or a task.
-
-    Args:
-        name: or None.
-        constants: of a native environment.
-    """
-    made: Any = None if name is None else flags.load_object(name)
-    return made(**(constants or {})) if isinstance(made, type) and issubclass(made, NativeEnv) else made
-
-
-def loaded_env_of(folder: Path, name: str | None) -> Any:
-    """The user's environment that a run had, with the constants it had there."""
-    if name is None:
-        return None
-    return loaded_env(name, run_folder.read_config(folder).get("task", {}).get("constants"))
-
-
-def loaded_network(name: str | None) -> NetworkFactory | None:
-    """The network factory that `package.module:Name` names."""
-    return None if name is None else flags.load_object(name)
-
-
-def _source(name: str) -> Any:
-    """The user's object where a task's name is one, else the name itself."""
-    module, colon, attribute = name.partition(":")
-    if not colon or not hasattr(flags.load_module(module), attribute):
-        return name  # of rlmeta, of gymnasium, or an id that the module has registered
-    return loaded_env(name)
-
-
 def _compares(cls: type, name: str, text: str) -> bool:
     return len(flags.values(cls, name, text)) > 1
 
 
 def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def lifelong_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """The lifelong method of a name, with these settings.
-
-    Raises:
-        UnknownNameError: there is no such method.
-        SettingError: it has no such setting, or the setting no such value.
-    """
-    known: dict[str, Any] = {cls.name: cls for cls in lifelong.ALL}
-    if name not in known:
-        raise unknown_name("lifelong method", name, known)
-    check_names(known[name], dict(settings), f"--{name}")
-    values = {}
-    for key, value in settings.items():
-        found = flags.values(known[name], key, flags.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
-        if len(found) > 1:
-            raise SettingError(f"{where} is {value!r}, expected one value: only the agent's settings compare")
-        values[key] = found[0]
-    made: Method = known[name](**values)
-    return made
 
 
 def _whole(text: str, flag: str) -> int:
@@ -428,7 +393,8 @@ def _whole(text: str, flag: str) -> int:
 
 def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Arguments of the environment (`--env.KEY VALUE`) and of lifelong methods (`--ewc.KEY VALUE`), and the rest."""
-    owners = ("env", *(cls.name for cls in lifelong.ALL))
+    named = own_code.methods_named(_peek(arguments, "--lifelong") or "")
+    owners = ("env", *(one.name for one in (*lifelong.ALL, *named)))
     settings: dict[str, dict[str, Any]] = {}
     others, rest = [], deque(arguments)
     while rest:

@@ -151,8 +151,8 @@ def resolve(problem: Any, settings: Any = None) -> Any:
             problem = family(problem) if meta or is_data_family(problem) else task(problem)
     if meta and isinstance(problem, TaskFamily):
         return NamedFamily(problem.name, problem)
-    if meta and hasattr(problem, "tasks") and not isinstance(problem, NamedFamily | streams.TaskStream):
-        return NamedFamily(type(problem).__name__, problem)
+    if hasattr(problem, "tasks") and not isinstance(problem, NamedFamily | TaskFamily | streams.TaskStream):
+        problem = NamedFamily(type(problem).__name__, problem)
     if meta != isinstance(problem, NamedFamily):
         what, name = type(settings).__name__, getattr(problem, "name", problem)
         raise SettingError(

@@ -27,7 +27,7 @@ def test_a_run_on_own_samples_with_an_own_method_is_read_back(tmp_path):
     again = rl.load(tmp_path / "run", env=points(2), lifelong=methods)
     for name, value in flatten(run.state).items():
         assert torch.equal(value, flatten(again.state)[name]), name
-    for given, message in (((), "pass it again as lifelong="), ([rl.Replay(size=6)], "mine, replay, got replay")):
+    for given, message in (((), "pass them again as lifelong="), ([rl.Replay(size=6)], "mine, replay, got replay")):
         with pytest.raises(SettingError, match=message):
             rl.load(tmp_path / "run", env=points(2), lifelong=given)
 
@@ -47,9 +47,24 @@ class Lines:
         return {name: {"observation": x[..., c, :], "target": (slope * x)[..., c, :]} for name, c in cuts.items()}
 
 
-def test_a_family_of_ones_own_needs_no_name():
-    run = rl.train(rl.MAML(num_envs=4), Lines(), steps=8, seeds=2)
+def test_a_family_of_ones_own_needs_no_name(tmp_path):
+    run = rl.train(rl.MAML(num_envs=4), Lines(), steps=8, seeds=2, out=tmp_path / "run")
     assert run.experiment.problem.name == "Lines" and run.scores.isfinite().all()
+    with pytest.raises(SettingError, match=r"learned from your own family 'Lines': pass it again as env="):
+        rl.load(tmp_path / "run")
+    assert torch.equal(rl.load(tmp_path / "run", env=Lines()).evaluate(64).returns, run.evaluation.returns)
+    with pytest.raises(SettingError, match="'Lines' is a family of tasks to learn to learn, Regressor learns one"):
+        rl.train(rl.Regressor(), Lines(), steps=8)
+
+
+def test_a_method_of_ones_own_is_never_taken_for_another_of_its_name(tmp_path):
+    @dataclass(frozen=True)
+    class EWC(rl.EWC):
+        """Its name is that of rlmeta's."""
+
+    rl.train(learner(), points(2), steps=80, lifelong=[EWC()], out=tmp_path / "run")
+    with pytest.raises(SettingError, match=r"pass them again as lifelong= \(on the command line --lifelong .*EWC"):
+        rl.load(tmp_path / "run", env=points(2))
 
 
 def test_a_network_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
