@@ -246,6 +246,9 @@ class RecordFlags:
             raise SettingError("rlmeta record needs a file to write: --out FILE")
         if os.path.lexists(self.out):
             raise RunExistsError(f"{self.out} exists: record into another file, or delete it first")
+        from rlmeta.envs.demonstrations import check_writable
+
+        check_writable(self.out)
         if self.learner < -1:
             raise SettingError(f"--learner is {self.learner}, expected 0 or more, or -1 for the best")
 
@@ -354,8 +357,10 @@ def adapt(arguments: list[str]) -> int:
         try:
             found = adaptation.adapt(run, chosen.tasks, chosen.steps, chosen.seed)
             title = f"{run.experiment.agent_name} on {run.experiment.problem.name}" + (f", {label}" if label else "")
-            seeds = len(run.experiment.learners)
-            _console().print(adaptation.table(found, f"{title}: {seeds} learners, {chosen.tasks} held-out tasks each"))
+            seeds, tasks = len(run.experiment.learners), chosen.tasks
+            learners = f"{seeds} learner{'s' if seeds > 1 else ''}"
+            title = f"{title}: {learners}, {tasks} held-out task{'s' if tasks > 1 else ''} each"
+            _console().print(adaptation.table(found, title))
             print("saved " + " and ".join(map(str, adaptation.write(run, found, member, chosen.seed))))
         finally:
             run.close()
@@ -401,11 +406,11 @@ def _print_results(rows: Sequence[dict[str, Any]]) -> None:
 
 def _print_ends(run: Run) -> None:
     """Name the learners that ended early."""
-    state, target = run.state, run.experiment.budget.target
+    state, target, score = run.state, run.experiment.budget.target, run.agent.score
     learners = zip(run.experiment.learner_labels, run.experiment.learners)
     for i, (label, (_, seed)) in enumerate(learners):
         if not bool(state["active"][i]):
-            reached = "best" in state and float(state["best"]["score"][i]) >= target
+            reached = "best" in state and bool(score.reaches(state["best"]["score"][i], target))
             why = f"reached {target:g}" if reached else "turned NaN and was frozen"
             name = f"learner {i} (seed {seed}{', ' + label if label else ''})"
             print(f"{name} {why} after {int(state['count']['env_steps'][i]):,} steps")

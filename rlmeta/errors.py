@@ -40,6 +40,10 @@ class DemonstrationError(RlmetaError, ValueError):
     """Demonstrations that are broken, empty, cut, not numbers, or of other spaces than the task's."""
 
 
+class HookError(RlmetaError, TypeError):
+    """A hook of a lifelong method that gave back something else than the learner can use."""
+
+
 class InexactResumeError(RlmetaError):
     """An environment that could not be brought back to where the checkpoint left it."""
 

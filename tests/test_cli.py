@@ -200,6 +200,9 @@ def test_target_stops_learners_and_they_are_named(capfd: pytest.CaptureFixture[s
     said, _ = rlmeta_says(capfd, f"train ppo CartPole-v1 {TINY} --eval-every 32 --target 1 --seeds 4,9")
     assert "learner 1 (seed 9) reached 1 after 32 steps" in said
     assert "stopped: every learner has stopped" in said
+    flags = "--steps 50 --num-envs 5 --eval-every 10 --eval-episodes 2 --final-episodes 2"
+    said, _ = rlmeta_says(capfd, f"train maml sinusoid {flags} --target 1000")
+    assert "learner 0 (seed 0) reached 1000 after 10 steps" in said, "as low as the target, where low is good"
 
 
 def test_learners_that_diverge_are_named(capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from rlmeta.agents.networks import build_body
 from rlmeta.envs.data import DataWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
+from rlmeta.learning import hooks
 from rlmeta.learning.average import Average
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
@@ -214,7 +215,7 @@ class Supervised:
             memory = p.get("memories", {}).get(method.name)
             found = None if memory is None else method.predict(self, p, memory, batch, p["task"])
             if found is not None:
-                return found
+                return hooks.logits(method, found, (*batch["valid"].shape, self.outputs()))
         return self.answer(p, batch)
 
     def draw(self, state: State, world: DataWorld, n: int) -> tree.Tree:

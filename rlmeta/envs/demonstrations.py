@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -157,7 +158,11 @@ class Demonstrations:
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one file: tensors as safetensors, spaces and words as JSON in its header. Atomic."""
+        """Write one file: tensors as safetensors, spaces and words as JSON in its header. Atomic.
+
+        Raises:
+            DemonstrationError: it can't be written there.
+        """
         path = Path(path)
         header = {
             "format": FORMAT,
@@ -166,10 +171,13 @@ class Demonstrations:
             "about": self.about,
         }
         tensors = {name: leaf.contiguous() for name, leaf in tree.flatten(self._tensors()).items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.with_name(path.name + ".tmp")
-        written.write_bytes(encode(tensors, {"demonstrations": json.dumps(header)}))
-        os.replace(written, path)
+        data, written = encode(tensors, {"demonstrations": json.dumps(header)}), path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written.write_bytes(data)
+            os.replace(written, path)
+        except OSError as error:
+            raise _not_writable(path, error) from error
         return path
 
     @staticmethod
@@ -251,6 +259,24 @@ class Demonstrations:
             _check_leaf(named, path, space, self._where())
         for path, space in _leaves(self.action_space, "action"):
             _check_leaf(named, path, space, self._where())
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Try whether a file can be written at `path`, without leaving a trace.
+
+    Raises:
+        DemonstrationError: it can't.
+    """
+    try:
+        folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: str | os.PathLike[str], error: OSError) -> DemonstrationError:
+    return DemonstrationError(f"cannot write demonstrations at {path}: {error.strerror}; use another file")
 
 
 def join(parts: Sequence[Demonstrations]) -> Demonstrations:

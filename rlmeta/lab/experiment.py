@@ -43,7 +43,8 @@ class Budget:
     final_episodes: int = 64
     """Episodes of each learner in the evaluation at the end."""
     target: float = math.inf
-    """A learner stops early once its periodic evaluation reaches this mean return."""
+    """A learner stops early once the mean score of a periodic evaluation is this good: as high for returns and
+    accuracies, as low for losses and errors; inf for never."""
     checkpoint_seconds: float = 60.0
     """Seconds between two checkpoints."""
     log_points: int = 200

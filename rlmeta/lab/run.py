@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rlmeta.functional import random, statistics, tree
 from rlmeta.lab import checkpoint, run_folder, stages
 from rlmeta.lab.experiment import Experiment, from_config
 from rlmeta.lab.memory import keep_freed_memory
+from rlmeta.lab.stages import Stage
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
@@ -54,10 +56,22 @@ class Run:
         self.offsets: dict[str, int] = {}
 
     def start(self) -> None:
-        """Set the state to that of a run that begins."""
+        """Set the state to that of a run that begins.
+
+        Raises:
+            SettingError, HookError: what was given does not work together.
+        """
+        _ = self.stages
         self.state = self.agent.init(self.experiment.keys(), self.experiment.hyper(), self.world)
         if self.stream is not None:
             self.state = stages.start(self.state, self.stream)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What it goes through: a single stage, or the phases of every task of a stream."""
+        every = self.world.num_envs * self.agent.steps_per_iteration
+        iterations = math.ceil(self.experiment.budget.steps / every)
+        return stages.stages_of(self.experiment.problem, self.agent.methods, iterations)
 
     @property
     def stream(self) -> TaskStream | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
+from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, seen
@@ -44,7 +45,7 @@ def stages_of(problem: Any, methods: Sequence[Method], iterations: int) -> list[
     tasks = len(problem) if isinstance(problem, TaskStream) else 1
     phases = [("train", iterations)]
     if isinstance(problem, TaskStream):
-        phases += [phase for method in methods for phase in method.phases(iterations)]
+        phases += [phase for method in methods for phase in hooks.phases(method, method.phases(iterations))]
     stages: list[Stage] = []
     first = 0
     for position in range(tasks):
@@ -80,9 +81,11 @@ def begin(learner: Learner, state: State, world: Any, orders: Tensor, stage: Sta
         key = random.fold(state["key"], "world")
         state = learner.begin_task(state, world, random.fold(key, stage.position) if stage.position else key)
         for method in learner.methods:
-            state = _changed(state, method, method.task_start(learner, *_given(state, method)))
+            state = _changed(state, method, "task_start", method.task_start(learner, *_given(state, method)))
     for method in learner.methods:
-        state = _changed(state, method, method.phase_start(learner, *_given(state, method), stage.phase))
+        found = method.phase_start(learner, *_given(state, method), stage.phase)
+        state = _changed(state, method, "phase_start", found)
+    hooks.seen_parameters(learner.methods, state, state["task"])
     return {**reset_optimizer(state), "stage": torch.full_like(state["stage"], stage.number + 1)}
 
 
@@ -95,7 +98,7 @@ def end_task(learner: Learner, state: State, world: Any) -> State:
         def draw(n: int, drawn: State = drawn) -> tree.Tree:
             return learner.draw(drawn, world, n)
 
-        state = _changed(state, method, method.task_end(learner, p, m, task, draw))
+        state = _changed(state, method, "task_end", method.task_end(learner, p, m, task, draw))
     return state
 
 
@@ -103,8 +106,8 @@ def _given(state: State, method: Method) -> tuple[Any, Any, Any]:
     return state["params"], state["methods"][method.name], state["task"]
 
 
-def _changed(state: State, method: Method, found: tuple[Any, Any]) -> State:
-    p, m = found
+def _changed(state: State, method: Method, hook: str, found: tuple[Any, Any]) -> State:
+    p, m = hooks.changed(method, hook, found, *_given(state, method)[:2])
     return {**state, "params": p, "methods": {**state["methods"], method.name: m}}
 
 

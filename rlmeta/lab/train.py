@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 import warnings
@@ -244,9 +243,7 @@ class _Loop:
         self.run, self.callbacks, self.show_progress = run, callbacks, progress
         self.budget = run.experiment.budget
         self.steps_per_iteration = run.world.num_envs * run.agent.steps_per_iteration
-        self.stages = stages.stages_of(
-            run.experiment.problem, run.agent.methods, math.ceil(self.budget.steps / self.steps_per_iteration)
-        )
+        self.stages = run.stages
         self.iterations = self.stages[-1].last
         self.log_every = max(1, self.iterations // self.budget.log_points)
         every = self.budget.eval_every or max(1, self.budget.steps // 10)
@@ -373,8 +370,7 @@ class _Loop:
         best = state.get("best", current)
         better = score > best["score"] if agent.score.maximise else score < best["score"]
         state["best"] = tree.map(torch.clone, select(better & state["active"], current, best))
-        if math.isfinite(target):
-            state["active"] = state["active"] & ~(score >= target if agent.score.maximise else score <= target)
+        state["active"] = state["active"] & ~agent.score.reaches(score, target)
         self._freeze()
         clock.switch("other")
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.functional import random, tree
+from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
@@ -30,6 +32,12 @@ class Score(NamedTuple):
     def metric(self) -> str:
         """Its name in the records."""
         return f"eval/{self.name.replace(' ', '_')}"
+
+    def reaches(self, score: Tensor, target: float) -> Tensor:
+        """Whether scores are as good as a target; nothing is as good as one that is not finite."""
+        if not math.isfinite(target):
+            return torch.zeros_like(score, dtype=torch.bool)
+        return score >= target if self.maximise else score <= target
 
 
 class Learner(Protocol):
@@ -112,4 +120,4 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
 
 def initial_memories(learner: Learner, methods: Sequence[Method], state: State) -> State:
     """The methods' memories by name, made once the rest of the state is there."""
-    return {method.name: method.init(learner, state) for method in methods}
+    return {method.name: hooks.first_memory(method, method.init(learner, state), state["key"]) for method in methods}

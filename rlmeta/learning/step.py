@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlmeta.functional import random, tree
 from rlmeta.functional.optim import Optimizer, Recipe, apply_updates, clip_by_norm
+from rlmeta.learning import hooks
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.state import Packed, Params, State, select
@@ -150,8 +151,11 @@ def _descent(
         task_gradient, seen = found["gradient"], found.pop("seen")
         total = task_gradient + found["penalty"] if "penalty" in found else task_gradient
         for method in methods:
-            total = method.grads(learner, Gradients(task_gradient, total), seen, memories[method.name], task)
-        frozen = _union([method.frozen(seen, memories[method.name], task) for method in methods])
+            found_total = method.grads(learner, Gradients(task_gradient, total), seen, memories[method.name], task)
+            total = hooks.tensor_like(method, "grads", found_total, task_gradient)
+        frozen = _union(
+            [hooks.mask(method, method.frozen(seen, memories[method.name], task), total) for method in methods]
+        )
         if frozen is not None:
             total = total.masked_fill(frozen, 0.0)
         axes = state["key"].dim()
@@ -162,7 +166,11 @@ def _after_step(learner: Any, state: State, info: StepInfo, methods: Sequence[Me
     """Let the methods look at the step; the memory of a learner that took none stays as it is."""
     memories, task = state["methods"], state["task"]
     after = {
-        m.name: m.after_step(learner, info, state["params"], memories[m.name], task, method_key(state, m))
+        m.name: hooks.memory(
+            m,
+            "after_step",
+            m.after_step(learner, info, state["params"], memories[m.name], task, method_key(state, m)),
+        )
         for m in methods
     }
     state["methods"] = {**memories, **(after if bool(keep.all()) else select(keep, after, memories))}
@@ -200,25 +208,33 @@ def _gradients(
     for method in methods:
         seen = method.params(seen, memories[method.name], task)
     losses = learner.losses(seen, batch, ctx)
-    extra = _further_losses(learner, state, seen, batch, methods, ctx)
-    gradient = _gradient(_total(losses), leaves, retain_graph=bool(extra))
+    total = _total(losses)
+    extra = _further_losses(learner, state, seen, batch, methods, ctx, total)
+    gradient = _gradient(total, leaves, retain_graph=bool(extra))
     penalty = {"penalty": _gradient(torch.stack(extra).sum(0), leaves)} if extra else {}
     return {**_found(losses, ctx), "gradient": gradient, **penalty, "seen": seen}
 
 
 def _further_losses(
-    learner: HasLosses, state: State, seen: Params, batch: tree.Tree, methods: Sequence[Method], ctx: StepContext
+    learner: HasLosses,
+    state: State,
+    seen: Params,
+    batch: tree.Tree,
+    methods: Sequence[Method],
+    ctx: StepContext,
+    like: Tensor,
 ) -> list[Tensor]:
-    """What the methods add to the losses, `[*L]` each: of further minibatches, then their own."""
+    """What the methods add to the losses, `[*L]` each like the losses: of further minibatches, then their own."""
     found: list[Tensor] = []
     for method in methods:
         memory, task = state["methods"][method.name], state["task"]
         quiet = StepContext(training=True, key=ctx.key, report=False)
-        for further, weight in method.batches(learner, seen, memory, batch, task, method_key(state, method)):
+        given = method.batches(learner, seen, memory, batch, task, method_key(state, method))
+        for further, weight in hooks.further_batches(method, given):
             found.append(weight * _total(learner.losses(seen, further, quiet)))
         own = method.loss(learner, seen, memory, batch, task)
         if own is not None:
-            found.append(own)
+            found.append(hooks.further_loss(method, own, like))
     return found
 
 

@@ -21,6 +21,7 @@ def runs(tmp_path_factory):
     rl.train(rl.MAML(SMALL, num_envs=3), "sinusoid", steps=6, seeds=2, out=folder / "sinusoid")
     agent = rl.REINFORCE(num_envs=2, num_steps=20, hidden_sizes=(4,), baseline="batch")
     rl.train(rl.MAML(agent, num_envs=2), "navigation-short", steps=160, seeds=2, out=folder / "navigation")
+    rl.train(rl.MAML(SMALL, num_envs=3), "sinusoid", steps=6, out=folder / "one")
     rl.train(rl.PPO(num_envs=2, num_steps=8, batch_size=16), "CartPole-v1", steps=16, out=folder / "ppo")
     return folder
 
@@ -29,12 +30,18 @@ def runs(tmp_path_factory):
 def test_adapt_writes_table_figures_and_picture(runs, name, score, capsys):
     assert main(["adapt", str(runs / name), "--tasks", "5", "--steps", "2"]) == 0
     said = capsys.readouterr().out
-    assert f"mean {score}" in " ".join(said.split()) and "adaptation.png" in said
+    said = " ".join(said.split())
+    assert f"mean {score}" in said and "adaptation.png" in said and "2 learners, 5 held-out tasks each" in said
     record = json.loads((runs / name / "adaptation.json").read_text())
     assert record["score"] == score and record["tasks"] == 5
     assert np.shape(record["learners"]) == (2, 3)
     np.testing.assert_allclose(np.mean(record["learners"], 0), record["mean"])
     assert (runs / name / "adaptation.png").stat().st_size > 5_000
+
+
+def test_one_learner_and_one_task_are_singular(runs, capsys):
+    assert main(["adapt", str(runs / "one"), "--tasks", "1", "--steps", "0"]) == 0
+    assert "1 learner, 1 held-out task each" in " ".join(capsys.readouterr().out.split())
 
 
 def test_it_is_the_learners_own_adaptation_and_repeats(runs):
@@ -62,7 +69,7 @@ def test_what_does_not_adapt_is_refused(runs, capsys):
 def test_a_family_made_in_code_is_given_again(tmp_path):
     family = NamedFamily("mine", Sinusoid(shots=3))
     rl.train(rl.MAML(SMALL, num_envs=3), family, steps=6, out=tmp_path / "run")
-    with pytest.raises(rl.RlmetaError, match="'mine': pass them again as env="):
+    with pytest.raises(rl.RlmetaError, match="'mine': pass it again as env="):
         rl.load(tmp_path / "run")
     assert rl.load(tmp_path / "run", env=family).experiment.problem is family
     rl.train(rl.LearnedOptimizer(num_envs=2), NamedFamily("mine", Quadratics(2)), steps=40)

@@ -39,14 +39,14 @@ def test_every_kind_of_task_comes_back(problem):
 
 def test_what_cannot_be_named_is_asked_for_again():
     experiment = Experiment((rl.PPO(),), (0,), rl.task(lambda: None, name="own"), Budget(steps=10))
-    with pytest.raises(SettingError, match=r"pass it again as env= \(on the command line --env\)"):
+    with pytest.raises(SettingError, match=r"pass it again as env= \(on the command line --env PACKAGE"):
         from_config(experiment.config(), where="here")
 
     class Mine(Bandit):
         """A user's own native environment."""
 
     experiment = dataclasses.replace(experiment, problem=rl.task(Mine()))
-    with pytest.raises(SettingError, match=r"pass it again as env= \(on the command line --env\)"):
+    with pytest.raises(SettingError, match=r"pass it again as env= \(on the command line --env PACKAGE"):
         from_config(experiment.config(), where="here")
     assert isinstance(from_config(experiment.config(), where="here", source=Mine()).problem.source, Mine)
 

@@ -34,10 +34,13 @@ def test_record_writes_demonstrations_and_says_how_good_they_are(run, capsys):
         ("run --out demo --learner 2", "the run has learners 0 to 1"),
         ("none --out demo", "is not the folder of a run"),
         ("run --out demo --episodes 0", "episodes is 0"),
+        ("run --out run/config.toml/demo", "cannot write demonstrations at run/config.toml/demo: Not a directory"),
+        ("run --out /proc/none/demo", "cannot write demonstrations at /proc/none/demo: "),
         ("", "takes one run folder"),
     ],
 )
-def test_what_cannot_be_recorded_is_said_in_a_line(run, capsys, flags, message):
+def test_what_cannot_be_recorded_is_said_in_a_line(run, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr("rlmeta.lab.record.play", lambda *_: pytest.fail("it plays"))
     assert main(["record", *flags.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (run / "demo").exists()

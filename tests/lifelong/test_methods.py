@@ -142,14 +142,14 @@ def test_ewc_refuses_wrong_settings(wrong):
 
 
 def test_methods_are_named_on_the_command_line():
-    from rlmeta.lab.plan import lifelong_method
+    from rlmeta.lab.own_code import made_method, methods_named
 
-    made = lifelong_method("ewc", {"strength": 5.0})
-    assert made == EWC(strength=5.0)
+    assert methods_named("ewc, gem") == [EWC, GEM]
+    assert made_method(EWC, {"strength": 5.0}) == EWC(strength=5.0)
     with pytest.raises(SettingError, match="strenght"):
-        lifelong_method("ewc", {"strenght": 5.0})
+        made_method(EWC, {"strenght": 5.0})
     with pytest.raises(rl.RlmetaError, match="did you mean ewc"):
-        lifelong_method("ewcc", {})
+        methods_named("ewcc")
 
 
 # ---------------------------------------------------------------------- agents
