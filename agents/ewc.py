@@ -12,7 +12,8 @@ import tyro
 
 import rlmeta as rl
 from rlmeta.functional import random
-from rlmeta.learning.settings import hyper_tensors
+from rlmeta.lab.experiment import Experiment
+from rlmeta.lab.stages import evaluate_tasks, turn_to
 from rlmeta.learning.state import Packed
 from rlmeta.learning.step import reset_optimizer, step
 from rlmeta.lifelong.ewc import add_quadratic, information
@@ -21,25 +22,20 @@ from rlmeta.lifelong.ewc import add_quadratic, information
 def train(name: str = "split-digits", strength: float = 1000.0, seeds: int = 5, steps: int = 12_800) -> dict:
     """Train `seeds` learners at once on `steps` samples of every task; returns their state and the accuracies."""
     settings, stream, ewc = rl.preset("classifier", name), rl.stream(name), rl.EWC(strength)
-    world, tests = stream.world((seeds,), settings.batch_size), stream.world((seeds,), 1)
-    learner = settings.bind(world.observation_space, world.action_space, [ewc])
-    learner.num_tasks = len(stream)
-    state = learner.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
+    experiment = Experiment((settings,), tuple(range(seeds)), stream, methods=(ewc,))
+    world, tests, order = experiment.world(), experiment.world(1), experiment.orders
+    learner = experiment.bind(world)
+    state = learner.init(experiment.keys(), experiment.hyper(), world)
     iterations = math.ceil(steps / (settings.batch_size * settings.num_steps))
     accuracy = torch.zeros(seeds, len(stream), len(stream), dtype=torch.float64)
 
     for task in range(len(stream)):
-        # turn to the task
-        which = torch.full((seeds,), task)
-        world.select(which)
-        key = random.fold(state["key"], "world")
-        state = learner.begin_task(state, world, random.fold(key, task) if task else key)
-        state = reset_optimizer(state)
+        state = reset_optimizer(turn_to(learner, state, world, order, task))
 
         # learn: the step adds the spring's pull, strength * precision * (weights - centre)
         for i in range(iterations):
             state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
-            state["task"] = {"index": which, "identity": which, "progress": state["progress"]}
+            state["task"] = {**state["task"], "progress": state["progress"]}
             optimizer, clip = learner.optimizer(state), state["params"]["hyper"]["max_grad_norm"]
             for _ in range(settings.num_steps):
                 state["world"], batch = world.next_batch(state["world"])
@@ -53,9 +49,8 @@ def train(name: str = "split-digits", strength: float = 1000.0, seeds: int = 5, 
         state["methods"] = {"ewc": {**memory, "quadratic": spring}}
 
         # what is left of the others
-        for other in range(len(stream)):
-            tests.select(torch.full((seeds,), other))
-            accuracy[:, task, other] = learner.evaluate(learner.seen(state), tests, state["key"]).returns.mean(-1)
+        found = evaluate_tasks(learner, state, tests, order, state["key"], 1)
+        accuracy[:, task] = torch.cat([one.returns for one in found], -1)
     return {"state": state, "accuracy": accuracy}
 
 

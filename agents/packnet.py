@@ -12,29 +12,24 @@ import torch
 import tyro
 
 import rlmeta as rl
-from rlmeta.functional import random
-from rlmeta.learning.method import seen
-from rlmeta.learning.settings import hyper_tensors
+from rlmeta.lab.experiment import Experiment
+from rlmeta.lab.stages import evaluate_tasks, turn_to
 from rlmeta.learning.step import reset_optimizer, step
 
 
 def train(name: str = "split-digits", keep: float = 0.0, seeds: int = 5, steps: int = 12_800) -> dict:
     """Train `seeds` learners at once on `steps` samples of every task; returns their state and the accuracies."""
     settings, stream, packnet = rl.preset("classifier", name), rl.stream(name), rl.PackNet(keep)
-    world, tests = stream.world((seeds,), settings.batch_size), stream.world((seeds,), 1)
-    learner = settings.bind(world.observation_space, world.action_space, [packnet])
-    learner.num_tasks = len(stream)
-    state = learner.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
+    experiment = Experiment((settings,), tuple(range(seeds)), stream, methods=(packnet,))
+    world, tests, order = experiment.world(), experiment.world(1), experiment.orders
+    learner = experiment.bind(world)
+    state = learner.init(experiment.keys(), experiment.hyper(), world)
     iterations = math.ceil(steps / (settings.batch_size * settings.num_steps))
     accuracy = torch.zeros(seeds, len(stream), len(stream), dtype=torch.float64)
 
     for task in range(len(stream)):
-        # turn to the task
-        which = torch.full((seeds,), task)
-        world.select(which)
-        key = random.fold(state["key"], "world")
-        state = learner.begin_task(state, world, random.fold(key, task) if task else key)
-        state["task"] = {"index": which, "identity": which, "progress": state["progress"]}
+        # begin the task: the weights that are still free take part again
+        state = turn_to(learner, state, world, order, task)
         given = (learner, state["params"], state["methods"]["packnet"], state["task"])
         state["params"], state["methods"]["packnet"] = packnet.task_start(*given)
 
@@ -56,12 +51,9 @@ def train(name: str = "split-digits", keep: float = 0.0, seeds: int = 5, steps: 
         draw = partial(learner.draw, state, world)
         state["params"], state["methods"]["packnet"] = packnet.task_end(*given, draw)
 
-        # what is left of the others
-        for other in range(len(stream)):
-            asked = torch.full((seeds,), other)
-            tests.select(asked)
-            p = seen([packnet], state, {**state["task"], "index": asked, "identity": asked})
-            accuracy[:, task, other] = learner.evaluate(p, tests, state["key"]).returns.mean(-1)
+        # what is left of the others, each seen through its own mask
+        found = evaluate_tasks(learner, state, tests, order, state["key"], 1)
+        accuracy[:, task] = torch.cat([one.returns for one in found], -1)
     return {"state": state, "accuracy": accuracy}
 
 

@@ -74,12 +74,16 @@ def set_task(state: State, world: Any, orders: Tensor, position: int) -> State:
     return {**state, "task": {**task, "progress": torch.zeros_like(state["progress"])}}
 
 
+def turn_to(learner: Learner, state: State, world: Any, orders: Tensor, position: int) -> State:
+    """Begin the task at this position of every learner's order `[*L, T]`."""
+    state, key = set_task(state, world, orders, position), random.fold(state["key"], "world")
+    return learner.begin_task(state, world, random.fold(key, position) if position else key)
+
+
 def begin(learner: Learner, state: State, world: Any, orders: Tensor, stage: Stage) -> State:
     """Begin a stage: turn to its task if it is the task's first, then let the methods prepare; moments start anew."""
     if stage.begins_task:
-        state = set_task(state, world, orders, stage.position)
-        key = random.fold(state["key"], "world")
-        state = learner.begin_task(state, world, random.fold(key, stage.position) if stage.position else key)
+        state = turn_to(learner, state, world, orders, stage.position)
         for method in learner.methods:
             state = _changed(state, method, "task_start", method.task_start(learner, *_given(state, method)))
     for method in learner.methods:

@@ -20,14 +20,11 @@ from rlmeta.learning.minibatch import gather
 from rlmeta.learning.settings import require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
-    blank_memories,
-    check_count,
-    draw_memories,
+    keep_samples,
     names_of,
     position_of,
-    put_memories,
     recall_loss,
-    samples_of_a_task,
+    room_for_tasks,
 )
 
 
@@ -49,21 +46,15 @@ class AGEM(Method):
 
     def init(self, learner: Any, state: State) -> Memory:
         """Room for the samples of every task."""
-        check_count(self.memory, samples_of_a_task(state) or self.memory)
-        kept = blank_memories(learner, state, learner.num_tasks, self.memory) if self.memory else {}
         return {
-            "samples": kept,
+            "samples": room_for_tasks(learner, state, self.memory),
             "key": random.fold(state["key"], "agem"),
             "steps": torch.zeros_like(state["key"]),
         }
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """Keep some samples of the task."""
-        if not self.memory:
-            return p, m
-        axes = task["index"].dim()
-        kept = draw_memories(learner, p, draw, self.memory, axes)
-        return p, {**m, "samples": put_memories(m["samples"], position_of(task), kept, axes)}
+        return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.memory, task, draw)}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
         """Project the total gradient."""

@@ -22,15 +22,12 @@ from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Packed, Params, State
 from rlmeta.lifelong.recall import (
-    blank_memories,
-    check_count,
-    draw_memories,
+    keep_samples,
     names_of,
     per_learner,
     position_of,
-    put_memories,
     recall_loss,
-    samples_of_a_task,
+    room_for_tasks,
 )
 
 
@@ -52,17 +49,12 @@ class GEM(Method):
 
     def init(self, learner: Any, state: State) -> Memory:
         """Room for the samples of every task."""
-        check_count(self.memory, samples_of_a_task(state) or self.memory)
-        kept = blank_memories(learner, state, learner.num_tasks, self.memory) if self.memory else {}
+        kept = room_for_tasks(learner, state, self.memory)
         return {"samples": kept, "margin": per_learner(self.margin, state)}
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """Keep some samples of the task."""
-        if not self.memory:
-            return p, m
-        axes = task["index"].dim()
-        kept = draw_memories(learner, p, draw, self.memory, axes)
-        return p, {**m, "samples": put_memories(m["samples"], position_of(task), kept, axes)}
+        return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.memory, task, draw)}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
         """Project the total gradient."""

@@ -132,6 +132,26 @@ def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
     return tree.map(room, kept)
 
 
+def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
+    """Room for `count` samples of every task of the stream, `[*L, T, count, ...]`; {} for none.
+
+    Raises:
+        SettingError: a task has fewer.
+    """
+    check_count(count, samples_of_a_task(state) or count)
+    return blank_memories(learner, state, learner.num_tasks, count) if count else {}
+
+
+def keep_samples(
+    learner: Any, p: Params, memories: tree.Tree, count: int, task: dict[str, Tensor], draw: Draw
+) -> tree.Tree:
+    """The memories `[*L, T, M, ...]` with `count` samples of the task that has just ended at its place."""
+    if not count:
+        return memories
+    axes = task["index"].dim()
+    return put_memories(memories, position_of(task), draw_memories(learner, p, draw, count, axes), axes)
+
+
 def put_memories(memories: tree.Tree, slot: int, kept: tree.Tree, axes: int) -> tree.Tree:
     """A copy of `memories` `[*L, T, M, ...]` with `kept` `[*L, M, ...]` at slot `slot`."""
 

@@ -25,11 +25,10 @@ from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     blank_memories,
     check_distribution,
-    draw_memories,
     is_agent,
+    keep_samples,
     per_learner,
     position_of,
-    put_memories,
     recall_loss,
     remember,
 )
@@ -113,9 +112,7 @@ class Replay(Method):
         """Keep states of the task and the policy's answers in them."""
         if self._idle or not is_agent(learner):
             return p, m
-        axes = task["index"].dim()
-        kept = draw_memories(learner, p, draw, self.size // learner.num_tasks, axes)
-        return p, {**m, "samples": put_memories(m["samples"], position_of(task), kept, axes)}
+        return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.size // learner.num_tasks, task, draw)}
 
     def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
         """The divergence from the policies of old tasks in some of their states."""
