@@ -271,6 +271,18 @@ def test_a_learner_whose_discriminator_is_lost_is_frozen():
     assert all(torch.isfinite(leaf[1]).all() for leaf in tree.leaves(state["params"]["weights"]))
 
 
+def test_a_discriminator_that_is_lost_freezes_its_learner_although_its_weights_are_finite():
+    """Its gradient is not, so it stays where it was and judges on: the policy must not learn from it."""
+    agent, state, world = start(rl.GAIL(demonstrations=cartpole(), **TINY), "CartPole-fixed")
+    state["params"]["hyper"]["gradient_penalty"][0] = torch.inf
+    before = tree.map(torch.clone, state["params"]["weights"])
+    state, metrics = agent.iterate(state, world)
+    assert metrics["rewards/imitation"].isfinite().all()
+    assert state["active"].tolist() == [False, True]
+    for name, weight in state["params"]["weights"].items():
+        assert torch.equal(weight[0], before[name][0]) and not torch.equal(weight[1], before[name][1]), name
+
+
 def test_any_agent_learns_from_the_adversarial_reward():
     reward = rl.AdversarialReward(cartpole(), updates=2, batch_size=8)
     for settings in (

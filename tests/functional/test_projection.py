@@ -157,3 +157,15 @@ def test_nonnegative_quadratic_leaves_variables_that_only_cost_at_zero():
     p = torch.eye(3, dtype=torch.float64)
     v = nonnegative_quadratic(p, torch.tensor([[-1.0, 2.0, 0.0]], dtype=torch.float64))
     assert v.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_a_variable_that_enters_by_a_rounding_error_keeps_no_other_out():
+    """The third constraint is a combination of the first two but for an error that makes P indefinite: its slope says
+    that it should enter, and entering it would be negative. The fourth, whose slope is smaller, has its turn after."""
+    p = torch.eye(4, dtype=torch.float64)
+    p[2, 0] = p[0, 2] = 0.8 * (1 + 1e-9)
+    p[2, 1] = p[1, 2] = -0.6
+    assert torch.linalg.eigvalsh(p)[0] < 0
+    v = nonnegative_quadratic(p, torch.tensor([-1.0, -1.0, -0.2 - 1e-6, -5e-7], dtype=torch.float64))
+    expected = torch.tensor([1.0, 1.0, 0.0, 5e-7], dtype=torch.float64)
+    torch.testing.assert_close(v, expected, rtol=1e-9, atol=0.0)

@@ -31,3 +31,10 @@ def test_as_an_ordinary_module_it_has_torchs_state_dict():
     found = ours({"input": x, "hidden": hidden, "cell": cell})
     torch.testing.assert_close(found["hidden"], expected[0])
     torch.testing.assert_close(found["cell"], expected[1])
+
+
+def test_initial_weights_are_torchs():
+    """Uniform in ±1 / √H, whatever the inputs."""
+    for name, weight in LSTMCell(3, 100).named_parameters():
+        assert weight.shape == getattr(torch.nn.LSTMCell(3, 100), name).shape
+        assert 0.095 < weight.abs().max() <= 0.1 and weight.min() < -0.09, name
