@@ -125,7 +125,6 @@ def clone_module(module: nn.Module) -> nn.Module:
         clone.__dict__["_parameters"] = {name: copied(p) for name, p in original._parameters.items()}
         clone.__dict__["_buffers"] = {name: copied(b) for name, b in original._buffers.items()}
         clone.__dict__["_modules"] = {n: None if m is None else copy(m) for n, m in original._modules.items()}
-        _refresh(clone)
         return clone
 
     return copy(module)
@@ -135,10 +134,3 @@ def _replace(module: nn.Module, moved: dict[Tensor, Tensor]) -> None:
     """Put other tensors in the place of parameters, wherever they are used."""
     for part in module.modules():
         part._parameters.update({n: moved[p] for n, p in part._parameters.items() if p is not None and p in moved})  # type: ignore[misc]
-        _refresh(part)
-
-
-def _refresh(module: nn.Module) -> None:
-    """Recurrent modules keep a second list of their parameters, and it is that which they use."""
-    if isinstance(module, nn.RNNBase):
-        module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]

@@ -43,6 +43,13 @@ def test_sinusoid_has_the_moments_of_the_paper():
     assert (solution[:, 1, 0] <= 1e-3).all()  # −A sin(phase), phase in [0, π]
 
 
+def test_a_sinusoid_is_asked_about_other_points():
+    tasks = Sinusoid(shots=3, queries=4).tasks(KEY, 0, 5, "train")
+    support, query = (tasks[part]["observation"] for part in ("support", "query"))
+    assert (support.shape[2], query.shape[2]) == (3, 4)
+    assert not torch.isin(query, support).any()
+
+
 @pytest.mark.parametrize("family", [Sinusoid(), few_shot(), Quadratics(), DigitMLPs()])
 def test_a_learners_tasks_depend_on_its_key_the_counter_and_the_split(family):
     tasks = tree.flatten(family.tasks(KEY, 5, 4, "train"))
@@ -158,8 +165,50 @@ def test_quadratics_and_digit_mlps_are_functions_to_minimise():
     assert not torch.equal(again, loss)  # another minibatch
 
 
+def test_quadratics_are_the_squared_norm_of_a_random_residual():
+    problem = Quadratics(3).tasks(KEY, 0, 2000, "train")
+    start = Quadratics(3).start(problem)["x"]
+    assert float(start.std()) == pytest.approx(0.01, rel=0.05)
+    assert float(problem["target"].std()) == pytest.approx(1.0, rel=0.05)
+    assert abs(float((problem["target"] * problem["matrix"][..., 0]).mean())) < 0.05, "one says nothing of the other"
+    x = random.normal(KEY, "x", 0, (2000, 3))
+    residual = torch.einsum("skij,skj->ski", problem["matrix"], x) - problem["target"]
+    found = Quadratics(3).loss({"x": x}, problem, torch.zeros(3, 2000, dtype=torch.int64))
+    torch.testing.assert_close(found, torch.linalg.vector_norm(residual, dim=-1) ** 2)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
+def test_the_loss_of_a_digit_mlp_is_torchs_cross_entropy(activation):
+    """On images that are all the same, so that the minibatch does not matter."""
+    family, image = DigitMLPs(hidden=5, batch_size=7, activation=activation), torch.linspace(-1, 1, 64)
+    family.__dict__["_digits"] = image.expand(10, 64), torch.full((10,), 3)
+    problem = family.tasks(KEY, 0, 2, "train")
+    weights = {n: w + 0.1 * random.normal(KEY, n, 0, w.shape[1:]) for n, w in family.start(problem).items()}
+    found = family.loss(weights, problem, torch.zeros(3, 2, dtype=torch.int64))
+    for s in range(3):
+        for k in range(2):
+            w = {n: value[s, k] for n, value in weights.items()}
+            hidden = getattr(torch, activation)(torch.nn.functional.linear(image, w["0.weight"], w["0.bias"]))
+            logits = torch.nn.functional.linear(hidden, w["1.weight"], w["1.bias"])
+            torch.testing.assert_close(found[s, k], torch.nn.functional.cross_entropy(logits, torch.tensor(3)))
+
+
+def test_digit_mlps_start_with_deviations_of_one_over_the_root_of_their_inputs():
+    family = DigitMLPs(hidden=25)
+    weights = family.start(family.tasks(KEY, 0, 40, "train"))
+    assert float(weights["0.weight"].std()) == pytest.approx(1 / 8, rel=0.02)
+    assert float(weights["1.weight"].std()) == pytest.approx(1 / 5, rel=0.02)
+    assert not weights["0.bias"].any() and not weights["1.bias"].any()
+
+
 def test_digit_mlps_hold_images_out():
     family = DigitMLPs(hidden=3, batch_size=8)
+    family.__dict__["_digits"] = torch.zeros(10, 64), torch.arange(10) // 5  # 0 in the first half, 1 in the second
+    for split, digit in (("train", 0), ("validation", 1), ("test", 1)):
+        problem = family.tasks(KEY, 0, 2, split)
+        weights = {n: torch.zeros_like(w) for n, w in family.start(problem).items()}
+        weights["1.bias"][..., digit] = 50.0
+        assert family.loss(weights, problem, torch.zeros(3, 2, dtype=torch.int64)).max() < 1e-6, split
     parts = [family.tasks(KEY, 0, 2, split)["part"].unique().tolist() for split in ("train", "validation", "test")]
     assert parts == [[0], [1], [1]]
 

@@ -10,7 +10,7 @@ import torch
 import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.learning.method import seen
+from rlmeta.learning.method import StepInfo, seen
 from rlmeta.learning.state import Packed
 from rlmeta.lifelong import PackNet
 from rlmeta.lifelong.packnet import FREE, NOBODYS
@@ -149,6 +149,19 @@ def test_weights_that_a_task_never_moved_are_not_its_own():
     run = rl.train(learner(), stream(still, "still", scenario="task"), steps=80, lifelong=[PackNet()], progress=False)
     owner = Packed.view(run.state["methods"]["packnet"]["owner"], run.state["params"]["weights"], 1)
     assert (owner["net.0.1.0.weight"][..., 3] != 1).all()
+
+
+def test_what_a_task_has_moved_is_kept_from_step_to_step_and_begins_anew_with_the_next():
+    run = trained(PackNet(), count=2)
+    method, task = run.agent.methods[0], run.state["task"]
+    p, m = run.state["params"], run.state["methods"]["packnet"]
+    p, m = method.task_start(run.agent, p, m, task)
+    assert not m["moved"].any() and not m["pruned"].any()
+    delta = torch.zeros_like(m["moved"], dtype=torch.float32)
+    for entry, size in ((0, 0.5), (1, -0.5), (2, 0.0)):
+        move = delta.index_fill(-1, torch.tensor([entry]), size)
+        m = method.after_step(run.agent, StepInfo(move, move, {}), p, m, task, run.state["key"])
+    assert m["moved"].sum(-1).tolist() == [2, 2, 2] and m["moved"][..., :2].all()
 
 
 def test_evaluating_a_task_changes_nothing():

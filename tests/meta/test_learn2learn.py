@@ -126,16 +126,18 @@ def test_tied_parameters_stay_tied():
 
 
 class Recurrent(nn.Module):
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
-        self.rnn, self.head = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 1)
+        self.rnn, self.head = kind(2, 3, batch_first=True), nn.Linear(3, 1)
 
     def forward(self, x):
         return self.head(self.rnn(x)[0][:, -1])
 
 
-def test_recurrent_weights_are_really_used():
-    module, x, y = Recurrent().double(), numbers(4, 5, 2, seed=0), numbers(4, 1, seed=1)
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_weights_are_really_used(kind):
+    """Recurrent modules keep a second list of their parameters, which follows those that were put in their place."""
+    module, x, y = Recurrent(kind).double(), numbers(4, 5, 2, seed=0), numbers(4, 1, seed=1)
     learner = MAML(module, lr=0.5).clone()
     before = learner(x).detach()
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -200,6 +202,32 @@ def test_frozen_and_unused_parameters():
         frozen.adapt(loss(frozen))
     frozen.adapt(loss(frozen), allow_nograd=True)
     assert torch.equal(frozen.module["unused"].weight, module["unused"].weight)
+
+
+@pytest.mark.parametrize("setting", ["first_order", "allow_unused", "allow_nograd"])
+def test_a_clone_takes_its_originals_settings_unless_told_otherwise(setting):
+    for original in (False, True):
+        maml = MAML(perceptron(), 0.1, **{setting: original})
+        assert getattr(maml.clone(), setting) is original
+        assert getattr(maml.clone(**{setting: not original}), setting) is not original
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_single_step_may_be_of_the_other_order(own):
+    gradients = {}
+    for first_order, asked in ((own, not own), (not own, None)):
+        maml, x = MAML(perceptron(), 0.1, first_order=first_order), numbers(4, 2, seed=0)
+        learner = maml.clone()
+        learner.adapt(learner(x).square().mean(), first_order=asked)
+        learner(x).sum().backward()
+        gradients[asked] = torch.cat([p.grad.flatten() for p in maml.parameters()])
+    torch.testing.assert_close(gradients[not own], gradients[None])
+
+
+def test_unused_parameters_are_accepted_with_those_without_gradient_unless_told_otherwise():
+    assert not MAML(perceptron(), 0.1).allow_unused
+    assert MAML(perceptron(), 0.1, allow_nograd=True).allow_unused
+    assert not MAML(perceptron(), 0.1, allow_unused=False, allow_nograd=True).allow_unused
 
 
 def test_attributes_of_the_module_are_reached():
