@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
+import gymnasium as gym
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,7 @@ Order: TypeAlias = Literal["given", "all"] | int
 """The tasks as they stand, every order of them, or so many distinct ones drawn at random. Every order is a learner."""
 
 EVERYTHING = frozenset({"boundaries", "train_id", "test_id"})
+IDENTITY = EVERYTHING - {"boundaries"}
 ONE_ORDER = (
     "orders of tasks as learners need native tasks of one environment that differ in its constants: give these tasks "
     'in one order (order="given")'
@@ -53,6 +56,8 @@ class TaskStream:
     """In which order learners meet the tasks."""
     scenario: Scenario = "task"
     """Of tasks of labelled samples: what is known of their classes."""
+    observe_identity: bool = False
+    """Of tasks to act in: which one it is stands at the end of every observation, as a one-hot vector."""
     table: dict[str, Any] = field(default_factory=dict)
     """The TOML table it was made from, {} for one made in code."""
 
@@ -69,8 +74,16 @@ class TaskStream:
         unknown = self.reveals - EVERYTHING
         if unknown:
             raise unknown_name("thing to reveal", min(unknown), EVERYTHING)
+        if self.observe_identity:
+            self._check_identity()
         if len(self.orders()) > 1 and not isinstance(self.tasks[0], DataTask) and not _physics_of(self.tasks):
             raise SettingError(ONE_ORDER)
+
+    def _check_identity(self) -> None:
+        if isinstance(self.tasks[0], DataTask):
+            raise SettingError(f"stream {self.name!r}: observe_identity is for tasks to act in, not for samples")
+        if not IDENTITY <= self.reveals:
+            raise SettingError(f"stream {self.name!r}: observe_identity shows what reveals hides, train_id or test_id")
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -111,7 +124,7 @@ class TaskStream:
         if isinstance(self.tasks[0], DataTask):
             known, late = self.scenario == "task", self.scenario == "class"
             return DataWorld(self._samples, learner_shape, num_envs, reveals_classes=known, born=not late)
-        return StreamWorld(self.tasks, learner_shape, num_envs)
+        return StreamWorld(self.tasks, learner_shape, num_envs, self.observe_identity)
 
     @cached_property
     def _samples(self) -> DataTable:
@@ -122,6 +135,7 @@ class TaskStream:
         said: dict[str, Any] = {"kind": "stream", "name": self.name, "order": self.order, "scenario": self.scenario}
         if self.table:
             return {**said, "table": self.table}
+        said["observe_identity"] = self.observe_identity
         return {**said, "reveals": sorted(self.reveals), "tasks": [one.describe() for one in self.tasks]}
 
 
@@ -132,25 +146,38 @@ class StreamWorld:
     """The environments of a stream's tasks with equal spaces; every learner is in the task it has been set to.
 
     Native tasks that differ in constants alone may differ from learner to learner, each with its own physics. Other
-    environments stand side by side, and all learners are in the same one.
+    environments stand side by side, and all learners are in the same one. The state is that of the current
+    environments, which know nothing of the others, and `identity` `[*L, N]`.
 
     Raises:
-        SettingError: the tasks' spaces differ.
+        SettingError: the tasks' spaces differ, or observations that nothing can be put behind.
     """
 
-    def __init__(self, tasks: Sequence[Task], learner_shape: tuple[int, ...], num_envs: int) -> None:
+    records: bool
+    """Whether steps with numbers drawn `ahead` may be recorded: of native tasks, whose constants are in the state."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        learner_shape: tuple[int, ...],
+        num_envs: int,
+        observe_identity: bool = False,
+    ) -> None:
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
+        self._observe_identity = observe_identity
         self._tasks, self._physics = tasks, _physics_of(tasks)
         self._worlds: list[World] = [] if self._physics else [one.world(learner_shape, num_envs) for one in tasks]
+        self.records = self._physics is not None
         self.identity = torch.zeros(learner_shape, dtype=torch.int64)
         self._current: Any = self._with_physics() if self._physics else self._worlds[0]
-        self.observation_space, self.action_space = self._current.observation_space, self._current.action_space
+        inner, self.action_space = self._current.observation_space, self._current.action_space
         for one, world in zip(tasks, self._worlds):
-            if (world.observation_space, world.action_space) != (self.observation_space, self.action_space):
+            if (world.observation_space, world.action_space) != (inner, self.action_space):
                 raise SettingError(
                     f"{one.name} has spaces {world.observation_space}, {world.action_space}, {tasks[0].name} has "
-                    f"{self.observation_space}, {self.action_space}: the tasks of a stream need the same"
+                    f"{inner}, {self.action_space}: the tasks of a stream need the same"
                 )
+        self.observation_space = _with_identity(inner, len(tasks)) if observe_identity else inner
 
     @property
     def exact_resume(self) -> bool:
@@ -182,15 +209,26 @@ class StreamWorld:
     def reset(self, key: Tensor) -> State:
         """Episode 0 of every learner's task."""
         state: State = self._current.reset(key)
-        return state
+        shape = (*self.learner_shape, self.num_envs)
+        return {**state, "identity": self.identity.to(key.device).unsqueeze(-1).expand(shape).clone()}
 
     def observation(self, state: State) -> Tree:
         """The current observation."""
-        return self._current.observation(state)
+        return self._shown(self._current.observation(_inner(state)), state)
 
-    def step(self, state: State, action: Tensor) -> tuple[State, Transition]:
+    def step(self, state: State, action: Tensor, ahead: Tree | None = None) -> tuple[State, Transition]:
         """Act once in every row."""
-        found: tuple[State, Transition] = self._current.step(state, action)
+        given = (action,) if ahead is None else (action, ahead)
+        new, transition = self._current.step(_inner(state), *given)
+        shown = transition._replace(
+            observation=self._shown(transition.observation, state),
+            next_observation=self._shown(transition.next_observation, state),
+        )
+        return {**new, "identity": state["identity"]}, shown
+
+    def ahead(self, state: State) -> tuple[Tree, int]:
+        """Random numbers for `step`, and for how many steps from `state` on they last."""
+        found: tuple[Tree, int] = self._current.ahead(_inner(state))
         return found
 
     def restore(self, state: State, inexact: bool = False) -> State:
@@ -198,13 +236,36 @@ class StreamWorld:
         if self._physics:
             return state
         current: Any = self._current
-        found: State = current.restore(state) if isinstance(current, NativeWorld) else current.restore(state, inexact)
-        return found
+        inner = _inner(state)
+        found: State = current.restore(inner) if isinstance(current, NativeWorld) else current.restore(inner, inexact)
+        return {**found, "identity": state["identity"]}
+
+    def _shown(self, observation: Any, state: State) -> Any:
+        if not self._observe_identity:
+            return observation
+        places = torch.arange(len(self._tasks), device=observation.device)
+        one_hot = state["identity"].unsqueeze(-1) == places
+        return torch.cat([observation, one_hot.to(observation.dtype)], -1)
 
     def close(self) -> None:
         """Release what the environments hold."""
         for world in self._worlds:
             world.close()
+
+
+def _inner(state: State) -> State:
+    return {name: value for name, value in state.items() if name != "identity"}
+
+
+def _with_identity(space: gym.Space, tasks: int) -> gym.Space:
+    """The space of observations with a one-hot vector behind them."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+        raise SettingError(
+            f"observe_identity needs observations that are vectors of floats, not {space}: leave it out and let "
+            "a network of your own see what the tasks need"
+        )
+    low, high = (np.concatenate([bound, np.full(tasks, end)]) for bound, end in ((space.low, 0), (space.high, 1)))
+    return gym.spaces.Box(low.astype(space.dtype), high.astype(space.dtype))
 
 
 def _physics_of(tasks: Sequence[Task]) -> dict[str, Tensor] | None:
@@ -331,6 +392,7 @@ def stream(
     scenario: Scenario | None = None,
     order: Order = "given",
     reveals: Iterable[str] | None = None,
+    observe_identity: bool | None = None,
 ) -> TaskStream:
     """The named stream of tasks, or one made from a list of tasks.
 
@@ -343,6 +405,8 @@ def stream(
         reveals: what methods are told of the tasks, of "boundaries" (when one ends), "train_id" and "test_id" (which
             one it is, in training and at test); by default everything, or what the stream's file says. The scenarios
             "domain" and "class" hide "test_id" in any case.
+        observe_identity: put which task it is at the end of every observation, of tasks to act in; by default as the
+            stream's file says, and not where `reveals` hides it.
 
     Raises:
         UnknownNameError: there is no such stream, or nothing of this name to reveal.
@@ -351,11 +415,16 @@ def stream(
     if isinstance(reveals, str):
         raise SettingError(f"reveals is {reveals!r}, expected a list such as [{reveals!r}]")
     if isinstance(source, str):
-        table = require_named(source)
-        return from_table(source, table if reveals is None else {**table, "reveals": sorted(reveals)}, scenario, order)
+        table = dict(require_named(source))
+        if reveals is not None:
+            table["reveals"] = sorted(reveals)
+            table["observe_identity"] = table.get("observe_identity", False) and IDENTITY <= set(reveals)
+        if observe_identity is not None:
+            table["observe_identity"] = observe_identity
+        return from_table(source, table, scenario, order)
     tasks = tuple(task(one) if isinstance(one, str) else one for one in source)
     given = EVERYTHING if reveals is None else frozenset(reveals)
-    return TaskStream(name, tasks, _reveals(scenario, given), order, scenario or "task")
+    return TaskStream(name, tasks, _reveals(scenario, given), order, scenario or "task", bool(observe_identity))
 
 
 def _reveals(scenario: Scenario | None, given: frozenset[str]) -> frozenset[str]:
@@ -369,7 +438,8 @@ def from_table(
     """The stream that a TOML table describes.
 
     Keys: `tasks` (names, or tables with `env` and `settings`), or `data` (a data set) with one of `split` (groups of
-    classes), `permute` (how many tasks) and `rotate` (how many tasks; `degrees`), and `samples`, `scenario`; `reveals`.
+    classes), `permute` (how many tasks) and `rotate` (how many tasks; `degrees`), and `samples`, `scenario`; `reveals`;
+    `observe_identity`, of tasks to act in.
 
     Raises:
         SettingError: not the table of a stream, or a scenario that is not of its kind.
@@ -378,17 +448,18 @@ def from_table(
     if table.get("kind") != "stream":
         raise SettingError(f"{name!r} is a {table.get('kind', 'task')}, expected a stream of tasks")
     known = {"kind", "description", "tasks", "reveals", "data", "split", "permute", "rotate", "degrees", "samples"}
-    unknown = set(table) - known - {"scenario"}
+    unknown = set(table) - known - {"scenario", "observe_identity"}
     if unknown:
         raise SettingError(f"{where}: {unknown_name('key', min(unknown), known)}")
-    given = frozenset(table.get("reveals", EVERYTHING))
+    given, shown = frozenset(table.get("reveals", EVERYTHING)), bool(table.get("observe_identity", False))
     if "tasks" in table:
         if scenario is not None:
             raise SettingError(f"scenario is for streams of samples, {name!r} has tasks to act in: leave it out")
         tasks = tuple(_entry(entry, f"{name}/{i}") for i, entry in enumerate(table["tasks"]))
-        return TaskStream(name, tasks, given, order, "task", table)
+        return TaskStream(name, tasks, given, order, observe_identity=shown, table=table)
     chosen: Scenario = scenario or table.get("scenario", "task")
-    return TaskStream(name, tuple(_of_data(where, table, chosen)), _reveals(chosen, given), order, chosen, table)
+    tasks = tuple(_of_data(where, table, chosen))
+    return TaskStream(name, tasks, _reveals(chosen, given), order, chosen, shown, table)
 
 
 def _entry(entry: Any, name: str) -> Task:

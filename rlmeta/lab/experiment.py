@@ -371,7 +371,8 @@ def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStr
         table = described["table"]
         return streams.from_table(described["name"], table, scenario if "data" in table else None, order)
     tasks = tuple(_problem_again(one, None, where) for one in described["tasks"])
-    return TaskStream(described["name"], tasks, frozenset(described["reveals"]), order, scenario)
+    reveals, shown = frozenset(described["reveals"]), described["observe_identity"]
+    return TaskStream(described["name"], tasks, reveals, order, scenario, shown)
 
 
 def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:

@@ -119,8 +119,53 @@ def test_native_tasks_may_differ_from_learner_to_learner():
         own = alone.reset(keys[i : i + 1])
         for _ in range(30):
             own, expected = alone.step(own, action[:1])
-        assert torch.equal(transition.observation[i], expected.observation[0])
+        assert torch.equal(transition.observation[i, ..., :4], expected.observation[0])
     assert transition.observation[0, 0, 1] * transition.observation[1, 0, 1] < 0, "the push is reversed"
+
+
+def test_the_task_stands_at_the_end_of_an_observation():
+    tasks = rl.stream("cartpole-conflicts")
+    world, plain = (dataclasses.replace(tasks, observe_identity=shown).world((2,), 3) for shown in (True, False))
+    assert world.observation_space.shape == (8,) and plain.observation_space.shape == (4,)
+    assert world.observation_space.contains(np.zeros(8, np.float32))
+    identity, keys, action = torch.tensor([2, 0]), make_keys([5, 6]), torch.ones(2, 3, dtype=torch.int64)
+    for one in (world, plain):
+        one.select(identity)
+    state, other = world.reset(keys), plain.reset(keys)
+    expected = torch.eye(4)[identity].unsqueeze(1).expand(2, 3, 4)
+    for _ in range(60):  # episodes end
+        assert torch.equal(world.observation(state)[..., 4:], expected)
+        (state, seen), (other, bare) = world.step(state, action), plain.step(other, action)
+        for name in ("observation", "next_observation"):
+            assert torch.equal(getattr(seen, name)[..., :4], getattr(bare, name))
+            assert torch.equal(getattr(seen, name)[..., 4:], expected)
+
+
+def test_steps_of_a_stream_with_numbers_drawn_ahead():
+    """What a recorded step is made of, for every learner's own task."""
+    world, action = rl.stream("cartpole-conflicts").world((4,), 2), torch.ones(4, 2, dtype=torch.int64)
+    world.select(torch.arange(4))
+    state = other = world.reset(make_keys([5, 6, 7, 8]))
+    for _ in range(40):
+        ahead, left = world.ahead(state)
+        state, seen = world.step(state, action, ahead)
+        other, expected = world.step(other, action)
+        assert left > 0 and all(torch.equal(a, b) for a, b in zip(seen, expected))
+
+
+def test_an_identity_that_is_hidden_or_has_no_place_is_refused():
+    tasks = rl.stream("cartpole-conflicts").tasks
+    with pytest.raises(SettingError, match="observe_identity shows what reveals hides"):
+        streams.TaskStream("s", tasks, frozenset({"boundaries", "train_id"}), observe_identity=True)
+    with pytest.raises(SettingError, match="for tasks to act in, not for samples"):
+        dataclasses.replace(rl.stream("split-digits"), observe_identity=True)
+    assert not rl.stream("cartpole-conflicts", observe_identity=False).observe_identity
+    assert not rl.stream("cartpole-conflicts", reveals=["boundaries"]).observe_identity
+    with pytest.raises(SettingError, match="observe_identity shows what reveals hides"):
+        rl.stream("cartpole-conflicts", reveals=["boundaries"], observe_identity=True)
+    with pytest.raises(SettingError, match="observations that are vectors of floats, not Discrete"):
+        rl.stream(["FrozenLake-v1", "FrozenLake-v1"], observe_identity=True).world((1,), 1)
+    assert rl.stream(["CartPole-v1"] * 2, observe_identity=True).world((1,), 1).observation_space.shape == (6,)
 
 
 def test_other_environments_stand_side_by_side_in_one_order():
@@ -164,6 +209,7 @@ def test_streams_say_how_to_make_them_again():
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two"),
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", reveals=["train_id"]),
         rl.stream("cartpole-conflicts", reveals=["boundaries"]),
+        rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", observe_identity=True),
     ):
         again = _problem_again(given.describe(), None, "here")
         assert again.orders() == given.orders() and again.scenario == given.scenario
