@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import nn
 
@@ -54,6 +55,39 @@ class Network(Block):
         return self.head.run(params, features, ctx, f"{prefix}head.")
 
 
+class PerTask(Block):
+    """Features of a body in the place of the task at hand, zeros in those of the others, `[*L, ..., K * D]`.
+
+    So the layer that follows is one of its own for every task, as lifelong learning wants it: a new task begins with
+    an undecided policy, and does not write into the last layer of an old one. The task is the one-hot vector of K
+    entries at the end of the observation.
+    """
+
+    def __init__(self, body: Block, tasks: int) -> None:
+        super().__init__()
+        self.body, self.tasks = body, tasks
+
+    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Any:
+        """Observations `[*L, ..., D]` to features."""
+        features = self.body.run(params, x, ctx, f"{prefix}body.")
+        assert isinstance(x, torch.Tensor)
+        task = x[..., -self.tasks :].to(features.dtype)
+        return (task.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)
+
+
+def _per_task(body: Block, features: int, observation_space: gym.Space, tasks: int) -> tuple[Block, int]:
+    """A body for heads of `tasks` tasks, and its number of features; the body itself where there are none."""
+    if not tasks:
+        return body, features
+    low, high = getattr(observation_space, "low", np.empty(0)), getattr(observation_space, "high", np.empty(0))
+    if low.ndim != 1 or len(low) < tasks or (low[-tasks:] != 0).any() or (high[-tasks:] != 1).any():
+        raise SettingError(
+            f"task_heads is {tasks}, but observations of {observation_space} do not end with a one-hot vector of "
+            f"{tasks} tasks: train on a stream with observe_identity and as many tasks, or leave task_heads 0"
+        )
+    return PerTask(body, tasks), features * tasks
+
+
 def build_body(
     network: Callable[[gym.Space], nn.Module] | None,
     observation_space: gym.Space,
@@ -77,12 +111,26 @@ def build_body(
 
 
 def policy_network(
-    settings: Any, observation_space: gym.Space, action_space: gym.Space, *, state_dependent: bool = False
+    settings: Any,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    *,
+    state_dependent: bool = False,
+    tasks: int = 0,
 ) -> Network:
-    """A network that gives the parameters of a distribution over actions; its last layer starts near 0."""
+    """A network that gives the parameters of a distribution over actions; its last layer starts near 0.
+
+    Args:
+        settings: the agent's.
+        observation_space: of one environment.
+        action_space: of one environment.
+        state_dependent: noise that depends on the features.
+        tasks: so many last layers, see `PerTask`; 0 for one whatever the task.
+    """
     body, features = build_body(
         settings.network, observation_space, settings.hidden_sizes, settings.activation, "orthogonal"
     )
+    body, features = _per_task(body, features, observation_space, tasks)
     head = head_for(
         action_space,
         features,
@@ -93,11 +141,12 @@ def policy_network(
     return Network(body, head, features)
 
 
-def value_network(settings: Any, observation_space: gym.Space) -> Network:
-    """A network that gives the value of an observation."""
+def value_network(settings: Any, observation_space: gym.Space, *, tasks: int = 0) -> Network:
+    """A network that gives the value of an observation; `tasks` as in `policy_network`."""
     body, features = build_body(
         settings.network, observation_space, settings.hidden_sizes, settings.activation, "orthogonal"
     )
+    body, features = _per_task(body, features, observation_space, tasks)
     return Network(body, ValueHead(features), features)
 
 

@@ -88,6 +88,8 @@ class PPO:
     """Activation of the default network."""
     share_network: bool = False
     """One body under the policy and the value instead of one each."""
+    task_heads: int = 0
+    """Last layers, one for each task of a stream with observe_identity; 0 for one whatever the task."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
     rewards: tuple[Reward, ...] = ()
@@ -102,6 +104,7 @@ class PPO:
             require_range(self, name, 0.0)
         for name in ("num_envs", "num_steps", "num_epochs", "batch_size", "noise_hold"):
             require_range(self, name, 1)
+        require_range(self, "task_heads", 0)
         samples = self.num_envs * self.num_steps
         require(
             samples % self.batch_size == 0,
@@ -136,10 +139,11 @@ class PPOAgent(Agent):
     def networks(self) -> dict[str, Block]:
         """`policy` gives a distribution's parameters, `value` a number."""
         s, gsde = self.settings, self.settings.state_dependent_exploration
-        policy = policy_network(s, self.observation_space, self.action_space, state_dependent=gsde)
+        spaces = self.observation_space, self.action_space
+        policy = policy_network(s, *spaces, state_dependent=gsde, tasks=s.task_heads)
         if s.share_network:
             return {"policy": policy, "value": ValueHead(policy.features)}
-        return {"policy": policy, "value": value_network(s, self.observation_space)}
+        return {"policy": policy, "value": value_network(s, self.observation_space, tasks=s.task_heads)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """The state at the start of a run."""

@@ -190,10 +190,13 @@ def _offline(name: str, tasks: TaskStream, data: Sequence[DataTask], steps: int)
 
 
 def control(options: Lifelong) -> None:
-    """PPO on four CartPoles, two of which push the other way; first what a policy for one is worth on the others."""
-    tasks, settings = stream("cartpole-conflicts"), preset("ppo", "CartPole-v1")
+    """PPO on four CartPoles, two of which push the other way; first what a policy for one is worth on the others.
+
+    Along the stream an observation says which task it is, and every task has a last layer of its own, for all rows.
+    """
+    tasks, settings = stream("cartpole-conflicts"), preset("ppo", "cartpole-conflicts")
     budget = Budget(steps=options.control_steps, eval_episodes=16, final_episodes=16)
-    single = _single_tasks(tasks, settings, budget, options)
+    single = _single_tasks(tasks, replace(settings, task_heads=0), budget, options)
     lines = (
         Row("fine-tuning", settings),
         Row("EWC", settings, (EWC(strength=1e3, samples=1000),)),
@@ -209,7 +212,7 @@ def control(options: Lifelong) -> None:
 def _single_tasks(tasks: TaskStream, settings: PPO, budget: Budget, options: Lifelong) -> Tensor:
     """Train on each task alone; prints the transfer matrix and returns its diagonal `[T]`."""
     transfer = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
-    world = tasks.world((options.seeds,), 16)
+    world = replace(tasks, observe_identity=False).world((options.seeds,), 16)
     orders = torch.arange(len(tasks)).expand(options.seeds, -1)
     for i, task in enumerate(tasks.tasks):
         run = train(settings, task, budget=budget, seeds=options.seeds, progress=False)

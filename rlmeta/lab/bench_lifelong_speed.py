@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -41,6 +42,7 @@ def speed(rounds: int, avalanche: str, out: Path) -> int:
         _compare("exact Fisher, 784-400-400-10, 5,000 images", "loop over samples and labels", fisher(), rounds),
         _compare("EWC step after 1 task (784-100-100-10, batch 10)", "after 49 tasks", ewc_steps(), rounds),
         _compare("GEM step, 20 tasks x 256, 784-100-100-10", "plain step", gem_steps(), rounds),
+        _compare("GEM step, 20 tasks x 256, 784-100-100-10", "its products alone", gem_products(), rounds),
         _compare("ten seeds of the rotations with EWC, one run", "ten runs", ten_seeds(), 1),
     ]
     if avalanche:
@@ -148,6 +150,25 @@ def ewc_steps() -> tuple[Side, Side]:
 def gem_steps() -> tuple[Side, Side]:
     """A step with 20 old tasks of 256 memories, and one without any method."""
     return _steps(GEM(memory=256), 21, 256, 10), _steps(None, 1, 10, 200)
+
+
+def gem_products() -> tuple[Side, Side]:
+    """A GEM step, and nothing but the matrix products that no way of finding 20 gradients of 256 samples avoids."""
+    sizes, tasks, memory = (784, 100, 100, 10), 20, 256
+    layers = [
+        (torch.rand(tasks * memory, fan_in), torch.rand(fan_out, fan_in), torch.rand(tasks * memory, fan_out))
+        for fan_in, fan_out in itertools.pairwise(sizes)
+    ]
+
+    def products() -> None:
+        for i, (x, weight, gradient) in enumerate(layers):
+            torch.nn.functional.linear(x, weight)
+            found = torch.bmm(gradient.unflatten(0, (tasks, memory)).mT, x.unflatten(0, (tasks, memory))).flatten(1)
+            torch.mm(found, found.T)
+            if i:
+                torch.mm(gradient, weight)
+
+    return _steps(GEM(memory=memory), tasks + 1, memory, 10), lambda: _timed(products, 10)
 
 
 # ---------------------------------------------------------------------- seeds, and Avalanche
