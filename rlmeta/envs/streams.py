@@ -82,7 +82,7 @@ class TaskStream:
     def _check_identity(self) -> None:
         if isinstance(self.tasks[0], DataTask):
             raise SettingError(f"stream {self.name!r}: observe_identity is for tasks to act in, not for samples")
-        if not IDENTITY <= self.reveals:
+        if not self.reveals >= IDENTITY:
             raise SettingError(f"stream {self.name!r}: observe_identity shows what reveals hides, train_id or test_id")
 
     def __len__(self) -> int:
@@ -418,7 +418,7 @@ def stream(
         table = dict(require_named(source))
         if reveals is not None:
             table["reveals"] = sorted(reveals)
-            table["observe_identity"] = table.get("observe_identity", False) and IDENTITY <= set(reveals)
+            table["observe_identity"] = table.get("observe_identity", False) and set(reveals) >= IDENTITY
         if observe_identity is not None:
             table["observe_identity"] = observe_identity
         return from_table(source, table, scenario, order)
@@ -458,8 +458,8 @@ def from_table(
         tasks = tuple(_entry(entry, f"{name}/{i}") for i, entry in enumerate(table["tasks"]))
         return TaskStream(name, tasks, given, order, observe_identity=shown, table=table)
     chosen: Scenario = scenario or table.get("scenario", "task")
-    tasks = tuple(_of_data(where, table, chosen))
-    return TaskStream(name, tasks, _reveals(chosen, given), order, chosen, shown, table)
+    reveals = _reveals(chosen, given)
+    return TaskStream(name, tuple(_of_data(where, table, chosen)), reveals, order, chosen, shown, table)
 
 
 def _entry(entry: Any, name: str) -> Task:

@@ -163,7 +163,8 @@ def gem_products() -> tuple[Side, Side]:
     def products() -> None:
         for i, (x, weight, gradient) in enumerate(layers):
             torch.nn.functional.linear(x, weight)
-            found = torch.bmm(gradient.unflatten(0, (tasks, memory)).mT, x.unflatten(0, (tasks, memory))).flatten(1)
+            grouped = gradient.reshape(tasks, memory, -1), x.reshape(tasks, memory, -1)
+            found = torch.bmm(grouped[0].mT, grouped[1]).flatten(1)
             torch.mm(found, found.T)
             if i:
                 torch.mm(gradient, weight)
