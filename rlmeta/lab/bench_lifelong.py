@@ -199,7 +199,7 @@ def control(options: Lifelong) -> None:
     single = _single_tasks(tasks, replace(settings, task_heads=0), budget, options)
     lines = (
         Row("fine-tuning", settings),
-        Row("EWC", settings, (EWC(strength=1e3, samples=1000),)),
+        Row("EWC", settings, (EWC(strength=100.0, samples=1000),)),
         Row("replay", settings, (Replay(size=4096, strength=1.0),)),
         Row("PackNet", settings, (PackNet(),)),
     )
