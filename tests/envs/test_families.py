@@ -82,6 +82,18 @@ def test_support_and_query_are_disjoint_and_of_the_same_classes():
             assert all(len(found) == 1 for found in classes) and len(set.union(*classes)) == 3
 
 
+def test_every_class_gives_samples_of_its_own_draw():
+    number = few_shot().tasks(KEY, 0, 50, "train")["support"]["observation"][..., 0, 0].long() % 6
+    places = number.reshape(3, 50, 3, 2)
+    assert (places != places[:, :, :1]).any((-2, -1)).float().mean() > 0.8
+
+
+def test_turned_characters_count_as_classes():
+    images, labels = labelled()
+    family = FewShot(images, labels, {"train": range(2)}, ways=8, shots=1, queries=1, rotations=True)
+    assert family.tasks(KEY, 0, 2, "train")["support"]["target"].shape == (3, 2, 8)
+
+
 def test_labels_say_nothing_about_classes():
     """Every class gets every label about as often."""
     tasks = few_shot().tasks(random.make_keys([0]), 0, 3000, "train")
@@ -120,6 +132,8 @@ def test_alphabets_are_held_out_whole():
     assert split_classes(groups, ["latin"], ["tengwar"]) == {"train": [0, 1, 2], "validation": [5, 6], "test": [3, 4]}
     with pytest.raises(SettingError, match="no group 'klingon'"):
         split_classes(groups, ["klingon"])
+    with pytest.raises(SettingError, match="no group 'klingon'"):
+        split_classes(groups, ["latin"], ["klingon"])
     with pytest.raises(SettingError, match="both"):
         split_classes(groups, ["latin"], ["latin"])
 

@@ -6,12 +6,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import rlmeta as rl
 from rlmeta.cli import main
 from rlmeta.envs.families import NamedFamily, Quadratics, Sinusoid
 from rlmeta.lab.adapt import Adaptation, AdaptFlags, adapt
 
+TEST = {"split": "test"}
 SMALL = rl.Regressor(hidden_sizes=(4,))
 
 
@@ -49,6 +51,13 @@ def test_it_is_the_learners_own_adaptation_and_repeats(runs):
     found, again = adapt(run, 7, 1), adapt(run, 7, 1)
     assert np.array_equal(found.scores, again.scores) and found.scores.shape == (2, 7, 2)
     assert not np.array_equal(found.scores, adapt(run, 7, 1, seed=2).scores)
+
+
+def test_adaptation_is_to_test_tasks_unless_told_otherwise(runs):
+    run = rl.load(runs / "sinusoid")
+    p, world, key = run.agent.seen(run.state), run.experiment.world(), run.state["key"]
+    own, test, train = (run.agent.adaptation(p, world, key, 3, 1, **split) for split in ({}, TEST, {"split": "train"}))
+    assert torch.equal(own, test) and not torch.equal(own, train)
 
 
 def test_the_interval_is_of_the_mean_over_tasks_of_all_learners():
