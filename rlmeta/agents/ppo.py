@@ -26,7 +26,7 @@ from rlmeta.learning.minibatch import flatten_time, minibatches
 from rlmeta.learning.parts import in_parts
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.learning.step import StepContext, init_optimizer, step, steps
 from rlmeta.nn import Block, Context, ValueHead
 
 
@@ -264,24 +264,18 @@ class PPOAgent(Agent):
         rate, clip_range = self.annealed(state)
         optimizer = optim.adam(rate, eps=s.adam_epsilon)
         settings = {"clip_range": clip_range, "kl_coefficient": state["kl_coefficient"]}
+        bound = p["hyper"]["max_grad_norm"]
+        quiet = 0 if self.stops_early else s.num_epochs - 1  # epochs; of the others it is reported how they went
+        first = state["count"]["iterations"] * s.num_epochs
+        epochs = minibatches(state["key"], first, batch, s.batch_size, quiet)
+        state = steps(self, state, epochs, settings, optimizer, max_grad_norm=bound, methods=self.methods)
         active = state["active"]
-        for epoch in range(s.num_epochs):
-            counter = state["count"]["iterations"] * s.num_epochs + epoch
-            report = self.stops_early or epoch == s.num_epochs - 1
-            for minibatch in minibatches(state["key"], counter, batch, s.batch_size):
-                state, info = step(
-                    self,
-                    state,
-                    {**minibatch, **settings},
-                    optimizer,
-                    active=active,
-                    max_grad_norm=p["hyper"]["max_grad_norm"],
-                    methods=self.methods,
-                    report=report,
-                )
-                average.add(info)
-                if self.stops_early:
-                    active = active & (info["losses/approx_kl"] <= 1.5 * p["hyper"]["stop_kl"])
+        for minibatch in minibatches(state["key"], first + quiet, batch, s.batch_size, s.num_epochs - quiet):
+            full = {**minibatch, **settings}
+            state, info = step(self, state, full, optimizer, active=active, max_grad_norm=bound, methods=self.methods)
+            average.add(info)
+            if self.stops_early:
+                active = active & (info["losses/approx_kl"] <= 1.5 * p["hyper"]["stop_kl"])
         if s.penalty == "kl":
             state["kl_coefficient"] = self._steer(state["kl_coefficient"], info["losses/approx_kl"], p["hyper"])
         return state, {**average.result(), "charts/learning_rate": rate}

@@ -11,13 +11,15 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlmeta.functional import tree
+from rlmeta.learning.tape import LooksAtValues, Place, Tape, record, split, without_idle, without_writes, written_over
 
 Function = Callable[[tree.Tree], tree.Tree]
 """From a nested dictionary of tensors to one. It may depend on nothing else that changes, and not on their values."""
@@ -28,18 +30,17 @@ WARM_UP = 30
 _CHECKS = 3
 """Calls that a recording must answer as the function does; it is optimised within them."""
 
-
 _RECORDING = threading.Lock()
 """Recorders keep notes of their own, one for all threads."""
 
 
 class Capture:
-    """Calls functions, and replays those that were called often with tensors of the same names and shapes."""
+    """Calls functions, and replays those that were called often with tensors of the same names and layouts."""
 
     def __init__(self, warm_up: int | None = None) -> None:
         self._warm_up = WARM_UP if warm_up is None else warm_up
         self._calls: Counter[Hashable] = Counter()
-        self._replays: dict[Hashable, _Replay | None] = {}
+        self._programs: dict[Hashable, _Program | None] = {}
 
     def __call__(self, name: Hashable, function: Function, inputs: tree.Tree) -> tree.Tree:
         """`function(inputs)`, without a graph of autograd's.
@@ -49,23 +50,79 @@ class Capture:
             function: see `Function`.
             inputs: the tensors it depends on.
         """
-        leaves: list[Tensor] = []
-        _gather_leaves(inputs, leaves)
-        key = (name, *[(leaf.shape, leaf.dtype) for leaf in leaves])
-        replay = self._replays.get(key)
-        if replay is not None and replay.checks >= _CHECKS:
-            return replay(leaves)
-        if key in self._replays:
-            expected = function(inputs)
-            if replay is not None and not replay.check(leaves, expected):
-                self._replays[key] = None
+        key, leaves = _key(name, inputs)
+        program = self._programs.get(key)
+        if program is not None and program.checks >= _CHECKS:
+            return program(leaves)
+        if key not in self._programs and self._ready(key, 1):
+            expected, self._programs[key] = _recorded(function, inputs, _once)
             return expected
-        self._calls[key] += 1
-        if self._calls[key] < self._warm_up:
-            return function(inputs)
-        with _RECORDING:
-            expected, self._replays[key] = _record(function, inputs, leaves)
+        expected = function(inputs)
+        if program is not None:
+            self._check(key, program, leaves, expected)
         return expected
+
+    def scan(
+        self,
+        name: Hashable,
+        function: Function,
+        carried: tree.Tree,
+        fixed: tree.Tree,
+        each: tree.Tree,
+        times: int,
+        axis: int = 0,
+    ) -> tuple[tree.Tree, tree.Tree]:
+        """Calls of a function in a row, each with what the one before it left: as one program, no Python in between.
+
+        Args:
+            name: tells functions apart; calls under one name must be of the same function.
+            function: from `{"carried": ..., "fixed": ..., "each": ...}` to `{"carried": ..., "row": ...}`.
+            carried: what the first call gets.
+            fixed: what all of them get.
+            each: every leaf `[times, ...]`, of which each call gets its own.
+            times: how many calls, 1 or more.
+            axis: of the rows, along which the calls are stacked.
+
+        Returns:
+            What the last call left, and the rows of all, stacked.
+        """
+        key, leaves = _key((name, "scan", axis), {"carried": carried, "fixed": fixed, "each": each})
+        program = self._programs.get(key)
+        if program is not None and program.checks < _CHECKS:
+            few = min(times, 2)
+            program = self._check(key, program, [*leaves, few], _in_turn(function, carried, fixed, each, few, axis))
+        if program is None:
+            if key not in self._programs and self._ready(key, times):
+                first = {"carried": carried, "fixed": fixed, "each": tree.map(lambda x: x[0], each)}
+                _, self._programs[key] = _recorded(function, first, partial(_scan, first, axis))
+            found = _in_turn(function, carried, fixed, each, times, axis)
+        else:
+            found = program([*leaves, times])
+        return found["carried"], found["row"]
+
+    def _ready(self, key: Hashable, calls: int) -> bool:
+        self._calls[key] += calls
+        return self._calls[key] >= self._warm_up
+
+    def _check(self, key: Hashable, program: _Program, given: Sequence[Any], expected: tree.Tree) -> _Program | None:
+        """The program where it gives what the function gave, bit for bit; otherwise it is dropped."""
+        program.checks += 1
+        pairs = zip(tree.leaves(program(given)), tree.leaves(expected))
+        if not all(_equal(a, b) for a, b in pairs):
+            self._programs[key] = None
+        return self._programs[key]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers are the same; what is NaN in both is."""
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _key(name: Hashable, inputs: tree.Tree) -> tuple[Hashable, list[Tensor]]:
+    """What tells recordings apart, and the leaves of the inputs."""
+    leaves: list[Tensor] = []
+    _gather_leaves(inputs, leaves)
+    return (name, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]), leaves
 
 
 def _gather_leaves(inputs: tree.Tree, found: list[Tensor]) -> None:
@@ -77,156 +134,119 @@ def _gather_leaves(inputs: tree.Tree, found: list[Tensor]) -> None:
             found.append(value)
 
 
-class _Replay:
-    """A recorded sequence of operations."""
+def _in_turn(
+    function: Function, carried: tree.Tree, fixed: tree.Tree, each: tree.Tree, times: int, axis: int
+) -> tree.Tree:
+    """`Capture.scan`, call by call."""
+    rows = []
+    for number in range(times):
+        now = tree.map(lambda x: x[number], each)  # noqa: B023 - used at once
+        found = function({"carried": carried, "fixed": fixed, "each": now})
+        carried = found["carried"]
+        rows.append(found["row"])
+    return {"carried": carried, "row": tree.map(lambda *steps: torch.stack(steps, axis), *rows)}
 
-    def __init__(self, program: Any, outputs: tree.Tree) -> None:
-        self._program, self._outputs = program, tree.map(lambda _: None, outputs)
+
+# ---------------------------------------------------------------------- the programs
+
+_Run = Callable[[Sequence[Any]], Sequence[Tensor]]
+
+
+class _Program:
+    """A recorded function."""
+
+    def __init__(self, run: _Run, outputs: tree.Tree) -> None:
+        self._run, self._outputs = run, tree.map(lambda _: None, outputs)
         self.checks = 0
         """How often it gave what the function gave."""
 
-    def __call__(self, leaves: Sequence[Tensor]) -> tree.Tree:
+    def __call__(self, given: Sequence[Any]) -> tree.Tree:
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):
-            found = iter(self._program(*leaves))
+            found = iter(self._run(given))
         return tree.map(lambda _: next(found), self._outputs)
-
-    def check(self, leaves: Sequence[Tensor], expected: tree.Tree) -> bool:
-        """Whether it gives what the function gave, bit for bit."""
-        self.checks += 1
-        pairs = zip(tree.leaves(self(leaves)), tree.leaves(expected))
-        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 _AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 """What need not be asked about every operation of a replay."""
-for _key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
-    _AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(_key)
+for _key_of_autograd in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
+    _AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(_key_of_autograd)
 
 
-def _record(function: Function, inputs: tree.Tree, leaves: Sequence[Tensor]) -> tuple[tree.Tree, _Replay | None]:
+def _recorded(
+    function: Function, inputs: tree.Tree, build: Callable[[Tape, Sequence[Tensor]], _Run | None]
+) -> tuple[tree.Tree, _Program | None]:
     """What the function gives, and the function as a program, or None where it can't be one."""
-    tape = _Tape(leaves)
-    try:
-        with tape:
-            expected = function(inputs)
-    except _LooksAtValues:
-        return function(inputs), None
-    outputs = [tape.place(leaf) for leaf in tree.leaves(expected)]
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer about itself
-            program = torch.jit.trace(  # type: ignore[no-untyped-call]
-                lambda *given: tape.play(given, outputs), tuple(leaves), check_trace=False
-            )
-    except RuntimeError:  # an operation that can't be recorded
-        return expected, None
-    return expected, _Replay(program, expected)
+    with _RECORDING:
+        try:
+            found, tape = record(function, inputs)
+        except LooksAtValues:
+            return function(inputs), None
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the tracer about itself
+                run = build(without_idle(without_writes(tape)), list(tree.leaves(inputs)))
+        except RuntimeError:  # an operation that can't be recorded
+            run = None
+    return found, None if run is None else _Program(run, found)
 
 
-# ---------------------------------------------------------------------- the recording
+def _traced(tape: Tape, examples: Sequence[Tensor]) -> Any:
+    """The tape as a program from the list of its inputs to that of its outputs."""
+    return torch.jit.trace(tape.play, (list(examples),), check_trace=False)  # type: ignore[no-untyped-call]
 
 
-class _LooksAtValues(Exception):
-    """Python is about to depend on a tensor's value."""
+def _once(tape: Tape, leaves: Sequence[Tensor]) -> _Run:
+    """A call of the function."""
+    constants, rest = split(tape, ())
+    rest = rest.with_constants(constants.play(leaves))
+    return _traced(written_over(rest), leaves)
 
 
-class _Place(NamedTuple):
-    """Stands for a tensor that is an input or was computed."""
+def _scan(first: tree.Tree, axis: int, tape: Tape, leaves: Sequence[Tensor]) -> _Run | None:
+    """A loop of calls.
 
-    number: int
+    What depends on fixed inputs alone is computed before the loop, carried tensors are written over where the call that
+    changes them was the last to read them, and views of those are made before the loop, too.
+    """
+    carried, fixed = (len(list(tree.leaves(first[name]))) for name in ("carried", "fixed"))
+    old, new = tape.inputs[:carried], [x for x in tape.outputs[:carried] if isinstance(x, Place)]
+    if [tape.layouts[x] for x in old] != [tape.layouts[x] for x in new]:
+        return None
+    known = tape.inputs[carried : carried + fixed]
+    before, body = split(tape, [*known, *(x for x, y in zip(old, new) if x == y)])
+    ends = Counter(tape.memory[x] for x in (*tape.inputs, *tape.outputs) if isinstance(x, Place))
+    body = written_over(body, [x for x, y in zip(old, new) if ends[tape.memory[y]] == 1])
+    in_place = [x for x, y in zip(old, new) if body.memory[x] == body.memory[y]]
+    views, body = split(body, in_place, views_of=in_place)
+    operations = (*before.operations, *views.operations)
+    outputs = body.inputs[len(tape.inputs) :] or tape.inputs[:1]  # a program has to give something
+    start = replace(before, operations=operations, outputs=outputs)
+    start_leaves = [leaf.clone() for leaf in leaves]
+    start_program = _traced(start, start_leaves)
+    program = _looped(start_program, _traced(body, [*start_leaves, *start_program(start_leaves)]))
 
+    def run(given: Sequence[Any]) -> Sequence[Tensor]:
+        *found, times = given
+        ends = carried, carried + fixed
+        lists = found[: ends[0]], found[ends[0] : ends[1]], found[ends[1] :]
+        return program(*lists, times, len(tape.outputs) - carried, axis)
 
-class _Operation(NamedTuple):
-    function: Any
-    arguments: Any
-    named: dict[str, Any]
-    results: list[_Place]
-
-
-class _Tape(TorchDispatchMode):
-    """Notes every operation, those of the backward pass as well."""
-
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._operations: list[_Operation] = []
-        self._tensors: list[Tensor] = []  # kept, so that no other tensor gets the id of one
-        self._places: dict[int, _Place] = {}
-        for leaf in leaves:
-            self._new(leaf)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Not needed here, and to import it would take seconds."""
-        return False
-
-    def _new(self, tensor: Tensor) -> _Place:
-        self._tensors.append(tensor)
-        return self._places.setdefault(id(tensor), _Place(len(self._tensors) - 1))
-
-    def place(self, tensor: Tensor) -> _Place | Tensor:
-        """Where a tensor comes from; one that nothing was seen to compute is a constant."""
-        return self._places.get(id(tensor), tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note it."""
-        if func is aten._local_scalar_dense.default or func is aten.equal.default:
-            raise _LooksAtValues
-        found = func(*args, **(kwargs or {}))
-        if func is aten.detach.default:  # without autograd a copy of nothing
-            self._tensors.append(found)
-            self._places[id(found)] = self._places.get(id(args[0])) or self._new(args[0])
-            return found
-        noted, args, named = _with_tensors(func, args, kwargs or {})
-        results = [self._new(x) for x in (found if isinstance(found, list | tuple) else [found])]
-        self._operations.append(_Operation(noted, _map(self.place, args), _map(self.place, named), results))
-        return found
-
-    def play(self, leaves: Sequence[Tensor], outputs: Sequence[_Place | Tensor]) -> tuple[Tensor, ...]:
-        """The operations once more, on other tensors."""
-        values: dict[int, Tensor] = dict(enumerate(leaves))
-
-        def value(x: Any) -> Any:
-            return values.get(x.number) if isinstance(x, _Place) else x
-
-        for function, arguments, named, results in self._operations:
-            found = function(*_map(value, arguments), **_map(value, named))
-            for place, result in zip(results, found if isinstance(found, list | tuple) else [found]):
-                values[place.number] = result
-        return tuple(value(place) for place in outputs)
+    return run
 
 
-def _map(function: Callable[[Any], Any], x: Any) -> Any:
-    """`function` of everything in nested lists, tuples and dictionaries that is a tensor or a place."""
-    if isinstance(x, Tensor | _Place):
-        return function(x)
-    if isinstance(x, dict):
-        return {name: _map(function, value) for name, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_map(function, value) for value in x]
-    return x
+def _looped(start: Any, body: Any) -> Any:
+    """The loop around a body, which gets the carried tensors, the fixed ones, its own, and what `start` computed."""
 
+    def loop(
+        carried: list[Tensor], fixed: list[Tensor], each: list[Tensor], times: int, width: int, axis: int
+    ) -> list[Tensor]:
+        carried = [x.clone() for x in carried]
+        known = start(carried + fixed + [x[0] for x in each])
+        rows: list[Tensor] = []
+        for i in range(times):
+            found = body(carried + fixed + [x[i] for x in each] + known)
+            carried = found[: len(carried)]
+            rows += found[len(carried) :]
+        return carried + [torch.stack(rows[row::width], axis) for row in range(width)]
 
-aten = torch.ops.aten
-_NAMES = ["add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "ge", "gt", "le", "lt", "eq", "ne"]
-_NAMES += ["__rshift__", "bitwise_and", "bitwise_and_", "bitwise_xor", "bitwise_xor_", "bitwise_or", "bitwise_or_"]
-_WITH_NUMBERS = {
-    getattr(getattr(aten, name), overload): getattr(aten, name).Tensor
-    for name in _NAMES
-    for overload in ("Tensor", "Scalar")
-}
-
-
-def _with_tensors(function: Any, args: Sequence[Any], named: dict[str, Any]) -> tuple[Any, Sequence[Any], Any]:
-    """The operation with a tensor of its type for a number: to make one of the number in every replay costs as much
-    as the operation itself."""
-    number = args[1] if len(args) > 1 else None
-    exact = {float: (torch.float32, torch.float64), int: (torch.float32, torch.float64, torch.int64)}
-    if not args or getattr(args[0], "dtype", None) not in exact.get(type(number), ()):
-        return function, args, named  # no number, or the result would have another type than the tensor
-    if function in _WITH_NUMBERS:
-        tensor = torch.tensor(number, dtype=args[0].dtype, device=args[0].device)
-        return _WITH_NUMBERS[function], [args[0], tensor, *args[2:]], named
-    if function is aten.rsub.Scalar:
-        tensor = torch.tensor(number, dtype=args[0].dtype, device=args[0].device)
-        return aten.sub.Tensor, [tensor, args[0]], {"alpha": args[2] if len(args) > 2 else 1}
-    return function, args, named
+    return torch.jit.script(loop)

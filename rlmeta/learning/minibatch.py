@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,22 +32,42 @@ def gather(batch: tree.Tree, index: Tensor) -> tree.Tree:
     return tree.map(pick, batch)
 
 
-def minibatches(key: Tensor, epoch: int | Tensor, batch: tree.Tree, batch_size: int) -> Iterator[tree.Tree]:
-    """One epoch over the samples `[*L, M, ...]` in minibatches `[*L, batch_size, ...]`.
+@dataclass(frozen=True)
+class Minibatches:
+    """Minibatches `[*L, B, ...]` of some samples, in turn."""
+
+    batch: tree.Tree
+    """The samples, every leaf `[*L, M, ...]`."""
+    count: int
+    """How many minibatches."""
+    order: Tensor | None
+    """Which samples, `[count, *L, B]`; None: each is all of them."""
+
+    def __iter__(self) -> Iterator[tree.Tree]:
+        for index in self.order if self.order is not None else [None] * self.count:
+            yield pick(self.batch, index)
+
+
+def pick(batch: tree.Tree, index: Tensor | None) -> tree.Tree:
+    """`gather`, or the whole batch where there is no index."""
+    return batch if index is None else gather(batch, index)
+
+
+def minibatches(key: Tensor, epoch: int | Tensor, batch: tree.Tree, batch_size: int, epochs: int = 1) -> Minibatches:
+    """The minibatches `[*L, batch_size, ...]` of some epochs over the samples `[*L, M, ...]`.
 
     A single minibatch keeps the samples' order: a mean does not depend on it.
 
     Args:
         key: `[*L]`.
-        epoch: counts the epochs of the whole run, a number or `[*L]`.
+        epoch: counts the epochs of the whole run, a number or `[*L]`; of the first of these.
         batch: every leaf `[*L, M, ...]`.
         batch_size: divides M.
+        epochs: how many.
     """
-    axes = key.dim()
-    samples = next(tree.leaves(batch)).shape[axes]
+    samples = next(tree.leaves(batch)).shape[key.dim()]
     if batch_size == samples:
-        yield batch
-        return
-    order = random.permutation(key, "minibatch", epoch, samples)
-    for index in torch.split(order, batch_size, -1):
-        yield gather(batch, index)
+        return Minibatches(batch, epochs, None)
+    orders = [random.permutation(key, "minibatch", epoch + number, samples) for number in range(epochs)]
+    pieces = [piece for order in orders for piece in torch.split(order, batch_size, -1)]
+    return Minibatches(batch, len(pieces), torch.stack(pieces) if pieces else None)

@@ -5,7 +5,7 @@ losses -> penalties -> projection -> mask -> clip -> optimizer -> restore frozen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from rlmeta.functional.optim import Optimizer, Recipe, apply_updates, clip_by_no
 from rlmeta.learning import hooks
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
+from rlmeta.learning.minibatch import Minibatches, pick
 from rlmeta.learning.state import Packed, Params, State, select
 from rlmeta.nn import Context
 
@@ -101,6 +102,122 @@ def step(
     return state, {**found["reported"], "losses/grad_norm": found["norm"]} if report else {}
 
 
+def steps(
+    learner: HasLosses,
+    state: State,
+    batches: Minibatches,
+    constants: tree.Tree,
+    optimizer: Optimizer,
+    *,
+    active: Tensor | None = None,
+    max_grad_norm: float | Tensor | None = None,
+    methods: Sequence[Method] = (),
+) -> State:
+    """`step` on one minibatch after another, without reports: the same bits, as one program where there is no method.
+
+    Args:
+        learner: gives the losses.
+        state: with `params` and `optimizer`; consumed.
+        batches: the minibatches.
+        constants: what every one of them contains besides, every leaf `[*L, ...]`.
+        optimizer, active, max_grad_norm, methods: as for `step`.
+    """
+    capture: Capture | None = getattr(learner, "capture", None)
+    if capture is None or methods or optimizer.recipe is None:
+        for batch in batches:
+            full = {**batch, **constants}
+            given: dict[str, Any] = {"active": active, "max_grad_norm": max_grad_norm, "methods": methods}
+            state, _ = step(learner, state, full, optimizer, **given, report=False)
+        return state
+    if batches.count:
+        max_norm = torch.inf if max_grad_norm is None else max_grad_norm
+        keep = torch.ones_like(state["active"]) if active is None else active
+        found = _recorded_descents(capture, learner, state, batches, constants, keep, optimizer.recipe, max_norm)
+        weights, axes = state["params"]["weights"], state["key"].dim()
+        state["params"] = {
+            **state["params"],
+            "weights": Packed.view(found["flat"], weights, axes),
+            "buffers": found["buffers"],
+        }
+        state["active"], state["optimizer"] = found["active"], found["moments"]
+        count = state["count"]
+        state["count"] = {**count, "gradient_steps": count["gradient_steps"] + batches.count}
+    return state
+
+
+def _recorded_descents(
+    capture: Capture,
+    learner: HasLosses,
+    state: State,
+    batches: Minibatches,
+    constants: tree.Tree,
+    keep: Tensor,
+    recipe: Recipe,
+    max_norm: float | Tensor,
+) -> tree.Tree:
+    """Where the steps lead. To hold learners back costs time, so it is first hoped that nobody need be."""
+    params, axes = state["params"], state["key"].dim()
+    weights = Packed.of(params["weights"], axes)
+    descend, numbers, tensors = _descend(learner, weights, axes, recipe, max_norm, report=False)
+    carried = {
+        "flat": weights.flat,
+        "moments": state["optimizer"],
+        "buffers": params["buffers"],
+        "active": state["active"],
+    }
+    fixed = {
+        "params": {**params, "weights": {}, "buffers": {}},
+        "batch": batches.batch,
+        "constants": constants,
+        "settings": tensors,
+        "keep": keep,
+    }
+    each = {} if batches.order is None else {"index": batches.order}
+
+    def follow(held: bool) -> tree.Tree:
+        def call(inputs: tree.Tree) -> tree.Tree:
+            old, given = inputs["carried"], inputs["fixed"]
+            batch = {**pick(given["batch"], inputs["each"].get("index")), **given["constants"]}
+            seen = {**given["params"], "buffers": old["buffers"]}
+            now = {"params": seen, "batch": batch, "settings": given["settings"]}
+            found = descend({**now, "flat": old["flat"], "moments": old["moments"]})
+            active = old["active"] & found["finite"]
+            new = {"flat": found["flat"], "moments": found["moments"]}
+            new["buffers"] = {**old["buffers"], **found["buffers"]}
+            if held:
+                new = select(active & given["keep"], new, {name: old[name] for name in new})
+            return {"carried": {**new, "active": active}, "row": {}}
+
+        name = ("steps", held, *batches.batch, *constants, recipe.make, *numbers.items())
+        return capture.scan(name, call, carried, fixed, each, batches.count)[0]
+
+    if bool((state["active"] & keep).all()):
+        found = follow(held=False)
+        if bool(found["active"].all()):
+            return found
+    return follow(held=True)
+
+
+def _descend(
+    learner: HasLosses, weights: Packed, axes: int, recipe: Recipe, max_norm: float | Tensor, report: bool
+) -> tuple[Callable[[tree.Tree], tree.Tree], dict[str, Any], dict[str, Tensor]]:
+    """`_descent` where there are no methods and no key, as a function of tensors alone; the optimizer's settings that
+    are numbers, and those that are among the tensors."""
+    settings = {**recipe.settings, "max_norm": max_norm}
+    tensors = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in settings.items() if name not in tensors}
+
+    def descend(inputs: tree.Tree) -> tree.Tree:
+        given = {**numbers, **inputs["settings"]}
+        max_norm = given.pop("max_norm")
+        seen = {**inputs["params"], "weights": Packed.view(inputs["flat"], weights, axes)}
+        found = _losses_and_gradient(learner, seen, inputs["batch"], report)
+        gradient, optimizer = found.pop("gradient"), recipe.make(**given)
+        return {**found, **_move(inputs["flat"], inputs["moments"], gradient, max_norm, axes, optimizer)}
+
+    return descend, numbers, tensors
+
+
 def _recorded_descent(
     capture: Capture,
     learner: HasLosses,
@@ -111,19 +228,8 @@ def _recorded_descent(
     max_norm: float | Tensor,
     report: bool,
 ) -> tree.Tree:
-    """`_descent` where there are no methods and no key: a function of tensors alone, for `capture` to replay."""
-    settings = {**recipe.settings, "max_norm": max_norm}
-    tensors = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in settings.items() if name not in tensors}
-
-    def descend(inputs: tree.Tree) -> tree.Tree:
-        given = {**numbers, **inputs["settings"]}
-        max_norm, axes = given.pop("max_norm"), state["key"].dim()
-        seen = {**inputs["params"], "weights": Packed.view(inputs["flat"], weights, axes)}
-        found = _losses_and_gradient(learner, seen, inputs["batch"], report)
-        gradient, optimizer = found.pop("gradient"), recipe.make(**given)
-        return {**found, **_move(inputs["flat"], inputs["moments"], gradient, max_norm, axes, optimizer)}
-
+    """`_descent` where there are no methods and no key, for `capture` to replay."""
+    descend, numbers, tensors = _descend(learner, weights, state["key"].dim(), recipe, max_norm, report)
     inputs = {
         "params": {**state["params"], "weights": {}},
         "batch": batch,

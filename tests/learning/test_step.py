@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional import optim, random, tree
+from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
+from rlmeta.learning.minibatch import minibatches
 from rlmeta.learning.state import Packed, put, select, take
-from rlmeta.learning.step import step
+from rlmeta.learning.step import step, steps
 from tests.learning.toy import LinearRegression, data
 
 S, F, B = 4, 4, 4
@@ -246,3 +248,53 @@ def test_take_put_and_select():
     assert moved["b"]["c"].tolist() == [0, 3, 2, 3] and state["b"]["c"].tolist() == [0, 1, 2, 3]
     chosen = select(torch.tensor([True, False, True, False]), moved, {"a": -state["a"], "b": {"c": -state["b"]["c"]}})
     assert chosen["b"]["c"].tolist() == [0, -1, 2, -3]
+
+
+# ---------------------------------------------------------------------- several steps
+
+
+class Recorded(LinearRegression):
+    """With a capture of its own."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.capture = Capture(warm_up)
+
+
+def follow(learner, seed, batch_size, optimizer, **more):
+    """An update of three epochs; the learner may know other updates already."""
+    keys = random.make_keys(range(seed, seed + S))
+    state, batch = learner.init(keys, F, optimizer), data(keys, 8, F)
+    if more.pop("poisoned", False):
+        batch["y"][1, 5] = torch.nan
+    batches = minibatches(keys, seed, batch, batch_size, 3)
+    if learner.capture is not None:
+        return steps(learner, state, batches, {}, optimizer, max_grad_norm=0.5, **more)
+    for minibatch in batches:
+        state, _ = step(learner, state, minibatch, optimizer, max_grad_norm=0.5, report=False, **more)
+    return state
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("poisoned", [False, True])
+@pytest.mark.parametrize("active", [None, torch.tensor([True, True, False, True])])
+def test_several_steps_are_the_bits_of_one_after_another(batch_size, poisoned, active):
+    optimizer = optim.adam(torch.tensor([0.1, 0.01, 0.3, 0.05], dtype=torch.float64))
+    recorded, plain = Recorded(warm_up=2), Recorded(warm_up=2)
+    plain.capture = None
+    for seed in range(8):
+        more = {"active": active, "poisoned": poisoned}
+        found, expected = (follow(learner, seed, batch_size, optimizer, **more) for learner in (recorded, plain))
+        assert found["active"].tolist() == [True, not poisoned, True, True]
+        for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+            assert torch.equal(a, b)
+    assert all(program is not None for program in recorded.capture._programs.values())
+
+
+def test_epochs_in_one_go_are_the_epochs_one_by_one():
+    keys = random.make_keys(range(S))
+    batch = data(keys, 8, F)
+    at_once = list(minibatches(keys, 5, batch, 2, 3))
+    by_epoch = [one for epoch in (5, 6, 7) for one in minibatches(keys, epoch, batch, 2)]
+    assert len(at_once) == len(by_epoch) == 12
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(at_once, by_epoch))
+    assert list(minibatches(keys, 0, batch, 2, 0)) == [] and len(list(minibatches(keys, 0, batch, 8, 2))) == 2
