@@ -36,17 +36,12 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
     axes = state["key"].dim()
     counter = state["count"]["vector_steps"]
     draws = torch.arange(num_steps, device=counter.device).reshape(-1, *(1,) * axes) + counter
-    keys = random.fold(state["key"], draws // agent.noise_hold).unbind(0)
-    take_step = _recorded_step if getattr(world, "records", False) and _capture(agent) is not None else _step
-    rows: list[Rollout] = []
+    keys = random.fold(state["key"], draws // agent.noise_hold)
+    take_steps = _recorded_steps if getattr(world, "records", False) and _capture(agent) is not None else _steps
     moving: tree.Tree = {"world": state["world"], "memory": state["memory"]}
-    p = agent.seen(state)
     with one_core(state["key"].numel() * world.num_envs <= FEW_ROWS):
-        for key in keys:
-            moving, row = take_step(agent, world, p, moving, key)
-            rows.append(row)
+        moving, rollout = take_steps(agent, world, agent.seen(state), moving, keys, axes)
     clock.switch("learn")
-    rollout = tree.map(lambda *steps: torch.stack(steps, axes), rows[0], *rows[1:])
     first_memory, state["memory"], state["world"] = state["memory"], moving["memory"], moving["world"]
     count = state["count"]
     state["count"] = {
@@ -57,38 +52,45 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
     return state, {**rollout, "first_memory": first_memory}
 
 
-def _step(agent: Any, world: World, p: Params, moving: tree.Tree, key: Tensor) -> tuple[tree.Tree, Rollout]:
-    """Act once in every environment; `moving` is `world` and `memory`, and so is what is returned with the step."""
-    clock.switch("act")
-    observation = world.observation(moving["world"])
-    action, memory = _act(agent, {"params": p, "observation": observation, "memory": moving["memory"], "key": key})
-    clock.switch("environment")
-    world_state, transition = world.step(moving["world"], action)
-    memory = clear_memory(memory, transition.memory_reset)
-    return {"world": world_state, "memory": memory}, {
-        "observation": observation,
-        "action": action,
-        **_record(transition),
-    }
+def _steps(
+    agent: Any, world: World, p: Params, moving: tree.Tree, keys: Tensor, axes: int
+) -> tuple[tree.Tree, Rollout]:
+    """A step with each of the keys `[T, *L]`; `moving` is `world` and `memory`, and so is what is returned."""
+    rows: list[Rollout] = []
+    for key in keys.unbind(0):
+        clock.switch("act")
+        observation = world.observation(moving["world"])
+        action, memory = _act(agent, {"params": p, "observation": observation, "memory": moving["memory"], "key": key})
+        clock.switch("environment")
+        world_state, transition = world.step(moving["world"], action)
+        moving = {"world": world_state, "memory": clear_memory(memory, transition.memory_reset)}
+        rows.append({"observation": observation, "action": action, **_record(transition)})
+    return moving, tree.map(lambda *steps: torch.stack(steps, axes), *rows)
 
 
-def _recorded_step(agent: Any, world: Any, p: Params, moving: tree.Tree, key: Tensor) -> tuple[tree.Tree, Rollout]:
-    """`_step` as one replay."""
+def _recorded_steps(
+    agent: Any, world: Any, p: Params, moving: tree.Tree, keys: Tensor, axes: int
+) -> tuple[tree.Tree, Rollout]:
+    """`_steps` as one program, as far as the numbers last that the world draws ahead."""
     clock.switch("act")
-    ahead, left = moving.pop("ahead", ({}, 0))
-    if not left:
-        ahead, left = world.ahead(moving["world"])
 
     def step(inputs: tree.Tree) -> tree.Tree:
-        observation = world.observation(inputs["world"])
-        action, memory = agent.act(inputs["params"], observation, inputs["memory"], inputs["key"])
-        world_state, transition = world.step(inputs["world"], action, inputs["ahead"])
+        moving, fixed = inputs["carried"], inputs["fixed"]
+        observation = world.observation(moving["world"])
+        action, memory = agent.act(fixed["params"], observation, moving["memory"], inputs["each"]["key"])
+        world_state, transition = world.step(moving["world"], action, fixed["ahead"])
         memory = clear_memory(memory, transition.memory_reset)
         row = {"observation": observation, "action": action, **_record(transition)}
-        return {"moving": {"world": world_state, "memory": memory}, "row": row}
+        return {"carried": {"world": world_state, "memory": memory}, "row": row}
 
-    found = agent.capture(("step", world), step, {"params": p, **moving, "key": key, "ahead": ahead})
-    return {**found["moving"], "ahead": (ahead, left - 1)}, found["row"]
+    pieces: list[Rollout] = []
+    while len(keys):
+        ahead, lasting = world.ahead(moving["world"])
+        now, keys = keys[:lasting], keys[lasting:]
+        fixed = {"params": p, "ahead": ahead}
+        moving, rows = agent.capture.scan(("step", world), step, moving, fixed, {"key": now}, len(now), axes)
+        pieces.append(rows)
+    return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
 
 
 def _capture(agent: Any) -> Capture | None:
