@@ -352,9 +352,8 @@ def _found(losses: dict[str, Tensor], ctx: StepContext) -> dict[str, dict[str, T
 def _gradient(loss: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False) -> Tensor:
     """The gradient of a loss `[*L]` of named weights, packed `[*L, P]`."""
     found = torch.autograd.grad(
-        loss,
+        loss.sum(),  # for a sum torch.autograd need not import a second of symbolic mathematics
         list(leaves.values()),
-        torch.ones_like(loss),
         retain_graph=retain_graph,
         allow_unused=True,
         materialize_grads=True,
