@@ -43,7 +43,7 @@ class Lifelong:
     tables: str = ",".join(TABLES)
     """Which tables: rotations, split, control."""
     only: str = ""
-    """Only the rows of these names."""
+    """Only the rows of these names, separated by semicolons."""
     seeds: int = 10
     """Learners of every row."""
     control_steps: int = 50_000
@@ -192,17 +192,21 @@ def _offline(name: str, tasks: TaskStream, data: Sequence[DataTask], steps: int)
 def control(options: Lifelong) -> None:
     """PPO on four CartPoles, two of which push the other way; first what a policy for one is worth on the others.
 
-    Along the stream an observation says which task it is, and every task has a last layer of its own, for all rows.
+    An observation says which task it is. Every method is there twice: with one last layer for all tasks, and with one
+    for each.
     """
-    tasks, settings = stream("cartpole-conflicts"), preset("ppo", "cartpole-conflicts")
+    tasks, heads = stream("cartpole-conflicts"), preset("ppo", "cartpole-conflicts")
+    one = replace(heads, task_heads=0)
     budget = Budget(steps=options.control_steps, eval_episodes=16, final_episodes=16)
-    single = _single_tasks(tasks, replace(settings, task_heads=0), budget, options)
-    lines = (
-        Row("fine-tuning", settings),
-        Row("EWC", settings, (EWC(strength=100.0, samples=1000),)),
-        Row("replay", settings, (Replay(size=4096, strength=1.0),)),
-        Row("PackNet", settings, (PackNet(),)),
-    )
+    single = _single_tasks(tasks, one, budget, options)
+    methods: dict[str, tuple[Method, ...]] = {
+        "fine-tuning": (),
+        "EWC": (EWC(strength=100.0, samples=1000),),
+        "replay": (Replay(size=4096, strength=1.0),),
+        "PackNet": (PackNet(),),
+    }
+    lines = [Row(name, one, method) for name, method in methods.items()]
+    lines += [Row(f"{name}, a last layer a task", heads, method) for name, method in methods.items()]
     rows = [_trained(row, tasks, budget, options.seeds) for row in _chosen(lines, options)]
     for row in rows:
         row["of_single"] = row["matrix"][:, -1].mean(0) / single
@@ -232,7 +236,7 @@ def _single_tasks(tasks: TaskStream, settings: PPO, budget: Budget, options: Lif
 
 
 def _chosen(rows: Sequence[Row], options: Lifelong) -> list[Row]:
-    names = options.only.split(",") if options.only else []
+    names = options.only.split(";") if options.only else []
     return [row for row in rows if not names or row.name in names]
 
 
