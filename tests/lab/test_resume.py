@@ -271,7 +271,7 @@ def press(*_):
 
 def test_ctrl_c_during_the_final_evaluation_leaves_it_to_a_resume(tmp_path, monkeypatch):
     whole = rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "whole", budget=BUDGET)
-    evaluations, play = [], rl.Run.evaluate
+    evaluations, play, handler = [], rl.Run.evaluate, signal.getsignal(signal.SIGINT)
 
     def interrupted(run, episodes):
         press()
@@ -282,7 +282,7 @@ def test_ctrl_c_during_the_final_evaluation_leaves_it_to_a_resume(tmp_path, monk
         run = rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "run", budget=BUDGET)
     assert (run.stopped, run.evaluation, evaluations) == ("interrupted", None, [])
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     lines = []
     resumed = rl.resume(tmp_path / "run", callbacks=[lambda run, line: lines.append(line)])
     assert (resumed.stopped, lines) == ("", [])
@@ -296,9 +296,9 @@ def test_a_second_ctrl_c_does_not_wait_for_the_iteration(tmp_path):
         press()
         time.sleep(60)
 
-    lines = []
+    lines, handler = [], signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "run", budget=BUDGET, callbacks=[impatient])
     assert len(lines) == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert rl.resume(tmp_path / "run").env_steps == 256
