@@ -1,0 +1,162 @@
+"""Every pass over recorded operations gives a tape that computes the same bits, without a check that would catch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlmeta.functional import tree
+from rlmeta.learning.capture import Capture
+from rlmeta.learning.tape import record, split, without_idle, without_writes, written_over
+
+
+def seen_by_a_view(x: Tensor, a: Tensor) -> list[Tensor]:
+    y = x.clone()
+    y[0].add_(1.0)  # the rest of y is still needed
+    return [y * 2.0]
+
+
+def written_to_what_was_viewed(x: Tensor, a: Tensor) -> list[Tensor]:
+    y = x + 1.0
+    row = y[0]
+    y.mul_(3.0)  # the view shows it
+    return [row + 1.0]
+
+
+def read_twice(x: Tensor, a: Tensor) -> list[Tensor]:
+    b = (x + 1.0).neg()
+    c = b.exp()
+    return [b + c]
+
+
+def shared_by_a_transpose(x: Tensor, a: Tensor) -> list[Tensor]:
+    y = x + a
+    return [y * y.mT]
+
+
+def of_fixed_alone(x: Tensor, a: Tensor) -> list[Tensor]:
+    return [a * 2.0, (a + 1.0) * x]
+
+
+def fixed_and_written(x: Tensor, a: Tensor) -> list[Tensor]:
+    b = a + 1.0
+    c = b[0]
+    total = x + c
+    b.add_(x)
+    return [total, b.sum(0) + c]
+
+
+def chained(x: Tensor, a: Tensor) -> list[Tensor]:
+    y = (x + a).tanh()
+    z = (y * 2.0).sigmoid().add_(a)
+    return [z.sqrt() - y, y]
+
+
+def written_over_in_turn(x: Tensor, a: Tensor) -> list[Tensor]:
+    y = (x + a).exp()  # lies where x + a lay
+    z = y.neg()
+    return [y.mul(z), z]
+
+
+FUNCTIONS: list[Callable[[Tensor, Tensor], list[Tensor]]] = [
+    seen_by_a_view,
+    written_to_what_was_viewed,
+    read_twice,
+    shared_by_a_transpose,
+    of_fixed_alone,
+    fixed_and_written,
+    chained,
+    written_over_in_turn,
+]
+
+
+def tensors(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, 3, generator=generator), torch.rand(3, 3, generator=generator)]
+
+
+def recorded(function: Callable[[Tensor, Tensor], list[Tensor]]):
+    x, a = tensors(0)
+
+    def named(given: tree.Tree) -> tree.Tree:
+        return {str(i): value for i, value in enumerate(function(given["x"], given["a"]))}
+
+    return record(named, {"x": x, "a": a})[1]
+
+
+def assert_computes(found: list[Tensor], function: Callable[[Tensor, Tensor], list[Tensor]], seed: int) -> None:
+    expected = function(*tensors(seed))
+    assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_pass_keeps_the_bits_and_the_inputs(function):
+    tape = recorded(function)
+    ordinary = without_writes(tape)
+    for one in (tape, ordinary, without_idle(ordinary), written_over(without_idle(ordinary))):
+        given = tensors(7)
+        assert_computes(one.play(given), function, 7)
+        assert all(torch.equal(a, b) for a, b in zip(given, tensors(7)))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_depends_on_fixed_inputs_is_computed_once_and_used_again(function):
+    tape = without_idle(without_writes(recorded(function)))
+    before, rest = split(tape, tape.inputs[1:])
+    rest = written_over(rest)
+    fixed = tensors(3)[1]
+    known = before.play([torch.zeros(3, 3), fixed])
+    for seed in (3, 4, 3):
+        x = tensors(seed)[0]
+        found, expected = rest.play([x, fixed, *known]), function(x, fixed)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        for output in found:  # the caller's: to write to them changes nothing that is used again
+            output.zero_()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_spare_inputs_may_be_written_over(function):
+    tape = without_idle(without_writes(recorded(function)))
+    assert_computes(written_over(tape, tape.inputs).play(tensors(5)), function, 5)
+
+
+def test_operations_are_spared():
+    tape = recorded(chained)
+    shorter = written_over(without_idle(without_writes(tape)))
+    assert len(split(without_writes(recorded(of_fixed_alone)), tape.inputs[1:])[0].operations) == 1, "a + 1"
+    assert len(shorter.operations) == len(tape.operations)
+    assert len({shorter.memory[x] for one in shorter.operations for x in one.results}) < len(shorter.operations)
+
+
+def test_a_program_that_gives_something_else_is_dropped():
+    factor = [2.0]
+    capture = Capture(warm_up=1)
+
+    def times(given: tree.Tree) -> tree.Tree:
+        return {"y": given["x"] * torch.full((3, 3), factor[0])}
+
+    x = tensors(0)[0]
+    assert torch.equal(capture("times", times, {"x": x})["y"], x * 2.0)  # recorded
+    factor[0] = 3.0
+    for _ in range(6):
+        assert torch.equal(capture("times", times, {"x": x})["y"], x * 3.0)
+
+
+def test_a_loop_whose_carried_tensor_changes_its_layout():
+    capture = Capture(warm_up=1)
+
+    def turn(given: tree.Tree) -> tree.Tree:
+        x = given["carried"]["x"]
+        return {"carried": {"x": x.mT + given["fixed"]["a"]}, "row": {"sum": x.sum(-1)}}
+
+    x, a = tensors(0)
+    for _ in range(6):
+        carried, rows = capture.scan("turn", turn, {"x": x}, {"a": a}, {}, 5)
+        now, sums = x, []
+        for _ in range(5):
+            sums.append(now.sum(-1))
+            now = now.mT + a
+        assert torch.equal(carried["x"], now) and torch.equal(rows["sum"], torch.stack(sums))
