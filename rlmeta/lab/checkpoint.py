@@ -425,7 +425,8 @@ def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
     except Exception as error:  # the library raises errors of several kinds on malformed input
         raise _Damaged(f"{path} is not a safetensors file ({error})") from error
     _remember(path)
-    return tensors
+    # in memory of their own: the bits of a matrix product depend on where its factors begin, and these begin anywhere
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -63,12 +63,15 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 
 def _piece(whole: tree.Tree, first: int, count: int) -> tree.Tree:
-    """Some of the learners, as views."""
+    """A copy of some of the learners.
+
+    The bits of a matrix product depend on where its factors begin, and what is allocated begins at multiples of 64.
+    """
     if isinstance(whole, Packed):
-        return Packed.view(whole.flat.narrow(0, first, count), whole, whole.flat.dim() - 1)
+        return Packed.view(whole.flat.narrow(0, first, count).clone(), whole, whole.flat.dim() - 1)
     if isinstance(whole, dict):
         return {name: _piece(value, first, count) for name, value in whole.items()}
-    return whole.narrow(0, first, count)
+    return whole.narrow(0, first, count).clone()
 
 
 def _joined(pieces: Sequence[Any]) -> tree.Tree:
