@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlmeta.functional import tree
 from rlmeta.nn.block import Context
+from rlmeta.nn.product import product
 
 Params: TypeAlias = dict[str, Any]
 """`weights` `{name: [*L, ...]}` and whatever else a forward pass needs, every leaf starting with `*L`."""
@@ -148,7 +149,7 @@ def _add_tapped_squares(
                 _add_outer_squares(found, wanted, place, [x for x, _ in taps[place]], gradients, axes)
     for place, square in sums.items():  # the roots are summed before the product, which is made once
         if f"{place}weight" in wanted:
-            found[f"{place}weight"] += square.mT @ taps[place][0][0].square()
+            found[f"{place}weight"] += product(square.mT, taps[place][0][0].square())
         if f"{place}bias" in wanted:
             found[f"{place}bias"] += square.sum(-2)
     return {name for names in covered.values() for name in names}
@@ -186,7 +187,7 @@ def _tapped_groups(wanted: set[str], losses: Forward, p: Params, batch: tree.Tre
         for (x, _), g in zip(taps[place], gradients):
             shape = (*g.shape[:axes], groups, -1)
             x, g = x.reshape(*shape, x.shape[-1]), g.reshape(*shape, g.shape[-1])
-            _accumulate(found, f"{place}weight", g.mT @ x)
+            _accumulate(found, f"{place}weight", product(g.mT, x))
             _accumulate(found, f"{place}bias", g.sum(-2))
     return {name: found[name] for names in covered.values() for name in names}
 

@@ -42,7 +42,7 @@ def speed(rounds: int, avalanche: str, out: Path) -> int:
         _compare("exact Fisher, 784-400-400-10, 5,000 images", "loop over samples and labels", fisher(), rounds),
         _compare("EWC step after 1 task (784-100-100-10, batch 10)", "after 49 tasks", ewc_steps(), rounds),
         _compare("GEM step, 20 tasks x 256, 784-100-100-10", "plain step", gem_steps(), rounds),
-        _compare("GEM step, 20 tasks x 256, 784-100-100-10", "its products alone", gem_products(), rounds),
+        _compare("GEM step, 20 tasks x 256, 784-100-100-10", "its products alone, by torch", gem_products(), rounds),
         _compare("ten seeds of the rotations with EWC, one run", "ten runs", ten_seeds(), 1),
     ]
     if avalanche:

@@ -14,7 +14,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional.tree import Tree
 from rlmeta.nn.block import Block, Context, Params, fetch, learner_axes, with_learner_axes
 from rlmeta.nn.initialisers import Initialiser, initialise
-from rlmeta.nn.product import layers, learner_product
+from rlmeta.nn.product import affine, layers, learner_product
 
 ActivationName: TypeAlias = Literal["tanh", "relu", "elu", "gelu", "silu", "sigmoid", "leaky_relu", "softplus"]
 
@@ -65,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_linear(x, weight)
     axes = weight.dim() - 2
     if axes == 0:
-        return F.linear(x, weight, bias)
+        return affine(x, weight, bias)
     offset = None if bias is None else bias.unsqueeze(-2)
     if axes == 1 and x.dim() == 3:
         return _product(x, weight, offset)

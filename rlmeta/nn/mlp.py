@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlmeta.errors import SettingError
 from rlmeta.nn.block import Block, Context, Params
 from rlmeta.nn.initialisers import Initialiser
 from rlmeta.nn.linear import Activation, ActivationName, Linear, activation_function, check_linear, linear, tapped
-from rlmeta.nn.product import layers
+from rlmeta.nn.product import affine, layers
 
 
 class MLP(Block):
@@ -78,7 +77,7 @@ class MLP(Block):
         axes = first.dim() - 2
         if axes == 0:
             for (weight, bias), activation in zip(self._names, self._functions):
-                x = F.linear(x, params[prefix + weight], params[prefix + bias])
+                x = affine(x, params[prefix + weight], params[prefix + bias])
                 if activation is not None:
                     x = activation(x)
             return x

@@ -12,6 +12,7 @@ from rlmeta.functional import random, tree
 from rlmeta.lab.experiment import Budget
 from rlmeta.learning import capture as capture_module
 from rlmeta.learning.capture import Capture, Function
+from rlmeta.nn.product import layers
 
 
 def gradient(inputs: tree.Tree) -> tree.Tree:
@@ -40,6 +41,22 @@ def test_replays_equal_calls_bit_for_bit_and_take_new_values():
         assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in found)
         assert not found["gradient"].requires_grad
     assert len(calls) == 3 + 3  # the third is recorded, three check the recording
+
+
+def test_large_products_are_recorded_as_they_are_called():
+    def wide(given: tree.Tree) -> tree.Tree:
+        weight = given["weight"].detach().requires_grad_()
+        with torch.enable_grad():
+            loss = layers(given["x"], (weight, given["bias"]), (torch.tanh,)).square().sum()
+        return {"gradient": torch.autograd.grad(loss, weight)[0]}
+
+    capture, calls = Capture(warm_up=3), []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        given = {"x": torch.randn(2, 128, 300), "weight": torch.randn(2, 128, 300), "bias": torch.randn(2, 1, 128)}
+        found = capture("wide", lambda x: calls.append(1) or wide(x), given)  # type: ignore[func-returns-value]
+        assert torch.equal(found["gradient"], wide(given)["gradient"])
+    assert len(calls) == 3 + 3
 
 
 def test_other_shapes_and_names_are_recorded_apart():

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlmeta.nn.product import layers, learner_product
+from rlmeta.nn import product as product_module
+from rlmeta.nn.product import affine, layers, learner_product, product
 
 FUNCTIONS = (torch.tanh, torch.relu, torch.sigmoid, torch.nn.functional.softplus, None)
 
@@ -89,3 +90,84 @@ def test_under_vmap_and_grad_of_torch_func() -> None:
 def test_a_product_without_bias(out: int) -> None:
     x, (weight, _) = make([5, out], 3, 4)
     torch.testing.assert_close(learner_product(x, weight, None), x @ weight.mT)
+
+
+# ---------------------------------------------------------------------- large products, which are another library's
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product counts as large, and its library is used where this build of torch has it."""
+    monkeypatch.setattr(product_module, "_LARGE", 1)
+    monkeypatch.setattr(product_module, "_ONEDNN", torch._C._has_mkldnn)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many learners each call of oneDNN had."""
+    calls: list[int] = []
+    original = product_module._onednn
+
+    def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append(len(x))
+        return original(x, weight, bias)
+
+    monkeypatch.setattr(product_module, "_onednn", onednn)
+    return calls
+
+
+@pytest.mark.parametrize("learners", [1, 3])
+def test_large_products_equal_small_ones_in_value_and_gradient(
+    learners: int, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch)
+    x, tensors = make([12, 9, 16, 3], learners, 20)
+    functions = [torch.relu, torch.tanh, None]
+    single = [t.detach().float().requires_grad_() for t in (x, *tensors)]
+    out, expected = layers(single[0], single[1:], functions), looped(x, tensors, functions)
+    seed = torch.randn_like(expected)
+    found = torch.autograd.grad(out, single, seed.float())
+    assert len(calls) == 9 and set(calls) == {learners}  # three layers, their weights' and inputs' gradients
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, [x, *tensors], seed)):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_product_without_learners_keeps_its_gradient(large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 12, requires_grad=True)
+    weight, bias = torch.randn(9, 12, requires_grad=True), torch.randn(9, requires_grad=True)
+    out, expected = affine(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(out, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(out.square().sum(), (x, weight, bias)),
+        torch.autograd.grad(expected.square().sum(), (x, weight, bias)),
+    ):
+        torch.testing.assert_close(found, wanted)
+    assert calls == [1, 1, 1]
+    assert affine(x[0, 0], weight, bias).shape == (9,)
+
+
+def test_products_keep_the_axes_before_their_matrices(large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    a, b = torch.randn(2, 3, 7, 5).mT, torch.randn(2, 3, 7, 4)
+    torch.testing.assert_close(product(a, b), a @ b)
+    assert calls == [6]
+
+
+def test_what_is_differentiated_mapped_or_double_stays_with_torch(large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    a, b = torch.randn(2, 4, 5), torch.randn(2, 5, 3)
+    torch.testing.assert_close(product(a.double(), b.double()), a.double() @ b.double())
+    torch.testing.assert_close(product(a, b[:1]), a @ b[:1])
+    torch.testing.assert_close(torch.func.vmap(product)(a, b), a @ b)
+    (found,) = torch.autograd.grad(product(a, b.requires_grad_()).sum(), b)
+    torch.testing.assert_close(found, a.sum(1).unsqueeze(-1).expand_as(b))
+    assert not calls
+
+
+def test_gradients_nobody_asked_for_are_not_made(large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    x = torch.randn(1, 20, 12, requires_grad=True)
+    layers(x, (torch.randn(1, 9, 12), torch.randn(1, 1, 9)), (torch.relu,)).sum().backward()
+    assert len(calls) == 2  # the layer, and its input's gradient
