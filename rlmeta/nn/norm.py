@@ -87,40 +87,52 @@ class BatchNorm1d(Block):
             layout = ("...", self._features) if self._channels_last else ("B", self._features, "...")
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {layout} behind {axes} learner axes")
         stored = {name: fetch(self, params, prefix, name) for name in ("running_mean", "running_var", "weight", "bias")}
+        for value in stored.values():
+            if value is not None and value.shape != (*x.shape[:axes], self._features):
+                raise ValueError(f"x has shape {tuple(x.shape)}, expected {tuple(value.shape[:-1])} in front")
+        mean, var, weight, bias = stored["running_mean"], stored["running_var"], stored["weight"], stored["bias"]
+        if ctx.training or mean is None or var is None:
+            channels = x.reshape(*x.shape[:axes], -1, self._features) if self._channels_last else x
+            out = self._by_batch(params, channels, axes, weight, bias, ctx, prefix)
+            return out.reshape(x.shape)
         shape = (
             *x.shape[:axes],
             *(size if axis == channel else 1 for axis, size in enumerate(x.shape) if axis >= axes),
         )
-        for value in stored.values():
-            if value is not None and value.shape != (*x.shape[:axes], self._features):
-                raise ValueError(f"x has shape {tuple(x.shape)}, expected {tuple(value.shape[:-1])} in front")
-        mean, var = stored["running_mean"], stored["running_var"]
-        if ctx.training or mean is None or var is None:
-            dims = [axis for axis in range(axes, x.dim()) if axis != channel]
-            mean, var = self._batch_statistics(params, x, dims, ctx, prefix)
         out = (x - mean.reshape(shape)) * (var + self._eps).rsqrt().reshape(shape)
-        weight, bias = stored["weight"], stored["bias"]
         return out if weight is None or bias is None else out * weight.reshape(shape) + bias.reshape(shape)
 
-    def _batch_statistics(
-        self, params: Params, x: Tensor, dims: list[int], ctx: Context, prefix: str
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance `[*L, C]` over `dims`; leaves the new running ones in the context."""
-        count = 1
-        for axis in dims:
-            count *= x.shape[axis]
+    def _by_batch(
+        self,
+        params: Params,
+        x: Tensor,
+        axes: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ctx: Context,
+        prefix: str,
+    ) -> Tensor:
+        """Normalise `[*L, B, C, ...]` by its own statistics, for torch a batch with the channels of all learners."""
+        folded = x.movedim(axes, 0).flatten(1, axes + 1)
+        count = folded.numel() // max(1, folded.shape[1])
         if count < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}: a batch's statistics need more than one value per channel")
-        var, mean = torch.var_mean(x, dims, correction=0)
+        scale, shift = (None if value is None else value.reshape(-1) for value in (weight, bias))
+        out, mean, rstd = torch.native_batch_norm(folded, scale, shift, None, None, True, 0.0, self._eps)
         if ctx.training and self._buffers["running_mean"] is not None:
-            tracked = latest(params, ctx, prefix + "num_batches_tracked") + 1
-            running = {"running_mean": mean.detach(), "running_var": var.detach() * (count / (count - 1))}
-            for name, value in running.items():
-                old = latest(params, ctx, prefix + name)
-                weight = (1.0 / tracked.to(old.dtype)).unsqueeze(-1) if self._momentum is None else self._momentum
-                ctx.new_buffers[prefix + name] = old + weight * (value.to(old.dtype) - old)
-            ctx.new_buffers[prefix + "num_batches_tracked"] = tracked
-        return mean, var
+            var = rstd.detach().square().reciprocal() - self._eps
+            channels = (*x.shape[:axes], self._features)
+            self._track(params, mean.detach().reshape(channels), var.reshape(channels), count, ctx, prefix)
+        return out.reshape(x.shape[axes], *x.shape[:axes], *x.shape[axes + 1 :]).movedim(0, axes)
+
+    def _track(self, params: Params, mean: Tensor, var: Tensor, count: int, ctx: Context, prefix: str) -> None:
+        """Leave the new running statistics in the context; `mean` and biased `var` `[*L, C]` of `count` values."""
+        tracked = latest(params, ctx, prefix + "num_batches_tracked") + 1
+        for name, value in (("running_mean", mean), ("running_var", var * (count / (count - 1)))):
+            old = latest(params, ctx, prefix + name)
+            weight = (1.0 / tracked.to(old.dtype)).unsqueeze(-1) if self._momentum is None else self._momentum
+            ctx.new_buffers[prefix + name] = old + weight * (value.to(old.dtype) - old)
+        ctx.new_buffers[prefix + "num_batches_tracked"] = tracked
 
 
 BATCH_NORMS = cast(
