@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import gzip
 import os
+import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,11 +82,13 @@ def _digits() -> Labelled:
 def _mnist() -> Labelled:
     given = data_folder()
     if given is not None and (given / "mnist-10k.npz").is_file():
-        with np.load(given / "mnist-10k.npz", allow_pickle=False) as content:
-            images, classes = content["x"].reshape(len(content["x"]), -1), content["y"]
+        arrays = _arrays(given / "mnist-10k.npz", ("x", "y"))
+        images, classes = arrays["x"].reshape(len(arrays["x"]), -1), arrays["y"]
         cut = len(classes) * 4 // 5
         return Labelled(_samples(images[:cut], classes[:cut]), _samples(images[cut:], classes[cut:]), 10)
-    parts = [_idx(download("mnist", MNIST_URL, file, checksum)) for file, checksum in MNIST_FILES.items()]
+    parts = [
+        _idx(download("mnist", MNIST_URL, file, checksum, "mnist-10k.npz")) for file, checksum in MNIST_FILES.items()
+    ]
     train, test = (_samples(x.reshape(len(x), -1), y) for x, y in (parts[:2], parts[2:]))
     return Labelled(train, test, 10)
 
@@ -111,15 +116,37 @@ Part = tuple[NDArray[np.uint8], NDArray[np.int64], list[str], NDArray[np.str_]]
 
 
 def _characters_of(path: Path) -> Part:
-    with np.load(path, allow_pickle=False) as content:
-        names = [str(name) for name in content["alphabet_names"]]
-        characters = np.array([str(name) for name in content["character_names"]])[content["character"]]
-        return content["image"], content["alphabet"].astype(np.int64), names, characters
+    found = _arrays(path, ("image", "alphabet", "character"), ("alphabet_names", "character_names"))
+    names = [str(name) for name in found["alphabet_names"]]
+    for array, many in (("alphabet", len(names)), ("character", len(found["character_names"]))):
+        if len(found[array]) and not 0 <= int(found[array].min()) <= int(found[array].max()) < many:
+            raise SettingError(f"{path}: {array} goes to {int(found[array].max())}, there are names for {many}")
+    characters = np.array([str(name) for name in found["character_names"]])[found["character"]]
+    return found["image"], found["alphabet"].astype(np.int64), names, characters
+
+
+def _arrays(path: Path, samples: Sequence[str], others: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+    """The arrays of these names in a file; those of the samples have one entry for each.
+
+    Raises:
+        SettingError: the file is broken, lacks one of them, or they disagree on how many samples there are.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            found = {name: content[name] for name in (*samples, *others)}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise SettingError(
+            f"{path} can't be read ({error}): expected numpy's .npz with {', '.join((*samples, *others))}; put a whole "
+            "copy there"
+        ) from None
+    sizes = {name: len(found[name]) for name in samples}
+    if len(set(sizes.values())) > 1:
+        raise SettingError(f"{path}: {', '.join(f'{n} {size}' for n, size in sizes.items())} samples, expected as many")
+    return found
 
 
 def _downloaded_omniglot() -> Part:
     import io
-    import zipfile
 
     try:
         from PIL import Image
@@ -127,7 +154,7 @@ def _downloaded_omniglot() -> Part:
         raise missing_extra("pillow", "data", "Omniglot's pictures") from None
     file, checksum = next(iter(OMNIGLOT_FILES.items()))
     images, alphabets, characters = [], [], []
-    with zipfile.ZipFile(download("omniglot", OMNIGLOT_URL, file, checksum)) as archive:
+    with zipfile.ZipFile(download("omniglot", OMNIGLOT_URL, file, checksum, "omniglot-*.npz")) as archive:
         for entry in sorted(name for name in archive.namelist() if name.endswith(".png")):
             _, alphabet, character, _ = entry.split("/")
             picture = Image.open(io.BytesIO(archive.read(entry))).convert("L").resize((28, 28), Image.Resampling.BOX)
@@ -150,8 +177,8 @@ def data_folder() -> Path | None:
     return Path(given) if given else None
 
 
-def download(name: str, url: str, file: str, checksum: str) -> Path:
-    """The file, downloaded once into the user's cache and checked.
+def download(name: str, url: str, file: str, checksum: str, instead: str) -> Path:
+    """The file, downloaded once into the user's cache and checked; `instead` may lie in the folder RLMETA_DATA.
 
     Raises:
         MissingExtraError: pooch is not installed.
@@ -165,8 +192,8 @@ def download(name: str, url: str, file: str, checksum: str) -> Path:
         return Path(pooch.retrieve(url + file, checksum, fname=file, path=pooch.os_cache("rlmeta") / name))
     except (OSError, ValueError) as error:
         raise SettingError(
-            f"{name} could not be fetched from {url}{file} ({error}): connect to the internet, or put the data into a "
-            "folder and name it by RLMETA_DATA"
+            f"{name} could not be fetched from {url}{file} ({error}): connect to the internet, or name a folder that "
+            f"holds {instead} by RLMETA_DATA (it is {os.environ.get('RLMETA_DATA') or 'not set'})"
         ) from None
 
 

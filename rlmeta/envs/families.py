@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import gymnasium as gym
@@ -62,6 +63,8 @@ def task_keys(key: Tensor, counter: int | Tensor, count: int, split: Split) -> T
     """One key for each of `count` tasks, `[*L, K]`."""
     if split not in get_args(Split):
         raise SettingError(f"split is {split!r}, expected one of {', '.join(get_args(Split))}")
+    if count < 1:
+        raise SettingError(f"{count} tasks, expected at least 1")
     start = random.fold(random.fold(key, f"family/{split}"), counter)
     return random.fold(start.unsqueeze(-1), torch.arange(count, device=key.device))
 
@@ -116,8 +119,11 @@ def _episode(observation: Tensor, target: Tensor, shots: int) -> Tree:
 
 def _check_sizes(name: str, family: Any, sizes: Sequence[str] = ("shots", "queries")) -> None:
     for size in sizes:
-        if getattr(family, size) < 1:
-            raise SettingError(f"{name}: {size} is {getattr(family, size)}, expected at least 1")
+        value = getattr(family, size)
+        if not isinstance(value, Integral):
+            raise SettingError(f"{name}: {size} is {value!r}, expected a whole number")
+        if value < 1:
+            raise SettingError(f"{name}: {size} is {value}, expected at least 1")
 
 
 # ---------------------------------------------------------------------- classification
@@ -134,9 +140,9 @@ class FewShot:
     """
 
     images: Tensor
-    """`[n, ...]`, float."""
+    """`[n, ...]`, float; numpy arrays will do, here and below."""
     labels: Tensor
-    """`[n]` int64, of any values."""
+    """`[n]` whole numbers, of any values."""
     classes: Mapping[str, Sequence[int]]
     """For each split, the labels that belong to it."""
     ways: int = 5
@@ -150,13 +156,18 @@ class FewShot:
     _pools: dict[str, tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_sizes("FewShot", self)
+        _check_sizes("FewShot", self, ("ways", "shots", "queries"))
         if self.ways < 2:
             raise SettingError(f"FewShot: ways is {self.ways}, expected at least 2 classes to tell apart")
-        _check_disjoint(self.classes)
-        labels = self.labels.to(torch.int64)
+        images, labels = _samples(self.images, self.labels)
+        if self.rotations and (images.dim() < 3 or images.shape[-1] != images.shape[-2]):
+            raise SettingError(f"FewShot: rotations turn squares [n, ..., H, H], images are {list(images.shape)}")
+        classes = {split: [int(member) for member in members] for split, members in self.classes.items()}
+        _check_disjoint(classes)
+        for name, value in (("images", images), ("labels", labels), ("classes", classes)):
+            object.__setattr__(self, name, value)
         pools: dict[str, tuple[Tensor, Tensor]] = {}
-        for split, members in self.classes.items():
+        for split, members in classes.items():
             turned = self.rotations and split == "train"
             count = len(members) * (4 if turned else 1)
             if count < self.ways:
@@ -199,7 +210,10 @@ class FewShot:
         """K tasks; the samples of support and query are ordered class by class."""
         keys = task_keys(key, counter, count, split)
         if split not in self._pools:
-            raise SettingError(f"there are no classes for split {split!r}, only for {', '.join(self._pools)}")
+            raise SettingError(
+                f"FewShot: there are no classes for split {split!r}, only for {', '.join(self._pools) or 'none'}: "
+                "a run learns from 'train', is followed on 'validation' and scored on 'test'"
+            )
         pool, counts = (part.to(key.device) for part in self._pools[split])
         chosen = random.permutation(keys, "classes", 0, len(pool))[..., : self.ways]
         class_keys = random.fold(keys.unsqueeze(-1), torch.arange(self.ways, device=key.device))
@@ -217,6 +231,24 @@ class FewShot:
         return {name: {"observation": flat(images, *cut), "target": flat(label, *cut)} for name, cut in cuts.items()}
 
 
+def _samples(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Images `[n, ...]` float32 and labels `[n]` int64, refused where they are anything else."""
+    try:
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(f"FewShot: images and labels must be tensors or arrays of numbers ({error})") from None
+    if not images.is_floating_point():
+        raise SettingError(f"FewShot: images are {images.dtype}, expected floats: divide pictures of bytes by 255")
+    if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(images):
+        raise SettingError(
+            f"FewShot: labels are {labels.dtype} {list(labels.shape)} for images {list(images.shape)}, expected one "
+            "whole number for each image"
+        )
+    if not bool(images.isfinite().all()):
+        raise SettingError(f"FewShot: image {int((~images.isfinite()).nonzero()[0, 0])} is not finite")
+    return images.float(), labels.to(torch.int64)
+
+
 def _check_disjoint(classes: Mapping[str, Sequence[int]]) -> None:
     """Refuse splits that share a class."""
     owner: dict[int, str] = {}
@@ -224,6 +256,8 @@ def _check_disjoint(classes: Mapping[str, Sequence[int]]) -> None:
         if split not in get_args(Split):
             raise SettingError(f"split {split!r} is unknown, expected {', '.join(get_args(Split))}")
         for member in members:
+            if owner.get(member) == split:
+                raise SettingError(f"class {member} stands twice in split {split!r}: give every class once")
             if member in owner:
                 raise SettingError(
                     f"class {member} is in split {owner[member]!r} and in {split!r}: a class belongs to one split"
@@ -299,7 +333,7 @@ class Quadratics:
 class DigitMLPs:
     """Perceptrons of one hidden layer that learn digits by cross-entropy, from different weights and minibatches.
 
-    Training problems see one part of the images, held-out ones (validation, test) the other.
+    Training problems see one half of the images, those of validation and of test a quarter each.
 
     Source: Andrychowicz et al., 2016, section 3.2, on the 8 x 8 digits of scikit-learn.
     """
@@ -333,8 +367,7 @@ class DigitMLPs:
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
         """K keys, and which part of the images each uses."""
         keys = task_keys(key, counter, count, split)
-        part = torch.full_like(keys, 0 if split == "train" else 1)
-        return {"key": keys, "part": part}
+        return {"key": keys, "part": torch.full_like(keys, get_args(Split).index(split))}
 
     def start(self, problem: Tree) -> Weights:
         """Weights with deviation 1 / √inputs, biases 0."""
@@ -352,9 +385,9 @@ class DigitMLPs:
     def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
         """Cross-entropy of a minibatch, `[*L, K]`, in nats."""
         images, digits = (part.to(step.device) for part in self._digits)
-        half = len(images) // 2
-        index = random.integers(problem["key"], "minibatch", step, (self.batch_size,), half)
-        index = index + half * problem["part"].unsqueeze(-1)
+        quarter, part = len(images) // 4, problem["part"].unsqueeze(-1)
+        index = random.integers(problem["key"], "minibatch", step, (self.batch_size,), 2 * quarter)
+        index = torch.where(part == 0, index, (part + 1) * quarter + index % quarter)
         hidden = images[index] @ weights["0.weight"].mT + weights["0.bias"].unsqueeze(-2)
         hidden = getattr(torch, self.activation)(hidden)
         logits = hidden @ weights["1.weight"].mT + weights["1.bias"].unsqueeze(-2)
@@ -415,10 +448,14 @@ def few_shot_omniglot(ways: int = 5, shots: int = 1, queries: int = 5, fold: int
         fold: which alphabets, in the order of their names: two to test from number 2 fold on, the next to validate.
         size: side of the images, which divides 28; smaller ones are means of pixels.
     """
-    found = omniglot()
-    count = len(found.alphabet_names)
     if size < 1 or 28 % size:
         raise SettingError(f"omniglot: size is {size}, expected a divisor of 28")
+    if fold < 0:
+        raise SettingError(f"omniglot: fold is {fold}, expected at least 0")
+    found = omniglot()
+    count = len(found.alphabet_names)
+    if 2 * fold >= count:
+        raise SettingError(f"omniglot: fold is {fold}, with {count} alphabets expected at most {(count - 1) // 2}")
     images = torch.nn.functional.avg_pool2d(found.image.float().unsqueeze(1) / 255, 28 // size).squeeze(1)
     groups = [int(found.alphabet[found.character == c][0]) for c in range(int(found.character.max()) + 1)]
     test, validation = [2 * fold % count, (2 * fold + 1) % count], [(2 * fold + 2) % count]

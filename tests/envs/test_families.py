@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,6 +139,60 @@ def test_alphabets_are_held_out_whole():
         split_classes(groups, ["latin"], ["latin"])
 
 
+def test_few_shot_takes_arrays():
+    images, labels = (part.numpy() for part in labelled())
+    classes = {"train": np.arange(6), "validation": torch.arange(6, 9), "test": range(9, 12)}
+    made = FewShot(images.astype(np.float64), labels.astype(np.int16), classes, 3, 2, 3)
+    for split in ("train", "validation", "test"):
+        for part in ("support", "query"):
+            for name in ("observation", "target"):
+                ours, theirs = (f.tasks(KEY, 0, 4, split)[part][name] for f in (made, few_shot()))
+                assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+def broken(part, change):
+    """The images or labels, changed."""
+    return {part: change(labelled()[part == "labels"])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (broken("labels", lambda x: x[:-1]), r"labels are torch.int64 \[71\] for images \[72, 2, 2\]"),
+        (
+            broken("labels", lambda x: x[:, None]),
+            r"\[72, 1\] for images \[72, 2, 2\], expected one whole number for each",
+        ),
+        (broken("labels", lambda x: x.float()), "labels are torch.float32"),
+        (broken("labels", lambda x: [str(int(i)) for i in x]), "tensors or arrays of numbers"),
+        (broken("images", lambda x: x.to(torch.uint8)), "images are torch.uint8, expected floats: divide .* by 255"),
+        (broken("images", lambda x: x.index_fill(0, torch.tensor([7]), torch.nan)), "image 7 is not finite"),
+        ({"rotations": True, **broken("images", lambda x: x.flatten(1))}, r"squares .* images are \[72, 4\]"),
+        ({"rotations": True, **broken("images", lambda x: x[:, :1])}, r"squares .* images are \[72, 1, 2\]"),
+        (
+            {"classes": {"train": torch.arange(7), "test": torch.arange(6, 12)}},
+            "class 6 is in split 'train' and in 'test'",
+        ),
+        ({"classes": {"train": [0, 1, 2, 1]}}, "class 1 stands twice in split 'train'"),
+        ({"classes": {"train": [0, 1, 99]}}, "class 99 of split 'train' has 0 samples"),
+        ({"ways": 2.0}, "ways is 2.0, expected a whole number"),
+        ({"ways": -2}, "ways is -2, expected at least 1"),
+        ({"shots": 1.5}, "shots is 1.5, expected a whole number"),
+    ],
+)
+def test_few_shot_refuses_data_that_are_none(change, message):
+    images, labels = labelled()
+    given = {"images": images, "labels": labels, "classes": {"train": range(6)}, "ways": 3, "shots": 2, "queries": 3}
+    with pytest.raises(SettingError, match=message):
+        FewShot(**{**given, **change})
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_tasks_are_refused(count):
+    with pytest.raises(SettingError, match=f"{count} tasks, expected at least 1"):
+        Sinusoid().tasks(KEY, 0, count, "train")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -217,14 +272,25 @@ def test_digit_mlps_start_with_deviations_of_one_over_the_root_of_their_inputs()
 
 def test_digit_mlps_hold_images_out():
     family = DigitMLPs(hidden=3, batch_size=8)
-    family.__dict__["_digits"] = torch.zeros(10, 64), torch.arange(10) // 5  # 0 in the first half, 1 in the second
-    for split, digit in (("train", 0), ("validation", 1), ("test", 1)):
+    quarters = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])  # a half to train on, a quarter each to validate and to test
+    family.__dict__["_digits"] = torch.zeros(8, 64), quarters
+    for digit, split in enumerate(("train", "validation", "test")):
         problem = family.tasks(KEY, 0, 2, split)
         weights = {n: torch.zeros_like(w) for n, w in family.start(problem).items()}
         weights["1.bias"][..., digit] = 50.0
         assert family.loss(weights, problem, torch.zeros(3, 2, dtype=torch.int64)).max() < 1e-6, split
     parts = [family.tasks(KEY, 0, 2, split)["part"].unique().tolist() for split in ("train", "validation", "test")]
-    assert parts == [[0], [1], [1]]
+    assert parts == [[0], [1], [2]]
+    family.__dict__["_digits"] = torch.zeros(8, 64), torch.arange(8)
+    seen = set()
+    for split in ("train", "validation", "test"):
+        problem = family.tasks(KEY, 0, 40, split)
+        weights = {n: torch.zeros_like(w).requires_grad_() for n, w in family.start(problem).items()}
+        loss = family.loss(weights, problem, torch.zeros(3, 40, dtype=torch.int64)).sum()
+        (g,) = torch.autograd.grad(loss, weights["1.bias"])  # below the average only where the digit was met
+        met = {int(digit) for digit in (g.sum((0, 1)) < 0).nonzero()}
+        assert not met & seen and len(met) == (4 if split == "train" else 2)
+        seen |= met
 
 
 def test_a_world_hands_out_the_familys_tasks():
@@ -249,6 +315,16 @@ def test_named_families_are_made_with_settings():
         rl.family("sinusoid", {"shots": "5"})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"fold": -1}, "fold is -1"), ({"size": 13}, "size is 13, expected a divisor of 28"), ({"size": 0}, "size is 0")],
+)
+def test_omniglots_settings_are_looked_at_before_its_data(settings, message, monkeypatch):
+    monkeypatch.setenv("RLMETA_DATA", "/no/such/folder")
+    with pytest.raises(SettingError, match=message):
+        rl.family("few-shot-omniglot", settings)
+
+
 @pytest.mark.skipif(data_folder() is None, reason="RLMETA_DATA names no folder with Omniglot")
 def test_omniglots_folds_hold_every_alphabet_out_once():
     tested = []
@@ -261,3 +337,5 @@ def test_omniglots_folds_hold_every_alphabet_out_once():
         tested += members[2]
         assert family.observation_space.shape == (14, 14) and family.observation_space.high.max() <= 1
     assert len(tested) == len(set(tested)) == len(set.union(*members))
+    with pytest.raises(SettingError, match="fold is 4, with 8 alphabets expected at most 3"):
+        rl.family("few-shot-omniglot", {"fold": 4, "size": 14})
