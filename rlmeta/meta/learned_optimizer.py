@@ -30,6 +30,7 @@ from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Packed, Params, select
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import adapt
+from rlmeta.meta.checks import check_problems
 from rlmeta.meta.estimators import backpropagated, evolved
 from rlmeta.nn import Block, Context, Linear
 from rlmeta.nn.recurrent import LSTMCell
@@ -101,31 +102,30 @@ def learned_optimizer(
 
     def init(params: Tensors, learner_shape: Any = ()) -> State:
         learner_shape = tuple(learner_shape)
-        first = next(iter(params.values()))
         size = sum(value.shape[len(learner_shape) :].numel() for value in params.values())
-        count = torch.zeros(learner_shape, dtype=torch.int64, device=first.device)
+        count = torch.zeros(learner_shape, dtype=torch.int64, device=theta["output.bias"].device)
         cells: State = {}
         for i, hidden in enumerate(network.hidden_sizes):
-            zero = first.new_zeros((*learner_shape, size, hidden))
+            zero = theta["output.bias"].new_zeros((*learner_shape, size, hidden))
             cells[str(i)] = {"hidden": zero, "cell": zero.clone()}
         return {"count": count, **cells}
 
     def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
-        shape = state["count"].shape
-        flat = torch.cat([g.detach().reshape(*shape, -1) for g in grads.values()], -1)
+        shape, like = state["count"].shape, theta["output.bias"]
+        flat = torch.cat([g.detach().reshape(*shape, -1) for g in grads.values()], -1).to(like.dtype)
         rows = shape[axes:].numel() * flat.shape[-1]
 
         def fold(x: Tensor) -> Tensor:  # [*L, P, H] -> [*L', rows, H]
             return x.reshape(*shape[:axes], rows, x.shape[-1])
 
         memory = {
-            str(i): {name: fold(value) for name, value in state[str(i)].items()}
+            str(i): {name: fold(value.to(like.dtype)) for name, value in state[str(i)].items()}
             for i in range(len(network.hidden_sizes))
         }
         found = network.run(theta, {"input": fold(features_of(flat, k)), **memory}, Context())
         move = (output_scale * found.pop("output")).reshape(flat.shape)
         pieces = torch.split(move, [g.shape[len(shape) :].numel() for g in grads.values()], -1)
-        updates = {name: piece.reshape(g.shape) for (name, g), piece in zip(grads.items(), pieces)}
+        updates = {name: piece.reshape(g.shape).to(g.dtype) for (name, g), piece in zip(grads.items(), pieces)}
         cells = {
             i: {name: value.reshape(*shape, -1, value.shape[-1]) for name, value in cell.items()}
             for i, cell in found.items()
@@ -138,19 +138,21 @@ def learned_optimizer(
 class TorchLearnedOptimizer(torch.optim.Optimizer):
     """A learned optimizer in torch's form, for the parameters of any module.
 
+    Its learning rate, which groups of parameters and torch's schedulers may change, is the factor of the updates.
+
     Args:
         params: as every `torch.optim` optimizer takes them.
         network: the LSTM.
         theta: its weights, of one learner.
-        output_scale: factor of the updates.
+        lr: factor of the updates; the one it was meta-trained with is `output_scale`.
         k: of `features_of`.
     """
 
     def __init__(
-        self, params: Any, network: CoordinateLSTM, theta: Params, *, output_scale: float = 0.1, k: float = 10.0
+        self, params: Any, network: CoordinateLSTM, theta: Params, *, lr: float = 0.1, k: float = 10.0
     ) -> None:
-        super().__init__(params, {})
-        self._optimizer = learned_optimizer(network, theta, output_scale=output_scale, k=k)
+        super().__init__(params, {"lr": lr})
+        self._optimizer = learned_optimizer(network, theta, output_scale=1.0, k=k)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -163,11 +165,13 @@ class TorchLearnedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if parameter.grad.is_sparse:
+                    raise SettingError("a learned optimizer has a state for every weight: no sparse gradients")
                 named, memory = {"p": parameter}, self.state[parameter]
                 if not memory:
                     memory.update(_flat(self._optimizer.init(named)))
                 updates, new = self._optimizer.update({"p": parameter.grad}, _nested(memory), named)
-                parameter.add_(updates["p"])
+                parameter.add_(updates["p"] * group["lr"])
                 memory.update(_flat(new))
         return loss
 
@@ -272,6 +276,7 @@ class LearnedOptimizerLearner:
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
         """The state at the start of a run, the problems spread over the horizon."""
         s = self.settings
+        check_problems(_problems(world))
         state = initial_state(self.networks, key, hyper)  # type: ignore[arg-type]
         state["world"] = world.reset(key)
         state["optimizer"] = init_optimizer(self.optimizer(state), state)
@@ -313,9 +318,11 @@ class LearnedOptimizerLearner:
             parameters: what to optimize.
             learner: which of the S.
         """
+        learners = p["hyper"]["meta_rate"].shape[0]
+        require(0 <= learner < learners, f"learner is {learner}, expected 0 to {learners - 1}")
         theta = {name.removeprefix("optimizer."): value[learner] for name, value in p["weights"].items()}
         s = self.settings
-        return TorchLearnedOptimizer(parameters, self.network, theta, output_scale=s.output_scale, k=s.preprocess)
+        return TorchLearnedOptimizer(parameters, self.network, theta, lr=s.output_scale, k=s.preprocess)
 
     # ------------------------------------------------------------------ problems
 

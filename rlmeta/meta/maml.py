@@ -38,6 +38,7 @@ from rlmeta.learning.settings import LearnerSettings, PerLearner, hyper_tensors,
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import Order, adapt, expand_tasks
+from rlmeta.meta.checks import check_samples
 
 TASKS_AT_ONCE = 50
 """Tasks of each learner that an evaluation adapts to at a time."""
@@ -74,6 +75,10 @@ class MAML:
             require_range(self, name, 0.0)
         require_range(self, "max_grad_norm", 0.0, above=True)
         require_range(self, "inner_steps", 0)
+        require(
+            self.learner is None or (hasattr(self.learner, "bind") and not isinstance(self.learner, type)),
+            f"MAML: learner is {self.learner!r}, expected the settings of one, such as Regressor()",
+        )
         for name in ("num_envs", "meta_epochs"):
             require_range(self, name, 1)
 
@@ -143,6 +148,8 @@ class MAMLLearner:
         require(not hasattr(family, "start"), f"{of} is a family of functions to minimise: use LearnedOptimizer")
         kind, use = ("to act in", "REINFORCE or PPO") if hasattr(family, "world") else ("of samples", "a Regressor")
         require(self.acts == hasattr(family, "world"), f"{name} can't learn a family {kind}: give MAML {use}")
+        if not self.acts:
+            check_samples(family)
 
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
         """A family has no order of tasks."""

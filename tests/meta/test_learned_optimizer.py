@@ -272,3 +272,80 @@ def test_settings_that_contradict_each_other_are_refused():
         LearnedOptimizer(unroll=30)
     with pytest.raises(SettingError, match="perturbs problems in pairs"):
         LearnedOptimizer(estimator="pes", num_envs=5)
+
+
+# ---------------------------------------------------------------------- as a torch.optim.Optimizer
+
+
+def fitted(module, optimizer, steps=3):
+    """The module's weights after some steps, as float64."""
+    dtype = next(module.parameters()).dtype
+    for i in range(steps):
+        optimizer.zero_grad()
+        module(normal(5, 3, seed=i).to(dtype)).square().mean().backward()
+        optimizer.step()
+    return torch.cat([p.detach().double().flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_modules_of_another_type_than_the_learned_weights_are_optimized(dtype):
+    learner, state, _ = bound()
+    torch.manual_seed(0)
+    module, found = torch.nn.Linear(3, 2).to(dtype), []
+    start = {n: p.detach().clone() for n, p in module.named_parameters()}
+    for kind in (dtype, torch.float32):
+        module = torch.nn.Linear(3, 2).to(kind)
+        module.load_state_dict(start)
+        optimizer = learner.as_torch(state["params"], module.parameters())
+        found.append(fitted(module, optimizer))
+        saved = optimizer.state_dict()
+        optimizer = learner.as_torch(state["params"], module.parameters())
+        optimizer.load_state_dict(saved)  # torch turns the state into the parameters' type
+        found.append(fitted(module, optimizer))
+    assert not torch.equal(found[0], found[1])
+    tolerance = 1e-5 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(found[:2], found[2:], rtol=tolerance, atol=tolerance)
+
+
+def test_the_learning_rate_is_the_factor_of_the_updates():
+    learner, state, _ = bound(output_scale=0.5)
+    module = torch.nn.Linear(3, 2)
+    optimizer = learner.as_torch(state["params"], [{"params": [module.weight]}, {"params": [module.bias], "lr": 0.0}])
+    before = [p.detach().clone() for p in module.parameters()]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.0]
+    fitted(module, optimizer, 1)
+    moved = module.weight.detach() - before[0]
+    assert torch.equal(module.bias, before[1]) and moved.abs().min() > 0
+    with torch.no_grad():
+        module.weight.copy_(before[0])
+    optimizer = learner.as_torch(state["params"], module.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 if epoch == 0 else 0.0)
+    fitted(module, optimizer, 1)
+    torch.testing.assert_close(module.weight.detach() - before[0], 0.5 * moved)
+    scheduler.step()
+    at = module.weight.detach().clone()
+    fitted(module, optimizer, 1)
+    assert torch.equal(module.weight, at)
+
+
+def test_what_it_cannot_optimize_is_refused():
+    learner, state, _ = bound()
+    for wrong in (3, -1):
+        with pytest.raises(SettingError, match=f"learner is {wrong}, expected 0 to 2"):
+            learner.as_torch(state["params"], torch.nn.Linear(3, 2).parameters(), learner=wrong)
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = learner.as_torch(state["params"], table.parameters())
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(SettingError, match="no sparse gradients"):
+        optimizer.step()
+
+
+def test_it_is_read_back_from_a_run_and_optimizes_as_before(tmp_path):
+    settings = LearnedOptimizer(num_envs=4, horizon=8, unroll=2, hidden_sizes=(4,))
+    run = rl.train(settings, "quadratics", steps=80, seeds=2, out=tmp_path / "run")
+    again, found = rl.load(tmp_path / "run"), []
+    for one in (run, again):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        found.append(fitted(module, one.agent.as_torch(one.agent.seen(one.state), module.parameters(), learner=1)))
+    assert torch.equal(*found)
