@@ -11,6 +11,7 @@ import math
 import re
 import typing
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import torch
@@ -112,11 +113,17 @@ def values_of(setting: float | Sequence[float]) -> list[float]:
 
 
 def require_range(settings: Any, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Refuse a setting outside [low, high] (or (low, high] with `above`), naming it and its value."""
+    """Refuse a setting outside [low, high] (or (low, high] with `above`), naming it and its value.
+
+    Where the field is declared an int, a number that is not whole is refused too.
+    """
     given = getattr(settings, name)
+    counts = any(f.name == name and f.type in ("int", int) for f in dataclasses.fields(settings))
     for value in given if isinstance(given, Sequence) else [given]:
         if isinstance(value, str) or not hasattr(value, "__float__"):
             raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a number")
+        if counts and not isinstance(value, Integral):
+            raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a whole number")
     for value in values_of(given):
         if not (low < value if above else low <= value) or not value <= high:
             bound = f"{'above' if above else 'at least'} {low:g}" + (

@@ -40,7 +40,10 @@ class Dropout(Block):
         if not ctx.training or self._p == 0.0:
             return x
         if ctx.key is None:
-            raise SettingError("dropout in training draws random numbers: pass a key, Context(training=True, key=key)")
+            raise SettingError(
+                "dropout in training draws random numbers, for which agents and MAML have no key: leave it out of "
+                "their networks; in a loop of your own pass a key, Context(training=True, key=key)"
+            )
         return self._drop(x, ctx.key, prefix, 0)
 
     def may_draw(self) -> bool:

@@ -18,6 +18,7 @@ from rlmeta.nn.block import Block, Context, Params, latest, learner_axes, own_te
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.linear import Activation, Flatten, Linear, Sequential
 from rlmeta.nn.norm import BATCH_NORMS, BatchNorm1d, LayerNorm
+from rlmeta.nn.product import is_plain_graph
 
 _ELEMENTWISE = (
     nn.CELU,
@@ -275,13 +276,21 @@ class Lifted(Block):
         for path, dropout in self._dropouts:
             dropout.begin(key, f"{prefix}{path}.")
         try:
-            out = self._template[0](*inputs)
+            with _attention_as_products() if is_plain_graph() else contextlib.nullcontext():
+                out = self._template[0](*inputs)
         finally:
             for (tensors, name, path), value in zip(self._slots, kept):
                 state[path], tensors[name] = tensors[name], value
             for path, dropout in self._dropouts:
                 dropout.begin(None, path)
         return out, {name: state[name] for name in self._buffer_names}
+
+
+def _attention_as_products() -> contextlib.AbstractContextManager[None]:
+    """Within, attention is made of ordinary operations: torch's fused ones have no second derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _replace(module: nn.Module) -> list[tuple[str, Dropout]]:

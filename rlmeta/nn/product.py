@@ -116,6 +116,11 @@ _library.impl("products", _products, "CPU")  # type: ignore[no-untyped-call]
 # An operation of its own: the one it calls has arguments that no recording can hold.
 
 
+def is_plain_graph() -> bool:
+    """Whether the graph that is built now is to be differentiated twice."""
+    return _graph.plain
+
+
 def learner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`[S, B, in]`, `[S, out, in]`, `[S, 1, out]` -> `[S, B, out]`, one batched product."""
     if _large(x, weight) and _plain(x, weight):

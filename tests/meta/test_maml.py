@@ -298,6 +298,33 @@ def test_running_statistics_are_refused():
         rl.train(rl.MAML(Regressor(network=network), num_envs=2), "sinusoid", steps=4)
 
 
+class Attention(torch.nn.Module):
+    def __init__(self, space):
+        super().__init__()
+        self.first = torch.nn.Linear(1, 4)
+        self.layer = torch.nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(self.first(x).unsqueeze(1)).squeeze(1)
+
+
+def test_attention_can_be_differentiated_twice():
+    """Torch's fused attention has no second derivative."""
+    after = []
+    for first_order in (False, True):
+        maml = rl.MAML(Regressor(network=Attention), num_envs=2, inner_rate=0.1, first_order=first_order)
+        after.append(rl.train(maml, "sinusoid", steps=8).state["params"]["weights"])
+    assert any(not torch.equal(value, after[1][name]) for name, value in after[0].items())
+
+
+def test_dropout_is_refused_by_name():
+    def network(space):
+        return torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Dropout(0.5))
+
+    with pytest.raises(SettingError, match="for which agents and MAML have no key: leave it out of their networks"):
+        rl.train(rl.MAML(Regressor(network=network), num_envs=2), "sinusoid", steps=4)
+
+
 def test_problems_of_another_kind_are_refused():
     with pytest.raises(SettingError, match="MAML learns from a family of tasks, 'CartPole-v1' is none"):
         rl.train(rl.MAML(), rl.task("CartPole-v1"))
@@ -307,6 +334,11 @@ def test_problems_of_another_kind_are_refused():
         rl.train(rl.LearnedOptimizer(), "sinusoid")
     with pytest.raises(SettingError, match="inner_steps is -1"):
         rl.MAML(inner_steps=-1)
+    with pytest.raises(SettingError, match=r"inner_steps is 1\.5, expected a whole number"):
+        rl.MAML(inner_steps=1.5)
+    for strange in (rl.Regressor, "regressor", torch.nn.Linear(1, 1)):
+        with pytest.raises(SettingError, match=r"MAML: learner is .*, expected the settings of one, such as Regressor"):
+            rl.MAML(strange)
     for learner, name, message in (
         (None, "quadratics", "Quadratics is a family of functions to minimise: use LearnedOptimizer"),
         (rl.PPO(), "sinusoid", "PPO can't learn a family of samples: give MAML a Regressor"),
