@@ -295,14 +295,9 @@ def from_config(
         tables = [dict(table) for table in config["variants"]]
         for table in tables:
             if "network" in table:
-                if network is None:
-                    raise SettingError(
-                        f"{where} had the network {table['network']}: pass it again as network= "
-                        "(on the command line --network)"
-                    )
-                table["network"] = network
+                table["network"] = _network_again(table["network"], network, where)
             if "learner" in table:
-                table["learner"] = flags.learner(table["learner"])
+                table["learner"] = _learner_again(table["learner"], network, where)
             table.update({name: tuple(value) for name, value in table.items() if isinstance(value, list)})
             table.update(_own_again(table, own or {}, where))
             settings_.check_names(cls, table, where)
@@ -317,6 +312,24 @@ def from_config(
         )
     except KeyError as error:
         raise CheckpointError(f"{where}: config.toml lacks {error}; it is not the configuration of a run") from None
+
+
+def _network_again(name: str, given: NetworkFactory | None, where: str) -> NetworkFactory:
+    """The network of this name: rlmeta's own, or the user's, given again."""
+    if name.startswith("rlmeta.nn."):
+        own: NetworkFactory = flags.load_object(name)
+        return own
+    if given is None:
+        raise SettingError(f"{where} had the network {name}: pass it again as network= (on the command line --network)")
+    return given
+
+
+def _learner_again(text: str, network: NetworkFactory | None, where: str) -> Any:
+    """The settings of a learner inside another's; its network is not loaded either."""
+    words = text.split()
+    names = [word.removeprefix("network=") for word in words if word.startswith("network=")]
+    found = flags.learner(" ".join(word for word in words if not word.startswith("network=")))
+    return dataclasses.replace(found, network=_network_again(names[0], network, where)) if names else found
 
 
 def _same_methods(given: tuple[Method, ...], tables: Sequence[dict[str, Any]], where: str) -> tuple[Method, ...]:

@@ -1,6 +1,7 @@
 """Building blocks with learner axes."""
 
 from rlmeta.nn.block import Block, Context, Params, apply, split, stack
+from rlmeta.nn.convolutional import strided_convolutions
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.encoder import Encoder, feature_axes
 from rlmeta.nn.heads import (
@@ -55,4 +56,5 @@ __all__ = [
     "lift",
     "split",
     "stack",
+    "strided_convolutions",
 ]

@@ -57,6 +57,28 @@ def test_a_family_of_ones_own_needs_no_name(tmp_path):
         rl.train(rl.Regressor(), Lines(), steps=8)
 
 
+def features(space):
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh())
+
+
+def test_a_network_inside_anothers_settings_is_never_loaded_from_a_folder(tmp_path):
+    settings = rl.MAML(rl.Regressor(network=features), num_envs=4)
+    run = rl.train(settings, Lines(), steps=8, seeds=2, out=tmp_path / "run")
+    with pytest.raises(SettingError, match=r"had the network .*:features: pass it again as network="):
+        rl.load(tmp_path / "run", env=Lines())
+    again = rl.load(tmp_path / "run", env=Lines(), network=features)
+    assert again.experiment.variants == (settings,)
+    assert torch.equal(again.evaluate(64).returns, run.evaluation.returns)
+
+
+def test_a_network_of_rlmeta_is_loaded(tmp_path):
+    settings = rl.MAML(rl.Classifier(network=rl.nn.strided_convolutions), num_envs=2)
+    run = rl.train(settings, "few-shot-digits", steps=4, out=tmp_path / "run")
+    again = rl.load(tmp_path / "run")
+    assert again.experiment.variants == (settings,)
+    assert torch.equal(again.evaluate(8).returns, run.evaluate(8).returns)
+
+
 def test_a_method_of_ones_own_is_never_taken_for_another_of_its_name(tmp_path):
     @dataclass(frozen=True)
     class EWC(rl.EWC):
