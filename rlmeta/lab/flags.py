@@ -26,6 +26,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, TypeVar
 
 from rlmeta.errors import SettingError
+from rlmeta.lab.shipped import agent_class
 from rlmeta.learning.settings import check_names, name_of
 
 C = TypeVar("C")
@@ -103,8 +104,6 @@ def learner(text: str) -> Any:
     Raises:
         SettingError, UnknownNameError: there is no such learner, setting or value.
     """
-    from rlmeta.lab.experiment import agent_class
-
     name, *words = text.split()
     if name == "none":
         return None

@@ -14,7 +14,6 @@ from rich.table import Table
 from rlmeta.envs.names import names, read_toml
 from rlmeta.errors import RlmetaError
 from rlmeta.lab import run_folder
-from rlmeta.learning.settings import name_of
 
 EXTRAS = {
     "box2d": ("Box2D", "rlmeta[box2d]"),
@@ -27,12 +26,11 @@ EXTRAS = {
 
 def agents_table() -> Table:
     """Every agent and the tasks it has presets for."""
-    from rlmeta import agents, meta
     from rlmeta.lab.presets import preset_files
+    from rlmeta.lab.shipped import AGENTS
 
     table, presets = _table("agents", "name", "what", "presets for"), preset_files()
-    for cls in (*agents.ALL, *meta.ALL):
-        name = name_of(cls)
+    for name, cls in AGENTS.items():
         table.add_row(name, (cls.__doc__ or "").split(".")[0], ", ".join(presets.get(name, [])))
     return table
 
@@ -82,11 +80,11 @@ def streams_table() -> Table:
 
 def methods_table() -> Table:
     """Lifelong methods and their settings: `--lifelong NAME --NAME.SETTING VALUE`."""
-    from rlmeta import lifelong
     from rlmeta.lab.flags import docs, text_of
+    from rlmeta.lab.shipped import METHODS
 
     table = _table("methods", "name", "setting", "default", "what")
-    for cls in lifelong.ALL:
+    for cls in METHODS.values():
         table.add_section()
         about: Any = cls
         for i, setting in enumerate(dataclasses.fields(about)):

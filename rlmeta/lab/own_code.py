@@ -14,7 +14,6 @@ from typing import Any
 
 import gymnasium as gym
 
-from rlmeta import lifelong
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs.data import DataTask
 from rlmeta.envs.families import NamedFamily
@@ -23,7 +22,8 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Task, TaskFamily
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.lab import flags, run_folder
-from rlmeta.lab.experiment import methods_again
+from rlmeta.lab.configuration import methods_again
+from rlmeta.lab.shipped import METHODS
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import check_names
 
@@ -104,11 +104,10 @@ def method_named(name: str) -> Any:
         UnknownNameError: there is no such method.
         SettingError: no such module or name, or what it names is no method.
     """
-    known: dict[str, Any] = {cls.name: cls for cls in lifelong.ALL}
     if ":" not in name:
-        if name not in known:
-            raise unknown_name("lifelong method", name, [*known, "package.module:MyMethod"])
-        return known[name]
+        if name not in METHODS:
+            raise unknown_name("lifelong method", name, [*METHODS, "package.module:MyMethod"])
+        return METHODS[name]
     found = flags.load_object(name)
     if not isinstance(found, Method) and not (isinstance(found, type) and issubclass(found, Method)):
         raise SettingError(f"--lifelong: {name} is {found!r}, expected a class that extends rlmeta's Method")

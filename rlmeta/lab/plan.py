@@ -19,7 +19,6 @@ from typing import Any
 import tomli_w
 import torch
 
-from rlmeta import lifelong
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import streams
 from rlmeta.envs.names import read_toml
@@ -29,8 +28,9 @@ from rlmeta.envs.task import Mode, family, is_data_family, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.lab import flags, own_code, presets, run_folder
 from rlmeta.lab import train as training
-from rlmeta.lab.experiment import Budget, agent_class
+from rlmeta.lab.experiment import Budget
 from rlmeta.lab.run import Run, load
+from rlmeta.lab.shipped import METHODS, agent_class
 from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import per_learner_names
@@ -394,7 +394,7 @@ def _whole(text: str, flag: str) -> int:
 def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Arguments of the environment (`--env.KEY VALUE`) and of lifelong methods (`--ewc.KEY VALUE`), and the rest."""
     named = own_code.methods_named(_peek(arguments, "--lifelong") or "")
-    owners = ("env", *(one.name for one in (*lifelong.ALL, *named)))
+    owners = ("env", *METHODS, *(one.name for one in named))
     settings: dict[str, dict[str, Any]] = {}
     others, rest = [], deque(arguments)
     while rest:

@@ -14,14 +14,13 @@ compares its values.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlmeta.envs.names import folders, names, read_named, read_toml
+from rlmeta.envs.names import names, read_named, read_toml
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.lab import flags
-from rlmeta.lab.experiment import agent_class
+from rlmeta.lab.shipped import agent_class
 from rlmeta.learning.settings import check_names, name_of, per_learner_names
 
 DEFAULTS = "defaults"
@@ -163,15 +162,6 @@ def _check_together(agent: type, settings: dict[str, Any], where: str) -> None:
         raise SettingError(f"{where}: {error}") from None
 
 
-def changes(settings: Any) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ from their class's defaults: `{name: (value, default)}`."""
-    fields = dataclasses.fields(settings)
-    return {f.name: (getattr(settings, f.name), f.default) for f in fields if getattr(settings, f.name) != f.default}
-
-
 def preset_files() -> dict[str, list[str]]:
     """The tasks that each agent's file in the `agents` folders has a table for."""
     return {name: [table for table in _tables(path) if table != DEFAULTS] for name, path in names("agents").items()}
-
-
-__all__ = ["NOTHING", "Preset", "changes", "folders", "load_preset", "preset", "preset_files"]

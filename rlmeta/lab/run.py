@@ -18,7 +18,8 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random, statistics, tree
 from rlmeta.lab import checkpoint, run_folder, stages
-from rlmeta.lab.experiment import Experiment, from_config
+from rlmeta.lab.configuration import from_config
+from rlmeta.lab.experiment import Experiment
 from rlmeta.lab.memory import keep_freed_memory
 from rlmeta.lab.stages import Stage
 from rlmeta.learning.evaluate import Evaluation

@@ -139,7 +139,3 @@ def check_needs(methods: Sequence[Method], reveals: frozenset[str], stream: str)
                 f"{method.name} needs to know {words[need]}, which the stream {stream!r} hides: choose a stream or "
                 f"scenario that reveals {need!r}, or another method"
             )
-
-
-Callback = Callable[[Any, dict[str, Any]], bool | None]
-"""A function of (run, metrics) that may stop the run by returning True."""

@@ -201,7 +201,7 @@ def test_wrong_tables_are_refused(table, message):
 
 
 def test_streams_say_how_to_make_them_again():
-    from rlmeta.lab.experiment import _problem_again
+    from rlmeta.lab.configuration import problem_again
 
     for given in (
         rl.stream("split-digits", scenario="class", order=3),
@@ -211,7 +211,7 @@ def test_streams_say_how_to_make_them_again():
         rl.stream("cartpole-conflicts", reveals=["boundaries"]),
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", observe_identity=True),
     ):
-        again = _problem_again(given.describe(), None, "here")
+        again = problem_again(given.describe(), None, "here")
         assert again.orders() == given.orders() and again.scenario == given.scenario
         assert [one.name for one in again.tasks] == [one.name for one in given.tasks]
         assert again.reveals == given.reveals

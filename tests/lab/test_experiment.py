@@ -11,7 +11,8 @@ import torch
 import rlmeta as rl
 from rlmeta.envs.native import Bandit, CartPole
 from rlmeta.errors import CheckpointError, SettingError
-from rlmeta.lab.experiment import Budget, Experiment, available_threads, from_config
+from rlmeta.lab.configuration import from_config
+from rlmeta.lab.experiment import Budget, Experiment, available_threads
 
 
 @pytest.mark.parametrize(

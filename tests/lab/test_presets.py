@@ -16,8 +16,8 @@ from rlmeta.envs.names import names, read_toml
 from rlmeta.envs.task import Task, TaskFamily, from_table
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional.random import make_keys
-from rlmeta.lab.experiment import agent_class
 from rlmeta.lab.presets import NOTHING, load_preset, preset, preset_files
+from rlmeta.lab.shipped import agent_class
 from rlmeta.learning.settings import name_of
 
 REPOSITORY = Path(rl.__file__).parents[1]
