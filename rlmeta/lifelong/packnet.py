@@ -112,7 +112,7 @@ class PackNet(Method):
 
     def task_start(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
         """All free weights take part again."""
-        return p, {**m, "pruned": torch.zeros_like(m["pruned"]), "moved": torch.zeros_like(m["moved"])}
+        return p, {**m, "pruned": torch.zeros_like(m["pruned"])}
 
     def phase_start(self, learner: Any, p: Params, m: Memory, task: Task, phase: str) -> tuple[Params, Memory]:
         """Prune before the second training."""
@@ -126,7 +126,10 @@ class PackNet(Method):
         return p, {**m, "copies": copies, "done": torch.full_like(m["done"], position + 1)}
 
     def _prune(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """In every layer the task keeps the largest of the weights that it has moved; the others are 0, and free."""
+        """In every layer the task keeps the largest of the weights that it has moved; the others are 0, and free.
+
+        What is free when a later task begins is 0 already, so `moved` need not tell whose steps moved it.
+        """
         if bool(m["pruned"].all()):
             return p, m
         position, axes = position_of(task), task["index"].dim()
@@ -176,7 +179,7 @@ class PackNet(Method):
         return (owner > FREE) & ~(pruned & (owner == (task["index"] + 1).unsqueeze(-1))) | (pruned & (owner == FREE))
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Note which weights the task has moved: what it never needed is not worth keeping."""
+        """Note which weights have been moved: initial ones that the first task never needed are not worth keeping."""
         if bool(m["pruned"].all()):
             return m
         return {**m, "moved": m["moved"] | (info.delta != 0)}

@@ -151,17 +151,19 @@ def test_weights_that_a_task_never_moved_are_not_its_own():
     assert (owner["net.0.1.0.weight"][..., 3] != 1).all()
 
 
-def test_what_a_task_has_moved_is_kept_from_step_to_step_and_begins_anew_with_the_next():
+def test_what_is_moved_is_noted_from_step_to_step_until_the_pruning():
     run = trained(PackNet(), count=2)
-    method, task = run.agent.methods[0], run.state["task"]
-    p, m = run.state["params"], run.state["methods"]["packnet"]
-    p, m = method.task_start(run.agent, p, m, task)
-    assert not m["moved"].any() and not m["pruned"].any()
+    method, p, task = run.agent.methods[0], run.state["params"], run.state["task"]
+    m = method.init(run.agent, run.state)
     delta = torch.zeros_like(m["moved"], dtype=torch.float32)
     for entry, size in ((0, 0.5), (1, -0.5), (2, 0.0)):
         move = delta.index_fill(-1, torch.tensor([entry]), size)
         m = method.after_step(run.agent, StepInfo(move, move, {}), p, m, task, run.state["key"])
     assert m["moved"].sum(-1).tolist() == [2, 2, 2] and m["moved"][..., :2].all()
+    pruned, everything = {**m, "pruned": torch.ones_like(m["pruned"])}, torch.ones_like(delta)
+    after = method.after_step(run.agent, StepInfo(everything, everything, {}), p, pruned, task, run.state["key"])
+    assert torch.equal(after["moved"], m["moved"])
+    assert not method.task_start(run.agent, p, pruned, task)[1]["pruned"].any()
 
 
 def test_evaluating_a_task_changes_nothing():
