@@ -5,55 +5,51 @@ The same as `rl.train(rl.preset("classifier", name), rl.stream(name), lifelong=[
 python agents/gem.py --name split-digits --memory 50 --seeds 5
 """
 
-import math
 from functools import partial
 
 import torch
 import tyro
 
 import rlmeta as rl
-from rlmeta.lab.experiment import Experiment
-from rlmeta.lab.stages import evaluate_tasks, turn_to
+from rlmeta.lab.stages import score_tasks, turn_to
+from rlmeta.lab.train import prepare
 from rlmeta.learning.step import reset_optimizer, step
 from rlmeta.lifelong.recall import draw_memories, put_memories
 
 
 def train(name: str = "split-digits", memory: int = 50, seeds: int = 5, steps: int = 12_800) -> dict:
-    """Train `seeds` learners at once on `steps` samples of every task; returns their state and the accuracies."""
-    settings, stream, gem = rl.preset("classifier", name), rl.stream(name), rl.GEM(memory)
-    experiment = Experiment((settings,), tuple(range(seeds)), stream, methods=(gem,))
-    world, tests, order = experiment.world(), experiment.world(1), experiment.orders
-    learner = experiment.bind(world)
-    state = learner.init(experiment.keys(), experiment.hyper(), world)
-    iterations = math.ceil(steps / (settings.batch_size * settings.num_steps))
-    accuracy = torch.zeros(seeds, len(stream), len(stream), dtype=torch.float64)
+    """Train `seeds` learners at once on `steps` samples of every task; returns their state, `matrix` included."""
+    gem = rl.GEM(memory)
+    run = prepare(rl.preset("classifier", name), rl.stream(name), rl.Budget(steps), seeds=seeds, lifelong=[gem])
+    learner, world, state = run.agent, run.world, run.state
+    tests, order = run.evaluation_world(1), run.experiment.orders
 
-    for task in range(len(stream)):
-        state = reset_optimizer(turn_to(learner, state, world, order, task))
+    for stage in run.stages:  # one for every task
+        state = reset_optimizer(turn_to(learner, state, world, order, stage.position))
 
         # learn: the step projects the gradient so that no remembered task's loss rises
-        for i in range(iterations):
-            state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
+        for i in range(stage.first, stage.last):
+            state["progress"] = torch.full((seeds,), stage.progress(i), dtype=torch.float64)
             state["task"] = {**state["task"], "progress": state["progress"]}
             optimizer, clip = learner.optimizer(state), state["params"]["hyper"]["max_grad_norm"]
-            for _ in range(settings.num_steps):
+            for _ in range(learner.settings.num_steps):
                 state["world"], batch = world.next_batch(state["world"])
                 state, _ = step(learner, state, batch, optimizer, max_grad_norm=clip, methods=[gem])
 
         # remember some samples of the task
         kept = draw_memories(learner, state["params"], partial(learner.draw, state, world), memory, 1)
         of_gem = state["methods"]["gem"]
-        state["methods"] = {"gem": {**of_gem, "samples": put_memories(of_gem["samples"], task, kept, 1)}}
+        samples = put_memories(of_gem["samples"], stage.position, kept, 1)
+        state["methods"] = {"gem": {**of_gem, "samples": samples}}
 
         # what is left of the others
-        found = evaluate_tasks(learner, state, tests, order, state["key"], 1)
-        accuracy[:, task] = torch.cat([one.returns for one in found], -1)
-    return {"state": state, "accuracy": accuracy}
+        state["matrix"][:, stage.position + 1] = score_tasks(learner, state, tests, order, state["key"], 1)
+    return state
 
 
 def main(name: str = "split-digits", memory: int = 50, seeds: int = 5, steps: int = 12_800) -> None:
     """Train, print the mean accuracy on every task (columns) after training on each (rows)."""
-    print(train(name, memory, seeds, steps)["accuracy"].mean(0))
+    print(train(name, memory, seeds, steps)["matrix"][:, 1:].mean(0))
 
 
 if __name__ == "__main__":

@@ -133,3 +133,9 @@ def evaluate_tasks(
         fresh = random.fold(key, position)
         found.append(learner.evaluate(p, world, fresh, episodes, deterministic=deterministic))
     return found
+
+
+def score_tasks(learner: Learner, state: State, world: Any, orders: Tensor, key: Tensor, episodes: int) -> Tensor:
+    """A row of the matrix: the mean score on the task at every position of each learner's order, `[*L, T]`."""
+    found = evaluate_tasks(learner, state, world, orders, key, episodes)
+    return torch.stack([one.returns.mean(-1) for one in found], -1)

@@ -349,12 +349,11 @@ class _Loop:
     def _fill_matrix(self, row: int) -> None:
         clock.switch("evaluate")
         run, orders = self.run, self.run.experiment.orders
-        key = random.fold(
-            run.state["key"], "stream evaluation"
-        )  # the same episodes in every row: no luck in a difference
-        found = stages.evaluate_tasks(run.agent, run.state, self.eval_world, orders, key, self.budget.eval_episodes)
+        # the same episodes in every row: no luck in a difference
+        key = random.fold(run.state["key"], "stream evaluation")
+        scores = stages.score_tasks(run.agent, run.state, self.eval_world, orders, key, self.budget.eval_episodes)
         matrix = run.state["matrix"].clone()
-        matrix[..., row, :] = torch.stack([one.returns.mean(-1) for one in found], -1)
+        matrix[..., row, :] = scores
         run.state["matrix"] = matrix
         clock.switch("other")
 
