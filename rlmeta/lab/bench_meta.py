@@ -21,14 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from rlmeta.agents.classifier import Classifier
 from rlmeta.envs.families import FamilyWorld, NamedFamily, Quadratics, Sinusoid
 from rlmeta.envs.task import family as family_named
 from rlmeta.errors import SettingError, unknown_name
@@ -174,40 +172,18 @@ def _floor(seeds: int) -> Tensor:
 # ---------------------------------------------------------------------- Omniglot
 
 
-def strided_convolutions(space: gym.Space) -> nn.Module:
-    """The MAML paper's convolutional network for Omniglot, halved: three of 32 channels, normalised by each batch."""
-    layers: list[nn.Module] = []
-    for channels in (1, 32, 32):
-        layers += [nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32, track_running_stats=False)]
-        layers.append(nn.ReLU())
-    return nn.Sequential(nn.Unflatten(1, (1, space.shape[0])), *layers, nn.Flatten())  # type: ignore[index]
-
-
-OMNIGLOT = MAML(
-    learner=Classifier(network=strided_convolutions),
-    num_envs=16,
-    inner_rate=0.4,
-    meta_rate=2e-3,
-    meta_rate_schedule="linear",
-    max_grad_norm=10.0,
-)
-"""The paper's inner rate and step; a sixtieth of its meta-batches, and half of its tasks in each."""
-
-OMNIGLOT_BATCHES = 1000
-"""Meta-batches of every fold."""
-
-
 def omniglot(options: Meta) -> list[Row]:
     """Accuracy in 5-way 1-shot Omniglot, alphabets held out: the mean over four folds of 600 episodes each."""
     found: dict[str, list[Tensor]] = {"MAML": [], "before": [], "nearest pixel": [], "after 5 steps": []}
-    steps, seconds = OMNIGLOT_BATCHES * OMNIGLOT.num_envs, 0.0
+    settings, steps = _settings(MAML, "few-shot-omniglot")
+    seconds = 0.0
     for fold in range(4):
-        problem = family_named("few-shot-omniglot", {"fold": fold, "size": 14})
+        problem = family_named("few-shot-omniglot", {"fold": fold})
         assert isinstance(problem, NamedFamily)
         budget = Budget(steps=steps, eval_every=steps, final_episodes=10)
-        run = train(OMNIGLOT, problem, budget=budget, seeds=options.seeds)
+        run = train(settings, problem, budget=budget, seeds=options.seeds)
         curve = _curve(run, 600, 5)
-        found["MAML"].append(curve[..., OMNIGLOT.inner_steps].mean(-1))
+        found["MAML"].append(curve[..., settings.inner_steps].mean(-1))
         found["before"].append(curve[..., 0].mean(-1))
         found["after 5 steps"].append(curve[..., 5].mean(-1))
         found["nearest pixel"].append(nearest_pixel(run.experiment.world(), options.seeds))
@@ -215,7 +191,7 @@ def omniglot(options: Meta) -> list[Row]:
         print(f"fold {fold}: MAML {float(found['MAML'][-1].mean()):.3f}, {run.seconds:.0f} s", flush=True)
     percent = {name: 100 * torch.stack(values).mean(0) for name, values in found.items()}
     further = {"before": float(percent["before"].mean()), "after 5 steps": float(percent["after 5 steps"].mean())}
-    what = f"MAML, 3 convolutions of 32, 14 x 14, 1 step, {OMNIGLOT_BATCHES} meta-batches"
+    what = f"MAML, 4 convolutions of 32, 1 step, {steps // settings.num_envs} meta-batches"
     return [
         _row(what, percent["MAML"], "its number", **further, seconds=seconds),
         _row("nearest pixel", percent["nearest pixel"]),
@@ -290,10 +266,11 @@ def optimizer(options: Meta) -> list[Row]:
 
 
 def evolved_optimizer(options: Meta) -> list[Row]:
-    """The same LSTM meta-trained by PES."""
+    """The same LSTM meta-trained by PES, whose noise asks for four times the steps."""
     settings, steps = _settings(LearnedOptimizer, "quadratics")
     problem = NamedFamily("quadratics", Quadratics())
-    run = _trained(dataclasses.replace(settings, estimator="pes", sigma=0.01), problem, options, steps)
+    evolving = dataclasses.replace(settings, estimator="pes", sigma=0.03, meta_rate=1e-2)
+    run = _trained(evolving, problem, options, 4 * steps)
     curve = _curve(run, 256, 300)
     return [_loss_row("LSTM, PES", curve, seconds=run.seconds)]
 
