@@ -35,6 +35,7 @@ from torch import Tensor
 
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional.tree import Tree
+from rlmeta.lab.files import Buffer, sync_folder, write_file
 
 SEGMENT_BYTES = 4 << 20
 """Size of a replay segment over all learners; a leaf that is not longer stays in the common file."""
@@ -45,7 +46,6 @@ MANIFEST_LIMIT = 64 << 20
 HEADER_LIMIT = 32 << 20
 READ_ATTEMPTS = 10
 
-Buffer: TypeAlias = bytes | memoryview
 Pair: TypeAlias = tuple[dict[str, Tree], dict[str, Any]]
 
 _CODES = {
@@ -159,11 +159,11 @@ def _commit(
     try:
         stored = _write_leaves(writer, leaves, segmented, learner_axes)
         manifest = _encode_manifest(_Manifest(stored, writer.files, about))
-        _sync_folder(folder)
+        sync_folder(folder)
         if newest is not None:
-            _write_file(folder / PREVIOUS, [newest])
-        _write_file(folder / MANIFEST, [manifest])
-        _sync_folder(folder)
+            write_file(folder / PREVIOUS, [newest])
+        write_file(folder / MANIFEST, [manifest])
+        sync_folder(folder)
     except BaseException:
         _collect(folder)
         raise
@@ -194,7 +194,7 @@ class _Writer:
         if _intact(path, size):
             self.reused.append(name)
             return name
-        _write_file(path, buffers)
+        write_file(path, buffers)
         _remember(path)
         self.written.append(name)
         self.bytes_written += size
@@ -587,34 +587,10 @@ def _exists(path: Path) -> bool:
     return _signature(path) is not None
 
 
-def _write_file(path: Path, buffers: Iterable[Buffer]) -> None:
-    """Put a file at `path` at once: temporary file beside it, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        for buffer in buffers:
-            rest = memoryview(buffer)
-            while rest:
-                rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-    os.replace(temporary, path)
-
-
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power failure."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        sync_folder(folder.parent)
 
 
 def _rotatable(folder: Path) -> bytes | None:

@@ -103,7 +103,7 @@ def runs_table(folder: Path = Path("runs")) -> Table:
         try:
             content = run_folder.read_config(run)
             said = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
-            table.add_row(str(run), *map(str, said), *_outcome(run / "summary.json"))
+            table.add_row(str(run), *map(str, said), *_outcome(run / run_folder.SUMMARY))
         except (RlmetaError, KeyError, TypeError, ValueError) as error:
             table.add_row(str(run), "", "", "", "", f"unreadable: {error}", "")
     return table

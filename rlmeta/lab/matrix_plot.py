@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlmeta.errors import missing_extra
-from rlmeta.lab.plots import band, centre
+from rlmeta.lab.plots import band, centre, picture
 from rlmeta.lab.tables import FEW_SEEDS
 
 if TYPE_CHECKING:
@@ -35,16 +32,7 @@ def write_matrix(run: Run) -> Path | None:
         The file, or None where nothing was drawn.
     """
     assert run.folder is not None
-    try:
-        figure = _figure(run)
-    except ImportError:
-        print(missing_extra("matplotlib", "plot", "drawing matrix.png"), file=sys.stderr)
-        return None
-    path = run.folder / "matrix.png"
-    temporary = path.with_name("matrix.png.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
-    return path
+    return picture(run.folder / "matrix.png", lambda: _figure(run), dpi=120)
 
 
 def _figure(run: Run) -> Figure:

@@ -29,6 +29,7 @@ from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.lab import flags, own_code, presets, run_folder
 from rlmeta.lab import train as training
 from rlmeta.lab.experiment import Budget
+from rlmeta.lab.files import put
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.shipped import METHODS, agent_class
 from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
@@ -236,9 +237,7 @@ class Plan:
                 "lifelong": self.lifelong,
                 "flags": self.texts,
             }
-            written = folder / f"{PLAN}.tmp"
-            written.write_text(tomli_w.dumps(content))
-            os.replace(written, folder / PLAN)
+            put(folder / PLAN, tomli_w.dumps(content))
 
     # ------------------------------------------------------------------ training
 
@@ -286,7 +285,7 @@ class Plan:
             "lifelong": self.methods(),
             "own": {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {},
         }
-        if (where / "summary.json").is_file():
+        if (where / run_folder.SUMMARY).is_file():
             return load(where, **again)
         return go_on(where, **again, progress=not self.options.quiet, inexact=inexact)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import statistics
+from rlmeta.lab.files import put
 from rlmeta.lab.records import read_records
 from rlmeta.lab.tables import FEW_SEEDS
 
@@ -61,15 +62,19 @@ def write_curve(run: Run) -> Path | None:
     if run.folder is None:
         raise SettingError("a run that is kept in memory has no curve.png: give out=")
     evaluation, training = curves(run)
+    return picture(run.folder / "curve.png", lambda: _figure(run, evaluation, training), dpi=150)
+
+
+def picture(path: Path, draw: Callable[[], Figure], dpi: int) -> Path | None:
+    """Write what `draw` draws into a PNG file; without matplotlib say what to install, and return None."""
     try:
-        figure = _figure(run, evaluation, training)
+        figure = draw()
     except ImportError:
-        print(missing_extra("matplotlib", "plot", "drawing curve.png"), file=sys.stderr)
+        print(missing_extra("matplotlib", "plot", f"drawing {path.name}"), file=sys.stderr)
         return None
-    path = run.folder / "curve.png"
-    temporary = path.with_name("curve.png.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    put(path, content.getvalue())
     return path
 
 

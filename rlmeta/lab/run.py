@@ -20,6 +20,7 @@ from rlmeta.functional import random, statistics, tree
 from rlmeta.lab import checkpoint, run_folder, stages
 from rlmeta.lab.configuration import from_config
 from rlmeta.lab.experiment import Experiment
+from rlmeta.lab.files import put
 from rlmeta.lab.memory import keep_freed_memory
 from rlmeta.lab.stages import Stage
 from rlmeta.learning.evaluate import Evaluation
@@ -224,7 +225,7 @@ class Run:
                 "lengths": self.evaluation.lengths.tolist(),
                 "stopped": self.stopped,
             }
-            (self.folder / "summary.json").write_text(json.dumps(content))
+            put(self.folder / run_folder.SUMMARY, json.dumps(content))
 
     def close(self) -> None:
         """End worker processes and environments."""
@@ -263,13 +264,26 @@ def load(
     run.seconds = float(about.get("seconds", 0.0))
     run.stopped = str(about.get("stopped", ""))
     run.offsets = dict(about.get("offsets", {}))
-    summary = folder / "summary.json"
-    if summary.is_file():
-        content = json.loads(summary.read_text())
-        run.evaluation = Evaluation(
-            torch.tensor(content["returns"], dtype=torch.float64), torch.tensor(content["lengths"])
-        )
+    run.evaluation = _final_evaluation(folder / run_folder.SUMMARY)
     return run
+
+
+def _final_evaluation(path: Path) -> Evaluation | None:
+    """What a run's summary says of its final evaluation; None where the run has not ended.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        returns = torch.tensor(content["returns"], dtype=torch.float64)
+        return Evaluation(returns, torch.tensor(content["lengths"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): remove it, `rlmeta resume {path.parent}` evaluates the run again"
+        ) from error
 
 
 def fit(fresh: State, saved: State, where: str) -> State:

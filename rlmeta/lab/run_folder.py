@@ -16,8 +16,11 @@ from typing import Any
 import tomli_w
 
 from rlmeta.errors import CheckpointError, RunExistsError, SettingError
+from rlmeta.lab.files import put
 
 CONFIG, LOCK = "config.toml", "run.lock"
+SUMMARY = "summary.json"
+"""The final evaluation, there once the run has ended."""
 
 _held: dict[str, int] = {}
 """Folders locked by this process, which a POSIX lock does not keep from locking them twice; a fork holds none."""
@@ -123,17 +126,7 @@ def write_config(path: str | os.PathLike[str], config: dict[str, Any]) -> None:
         data = text.encode()
     except UnicodeEncodeError as error:
         raise SettingError(f"config has text that is not unicode ({error.object[error.start]!r}): rename it") from error
-    temporary = target.with_name(CONFIG + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise CheckpointError(f"cannot write {target}: {error.strerror}; check the disk and its permissions") from error
+    put(target, data)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

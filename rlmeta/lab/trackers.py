@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rlmeta.errors import CheckpointError, SettingError, missing_extra, require_extra
+from rlmeta.lab.files import put
 
 if TYPE_CHECKING:
     from rlmeta.lab.experiment import Experiment
@@ -290,20 +291,7 @@ class _Journal:
         return True
 
     def _write(self, content: dict[str, Any]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
-            with temporary.open("w") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}; check the disk") from error
+        put(self.path, json.dumps(content))
         self.content = content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -310,3 +311,25 @@ def test_a_second_ctrl_c_does_not_wait_for_the_iteration(tmp_path):
     assert len(lines) == 1
     assert signal.getsignal(signal.SIGINT) is handler
     assert rl.resume(tmp_path / "run").env_steps == 256
+
+
+def test_the_summary_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = rl.train(SETTINGS, "CartPole-v1", out=tmp_path / "run", budget=BUDGET)
+    summary = tmp_path / "run" / "summary.json"
+    before = summary.read_bytes()
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run.evaluation = run.evaluate(4)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(CheckpointError, match=r"cannot write .*summary.json: No space left on device"):
+            run.write_summary()
+    assert summary.read_bytes() == before and not list(summary.parent.glob("*.tmp"))
+    for damaged in (before[:-20], b"[]", b'{"returns": [[1.0]]}'):
+        summary.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"summary.json is damaged .*: remove it, `rlmeta resume "):
+            rl.load(tmp_path / "run")
+    summary.unlink()
+    assert torch.equal(rl.resume(tmp_path / "run").scores, rl.load(tmp_path / "run").scores)
