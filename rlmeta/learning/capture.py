@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional import tree
-from rlmeta.learning.tape import LooksAtValues, Place, Tape, record, split, without_idle, without_writes, written_over
+from rlmeta.learning.passes import split, without_idle, without_writes, written_over
+from rlmeta.learning.tape import LooksAtValues, Place, Tape, record
 
 Function = Callable[[tree.Tree], tree.Tree]
 """From a nested dictionary of tensors to one. It may depend on nothing else that changes, and not on their values."""

@@ -1,17 +1,8 @@
-"""A pure function of tensors as the list of its tensor operations, and what of that list can be spared.
-
-`record` notes the operations, those of the backward pass as well. What follows are passes from one list to a shorter
-or cheaper one that computes the same bits:
-
-    without_writes      operations in place as ordinary ones, where nothing else sees what they write to
-    without_idle        without operations whose results nobody uses
-    split               what depends on some inputs only apart from the rest: it is computed once where the rest repeats
-    written_over        elementwise operations in place, where nobody needs the argument any more
-"""
+"""A pure function of tensors as the list of its tensor operations, those of the backward pass as well."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -58,9 +49,12 @@ class Operation:
         _each_place((self.arguments, self.named), found.append)
         return found
 
-    def writes(self) -> bool:
-        """Whether it changes an argument."""
-        return bool(self.function._schema.is_mutable)
+    def writes(self) -> list[Place]:
+        """The places that it changes."""
+        arguments = self.function._schema.arguments
+        given = {**{x.name: value for x, value in zip(arguments, self.arguments)}, **self.named}
+        changed = [given.get(x.name) for x in arguments if x.alias_info is not None and x.alias_info.is_write]
+        return [x for x in changed if isinstance(x, Place)]
 
     def renamed(self, names: dict[Place, Any]) -> Operation:
         """With other places, or constants, for some of those that it reads."""
@@ -232,167 +226,3 @@ def _with_tensors(function: Any, args: Sequence[Any], named: dict[str, Any]) -> 
         tensor = torch.tensor(number, dtype=args[0].dtype, device=args[0].device)
         return aten.sub.Tensor, [tensor, args[0]], {"alpha": args[2] if len(args) > 2 else 1}
     return function, args, named
-
-
-# ---------------------------------------------------------------------- the passes
-
-
-def _last_uses(tape: Tape, of: dict[Place, Any]) -> dict[Any, int]:
-    """For what `of` says of a place the number of the last operation that reads it; for outputs, one past the end."""
-    last: dict[Any, int] = {}
-    for number, operation in enumerate(tape.operations):
-        last.update((of[place], number) for place in operation.reads())
-    last.update((of[place], len(tape.operations)) for place in tape.outputs if isinstance(place, Place))
-    return last
-
-
-def without_writes(tape: Tape) -> Tape:
-    """Operations in place as ordinary ones; where something else sees what they write to, its memory is `pinned`."""
-    last = _last_uses(tape, {place: place for place in tape.memory})
-    sharing: dict[int, list[Place]] = {}
-    for place, piece in tape.memory.items():
-        sharing.setdefault(piece, []).append(place)
-    layouts, memory = dict(tape.layouts), dict(tape.memory)
-    names, moved = dict[Place, Place](), dict[int, int]()  # where a place, or a piece of memory, is now
-    stuck, operations = set[int](), list[Operation]()
-    for number, operation in enumerate(tape.operations):
-        written = _written(operation)
-        stuck |= {
-            tape.memory[target]
-            for target in written
-            if _in_new_memory(operation) is None
-            or any(last.get(other, -1) > number for other in sharing[tape.memory[target]] if other != target)
-        }
-        if written and tape.memory[written[0]] not in stuck:
-            new, target = Place(len(layouts)), written[0]
-            operations.append(replace(operation.renamed(names), function=_in_new_memory(operation), results=(new,)))
-            layouts[new], memory[new] = layouts[target], -new.number
-            names[target], moved[tape.memory[target]] = new, memory[new]
-            continue
-        for place in operation.results:
-            memory[place] = moved.get(tape.memory[place], tape.memory[place])
-        results = tuple(names.get(place, place) for place in operation.results)
-        operations.append(replace(operation.renamed(names), results=results))
-    outputs = tuple(names.get(x, x) if isinstance(x, Place) else x for x in tape.outputs)
-    pinned = frozenset(moved.get(piece, piece) for piece in stuck)
-    return Tape(tape.inputs, tuple(operations), outputs, layouts, memory, pinned)
-
-
-def _written(operation: Operation) -> list[Place]:
-    """The places that an operation changes."""
-    arguments = operation.function._schema.arguments
-    given = {**{x.name: value for x, value in zip(arguments, operation.arguments)}, **operation.named}
-    changed = [given.get(x.name) for x in arguments if x.alias_info is not None and x.alias_info.is_write]
-    return [x for x in changed if isinstance(x, Place)]
-
-
-def _in_new_memory(operation: Operation) -> Any:
-    """The operation that gives a new tensor, for one that writes to its first argument; None where there is none."""
-    name, overload = operation.function._schema.name.split("::")[1], operation.function._overloadname
-    if not name.endswith("_") or not isinstance(operation.arguments[0], Place):
-        return None
-    return getattr(getattr(aten, name[:-1], None), overload, None)
-
-
-def without_idle(tape: Tape) -> Tape:
-    """Without operations whose results nobody uses."""
-    used = {place for place in tape.outputs if isinstance(place, Place)}
-    kept: list[Operation] = []
-    for operation in reversed(tape.operations):
-        if used.intersection(operation.results) or any(tape.memory[x] in tape.pinned for x in _written(operation)):
-            kept.append(operation)
-            used.update(operation.reads())
-    return replace(tape, operations=tuple(reversed(kept)))
-
-
-def split(tape: Tape, fixed: Iterable[Place], views_of: Iterable[Place] | None = None) -> tuple[Tape, Tape]:
-    """What depends on the `fixed` inputs alone, and the rest, whose further inputs are what it needs of the former.
-
-    Args:
-        tape: without writes where memory is not pinned.
-        fixed: some of its inputs.
-        views_of: only take views of these inputs apart.
-    """
-    known, before, rest = set(fixed), list[Operation](), list[Operation]()
-    only = None if views_of is None else {tape.memory[place] for place in views_of}
-    handed_out = {tape.memory[place] for place in tape.outputs if isinstance(place, Place)}
-    stays = tape.pinned | (handed_out - (only or set()))  # outputs are the caller's, so they are made anew
-    for operation in tape.operations:
-        operation = _of_shapes(operation, tape.layouts)
-        reads, made = operation.reads(), {tape.memory[place] for place in operation.results}
-        apart = known.issuperset(reads) and not _written(operation)
-        apart = apart and not stays & made and not tape.pinned & {tape.memory[place] for place in reads}
-        if apart and (only is None or made <= only):
-            before.append(operation)
-            known.update(operation.results)
-        else:
-            rest.append(operation)
-    needed = {x for x in tape.outputs if isinstance(x, Place)}.union(*(operation.reads() for operation in rest))
-    passed = tuple(place for operation in before for place in operation.results if place in needed)
-    first = replace(tape, operations=tuple(before), outputs=passed)
-    return without_idle(first), replace(tape, inputs=(*tape.inputs, *passed), operations=tuple(rest))
-
-
-_FILLED = {
-    aten.ones_like.default: 1,
-    aten.zeros_like.default: 0,
-    aten.new_ones.default: 1,
-    aten.new_zeros.default: 0,
-}
-
-
-def _of_shapes(operation: Operation, layouts: dict[Place, Layout]) -> Operation:
-    """An operation that needs a shape alone, without the tensor whose shape it is."""
-    if operation.function not in _FILLED:
-        return operation
-    layout = layouts[operation.results[0]]
-    if layout.strides != torch.empty(layout.shape, device="meta").stride():
-        return operation
-    named = {"dtype": layout.dtype, "device": layout.device}
-    arguments = [list(layout.shape), _FILLED[operation.function]]
-    return replace(operation, function=aten.full.default, arguments=arguments, named=named)
-
-
-_ELEMENTWISE = ["abs", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "clamp", "div", "exp", "expm1", "lerp"]
-_ELEMENTWISE += ["log", "masked_fill", "mul", "neg", "pow", "relu", "reciprocal", "rsqrt", "sigmoid", "sqrt", "sub"]
-
-
-def written_over(tape: Tape, spare: Iterable[Place] = ()) -> Tape:
-    """Elementwise operations in place, where nobody needs their argument any more.
-
-    Args:
-        tape: any.
-        spare: inputs that nobody needs afterwards.
-    """
-    memory, operations = dict(tape.memory), list[Operation]()
-    last = _last_uses(tape, memory)
-    kept = {memory[place] for place in tape.inputs} - {memory[place] for place in spare} | tape.pinned
-    for number, operation in enumerate(tape.operations):
-        for target, in_place in _in_place(operation):
-            piece, result = memory[target], operation.results[0]
-            sharing = [place for place in operation.reads() if memory[place] == piece and place != target]
-            if piece in kept or last[piece] != number or sharing or tape.layouts[target] != tape.layouts[result]:
-                continue
-            operation, replaced = in_place, memory[result]
-            last[piece] = last.get(replaced, number)
-            memory.update((place, piece) for place, other in tape.memory.items() if other == tape.memory[result])
-            break
-        operations.append(operation)
-    return replace(tape, operations=tuple(operations), memory=memory)
-
-
-def _in_place(operation: Operation) -> Iterator[tuple[Place, Operation]]:
-    """The arguments that an elementwise operation could write its result to, and the operation that does."""
-    name, overload = operation.function._schema.name.split("::")[1], operation.function._overloadname
-    arguments = operation.arguments
-    if name == "tanh_backward":
-        for place in arguments:
-            yield place, replace(operation, function=aten.tanh_backward.grad_input, named={"grad_input": place})
-        return
-    if name not in _ELEMENTWISE:
-        return
-    if isinstance(arguments[0], Place) and hasattr(getattr(aten, name + "_", None), overload):
-        yield arguments[0], replace(operation, function=getattr(getattr(aten, name + "_"), overload))
-    if overload == "Tensor" and isinstance(arguments[1], Place) and name in ("add", "mul", "sub", "div"):
-        out = getattr(aten, name).out
-        yield arguments[1], replace(operation, function=out, named={**operation.named, "out": arguments[1]})

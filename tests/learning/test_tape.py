@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlmeta.functional import tree
 from rlmeta.learning.capture import Capture
-from rlmeta.learning.tape import record, split, without_idle, without_writes, written_over
+from rlmeta.learning.passes import split, without_idle, without_writes, written_over
+from rlmeta.learning.tape import record
 
 
 def seen_by_a_view(x: Tensor, a: Tensor) -> list[Tensor]:
