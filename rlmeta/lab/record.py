@@ -43,16 +43,8 @@ def record(
     if not hasattr(run.agent, "act") or isinstance(run.experiment.problem, TaskStream):
         what = f"a run of {run.experiment.agent_name} on {run.experiment.problem.name}"
         raise SettingError(f"{what} can't be recorded: give one of an agent that acts in a single task")
-    learners = len(run.experiment.learners)
-    if learner is None:
-        learner = run.best_learner if run.evaluation is not None else 0
-    if not 0 <= learner < learners:
-        raise SettingError(f"learner {learner}: the run has learners 0 to {learners - 1}")
-    p = run.agent.seen(run.state)
-    if best:
-        if "best" not in run.state:
-            raise SettingError("no best parameters: the run has had no periodic evaluation")
-        p = {**p, **run.state["best"]["params"]}
+    learner = run.chosen_learner(learner)
+    p = run.agent.seen(run.best_state() if best else run.state)
     alone = tree.map(lambda leaf: leaf[learner : learner + 1], {"p": p, "key": run.state["key"]})
     task = run.experiment.problem
     world = task.world((1,), evaluation_rows(episodes, task.native))

@@ -56,6 +56,7 @@ class Run:
         self.seconds = 0.0
         self.stopped = ""
         self.offsets: dict[str, int] = {}
+        self._actions = 0
 
     def start(self) -> None:
         """Set the state to that of a run that begins.
@@ -118,11 +119,7 @@ class Run:
             best: the parameters of each learner's best periodic evaluation instead of the final ones.
             seed: another seed plays other episodes.
         """
-        state = self.state
-        if best:
-            if "best" not in state:
-                raise SettingError("no best parameters: the run has had no periodic evaluation")
-            state = {**state, "params": {**state["params"], **state["best"]["params"]}}
+        state = self.best_state() if best else self.state
         world = self.evaluation_world(episodes)
         try:
             key = random.fold(random.fold(state["key"], "evaluation"), seed)
@@ -133,6 +130,16 @@ class Run:
             return Evaluation(*(torch.cat(parts, -1) for parts in zip(*found)))
         finally:
             world.close()
+
+    def best_state(self) -> State:
+        """The state with the parameters of every learner's best periodic evaluation.
+
+        Raises:
+            SettingError: there was none.
+        """
+        if "best" not in self.state:
+            raise SettingError("no best parameters: the run has had no periodic evaluation")
+        return {**self.state, "params": {**self.state["params"], **self.state["best"]["params"]}}
 
     def evaluation_world(self, episodes: int) -> Any:
         """Fresh rows of the problem to play `episodes` episodes in."""
@@ -151,20 +158,28 @@ class Run:
         Raises:
             SpaceError: the observation is not of the task's observation space.
         """
-        if learner is None:
-            learner = self.best_learner if self.evaluation is not None else 0
         if not hasattr(self.agent, "act"):
             raise SettingError(f"a run of {self.experiment.agent_name} does not act: only agents do")
-        if not 0 <= learner < len(self.experiment.learners):
-            raise SettingError(f"learner {learner}: the run has learners 0 to {len(self.experiment.learners) - 1}")
-        state = self.state
+        learner, state = self.chosen_learner(learner), self.state
         p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
         given = tree.map(lambda x: x.unsqueeze(0), spaces.to_tree(self.world.observation_space, observation))
-        self._acted = getattr(self, "_acted", 0) + 1
-        key = random.fold(random.fold(state["key"][learner], "act"), self._acted)
+        self._actions += 1
+        key = random.fold(random.fold(state["key"][learner], "act"), self._actions)
         agent: Any = self.agent
         action, _ = agent.act(p, given, agent.initial_memory(p, (1,)), key, deterministic)
         return spaces.to_numpy(self.world.action_space, action[0])
+
+    def chosen_learner(self, learner: int | None) -> int:
+        """The learner of this number; by default the best in the final evaluation, or the first if there was none.
+
+        Raises:
+            SettingError: there is no such learner.
+        """
+        if learner is None:
+            return self.best_learner if self.evaluation is not None else 0
+        if not 0 <= learner < len(self.experiment.learners):
+            raise SettingError(f"learner {learner}: the run has learners 0 to {len(self.experiment.learners) - 1}")
+        return learner
 
     @property
     def best_learner(self) -> int:

@@ -175,27 +175,33 @@ def _recorded_descents(
     each = {} if batches.order is None else {"index": batches.order}
 
     def follow(held: bool) -> tree.Tree:
-        def call(inputs: tree.Tree) -> tree.Tree:
-            old, given = inputs["carried"], inputs["fixed"]
-            batch = {**pick(given["batch"], inputs["each"].get("index")), **given["constants"]}
-            seen = {**given["params"], "buffers": old["buffers"]}
-            now = {"params": seen, "batch": batch, "settings": given["settings"]}
-            found = descend({**now, "flat": old["flat"], "moments": old["moments"]})
-            active = old["active"] & found["finite"]
-            new = {"flat": found["flat"], "moments": found["moments"]}
-            new["buffers"] = {**old["buffers"], **found["buffers"]}
-            if held:
-                new = select(active & given["keep"], new, {name: old[name] for name in new})
-            return {"carried": {**new, "active": active}, "row": {}}
-
         name = ("steps", held, *batches.batch, *constants, recipe.make, *numbers.items())
-        return capture.scan(name, call, carried, fixed, each, batches.count)[0]
+        return capture.scan(name, _one_of_many(descend, held), carried, fixed, each, batches.count)[0]
 
     if bool((state["active"] & keep).all()):
         found = follow(held=False)
         if bool(found["active"].all()):
             return found
     return follow(held=True)
+
+
+def _one_of_many(descend: Callable[[tree.Tree], tree.Tree], held: bool) -> Callable[[tree.Tree], tree.Tree]:
+    """A step for `Capture.scan`; where learners are `held` back, those that are not to move keep what they had."""
+
+    def call(inputs: tree.Tree) -> tree.Tree:
+        old, given = inputs["carried"], inputs["fixed"]
+        batch = {**pick(given["batch"], inputs["each"].get("index")), **given["constants"]}
+        seen = {**given["params"], "buffers": old["buffers"]}
+        now = {"params": seen, "batch": batch, "settings": given["settings"]}
+        found = descend({**now, "flat": old["flat"], "moments": old["moments"]})
+        active = old["active"] & found["finite"]
+        new = {"flat": found["flat"], "moments": found["moments"]}
+        new["buffers"] = {**old["buffers"], **found["buffers"]}
+        if held:
+            new = select(active & given["keep"], new, {name: old[name] for name in new})
+        return {"carried": {**new, "active": active}, "row": {}}
+
+    return call
 
 
 def _descend(
