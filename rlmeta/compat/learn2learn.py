@@ -12,6 +12,9 @@ total.backward()  # gradients of `model`, second order
 ```
 
 One task after the other, as there. `rlmeta.meta.maml` adapts to all tasks of a meta-batch at once.
+
+Torch's fused attention has no second derivative: run a model that has attention within
+`torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)`, or in first order.
 """
 
 from __future__ import annotations
@@ -83,9 +86,21 @@ class MAML(nn.Module):
     ) -> None:
         """One inner step in place on this clone: p ← p − lr ∇loss.
 
+        Args:
+            loss: of this clone's output, one number.
+            first_order: this clone's, unless given; so are the others.
+            allow_unused: see the class.
+            allow_nograd: see the class.
+
         Raises:
-            SettingError: a parameter takes no gradient or the loss does not depend on it, and that was not allowed.
+            SettingError: a parameter takes no gradient or the loss does not depend on it, and that was not allowed; the
+                loss is not one number, or nothing can be differentiated.
         """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise SettingError(f"adapt: the loss is {got}, expected a tensor of one number: take its mean")
+        if not loss.requires_grad:
+            raise SettingError("adapt: the loss has no gradient: compute it from this clone, without detach or no_grad")
         second_order = not (self.first_order if first_order is None else first_order)
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         allow_unused = self.allow_unused if allow_unused is None else allow_unused
@@ -98,6 +113,11 @@ class MAML(nn.Module):
             loss, list(adapted.values()), retain_graph=second_order, create_graph=second_order, allow_unused=True
         )
         unused = ", ".join(name for name, gradient in zip(adapted, gradients) if gradient is None)
+        if not allow_unused and all(gradient is None for gradient in gradients):
+            raise SettingError(
+                "adapt: the loss does not depend on this clone's parameters as they are now: compute it from this clone, "
+                "again after each adapt"
+            )
         if unused and not allow_unused:
             raise SettingError(f"adapt: the loss does not depend on {unused}; pass allow_unused=True to leave them")
         moved: dict[Tensor, Tensor] = {p: p - self.lr * g for p, g in zip(adapted.values(), gradients) if g is not None}

@@ -400,9 +400,12 @@ class _Loop:
         experiment = self.run.experiment
         learners = zip(experiment.learner_labels, experiment.learners)
         names = [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
-        for name, was, active in zip(names, before, self._active_learners()):
+        broken_task = getattr(self.run.agent, "broken_task", None)
+        for i, (name, was, active) in enumerate(zip(names, before, self._active_learners())):
             if was and not active:
-                text = f"{name} is no longer finite: frozen by iteration {self.done}, the other learners go on"
+                task = broken_task(self.run.state, self.run.world, i) if broken_task else ""
+                why = f" ({task})" if task else ""
+                text = f"{name} is no longer finite{why}: frozen by iteration {self.done}, the other learners go on"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _next(self, every: int) -> int:

@@ -237,6 +237,26 @@ class MAMLLearner:
         tasks = world.tasks(key, 0, n, "train")
         return self.experience({**state, "key": key}, world, tasks)[0] if self.acts else tasks
 
+    def broken_task(self, state: State, world: FamilyWorld, learner: int) -> str:
+        """Which task lost its numbers where a learner is frozen, and after how many inner steps; '' if none did.
+
+        A frozen learner has the weights and the counters of the meta-batch that froze it.
+        """
+        s, number = self.settings, state["count"]["iterations"] - 1
+        batch = world.tasks(state["key"], number, s.num_envs, "train")
+        if self.acts:
+            batch, _ = self.experience({**state, "count": {**state["count"], "iterations": number}}, world, batch)
+        p, support = self.start(self.seen(state), s.num_envs), batch["support"]
+        for steps in range(s.inner_steps + 1):
+            part = batch["query"] if steps == s.inner_steps else support[str(steps)] if "0" in support else support
+            loss = self.loss(p, part)[learner].detach()
+            bad = (~loss.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                where = f"task {bad[0]} of meta-batch {int(number[learner])}"
+                return f"{where} has loss {float(loss[bad[0]])} after {steps} of {s.inner_steps} inner steps"
+            p = self.adapted(p, part, 1, "none")
+        return ""
+
     # ------------------------------------------------------------------ reinforcement learning: rollouts as data
 
     def experience(self, state: State, world: FamilyWorld, physics: tree.Tree) -> tuple[tree.Tree, Metrics]:

@@ -224,6 +224,65 @@ def test_a_single_step_may_be_of_the_other_order(own):
     torch.testing.assert_close(gradients[not own], gradients[None])
 
 
+def test_a_loss_that_cannot_adapt_this_clone_is_refused():
+    maml, x = MAML(perceptron(), 0.1), numbers(4, 2, seed=0)
+    learner, other = maml.clone(), maml.clone()
+    loss = learner(x).square().mean()
+    for strange, message in (
+        (learner(x), r"the loss is of shape \[4, 1\], expected a tensor of one number"),
+        (0.5, "the loss is 0.5, expected a tensor of one number"),
+        (loss.detach(), "the loss has no gradient"),
+        (other(x).square().mean(), "does not depend on this clone's parameters as they are now"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            learner.adapt(strange)
+    before = [p.clone() for p in learner.parameters()]
+    learner.adapt(loss)
+    assert not torch.equal(before[0], next(iter(learner.parameters())))
+    with pytest.raises(SettingError, match="again after each adapt"):
+        learner.adapt(loss)
+
+
+class Nested(nn.Module):
+    """Parameters in every kind of place."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 4), nn.Tanh()), "list": nn.ModuleList()})
+        self.parts["list"].append(nn.Linear(4, 3))
+        self.more = nn.ParameterList([nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 1))])
+        self.scale = nn.Parameter(torch.ones(1))
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.normed(self.parts["list"][0](self.parts["body"](x))))
+        return self.scale * (hidden @ self.more[0] @ self.more[1])
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_nested_modules_are_adapted_whole(first_order):
+    """As functions of dictionaries of weights have it."""
+    torch.manual_seed(0)
+    module, x, y = Nested().double(), numbers(4, 2, seed=0), numbers(4, 1, seed=1)
+    learner = MAML(module, 0.1, first_order=first_order).clone()
+    for _ in range(2):
+        learner.adapt(F.mse_loss(learner(x), y))
+    F.mse_loss(learner(x), y).backward()
+    weights = {n: p.detach().clone().requires_grad_() for n, p in module.named_parameters()}
+
+    def loss(weights):
+        return F.mse_loss(torch.func.functional_call(module, weights, x), y)
+
+    at = weights
+    for _ in range(2):
+        grads = torch.autograd.grad(loss(at), list(at.values()), create_graph=not first_order)
+        at = {n: w - 0.1 * g for (n, w), g in zip(at.items(), grads)}
+    expected = torch.autograd.grad(loss(at), list(weights.values()))
+    for (name, p), g in zip(module.named_parameters(), expected):
+        torch.testing.assert_close(p.grad, g, msg=name)
+        assert g.abs().max() > 0, name
+
+
 def test_unused_parameters_are_accepted_with_those_without_gradient_unless_told_otherwise():
     assert not MAML(perceptron(), 0.1).allow_unused
     assert MAML(perceptron(), 0.1, allow_nograd=True).allow_unused

@@ -264,6 +264,33 @@ def test_it_learns_to_learn():
     assert curve[1] < 1.6 < 2.5 < curve[0]
 
 
+@pytest.mark.parametrize("name", ["regressor", "reinforce"])
+def test_the_task_that_loses_its_numbers_is_named(name):
+    inner, problem = PROBLEMS[name]
+    settings = rl.MAML(inner, num_envs=K, inner_steps=3, inner_rate=[0.01, 1e38])
+    with pytest.warns(
+        RuntimeWarning, match=r"inner_rate=1e\+38\) is no longer finite \(task 0 of .* 0 has loss"
+    ) as said:
+        run = rl.train(settings, problem, steps=320, seeds=1)
+    assert "after 1 of 3 inner steps" in str(said[0].message) and run.scores.isfinite().tolist() == [True, False]
+    assert run.agent.broken_task(run.state, run.world, 0) == ""
+
+
+def test_a_broken_task_is_found_in_a_later_meta_batch():
+    """The learner and its counters stay as they were then."""
+
+    class Late(Sinusoid):
+        def tasks(self, key, counter, count, split):
+            drawn = super().tasks(key, counter, count, split)
+            late = torch.as_tensor(counter).expand(key.shape) == 7
+            spoilt = late.unsqueeze(-1) & (torch.arange(count) == 2) & (split == "train")
+            target = drawn["query"]["target"].masked_fill(spoilt[..., None, None], torch.inf)
+            return {**drawn, "query": {**drawn["query"], "target": target}}
+
+    with pytest.warns(RuntimeWarning, match=r"task 2 of meta-batch 7 has loss inf after 1 of 1 inner steps"):
+        rl.train(rl.MAML(SMALL, num_envs=4), Late(), steps=4_000)
+
+
 def test_permuted_labels_leave_chance():
     """What the support says is used: with its labels shuffled, accuracy is 1 / N."""
     learner, state, world = bound("classifier", double=False, inner_steps=5, inner_rate=1.0)
