@@ -16,6 +16,7 @@ SMALLER = {
     "steps=20_480": "steps=2_048",
     "steps=8_192": "steps=1_024",
     "steps=20_000": "steps=500",
+    "steps=320_000": "steps=1_280",
     "steps=3_200": "steps=320",
     "seeds=16": "seeds=2",
     "seeds=8": "seeds=2",

@@ -115,8 +115,8 @@ class MAML(nn.Module):
         unused = ", ".join(name for name, gradient in zip(adapted, gradients) if gradient is None)
         if not allow_unused and all(gradient is None for gradient in gradients):
             raise SettingError(
-                "adapt: the loss does not depend on this clone's parameters as they are now: compute it from this clone, "
-                "again after each adapt"
+                "adapt: the loss does not depend on this clone's parameters as they are now: compute it from this "
+                "clone, again after each adapt"
             )
         if unused and not allow_unused:
             raise SettingError(f"adapt: the loss does not depend on {unused}; pass allow_unused=True to leave them")

@@ -270,6 +270,8 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
 
 def family(name: str, settings: dict[str, Any] | None = None) -> TaskFamily | NamedFamily:
     """The named family: of environments' constants, or of supervised and optimisation tasks with these settings."""
+    if not isinstance(name, str):
+        raise SettingError(f"family is {name!r}, expected a name; a family of your own is passed to train as it is")
     table = require_named(name)
     if "family" in table:
         return named_family(name, table, settings)

@@ -307,6 +307,10 @@ def test_named_families_are_made_with_settings():
     assert digits.tasks(KEY, 0, 2, "test")["support"]["observation"].shape == (3, 2, 3, 8, 8)
     assert len(digits._pools["train"][0]) == 16 and len(digits._pools["test"][0]) == 3
     assert rl.family("quadratics").source == Quadratics() and rl.family("digit-mlps").source == DigitMLPs()
+    with pytest.raises(
+        SettingError, match=r"family is Sinusoid.*expected a name; a family of your own is passed to train"
+    ):
+        rl.family(Sinusoid())
     with pytest.raises(UnknownNameError, match="unknown setting of sinusoid 'shot': did you mean shots"):
         rl.family("sinusoid", {"shot": 5})
     with pytest.raises(SettingError, match="Quadratics: dimensions is 0, expected at least 1"):
