@@ -146,7 +146,11 @@ class MAMLLearner:
         require(fits, f"MAML can't adapt {name}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO")
         require(not getattr(inner, "rewards", ()), f"MAML's {name} learns from the tasks' own rewards, without others")
         require(not hasattr(family, "start"), f"{of} is a family of functions to minimise: use LearnedOptimizer")
-        kind, use = ("to act in", 'REINFORCE or PPO (--learner "reinforce num_steps=100")') if hasattr(family, "world") else ("of samples", "a Regressor")
+        kind, use = (
+            ("to act in", 'REINFORCE or PPO (--learner "reinforce num_steps=100")')
+            if hasattr(family, "world")
+            else ("of samples", "a Regressor")
+        )
         require(self.acts == hasattr(family, "world"), f"{name} can't learn a family {kind}: give MAML {use}")
         if not self.acts:
             check_samples(family)
