@@ -46,7 +46,7 @@ class Lifelong:
     """Only the rows of these names, separated by semicolons."""
     seeds: int = 10
     """Learners of every row."""
-    control_steps: int = 50_000
+    control_steps: int = 100_000
     """Environment steps of PPO on every task of the control stream."""
     speed: bool = False
     """Instead: times, each side in turn."""
