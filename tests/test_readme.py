@@ -6,9 +6,18 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import tyro
+
+from rlmeta.lab.bench import USAGE, Agents
+from rlmeta.lab.bench_imitation import Imitation
+from rlmeta.lab.bench_lifelong import Lifelong
+from rlmeta.lab.bench_meta import Meta
+from rlmeta.lab.plan import from_flags
+from rlmeta.learning.capture import WARM_UP
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SMALLER = {
@@ -56,6 +65,27 @@ def test_commands_run(folder):
     (commands,) = blocks("sh")
     for command in commands.splitlines():
         run(command.split(), folder)
+
+
+def test_what_is_said_to_train_or_measure_can_be_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "envs")
+    trained = re.findall(r"`rlmeta train (\w+) ([^- `][^ `]*)([^`;]*)", README)
+    assert len(trained) >= 15
+    for agent, task, flags in trained:
+        from_flags(agent, task, flags.split())
+    options = {"agents": Agents, "imitation": Imitation, "lifelong": Lifelong, "meta": Meta}
+    measured = re.findall(r"rlmeta bench (\w+)([^`]*)`", README)
+    assert {name for name, _ in measured} == set(options)
+    for name, flags in measured:
+        tyro.cli(options[name], args=flags.split())
+        assert f"\n  {name} " in USAGE
+
+
+def test_the_numbers_and_extras_it_names_are_those_of_the_package():
+    assert f"after {WARM_UP} calls their operations are" in README
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    said = README[README.index('".[all]"') : README.index("and `bench`.") + 12]
+    assert {*re.findall(r"`(\w+)`", said), "all", "dev"} == set(project["optional-dependencies"])
 
 
 def test_the_two_commands_are_the_makefiles_targets():

@@ -59,12 +59,20 @@ class Agents:
     """Where the figures go."""
 
 
+USAGE = """usage: rlmeta bench NAME [flags]
+
+  agents      PPO on CartPole-v1 against Stable-Baselines3; --scale: against the number of learners
+  imitation   imitation and shaping; --speed: against the package imitation
+  lifelong    lifelong methods on three streams; --speed: against loops and Avalanche
+  meta        meta-learners on their families; --speed: against learn2learn
+
+  rlmeta bench NAME --help shows the flags"""
+
+
 def main(arguments: Sequence[str]) -> int:
     """`rlmeta bench NAME [flags]`."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: rlmeta bench agents [--steps N] [--rounds N] [--scale] [--out FOLDER]")
-        print("       rlmeta bench lifelong [--tables NAMES] [--seeds N] [--speed] [--avalanche PYTHON] [--out FOLDER]")
-        print("       rlmeta bench imitation [--tables NAMES] [--seeds N] [--speed] [--imitation PYTHON]")
+        print(USAGE)
         return 0 if arguments else 2
     name, *flags = arguments
     if name == "worker":
