@@ -13,7 +13,7 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Task, TaskFamily, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.lab import flags
-from rlmeta.lab.experiment import Budget, Experiment
+from rlmeta.lab.experiment import Budget, Experiment, Problem
 from rlmeta.lab.shipped import METHODS, agent_class
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import check_names
@@ -130,7 +130,7 @@ def _own_again(table: Mapping[str, Any], own: Mapping[str, Any], where: str) -> 
 ENV_AGAIN = "pass it again as env= (on the command line --env PACKAGE.MODULE:NAME)"
 
 
-def problem_again(described: dict[str, Any], source: Any, where: str) -> Any:
+def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem:
     """The problem of a saved configuration; a user's own data and code have to be given again."""
     kind = described.get("kind", "task")
     if kind == "stream":

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,14 +59,35 @@ def available_threads() -> int:
     return int(given) if given.isdigit() and int(given) > 0 else os.cpu_count() or 1
 
 
+class Problem(Protocol):
+    """What learners are trained on: a task, labelled samples, a family, or a stream of tasks."""
+
+    @property
+    def name(self) -> str:
+        """As tables, plots and folders call it."""
+        ...
+
+    @property
+    def native(self) -> bool:
+        """Whether its rows are tensors of ours, so that they cost nothing and any learner's can be put back."""
+        ...
+
+    def world(self, learner_shape: tuple[int, ...], num_envs: int) -> Any:
+        """Rows `[*L, N]` of it to learn in."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What `config.toml` says of it, enough to make it again where it is not the user's own code."""
+        ...
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Variants of settings that share their static values, by orders of a stream, by seeds: one batch of learners."""
 
     variants: tuple[Any, ...]
     seeds: tuple[int, ...]
-    problem: Any
-    """A task, a family or a stream: it has a `name`, makes a `world`, and can `describe` itself."""
+    problem: Problem
     budget: Budget = dataclasses.field(default_factory=Budget)
     methods: tuple[Method, ...] = ()
     device: str = "cpu"

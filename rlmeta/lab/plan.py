@@ -24,11 +24,11 @@ from rlmeta.envs import streams
 from rlmeta.envs.names import read_toml
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
-from rlmeta.envs.task import Mode, family, is_data_family, task
+from rlmeta.envs.task import Mode, TaskFamily, family, is_data_family, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.lab import flags, own_code, presets, run_folder
 from rlmeta.lab import train as training
-from rlmeta.lab.experiment import Budget
+from rlmeta.lab.experiment import Budget, Problem
 from rlmeta.lab.files import put
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.shipped import METHODS, agent_class
@@ -144,7 +144,7 @@ class Plan:
         """What the task's name stands for: itself, or the user's own."""
         return own_code.source_of(self.task, self.env)
 
-    def problem(self) -> Any:
+    def problem(self) -> Problem | TaskFamily:
         """What the learner is trained on."""
         source, options = self.source, self.options
         order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")

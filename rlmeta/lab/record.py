@@ -13,7 +13,7 @@ from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab.run import Run
-from rlmeta.learning.collect import clear_memory
+from rlmeta.learning.collect import Actor, clear_memory
 from rlmeta.learning.evaluate import evaluation_rows
 from rlmeta.learning.state import Params
 
@@ -45,12 +45,13 @@ def record(
         raise SettingError(f"{what} can't be recorded: give one of an agent that acts in a single task")
     learner = run.chosen_learner(learner)
     p = run.agent.seen(run.best_state() if best else run.state)
+    agent: Any = run.agent
     alone = tree.map(lambda leaf: leaf[learner : learner + 1], {"p": p, "key": run.state["key"]})
     task = run.experiment.problem
     world = task.world((1,), evaluation_rows(episodes, task.native))
     try:
         key = random.fold(random.fold(alone["key"], "demonstrations"), seed)
-        rows = play(run.agent, alone["p"], world, key, episodes // world.num_envs, deterministic)
+        rows = play(agent, alone["p"], world, key, episodes // world.num_envs, deterministic)
     finally:
         world.close()
     about = {
@@ -65,7 +66,7 @@ def record(
 
 @torch.no_grad()
 def play(
-    agent: Any, p: Params, world: World, key: Tensor, rounds: int, deterministic: bool
+    agent: Actor, p: Params, world: World, key: Tensor, rounds: int, deterministic: bool
 ) -> list[list[dict[str, Any]]]:
     """The first `rounds` episodes of every row of a world of one learner, as a list of steps for each row.
 

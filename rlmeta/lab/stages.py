@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
+from rlmeta.lab.experiment import Problem
 from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
@@ -40,7 +41,7 @@ class Stage(NamedTuple):
         return (iteration - self.first) / (self.last - self.first)
 
 
-def stages_of(problem: Any, methods: Sequence[Method], iterations: int) -> list[Stage]:
+def stages_of(problem: Problem, methods: Sequence[Method], iterations: int) -> list[Stage]:
     """The stages of a run; `iterations` are of a single problem, or of training on every task of a stream."""
     tasks = len(problem) if isinstance(problem, TaskStream) else 1
     phases = [("train", iterations)]

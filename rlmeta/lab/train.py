@@ -21,7 +21,7 @@ from rlmeta.envs.task import TaskFamily, family, is_data_family, task
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab import run_folder, stages
-from rlmeta.lab.experiment import Budget, Experiment, compare
+from rlmeta.lab.experiment import Budget, Experiment, Problem, compare
 from rlmeta.lab.matrix_plot import write_matrix
 from rlmeta.lab.plots import write_curve
 from rlmeta.lab.progress import Progress
@@ -133,7 +133,7 @@ def go(
         run.close()
 
 
-def resolve(problem: Any, settings: Any = None) -> Any:
+def resolve(problem: Any, settings: Any = None) -> Problem:
     """What a run is on: the problem itself, or what its name names.
 
     A meta-learner gets a family as it is, any other learner the task that redraws its constants.

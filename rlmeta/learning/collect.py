@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +23,33 @@ of the next episode. `memory_reset` at t says that the memory was cleared *after
 """
 
 
+class Actor(Protocol):
+    """A learner that acts in environments."""
+
+    noise_hold: int
+    """For how many steps a key is kept."""
+
+    def act(
+        self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, tree.Tree]:
+        """Actions `[*L, N, ...]`, a sample of the policy or its mode, and what it remembers of the observations."""
+        ...
+
+    def initial_memory(self, p: Params, rows: tuple[int, ...]) -> tree.Tree:
+        """The memory of `rows` `[*L, N]` agents at the start of an episode."""
+        ...
+
+    def seen(self, state: State) -> Params:
+        """The parameters as forward passes see them."""
+        ...
+
+
 @torch.no_grad()
-def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[State, Rollout]:
+def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[State, Rollout]:
     """Take `num_steps` steps in every environment of every learner.
 
     Args:
-        agent: `act(p, observation, memory, key)`; its `noise_hold` says for how many steps a key is kept.
+        agent: acts; where it has a `capture`, its steps are recorded and replayed.
         state: consumed; `world`, `memory` and `count` move on.
         world: the environments, `[*L, N]`.
         num_steps: T.
@@ -53,7 +74,7 @@ def collect(agent: Any, state: State, world: World, num_steps: int) -> tuple[Sta
 
 
 def _steps(
-    agent: Any, world: World, p: Params, moving: tree.Tree, keys: Tensor, axes: int
+    agent: Actor, world: World, p: Params, moving: tree.Tree, keys: Tensor, axes: int
 ) -> tuple[tree.Tree, Rollout]:
     """A step with each of the keys `[T, *L]`; `moving` is `world` and `memory`, and so is what is returned."""
     rows: list[Rollout] = []
@@ -93,11 +114,11 @@ def _recorded_steps(
     return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
 
 
-def _capture(agent: Any) -> Capture | None:
+def _capture(agent: Actor) -> Capture | None:
     return getattr(agent, "capture", None)
 
 
-def _act(agent: Any, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
+def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
     """`agent.act`, replayed where the agent has a `capture` for it."""
 
     def act(inputs: tree.Tree) -> tree.Tree:

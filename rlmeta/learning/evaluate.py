@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
-from rlmeta.learning.collect import clear_memory
+from rlmeta.learning.collect import Actor, clear_memory
 from rlmeta.learning.parts import FEW_ROWS, one_core
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params
@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    agent: Any, p: Params, world: World, key: Tensor, episodes: int, *, deterministic: bool = True
+    agent: Actor, p: Params, world: World, key: Tensor, episodes: int, *, deterministic: bool = True
 ) -> Evaluation:
     """Play `episodes` episodes with every learner, the same number in each of the world's rows.
 

@@ -14,6 +14,7 @@ from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
+from rlmeta.learning.step import HasLosses
 from rlmeta.nn import Block, stack
 
 Metrics = dict[str, Tensor]
@@ -40,7 +41,7 @@ class Score(NamedTuple):
         return score >= target if self.maximise else score <= target
 
 
-class Learner(Protocol):
+class Learner(HasLosses, Protocol):
     """A learner bound to its problem's spaces.
 
     Everything that changes is in the explicit state (see `learning.state`), so a learner itself can be thrown away and
@@ -79,10 +80,6 @@ class Learner(Protocol):
 
     def evaluate(self, p: Params, world: Any, key: Tensor, episodes: int, *, deterministic: bool = True) -> Evaluation:
         """Scores of fixed parameters, as forward passes see them, in another world of the problem."""
-        ...
-
-    def losses(self, p: Params, batch: tree.Tree, ctx: Any) -> dict[str, Tensor]:
-        """The losses `{group: [*L]}` of a minibatch `[*L, B, ...]`."""
         ...
 
     def draw(self, state: State, world: Any, n: int) -> tree.Tree:
