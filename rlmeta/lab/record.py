@@ -61,7 +61,7 @@ def record(
         "deterministic": deterministic,
         "seed": seed,
     }
-    return _joined(rows, world, about)
+    return joined(rows, world, about)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def _legal(action: Tensor, world: World) -> Tensor:
     return action.clamp(low, high)
 
 
-def _joined(rows: list[list[dict[str, Any]]], world: World, about: dict[str, Any]) -> Demonstrations:
+def joined(rows: list[list[dict[str, Any]]], world: World, about: dict[str, Any]) -> Demonstrations:
     """The rows' episodes, one behind the other."""
     observations: list[tree.Tree] = []
     steps: list[dict[str, Any]] = []

@@ -29,7 +29,7 @@ class Records:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise CheckpointError(f"cannot open {self.path}: {error.strerror}; check the folder") from error
-        self._size = _end_of_last_line(self._file)
+        self._size = end_of_last_line(self._file)
         os.ftruncate(self._file, self._size)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ def _null_to_nan(value: Any) -> Any:
     return [_null_to_nan(child) for child in value] if isinstance(value, list) else value
 
 
-def _end_of_last_line(file: int, block: int = 1 << 16) -> int:
+def end_of_last_line(file: int, block: int = 1 << 16) -> int:
     """The offset after the last newline."""
     end = os.fstat(file).st_size
     while end > 0:

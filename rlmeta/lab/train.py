@@ -196,13 +196,13 @@ def resume(
         run = load(folder, network=network, env=env, lifelong=lifelong, own=own)
         run.stopped = ""
         try:
-            _restore_world(run, inexact)
+            restore_world(run, inexact)
             return _Loop(run, callbacks, trackers, progress).go()
         finally:
             run.close()
 
 
-def _restore_world(run: Run, inexact: bool) -> None:
+def restore_world(run: Run, inexact: bool) -> None:
     """Bring live environments back to where the checkpoint left them; rows that can't be begin new episodes."""
     state, saved = run.state, run.state["world"]
     if run.stream is not None:

@@ -14,7 +14,7 @@ from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import tree
 from rlmeta.functional.random import make_keys
-from rlmeta.lab.record import _joined, play
+from rlmeta.lab.record import joined, play
 from rlmeta.learning.step import StepContext
 from tests.agents.test_gail import cartpole
 from tests.agents.worlds import Target, start
@@ -56,7 +56,7 @@ class Balancer:
 
 def balanced(episodes: int) -> Demonstrations:
     world = rl.task("CartPole-v1").world((1,), episodes)
-    return _joined(play(Balancer(), {}, world, make_keys([0]), 1, True), world, {})
+    return joined(play(Balancer(), {}, world, make_keys([0]), 1, True), world, {})
 
 
 def test_a_clone_is_as_good_as_its_demonstrator():

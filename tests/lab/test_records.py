@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlmeta.errors import CheckpointError, SettingError
-from rlmeta.lab.records import Records, _end_of_last_line, read_records
+from rlmeta.lab.records import Records, end_of_last_line, read_records
 
 
 def write_all(path: Path, *records: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def test_the_end_of_the_last_line_is_found_in_any_number_of_blocks(tmp_path: Pat
         path.write_bytes(content)
         with open(path, "rb") as file:
             for block in (1, 2, 3, 5, 100):
-                assert _end_of_last_line(file.fileno(), block) == content.rfind(b"\n") + 1
+                assert end_of_last_line(file.fileno(), block) == content.rfind(b"\n") + 1
 
 
 @pytest.mark.parametrize("line", [b"{", b"[1]", b"", b"\xff", b"3", b"null", b"[" * 100_000])

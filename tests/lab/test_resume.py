@@ -24,7 +24,7 @@ from rlmeta.functional import tree
 from rlmeta.lab import run_folder
 from rlmeta.lab.experiment import Experiment
 from rlmeta.lab.run import Run
-from rlmeta.lab.train import _restore_world
+from rlmeta.lab.train import restore_world
 from rlmeta.learning.evaluate import evaluate
 from tests.agents.worlds import Target
 from tests.lab import killed
@@ -161,8 +161,8 @@ def test_rows_that_begin_a_new_episode_forget_the_old_one_and_no_others_do(tmp_p
     run.state["memory"]["hidden"].fill_(3.0)
     run.state["episode"] = tree.map(lambda leaf: leaf + 5.0, run.state["episode"])
     with pytest.raises(InexactResumeError):
-        _restore_world(run, inexact=False)
-    _restore_world(run, inexact=True)
+        restore_world(run, inexact=False)
+    restore_world(run, inexact=True)
     run.close()
     assert run.state["world"]["episode"].equal(odd.long())
     assert run.state["memory"]["hidden"].equal(torch.where(odd, 7.0, 3.0).unsqueeze(-1).expand(2, 8, 3))
