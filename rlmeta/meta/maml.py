@@ -131,7 +131,7 @@ class MAMLLearner:
         require(
             not statistics,
             f"MAML: {', '.join(statistics)} would be statistics of no task: use LayerNorm, or BatchNorm with "
-            "track_running_stats=False, which takes those of each batch",
+            "track_running_stats=False, which takes those of each batch, of the query as a whole too",
         )
         state["world"] = world.reset(key)
         state["optimizer"] = init_optimizer(self.optimizer(state), state)

@@ -12,10 +12,13 @@ import torch
 import rlmeta as rl
 
 POLICY = rl.REINFORCE(num_envs=2, num_steps=20, baseline="batch", hidden_sizes=(6,), learning_rate=0.1)
+CLIPPED = rl.PPO(num_envs=2, num_steps=20, batch_size=40, hidden_sizes=(6,))
 LEARNED = {"num_envs": 4, "horizon": 10, "unroll": 5, "hidden_sizes": (4,)}
 CASES: dict[str, tuple[Any, str, int]] = {
     "maml": (rl.MAML(rl.Regressor(hidden_sizes=(8,)), num_envs=4), "sinusoid", 16),
     "maml reinforce": (rl.MAML(POLICY, num_envs=3, inner_rate=0.1), "navigation-short", 960),
+    "maml classifier": (rl.MAML(rl.Classifier(hidden_sizes=(8,)), num_envs=4, first_order=True), "few-shot-digits", 16),
+    "maml ppo": (rl.MAML(CLIPPED, num_envs=3, inner_rate=0.1, meta_epochs=2), "navigation-short", 960),
     "truncated": (rl.LearnedOptimizer(estimator="truncated", **LEARNED), "quadratics", 100),
     "pes": (rl.LearnedOptimizer(estimator="pes", **LEARNED), "quadratics", 100),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -234,6 +236,43 @@ def test_order_none_keeps_no_graph():
     found = adapt(lambda w, _: squared(w, SUPPORT), expand_tasks(WEIGHTS, 1, K), optim.adam(0.1), 3, order="none")
     kept = [*found.weights.values(), *found.losses, *found.state["mean"].values()]
     assert not any(value.requires_grad for value in kept)
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+
+def test_a_thousand_adaptations_leave_nothing_behind():
+    def measure(w):
+        return outer(w, steps=1, order="none")
+
+    weights = {name: w.clone() for name, w in WEIGHTS.items()}
+    measure(weights)
+    before = tensors_alive()
+    for _ in range(1000):
+        measure(weights)
+    assert tensors_alive() <= before
+
+
+def test_what_is_kept_for_the_meta_gradient_grows_by_the_same_with_every_step():
+    """Bytes that the graph keeps, each storage once."""
+
+    def kept(steps):
+        storages = {}
+
+        def pack(x):
+            storages[x.untyped_storage().data_ptr()] = x
+            return x
+
+        leaves = {name: w.clone().requires_grad_() for name, w in WEIGHTS.items()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = outer(leaves, steps=steps)
+        assert loss.requires_grad
+        return sum(x.untyped_storage().nbytes() for x in storages.values())
+
+    two, four, eight = kept(2), kept(4), kept(8)
+    assert 0 < eight - four <= 2.1 * (four - two)
 
 
 def test_tasks_can_be_adapted_inside_vmap_as_a_researcher_may_do():

@@ -123,18 +123,76 @@ def test_without_inner_steps_it_is_joint_training_on_the_queries(name):
             torch.testing.assert_close(g, found[weight])
 
 
-def test_first_order_differs_and_is_the_gradient_at_the_end():
-    learner, state, world = bound("regressor", first_order=True)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_first_order_differs_and_is_the_gradient_at_the_end(name):
+    learner, state, world = bound(name, first_order=True)
     p, batch = state["params"], batch_of(learner, state, world)
     _, first = gradient(learner, p, batch)
     end = learner.adapted(learner.start(p, K), batch["support"], 2, "none")
     leaves = {n: w.clone().requires_grad_() for n, w in end["weights"].items()}
-    at_end = torch.autograd.grad(learner.loss({**end, "weights": leaves}, batch["query"]).sum(), list(leaves.values()))
+    loss = learner.loss({**end, "weights": leaves}, batch["query"]).sum()
+    at_end = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     for weight, g in zip(leaves, at_end):
         torch.testing.assert_close(first[weight], g.mean(1))
-    learner.settings = MAML(learner=SMALL, num_envs=K, inner_steps=2)
+    learner.settings = MAML(learner=PROBLEMS[name][0], num_envs=K, inner_steps=2)
     _, second = gradient(learner, p, batch)
-    assert not torch.allclose(first["net.0.1.0.weight"], second["net.0.1.0.weight"], rtol=1e-2)
+    apart = [(first[w] - second[w]).norm() / second[w].norm() for w in first if second[w].any()]
+    assert max(apart) > 1e-2
+
+
+class Tied(torch.nn.Module):
+    """One layer, used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(1, 1)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = torch.nn.GRU(1, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x.unsqueeze(1).expand(-1, 2, -1))[0][:, 1]
+
+
+NETWORKS = {
+    "tied": (lambda space: Tied(), 2),
+    "recurrent": (lambda space: Recurrent(), 4),
+    "batch norm": (
+        lambda space: torch.nn.Sequential(
+            torch.nn.Linear(1, 3), torch.nn.BatchNorm1d(3, track_running_stats=False), torch.nn.Tanh()
+        ),
+        4,
+    ),
+}
+"""Networks of one's own, and how many tensors they have."""
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_no_task_changes_another_in_a_network_of_ones_own(kind):
+    """Statistics of a batch are those of one task; tied weights are one weight; recurrent ones are used."""
+    network, tensors = NETWORKS[kind]
+    with mock.patch.dict(PROBLEMS, own=(Regressor(network=network), PROBLEMS["regressor"][1])):
+        learner, state, world = bound("own")
+    p, batch = state["params"], batch_of(learner, state, world)
+    own = [name for name in p["weights"] if not name.startswith("net.1.")]  # without the last layer
+    assert len(own) == tensors
+    loss, together = gradient(learner, p, batch)
+    apart = []
+    for s in range(S):
+        for k in range(K):
+            one = tree.map(lambda x, s=s, k=k: x[s : s + 1, k : k + 1], batch)
+            apart.append(gradient(learner, tree.map(lambda x, s=s: x[s : s + 1], p), one))
+    torch.testing.assert_close(loss, torch.stack([each[0] for each in apart]).reshape(S, K).mean(1))
+    for weight, value in together.items():
+        torch.testing.assert_close(value, torch.stack([g[weight][0] for _, g in apart]).unflatten(0, (S, K)).mean(1))
+        assert value.abs().max() > 0 or (kind == "batch norm" and weight.endswith("0.bias"))
 
 
 # ---------------------------------------------------------------------- reinforcement learning
