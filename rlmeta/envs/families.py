@@ -55,7 +55,7 @@ class Problems(Family, Protocol):
         """Where the minimisation begins, `{name: [*L, K, ...]}`."""
 
     def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
-        """The loss `[*L, K]` at step `[*L, K]`, which stochastic problems draw their minibatch from."""
+        """The loss `[*L, K]` at step `[*L, K]`, or `[]` where it is the same for all: minibatches are drawn by it."""
         ...
 
 

@@ -81,7 +81,7 @@ def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
     world = run.experiment.world()
     key = random.fold(random.fold(run.state["key"], "adaptation"), seed)
     found = agent.adaptation(agent.seen(run.state), world, key, tasks, steps)
-    return Adaptation(found.numpy(), agent.score.name)
+    return Adaptation(found.cpu().numpy(), agent.score.name)
 
 
 def table(found: Adaptation, title: str) -> Table:
@@ -153,7 +153,7 @@ def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
         "query_x": tasks["query"]["observation"],
         "query_y": tasks["query"]["target"],
     }
-    flat: dict[str, NDArray[np.float64]] = tree.map(lambda value: value[0].flatten().double().numpy(), found)
+    flat: dict[str, NDArray[np.float64]] = tree.map(lambda value: value[0].flatten().double().cpu().numpy(), found)
     return flat
 
 

@@ -46,15 +46,20 @@ def check_problems(family: Any) -> None:
         for name, weight in start.items():
             if weight.shape[: len(LEADING)] != LEADING:
                 raise SettingError(f"{where}: weight {name} is {list(weight.shape)}, expected [*L, K, ...] with K = 2")
-        with torch.enable_grad():
-            weights = {name: weight.detach().requires_grad_() for name, weight in start.items()}
-            loss = family.loss(weights, problem, torch.zeros(LEADING, dtype=torch.int64))
-        if loss.shape != LEADING:
-            raise SettingError(f"{where}: the loss is {list(loss.shape)}, expected [*L, K], one for each problem")
-        if not loss.requires_grad:
-            raise SettingError(f"{where}: the loss does not depend on the weights: compute it without detach or item")
-        if not bool(loss.isfinite().all()):
-            raise SettingError(f"{where}: the loss is {loss.flatten().tolist()} at the start, expected finite numbers")
+        weights = {name: weight.detach().requires_grad_() for name, weight in start.items()}
+        for steps in (LEADING, ()):  # where each problem is, or where all are
+            with torch.enable_grad():
+                loss = family.loss(weights, problem, torch.zeros(steps, dtype=torch.int64))
+            _check_loss(loss, f"{where}: the loss at step {list(steps)}")
+
+
+def _check_loss(loss: Tensor, what: str) -> None:
+    if loss.shape != LEADING:
+        raise SettingError(f"{what} is {list(loss.shape)}, expected [*L, K], one for each problem")
+    if not loss.requires_grad:
+        raise SettingError(f"{what} does not depend on the weights: compute it from them, without detach or item")
+    if not bool(loss.isfinite().all()):
+        raise SettingError(f"{what} is {loss.flatten().tolist()} at the start, expected finite numbers")
 
 
 def _drawn(family: Any) -> list[tuple[str, Any]]:

@@ -35,6 +35,9 @@ from rlmeta.meta.estimators import backpropagated, evolved
 from rlmeta.nn import Block, Context, Linear
 from rlmeta.nn.recurrent import LSTMCell
 
+PROBLEMS_AT_ONCE = 64
+"""Problems of each learner that an evaluation minimises at a time."""
+
 # ---------------------------------------------------------------------- the optimizer
 
 
@@ -437,8 +440,14 @@ class LearnedOptimizerLearner:
         self, p: Params, world: FamilyWorld, key: Tensor, tasks: int, steps: int, *, split: Split | None = None
     ) -> Tensor:
         """The loss of each of `tasks` problems after 0 ... `steps` steps, `[*L, E, steps + 1]` float64."""
+        family, learned, axis = _problems(world), self.learned(p), key.dim()
         problem = world.tasks(key, 0, tasks, split or world.split)
-        return minimise(_problems(world), problem, self.learned(p), steps)
+        parts = []
+        for first in range(0, tasks, PROBLEMS_AT_ONCE):
+            count = min(PROBLEMS_AT_ONCE, tasks - first)
+            part = tree.map(lambda x, first=first, count=count: x.narrow(axis, first, count), problem)
+            parts.append(minimise(family, part, learned, steps))
+        return torch.cat(parts, axis)
 
 
 def minimise(family: Any, problem: tree.Tree, optimizer: Optimizer, steps: int) -> Tensor:
@@ -451,11 +460,14 @@ def minimise(family: Any, problem: tree.Tree, optimizer: Optimizer, steps: int) 
         steps: how many.
     """
 
+    start = family.start(problem)
+    device = next(iter(start.values())).device
+
     def loss(w: Tensors, i: int) -> Tensor:
-        found: Tensor = family.loss(w, problem, torch.tensor(i))
+        found: Tensor = family.loss(w, problem, torch.tensor(i, device=device))
         return found
 
-    found = adapt(loss, family.start(problem), optimizer, steps, order="none")
+    found = adapt(loss, start, optimizer, steps, order="none")
     with torch.no_grad():
         return torch.stack([*found.losses, loss(found.weights, steps)], -1).double()
 

@@ -287,7 +287,10 @@ class MAMLLearner:
 
     @torch.no_grad()
     def rollout(self, p: Params, world: Any, key: Tensor) -> tuple[tree.Tree, Tensor]:
-        """One rollout of every task's policy, credited, `[*L, K, T * N, ...]`, and its mean return `[*L, K]`."""
+        """One rollout of every task's policy, credited, `[*L, K, T * N, ...]`, and its mean return `[*L, K]`.
+
+        What is left of an episode at the end of the rollout counts as one.
+        """
         rows = (*key.shape, world.num_envs)
         zero = torch.zeros_like(key)
         acting: State = {
@@ -304,8 +307,9 @@ class MAMLLearner:
         batch = flatten_time(self.inner.credit(p, rollout, {"task": reward}), axes)
         if "clip_range" in p["hyper"]:
             batch["clip_range"] = p["hyper"]["clip_range"]
-        ended = (rollout["terminated"] | rollout["truncated"]).sum((-2, -1)).clamp(min=1)
-        return batch, reward.double().sum((-2, -1)) / ended
+        ended = rollout["terminated"] | rollout["truncated"]
+        episodes = ended.sum((-2, -1)) + (~ended[..., -1, :]).sum(-1)
+        return batch, reward.double().sum((-2, -1)) / episodes
 
     # ------------------------------------------------------------------ evaluation
 

@@ -111,6 +111,17 @@ def test_a_split_without_classes_is_found_before_training(missing, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_is_asked_at_one_step_for_all_too():
+    """As evaluations do, which would find it after training."""
+
+    class OfItsStep(Quadratics):
+        def loss(self, weights, problem, step):
+            return super().loss(weights, problem, step) * (1 + step[0])
+
+    with pytest.raises(IndexError):
+        rl.train(rl.LearnedOptimizer(num_envs=2), OfItsStep(2), steps=40)
+
+
 class OwnProblems(Quadratics):
     """Quadratics of which something is changed."""
 
@@ -128,9 +139,9 @@ class OwnProblems(Quadratics):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": torch.Tensor.detach}, "split 'train': the loss does not depend on the weights"),
-        ({"loss": torch.sum}, r"the loss is \[\], expected \[\*L, K\], one for each problem"),
-        ({"loss": lambda x: x / 0.0}, r"the loss is \[inf, inf\] at the start"),
+        ({"loss": torch.Tensor.detach}, r"split 'train': the loss at step \[1, 2\] does not depend on the weights"),
+        ({"loss": torch.sum}, r"the loss at step \[1, 2\] is \[\], expected \[\*L, K\], one for each problem"),
+        ({"loss": lambda x: x / 0.0}, r"is \[inf, inf\] at the start"),
         ({"start": lambda w: w[0]}, r"weight x is \[2, 2\], expected \[\*L, K, \.\.\.\] with K = 2"),
     ],
 )

@@ -267,6 +267,14 @@ def test_any_optimizer_minimises_problems():
     torch.testing.assert_close(found[1:], alone)
 
 
+def test_many_problems_are_minimised_in_parts():
+    learner, state, world = bound(problems=Quadratics(2))
+    found = learner.adaptation(state["params"], world, state["key"], 150, 3)
+    problem = world.tasks(state["key"], 0, 150, "test")
+    torch.testing.assert_close(found, minimise(world.family, problem, learner.learned(state["params"]), 3))
+    assert found.shape == (3, 150, 4)
+
+
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(SettingError, match="unroll 30 does not divide horizon 100"):
         LearnedOptimizer(unroll=30)

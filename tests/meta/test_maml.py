@@ -283,6 +283,16 @@ def test_a_tasks_constants_stay_and_its_rollouts_are_fresh():
     assert not set(distinct.tolist()) & set(held_out.tolist())
 
 
+def test_the_return_of_episodes_that_do_not_end_is_each_rows():
+    """CartPoles that stand for all of 5 steps have 5 each, not the 20 of the four together."""
+    inner = REINFORCE(num_envs=4, num_steps=5, baseline="batch", hidden_sizes=(4,))
+    family = NamedFamily("cartpole-physics", rl.family("cartpole-physics"))
+    with mock.patch.dict(PROBLEMS, carts=(inner, family)):
+        learner, state, world = bound("carts", double=False)
+    _, metrics = learner.experience(state, world, world.tasks(state["key"], 0, K, "train"))
+    assert metrics["charts/return_before"].tolist() == [5.0] * S
+
+
 def test_settings_that_a_single_task_cannot_have_are_refused():
     for settings in (PPO(normalise_observation=True), PPO(normalise_reward=True), PPO(penalty="kl")):
         with pytest.raises(SettingError, match="MAML"):
