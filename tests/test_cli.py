@@ -580,7 +580,7 @@ def environment() -> dict[str, str]:
 def test_bad_input(
     arguments: str, message: str, project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plans.training._Loop, "go", lambda loop: pytest.fail("it trains"))
+    monkeypatch.setattr(plans.training.Loop, "go", lambda loop: pytest.fail("it trains"))
     said, error = rlmeta_says(capfd, arguments, 2)
     assert error.startswith("error: ")
     assert message in error

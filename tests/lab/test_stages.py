@@ -11,8 +11,8 @@ import torch
 import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
+from rlmeta.lab.loop import Loop
 from rlmeta.lab.records import read_records
-from rlmeta.lab.train import _Loop
 from rlmeta.learning.method import Method
 
 SMALL = rl.Classifier(hidden_sizes=(32,), batch_size=16, num_steps=5)
@@ -109,17 +109,17 @@ def test_a_run_stopped_after_any_step_of_the_loop_ends_as_the_one_that_was_not(t
     budget = rl.Budget(steps=160, final_episodes=1, checkpoint_seconds=0.0)
     whole = rl.train(SMALL, stream, budget=budget, seeds=1, out=tmp_path / "whole", lifelong=[Counting()])
     calls = iter(range(100))
-    record = _Loop._record
+    record = Loop._record
 
     def stopping(loop, line):
         record(loop, line)
         if next(calls) == stop:
             raise Interrupted
 
-    monkeypatch.setattr(_Loop, "_record", stopping)
+    monkeypatch.setattr(Loop, "_record", stopping)
     with pytest.raises(Interrupted):
         rl.train(SMALL, stream, budget=budget, seeds=1, out=tmp_path / "cut", lifelong=[Counting()])
-    monkeypatch.setattr(_Loop, "_record", record)
+    monkeypatch.setattr(Loop, "_record", record)
     resumed = rl.resume(tmp_path / "cut", lifelong=[Counting()])
     ours, theirs = tree.flatten(resumed.state), tree.flatten(whole.state)
     assert ours.keys() == theirs.keys()
