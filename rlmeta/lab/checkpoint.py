@@ -19,13 +19,10 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
-import stat
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -35,37 +32,28 @@ from torch import Tensor
 
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional.tree import Tree
-from rlmeta.lab.files import Buffer, sync_folder, write_file
+from rlmeta.lab.files import Buffer, Damaged, file_exists, file_signature, read_bytes, sync_folder, write_file
+from rlmeta.lab.manifest import (
+    BLOB,
+    CODES,
+    DTYPES,
+    MANIFEST,
+    MANIFEST_LIMIT,
+    PREVIOUS,
+    Leaf,
+    Manifest,
+    encode_manifest,
+    read_manifest,
+)
 
 SEGMENT_BYTES = 4 << 20
 """Size of a replay segment over all learners; a leaf that is not longer stays in the common file."""
 
-MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
-FORMAT, SCHEMA = "rlmeta state", 1
-MANIFEST_LIMIT = 64 << 20
 HEADER_LIMIT = 32 << 20
 READ_ATTEMPTS = 10
 
 Pair: TypeAlias = tuple[dict[str, Tree], dict[str, Any]]
 
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
-_BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
 _TEMPORARY = re.compile(r"([0-9a-f]{64}\.safetensors|manifest(\.previous)?\.json)\.tmp")
 _SEGMENT = "segment"
 
@@ -83,30 +71,6 @@ class Loaded(tuple[dict[str, Tree], dict[str, Any]]):
     """The pair `(state, about)`; `damage` is None, or why the newest checkpoint was passed over for the one before."""
 
     damage: str | None = None
-
-
-class _Damaged(CheckpointError):
-    """A checkpoint that is not whole, so that the one before it is worth a try."""
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    """Where a tensor lies: whole in one file under its own name, or in consecutive segments of `rows` along `axis`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    files: tuple[str, ...]
-    axis: int | None = None
-    rows: int | None = None
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    """One checkpoint: its leaves by path (None: an empty dictionary), the bytes of each file, and `about`."""
-
-    leaves: dict[str, _Leaf | None]
-    files: dict[str, int]
-    about: dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -158,7 +122,7 @@ def _commit(
     writer = _Writer(folder)
     try:
         stored = _write_leaves(writer, leaves, segmented, learner_axes)
-        manifest = _encode_manifest(_Manifest(stored, writer.files, about))
+        manifest = encode_manifest(Manifest(stored, writer.files, about))
         sync_folder(folder)
         if newest is not None:
             write_file(folder / PREVIOUS, [newest])
@@ -203,9 +167,9 @@ class _Writer:
 
 def _write_leaves(
     writer: _Writer, leaves: dict[str, Tensor | None], segmented: frozenset[str], axis: int
-) -> dict[str, _Leaf | None]:
+) -> dict[str, Leaf | None]:
     """Store every leaf, and say where; the order is that of `leaves`."""
-    stored: dict[str, _Leaf | None] = dict.fromkeys(leaves)
+    stored: dict[str, Leaf | None] = dict.fromkeys(leaves)
     common: dict[str, Tensor] = {}
     for path, leaf in leaves.items():
         if leaf is None:
@@ -213,12 +177,12 @@ def _write_leaves(
         if leaf.dim() > axis and leaf.nbytes > SEGMENT_BYTES and not segmented.isdisjoint(path.split("/")):
             rows = max(1, SEGMENT_BYTES // (leaf.nbytes // leaf.shape[axis]))
             files = tuple(writer.store({_SEGMENT: segment}) for segment in torch.split(leaf, rows, axis))
-            stored[path] = _Leaf(_dtype_name(leaf), tuple(leaf.shape), files, axis, rows)
+            stored[path] = Leaf(_dtype_name(leaf), tuple(leaf.shape), files, axis, rows)
         else:
             common[path] = leaf
     if common:
         name = writer.store(common)
-        stored.update({path: _Leaf(_dtype_name(leaf), tuple(leaf.shape), (name,)) for path, leaf in common.items()})
+        stored.update({path: Leaf(_dtype_name(leaf), tuple(leaf.shape), (name,)) for path, leaf in common.items()})
     return stored
 
 
@@ -234,7 +198,7 @@ def _encode_tensors(tensors: dict[str, Tensor]) -> list[Buffer]:
     for name in ordered:
         tensor = tensors[name]
         header[name] = {
-            "dtype": _CODES[tensor.dtype],
+            "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }
@@ -291,10 +255,10 @@ def _check_name(name: Any, parent: str) -> None:
 def _check_leaf(leaf: Any, path: str) -> None:
     if not isinstance(leaf, Tensor):
         raise SettingError(f"state '{path}' is a {type(leaf).__name__}: keep tensors there and plain values in `about`")
-    if leaf.dtype not in _CODES or leaf.layout != torch.strided or leaf.device.type == "meta":
+    if leaf.dtype not in CODES or leaf.layout != torch.strided or leaf.device.type == "meta":
         raise SettingError(
             f"state '{path}' is a {leaf.layout} tensor of {leaf.dtype} on {leaf.device}, which cannot be saved: "
-            f"use a dense tensor of {', '.join(_DTYPES)}"
+            f"use a dense tensor of {', '.join(DTYPES)}"
         )
 
 
@@ -315,7 +279,7 @@ def _check_json(value: Any, where: str) -> None:
 def _save_error(folder: Path, error: OSError) -> CheckpointError:
     reason = error.strerror or str(error)
     advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk and its permissions"
-    kept = "the previous checkpoint is intact" if _exists(folder / MANIFEST) else "no checkpoint was there before"
+    kept = "the previous checkpoint is intact" if file_exists(folder / MANIFEST) else "no checkpoint was there before"
     return CheckpointError(f"cannot save a checkpoint in {folder}: {reason}; {kept}; {advice} and resume the run")
 
 
@@ -349,22 +313,22 @@ def about(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return found[1]
 
 
-def _first_good(folder: Path, read: Callable[[Path, _Manifest], Pair]) -> tuple[Pair, str | None]:
+def _first_good(folder: Path, read: Callable[[Path, Manifest], Pair]) -> tuple[Pair, str | None]:
     """`read(folder, manifest)` of the newest checkpoint, or of the one before with the reason."""
-    if not _exists(folder / MANIFEST) and not _exists(folder / PREVIOUS):
+    if not file_exists(folder / MANIFEST) and not file_exists(folder / PREVIOUS):
         raise CheckpointError(f"no checkpoint in {folder} (no {MANIFEST}): give the folder of a run that has saved one")
     damage = ""
     for _ in range(READ_ATTEMPTS):  # a run that goes on saving may remove files between two reads
-        before = _signature(folder / MANIFEST)
+        before = file_signature(folder / MANIFEST)
         try:
-            return read(folder, _read_manifest(folder / MANIFEST)), None
-        except _Damaged as error:
+            return read(folder, read_manifest(folder / MANIFEST)), None
+        except Damaged as error:
             damage = str(error)
-        if _signature(folder / MANIFEST) == before:
+        if file_signature(folder / MANIFEST) == before:
             break
     try:
-        found = read(folder, _read_manifest(folder / PREVIOUS))
-    except _Damaged as error:
+        found = read(folder, read_manifest(folder / PREVIOUS))
+    except Damaged as error:
         raise CheckpointError(
             f"{damage}; the checkpoint before it does not help ({error}): restore {folder} from a copy"
         ) from error
@@ -372,7 +336,7 @@ def _first_good(folder: Path, read: Callable[[Path, _Manifest], Pair]) -> tuple[
     return found, damage
 
 
-def _read_state(folder: Path, manifest: _Manifest) -> Pair:
+def _read_state(folder: Path, manifest: Manifest) -> Pair:
     state: dict[str, Tree] = {}
     opened: dict[str, dict[str, Tensor]] = {}
     for path, leaf in manifest.leaves.items():
@@ -384,9 +348,7 @@ def _read_state(folder: Path, manifest: _Manifest) -> Pair:
     return state, manifest.about
 
 
-def _read_leaf(
-    folder: Path, manifest: _Manifest, path: str, leaf: _Leaf, opened: dict[str, dict[str, Tensor]]
-) -> Tensor:
+def _read_leaf(folder: Path, manifest: Manifest, path: str, leaf: Leaf, opened: dict[str, dict[str, Tensor]]) -> Tensor:
     """One tensor; `opened` remembers the files that hold whole leaves."""
     if leaf.axis is None or leaf.rows is None:
         (name,) = leaf.files
@@ -394,7 +356,7 @@ def _read_leaf(
             opened[name] = _read_tensors(folder / name, manifest.files[name])
         return _expect(opened[name], path, leaf.dtype, leaf.shape, folder / name)
     try:
-        whole = torch.empty(leaf.shape, dtype=_DTYPES[leaf.dtype])
+        whole = torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype])
     except RuntimeError as error:
         raise CheckpointError(f"no memory for '{path}' of {leaf.shape} in {folder}: use a larger machine") from error
     for name, part in zip(leaf.files, torch.split(whole, leaf.rows, leaf.axis), strict=True):
@@ -405,140 +367,28 @@ def _read_leaf(
 
 def _expect(tensors: dict[str, Tensor], name: str, dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:
     tensor = tensors.get(name)
-    if tensor is None or tensor.dtype != _DTYPES[dtype] or tuple(tensor.shape) != shape:
+    if tensor is None or tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
         found = "nothing" if tensor is None else f"{_dtype_name(tensor)} {tuple(tensor.shape)}"
-        raise _Damaged(f"{path} holds {found} for '{name}', the manifest says {dtype} {shape}")
+        raise Damaged(f"{path} holds {found} for '{name}', the manifest says {dtype} {shape}")
     return tensor
 
 
 def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
     """The tensors of a safetensors file, after its size, sha256 and header size were found right."""
-    data = _read_bytes(path, size)
+    data = read_bytes(path, size)
     if len(data) != size:
-        raise _Damaged(f"{path} has {len(data)} bytes of {size}: the file is truncated or foreign")
+        raise Damaged(f"{path} has {len(data)} bytes of {size}: the file is truncated or foreign")
     if f"{hashlib.sha256(data).hexdigest()}.safetensors" != path.name:
-        raise _Damaged(f"{path} does not match its sha256: the file is corrupted")
+        raise Damaged(f"{path} does not match its sha256: the file is corrupted")
     if int.from_bytes(data[:8], "little") > HEADER_LIMIT:
-        raise _Damaged(f"{path} declares a header above {HEADER_LIMIT} bytes: the file is foreign")
+        raise Damaged(f"{path} declares a header above {HEADER_LIMIT} bytes: the file is foreign")
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # the library raises errors of several kinds on malformed input
-        raise _Damaged(f"{path} is not a safetensors file ({error})") from error
+        raise Damaged(f"{path} is not a safetensors file ({error})") from error
     _remember(path)
     # in memory of their own: the bits of a matrix product depend on where its factors begin, and these begin anywhere
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in place of a file must not block
-
-
-def _read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file; more than `limit` bytes are refused unread."""
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise _Damaged(f"{path} is not a regular file: the checkpoint is foreign")
-            if status.st_size > limit:
-                raise _Damaged(f"{path} has {status.st_size} bytes, at most {limit} expected: the file is foreign")
-            return file.read(limit + 1)
-    except FileNotFoundError as error:
-        raise _Damaged(f"{path} is missing") from error
-    except OSError as error:
-        raise _Damaged(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------- manifest
-
-
-def _encode_manifest(manifest: _Manifest) -> bytes:
-    """JSON with a sha256 of the rest, so that a flipped bit in a counter shows."""
-    leaves: dict[str, Any] = dict.fromkeys(manifest.leaves)
-    for path, leaf in manifest.leaves.items():
-        if leaf is None:
-            continue
-        leaves[path] = {"dtype": leaf.dtype, "shape": list(leaf.shape), "files": list(leaf.files)}
-        if leaf.axis is not None:
-            leaves[path] |= {"axis": leaf.axis, "rows": leaf.rows}
-    body = {"format": FORMAT, "schema": SCHEMA, "leaves": leaves, "files": manifest.files, "about": manifest.about}
-    try:
-        data = json.dumps({**body, "sha256": _json_digest(body)}, indent=1).encode()
-    except (ValueError, RecursionError) as error:
-        raise SettingError(f"`about` cannot be written as JSON: {error}") from error
-    if len(data) > MANIFEST_LIMIT:
-        raise SettingError(f"{MANIFEST} would take {len(data)} bytes, above {MANIFEST_LIMIT}: shorten `about`")
-    return data
-
-
-def _json_digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
-
-
-def _read_manifest(path: Path) -> _Manifest:
-    """Read and check a manifest.
-
-    Raises:
-        _Damaged: it is missing, corrupted, foreign or malformed.
-        CheckpointError: it is whole, of a schema this version does not know.
-    """
-    data = _read_bytes(path, MANIFEST_LIMIT)
-    try:
-        content = json.loads(data)
-        digest = content.pop("sha256")
-        if content["format"] != FORMAT or digest != _json_digest(content):
-            raise ValueError("the checksum does not match")
-        schema = content["schema"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _Damaged(f"{path} is corrupted or not a checkpoint of rlmeta ({error})") from error
-    if schema != SCHEMA:
-        raise CheckpointError(f"{path} has schema {schema!r}, this rlmeta reads {SCHEMA}: use the rlmeta that wrote it")
-    try:
-        return _parse_manifest(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _Damaged(f"{path} is malformed ({error!r})") from error
-
-
-def _parse_manifest(content: dict[str, Any]) -> _Manifest:
-    """Check every field that is used later; file names can be nothing but hashes, so none leads out of the folder."""
-    files = dict(content["files"])
-    for name, size in files.items():
-        if not _BLOB.fullmatch(name) or not _is_count(size):
-            raise ValueError(f"file {name!r} of {size!r} bytes")
-    described = content["leaves"].items()
-    leaves = {path: None if leaf is None else _parse_leaf(path, leaf, files) for path, leaf in described}
-    _check_paths(leaves)
-    if not isinstance(content["about"], dict):
-        raise ValueError("about is not a dictionary")
-    return _Manifest(leaves, files, content["about"])
-
-
-def _parse_leaf(path: str, leaf: dict[str, Any], files: dict[str, int]) -> _Leaf:
-    parsed = _Leaf(leaf["dtype"], tuple(leaf["shape"]), tuple(leaf["files"]), leaf.get("axis"), leaf.get("rows"))
-    if not all(map(_is_count, parsed.shape)):
-        raise ValueError(f"shape of '{path}'")
-    expected = 1
-    if parsed.axis is not None:
-        if not _is_count(parsed.axis) or not _is_count(parsed.rows) or not parsed.rows:
-            raise ValueError(f"segments of '{path}'")
-        expected = -(-parsed.shape[parsed.axis] // parsed.rows) if parsed.axis < len(parsed.shape) else 0
-    size = math.prod(parsed.shape) * _DTYPES[parsed.dtype].itemsize
-    if len(parsed.files) != expected or size > sum(files[name] for name in parsed.files):
-        raise ValueError(f"files of '{path}'")
-    return parsed
-
-
-def _check_paths(paths: Iterable[str]) -> None:
-    """Refuse empty names and a path that runs through another leaf."""
-    known = set(paths)
-    for path in known:
-        parts = path.split("/")
-        if not all(parts) or any("/".join(parts[:length]) in known for length in range(1, len(parts))):
-            raise ValueError(f"leaf name '{path}'")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -553,14 +403,14 @@ of the damaged file again, and must not take that file for good.
 
 def _intact(path: Path, size: int) -> bool:
     """Whether the file at `path` has the content its name promises; read only if this process has not done so yet."""
-    signature = _signature(path)
+    signature = file_signature(path)
     if signature is None:
         return False
     if _verified.get(path.absolute()) == signature:
         return True
     try:
-        data = _read_bytes(path, size)
-    except _Damaged:
+        data = read_bytes(path, size)
+    except Damaged:
         return False
     if f"{hashlib.sha256(data).hexdigest()}.safetensors" != path.name:
         return False
@@ -569,22 +419,9 @@ def _intact(path: Path, size: int) -> bool:
 
 
 def _remember(path: Path) -> None:
-    signature = _signature(path)
+    signature = file_signature(path)
     if signature is not None:
         _verified[path.absolute()] = signature
-
-
-def _signature(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced or written to; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _exists(path: Path) -> bool:
-    return _signature(path) is not None
 
 
 def _make_folder(folder: Path) -> None:
@@ -597,9 +434,9 @@ def _rotatable(folder: Path) -> bytes | None:
     """The bytes of the newest manifest if it is worth keeping as the previous one; a newer schema is refused."""
     path = folder / MANIFEST
     try:
-        _read_manifest(path)
-        return _read_bytes(path, MANIFEST_LIMIT)
-    except _Damaged:
+        read_manifest(path)
+        return read_bytes(path, MANIFEST_LIMIT)
+    except Damaged:
         return None
 
 
@@ -609,7 +446,7 @@ def _collect(folder: Path) -> tuple[str, ...]:
     for manifest in (MANIFEST, PREVIOUS):
         if named is not None and os.path.lexists(folder / manifest):
             try:
-                named |= _read_manifest(folder / manifest).files.keys()
+                named |= read_manifest(folder / manifest).files.keys()
             except CheckpointError:
                 named = None  # someone may still rescue what a damaged manifest names
     removed: list[str] = []
@@ -618,7 +455,7 @@ def _collect(folder: Path) -> tuple[str, ...]:
     except OSError:
         return ()
     for name in present:
-        unused = _BLOB.fullmatch(name) and named is not None and name not in named
+        unused = BLOB.fullmatch(name) and named is not None and name not in named
         if unused or _TEMPORARY.fullmatch(name):
             with contextlib.suppress(OSError):
                 os.unlink(folder / name)

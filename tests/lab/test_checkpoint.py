@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import tree
-from rlmeta.lab import checkpoint
+from rlmeta.lab import checkpoint, manifest
 
 DTYPES = [
     torch.float64,
@@ -246,9 +246,10 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, monkeypatch
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(SettingError, match="JSON"):
         checkpoint.save(tmp_path, of_step(2), {"huge": 10**5000}, learner_axes=1)
-    for limit in ("MANIFEST_LIMIT", "HEADER_LIMIT"):
+    shortest = (tmp_path / "manifest.json").stat().st_size
+    for module, limit, bytes_ in ((manifest, "MANIFEST_LIMIT", shortest), (checkpoint, "HEADER_LIMIT", 100)):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, limit, (tmp_path / "manifest.json").stat().st_size if limit[0] == "M" else 100)
+            patch.setattr(module, limit, bytes_)
             with pytest.raises(SettingError, match="above"):
                 checkpoint.save(tmp_path, of_step(2), {"long": "x" * 1000}, learner_axes=1)
     assert sorted(os.listdir(tmp_path)) == before
@@ -343,14 +344,14 @@ def test_a_file_of_many_leaves_is_read_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_was_written_or_checked_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, seen = checkpoint._read_bytes, list[Path]()
+    read, seen = checkpoint.read_bytes, list[Path]()
 
     def count(path: Path, limit: int) -> bytes:
         if path.suffix == ".safetensors":
             seen.append(path)
         return read(path, limit)
 
-    monkeypatch.setattr(checkpoint, "_read_bytes", count)
+    monkeypatch.setattr(checkpoint, "read_bytes", count)
     state = {"replay": torch.randn(SEGMENT)}
     assert len(checkpoint.save(tmp_path, state, {}, learner_axes=0).written) == 4
     assert len(checkpoint.save(tmp_path, state, {}, learner_axes=0).reused) == 4
@@ -470,13 +471,13 @@ def test_damage_to_any_file_is_recovered_from_or_refused(tmp_path: Path, damage:
 def test_no_flipped_bit_of_the_manifest_goes_unnoticed(tmp_path: Path) -> None:
     save_step(tmp_path, 8)
     path = tmp_path / "manifest.json"
-    text, good = path.read_bytes(), checkpoint._read_manifest(path)
+    text, good = path.read_bytes(), checkpoint.read_manifest(path)
     noticed = 0
     for offset in range(len(text)):
         path.write_bytes(text)
         flip(path, offset, offset % 8)
         try:
-            assert checkpoint._read_manifest(path) == good, offset
+            assert checkpoint.read_manifest(path) == good, offset
         except CheckpointError:
             noticed += 1
     assert noticed > len(text) - 2 * text.count(b" ")  # the others turned white space into white space
@@ -656,9 +657,12 @@ def test_an_unknown_schema_is_refused_and_never_overwritten(tmp_path: Path) -> N
 
 def test_files_above_the_limits_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_step(tmp_path, 1)
-    for limit, message in (("MANIFEST_LIMIT", "at most 20 expected"), ("HEADER_LIMIT", "header above 20")):
+    for module, limit, message in (
+        (manifest, "MANIFEST_LIMIT", "at most 20 expected"),
+        (checkpoint, "HEADER_LIMIT", "header above 20"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, limit, 20)
+            patch.setattr(module, limit, 20)
             with pytest.raises(CheckpointError, match=message):
                 checkpoint.load(tmp_path)
 
