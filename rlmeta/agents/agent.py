@@ -55,6 +55,7 @@ class Agent:
     steps_per_iteration: int
     """Steps every environment takes in one iteration."""
     num_tasks = 1
+    task_samples: int | None = None
     score = Score("return")
 
     def __init__(

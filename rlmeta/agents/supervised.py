@@ -86,6 +86,7 @@ class Supervised:
     """
 
     num_tasks = 1
+    task_samples: int | None = None
     score = Score("score")
 
     def __init__(

@@ -158,6 +158,11 @@ class DataWorld:
 
     # ------------------------------------------------------------------ which task
 
+    @property
+    def task_samples(self) -> int:
+        """Training samples of the smallest task."""
+        return int(self.table.train_count.min())
+
     def select(self, identity: Tensor) -> None:
         """Set every learner to a task, `[*L]` int64; `reset` begins it."""
         self.identity = identity.cpu()

@@ -30,8 +30,10 @@ TENSORS = ("observation", "action", "reward", "lengths", "terminated", "truncate
 class Demonstrations:
     """E episodes of M steps in all, one behind the other; an episode of T steps has T + 1 observations.
 
+    `join` puts several behind one another, `first` takes some.
+
     Raises:
-        DemonstrationError: no episode, an empty or cut one, values that are not finite or not of the spaces.
+        DemonstrationError: no episode, an empty or cut one, what is no tensor, not finite or not of the spaces.
     """
 
     observation: tree.Tree
@@ -56,6 +58,7 @@ class Demonstrations:
     """The file they were read from, or ''."""
 
     def __post_init__(self) -> None:
+        self._check_tensors()
         self._check_bounds()
         self._check_values()
 
@@ -169,6 +172,7 @@ class Demonstrations:
             "observation_space": _space_to_json(self.observation_space),
             "action_space": _space_to_json(self.action_space),
             "about": self.about,
+            "digest": self.digest,
         }
         tensors = {name: leaf.contiguous() for name, leaf in tree.flatten(self._tensors()).items()}
         data, written = encode(tensors, {"demonstrations": json.dumps(header)}), path.with_name(path.name + ".tmp")
@@ -187,6 +191,8 @@ class Demonstrations:
         Raises:
             DemonstrationError: no such file, not one of demonstrations, or a damaged one.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise DemonstrationError(f"demonstrations are {path!r}, expected the name of a file, or Demonstrations")
         path = Path(path)
         if not path.is_file():
             raise DemonstrationError(f"no demonstrations at {path}: record some with `rlmeta record RUN --out {path}`")
@@ -196,17 +202,19 @@ class Demonstrations:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         except (SafetensorError, ValueError, OSError) as error:
             raise DemonstrationError(f"{path} is damaged or no file of demonstrations: {error}") from None
-        if header.get("format") != FORMAT:
-            raise DemonstrationError(
-                f"{path} says it is {header.get('format', 'no demonstrations')!r}, expected {FORMAT!r}"
-            )
+        said = header.get("format", "no demonstrations") if isinstance(header, dict) else "no demonstrations"
+        if said != FORMAT:
+            raise DemonstrationError(f"{path} says it is {said!r}, expected {FORMAT!r}")
         try:
             spaces: dict[str, Any] = {
                 name: _space_from_json(header[name]) for name in ("observation_space", "action_space")
             }
-            return Demonstrations(**tree.unflatten(tensors), **spaces, about=header["about"], path=str(path))
-        except (KeyError, TypeError) as error:
+            found = Demonstrations(**tree.unflatten(tensors), **spaces, about=header["about"], path=str(path))
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             raise DemonstrationError(f"{path} is damaged: {error}; record the demonstrations again") from None
+        if header.get("digest", found.digest) != found.digest:
+            raise DemonstrationError(f"{path} is damaged: its checksum is wrong; record the demonstrations again")
+        return found
 
     # ------------------------------------------------------------------ checks
 
@@ -221,6 +229,14 @@ class Demonstrations:
         episode = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
         before = torch.arange(self.steps) + episode
         return before, before + 1
+
+    def _check_tensors(self) -> None:
+        for name, leaf in tree.flatten(self._tensors()).items():
+            if not isinstance(leaf, Tensor):
+                raise DemonstrationError(
+                    f"{name} of the demonstrations{self._where()} is {type(leaf).__name__}, expected a tensor: "
+                    "torch.as_tensor makes one"
+                )
 
     def _check_bounds(self) -> None:
         episodes, where = self.lengths.numel(), self._where()
@@ -280,13 +296,20 @@ def _not_writable(path: str | os.PathLike[str], error: OSError) -> Demonstration
 
 
 def join(parts: Sequence[Demonstrations]) -> Demonstrations:
-    """The episodes of several demonstrations of the same spaces, in order."""
+    """The episodes of several demonstrations of the same spaces, in order.
+
+    Raises:
+        DemonstrationError: there are none, or their spaces differ.
+    """
+    if not parts:
+        raise DemonstrationError("no demonstrations to join: give at least one")
     for other in parts[1:]:
         other.check(parts[0].observation_space, parts[0].action_space)
     joined: dict[str, Any] = {
         name: tree.map(lambda *leaves: torch.cat(leaves), *[getattr(part, name) for part in parts]) for name in TENSORS
     }
-    return replace(parts[0], **joined, path="")
+    about = {"joined": [part.about for part in parts]} if len(parts) > 1 else parts[0].about
+    return replace(parts[0], **joined, about=about, path="")
 
 
 def _leaves(space: gym.Space, path: str) -> list[tuple[str, gym.Space]]:

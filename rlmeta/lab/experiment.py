@@ -178,6 +178,7 @@ class Experiment:
         merged = settings_.merge(self.variants)
         learner: Learner = merged.bind(world.observation_space, world.action_space, self.methods)
         learner.num_tasks = len(self.problem) if isinstance(self.problem, TaskStream) else 1
+        learner.task_samples = getattr(world, "task_samples", None)
         return learner
 
     def use_threads(self) -> None:

@@ -54,6 +54,8 @@ class Learner(HasLosses, Protocol):
     """Lifelong methods, in order."""
     num_tasks: int
     """Tasks of the stream it learns from, 1 without a stream; set before `init`."""
+    task_samples: int | None
+    """Training samples of the smallest of them, None where it makes its own by acting; set before `init`."""
     steps_per_iteration: int
     """Steps every row of the world takes in one iteration."""
     score: Score

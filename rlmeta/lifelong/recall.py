@@ -108,7 +108,8 @@ def check_count(count: int, available: int) -> None:
     """Refuse to remember more samples of a task than it has."""
     if count > available:
         raise SettingError(
-            f"a memory of {count} samples a task is more than the {available} that a task has: choose a smaller one"
+            f"a memory of {count} samples a task is more than the {available} that the smallest has: choose a smaller "
+            "memory"
         )
 
 
@@ -138,7 +139,7 @@ def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
     Raises:
         SettingError: a task has fewer.
     """
-    check_count(count, samples_of_a_task(state) or count)
+    check_count(count, learner.task_samples or count)
     return blank_memories(learner, state, learner.num_tasks, count) if count else {}
 
 
@@ -161,12 +162,6 @@ def put_memories(memories: tree.Tree, slot: int, kept: tree.Tree, axes: int) -> 
         return room
 
     return tree.map(write, memories, kept)
-
-
-def samples_of_a_task(state: State) -> int | None:
-    """How many samples a supervised learner's task has at most; None for an agent, which makes its own."""
-    order = state["world"].get("order") if isinstance(state["world"], dict) else None
-    return None if order is None else int(order.shape[-1])
 
 
 def per_learner(setting: float | Sequence[float], state: State) -> Tensor:

@@ -93,6 +93,7 @@ class MAMLLearner:
     """MAML on given spaces: adapt, ask, learn."""
 
     num_tasks = 1
+    task_samples: int | None = None
 
     def __init__(
         self, settings: MAML, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -114,6 +115,12 @@ def test_the_first_episodes_and_joined_ones():
     both = join([two, made])
     assert both.lengths.tolist() == [3, 1, 3, 1, 2]
     assert torch.equal(both.transitions()["observation"][4:], made.transitions()["observation"])
+    assert both.about == {"joined": [{"who": "a test"}] * 2}
+    assert join([made]).about == made.about
+    with pytest.raises(DemonstrationError, match="no demonstrations to join"):
+        join([])
+    with pytest.raises(DemonstrationError, match="have observation space"):
+        join([made, make(space=NESTED)])
     with pytest.raises(DemonstrationError, match="4 episodes of demonstrations asked for, expected 1 to 3"):
         made.first(4)
     with pytest.raises(DemonstrationError, match="expected 1 to 3"):
@@ -154,6 +161,8 @@ NAN = torch.full((9, 2), float("nan"))
         ({"action": torch.full((6,), 3)}, r"action of the demonstrations holds int64 from 3 to 3.*Discrete\(3\)"),
         ({"action": torch.zeros(6)}, "action of the demonstrations holds float32"),
         ({"observation": {"a": torch.zeros(9, 2)}}, "observation of the demonstrations has shape missing"),
+        ({"lengths": np.array([3, 1, 2])}, "lengths of the demonstrations is ndarray, expected a tensor"),
+        ({"reward": [0.0] * 6}, "reward of the demonstrations is list, expected a tensor"),
     ],
 )
 def test_broken_demonstrations_are_refused(changed, message):
@@ -186,12 +195,42 @@ def test_broken_files_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(DemonstrationError, match="damaged or no file of demonstrations"):
             Demonstrations.load(path)
+    at = whole.index(make().observation[3:5].numpy().tobytes())
+    path.write_bytes(whole[:at] + b"\x01" + whole[at + 1 :])  # one bit of a number: all else still fits
+    with pytest.raises(DemonstrationError, match="its checksum is wrong"):
+        Demonstrations.load(path)
     save_file({"action": torch.zeros(3)}, path)
     with pytest.raises(DemonstrationError, match="no demonstrations"):
         Demonstrations.load(path)
     save_file({"action": torch.zeros(3)}, path, {"demonstrations": '{"format": "rlmeta demonstrations 1"}'})
     with pytest.raises(DemonstrationError, match="damaged"):
         Demonstrations.load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rlmeta demonstrations 1", "rlmeta demonstrations 9", "says it is 'rlmeta demonstrations 9'"),
+        ('"kind": "Box"', '"kind": "Bxx"', "Bxx"),
+        ('"shape": [2]', '"shape": [7]', "damaged"),
+        ('"float32"', '"flxxt32"', "damaged"),
+        ('"n": 3', '"n":-3', "damaged"),
+    ],
+)
+def test_a_header_that_says_something_else_is_refused(old, new, message, tmp_path):
+    bounds = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 9.0], np.float32))
+    path = make(space=bounds).save(tmp_path / "demo")
+    whole = path.read_bytes()
+    old, new = (json.dumps(text)[1:-1].encode() for text in (old, new))  # JSON within JSON
+    assert whole.count(old)
+    path.write_bytes(whole.replace(old, new))
+    with pytest.raises(DemonstrationError, match=message):
+        Demonstrations.load(path)
+
+
+def test_what_is_neither_a_file_nor_demonstrations_is_refused():
+    with pytest.raises(DemonstrationError, match="demonstrations are 5, expected the name of a file"):
+        rl.train(rl.BehaviourCloning(demonstrations=5), "CartPole-v1", steps=50, progress=False)
 
 
 # ------------------------------------------------------------------------------------------------------- recorded

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.envs.data import Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import seen
 from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
 from rlmeta.lifelong.recall import per_learner
-from tests.lifelong.toy import flat, learner, points, trained
+from tests.lifelong.toy import flat, learner, points, tasks, trained
 
 OFF = [EWC(strength=0.0), GEM(memory=0), AGEM(memory=0), Replay(size=0), Replay(strength=0.0)]
 ON = [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8, batch_size=8), Replay(size=6), PackNet()]
@@ -127,10 +128,19 @@ def test_a_learner_without_a_distribution_is_refused_before_training(method, tmp
     assert not (tmp_path / "run").exists()
 
 
+def begun(run, metrics):
+    raise AssertionError("training has begun")
+
+
 def test_a_memory_larger_than_the_data_is_refused_before_training():
     for method in (GEM(memory=41), AGEM(memory=41)):
         with pytest.raises(SettingError, match="41 samples a task is more than the 40"):
             trained(method)
+    small = dataclasses.replace(tasks()[1], train=Samples(*(x[:9] for x in tasks()[1].train)))
+    for order in ("given", 2):  # not found out when its turn comes, after others were trained on
+        uneven = stream([tasks()[0], small], "uneven", order=order)
+        with pytest.raises(SettingError, match="10 samples a task is more than the 9 that the smallest has"):
+            rl.train(learner(), uneven, steps=8, lifelong=[GEM(memory=10)], callbacks=[begun], progress=False)
     with pytest.raises(SettingError, match="less than the 3 classes"):
         trained(Replay(size=2))
 
