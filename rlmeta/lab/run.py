@@ -26,7 +26,7 @@ from rlmeta.lab.stages import Stage
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
-from rlmeta.learning.state import State
+from rlmeta.learning.state import Packed, State
 from rlmeta.lifelong import metrics
 
 
@@ -316,8 +316,11 @@ def fit(fresh: State, saved: State, where: str) -> State:
                 f"{where}: {name!r} is {given[name].dtype} {tuple(given[name].shape)} in the checkpoint, the agent has "
                 f"{leaf.dtype} {tuple(leaf.shape)}: it is of another agent, task or number of learners"
             )
-    device = fresh["key"].device
-    return tree.map(lambda leaf: leaf.to(device), saved)
+    key = fresh["key"]
+    loaded: State = tree.map(lambda leaf: leaf.to(key.device), saved)
+    # packed as in the run that goes on: the bits of a matrix product depend on where its factors begin
+    loaded["params"]["weights"] = Packed.of(loaded["params"]["weights"], key.dim())
+    return loaded
 
 
 def per_learner(values: Tensor) -> list[float]:

@@ -18,7 +18,7 @@ from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, seen
-from rlmeta.learning.state import State
+from rlmeta.learning.state import Packed, State
 from rlmeta.learning.step import reset_optimizer
 
 
@@ -113,6 +113,7 @@ def _given(state: State, method: Method) -> tuple[Any, Any, Any]:
 
 def _changed(state: State, method: Method, hook: str, found: tuple[Any, Any]) -> State:
     p, m = hooks.changed(method, hook, found, *_given(state, method)[:2])
+    p = {**p, "weights": Packed.of(p["weights"], state["key"].dim())}
     return {**state, "params": p, "methods": {**state["methods"], method.name: m}}
 
 

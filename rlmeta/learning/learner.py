@@ -13,7 +13,7 @@ from rlmeta.functional import random, tree
 from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.method import Method
-from rlmeta.learning.state import Params, State
+from rlmeta.learning.state import Packed, Params, State
 from rlmeta.learning.step import HasLosses
 from rlmeta.nn import Block, stack
 
@@ -104,7 +104,12 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
     zero = torch.zeros(key.shape, dtype=torch.int64, device=key.device)
     counted = ("iterations", "vector_steps", "env_steps", "gradient_steps", "task_steps")
     return {
-        "params": {"weights": weights, "buffers": buffers, "normalisers": {}, "hyper": hyper},
+        "params": {
+            "weights": Packed.of(weights, key.dim()),
+            "buffers": buffers,
+            "normalisers": {},
+            "hyper": hyper,
+        },
         "key": key,
         "count": {name: zero.clone() for name in counted},
         "progress": torch.zeros(key.shape, dtype=torch.float64, device=key.device),

@@ -333,3 +333,18 @@ def test_the_summary_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
             rl.load(tmp_path / "run")
     summary.unlink()
     assert torch.equal(rl.resume(tmp_path / "run").scores, rl.load(tmp_path / "run").scores)
+
+
+@pytest.mark.parametrize("agent", [rl.PPO(num_steps=16, batch_size=32), rl.REINFORCE()], ids=["ppo", "reinforce"])
+def test_loaded_weights_lie_in_memory_as_in_the_run_that_goes_on(agent, tmp_path):
+    """The bits of a matrix product depend on where its factors begin, which for the second learner is at an odd place
+    where the weights of one are odd in number."""
+    run = rl.train(agent, "CartPole-v1", steps=256, seeds=2, out=tmp_path / "run", progress=False)
+    fresh, loaded = Run(run.experiment, None), rl.load(tmp_path / "run")
+    fresh.start()
+    weights = run.state["params"]["weights"]
+    assert sum(w[0].numel() for w in weights.values()) % 2 == 1
+    for name, weight in weights.items():
+        for other in (fresh.state["params"]["weights"][name], loaded.state["params"]["weights"][name]):
+            assert other.stride() == weight.stride(), name
+            assert other.data_ptr() % 64 == weight.data_ptr() % 64, name
