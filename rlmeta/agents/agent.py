@@ -56,6 +56,7 @@ class Agent:
     """Steps every environment takes in one iteration."""
     num_tasks = 1
     task_samples: int | None = None
+    counts = "environment steps"
     score = Score("return")
 
     def __init__(

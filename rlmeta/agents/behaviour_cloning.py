@@ -82,6 +82,7 @@ class BehaviourCloningAgent(Agent):
     """Behaviour cloning on given spaces."""
 
     settings: BehaviourCloning
+    counts = "gradient steps"
 
     def __init__(
         self,

@@ -71,6 +71,7 @@ class IRLAgent(Agent):
     """Finds a reward of the state under which the demonstrations are most likely, and acts by its soft policy."""
 
     settings: IRL
+    counts = "gradient steps"
 
     def __init__(
         self, settings: IRL, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
 
 WRITTEN_UP_TO = 10
 """Tasks with so many or fewer get their scores written into the heat map."""
+NAMES_IN_A_LINE = 56
+"""Letters that fit below a panel, side by side."""
 
 
 def write_matrix(run: Run) -> Path | None:
     """Draw the matrix of a run on a stream into its folder's `matrix.png`, a row of panels for each setting.
 
-    Left, the mean over learners of R[i, j], the score on the j-th task after training on i. Right, the same as a curve
-    for each task, the interquartile mean over learners with its 95 % interval. Without matplotlib a sentence says what
-    to install.
+    Left, the mean over learners of R[i, j], the score on the j-th task after training on i, in one scale of colours for
+    all settings. Right, the same as a curve for each task, the interquartile mean over learners with its 95 % interval,
+    the mean alone up to 3. Without matplotlib a sentence says what to install.
 
     Returns:
         The file, or None where nothing was drawn.
@@ -45,9 +48,10 @@ def _figure(run: Run) -> Figure:
     FigureCanvasAgg(figure)
     panels: NDArray[Any] = np.asarray(figure.subplots(len(labels), 2)).reshape(len(labels), 2)
     matrices = run.matrix.cpu().numpy().reshape(len(labels), each, *run.matrix.shape[1:])
-    names = _names(run)
+    names, means = _names(run), matrices.mean(1)
+    ends = (float(np.nanmin(means)), float(np.nanmax(means)))
     for (left, right), matrix, label in zip(panels, matrices, labels):
-        _heat_map(left, matrix.mean(0), names, run.agent.score.name)
+        _heat_map(left, matrix.mean(0), names, run.agent.score.name, ends)
         _curves(right, matrix, names, run.agent.score.name)
         if label:
             left.set_title(label, fontsize=10)
@@ -59,28 +63,42 @@ def _figure(run: Run) -> Figure:
 
 
 def _names(run: Run) -> list[str]:
-    """The tasks' names, or their places where learners meet them in several orders."""
+    """The tasks' names; their places where they have none of their own, or learners meet them in several orders."""
     stream = run.stream
     assert stream is not None
-    if len(stream.orders()) > 1:
+    order = stream.orders()[0]
+    names = [stream.tasks[j].name for j in order]
+    if len(stream.orders()) > 1 or names == [f"{stream.name}/{j}" for j in order]:
         return [f"task {j + 1}" for j in range(len(stream))]
-    return [stream.tasks[j].name for j in stream.orders()[0]]
+    return names
 
 
-def _heat_map(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: str) -> None:
-    image = axes.imshow(matrix, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(names)), names, rotation=45 if len(names) > 5 else 0, fontsize=8)
+def _turned(names: Sequence[str]) -> dict[str, Any]:
+    """How names stand below an axis: turned where they would touch."""
+    turned = sum(map(len, names)) + 2 * len(names) > NAMES_IN_A_LINE
+    return {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+
+
+def _digits(ends: tuple[float, float]) -> str:
+    """The format of scores between these: about three digits, equally many behind the point, no powers of ten."""
+    largest = max(map(abs, ends))
+    return ".3f" if largest < 10 else ".1f" if largest < 100 else ",.0f"
+
+
+def _heat_map(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: str, ends: tuple[float, float]) -> None:
+    image = axes.imshow(matrix, cmap="viridis", aspect="auto", vmin=ends[0], vmax=ends[1])
+    axes.set_xticks(range(len(names)), names, fontsize=8, **_turned(names))
     axes.set_yticks(range(len(matrix)), ["untrained", *names], fontsize=8)
     axes.set_xlabel("evaluated on")
     axes.set_ylabel("trained up to")
-    axes.figure.colorbar(image, ax=axes, label=score)
+    axes.figure.colorbar(image, ax=axes, label=f"{score}, mean")
     if len(names) > WRITTEN_UP_TO:
         return
-    middle = (np.nanmin(matrix) + np.nanmax(matrix)) / 2
+    middle, digits = sum(ends) / 2, _digits(ends)
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
             colour = "white" if value < middle else "black"
-            axes.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)
+            axes.text(j, i, f"{value:{digits}}", ha="center", va="center", fontsize=8, color=colour)
 
 
 def _curves(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: str) -> None:
@@ -90,14 +108,15 @@ def _curves(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: st
     for j, name in enumerate(names):
         colour = colormaps["viridis"](0.9 * j / max(1, len(names) - 1))
         values = matrix[:, :, j].T
-        if matrix.shape[0] > FEW_SEEDS:
+        if len(matrix) > FEW_SEEDS:
             axes.fill_between(x, *band(values), color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, centre(values), color=colour, marker="o", markersize=3.5, label=name)
         axes.plot(j + 1, centre(values)[j + 1], color=colour, marker="*", markersize=12)
-    axes.set_xticks(x, ["untrained", *names], rotation=45 if len(names) > 5 else 0, fontsize=8)
+    axes.set_xticks(x, ["untrained", *names], fontsize=8, **_turned(["untrained", *names]))
     axes.set_xlabel("trained up to (star: the task itself)")
-    axes.set_ylabel(score)
+    spread = len(matrix) > FEW_SEEDS
+    axes.set_ylabel(f"{score}, interquartile mean and 95 % interval" if spread else f"{score}, mean")
     axes.grid(color="#dddddd", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     if len(names) <= WRITTEN_UP_TO:
-        axes.legend(fontsize=8, frameon=False, title="task")
+        axes.legend(fontsize=8, frameon=False, title="task", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -151,9 +151,9 @@ def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
                 _draw(places, curve.values[:, of], style, spread)
     for axes in (left, right):
         _dress(axes)
-    score = run.agent.score.name
-    left.set_ylabel("undiscounted return per episode" if score == "return" else score)
-    left.set_xlabel("environment steps of each learner" if learners > 1 else "environment steps")
+    score = "undiscounted return per episode" if run.agent.score.name == "return" else run.agent.score.name
+    left.set_ylabel(score if run.stream is None else f"{score}, mean of the tasks so far")
+    left.set_xlabel(run.agent.counts + (" of each learner" if learners > 1 else ""))
     left.xaxis.set_major_formatter(EngFormatter(sep=""))
     together = f" of all {learners} learners together" if learners > 1 else ""
     right.set_xlabel(f"wall time{together} [{unit}]")

@@ -189,8 +189,8 @@ class Run:
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for each variant: its label, IQM with 95 % interval, mean, steps, seconds, steps/s."""
-        seeds, steps = self.experiment.repeats, self.env_steps
-        scores = self.scores.reshape(-1, seeds).cpu().numpy()
+        steps = self.env_steps
+        scores = self.scores.reshape(-1, self.experiment.repeats).cpu().numpy()
         rows = []
         for label, score, transfer in zip(self.experiment.labels, scores, self._transfer()):
             low, high = statistics.stratified_bootstrap_interval(score[:, None], statistics.iqm)
@@ -200,7 +200,7 @@ class Run:
                     "task": self.experiment.problem.name,
                     "setting": label,
                     "score": self.agent.score.name,
-                    "seeds": seeds,
+                    "seeds": len(self.experiment.seeds),
                     "iqm": float(statistics.iqm(score[:, None])),
                     "low": float(low),
                     "high": float(high),
@@ -216,13 +216,21 @@ class Run:
         return rows
 
     def _transfer(self) -> list[dict[str, float]]:
-        """What every variant kept and gained along a stream, means over its learners; nothing of a single problem."""
+        """What every variant kept and gained along a stream, means over its learners with their 95 % intervals (`BWT`,
+        `BWT_low`, `BWT_high`, ...), and in how many orders; nothing of a single problem."""
         if self.stream is None:
             return [{} for _ in self.experiment.labels]
         matrices = self.matrix.reshape(-1, self.experiment.repeats, *self.matrix.shape[1:]).cpu().numpy()
         names = {"BWT": "backward_transfer", "FWT": "forward_transfer", "forgetting": "forgetting"}
-        found = [metrics.summary(matrix, self.agent.score.maximise) for matrix in matrices]
-        return [{name: float(one[figure].mean()) for name, figure in names.items()} for one in found]
+        orders = self.experiment.repeats // len(self.experiment.seeds)
+        rows = []
+        for matrix in matrices:
+            found = metrics.estimates(matrix, self.agent.score.maximise)
+            row: dict[str, float] = {"orders": orders} if orders > 1 else {}
+            for name, figure in names.items():
+                row |= {name: found[figure].mean, f"{name}_low": found[figure].low, f"{name}_high": found[figure].high}
+            rows.append(row)
+        return rows
 
     # ------------------------------------------------------------------ files
 

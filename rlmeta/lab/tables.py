@@ -22,15 +22,17 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The results of runs, as `Run.summary()` gives them. What all rows share is in the title, to leave room.
 
     Args:
-        rows: at least one, with `agent`, `task`, `setting`, `score` (its name), `seeds`, `scores` (one a seed), `iqm`,
-            `low`, `high`, `episodes` and `steps` (of each seed), `seconds` and `steps_per_second` (of all learners of
-            the run); `BWT`, `FWT` and `forgetting` on a stream.
+        rows: at least one, with `agent`, `task`, `setting`, `score` (its name), `seeds`, `scores` (one a learner),
+            `iqm`, `low`, `high`, `episodes` and `steps` (of each learner), `seconds` and `steps_per_second` (of all
+            learners of the run); on a stream `BWT`, `FWT` and `forgetting` with their `_low` and `_high`, and `orders`
+            where every seed meets the tasks in several.
     """
     score = _score_header(rows)
     cells = [_cells(row, score) for row in rows]
     shared = [name for name in cells[0] if name != score and len({row[name] for row in cells}) == 1]
     if len(rows) == 1:
-        shared = ["agent", "task", "setting"]
+        on_stream = TRANSFER[0] in rows[0]
+        shared = [name for name in cells[0] if (name not in (score, *TRANSFER) if on_stream else name in TEXTS)]
     title = _title({name: cells[0][name] for name in shared})
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -55,35 +57,45 @@ def _cells(row: dict[str, Any], score: str) -> dict[str, str]:
         "task": row["task"],
         "setting": row["setting"].replace(", ", "\n"),
         "seeds": str(row["seeds"]),
+        **({"orders": str(row["orders"])} if "orders" in row else {}),
         score: _score(row),
         "episodes": f"{row['episodes']:,}",
         "steps": f"{row['steps']:,}",
-        **{name: f"{row[name]:+.3g}" for name in TRANSFER if name in row},
+        **{name: _transfer(row, name) for name in TRANSFER if name in row},
         "seconds": f"{row['seconds']:,.1f}",
         "steps/s": f"{row['steps_per_second']:,}",
     }
 
 
 def _score_header(rows: Sequence[dict[str, Any]]) -> str:
-    counts = [row["seeds"] for row in rows]
+    counts = [len(row["scores"]) for row in rows]
     names = {row["score"] for row in rows}
     name = names.pop() if len(names) == 1 else "score"
     if not any(count > FEW_SEEDS for count in counts):
         return name if max(counts, default=1) == 1 else f"mean {name} (each seed)"
-    return f"IQM {name} [95 % interval]" + ("" if min(counts) > FEW_SEEDS else " or mean (each seed)")
+    between = "\n" if any(TRANSFER[0] in row for row in rows) else " "
+    return f"IQM {name}{between}[95 % interval]" + ("" if min(counts) > FEW_SEEDS else " or mean (each seed)")
 
 
 def _score(row: dict[str, Any]) -> str:
     digits = 1 if row["score"] == "return" else 3
     iqm, low, high = (f"{row[name]:,.{digits}f}" for name in ("iqm", "low", "high"))
-    if row["seeds"] > FEW_SEEDS:
-        return f"{iqm} [{low}, {high}]"
-    return iqm if row["seeds"] == 1 else f"{iqm} ({', '.join(f'{score:,.{digits}f}' for score in row['scores'])})"
+    between = "\n" if TRANSFER[0] in row else " "
+    if len(row["scores"]) > FEW_SEEDS:
+        return f"{iqm}{between}[{low}, {high}]"
+    return iqm if len(row["scores"]) == 1 else f"{iqm} ({', '.join(f'{score:,.{digits}f}' for score in row['scores'])})"
+
+
+def _transfer(row: dict[str, Any], name: str) -> str:
+    """The mean over learners, and below it its interval."""
+    if len(row["scores"]) <= FEW_SEEDS:
+        return f"{row[name]:+.3g}"
+    return f"{row[name]:+.3g}\n[{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"
 
 
 def _title(shared: dict[str, str]) -> str:
     """The shared cells: texts in the first line, numbers with their column's name behind in the second."""
     what = " on ".join(shared[name] for name in ("agent", "task") if name in shared)
     texts = [text for text in (what, shared.get("setting", "").replace("\n", ", ")) if text]
-    numbers = [f"{cell} {name}" for name, cell in shared.items() if name not in TEXTS]
+    numbers = [f"{cell} {name}".replace("\n", " ") for name, cell in shared.items() if name not in TEXTS]
     return "\n".join(line for line in (", ".join(texts), ", ".join(numbers)) if line)

@@ -58,6 +58,8 @@ class Learner(HasLosses, Protocol):
     """Training samples of the smallest of them, None where it makes its own by acting; set before `init`."""
     steps_per_iteration: int
     """Steps every row of the world takes in one iteration."""
+    counts: str
+    """What its budget counts, as plots call it."""
     score: Score
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: Any) -> State:

@@ -31,15 +31,21 @@ def learning_accuracy(matrix: ArrayLike) -> Any:
     return _trained(_checked(matrix)).mean(-1)
 
 
-def backward_transfer(matrix: ArrayLike) -> Any:
-    """BWT: by how much later training changed each task but the last, (1 / (T - 1)) Σⱼ R[T, j] - R[j + 1, j]."""
-    r = _checked(matrix)
+def backward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
+    """BWT: by how much later training improved each task but the last, (1 / (T - 1)) Σⱼ R[T, j] - R[j + 1, j].
+
+    With `maximise=False` scores are losses and the difference is the other way round, so that more is better.
+    """
+    r = _rising(matrix, maximise)
     return _mean((r[..., -1, :] - _trained(r))[..., :-1])
 
 
-def forward_transfer(matrix: ArrayLike) -> Any:
-    """FWT: what earlier tasks gave each but the first before it was trained, (1 / (T - 1)) Σⱼ R[j, j] - R[0, j]."""
-    r = _checked(matrix)
+def forward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
+    """FWT: what earlier tasks gave each but the first before it was trained, (1 / (T - 1)) Σⱼ R[j, j] - R[0, j].
+
+    With `maximise=False` scores are losses and the difference is the other way round, so that more is better.
+    """
+    r = _rising(matrix, maximise)
     before = np.diagonal(r[..., :-1, :], axis1=-2, axis2=-1)
     return _mean((before - r[..., 0, :])[..., 1:])
 
@@ -53,7 +59,7 @@ def forgetting(matrix: ArrayLike, maximise: bool = True) -> Any:
 
 def task_forgetting(matrix: ArrayLike, maximise: bool = True) -> NDArray[np.float64]:
     """`forgetting` task by task, `[..., T + 1, T]` -> `[..., T]`; NaN for the last task, which nothing came after."""
-    r = _checked(matrix) * (1.0 if maximise else -1.0)
+    r = _rising(matrix, maximise)
     tasks = r.shape[-1]
     lost = np.full((*r.shape[:-2], tasks), np.nan)
     for j in range(tasks - 1):
@@ -63,15 +69,15 @@ def task_forgetting(matrix: ArrayLike, maximise: bool = True) -> NDArray[np.floa
 
 def forgetting_first(matrix: ArrayLike, maximise: bool = True) -> Any:
     """The score just after training on a task less its final one, mean over all but the last: minus BWT."""
-    return backward_transfer(matrix) * (-1.0 if maximise else 1.0)
+    return -backward_transfer(matrix, maximise)
 
 
 def summary(matrix: ArrayLike, maximise: bool = True) -> dict[str, Any]:
     """Every figure of this file by name, `[...]` each."""
     return {
         "accuracy": accuracy(matrix),
-        "backward_transfer": backward_transfer(matrix),
-        "forward_transfer": forward_transfer(matrix),
+        "backward_transfer": backward_transfer(matrix, maximise),
+        "forward_transfer": forward_transfer(matrix, maximise),
         "forgetting": forgetting(matrix, maximise),
         "forgetting_first": forgetting_first(matrix, maximise),
         "learning_accuracy": learning_accuracy(matrix),
@@ -104,6 +110,11 @@ def _checked(matrix: ArrayLike) -> NDArray[np.float64]:
             "after each task"
         )
     return r
+
+
+def _rising(matrix: ArrayLike, maximise: bool) -> NDArray[np.float64]:
+    """The checked matrix with losses turned round, so that more is better."""
+    return _checked(matrix) * (1.0 if maximise else -1.0)
 
 
 def _trained(r: NDArray[np.float64]) -> NDArray[np.float64]:

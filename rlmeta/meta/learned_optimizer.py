@@ -261,6 +261,7 @@ class LearnedOptimizerLearner:
 
     num_tasks = 1
     task_samples: int | None = None
+    counts = "steps of the optimizer"
     score = Score("final loss", maximise=False)
 
     def __init__(self, settings: LearnedOptimizer, methods: Sequence[Method] = ()) -> None:

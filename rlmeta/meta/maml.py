@@ -94,6 +94,7 @@ class MAMLLearner:
 
     num_tasks = 1
     task_samples: int | None = None
+    counts = "tasks"
 
     def __init__(
         self, settings: MAML, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()

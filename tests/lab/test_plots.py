@@ -47,7 +47,8 @@ def ended_run(folder: Path, seeds: int, rates: list[float], lines: int = 12, eva
     returns = torch.from_numpy(level[:, None] + draws.normal(0, 30, (learners, 8)))
     evaluation = Evaluation(returns, returns.long()) if evaluated else None
     return SimpleNamespace(
-        agent=SimpleNamespace(score=Score("return")),
+        agent=SimpleNamespace(score=Score("return"), counts="environment steps"),
+        stream=None,
         folder=folder,
         experiment=experiment,
         evaluation=evaluation,

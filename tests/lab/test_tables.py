@@ -78,6 +78,25 @@ def test_a_narrow_terminal_folds_names_and_never_numbers() -> None:
     assert sum("1,176.8 [109.2, 1,210.8]" in line for line in lines) == 2
 
 
+def test_what_a_stream_did_has_an_interval_below_it() -> None:
+    transfer = {f"{name}{end}": value for name in ("BWT", "FWT", "forgetting") for end, value in ENDS.items()}
+    assert rendered([row(seeds=2, orders=3, scores=[0.5] * 6, steps=320, seconds=9.3, **transfer)]) == [
+        "ppo on CartPole-v1",
+        "2 seeds, 3 orders, 64 episodes, 320 steps, 9.3 seconds, 13,090 steps/s",
+        "IQM return",
+        "[95 % interval] BWT FWT forgetting",
+        "1,176.8 -0.123 -0.123 -0.123",
+        "[109.2, 1,210.8] [-0.2, 0.0123] [-0.2, 0.0123] [-0.2, 0.0123]",
+    ]
+    few = rendered([row(seeds=2, scores=[1.0, 2.0], **transfer)])
+    assert few[2:] == ["mean return (each seed) BWT FWT forgetting", "1,176.8 (1.0, 2.0) -0.123 -0.123 -0.123"]
+    shared = rendered([row(setting="a=1", **transfer), row(setting="a=2", **transfer)], width=200)
+    assert "-0.123 [-0.2, 0.0123] BWT, -0.123 [-0.2, 0.0123] FWT" in " ".join(shared)
+
+
+ENDS = {"": -0.1234, "_low": -0.2, "_high": 0.01234}
+
+
 def test_names_are_never_read_as_markup() -> None:
     assert rendered([row(setting="activation=[bold]"), row(setting="activation=[red]")])[3].startswith(
         "activation=[bold] "

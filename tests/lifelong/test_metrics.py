@@ -41,6 +41,14 @@ def test_losses_are_forgotten_upwards():
     assert metrics.forgetting_first(-R, maximise=False) == pytest.approx(metrics.forgetting_first(R))
 
 
+def test_transfer_that_helps_is_positive_for_a_loss_too():
+    better, worse = metrics.summary(R), metrics.summary(-R, maximise=False)
+    for name in ("backward_transfer", "forward_transfer", "forgetting", "forgetting_first"):
+        assert worse[name] == pytest.approx(better[name]), name
+    for name in ("accuracy", "learning_accuracy"):
+        assert worse[name] == pytest.approx(-better[name]), name
+
+
 def test_nan_is_not_zero():
     holed = R.copy()
     holed[3, 1] = np.nan
