@@ -347,6 +347,8 @@ class DigitMLPs:
 
     def __post_init__(self) -> None:
         _check_sizes("DigitMLPs", self, ("hidden", "batch_size"))
+        if self.activation not in ("sigmoid", "relu", "tanh"):
+            raise SettingError(f"DigitMLPs: activation is {self.activation!r}, expected sigmoid, relu or tanh")
 
     @cached_property
     def observation_space(self) -> gym.Space:

@@ -97,6 +97,8 @@ class Experiment:
     def __post_init__(self) -> None:
         require(len(self.seeds) > 0, "no seeds given, expected at least one")
         require(len(set(self.seeds)) == len(self.seeds), f"seeds repeat: {list(self.seeds)}")
+        for variant in self.variants:
+            settings_.check_choices(variant)
         strange = [one for one in self.methods if not isinstance(one, Method)]
         require(not strange, f"lifelong has {strange[:1]}, expected methods such as [EWC()]")
         try:

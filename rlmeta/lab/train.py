@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def prepare(
 
     Args and errors are those of `train`.
     """
+    if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
+        raise SettingError(f"agent is {agent!r}, expected the settings of one, such as PPO()")
     compared, methods = compare(one_batch(variants(agent)), lifelong)
     experiment = Experiment(
         variants=compared,

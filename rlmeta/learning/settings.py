@@ -118,7 +118,15 @@ def require_range(settings: Any, name: str, low: float, high: float = math.inf, 
     Where the field is declared an int, a number that is not whole is refused too.
     """
     given = getattr(settings, name)
-    counts = any(f.name == name and f.type in ("int", int) for f in dataclasses.fields(settings))
+    kinds = [f.type for f in dataclasses.fields(settings) if f.name == name]
+    counts = kinds[0] in ("int", int)
+    if isinstance(given, list | tuple) and (counts or kinds[0] in ("float", float)):
+        raise SettingError(
+            f"{type(settings).__name__}: {name} is {given!r}, expected one number: a list compares settings that are "
+            "per learner, others are trained one after another"
+        )
+    if isinstance(given, Sequence) and not given:
+        raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a number, or some to compare")
     for value in given if isinstance(given, Sequence) else [given]:
         if isinstance(value, str) or not hasattr(value, "__float__"):
             raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a number")
@@ -130,6 +138,20 @@ def require_range(settings: Any, name: str, low: float, high: float = math.inf, 
                 "" if math.isinf(high) else f" and at most {high:g}"
             )
             raise SettingError(f"{type(settings).__name__}: {name} is {value:g}, expected {bound}")
+
+
+def check_choices(settings: Any) -> None:
+    """Refuse a value that is none of a field's choices, and what is no switch, in settings and those inside them."""
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for f in dataclasses.fields(settings):
+        value, hint = getattr(settings, f.name), hints[f.name]
+        where = f"{type(settings).__name__}: {f.name} is {value!r}, expected"
+        if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+            raise SettingError(f"{where} one of {', '.join(map(str, typing.get_args(hint)))}")
+        if hint is bool and not isinstance(value, bool):
+            raise SettingError(f"{where} True or False")
+        if "learner" in getattr(hint, "__metadata__", ()) and dataclasses.is_dataclass(value):
+            check_choices(value)
 
 
 def merge(variants_: Sequence[S]) -> S:

@@ -236,6 +236,11 @@ class LearnedOptimizer:
             require_range(self, name, 0.0, above=True)
         for name in ("num_envs", "horizon", "unroll"):
             require_range(self, name, 1)
+        sizes = self.hidden_sizes
+        require(
+            isinstance(sizes, tuple) and all(isinstance(size, int) and size > 0 for size in sizes),
+            f"LearnedOptimizer: hidden_sizes is {sizes!r}, expected widths of at least 1, such as (20, 20), or ()",
+        )
         require(
             self.horizon % self.unroll == 0,
             f"LearnedOptimizer: unroll {self.unroll} does not divide horizon {self.horizon}",

@@ -315,6 +315,8 @@ def test_named_families_are_made_with_settings():
         rl.family("sinusoid", {"shot": 5})
     with pytest.raises(SettingError, match="Quadratics: dimensions is 0, expected at least 1"):
         rl.family("quadratics", {"dimensions": 0})
+    with pytest.raises(SettingError, match="activation is 'swish', expected sigmoid, relu or tanh"):
+        rl.family("digit-mlps", {"activation": "swish"})
     with pytest.raises(SettingError, match="shots is '5', expected as 10"):
         rl.family("sinusoid", {"shots": "5"})
 

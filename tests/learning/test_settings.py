@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from rlmeta.agents import A2C, DQN, PPO, REINFORCE
 from rlmeta.errors import SettingError
-from rlmeta.learning.settings import check_names, difference, group, hyper_tensors, merge, per_learner_names, variants
+from rlmeta.lab.train import train
+from rlmeta.learning.settings import (
+    LearnerSettings,
+    check_choices,
+    check_names,
+    difference,
+    group,
+    hyper_tensors,
+    merge,
+    per_learner_names,
+    variants,
+)
 
 
 def test_lists_multiply_and_become_tensors_variant_by_variant():
@@ -60,3 +72,53 @@ def test_one_wrong_value_in_a_list_is_refused():
 def test_contradictions_are_refused_with_a_sentence(make, words):
     with pytest.raises(SettingError, match=words):
         make()
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Settings with another learner's inside."""
+
+    learner: LearnerSettings = None
+    switch: bool = False
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            PPO(learning_rate_schedule="cosine"),
+            "PPO: learning_rate_schedule is 'cosine', expected one of constant, lin",
+        ),
+        (Inside(switch="yes"), "Inside: switch is 'yes', expected True or False"),
+        (Inside(learner=PPO(penalty="none")), "PPO: penalty is 'none', expected one of clip, kl"),
+    ],
+)
+def test_values_that_are_no_choice_are_refused(settings, words):
+    with pytest.raises(SettingError, match=words):
+        check_choices(settings)
+    check_choices(Inside(learner=PPO(penalty="kl"), switch=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_steps": 8.5}, r"num_steps is 8\.5, expected a whole number"),
+        ({"num_steps": [8, 16]}, r"num_steps is \[8, 16\], expected one number: a list compares settings that are per"),
+        ({"learning_rate": []}, r"learning_rate is \[\], expected a number, or some to compare"),
+    ],
+)
+def test_counts_are_single_whole_numbers(given, words):
+    with pytest.raises(SettingError, match=words):
+        PPO(**given)
+
+
+@pytest.mark.parametrize("strange", [PPO, "ppo", [PPO(), PPO()], None])
+def test_what_is_no_agents_settings_is_refused(strange):
+    with pytest.raises(SettingError, match=r"agent is .*, expected the settings of one, such as PPO\(\)"):
+        train(strange, "CartPole-v1", steps=8)
+
+
+def test_choices_are_looked_at_before_a_run(tmp_path):
+    with pytest.raises(SettingError, match="learning_rate_schedule is 'cosine'"):
+        train(PPO(learning_rate_schedule="cosine"), "CartPole-v1", steps=8, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
