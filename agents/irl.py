@@ -15,6 +15,7 @@ import rlmeta as rl
 from rlmeta.agents.behaviour_cloning import count_steps
 from rlmeta.functional import optim, random
 from rlmeta.learning.settings import hyper_tensors
+from rlmeta.learning.state import Packed
 
 
 def train(demonstrations: str, task: str = "GridWorld-v0", seeds: int = 1, steps: int = 400) -> dict:
@@ -23,14 +24,14 @@ def train(demonstrations: str, task: str = "GridWorld-v0", seeds: int = 1, steps
     world = rl.task(task).world((seeds,), settings.num_envs)
     agent = settings.bind(world.observation_space, world.action_space)
     state = agent.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
-    hyper, iterations = state["params"]["hyper"], math.ceil(steps / settings.num_steps)
-    weights, moments = {name: w.clone() for name, w in state["params"]["weights"].items()}, None
-    adam = optim.adam(hyper["learning_rate"])
+    iterations = math.ceil(steps / settings.num_steps)
+    adam = optim.adam(state["params"]["hyper"]["learning_rate"])
 
     for _ in range(iterations):
         for _ in range(settings.num_steps):
-            leaves = {name: w.requires_grad_() for name, w in weights.items()}
-            reward = agent.reward({**state["params"], "weights": leaves})  # [*L, S]
+            weights = Packed.of(state["params"]["weights"], 1)
+            theta = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+            reward = agent.reward({**state["params"], "weights": theta})  # [seeds, S]
 
             # plan the soft policy of this reward, and count what it visits
             with torch.no_grad():
@@ -38,13 +39,12 @@ def train(demonstrations: str, task: str = "GridWorld-v0", seeds: int = 1, steps
 
             # the likelihood's gradient: what the demonstrator visits more often pays more
             loss = ((visits - agent.visits) * reward).sum()
-            gradient = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
-            moments = adam.init(leaves, (seeds,)) if moments is None else moments
-            with torch.no_grad():
-                updates, moments = adam.update(gradient, moments, leaves)
-                weights = optim.apply_updates(leaves, updates)
+            gradient = torch.autograd.grad(loss, list(theta.values()))
+            flat = torch.cat([g.reshape(seeds, -1) for g in gradient], -1)
+            before = {"weights": weights.flat}
+            moved, state["optimizer"] = adam.update({"weights": flat}, state["optimizer"], before)
+            state["params"]["weights"] = Packed.view(weights.flat + moved["weights"], weights, 1)
         state = count_steps(state, settings.num_steps)
-    state["params"]["weights"] = {name: w.detach() for name, w in weights.items()}
     return state
 
 
