@@ -2,7 +2,8 @@
 
 The same as `rl.train(BehaviourCloning(demonstrations, ...), task)`, bit for bit.
 
-python agents/behaviour_cloning.py FILE --task CartPole-v1 --seeds 8 --steps 2000    (rlmeta record RUN --out FILE)
+rlmeta record RUN --out FILE
+python agents/behaviour_cloning.py --demonstrations FILE --task CartPole-v1 --seeds 8 --steps 2000
 """
 
 import dataclasses

@@ -2,7 +2,8 @@
 
 The same as `rl.train(GAIL(demonstrations, ...), task)`, bit for bit.
 
-python agents/gail.py FILE --task CartPole-fixed --seeds 8 --steps 200000     (FILE: rlmeta record RUN --out FILE)
+rlmeta record RUN --out FILE
+python agents/gail.py --demonstrations FILE --task CartPole-fixed --seeds 8 --steps 200000
 """
 
 import dataclasses

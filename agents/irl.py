@@ -2,7 +2,8 @@
 
 The same as `rl.train(IRL(demonstrations, ...), task)`, bit for bit.
 
-python agents/irl.py FILE --task GridWorld-v0 --seeds 1 --steps 400     (FILE: rlmeta record RUN --sampled --out FILE)
+rlmeta record RUN --sampled --out FILE
+python agents/irl.py --demonstrations FILE --task GridWorld-v0 --seeds 1 --steps 400
 """
 
 import dataclasses

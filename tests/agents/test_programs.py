@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 import rlmeta as rl
 from rlmeta.functional import tree
@@ -112,3 +114,11 @@ def test_every_agent_has_a_short_program_and_settings():
         name = name_of(cls)
         assert len((PROGRAMS / f"{name}.py").read_text().splitlines()) <= 80
         assert (PROGRAMS / f"{name}.toml").is_file()
+
+
+@pytest.mark.parametrize("path", sorted(PROGRAMS.glob("*.py")), ids=lambda path: path.stem)
+def test_the_command_that_a_program_names_is_one_of_its(path):
+    program = load(path.stem)
+    (command,) = re.findall(r"^python agents/(\S+) ?(.*)$", program.__doc__, re.M)
+    assert command[0] == path.name
+    tyro.extras.get_parser(program.main).parse_args(command[1].split())
