@@ -563,6 +563,7 @@ def environment() -> dict[str, str]:
         ("train classifier split-digits --lifelong packnet --scenario class", "packnet needs to know which task it is"),
         ("train classifier split-digits --lifelong gem --gem.memory 5k", "a memory of 5000 samples a task is more"),
         ("train dqn cartpole-conflicts --lifelong ewc", "DQN gives no distribution"),
+        ("train classifier split-digits --target 0.9", "target is 0.9, but every task of the stream"),
         ("train ppo nopkg:MyEnv-v0", "no module 'nopkg' can be imported"),
         ("train ppo json:MyEnv-v0", "unknown gymnasium environment 'json:MyEnv-v0'"),
         ("eval", "rlmeta eval takes one run folder, got none"),

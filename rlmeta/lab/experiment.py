@@ -33,14 +33,15 @@ class Budget:
     """Environment steps of each learner (samples, tasks or gradient steps where it does not act), on every task of a
     stream, rounded up to a whole iteration."""
     eval_every: int = 0
-    """Environment steps between two evaluations; 0 for a tenth of the budget."""
+    """Environment steps between two evaluations; 0 for a tenth of the budget. All tasks of a stream are evaluated after
+    each of them instead."""
     eval_episodes: int = 16
-    """Episodes of each learner in a periodic evaluation."""
+    """Episodes of each learner in a periodic evaluation, on every task of a stream."""
     final_episodes: int = 64
     """Episodes of each learner in the evaluation at the end."""
     target: float = math.inf
     """A learner stops early once the mean score of a periodic evaluation is this good: as high for returns and
-    accuracies, as low for losses and errors; inf for never."""
+    accuracies, as low for losses and errors; inf for never, as always on a stream."""
     checkpoint_seconds: float = 60.0
     """Seconds between two checkpoints."""
     log_points: int = 200
@@ -107,6 +108,11 @@ class Experiment:
             raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
         if isinstance(self.problem, TaskStream):
             check_needs(self.methods, self.problem.reveals, self.problem.name)
+            require(
+                not math.isfinite(self.budget.target),
+                f"target is {self.budget.target:g}, but every task of the stream {self.problem.name!r} is trained on "
+                "for the whole budget: leave it out",
+            )
         elif self.methods:
             raise SettingError(
                 f"lifelong methods are for streams of tasks, {self.problem.name!r} is none: `rlmeta list streams` "

@@ -25,7 +25,7 @@ from rlmeta.lab import flags, run_folder
 from rlmeta.lab.configuration import methods_again
 from rlmeta.lab.shipped import METHODS
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import check_names
+from rlmeta.learning.settings import check_names, per_learner_names
 
 # ---------------------------------------------------------------------- problems
 
@@ -120,7 +120,7 @@ def methods_named(text: str) -> list[Any]:
 
 
 def made_method(found: Any, settings: Mapping[str, Any]) -> Method:
-    """A lifelong method with these settings, given as the command line's.
+    """A lifelong method with these settings, given as the command line's; a comma compares, as in the agent's.
 
     Raises:
         SettingError: it has no such setting, or the setting no such value.
@@ -131,12 +131,12 @@ def made_method(found: Any, settings: Mapping[str, Any]) -> Method:
             raise SettingError(f"--{name}.{next(iter(settings))}: {name} has no settings, or they are made already")
         return found if isinstance(found, Method) else found()
     check_names(found, dict(settings), f"--{name}")
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in settings.items():
         given = flags.values(found, key, flags.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
-        if len(given) > 1:
-            raise SettingError(f"{where} is {value!r}, expected one value: only the agent's settings compare")
-        values[key] = given[0]
+        if len(given) > 1 and key not in per_learner_names(found):
+            raise SettingError(f"{where} is {value!r}, expected one value: learners of one batch share it")
+        values[key] = given if len(given) > 1 else given[0]
     one: Method = found(**values)
     return one
 

@@ -14,6 +14,7 @@ from rlmeta.envs.data import Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
+from rlmeta.lab import stages
 from rlmeta.learning.method import seen
 from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
 from rlmeta.lifelong.recall import per_learner
@@ -110,6 +111,32 @@ def test_which_task_it_is_at_test_is_not_looked_at(method):
     assert "test_id" not in method.needs
 
 
+@pytest.mark.parametrize("scenario", ["domain", "class"])
+def test_scores_stay_where_the_task_is_said_to_be_another_at_test(scenario):
+    """The samples are those of each task, only what is said of it is turned round."""
+    methods = [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8, batch_size=8), Replay(size=20)]
+    run = rl.train(
+        rl.Classifier(hidden_sizes=(16,)),
+        rl.stream("split-digits", scenario=scenario),
+        steps=320,
+        seeds=2,
+        lifelong=methods,
+        progress=False,
+    )
+    orders, key, world = run.experiment.orders, run.state["key"], run.evaluation_world(1)
+    honest = stages.evaluate_tasks(run.agent, run.state, world, orders, key, 1)
+    for position in range(5):
+        task = stages.set_task(run.state, world, orders, position)["task"]
+        said = {"progress": task["progress"], "index": 4 - task["index"], "identity": 4 - task["identity"]}
+        found = run.agent.evaluate(seen(run.agent.methods, run.state, said), world, key, 1)
+        assert torch.equal(found.returns, honest[position].returns)
+
+
+def test_a_target_on_a_stream_is_refused():
+    with pytest.raises(SettingError, match=r"target is 0\.9, but every task of the stream 'points' is trained on"):
+        rl.train(learner(), points(), budget=rl.Budget(steps=8, target=0.9), progress=False)
+
+
 def test_a_method_that_needs_what_the_stream_hides_is_refused_before_training():
     hidden = dataclasses.replace(points(), reveals=frozenset({"boundaries", "train_id"}))
     with pytest.raises(SettingError, match="packnet needs to know which task it is tested on"):
@@ -156,6 +183,11 @@ def test_methods_are_named_on_the_command_line():
 
     assert methods_named("ewc, gem") == [EWC, GEM]
     assert made_method(EWC, {"strength": 5.0}) == EWC(strength=5.0)
+    assert made_method(EWC, {"strength": "5,10", "samples": 20}) == EWC(strength=[5.0, 10.0], samples=20)
+    with pytest.raises(
+        SettingError, match=r"--ewc\.samples is '20,40', expected one value: learners of one batch share"
+    ):
+        made_method(EWC, {"samples": "20,40"})
     with pytest.raises(SettingError, match="strenght"):
         made_method(EWC, {"strenght": 5.0})
     with pytest.raises(rl.RlmetaError, match="did you mean ewc"):
@@ -194,6 +226,13 @@ def test_an_agents_method_works_on_its_policy(method):
     run = acted(method)
     assert torch.isfinite(flat(run.state)).all() and torch.isfinite(run.matrix).all()
     assert not torch.equal(flat(run.state), flat(acted().state))
+
+
+@pytest.mark.parametrize("method", [*AGENTS[:4], PackNet(retrain=0.0)], ids=lambda m: m.name)
+def test_a_stream_of_one_task_is_the_agent_alone(method):
+    plain = rl.train(agent(), "CartPole-v1", budget=SHORT, seeds=2, progress=False)
+    run = rl.train(agent(), stream(["CartPole-v1"], "one"), budget=SHORT, seeds=2, lifelong=[method], progress=False)
+    assert torch.equal(flat(run.state), flat(plain.state))
 
 
 @pytest.mark.parametrize("method", AGENTS, ids=lambda m: m.name)
