@@ -1,7 +1,7 @@
 """Baselines: Stable-Baselines3 trained with rl-zoo's published settings and evaluated as rlmeta's agents are.
 
-``python -m rlmeta.lab.peers ppo CartPole-v1 --steps 100000 --seeds 0,1 --out runs/results/sb3`` appends one JSON line
-per seed to ``sb3.jsonl`` and skips what is there already, so it can be killed and started again.
+`python -m rlmeta.lab.peers ppo CartPole-v1 --steps 100000 --seeds 0,1 --out runs/results/sb3` appends one JSON line
+per seed to `sb3.jsonl` and skips what is there already, so it can be killed and started again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EVALUATION_EPISODES = 256  # 8 in each environment: short episodes are not over-
 
 @dataclass(frozen=True)
 class Linear:
-    """A setting falling linearly to zero over training: rl-zoo's ``lin_<start>``."""
+    """A setting falling linearly to zero over training: rl-zoo's `lin_<start>`."""
 
     start: float
 
@@ -131,28 +131,28 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "policy_kwargs": WIDE,
     },
 }
-"""(agent, task) -> rl-zoo3's settings (DLR-RM/rl-baselines3-zoo, commit 22e3ff2, ``hyperparams/{a2c,dqn,ppo}.yml``).
+"""(agent, task) -> rl-zoo3's settings (DLR-RM/rl-baselines3-zoo, commit 22e3ff2, `hyperparams/{a2c,dqn,ppo}.yml`).
 
 The names are rl-zoo's. Three are about the run and the rest are arguments of the SB3 class, whose defaults hold where
-none is given: ``n_timesteps`` the budget the settings were published for, ``n_envs`` environments stepped together
-(1 if absent), ``normalize`` observations and rewards through ``VecNormalize`` (off if absent). Every policy is
-``MlpPolicy``. REINFORCE has no counterpart in SB3.
+none is given: `n_timesteps` the budget the settings were published for, `n_envs` environments stepped together
+(1 if absent), `normalize` observations and rewards through `VecNormalize` (off if absent). Every policy is
+`MlpPolicy`. REINFORCE has no counterpart in SB3.
 """
 
 
 def train_sb3(agent: str, task: str, steps: int, seed: int) -> dict[str, Any]:
-    """Trains an SB3 agent with rl-zoo's settings on one thread, and evaluates its final parameters.
+    """Train an SB3 agent with rl-zoo's settings on one thread; evaluate its final parameters.
 
     Args:
-        agent: ``a2c``, ``dqn`` or ``ppo``.
+        agent: `a2c`, `dqn` or `ppo`.
         task: a gymnasium id that `SETTINGS` has for the agent.
         steps: environment steps to train for; SB3 rounds up to whole rollouts.
         seed: of parameters, exploration and training environments; evaluation environments get others.
 
     Returns:
-        ``returns``: undiscounted raw returns of 256 greedy episodes, 8 in each of 32 environments; ``steps`` really
-        taken; ``seconds`` and ``cpu_seconds`` of the training alone; ``steps_per_second`` and
-        ``steps_per_cpu_second``, the one to trust where the process shares its core or was paused.
+        `returns`: undiscounted raw returns of 256 greedy episodes, 8 in each of 32 environments; `steps` really
+        taken; `seconds` and `cpu_seconds` of the training alone; `steps_per_second` and
+        `steps_per_cpu_second`, the one to trust where the process shares its core or was paused.
 
     Raises:
         UnknownNameError: `SETTINGS` has no such pair.
@@ -251,7 +251,7 @@ def recorded(path: Path) -> list[dict[str, Any]]:
 
 
 def record_sb3(agent: str, task: str, steps: int | None, seeds: Sequence[int], out: Path) -> None:
-    """Appends `train_sb3` of every seed to ``<out>/sb3.jsonl``, but for those it holds at this budget already.
+    """Append `train_sb3` of every seed to `<out>/sb3.jsonl`, but for those it holds at this budget already.
 
     `steps=None` takes the budget rl-zoo published the settings for.
     """

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit.frontend import FrontendError
 
 from rlmeta.functional import tree
 from rlmeta.learning.passes import split, without_idle, without_writes, written_over
@@ -30,6 +31,11 @@ WARM_UP = 30
 
 _CHECKS = 3
 """Calls that a recording must answer as the function does; it is optimised within them."""
+
+_NO_SOURCE = (
+    "rlmeta's own source has changed or is not there ({}): this run goes on, slower, without recorded operations"
+)
+"""TorchScript reads a loop's source when the first is recorded, which may be late in a run."""
 
 _RECORDING = threading.Lock()
 """Recorders keep notes of their own, one for all threads."""
@@ -187,6 +193,9 @@ def _recorded(
                 warnings.simplefilter("ignore")  # of the tracer about itself
                 run = build(without_idle(without_writes(tape)), list(tree.leaves(inputs)))
         except RuntimeError:  # an operation that can't be recorded
+            run = None
+        except (OSError, FrontendError) as error:
+            warnings.warn(_NO_SOURCE.format(str(error).splitlines()[0]), RuntimeWarning, stacklevel=2)
             run = None
     return found, None if run is None else _Program(run, found)
 

@@ -21,7 +21,7 @@ def gather(batch: tree.Tree, index: Tensor) -> tree.Tree:
     axes = index.dim() - 1
     rows = {}
 
-    def pick(x: Tensor) -> Tensor:
+    def rows_of(x: Tensor) -> Tensor:
         size = x.shape[axes]
         if size not in rows:
             first = torch.arange(index[..., 0].numel(), device=index.device) * size
@@ -29,7 +29,7 @@ def gather(batch: tree.Tree, index: Tensor) -> tree.Tree:
         picked = x.reshape(-1, *x.shape[axes + 1 :]).index_select(0, rows[size])
         return picked.reshape(*index.shape, *x.shape[axes + 1 :])
 
-    return tree.map(pick, batch)
+    return tree.map(rows_of, batch)
 
 
 @dataclass(frozen=True)

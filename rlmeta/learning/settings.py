@@ -81,14 +81,14 @@ def hyper_tensors(settings: Sequence[Any], repeats: int, device: torch.device | 
     }
 
 
-def difference(settings: Any, variants_: Sequence[Any]) -> str:
-    """How one variant differs from the others, as `learning_rate=0.001, clip=0.2`; '' where nothing does."""
-    if len(variants_) < 2:
+def difference(settings: Any, all_of_them: Sequence[Any]) -> str:
+    """How one variant differs from the rest of all, as `learning_rate=0.001, clip=0.2`; '' where nothing does."""
+    if len(all_of_them) < 2:
         return ""
     names = [
         f.name
         for f in dataclasses.fields(settings)
-        if any(getattr(other, f.name, None) != getattr(settings, f.name) for other in variants_)
+        if any(getattr(other, f.name, None) != getattr(settings, f.name) for other in all_of_them)
     ]
     return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
@@ -154,10 +154,10 @@ def check_choices(settings: Any) -> None:
             check_choices(value)
 
 
-def merge(variants_: Sequence[S]) -> S:
+def merge(batch: Sequence[S]) -> S:
     """One settings object for a batch of variants: their shared static values, the per-learner ones as lists."""
-    names = per_learner_names(type(variants_[0]))
-    if len(variants_) == 1:
-        return variants_[0]
-    lists = {name: tuple(getattr(variant, name) for variant in variants_) for name in names}
-    return dataclasses.replace(variants_[0], **lists)  # type: ignore[type-var]
+    names = per_learner_names(type(batch[0]))
+    if len(batch) == 1:
+        return batch[0]
+    lists = {name: tuple(getattr(variant, name) for variant in batch) for name in names}
+    return dataclasses.replace(batch[0], **lists)  # type: ignore[type-var]

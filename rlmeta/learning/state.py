@@ -8,11 +8,14 @@ put back where it was (`put`).
 | `params` | what a forward pass needs: `weights`, `buffers` (batch-norm statistics, target networks), `normalisers`, `hyper` (settings `[*L]`) |
 | `optimizer` | the optimizer's moments |
 | `key` | the learner's random key, `[*L]` int64 |
-| `count` | iterations, environment steps and gradient steps so far, `[*L]` |
+| `count` | iterations, steps of the world and of the environments, gradient steps so far, steps on the task, `[*L]` |
 | `progress` | fraction of the budget that is spent, `[*L]` |
 | `active` | False for a learner that is frozen (not finite, stopped early), `[*L]` |
 | `world`, `memory`, `episode` | environments, the agent's memory, the running episodes, `[*L, N, ...]` |
+| `replay`, `rewards` | transitions an agent learns from again, `[*L, C, N, ...]`; what its rewards remember |
 | `methods`, `task` | the lifelong methods' memories; index, identity and progress of the task |
+| `stage`, `matrix` | of a run on a stream: how many stages have begun, `[*L]`, and the scores on all tasks |
+| `metrics`, `best` | sums since the last line of records; score and parameters of the best periodic evaluation |
 """  # noqa: E501
 
 from __future__ import annotations

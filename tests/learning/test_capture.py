@@ -226,3 +226,29 @@ def test_a_scan_whose_shapes_change_is_never_a_program():
     capture = Capture(warm_up=1)
     for _ in range(3):
         assert capture.scan("grows", grows, {"x": torch.ones(1)}, {}, {}, 3)[0]["x"].shape == (8,)
+
+
+def not_there(function: object) -> None:
+    raise OSError("could not get source code")
+
+
+def of_another_function(function: object, script=torch.jit.script) -> object:
+    return script(no_loop)
+
+
+def no_loop(x: torch.Tensor) -> torch.Tensor:
+    def inner() -> torch.Tensor:
+        return x
+
+    return inner()
+
+
+@pytest.mark.parametrize("script", [not_there, of_another_function])
+def test_without_its_own_source_a_scan_is_never_a_program(script: object, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.jit, "script", script)
+    capture = Capture(warm_up=1)
+    given = scanned(0, 3)
+    with pytest.warns(RuntimeWarning, match="rlmeta's own source has changed or is not there"):
+        carried, rows = capture.scan("descent", descent, *given, 3)
+    assert same([*carried.values(), *rows.values()], one_by_one(descent, given, 3))
+    assert same(tree.leaves(capture.scan("descent", descent, *given, 3)[0]), carried.values())
