@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmeta.agents import PPO
-from rlmeta.errors import SettingError, missing_extra, unknown_name
+from rlmeta.errors import SettingError, require_extra, unknown_name
 from rlmeta.lab.experiment import Budget
 
 ZOO = PPO(
@@ -129,7 +129,10 @@ def _run(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         )
         for job in jobs
     ]
-    results = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+    said = [process.communicate()[0].splitlines() for process in processes]
+    if any(process.returncode for process in processes):
+        raise SettingError("bench: a side failed, its message stands above")
+    results = [json.loads(lines[-1]) for lines in said]
     seconds = max(result["seconds"] for result in results)
     return {
         "steps_per_second": sum(result["steps"] for result in results) / seconds,
@@ -143,6 +146,7 @@ def _run(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def agents(options: Agents) -> int:
     """Every side in turn, round after round; the table of medians and ratios."""
+    require_extra("stable_baselines3", "bench", "the benchmark beside Stable-Baselines3")
     cores = os.cpu_count() or 1
     ours: dict[str, Any] = {"side": "rlmeta", "steps": options.steps}
     peer: dict[str, Any] = {"side": "sb3", "steps": options.steps}
@@ -208,6 +212,7 @@ def _table(options: Agents, rows: Sequence[dict[str, Any]]) -> Table:
 
 def scale(options: Agents) -> int:
     """Train 1, 2, 4 ... 256 learners for a tenth of the budget each; a plot of seconds and of steps/s."""
+    require_extra("matplotlib", "plot", "the plot of bench --scale")
     counts, points = [2**power for power in range(9)], []
     steps = max(256, options.steps // 10)
     for count in counts:
@@ -231,10 +236,8 @@ def scale(options: Agents) -> int:
 
 def _plot_scale(points: Sequence[dict[str, float]], steps: int, path: Path) -> None:
     """Seconds and steps/s against the number of learners, both axes logarithmic."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("matplotlib", "plot", "the plot of bench --scale") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     learners = [point["learners"] for point in points]
     for axis, name, label in zip(
