@@ -37,6 +37,10 @@ def from_config(
         source: the user's environment factory again, where the run had one.
         methods: the lifelong methods again, where the run had some.
         own: other settings that no configuration can hold (rewards, demonstrations that are no file), by name, again.
+
+    Raises:
+        CheckpointError: it is not the configuration of a run.
+        SettingError: the user's own code or data were not given again.
     """
     try:
         cls = agent_class(config["exp_name"])
@@ -71,6 +75,9 @@ def methods_again(
         tables: of the configuration.
         where: for error messages.
         own: the user's own classes or instances of methods by name, again: a configuration names them only.
+
+    Raises:
+        SettingError: some of the user's own are missing.
     """
     given = own or {}
     asked = [table for table in tables if table["name"] not in given]
@@ -131,7 +138,11 @@ ENV_AGAIN = "pass it again as env= (on the command line --env PACKAGE.MODULE:NAM
 
 
 def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem:
-    """The problem of a saved configuration; a user's own data and code have to be given again."""
+    """The problem of a saved configuration.
+
+    Raises:
+        SettingError: the user's own data and code have to be given again.
+    """
     kind = described.get("kind", "task")
     if kind == "stream":
         return _stream_again(described, source, where)

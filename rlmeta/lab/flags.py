@@ -53,7 +53,11 @@ class Form:
 
 
 def number(text: str) -> float:
-    """A number: 3e-4, 100k, 1M, 1_000_000, inf."""
+    """A number: 3e-4, 100k, 1M, 1_000_000, inf.
+
+    Raises:
+        ValueError: it is none.
+    """
     digits, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
     try:
         value = float(Decimal(digits) * factor)
@@ -65,7 +69,11 @@ def number(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    """A whole number: 32, 100k, 1e6."""
+    """A whole number: 32, 100k, 1e6.
+
+    Raises:
+        ValueError: it is none.
+    """
     value = number(text)
     if math.isinf(value) or value != int(value):
         raise ValueError(text)
@@ -89,7 +97,11 @@ def load_object(text: str) -> Any:
 
 
 def load_module(name: str) -> types.ModuleType:
-    """The user's module; a module that is missing is the user's slip, an error inside it is shown as it is."""
+    """The user's module; an error inside it is shown as it is.
+
+    Raises:
+        SettingError: there is no such module.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -220,7 +232,11 @@ def values(cls: type, name: str, text: str, where: str = "") -> list[Any]:
 
 
 def build(cls: type[C], texts: Mapping[str, str]) -> C:
-    """An instance of a dataclass whose fields take one value each."""
+    """An instance of a dataclass whose fields take one value each.
+
+    Raises:
+        SettingError: a value has another form than the field's, or there are several.
+    """
     parsed = {name: values(cls, name, text) for name, text in texts.items()}
     for name, found in parsed.items():
         if len(found) > 1:

@@ -67,7 +67,11 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """JSON with a sha256 of the rest, so that a flipped bit in a counter shows."""
+    """JSON with a sha256 of the rest, so that a flipped bit in a counter shows.
+
+    Raises:
+        SettingError: `about` is no JSON, or too long.
+    """
     leaves: dict[str, Any] = dict.fromkeys(manifest.leaves)
     for path, leaf in manifest.leaves.items():
         if leaf is None:

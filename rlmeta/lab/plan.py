@@ -118,7 +118,11 @@ class Plan:
 
     @property
     def seeds(self) -> int | tuple[int, ...]:
-        """How many, or which."""
+        """How many, or which.
+
+        Raises:
+            SettingError: neither a count nor seeds that differ.
+        """
         text = self.options.seeds
         try:
             if "," in text:
@@ -132,7 +136,11 @@ class Plan:
         return found
 
     def methods(self) -> tuple[Method, ...]:
-        """The lifelong methods, in the order they are named."""
+        """The lifelong methods, in the order they are named.
+
+        Raises:
+            SettingError, UnknownNameError: no such method, no such setting of it, or settings of one that is not named.
+        """
         found = own_code.methods_named(self.options.lifelong)
         for name in self.lifelong:
             if name not in [one.name for one in found]:
@@ -145,7 +153,11 @@ class Plan:
         return own_code.source_of(self.task, self.env)
 
     def problem(self) -> Problem | TaskFamily:
-        """What the learner is trained on."""
+        """What the learner is trained on.
+
+        Raises:
+            SettingError, UnknownNameError: no such problem, or flags that are not for one of its kind.
+        """
         source, options = self.source, self.options
         order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")
         if isinstance(source, str) and streams.is_stream(source):

@@ -53,7 +53,11 @@ class Records:
         self._size += added
 
     def offset(self) -> int:
-        """The length in bytes, after making sure that the disk has them: keep it in the checkpoint."""
+        """The length in bytes, after making sure that the disk has them: keep it in the checkpoint.
+
+        Raises:
+            CheckpointError: the disk is failing.
+        """
         try:
             os.fsync(self._file)
         except OSError as error:

@@ -105,7 +105,11 @@ class Run:
 
     @property
     def scores(self) -> Tensor:
-        """Mean return of every learner's final evaluation, `[S]`."""
+        """The mean score of every learner's final evaluation, `[S]`.
+
+        Raises:
+            SettingError: there was none yet.
+        """
         if self.evaluation is None:
             raise SettingError("the run has not ended: `rlmeta resume` it, or call run.evaluate()")
         return self.evaluation.returns.mean(-1)

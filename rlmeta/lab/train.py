@@ -209,7 +209,11 @@ def restore_world(run: Run, inexact: bool) -> None:
 
 
 def one_batch(settings: Sequence[Any]) -> Sequence[Any]:
-    """The settings, after a check that they can be one batch of learners."""
+    """The settings.
+
+    Raises:
+        SettingError: they can't be one batch of learners.
+    """
     groups = group(settings)
     if len(groups) > 1:
         raise SettingError("settings that differ in static values can't be one batch: train them one after another")

@@ -42,6 +42,9 @@ def evaluate(
         key: `[*L]`.
         episodes: E.
         deterministic: the policy's mode, or a sample.
+
+    Raises:
+        SettingError: N does not divide E, or an episode has no end.
     """
     require(episodes >= 1, f"episodes is {episodes}, expected at least 1")
     if episodes % world.num_envs:
