@@ -85,6 +85,7 @@ class IRLAgent(Agent):
         self.num_states: int = int(observation_space.n)  # type: ignore[attr-defined]
         self.transitions = given.transitions()
         self.visits = demonstrated_visits(given, self.num_states, settings.horizon, settings.gamma)
+        self.cut = cut_off(given, self.num_states, settings.gamma if settings.horizon == 0 else 0.0)
         self.reward_network = self.networks()["reward"]
         self.capture = None  # planning without a horizon ends when values stand still, which no recording can know
 
@@ -126,13 +127,21 @@ class IRLAgent(Agent):
         return tabular.soft_plan_discounted(self.P, paid, s.gamma)
 
     def policy_visits(self, plan: tabular.Plan) -> Tensor:
-        """How often that policy acts or ends in every state, `[*L, S]`, discounted."""
+        """How often that policy acts or ends in every state, `[*L, S]`, discounted.
+
+        Of an endless future they end where a time limit cut the demonstrations, as theirs do: with log pi = Q - V,
+
+            sum_(t < T) gamma^t log pi(a_t | s_t) = sum_(t < T) gamma^t r(s_t) + gamma^T V(s_T) - V(s_0)
+
+        in expectation over transitions, and dV(s) / dr are the policy's visits from s on.
+        """
         s, policy = self.settings, plan.log_policy.exp()
         if s.horizon:
             acts = tabular.occupancy(self.P, self.start, policy, s.gamma)[..., :-1, :]
             taken = (acts.unsqueeze(-1) * policy).sum(-3)
         else:
-            taken = tabular.occupancy_discounted(self.P, self.start, policy, s.gamma).unsqueeze(-1) * policy
+            start = self.start - self.cut.to(self.start)
+            taken = tabular.occupancy_discounted(self.P, start, policy, s.gamma).unsqueeze(-1) * policy
         return taken.sum(-1) + s.gamma * torch.einsum("...sa,saz->...z", taken, self.P_end)
 
     # ------------------------------------------------------------------ learn
@@ -216,3 +225,17 @@ def demonstrated_visits(demonstrations: Demonstrations, num_states: int, horizon
         weight = gamma ** torch.arange(counted, dtype=torch.float64)
         visits = visits.index_add(0, episode[:counted], weight)
     return visits / len(demonstrations)
+
+
+def cut_off(demonstrations: Demonstrations, num_states: int, gamma: float) -> Tensor:
+    """gamma^T where a time limit cut an episode after T steps, at its last state, mean over episodes: `[S]` float64.
+
+    Args:
+        demonstrations: their observations are states.
+        num_states: S.
+        gamma: discount factor; 0 where no future is seen.
+    """
+    last = (demonstrations.lengths + 1).cumsum(0) - 1
+    weight = gamma ** demonstrations.lengths.double() * ~demonstrations.terminated
+    cut = torch.zeros(num_states, dtype=torch.float64).index_add(0, demonstrations.observation[last], weight)
+    return cut / len(demonstrations)

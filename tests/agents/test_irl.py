@@ -42,6 +42,7 @@ def walks(lengths: tuple[int, ...] = (3, 2), states: int = 25, actions: int = 4)
 def fitted(settings: rl.IRL, iterations: int, reward: Tensor = REWARD5, seeds: int = 2) -> tuple[Any, Any]:
     """(agent, state) after matching the exact visits of the soft policy of a reward."""
     agent, state, world = start(settings, rl.task(GRID), seeds)
+    agent.cut = torch.zeros_like(agent.cut)
     agent.visits = agent.policy_visits(agent.plan(reward))
     for i in range(iterations):
         state["progress"] = torch.full_like(state["progress"], i / iterations)
@@ -75,6 +76,34 @@ def test_the_gradient_is_that_of_the_likelihood(terminal):
     exact = -tabular.causal_log_likelihood(visits, agent.plan(agent.reward(p)).log_policy, 0.8).sum()
     for a, b in zip(*(torch.autograd.grad(loss, list(p["weights"].values())) for loss in (ours, exact))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_demonstrations_cut_by_a_time_limit_say_nothing_of_what_would_have_come(ends):
+    """The gradient is that of the likelihood of what was done, where transitions are certain to the last digit."""
+    steps = torch.tensor([[max(0, s - 1), min(4, s + 1)] for s in range(5)])
+    chain = TabularMDP(
+        P=torch.nn.functional.one_hot(steps, 5).double(),
+        R=torch.zeros(5, 2, dtype=torch.float64),
+        start=torch.eye(5, dtype=torch.float64)[0],
+        terminal=torch.tensor([False, False, False, ends, False]),
+        max_episode_steps=9,
+    )
+    done = replace(
+        walks((2, 3), 5, 2),
+        observation=torch.tensor([0, 1, 2, 0, 1, 2, 3]),
+        action=torch.ones(5, dtype=torch.int64),
+        terminated=torch.tensor([False, ends]),
+        truncated=torch.tensor([True, not ends]),
+    )
+    agent, state, _ = start(rl.IRL(done, gamma=0.9), rl.task(chain), 1)
+    table = torch.linspace(-0.5, 0.7, 5, dtype=torch.float64)[None].requires_grad_()
+    agent.reward = lambda p, ctx=None: table
+    ours = agent.losses(state["params"], {"visits": agent.visits.expand(1, -1)}, StepContext())["reward"].sum()
+    log_policy = agent.plan(table).log_policy[0]
+    exact = -sum(0.9**t * log_policy[t, 1] for length in (2, 3) for t in range(length)) / 2
+    (a,), (b,) = (torch.autograd.grad(loss, table) for loss in (ours, exact))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_a_network_that_sees_only_the_distance_explains_a_reward_of_it():
