@@ -550,7 +550,10 @@ def environment() -> dict[str, str]:
             "train classifier split-digits --lifelong ewc --ewc.strength abc",
             "--ewc.strength is 'abc', expected a number",
         ),
-        ("train classifier split-digits --lifelong ewc --ewc.strength 1,9", "--ewc.strength is '1,9', expected one"),
+        (
+            "train classifier split-digits --lifelong ewc --ewc.samples 20,40",
+            "--ewc.samples is '20,40', expected one value",
+        ),
         ("train classifier permuted-digits --order all", "10 tasks have 3,628,800 orders, more than 720"),
         ("train gail CartPole-v1", "nothing to imitate: give demonstrations="),
         ("train irl CartPole-v1 --demonstrations nothing", "IRL plans over states that can be counted"),
