@@ -123,12 +123,47 @@ def is_plain_graph() -> bool:
 
 def learner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`[S, B, in]`, `[S, out, in]`, `[S, 1, out]` -> `[S, B, out]`, one batched product."""
-    if _large(x, weight) and _plain(x, weight):
+    if not _plain(x, weight):
+        return _differentiable_product(x, weight, bias)
+    if _large(x, weight):
         return _onednn(x, weight, bias)
     if weight.shape[-2] <= _NARROW:
         out = torch.bmm(weight, x.mT) if bias is None else torch.baddbmm(bias.mT, weight, x.mT)
         return out.mT
     return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)
+
+
+def _differentiable_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`learner_product` where it is differentiated, perhaps more than once, or transformed."""
+    multiply = torch.bmm if torch._C._are_functorch_transforms_active() else _Product.apply
+    narrow = weight.shape[-2] <= _NARROW
+    out: Tensor = multiply(weight, x.mT).mT if narrow else multiply(x, weight.mT)
+    return out if bias is None else out + bias
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.bmm`, which takes six times as long where both matrices lie transposed: so (bᵀ aᵀ)ᵀ there."""
+    if a.stride(-2) == b.stride(-2) == 1 and a.stride(-1) > 1 and b.stride(-1) > 1:
+        return torch.bmm(b.mT, a.mT).mT
+    return torch.bmm(a, b)
+
+
+class _Product(torch.autograd.Function):
+    """`_bmm`, and the same in its derivatives of every order."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        """`[S, M, K]`, `[S, K, N]` -> `[S, M, N]`."""
+        ctx.save_for_backward(a, b)
+        return _bmm(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """g bᵀ and aᵀ g, as nodes of this kind where they are differentiated again."""
+        a, b = ctx.saved_tensors
+        multiply = _Product.apply if torch.is_grad_enabled() else _bmm
+        wanted = ctx.needs_input_grad
+        return multiply(grad, b.mT) if wanted[0] else None, multiply(a.mT, grad) if wanted[1] else None
 
 
 def layers(x: Tensor, tensors: Sequence[Tensor], functions: Sequence[Elementwise | None]) -> Tensor:

@@ -171,3 +171,19 @@ def test_gradients_nobody_asked_for_are_not_made(large: None, monkeypatch: pytes
     x = torch.randn(1, 20, 12, requires_grad=True)
     layers(x, (torch.randn(1, 9, 12), torch.randn(1, 1, 9)), (torch.relu,)).sum().backward()
     assert len(calls) == 2  # the layer, and its input's gradient
+
+
+@pytest.mark.parametrize("transposed", list(itertools.product([False, True], repeat=2)))
+def test_products_of_transposed_matrices_to_the_third_derivative(transposed: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    a, b = (x.mT.contiguous().mT if turned else x for x, turned in zip((a, b), transposed))
+    torch.testing.assert_close(product_module._bmm(a, b), a @ b)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    multiply = product_module._Product.apply
+
+    def slope(a: Tensor, b: Tensor) -> Tensor:
+        out = multiply(a, b)
+        return torch.autograd.grad(out.pow(3).sum(), a, create_graph=True)[0]
+
+    assert torch.autograd.gradgradcheck(slope, (a, b))
