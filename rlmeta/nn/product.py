@@ -21,7 +21,7 @@ _NARROW = 8
 """Up to this many features a product is laid out the other way round, which is faster."""
 
 _LARGE = 6_000_000
-"""From this many multiplications on a product is oneDNN's: half the time of MKL's on an AMD EPYC, more below."""
+"""From this many multiplications on a product is oneDNN's, which is faster than MKL's there, on an AMD EPYC."""
 
 _ONEDNN: bool = torch._C._has_mkldnn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Where that was measured."""
@@ -63,6 +63,11 @@ def plain_graph() -> Iterator[None]:
         yield
     finally:
         _graph.plain = before
+
+
+def is_plain_graph() -> bool:
+    """Whether the graph that is built now is to be differentiated twice."""
+    return _graph.plain
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -116,11 +121,6 @@ _library.impl("products", _products, "CPU")  # type: ignore[no-untyped-call]
 # An operation of its own: the one it calls has arguments that no recording can hold.
 
 
-def is_plain_graph() -> bool:
-    """Whether the graph that is built now is to be differentiated twice."""
-    return _graph.plain
-
-
 def learner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`[S, B, in]`, `[S, out, in]`, `[S, 1, out]` -> `[S, B, out]`, one batched product."""
     if not _plain(x, weight):
@@ -142,7 +142,7 @@ def _differentiable_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm`, which takes six times as long where both matrices lie transposed: so (bᵀ aᵀ)ᵀ there."""
+    """`torch.bmm`, which is slow where both matrices lie transposed: so (bᵀ aᵀ)ᵀ there."""
     if a.stride(-2) == b.stride(-2) == 1 and a.stride(-1) > 1 and b.stride(-1) > 1:
         return torch.bmm(b.mT, a.mT).mT
     return torch.bmm(a, b)
