@@ -200,7 +200,7 @@ def control(options: Lifelong) -> None:
     lines = (
         Row("fine-tuning", settings),
         Row("EWC", settings, (EWC(strength=300.0, samples=1000),)),
-        Row("replay", settings, (Replay(size=4096, strength=10.0),)),
+        Row("replay", settings, (Replay(size=4096, strength=1.0),)),
         Row("PackNet", settings, (PackNet(),)),
     )
     rows = [_trained(row, tasks, budget, options.seeds) for row in _chosen(lines, options)]
