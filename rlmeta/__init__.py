@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":  # locks, worker processes and checkpoints use POSIX calls
+    raise ImportError("rlmeta runs on Linux and macOS; on Windows use it within WSL")
 
 if TYPE_CHECKING:
     from rlmeta.agents import (
