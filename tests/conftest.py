@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes, and those t
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.default_device import DefaultDeviceMeta
 
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ci")
@@ -26,7 +30,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --default-device-meta, what rlmeta makes without naming a device has no numbers."""
+    with DefaultDeviceMeta() if request.config.getoption("--default-device-meta") else nullcontext():
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--default-device-meta", action="store_true", help="see tests/default_device.py")
     parser.addoption("--no-new-skips", action="store_true", help="fail where a test is skipped that skips.txt lacks")
 
 
