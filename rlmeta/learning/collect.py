@@ -109,7 +109,7 @@ def _recorded_steps(
         ahead, lasting = world.ahead(moving["world"])
         now, keys = keys[:lasting], keys[lasting:]
         fixed = {"params": p, "ahead": ahead}
-        moving, rows = agent.capture.scan(("step", world), step, moving, fixed, {"key": now}, len(now), axes)
+        moving, rows = agent.capture.scan(("steps of the world", world), step, moving, fixed, {"key": now}, len(now), axes)
         pieces.append(rows)
     return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
 
@@ -126,7 +126,7 @@ def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
         return {"action": action, "memory": memory}
 
     capture = _capture(agent)
-    found = act(inputs) if capture is None else capture("act", act, inputs)
+    found = act(inputs) if capture is None else capture("acting", act, inputs)
     return found["action"], found["memory"]
 
 

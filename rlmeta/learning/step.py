@@ -175,7 +175,7 @@ def _recorded_descents(
     each = {} if batches.order is None else {"index": batches.order}
 
     def follow(held: bool) -> tree.Tree:
-        name = ("steps", held, *batches.batch, *constants, recipe.make, *numbers.items())
+        name = ("gradient steps", held, *weights, recipe.make, *numbers.items())
         return capture.scan(name, _one_of_many(descend, held), carried, fixed, each, batches.count)[0]
 
     if bool((state["active"] & keep).all()):
@@ -243,7 +243,7 @@ def _recorded_descent(
         "moments": state["optimizer"],
         "settings": tensors,
     }
-    return capture(("step", report, *batch, recipe.make, *numbers.items()), descend, inputs)
+    return capture(("a gradient step", report, *weights, recipe.make, *numbers.items()), descend, inputs)
 
 
 def _descent(
