@@ -18,7 +18,7 @@ from rlmeta.learning import hooks
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.minibatch import Minibatches, pick
-from rlmeta.learning.state import Packed, Params, State, select
+from rlmeta.learning.state import Packed, Params, State, in_order, select
 from rlmeta.nn import Context
 
 
@@ -319,6 +319,7 @@ def _gradients(
     seen = {**params, "weights": leaves}
     for method in methods:
         seen = method.params(seen, memories[method.name], task)
+        seen = {**seen, "weights": in_order(seen["weights"], leaves)}
     losses = learner.losses(seen, batch, ctx)
     total = _total(losses)
     extra = _further_losses(learner, state, seen, batch, methods, ctx, total)

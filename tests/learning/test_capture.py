@@ -13,6 +13,7 @@ import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab.experiment import Budget
+from rlmeta.lab.train import prepare
 from rlmeta.learning import capture as capture_module
 from rlmeta.learning.capture import Capture, Function
 from rlmeta.learning.tape import Tape, own_memory
@@ -101,15 +102,33 @@ def test_random_numbers_follow_the_key():
         assert torch.equal(found["x"], random.normal(keys, "a", 0, (4,)))
 
 
-def test_training_is_the_same_with_and_without(monkeypatch):
-    def weights(warm_up: int, agent: object) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(capture_module, "WARM_UP", warm_up)
-        run = rl.train(agent, "CartPole-v1", seeds=2, budget=Budget(steps=1024, final_episodes=2))
-        return dict(run.state["params"]["weights"])
+TASKS = ["FrozenLake-v1", "FrozenLake8x8-v1", "CliffWalking-v1", "GridWorld-v0", "Bandit-v0", "Navigation-v0"]
+TASKS += ["Pendulum-v1", "MountainCarContinuous-v0", "Acrobot-v1", "cartpole-physics", "CartPole-fixed"]
+AGENTS = [rl.PPO(num_steps=16, batch_size=64, num_epochs=4), rl.A2C(), rl.REINFORCE(num_steps=40)]
+AGENTS += [rl.DQN(learning_starts=16, gradient_steps=2)]
 
-    for agent in (rl.PPO(num_steps=32, num_epochs=4), rl.A2C(), rl.DQN(), rl.REINFORCE()):
-        plain, replayed = weights(10**9, agent), weights(3, agent)
-        assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+@pytest.mark.filterwarnings("error:.*not recorded")
+@pytest.mark.parametrize(
+    "agent, task",
+    [
+        *((rl.A2C(num_steps=32), task) for task in TASKS),
+        *((agent, task) for agent in AGENTS for task in ("FrozenLake-v1", "CartPole-v1")),
+    ],
+)
+def test_every_native_task_is_recorded_and_learned_as_without(
+    agent: object, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for warm_up in (10**9, 3):
+        monkeypatch.setattr(capture_module, "WARM_UP", warm_up)
+        run = prepare(agent, task, Budget(steps=10_000), seeds=2)
+        for _ in range(9):
+            run.state, _ = run.agent.iterate(run.state, run.world)
+        ends.append(run.state)
+    programs = run.agent.capture._programs.values()
+    assert len(programs) >= 2 and None not in programs
+    assert all(tree.flatten(tree.map(torch.equal, *ends)).values())
 
 
 def test_an_agent_whose_settings_have_no_network_can_be_bound():
