@@ -113,7 +113,7 @@ def _given(state: State, method: Method) -> tuple[Any, Any, Any]:
 
 def _changed(state: State, method: Method, hook: str, found: tuple[Any, Any]) -> State:
     p, m = hooks.changed(method, hook, found, *_given(state, method)[:2])
-    p = {**p, "weights": Packed.of(p["weights"], state["key"].dim())}
+    p = {**p, "weights": Packed.like(p["weights"], state["params"]["weights"], state["key"].dim())}
     return {**state, "params": p, "methods": {**state["methods"], method.name: m}}
 
 

@@ -115,6 +115,7 @@ def learned_optimizer(
 
     def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
         shape, like = state["count"].shape, theta["output.bias"]
+        grads = dict(sorted(grads.items()))  # the cells lie in this order
         flat = torch.cat([g.detach().reshape(*shape, -1) for g in grads.values()], -1).to(like.dtype)
         rows = shape[axes:].numel() * flat.shape[-1]
 
