@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 
 class RlmetaError(Exception):
@@ -55,12 +55,13 @@ def require_choice(what: str, value: object, choices: Any) -> None:
     Args:
         what: the caller's name for it, which the message repeats.
         value: what was given.
-        choices: the `Literal`.
+        choices: the `Literal`, or one `| None`.
 
     Raises:
         SettingError: it is another.
     """
-    known = get_args(choices)
+    parts = (choices,) if get_origin(choices) is Literal else get_args(choices)
+    known = [choice for part in parts for choice in (get_args(part) or (None,))]
     if not (isinstance(value, str | None) and value in known):
         raise SettingError(f"{what} is {value!r}, expected one of {', '.join(map(repr, known))}")
 

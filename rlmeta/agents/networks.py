@@ -48,7 +48,7 @@ class Network(Block):
         """
         features = self.body.run(params, x, ctx, f"{prefix}body.")
         if self.masks and isinstance(x, dict) and "action_mask" in x:
-            return self.head.run(params, features, ctx, f"{prefix}head.", x["action_mask"] != 0)  # type: ignore[call-arg]
+            return self.head.run(params, features, ctx, f"{prefix}head.", x["action_mask"])  # type: ignore[call-arg]
         if self.closes and isinstance(x, dict) and "action_mask" in x:
             values = self.head.run(params, features, ctx, f"{prefix}head.")
             return values.masked_fill(x["action_mask"] == 0, -torch.inf)

@@ -64,7 +64,7 @@ class CategoricalHead(Block):
     def run(
         self, params: Params, x: Tensor, ctx: Context, prefix: str = "", mask: Tensor | None = None
     ) -> Distribution:
-        """Features `[*L, ..., D]` -> logits; `mask` `[*L, ..., A]` are flags, set where an action is allowed."""
+        """Features `[*L, ..., D]` -> logits; `mask` `[*L, ..., A]` is nonzero where an action is allowed."""
         logits = _project(params, x, ctx, prefix)
         return {"logits": logits if mask is None else distributions.mask_logits(logits, mask)}
 
@@ -115,7 +115,7 @@ class MultiDiscreteHead(Block):
     def run(
         self, params: Params, x: Tensor, ctx: Context, prefix: str = "", mask: Tensor | None = None
     ) -> Distribution:
-        """Features `[*L, ..., D]` -> logits; `mask` are flags, set where a component's action is allowed."""
+        """Features `[*L, ..., D]` -> logits; `mask` is nonzero where a component's action is allowed."""
         logits = _project(params, x, ctx, prefix)
         return {"logits": logits if mask is None else distributions.mask_logits(logits, mask)}
 

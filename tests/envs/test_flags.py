@@ -1,9 +1,8 @@
-"""Whether an episode ended may come as integers: from a user's native world, from tables and from recorded files."""
+"""Whether an episode ended may come as integers: from tables and from recorded files."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 import gymnasium as gym
 import pytest
@@ -11,48 +10,8 @@ import torch
 
 from rlmeta.agents.irl import cut_off
 from rlmeta.envs.demonstrations import Demonstrations
-from rlmeta.envs.native.base import NativeEnv, NativeWorld
 from rlmeta.envs.native.tabular import GridWorld
 from rlmeta.errors import SettingError
-from rlmeta.functional.random import make_keys
-
-
-@dataclass(frozen=True)
-class Steps(NativeEnv):
-    """Ends after the third step, and says so in numbers of any type."""
-
-    dtype: torch.dtype = torch.bool
-    max_episode_steps: int | None = None
-    observation_space = gym.spaces.Discrete(4)
-    action_space = gym.spaces.Discrete(2)
-
-    def reset(self, noise, physics):
-        return {"state": torch.zeros(noise.shape[:-1], dtype=torch.int64)}
-
-    def step(self, state, action, noise, physics):
-        new = state["state"] + 1
-        return {"state": new}, new.float(), (new >= 3).to(self.dtype)
-
-    def observe(self, state):
-        return state["state"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
-def test_a_native_world_of_integer_flags_ends_its_episodes(dtype):
-    world = NativeWorld(Steps(dtype), (2,), 3)
-    state = world.reset(make_keys([0, 1]))
-    ends = []
-    for _ in range(6):
-        state, transition = world.step(state, torch.zeros(2, 3, dtype=torch.int64))
-        assert transition.terminated.dtype == transition.truncated.dtype == torch.bool
-        ends.append(transition.terminated.unique().item())
-    assert ends == [False, False, True, False, False, True]
-
-
-def test_a_native_world_of_real_flags_is_refused():
-    world = NativeWorld(Steps(torch.float32), (), 1)
-    with pytest.raises(SettingError, match="terminated is float32"):
-        world.step(world.reset(make_keys([0])[0]), torch.zeros(1, dtype=torch.int64))
 
 
 def test_tables_of_integer_flags_have_the_same_dynamics():

@@ -15,7 +15,6 @@ from torch import Tensor
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, unknown_name
 from rlmeta.functional import random, tree
-from rlmeta.functional.shapes import flags
 from rlmeta.functional.tree import Tree
 
 Physics: TypeAlias = Mapping[str, Tensor]
@@ -234,7 +233,6 @@ class NativeWorld:
             noise = self._step_noise.at(key, count) if ahead is None else _pick(ahead["step"], count)
             new["step_count"] = count + 1
         env_state, reward, terminated = self.env.step(state["env"], self._legal(action), noise, physics)
-        terminated = flags(terminated, "terminated")
         elapsed = state["elapsed"] + 1
         limit = self.env.max_episode_steps
         truncated = torch.zeros_like(terminated) if limit is None else elapsed >= limit
