@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Iterable
+from typing import Any, Literal, get_args, get_origin
 
 
 class RlmetaError(Exception):
@@ -46,6 +47,23 @@ class HookError(RlmetaError, TypeError):
 
 class InexactResumeError(RlmetaError):
     """An environment that could not be brought back to where the checkpoint left it."""
+
+
+def require_choice(what: str, value: object, choices: Any) -> None:
+    """Refuse a value that is none of a `Literal`'s.
+
+    Args:
+        what: the caller's name for it, which the message repeats.
+        value: what was given.
+        choices: the `Literal`, or one `| None`.
+
+    Raises:
+        SettingError: it is another.
+    """
+    parts = (choices,) if get_origin(choices) is Literal else get_args(choices)
+    known = [choice for part in parts for choice in (get_args(part) or (None,))]
+    if not (isinstance(value, str | None) and value in known):
+        raise SettingError(f"{what} is {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
 LONGEST_LIST = 600

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlmeta.errors import DemonstrationError
 from rlmeta.functional import random, tree
+from rlmeta.functional.shapes import flags
 
 FORMAT = "rlmeta demonstrations 1"
 TENSORS = ("observation", "action", "reward", "lengths", "terminated", "truncated")
@@ -34,6 +35,7 @@ class Demonstrations:
 
     Raises:
         DemonstrationError: no episode, an empty or cut one, what is no tensor, not finite or not of the spaces.
+        SettingError: terminated or truncated are no flags.
     """
 
     observation: tree.Tree
@@ -59,6 +61,8 @@ class Demonstrations:
 
     def __post_init__(self) -> None:
         self._check_tensors()
+        for name in ("terminated", "truncated"):
+            object.__setattr__(self, name, flags(getattr(self, name), name))
         self._check_bounds()
         self._check_values()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from rlmeta.envs.spaces import Array, Layout
 from rlmeta.envs.vector_rows import VectorRows
 from rlmeta.envs.workers import WorkerRows
 from rlmeta.envs.world import State, Transition
-from rlmeta.errors import CheckpointError, InexactResumeError, SettingError
+from rlmeta.errors import CheckpointError, InexactResumeError, SettingError, require_choice
 from rlmeta.functional import random, tree
 from rlmeta.functional.tree import Tree
+
+StartMethod: TypeAlias = Literal["fork", "spawn", "forkserver"] | None
 
 _SEED_MASK = (1 << 31) - 1  # what every random generator takes as a seed
 
@@ -71,13 +73,14 @@ class GymnasiumWorld:
         *,
         settings: dict[str, Any] | None = None,
         max_log: int = 10_000,
-        start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+        start_method: StartMethod = None,
     ) -> None:
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
         self._batch = (*self.learner_shape, num_envs)
         self._count = math.prod(self._batch)
         if mode not in ("sync", "async"):
             raise SettingError(f"mode is {mode!r}, expected 'sync' or 'async'")
+        require_choice("start_method", start_method, StartMethod)
         if mode == "sync" and workers is not None:
             raise SettingError(f"workers is {workers}, but mode='sync' has none: use mode='async'")
         if self._count < 1 or max_log < 1:

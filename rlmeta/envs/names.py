@@ -8,13 +8,14 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, require_choice
 
 Kind = Literal["agents", "envs"]
 
 
 def folders(kind: Kind) -> list[Path]:
     """Where names of this kind are looked up, first come first served."""
+    require_choice("kind", kind, Kind)
     roots = [Path.cwd(), *(Path(root) for root in os.environ.get("RLMETA_PATH", "").split(os.pathsep) if root)]
     return [root / kind for root in dict.fromkeys([*roots, *_shipped()]) if (root / kind).is_dir()]
 

@@ -15,7 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from rlmeta.envs.spaces import Array, Layout
-from rlmeta.errors import MissingExtraError, SettingError, SpaceError, unknown_name
+from rlmeta.errors import MissingExtraError, SettingError, SpaceError, require_choice, unknown_name
 
 MaskSource: TypeAlias = Literal["method", "info"] | None
 """Where an environment says which actions are allowed: `action_masks()`, `info["action_mask"]`, or not at all."""
@@ -204,6 +204,7 @@ class ActionMaskObservation(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any], source: MaskSource) -> None:
         super().__init__(env)
+        require_choice("source", source, MaskSource)
         self._source = source
         self._ones = np.ones(mask_length(env.action_space), np.int8)
         self.observation_space = masked_space(env.observation_space, env.action_space)

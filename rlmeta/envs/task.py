@@ -19,7 +19,7 @@ from rlmeta.envs.families import from_table as named_family
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
 from rlmeta.envs.world import World
-from rlmeta.errors import SettingError, unknown_name
+from rlmeta.errors import SettingError, require_choice, unknown_name
 from rlmeta.functional import random
 
 Mode = Literal["sync", "async"]
@@ -41,6 +41,9 @@ class Task:
     """Foreign environments in this process, or divided over worker processes."""
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Constants of a native environment drawn uniformly, for every row, at every reset."""
+
+    def __post_init__(self) -> None:
+        require_choice("mode", self.mode, Mode)
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> World:
         """The environments `[*L, N]`."""
@@ -144,6 +147,7 @@ def task(
         UnknownNameError: nothing has this name; the nearest names are listed.
         SettingError: an environment instance (every learner needs its own), or a setting that does not exist.
     """
+    require_choice("mode", mode, Mode)
     settings = dict(settings or {})
     if isinstance(source, NativeEnv):
         return Task(name or type(source).__name__, _with_constants(source, settings), settings)

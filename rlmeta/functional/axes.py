@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlmeta.functional.shapes import flags
+
 
 def align(setting: float | Tensor, x: Tensor) -> float | Tensor:
     """Reshape a per-learner setting so that it broadcasts against data of the same learners.
@@ -34,7 +36,7 @@ def masked_mean(x: Tensor, valid: Tensor | None = None, axes: int = 1) -> Tensor
 
     Args:
         x: `[*L, ...]`.
-        valid: None, or a tensor of `x`'s shape, boolean or weights.
+        valid: None, or of `x`'s shape: flags, bool or integers 0 and 1; real numbers are weights of 0 or more.
         axes: how many trailing axes to average over.
 
     Returns:
@@ -43,9 +45,11 @@ def masked_mean(x: Tensor, valid: Tensor | None = None, axes: int = 1) -> Tensor
     dims = tuple(range(-axes, 0))
     if valid is None:
         return x.mean(dims)
+    weights = isinstance(valid, Tensor) and valid.is_floating_point()
+    counted = valid != 0 if weights else flags(valid, "valid")
     if valid.shape != x.shape:
         raise ValueError(f"valid has shape {tuple(valid.shape)}, expected that of x, {tuple(x.shape)}")
-    weight = valid.to(x.dtype)
+    weight = (valid if weights else counted).to(x.dtype)
     total = weight.sum(dims)
-    summed = torch.where(valid.bool(), x, torch.zeros_like(x)).mul(weight).sum(dims)
+    summed = torch.where(counted, x, torch.zeros_like(x)).mul(weight).sum(dims)
     return summed / torch.where(total > 0, total, torch.ones_like(total))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlmeta.functional import random
+from rlmeta.functional.shapes import flags
 
 _LOG_2 = math.log(2.0)
 _LOG_2_PI = math.log(2.0 * math.pi)
@@ -51,7 +52,7 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         logits: `[..., A]`.
-        mask: `[..., A]`, nonzero where the action is allowed.
+        mask: `[..., A]` flags, set where the action is allowed: bool, or integers 0 and 1.
 
     Returns:
         `[..., A]`
@@ -59,7 +60,7 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     Source: Huang and Ontañón, "A Closer Look at Invalid Action Masking in Policy Gradient Algorithms", 2022.
     """
     _check_same_shape(logits, "mask", mask)
-    return torch.where(mask.bool(), logits, torch.finfo(logits.dtype).min)
+    return torch.where(flags(mask, "mask"), logits, torch.finfo(logits.dtype).min)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, require_choice
 from rlmeta.functional import random, tree
-from rlmeta.functional.sample_gradients import Forward, Params, squared_gradients
+from rlmeta.functional.sample_gradients import Forward, Params, check_outputs, squared_gradients
 from rlmeta.nn.block import Context
 
 FisherKind: TypeAlias = Literal["exact", "sample", "empirical"]
@@ -61,25 +61,57 @@ def categorical_fisher(
         `[*L, P]`
 
     Raises:
-        SettingError: the labels or the key that the kind needs are missing.
+        SettingError: the labels or the key that the kind needs are missing or do not fit, the outputs are no logits,
+            or `squared_gradients` refuses them.
     """
+    require_choice("fisher: kind", kind, FisherKind)
+    if target is not None and kind != "empirical":
+        raise SettingError(
+            f'fisher: kind "{kind}" makes its own labels, but target was given: did you mean "empirical"?'
+        )
+    some = check_outputs(logits, p, batch, learner_axes)
+    _refuse_probabilities(some, learner_axes)
     samples = next(tree.leaves(batch)).shape[learner_axes]
     if kind == "exact":
         total = squared_gradients(logits, p, batch, categorical_roots, learner_axes, names, chunk)
         return total / samples
     if kind == "sample":
-        if key is None:
-            raise SettingError('fisher: kind "sample" draws labels: pass a key')
-        with torch.no_grad():
-            drawn = logits(p, batch, Context())
-        target = (drawn + random.gumbel(key, "fisher", 0, drawn.shape[key.dim() :], drawn.dtype)).argmax(-1)
-    if target is None:
-        raise SettingError('fisher: kind "empirical" is of the data\'s labels: pass target')
-    labelled = {"batch": batch, "target": target}
+        target = _drawn_labels(logits, p, batch, key, learner_axes)
+    labels = _checked_labels(target, some, (*some.shape[:learner_axes], samples))
+    labelled = {"batch": batch, "target": labels}
     total = squared_gradients(
         lambda p, b, ctx: logits(p, b["batch"], ctx), p, labelled, _label_roots, learner_axes, names, chunk
     )
     return total / samples
+
+
+def _refuse_probabilities(out: Tensor, learner_axes: int) -> None:
+    """Refuse outputs that are no logits: what is 0 or more and sums to 1 in every row was normalised already."""
+    if out.dim() != learner_axes + 2:
+        raise SettingError(f"fisher: the outputs have shape {tuple(out.shape)}, expected logits [*L, B, C]")
+    if out.shape[-1] > 1 and bool((out >= 0).all() & ((out.sum(-1) - 1).abs() < 1e-3).all()):
+        raise SettingError("fisher: the outputs are probabilities, expected logits: leave the softmax out, or take log")
+
+
+def _drawn_labels(logits: Forward, p: Params, batch: tree.Tree, key: Tensor | None, learner_axes: int) -> Tensor:
+    """Labels `[*L, n]` of the distribution itself."""
+    if key is None or key.dim() != learner_axes:
+        given = "without a key" if key is None else f"with a key of shape {tuple(key.shape)}"
+        raise SettingError(f'fisher: kind "sample" draws labels, {given}: pass a key [*L]')
+    with torch.no_grad():
+        drawn = logits(p, batch, Context())
+    return (drawn + random.gumbel(key, "fisher", 0, drawn.shape[key.dim() :], drawn.dtype)).argmax(-1)
+
+
+def _checked_labels(target: Tensor | None, out: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The labels as int64; `out` are logits of some samples."""
+    if target is None:
+        raise SettingError('fisher: kind "empirical" is of the data\'s labels: pass target')
+    if target.is_floating_point() or tuple(target.shape) != shape:
+        raise SettingError(f"fisher: target is {target.dtype} {tuple(target.shape)}, expected integers {shape}")
+    if bool(((target < 0) | (target >= out.shape[-1])).any()):
+        raise SettingError(f"fisher: target has labels outside 0 to {out.shape[-1] - 1}, the classes of the logits")
+    return target.to(torch.int64)
 
 
 def gaussian_fisher(
@@ -103,8 +135,14 @@ def gaussian_fisher(
 
     Returns:
         `[*L, P]`
+
+    Raises:
+        SettingError: the outputs have another shape, or `squared_gradients` refuses them.
     """
     samples = next(tree.leaves(batch)).shape[learner_axes]
+    some = check_outputs(parameters, p, batch, learner_axes)
+    if some.dim() != learner_axes + 2 or some.shape[-1] % 2:
+        raise SettingError(f"fisher: the outputs have shape {tuple(some.shape)}, expected means and log deviations")
     return squared_gradients(parameters, p, batch, gaussian_roots, learner_axes, names, chunk) / samples
 
 
@@ -129,12 +167,18 @@ def score_fisher(
 
     Returns:
         `[*L, P]`
+
+    Raises:
+        SettingError: the outputs have another shape, or `squared_gradients` refuses them.
     """
 
     def ones(out: Tensor, batch: tree.Tree) -> Iterator[Tensor]:
         yield torch.ones_like(out)
 
     samples = next(tree.leaves(batch)).shape[learner_axes]
+    some = check_outputs(log_prob, p, batch, learner_axes)
+    if some.dim() != learner_axes + 1:
+        raise SettingError(f"fisher: the outputs have shape {tuple(some.shape)}, expected log-probabilities [*L, B]")
     return squared_gradients(log_prob, p, batch, ones, learner_axes, names, chunk) / samples
 
 

@@ -1,8 +1,8 @@
 """Losses and what is measured beside them: `[*L, B]` in, `[*L]` out.
 
-Further axes of a minibatch (the time of sequences) are flattened into B by the caller. `valid` is None or a mask
-`[*L, B]`: rows without it (an autoreset step, padding, an empty slot of a buffer) take no part in any mean, and a
-learner with no valid row has loss 0. A setting is a number or a tensor `[*L]`, one per learner.
+Further axes of a minibatch (the time of sequences) are flattened into B by the caller. `valid` is None or flags
+`[*L, B]`, bool or integers 0 and 1: rows without it (an autoreset step, padding, an empty slot of a buffer) take no
+part in any mean, and a learner with no valid row has loss 0. A setting is a number or a tensor `[*L]`, one per learner.
 
 Nothing is detached here: detach targets and advantages where they are made. Sum a loss over its learners only in the
 call of `autograd.grad`; learners share no parameter, so each gets the gradient of its own.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional.axes import align, masked_mean
-from rlmeta.functional.shapes import same_shape
+from rlmeta.functional.shapes import flags, same_shape
 
 # --- policies ---
 
@@ -137,7 +137,7 @@ def normalise_advantage(advantage: Tensor, valid: Tensor | None = None, eps: flo
             return advantage
         deviation, mean = torch.std_mean(advantage, -1, keepdim=True)
         return (advantage - mean) / (deviation + eps)
-    counted = valid.bool()
+    counted = flags(valid, "valid")
     count = counted.sum(-1, keepdim=True)
     advantage = advantage.where(counted, 0)
     centred = (advantage - advantage.sum(-1, keepdim=True) / count.clamp(min=1)).where(counted, 0)

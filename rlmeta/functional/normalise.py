@@ -1,7 +1,8 @@
 """Running normalisation of observations and rewards.
 
 The statistics are a value: a dictionary of float64 tensors that belongs to the learner's state and is saved with its
-weights. Evaluation freezes them by not updating. `valid` is None or a mask: rows without it are not counted.
+weights. Evaluation freezes them by not updating. `valid` is None or flags (bool, or integers 0 and 1): rows without
+it are not counted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional.axes import align
-from rlmeta.functional.shapes import same_shape
+from rlmeta.functional.shapes import flags, same_shape
 
 Statistics = dict[str, Tensor]
 
@@ -77,11 +78,12 @@ def _moments(x: Tensor, valid: Tensor | None, axis: int) -> tuple[Tensor, Tensor
         return torch.full(x.shape[:axis], x.shape[axis], dtype=x.dtype, device=x.device), mean, var
     if valid.shape != x.shape[: axis + 1]:
         raise ValueError(f"valid is {list(valid.shape)}, expected {list(x.shape[: axis + 1])}")
-    counted = valid.bool().reshape(valid.shape + (1,) * (x.dim() - valid.dim())).expand_as(x)
+    valid = flags(valid, "valid")
+    counted = valid.reshape(valid.shape + (1,) * (x.dim() - valid.dim())).expand_as(x)
     samples = counted.sum(axis).clamp(min=1)
     mean = x.where(counted, 0).sum(axis) / samples
     var = (x - mean.unsqueeze(axis)).square().where(counted, 0).sum(axis) / samples
-    return valid.bool().sum(-1).to(x.dtype), mean, var
+    return valid.sum(-1).to(x.dtype), mean, var
 
 
 def normalise(x: Tensor, stats: Statistics, clip: float = 10.0, eps: float = 1e-8) -> Tensor:
@@ -132,10 +134,11 @@ def reward_update(
     Returns:
         New statistics.
     """
+    cut = flags(cut, "cut")
     same_shape(2, reward=reward, cut=cut, valid=valid)
     total = stats["accumulator"]
     same_shape(1, accumulator=total, row_of_reward=reward[..., 0, :])
-    counted = torch.ones_like(cut, dtype=torch.bool) if valid is None else valid.bool()
+    counted = torch.ones_like(cut) if valid is None else flags(valid, "valid")
     gamma, returns = align(gamma, total), []
     for reward_t, cut_t, counted_t in zip(reward.unbind(-2), cut.unbind(-2), counted.unbind(-2)):
         total = torch.where(counted_t, gamma * total + reward_t, total)

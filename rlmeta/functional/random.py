@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
+from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from rlmeta.errors import SettingError
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd number nearest 2^64 / golden ratio
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -37,21 +41,33 @@ def _stream_number(stream: str) -> int:
     return zlib.crc32(stream.encode()) | (len(stream) << 32)
 
 
-def _new_offsets(count: int, device: torch.device) -> Tensor:
-    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN
+def make_keys(seeds: Iterable[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Keys `[S]` of the given seeds; equal seeds have equal keys, different ones different keys.
+
+    Args:
+        seeds: integers in [-2^63, 2^63): a sequence, an array or a tensor `[S]`.
+        device: where the keys are to be.
+
+    Raises:
+        SettingError: a seed is no integer (a real number would be cut, a switch is none), or does not fit 64 bits.
+    """
+    given = seeds.tolist() if isinstance(seeds, Tensor | np.ndarray) else seeds
+    if not isinstance(given, Iterable):
+        raise SettingError(f"seeds is {seeds!r}, expected several integers, such as [0] or range(8)")
+    numbers = [_seed(seed) for seed in given]
+    return _mix(torch.tensor(numbers, dtype=torch.int64, device=device) * _GOLDEN + 1)
 
 
-_kept_offsets = lru_cache(maxsize=128)(_new_offsets)
-_LONGEST_KEPT = 1 << 16  # 512 KiB: making longer ones anew costs little beside the draw itself
-
-
-def _counter_offsets(count: int, device: torch.device) -> Tensor:
-    return _kept_offsets(count, device) if count <= _LONGEST_KEPT else _new_offsets(count, device)
-
-
-def make_keys(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Keys `[S]` of the given seeds, any integers in [-2^63, 2^63)."""
-    return _mix(torch.tensor(list(seeds), dtype=torch.int64, device=device) * _GOLDEN + 1)
+def _seed(given: object) -> int:
+    """A seed as a Python integer."""
+    if isinstance(given, Tensor) and given.dim() == 0:
+        given = given.item()
+    if isinstance(given, bool | np.bool_) or not isinstance(given, Integral):
+        raise SettingError(f"seed {given!r} is a {type(given).__name__}, expected an integer")
+    number = int(given)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise SettingError(f"seed {number} does not fit 64 bits, expected an integer from -2^63 to 2^63 - 1")
+    return number
 
 
 def _mix_number(x: int) -> int:
@@ -70,10 +86,27 @@ def _increment(data: int | str) -> int:
 
 
 def fold(key: Tensor, data: int | str | Tensor) -> Tensor:
-    """A new key `[*L]` from a key `[*L]` and a number, a name, or a tensor of numbers that broadcasts against it."""
+    """A new key from a key and what sets it apart: different numbers, or names, give different keys.
+
+    Args:
+        key: `[*L]` int64.
+        data: an integer, a name, or a tensor of integers that broadcasts against the key.
+
+    Returns:
+        `[*L]` int64
+
+    Raises:
+        SettingError: the key is not of int64, or data is a real number, which would be cut.
+    """
+    if key.dtype is not torch.int64:
+        raise SettingError(f"a key is {key.dtype}, expected torch.int64, as make_keys(seeds) gives it")
     if isinstance(data, Tensor):
+        if data.is_floating_point() or data.is_complex():
+            raise SettingError(f"a key is told apart by integers or a name, but data is {data.dtype}")
         return _mix(key + _mix(data.to(torch.int64) * _GOLDEN + 2))
-    return _mix(key + _increment(data))
+    if not isinstance(data, Integral | str):
+        raise SettingError(f"a key is told apart by integers or a name, but data is {data!r}")
+    return _mix(key + _increment(data if isinstance(data, str) else int(data)))
 
 
 def bits(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int]) -> Tensor:
@@ -90,7 +123,9 @@ def bits(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int]) 
     """
     start = fold(fold(key, stream), counter)
     count = math.prod(shape)
-    drawn = _mix(start.unsqueeze(-1) + _counter_offsets(count, key.device))
+    # not kept from call to call: what torch.export or a mode of torch's makes of a tensor would stay behind
+    offsets = torch.arange(1, count + 1, dtype=torch.int64, device=key.device) * _GOLDEN
+    drawn = _mix(start.unsqueeze(-1) + offsets)
     return drawn.reshape((*start.shape, *shape))
 
 

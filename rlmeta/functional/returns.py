@@ -7,14 +7,15 @@ Row t of a rollout is one transition. All arguments are `[*L, T, N]` tensors of 
     value       vₜ      V(sₜ) of the state that was acted in
     next_value  v'ₜ     V of the transition's *true* successor: where an episode ends this is its final observation, not
                         the first one of the next episode
-    cut         cₜ      bool: row t + 1 does not continue row t. This is terminated | truncated; a row to be skipped
+    cut         cₜ      flag: row t + 1 does not continue row t. This is terminated | truncated; a row to be skipped
                         (an autoreset step) is cut off from its predecessor by the same flag
 
 So a terminated row bootstraps from nothing, a truncated one from its final observation, one that is both counts as
 terminated, and a rollout that stops in the middle of an episode bootstraps from v' of its last row.
 
 Everything is differentiable in all its real arguments; detach what should not be. A setting such as λ is a number or a
-tensor `[*L]`, one per learner.
+tensor `[*L]`, one per learner. Flags are bool, or integers of which those that are not 0 are set; real numbers are
+refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional.axes import align
-from rlmeta.functional.shapes import same_shape
+from rlmeta.functional.shapes import flags, same_shape
 
 
 def discounts(gamma: float | Tensor, terminated: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,6 +38,7 @@ def discounts(gamma: float | Tensor, terminated: Tensor, dtype: torch.dtype = to
     Returns:
         `[*L, ...]`
     """
+    terminated = flags(terminated, "terminated")
     return (~terminated).to(dtype) * align(gamma, terminated)
 
 
@@ -88,6 +90,7 @@ def n_step_return(reward: Tensor, discount: Tensor, next_value: Tensor, cut: Ten
     Returns:
         `[*L, T, N]`
     """
+    cut = flags(cut, "cut")
     same_shape(2, reward=reward, discount=discount, next_value=next_value, cut=cut)
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1 step")
@@ -115,6 +118,7 @@ def lambda_return(
     Returns:
         `[*L, T, N]`
     """
+    cut = flags(cut, "cut")
     same_shape(2, reward=reward, discount=discount, next_value=next_value, cut=cut)
     mixing = (~cut).to(reward.dtype) * align(lambda_, reward)
     # Past the last row G is v' itself, which is what λ = 0 there means.
@@ -142,6 +146,7 @@ def generalized_advantage(
     Returns:
         `[*L, T, N]`
     """
+    cut = flags(cut, "cut")
     same_shape(2, reward=reward, discount=discount, value=value, next_value=next_value, cut=cut)
     delta = reward + discount * next_value - value
     decay = discount * align(lambda_, reward) * ~cut

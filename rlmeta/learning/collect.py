@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlmeta.envs.world import Transition, World
 from rlmeta.functional import random, tree
+from rlmeta.functional.shapes import flags
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.clock import clock
 from rlmeta.learning.parts import FEW_ROWS, one_core
@@ -135,7 +136,7 @@ def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
 def _record(transition: Transition) -> Rollout:
     record = transition._asdict()
     del record["observation"]
-    return record
+    return record | {name: flags(record[name], name) for name in ("terminated", "truncated", "valid")}
 
 
 def clear_memory(memory: tree.Tree, reset: Tensor) -> tree.Tree:

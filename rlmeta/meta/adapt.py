@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, require_choice
 from rlmeta.functional.optim import Optimizer, State, Tensors, apply_updates
 from rlmeta.nn.product import plain_graph
 
@@ -56,6 +56,7 @@ def adapt(
     Raises:
         SettingError: the loss does not depend on the weights, or steps is negative.
     """
+    require_choice("order", order, Order)
     if steps < 0:
         raise SettingError(f"{steps} inner steps, expected 0 or more")
     losses: list[Tensor] = []
@@ -82,6 +83,7 @@ def inner_gradient(loss: Tensor, weights: Tensors, order: Order = "second") -> T
     Raises:
         SettingError: it depends on none of them.
     """
+    require_choice("order", order, Order)
     if not loss.requires_grad:
         raise SettingError(
             "the inner loss does not depend on the weights it was given: compute it from them, without detach or item"

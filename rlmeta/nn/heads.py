@@ -34,8 +34,7 @@ Distribution: TypeAlias = dict[str, Tensor]
 
 def _project(params: Params, x: Tensor, ctx: Context, prefix: str) -> Tensor:
     """The head's linear layer, without the detour over its module."""
-    out = linear(x, params[prefix + "linear.weight"], params[prefix + "linear.bias"])
-    return out if ctx.taps is None else tapped(ctx, f"{prefix}linear.", x, out)
+    return tapped(ctx, f"{prefix}linear.", x, params[prefix + "linear.weight"], params[prefix + "linear.bias"])
 
 
 def _flat(action: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -78,11 +78,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.reshape(*x.shape[:-1], weight.shape[-2])
 
 
-def tapped(ctx: Context, prefix: str, x: Tensor, out: Tensor) -> Tensor:
-    """The output of the linear layer at `prefix`, left in the context's taps where it has them."""
-    if ctx.taps is not None:
-        out = out if out.requires_grad else out.requires_grad_()  # the first layer, under constant weights
-        ctx.taps.setdefault(prefix, []).append((x.detach(), out))
+def tapped(ctx: Context, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of the layer at `prefix`, which leaves its call in the context's taps where it has them.
+
+    It then takes its weights for constants: their gradients follow from the taps, and what else uses them shows.
+    """
+    if ctx.taps is None or not torch.is_grad_enabled():
+        return linear(x, weight, bias)
+    out = linear(x, weight.detach(), None if bias is None else bias.detach())
+    out = out if out.requires_grad else out.requires_grad_()  # the first layer
+    ctx.taps.setdefault(prefix, []).append((x.detach(), out))
     return out
 
 
@@ -120,8 +125,7 @@ class Linear(Block):
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
         """`[*L, ..., in]` -> `[*L, ..., out]`."""
-        out = linear(x, params[prefix + "weight"], fetch(self, params, prefix, "bias"))
-        return out if ctx.taps is None else tapped(ctx, prefix, x, out)
+        return tapped(ctx, prefix, x, params[prefix + "weight"], fetch(self, params, prefix, "bias"))
 
 
 class Activation(Block):

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.nn.block import Block, Context, Params
 from rlmeta.nn.initialisers import Initialiser
-from rlmeta.nn.linear import Activation, ActivationName, Linear, activation_function, check_linear, linear, tapped
+from rlmeta.nn.linear import Activation, ActivationName, Linear, activation_function, check_linear, tapped
 from rlmeta.nn.product import affine, layers
 
 
@@ -96,7 +96,6 @@ class MLP(Block):
     def _tapped(self, params: Params, x: Tensor, ctx: Context, prefix: str) -> Tensor:
         """Layer by layer, each leaving its call in the context's taps."""
         for (weight, bias), activation in zip(self._names, self._functions):
-            out = linear(x, params[prefix + weight], params[prefix + bias])
-            x = tapped(ctx, prefix + weight.removesuffix("weight"), x, out)
+            x = tapped(ctx, prefix + weight.removesuffix("weight"), x, params[prefix + weight], params[prefix + bias])
             x = x if activation is None else activation(x)
         return x

@@ -274,13 +274,68 @@ def test_uniform_numbers_of_half_precision_never_round_to_one(
     assert drawn.double().tolist() == [(i + 0.5) / 2**precision for i in range(2**precision)]
 
 
-def test_few_and_short_counter_offsets_are_kept() -> None:
-    for count in (*range(1, 200), random._LONGEST_KEPT + 1):
-        assert random._counter_offsets(count, KEYS.device).shape == (count,)
-    kept = random._kept_offsets.cache_info()
-    assert kept.maxsize is not None and kept.currsize <= kept.maxsize
-    assert random._counter_offsets(random._LONGEST_KEPT + 1, KEYS.device).shape == (random._LONGEST_KEPT + 1,)
-    assert random._kept_offsets.cache_info() == kept, "long ones are not"
+def test_nothing_stays_behind_from_an_export_or_a_mode() -> None:
+    """A tensor kept from one of them is fake, or of inference, for everybody who draws as many numbers afterwards."""
+    shape = (7, 13)  # drawn by no other test
+
+    class Draws(torch.nn.Module):
+        def forward(self, key: Tensor) -> Tensor:
+            return random.uniform(key, "a", 0, shape)
+
+    program = torch.export.export(Draws(), (KEYS,))
+    with torch.inference_mode():
+        inferred = random.uniform(KEYS, "a", 0, shape)
+    drawn = random.uniform(KEYS, "a", 0, shape)
+    assert type(drawn) is Tensor and not drawn.is_inference() and not torch._is_functional_tensor(drawn)
+    assert torch.equal(drawn, inferred)
+    assert torch.equal(program.module()(KEYS), drawn)
+
+
+def test_keys_of_seeds_that_are_no_integers_are_refused() -> None:
+    """A real number would be cut, so that 0.5 and 0.7 were one seed; a switch is no number."""
+    from rlmeta.errors import SettingError
+
+    strange: list[tuple[object, str]] = [
+        ([0.5, 0.7], "0.5 is a float"),
+        (np.array([0.5]), "0.5 is a float"),
+        (torch.tensor([0.0]), "0.0 is a float"),
+        ([True], "True is a bool"),
+        (np.array([True]), "True is a bool"),
+        (["1"], "'1' is a str"),
+        ([None], "None is a NoneType"),
+        ([[0]], r"\[0\] is a list"),
+        ([2**63], "does not fit 64 bits"),
+        ([-(2**63) - 1], "does not fit 64 bits"),
+        (3, "expected several integers"),
+        (torch.tensor(3), "expected several integers"),
+    ]
+    for seeds, message in strange:
+        with pytest.raises(SettingError, match=message):
+            random.make_keys(seeds)
+
+
+def test_equal_seeds_have_equal_keys_and_others_do_not() -> None:
+    seeds = [-(2**63), -1, 0, 1, 2**32, 2**62, 2**63 - 1]
+    keys = random.make_keys(seeds)
+    assert len(keys.unique()) == len(seeds)
+    for same in (np.array(seeds), torch.tensor(seeds), tuple(seeds), [np.int64(seed) for seed in seeds]):
+        assert torch.equal(random.make_keys(same), keys)
+    assert torch.equal(random.make_keys([1, 1]), keys[3].expand(2))
+    assert torch.equal(random.make_keys(np.arange(4)), random.make_keys(range(4)))
+    assert torch.equal(random.make_keys(torch.arange(4, dtype=torch.uint8)), random.make_keys(range(4)))
+
+
+def test_what_sets_a_key_apart_is_not_cut() -> None:
+    from rlmeta.errors import SettingError
+
+    key = random.make_keys([0])
+    for data in (0.5, torch.tensor(0.5), None):
+        with pytest.raises(SettingError, match="integers or a name"):
+            random.fold(key, data)
+    with pytest.raises(SettingError, match=r"a key is torch\.int32"):
+        random.fold(key.to(torch.int32), 1)
+    assert torch.equal(random.fold(key, np.int64(5)), random.fold(key, 5))
+    assert torch.equal(random.fold(key, torch.tensor(5)), random.fold(key, 5))
 
 
 def test_integers_are_uniform() -> None:

@@ -83,13 +83,13 @@ def test_batched_learners_equal_a_loop(name: str, learners: tuple[int, ...], mas
 
 @pytest.mark.parametrize("name", MASKED)
 def test_rows_that_are_not_valid_count_for_nothing(name: str) -> None:
-    """Equal to the valid rows alone, whatever the others hold, NaN included; boolean masks and masks of 0 and 1."""
+    """Equal to the valid rows alone, whatever the others hold, NaN included; flags and integers 0 and 1."""
     function, count, has_setting, _ = FUNCTIONS[name]
     inputs, setting = data(count, 6), [0.2] if has_setting else []
     valid = torch.tensor([True, False, True, True, False, True])
     garbage = [torch.where(valid, x, torch.nan) for x in inputs]
     expected = function(*(x[valid] for x in inputs), *setting)
-    for mask in (valid, valid.double()):
+    for mask in (valid, valid.long()):
         result = function(*garbage, *setting, valid=mask)
         if result.dim():
             assert result[~valid].eq(0).all()

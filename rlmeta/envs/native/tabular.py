@@ -17,6 +17,7 @@ from torch import Tensor
 from rlmeta.envs.native.base import NativeEnv, Physics
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError, unknown_name
+from rlmeta.functional.shapes import flags
 
 
 class Tables(NamedTuple):
@@ -74,7 +75,7 @@ class Tabular(NativeEnv):
         """
         probability, next_state, reward, terminated, _ = self.tables
         going_on = torch.zeros(*next_state.shape[:2], next_state.shape[0], dtype=torch.float64)
-        going_on.scatter_add_(-1, next_state, probability * ~terminated)
+        going_on.scatter_add_(-1, next_state, probability * ~flags(terminated, "terminated"))
         return going_on, (probability * reward).sum(-1)
 
     def reset(self, noise: Tensor, physics: Physics) -> State:

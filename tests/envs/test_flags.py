@@ -1,0 +1,44 @@
+"""Whether an episode ended may come as integers: from tables and from recorded files."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gymnasium as gym
+import pytest
+import torch
+
+from rlmeta.agents.irl import cut_off
+from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.native.tabular import GridWorld
+from rlmeta.errors import SettingError
+
+
+def test_tables_of_integer_flags_have_the_same_dynamics():
+    grid = GridWorld()
+    expected = grid.dynamics()
+    integers = GridWorld()
+    integers.__dict__["tables"] = grid.tables._replace(terminated=grid.tables.terminated.to(torch.uint8))
+    for found, right in zip(integers.dynamics(), expected):
+        assert torch.equal(found, right)
+
+
+def test_demonstrations_of_integer_flags_are_the_same_demonstrations():
+    right = Demonstrations(
+        observation=torch.tensor([0, 1, 2, 0, 1]),
+        action=torch.tensor([0, 1, 1]),
+        reward=torch.zeros(3),
+        lengths=torch.tensor([2, 1]),
+        terminated=torch.tensor([True, False]),
+        truncated=torch.tensor([False, True]),
+        observation_space=gym.spaces.Discrete(4),
+        action_space=gym.spaces.Discrete(2),
+    )
+    for dtype in (torch.uint8, torch.int64):
+        given = {name: getattr(right, name).to(dtype) for name in ("terminated", "truncated")}
+        found = dataclasses.replace(right, **given)
+        assert found.digest == right.digest
+        assert torch.equal(cut_off(found, 4, 0.5), cut_off(right, 4, 0.5))
+        assert cut_off(found, 4, 0.5).tolist() == [0, 0.25, 0, 0]
+    with pytest.raises(SettingError, match="terminated is float32"):
+        dataclasses.replace(right, terminated=torch.tensor([1.0, 0.0]))
