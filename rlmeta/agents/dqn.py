@@ -236,11 +236,15 @@ def _move(name: str, state: State, rate: Tensor) -> None:
     """copy += rate (online - copy), for the learners that are active."""
     p = state["params"]
     rate = rate * state["active"]
-    moved = {
-        name: torch.lerp(p["buffers"][name].to(value.dtype), value, align(rate.to(value.dtype), value))
-        for name, value in _online_as(name, p).items()
-    }
+    moved = {name: _nearer(p["buffers"][name], value, rate) for name, value in _online_as(name, p).items()}
     p["buffers"] = {**p["buffers"], **moved}
+
+
+def _nearer(copy: Tensor, online: Tensor, rate: Tensor) -> Tensor:
+    """copy + rate (online - copy); what is counted, not measured, is taken over."""
+    if not online.is_floating_point():
+        return torch.where(torch.as_tensor(align(rate, online) > 0), online, copy)
+    return torch.lerp(copy.to(online.dtype), online, align(rate.to(online.dtype), online))
 
 
 def _online_as(name: str, p: Params) -> dict[str, Tensor]:

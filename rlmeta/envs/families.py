@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.datasets import labelled, omniglot
+from rlmeta.envs.datasets import equal_pictures, labelled, omniglot
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
 from rlmeta.functional.tree import Tree
@@ -134,7 +135,8 @@ class FewShot:
     """N-way K-shot classification: N classes of a split, K samples of each to adapt to, others of them to be asked.
 
     Every task numbers its classes anew, 0 ... N − 1, in random order. With `rotations`, the classes to train on come
-    turned by 90, 180 and 270 degrees too, as classes of their own; those of the other splits never do.
+    turned by 90, 180 and 270 degrees too, as classes of their own; those of the other splits never do. Equal images are
+    taken once; where they are of different classes, which nothing can tell apart, none is.
 
     Source of the protocol: Vinyals et al., "Matching Networks for One Shot Learning", 2016.
     """
@@ -153,6 +155,8 @@ class FewShot:
     """Samples of each class in the query set."""
     rotations: bool = False
     """Whether to turn the training classes."""
+    dropped: int = field(init=False, default=0)
+    """How many images equal others and were left out."""
     _pools: dict[str, tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,8 +168,11 @@ class FewShot:
             raise SettingError(f"FewShot: rotations turn squares [n, ..., H, H], images are {list(images.shape)}")
         classes = {split: [int(member) for member in members] for split, members in self.classes.items()}
         _check_disjoint(classes)
-        for name, value in (("images", images), ("labels", labels), ("classes", classes)):
+        kept = _distinct(images, labels, [member for members in classes.values() for member in members])
+        given = {"dropped": len(images) - len(kept), "images": images[kept], "labels": labels[kept], "classes": classes}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
+        labels = self.labels
         pools: dict[str, tuple[Tensor, Tensor]] = {}
         for split, members in classes.items():
             turned = self.rotations and split == "train"
@@ -247,6 +254,22 @@ def _samples(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
     if not bool(images.isfinite().all()):
         raise SettingError(f"FewShot: image {int((~images.isfinite()).nonzero()[0, 0])} is not finite")
     return images.float(), labels.to(torch.int64)
+
+
+def _distinct(images: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """The numbers of the images to keep, so that no two of the classes are equal; a warning says how many are not."""
+    used = torch.isin(labels, torch.tensor(classes, dtype=torch.int64, device=labels.device)).nonzero().flatten().cpu()
+    repeated, ambiguous = equal_pictures(images.cpu()[used].numpy(), labels.cpu()[used].numpy())
+    if repeated or ambiguous:
+        warnings.warn(
+            f"FewShot: of {len(images)} images {len(repeated)} equal others of their class and are left out, and "
+            f"{len(ambiguous)} equal ones of other classes, none of which is used: a query must not be a support image",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[used[torch.tensor([*repeated, *ambiguous], dtype=torch.int64)]] = False
+    return kept.nonzero().flatten().to(images.device)
 
 
 def _check_disjoint(classes: Mapping[str, Sequence[int]]) -> None:

@@ -26,6 +26,7 @@ from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
 from rlmeta.lab import stages
+from rlmeta.lab.bench_seeds import BY_HAND_SEEDS, table_seeds
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.presets import preset
 from rlmeta.lab.run import Run
@@ -45,7 +46,7 @@ class Lifelong:
     only: str = ""
     """Only the rows of these names, separated by semicolons."""
     seeds: int = 10
-    """Learners of every row."""
+    """Learners of every row, with the seeds 100, 101, ..."""
     control_steps: int = 100_000
     """Environment steps of PPO on every task of the control stream."""
     speed: bool = False
@@ -174,7 +175,7 @@ def _offline(name: str, tasks: TaskStream, data: Sequence[DataTask], steps: int)
     world.select(torch.arange(seeds) % len(distinct))
     settings = replace(NETWORK, batch_size=world.num_envs)
     learner = settings.bind(world.observation_space, world.action_space)
-    keys = random.make_keys(range(seeds))
+    keys = random.make_keys(table_seeds(seeds))
     state = learner.init(keys, hyper_tensors([settings], seeds), world)
     for _ in range(steps // settings.num_steps):
         state, _ = learner.iterate(state, world)
@@ -215,7 +216,7 @@ def _single_tasks(tasks: TaskStream, settings: PPO, budget: Budget, options: Lif
     world = replace(tasks, observe_identity=False).world((options.seeds,), 16)
     orders = torch.arange(len(tasks)).expand(options.seeds, -1)
     for i, task in enumerate(tasks.tasks):
-        run = train(settings, task, budget=budget, seeds=options.seeds, progress=False)
+        run = train(settings, task, budget=budget, seeds=table_seeds(options.seeds), progress=False)
         found = stages.evaluate_tasks(run.agent, run.state, world, orders, run.state["key"], 16)
         transfer[i] = torch.stack([one.returns.mean() for one in found])
     table = Table(title=f"Transfer: PPO trained on one task (row), its mean return on each, {options.seeds} seeds")
@@ -237,7 +238,7 @@ def _chosen(rows: Sequence[Row], options: Lifelong) -> list[Row]:
 
 
 def _trained(row: Row, tasks: TaskStream, budget: Budget, seeds: int) -> dict[str, Any]:
-    run: Run = train(row.settings, tasks, budget=budget, seeds=seeds, lifelong=row.methods, progress=False)
+    run: Run = train(row.settings, tasks, budget=budget, seeds=table_seeds(seeds), lifelong=row.methods, progress=False)
     print(f"{row.name}: {run.seconds:.0f} s", flush=True)
     said = ", ".join(map(repr, row.methods))
     return {"name": row.name, "matrix": run.matrix, "seconds": run.seconds, "run": run, "methods": said}
@@ -273,7 +274,8 @@ def _report(name: str, title: str, rows: Sequence[dict[str, Any]], options: Life
             shares = ", ".join(f"{value:.0%}" for value in row["of_single"].tolist())
             print(f"{row['name']}: {shares} of single-task training, task by task")
     when = time.strftime("%Y-%m-%d")
-    content = {"title": title, "seeds": options.seeds, "when": when, "rows": record}
+    chosen = {"seeds": table_seeds(options.seeds), "chosen_on_seeds": list(BY_HAND_SEEDS)}
+    content = {"title": title, **chosen, "when": when, "rows": record}
     text = json.dumps(content).replace("NaN", "null")
     (options.out / f"lifelong_{name}.json").write_text(text + "\n")
 

@@ -214,7 +214,9 @@ class Plan:
         )
         lines = [f"{self.agent} on {self.task}{env}: {seeds}, {self.budget.steps:,} steps each, into {folder}"]
         path, name = self.preset.path, agent_class(self.agent).__name__
-        lines += [f"preset {_short(path)} [{self.preset.table}]" if path else "no preset"]
+        seeds = ", ".join(map(str, self.preset.chosen_on_seeds))
+        chosen = f", chosen on seeds {seeds}" if seeds else ""
+        lines += [f"preset {_short(path)} [{self.preset.table}]{chosen}" if path else "no preset"]
         differing = [
             f"{setting}={text} ({flags.text_of(f.default)})"
             for f in dataclasses.fields(agent_class(self.agent))

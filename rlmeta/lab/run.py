@@ -322,6 +322,7 @@ def fit(fresh: State, saved: State, where: str) -> State:
     expected, given = tree.flatten(fresh), tree.flatten(saved)
     for name, leaf in expected.items():
         if name not in given:
+            _check_frozen(name, given, where)
             raise CheckpointError(f"{where}: the checkpoint lacks {name!r}: it is of another agent, task or version")
         if given[name].shape != leaf.shape or given[name].dtype != leaf.dtype:
             raise CheckpointError(
@@ -333,6 +334,17 @@ def fit(fresh: State, saved: State, where: str) -> State:
     # packed as in the run that goes on: the bits of a matrix product depend on where its factors begin
     loaded["params"]["weights"] = Packed.of(loaded["params"]["weights"], key.dim())
     return loaded
+
+
+def _check_frozen(name: str, given: dict[str, Tensor], where: str) -> None:
+    """Say so where a parameter is missing because it was frozen in the run and is not now, or the reverse."""
+    was = {"params/weights/": "frozen", "params/buffers/": "trained"}
+    for (group, state), (other, now) in zip(was.items(), reversed(list(was.items()))):
+        if name.startswith(group) and name.replace(group, other, 1) in given:
+            raise CheckpointError(
+                f"{where}: {name.removeprefix(group)} was {state} in the run and is {now} in the network given now: "
+                "freeze (requires_grad=False) what was frozen, and nothing else"
+            )
 
 
 def per_learner(values: Tensor) -> list[float]:

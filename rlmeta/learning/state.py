@@ -5,7 +5,7 @@ put back where it was (`put`).
 
 | entry | what it holds |
 |---|---|
-| `params` | what a forward pass needs: `weights`, `buffers` (batch-norm statistics, target networks), `normalisers`, `hyper` (settings `[*L]`) |
+| `params` | what a forward pass needs: `weights`, `buffers` (frozen parameters, batch-norm statistics, target networks), `normalisers`, `hyper` (settings `[*L]`) |
 | `optimizer` | the optimizer's moments |
 | `key` | the learner's random key, `[*L]` int64 |
 | `count` | iterations, steps of the world and of the environments, gradient steps so far, steps on the task, `[*L]` |

@@ -68,6 +68,10 @@ class Block(nn.Module):
         """Whether this block itself, in its own mode, may draw random numbers."""
         return False
 
+    def keeps_ties(self) -> bool:
+        """Whether a tensor that stands in several places in this block is one tensor in `params`, by its first name."""
+        return False
+
     def forward(self, x: Tree) -> Tree:
         """Run on the block's own tensors as an ordinary module: no learner axes, buffers written, torch's generator."""
         params: Params = {}

@@ -123,6 +123,10 @@ class Folded(Block):
         """As the block inside."""
         return self._inner[0].may_draw()
 
+    def keeps_ties(self) -> bool:
+        """As the block inside."""
+        return self._inner[0].keeps_ties()
+
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
         """`[*L, ..., *features]` -> `[*L, ..., *features]`."""
         inner = self._inner[0]
@@ -178,6 +182,10 @@ class Lifted(Block):
 
     def may_draw(self) -> bool:
         """Nobody knows what the module does."""
+        return True
+
+    def keeps_ties(self) -> bool:
+        """As the module does."""
         return True
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "", memory: Tree | None = None) -> Tree:
