@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 import warnings
@@ -110,6 +111,7 @@ class Loop:
             progress = torch.full_like(run.state["progress"], stage.progress(iteration))
             run.state["progress"] = progress
             run.state["task"] = {**run.state["task"], "progress": progress}
+            self._forget_revived()  # what stops again within the iteration is not to go back to its first end
             clock.switch("learn")
             run.state, metrics = run.agent.iterate(run.state, run.world)
             clock.switch("other")
@@ -169,7 +171,7 @@ class Loop:
         score = result.returns.mean(-1)
         current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}
         best = state.get("best", current)
-        better = score > best["score"] if agent.score.maximise else score < best["score"]
+        better = agent.score.better(score, best["score"])
         state["best"] = tree.map(torch.clone, select(better & state["active"], current, best))
         state["active"] = state["active"] & ~agent.score.reaches(score, target)
         self._freeze()
@@ -183,6 +185,7 @@ class Loop:
         """Keep every learner that is not active bit-identical to where it stopped."""
         state = self.run.state
         active = state["active"]
+        self._forget_revived()
         if bool(active.all()):
             return
         moving = REPORTED if self.run.experiment.problem.native else REPORTED + ACTING
@@ -190,6 +193,12 @@ class Loop:
         for learner in (~active).nonzero().flatten().tolist():
             kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
             tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
+
+    def _forget_revived(self) -> None:
+        """Let go of where learners had stopped that are active again: one that stops once more stops where it is then."""
+        if self.frozen:
+            active = self._active_learners()
+            self.frozen = {learner: kept for learner, kept in self.frozen.items() if not active[learner]}
 
     def _active(self) -> bool:
         return any(self._active_learners())
@@ -199,9 +208,7 @@ class Loop:
 
     def _name_frozen(self, before: Sequence[bool]) -> None:
         """Say which learners lost their numbers since."""
-        experiment = self.run.experiment
-        learners = zip(experiment.learner_labels, experiment.learners)
-        names = [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
+        names = self._names()
         broken_task = getattr(self.run.agent, "broken_task", None)
         for i, (name, was, active) in enumerate(zip(names, before, self._active_learners())):
             if was and not active:
@@ -209,6 +216,24 @@ class Loop:
                 why = f" ({task})" if task else ""
                 text = f"{name} is no longer finite{why}: frozen by iteration {self.done}, the other learners go on"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _names(self) -> list[str]:
+        """What to call every learner."""
+        experiment = self.run.experiment
+        learners = zip(experiment.learner_labels, experiment.learners)
+        return [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
+
+    def _say_what_went_wrong(self) -> None:
+        """Warn where the final scores don't mean what they seem to."""
+        run = self.run
+        names = [name for name, score in zip(self._names(), run.scores.tolist()) if not math.isfinite(score)]
+        if names:
+            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            text = f"{len(names)} of {len(run.experiment.learners)} final scores are not finite: {some}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if not bool(run.state["count"]["gradient_steps"].any()):
+            text = "no learner has taken a gradient step: the scores are those of the initial parameters"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _next(self, every: int) -> int:
         return (self.done // every + 1) * every
@@ -270,6 +295,7 @@ class Loop:
             return
         finally:
             self.at_once = False
+        self._say_what_went_wrong()
         self.run.write_summary()
         if self.run.folder is not None:
             write_curve(self.run)

@@ -26,7 +26,7 @@ from rlmeta.lab.stages import Stage
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
-from rlmeta.learning.state import Packed, State
+from rlmeta.learning.state import Packed, State, select
 from rlmeta.lifelong import metrics
 
 
@@ -136,14 +136,20 @@ class Run:
             world.close()
 
     def best_state(self) -> State:
-        """The state with the parameters of every learner's best periodic evaluation.
+        """The state with the parameters of every learner's best periodic evaluation; a learner that never had a finite
+        score keeps its final ones.
 
         Raises:
-            SettingError: there was none.
+            SettingError: there was no periodic evaluation, or none with a finite score.
         """
         if "best" not in self.state:
-            raise SettingError("no best parameters: the run has had no periodic evaluation")
-        return {**self.state, "params": {**self.state["params"], **self.state["best"]["params"]}}
+            raise SettingError("no best parameters: the run has had no periodic evaluation (--eval-every sets them)")
+        best, params = self.state["best"], self.state["params"]
+        scored = best["score"].isfinite()
+        if not bool(scored.any()):
+            raise SettingError("no best parameters: no periodic evaluation gave a finite score")
+        chosen = select(scored, best["params"], {name: dict(params[name]) for name in best["params"]})
+        return {**self.state, "params": {**params, **chosen}}
 
     def evaluation_world(self, episodes: int) -> Any:
         """Fresh rows of the problem to play `episodes` episodes in."""
@@ -160,6 +166,7 @@ class Run:
             learner: which one acts; by default the best in the final evaluation.
 
         Raises:
+            SettingError: no such learner, or none of them has a finite score to be the best by.
             SpaceError: the observation is not of the task's observation space.
         """
         if not hasattr(self.agent, "act"):
@@ -177,7 +184,7 @@ class Run:
         """The learner of this number; by default the best in the final evaluation, or the first if there was none.
 
         Raises:
-            SettingError: there is no such learner.
+            SettingError: there is no such learner, or none that is the best.
         """
         if learner is None:
             return self.best_learner if self.evaluation is not None else 0
@@ -187,9 +194,12 @@ class Run:
 
     @property
     def best_learner(self) -> int:
-        """The one with the best final score."""
-        scores = self.scores if self.agent.score.maximise else -self.scores
-        return int(scores.argmax())
+        """The one with the best final score.
+
+        Raises:
+            SettingError: no learner has a finite score.
+        """
+        return self.agent.score.best(self.scores)
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for each variant: its label, IQM with 95 % interval, mean, steps, seconds, steps/s."""
@@ -210,6 +220,7 @@ class Run:
                     "high": float(high),
                     "mean": float(score.mean()),
                     "scores": [float(one) for one in score],
+                    "not_finite": int((~np.isfinite(score)).sum()),
                     "episodes": int(self.evaluation.returns.shape[-1]) if self.evaluation else 0,
                     "steps": steps,
                     "seconds": round(self.seconds, 1),
