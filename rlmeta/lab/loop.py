@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ Callback = Callable[[Run, dict[str, Any]], bool | None]
 
 REPORTED = ("metrics", "best", "progress", "stage", "task", "matrix")
 """What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
+WORTH_A_LINE = 0.1
+"""Of the time: what evaluation took is said from there on."""
 ACTING = ("world", "memory", "episode")
 """What moves on with live environments, which can't be put back while their neighbours go on."""
 
@@ -45,12 +48,11 @@ class Loop:
     ) -> None:
         self.run, self.callbacks, self.show_progress = run, callbacks, progress
         self.budget = run.experiment.budget
-        self.steps_per_iteration = run.world.num_envs * run.agent.steps_per_iteration
+        self.steps_per_iteration = run.every
         self.stages = run.stages
         self.iterations = self.stages[-1].last
         self.log_every = max(1, self.iterations // self.budget.log_points)
-        every = self.budget.eval_every or max(1, self.budget.steps // 10)
-        self.eval_every = max(1, round(every / self.steps_per_iteration))
+        self.eval_every = max(1, round(self.budget.eval_every / self.steps_per_iteration))
         self.done = int(run.state["count"]["iterations"].max())
         self.interrupted = self.at_once = False
         self.handler = signal.getsignal(signal.SIGINT)
@@ -98,7 +100,16 @@ class Loop:
                 self._finish()
             if self.interrupted:
                 run.stopped = "interrupted"
+        self._say_what_evaluation_took()
         return run
+
+    def _say_what_evaluation_took(self) -> None:
+        """Name the flags where evaluation took much of the time."""
+        total = sum(clock.seconds.values())
+        share = clock.seconds.get("evaluate", 0.0) / max(total, 1e-9)
+        if self.show_progress and share >= WORTH_A_LINE:
+            flags = "--final-episodes" if self.run.stream or not self.eval_world else "--eval-every, --final-episodes"
+            print(f"evaluation took {share:.0%} of the time ({flags}, --eval-episodes set it)", file=sys.stderr)
 
     def _advance(self) -> dict[str, Any]:
         """Iterations up to the next line of metrics, and that line."""
@@ -195,7 +206,7 @@ class Loop:
             tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
 
     def _forget_revived(self) -> None:
-        """Let go of where learners had stopped that are active again: one that stops once more stops where it is then."""
+        """Let go of where learners had stopped that are active again: one that stops anew stays where it is then."""
         if self.frozen:
             active = self._active_learners()
             self.frozen = {learner: kept for learner, kept in self.frozen.items() if not active[learner]}
@@ -289,7 +300,9 @@ class Loop:
             self.at_once = True
             if self.interrupted:
                 return
+            clock.switch("evaluate")
             self.run.evaluation = self.run.evaluate(self.budget.final_episodes)
+            clock.switch("other")
         except KeyboardInterrupt:
             self.interrupted = True
             return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rlmeta.envs import spaces
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random, statistics, tree
-from rlmeta.lab import checkpoint, run_folder, stages
+from rlmeta.lab import budgets, checkpoint, run_folder, stages
 from rlmeta.lab.configuration import from_config
 from rlmeta.lab.experiment import Experiment
 from rlmeta.lab.files import put
@@ -34,9 +34,10 @@ class Run:
     """An experiment and where it stands.
 
     Attributes:
-        experiment: settings, seeds, task, budget.
+        experiment: settings, seeds, task, budget with nothing left to be chosen.
         agent: bound to the task's spaces.
         world: the environments of its learners.
+        iterations: of training on every task.
         state: everything it is.
         folder: where it is saved, or None.
         evaluation: of the final parameters, once it has ended.
@@ -46,17 +47,30 @@ class Run:
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
-        self.experiment, self.folder = experiment, folder
+        self.folder = folder
         experiment.use_threads()
         keep_freed_memory()
         self.world = experiment.world()
-        self.agent: Learner = experiment.bind(self.world)
+        try:
+            self.agent: Learner = experiment.bind(self.world)
+            self.iterations = budgets.iterations_of(experiment.problem, self.agent, self.world, experiment.budget)
+            budget = budgets.settled(experiment.budget, experiment.problem, self.world, self.iterations, self.every)
+        except BaseException:
+            self.world.close()
+            raise
+        self.experiment = dataclasses.replace(experiment, budget=budget)
         self.state: State = {}
         self.evaluation: Evaluation | None = None
         self.seconds = 0.0
         self.stopped = ""
         self.offsets: dict[str, int] = {}
         self._actions = 0
+
+    @property
+    def every(self) -> int:
+        """What of its budget each learner spends in an iteration."""
+        steps: int = self.world.num_envs * self.agent.steps_per_iteration
+        return steps
 
     def start(self) -> None:
         """Set the state to that of a run that begins.
@@ -72,9 +86,7 @@ class Run:
     @property
     def stages(self) -> list[Stage]:
         """What it goes through: a single stage, or the phases of every task of a stream."""
-        every = self.world.num_envs * self.agent.steps_per_iteration
-        iterations = math.ceil(self.experiment.budget.steps / every)
-        return stages.stages_of(self.experiment.problem, self.agent.methods, iterations)
+        return stages.stages_of(self.experiment.problem, self.agent.methods, self.iterations)
 
     @property
     def stream(self) -> TaskStream | None:

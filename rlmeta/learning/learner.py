@@ -77,6 +77,8 @@ class Learner(HasLosses, Protocol):
     """Training samples of the smallest of them, None where it makes its own by acting; set before `init`."""
     steps_per_iteration: int
     """Steps every row of the world takes in one iteration."""
+    idle_steps: int
+    """Steps of every row, on a task, before its first gradient step; 0 where every iteration learns."""
     counts: str
     """What its budget counts, as plots call it."""
     score: Score
