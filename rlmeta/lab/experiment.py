@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.demonstrations import Demonstrations, Unread
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.lab import flags
+from rlmeta.lab.digests import digest_of
 from rlmeta.lab.shipped import METHODS
 from rlmeta.learning import settings as settings_
 from rlmeta.learning.learner import Learner
@@ -233,6 +234,14 @@ class Experiment:
         threads = self.threads or available_threads()
         torch.set_num_threads(threads if len(self.learners) >= 4 else 1)
 
+    def digests(self) -> dict[str, str]:
+        """Checksums of the arrays that it depends on, by what they are of: the problem, settings, methods."""
+        settings = settings_.static_values(self.variants[0])
+        found = {"data of the problem": digest_of(self.problem)}
+        found |= {name: digest_of(value) for name, value in settings.items()}
+        found |= {f"data of {method.name}": digest_of(method) for method in self.methods}
+        return {name: digest for name, digest in found.items() if digest is not None}
+
     def config(self) -> dict[str, Any]:
         """The table of `config.toml`."""
         return {
@@ -243,6 +252,7 @@ class Experiment:
             "threads": self.threads or available_threads(),
             "task": self.problem.describe(),
             "budget": dataclasses.asdict(self.budget),
+            "digests": self.digests(),
             "methods": [_method_table(method) for method in self.methods],
             "variants": [_settings_table(variant) for variant in self.variants],
         }
@@ -277,8 +287,10 @@ def _alone(method: Method) -> list[Any]:
 def _settings_table(settings: Any) -> dict[str, Any]:
     table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in table.items():
-        if isinstance(value, Demonstrations):
-            table[name] = value.path or f"<{value}>"
+        if isinstance(value, Unread):
+            table[name] = value.name
+        elif isinstance(value, Demonstrations):
+            table[name] = os.path.abspath(value.path) if value.path else f"<{value}>"
         elif dataclasses.is_dataclass(value):
             table[name] = flags.text_of(value)
         elif isinstance(value, tuple):

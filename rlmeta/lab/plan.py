@@ -34,7 +34,7 @@ from rlmeta.lab.run import Run, load
 from rlmeta.lab.shipped import METHODS, agent_class
 from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import per_learner_names
+from rlmeta.learning.settings import check_names, per_learner_names
 
 PLAN = "plan.toml"
 MOST_SEEDS = 100_000
@@ -373,9 +373,29 @@ def from_folder(folder: Path) -> Plan:
     """
     path = folder / PLAN
     content = read_toml(path)
-    if set(content) != {"agent", "task", "env", "lifelong", "flags"}:
+    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "flags": dict}
+    groups: dict[str, Any] = {"run": Options, "budget": Budget, "settings": None}
+    fits = set(content) == set(kinds) and all(isinstance(content[name], kind) for name, kind in kinds.items())
+    fits = fits and all(isinstance(table, dict) for table in content["lifelong"].values())
+    fits = fits and set(content["flags"]) == set(groups)
+    if not fits or not all(_are_texts(table) for table in content["flags"].values()):
         raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")
+    groups["settings"] = agent_class(content["agent"])
+    for name, cls in groups.items():
+        _check_flags(cls, content["flags"][name], f"{path} [flags.{name}]")
     return Plan(content["agent"], content["task"], content["env"], content["lifelong"], content["flags"])
+
+
+def _are_texts(table: Any) -> bool:
+    return isinstance(table, dict) and all(isinstance(text, str) for text in table.values())
+
+
+def _check_flags(cls: Any, texts: dict[str, str], where: str) -> None:
+    """Refuse flags that are not those of a group."""
+    check_names(cls, texts, where)
+    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in texts and f.default is not None]
+    if lacking:
+        raise CheckpointError(f"{where} lacks {lacking[0]!r}: restore it from a copy")
 
 
 def group_folder(folder: Path, label: str) -> Path:

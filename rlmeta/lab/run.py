@@ -290,23 +290,47 @@ def load(
     lifelong: Sequence[Method] = (),
     own: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Read a run back: its settings, its state, its final evaluation.
+    """Read a run back to look at it, act with it or evaluate it: its settings, its state, its final evaluation.
+
+    What only training needs, demonstrations and rewards, is not asked for; `resume` does.
 
     Args:
         folder: as given to `train(out=...)`.
         network: the user's network again, where it had one; a run folder names code but never loads any.
         env: the user's environment factory again, where it had one.
         lifelong: the lifelong methods again, where it had some of your own.
-        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
+        own: other settings that are code or data, by name, again, where it had some that acting needs.
 
     Raises:
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
+        SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
+    return read(folder, network=network, env=env, lifelong=lifelong, own=own, training=False)
+
+
+def read(
+    folder: str | Path,
+    *,
+    network: NetworkFactory | None,
+    env: Any,
+    lifelong: Sequence[Method],
+    own: Mapping[str, Any] | None,
+    training: bool,
+) -> Run:
+    """What `load` gives, with all that `training` needs where it goes on; the other arguments and errors are load's."""
     folder = Path(folder)
     if not (folder / "config.toml").is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.toml")
     config = run_folder.read_config(folder)
-    experiment = from_config(config, where=str(folder), network=network, source=env, methods=tuple(lifelong), own=own)
+    experiment = from_config(
+        config,
+        where=str(folder),
+        network=network,
+        source=env,
+        methods=tuple(lifelong),
+        own=own,
+        training=training,
+    )
     run = Run(experiment, folder)
     state, about = checkpoint.load(folder / "state")
     run.start()
@@ -314,11 +338,11 @@ def load(
     run.seconds = float(about.get("seconds", 0.0))
     run.stopped = str(about.get("stopped", ""))
     run.offsets = dict(about.get("offsets", {}))
-    run.evaluation = _final_evaluation(folder / run_folder.SUMMARY)
+    run.evaluation = _final_evaluation(folder / run_folder.SUMMARY, len(experiment.learners))
     return run
 
 
-def _final_evaluation(path: Path) -> Evaluation | None:
+def _final_evaluation(path: Path, learners: int) -> Evaluation | None:
     """What a run's summary says of its final evaluation; None where the run has not ended.
 
     Raises:
@@ -328,9 +352,14 @@ def _final_evaluation(path: Path) -> Evaluation | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-        returns = torch.tensor(content["returns"], dtype=torch.float64)
-        return Evaluation(returns, torch.tensor(content["lengths"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        returns = torch.tensor(content["returns"], dtype=torch.float64, device="cpu")
+        lengths = torch.tensor(content["lengths"], dtype=torch.int64, device="cpu")
+        if returns.dim() != 2 or len(returns) != learners or not returns.shape[1] or lengths.shape != returns.shape:
+            raise ValueError(
+                f"returns {tuple(returns.shape)} and lengths {tuple(lengths.shape)} of {learners} learners"
+            )
+        return Evaluation(returns, lengths)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}): remove it, `rlmeta resume {path.parent}` evaluates the run again"
         ) from error

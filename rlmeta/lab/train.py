@@ -13,6 +13,7 @@ import torch
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import streams
+from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.task import TaskFamily, family, is_data_family, task
@@ -21,7 +22,7 @@ from rlmeta.functional import tree
 from rlmeta.lab import budgets, run_folder
 from rlmeta.lab.experiment import Budget, Experiment, Problem, chosen_seeds, compare
 from rlmeta.lab.loop import Callback, Loop
-from rlmeta.lab.run import Run, load
+from rlmeta.lab.run import Run, read
 from rlmeta.lab.trackers import TrackerFactory
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import check_choices, group, variants
@@ -100,6 +101,7 @@ def prepare(
     if out is not None and not isinstance(out, str | os.PathLike):
         raise SettingError(f"out is {out!r}, expected the folder of the run")
     check_choices(agent)
+    agent = with_demonstrations(agent)
     compared, methods = compare(one_batch(variants(agent)), lifelong)
     experiment = Experiment(
         variants=compared,
@@ -121,6 +123,14 @@ def prepare(
         run.close()
         raise
     return run
+
+
+def with_demonstrations(settings: Any) -> Any:
+    """The settings with the demonstrations that the file they name holds; where there is none, the learner says so."""
+    named = getattr(settings, "demonstrations", None)
+    if not isinstance(named, str | os.PathLike) or not Path(named).is_file():
+        return settings
+    return dataclasses.replace(settings, demonstrations=Demonstrations.load(named))
 
 
 def go(
@@ -219,7 +229,7 @@ def resume(
     """
     folder = Path(folder)
     with run_folder.lock(folder):
-        run = load(folder, network=network, env=env, lifelong=lifelong, own=own)
+        run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True)
         run.stopped = ""
         try:
             restore_world(run, inexact)
