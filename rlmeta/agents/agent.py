@@ -56,6 +56,7 @@ class Agent:
     """Steps every environment takes in one iteration."""
     num_tasks = 1
     task_samples: int | None = None
+    idle_steps = 0
     counts = "environment steps"
     score = Score("return")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.demonstrations import Demonstrations, Unread
 from rlmeta.envs.world import World
 from rlmeta.errors import DemonstrationError
 from rlmeta.functional import optim, random, tree
@@ -94,7 +94,7 @@ class BehaviourCloningAgent(Agent):
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
         given = chosen(settings.demonstrations, settings.episodes, observation_space, action_space)
-        self.transitions = given.transitions()
+        self.transitions: tree.Tree = None if given is None else given.transitions()
         self.policy = self.networks()["policy"]
         self.head: Any = self.policy.head
 
@@ -107,7 +107,7 @@ class BehaviourCloningAgent(Agent):
         state = super().init(key, hyper, world)
         state["optimizer"] = init_optimizer(optim.adamw(hyper["learning_rate"]), state)
         normalisers = state["params"]["normalisers"]
-        if "observation" in normalisers:
+        if "observation" in normalisers and self.transitions is not None:
             seen = self.transitions["observation"].to(key.device)
             normalisers["observation"] = running_update(
                 normalisers["observation"], seen.expand(*key.shape, *seen.shape)
@@ -152,9 +152,12 @@ class BehaviourCloningAgent(Agent):
 
 
 def chosen(
-    given: Demonstrations | str | Path | None, episodes: int, observation_space: gym.Space, action_space: gym.Space
-) -> Demonstrations:
-    """The demonstrations to imitate, after a check that they are of these spaces.
+    given: Demonstrations | Unread | str | Path | None,
+    episodes: int,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+) -> Demonstrations | None:
+    """The demonstrations to imitate, after a check that they are of these spaces; None where they are left unread.
 
     Args:
         given: a file, or demonstrations.
@@ -170,6 +173,8 @@ def chosen(
             "nothing to imitate: give demonstrations= (on the command line --demonstrations FILE, which "
             "`rlmeta record RUN --out FILE` writes)"
         )
+    if isinstance(given, Unread):
+        return None
     loaded = given if isinstance(given, Demonstrations) else Demonstrations.load(given)
     loaded.check(observation_space, action_space)
     return loaded.first(episodes) if episodes else loaded

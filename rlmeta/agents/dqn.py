@@ -121,6 +121,7 @@ class DQNAgent(Agent):
             raise SpaceError(f"DQN chooses among Discrete actions, the task has {action_space}: use PPO or A2C")
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
+        self.idle_steps = max(-(-settings.learning_starts // settings.num_envs), settings.n_steps)
         self.averaged = min(values_of(settings.average_rate)) < 1.0 and not self.methods
         self.q: Any = self.networks()["q"]
 

@@ -81,8 +81,13 @@ class GAIL(PPO):
             require_range(self, name, 0)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
-        """PPO for environments of these spaces, with the discriminator before its other rewards."""
+        """PPO for environments of these spaces, with the discriminator before its other rewards.
+
+        Where the demonstrations are left unread it can only act.
+        """
         given = chosen(self.demonstrations, self.episodes, observation_space, action_space)
+        if given is None:
+            return PPOAgent(self, observation_space, action_space, methods)
         learned = AdversarialReward(
             given,
             self.form,

@@ -83,9 +83,10 @@ class IRLAgent(Agent):
         self.steps_per_iteration = settings.num_steps
         given = chosen(settings.demonstrations, settings.episodes, observation_space, action_space)
         self.num_states: int = int(observation_space.n)  # type: ignore[attr-defined]
-        self.transitions = given.transitions()
-        self.visits = demonstrated_visits(given, self.num_states, settings.horizon, settings.gamma)
-        self.cut = cut_off(given, self.num_states, settings.gamma if settings.horizon == 0 else 0.0)
+        if given is not None:
+            self.transitions = given.transitions()
+            self.visits = demonstrated_visits(given, self.num_states, settings.horizon, settings.gamma)
+            self.cut = cut_off(given, self.num_states, settings.gamma if settings.horizon == 0 else 0.0)
         self.reward_network = self.networks()["reward"]
         self.capture = None  # planning without a horizon ends when values stand still, which no recording can know
 

@@ -87,6 +87,7 @@ class Supervised:
 
     num_tasks = 1
     task_samples: int | None = None
+    idle_steps = 0
     counts = "samples"
     score = Score("score")
 

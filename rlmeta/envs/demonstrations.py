@@ -27,6 +27,14 @@ FORMAT = "rlmeta demonstrations 1"
 TENSORS = ("observation", "action", "reward", "lengths", "terminated", "truncated")
 
 
+@dataclass(frozen=True)
+class Unread:
+    """Demonstrations that are named and not read, because only training needs them."""
+
+    name: str
+    """The file, or what is known of them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Demonstrations:
     """E episodes of M steps in all, one behind the other; an episode of T steps has T + 1 observations.

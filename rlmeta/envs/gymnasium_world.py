@@ -86,10 +86,13 @@ class GymnasiumWorld:
         if self._count < 1 or max_log < 1:
             raise SettingError(f"num_envs is {num_envs} and max_log {max_log}, expected at least 1")
         made = resolve(make, dict(settings or {}), self._count)
+        self.episode_limit: int | None
+        """Steps of the longest episodes, where the environment declares a limit."""
         self._rows: Rows | WorkerRows | VectorRows
         if isinstance(made, Template):
             self.name, self.observation_space, self.action_space = made.name, made.observation_space, made.action_space
             self._capacity = made.max_episode_steps or max_log
+            self.episode_limit = made.max_episode_steps
             parallel = mode == "async"
             self._rows = WorkerRows(made, self._count, workers, start_method) if parallel else Rows(made, self._count)
         else:
@@ -103,6 +106,7 @@ class GymnasiumWorld:
                 raise
             self.name, self.observation_space = self._rows.name, self._rows.observation_space
             self.action_space, self._capacity = self._rows.action_space, 0
+            self.episode_limit = getattr(made.spec, "max_episode_steps", None)
         self._observations, self._actions = Layout(self.observation_space), Layout(self.action_space, "action")
         self.exact_resume = not isinstance(self._rows, VectorRows)
         """Whether `restore` replays episodes; a difference that it sees is reported."""

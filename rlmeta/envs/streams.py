@@ -180,6 +180,13 @@ class StreamWorld:
         self.observation_space = _with_identity(inner, len(tasks)) if observe_identity else inner
 
     @property
+    def episode_limit(self) -> int | None:
+        """Steps of the longest episodes of gymnasium's tasks, where all of these declare a limit."""
+        foreign: list[Any] = [world for task, world in zip(self._tasks, self._worlds) if not task.native]
+        limits = [world.episode_limit for world in foreign]
+        return None if None in limits else max(limits, default=None)
+
+    @property
     def exact_resume(self) -> bool:
         """Whether `restore` always brings every environment back to exactly where the state says."""
         return bool(self._current.exact_resume)

@@ -57,6 +57,11 @@ class Adaptation:
         return self.scores.mean((0, 1))
 
     @property
+    def not_finite(self) -> int:
+        """Tasks, of all learners, whose last score is not finite."""
+        return int((~np.isfinite(self.scores[..., -1])).sum())
+
+    @property
     def interval(self) -> NDArray[np.float64]:
         """Half of the 95 % interval of the mean, `[steps + 1]`."""
         flat = self.scores.reshape(-1, self.scores.shape[-1])
@@ -92,6 +97,8 @@ def table(found: Adaptation, title: str) -> Table:
     last = found.scores.shape[-1] - 1
     for step in sorted({round(last * i / 10) for i in range(11)}):
         made.add_row(str(step), f"{found.mean[step]:.4g}", f"{found.interval[step]:.2g}")
+    if found.not_finite:
+        made.caption = f"{found.not_finite} of {found.scores[..., 0].size} tasks end without a finite score"
     return made
 
 
@@ -100,6 +107,7 @@ def write(run: Run, found: Adaptation, folder: Path, seed: int = 1) -> list[Path
     record = {
         "score": found.name,
         "tasks": found.scores.shape[1],
+        "not_finite": found.not_finite,
         "mean": found.mean.tolist(),
         "interval": found.interval.tolist(),
         "learners": found.scores.mean(1).tolist(),

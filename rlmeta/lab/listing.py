@@ -104,7 +104,7 @@ def runs_table(folder: Path = Path("runs")) -> Table:
             content = run_folder.read_config(run)
             said = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
             table.add_row(str(run), *map(str, said), *_outcome(run / run_folder.SUMMARY))
-        except (RlmetaError, KeyError, TypeError, ValueError) as error:
+        except (RlmetaError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             table.add_row(str(run), "", "", "", "", f"unreadable: {error}", "")
     return table
 
@@ -126,7 +126,7 @@ def _outcome(summary: Path) -> tuple[str, str]:
         return "unfinished", ""
     content = json.loads(summary.read_text())
     scores = [_iqm(row) + (f" ({row['setting']})" if row["setting"] else "") for row in content["summary"]]
-    return content["stopped"] or "finished", "\n".join(scores)
+    return str(content["stopped"] or "finished"), "\n".join(scores)
 
 
 def _iqm(row: dict[str, Any]) -> str:

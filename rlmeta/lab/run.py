@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rlmeta.envs import spaces
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random, statistics, tree
-from rlmeta.lab import checkpoint, run_folder, stages
+from rlmeta.lab import budgets, checkpoint, run_folder, stages
 from rlmeta.lab.configuration import from_config
 from rlmeta.lab.experiment import Experiment
 from rlmeta.lab.files import put
@@ -26,7 +26,7 @@ from rlmeta.lab.stages import Stage
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
-from rlmeta.learning.state import Packed, State
+from rlmeta.learning.state import Packed, State, select
 from rlmeta.lifelong import metrics
 
 
@@ -34,9 +34,10 @@ class Run:
     """An experiment and where it stands.
 
     Attributes:
-        experiment: settings, seeds, task, budget.
+        experiment: settings, seeds, task, budget with nothing left to be chosen.
         agent: bound to the task's spaces.
         world: the environments of its learners.
+        iterations: of training on every task.
         state: everything it is.
         folder: where it is saved, or None.
         evaluation: of the final parameters, once it has ended.
@@ -46,17 +47,30 @@ class Run:
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
-        self.experiment, self.folder = experiment, folder
+        self.folder = folder
         experiment.use_threads()
         keep_freed_memory()
         self.world = experiment.world()
-        self.agent: Learner = experiment.bind(self.world)
+        try:
+            self.agent: Learner = experiment.bind(self.world)
+            self.iterations = budgets.iterations_of(experiment.problem, self.agent, self.world, experiment.budget)
+            budget = budgets.settled(experiment.budget, experiment.problem, self.world, self.iterations, self.every)
+        except BaseException:
+            self.world.close()
+            raise
+        self.experiment = dataclasses.replace(experiment, budget=budget)
         self.state: State = {}
         self.evaluation: Evaluation | None = None
         self.seconds = 0.0
         self.stopped = ""
         self.offsets: dict[str, int] = {}
         self._actions = 0
+
+    @property
+    def every(self) -> int:
+        """What of its budget each learner spends in an iteration."""
+        steps: int = self.world.num_envs * self.agent.steps_per_iteration
+        return steps
 
     def start(self) -> None:
         """Set the state to that of a run that begins.
@@ -72,9 +86,7 @@ class Run:
     @property
     def stages(self) -> list[Stage]:
         """What it goes through: a single stage, or the phases of every task of a stream."""
-        every = self.world.num_envs * self.agent.steps_per_iteration
-        iterations = math.ceil(self.experiment.budget.steps / every)
-        return stages.stages_of(self.experiment.problem, self.agent.methods, iterations)
+        return stages.stages_of(self.experiment.problem, self.agent.methods, self.iterations)
 
     @property
     def stream(self) -> TaskStream | None:
@@ -136,14 +148,20 @@ class Run:
             world.close()
 
     def best_state(self) -> State:
-        """The state with the parameters of every learner's best periodic evaluation.
+        """The state with the parameters of every learner's best periodic evaluation; a learner that never had a finite
+        score keeps its final ones.
 
         Raises:
-            SettingError: there was none.
+            SettingError: there was no periodic evaluation, or none with a finite score.
         """
         if "best" not in self.state:
-            raise SettingError("no best parameters: the run has had no periodic evaluation")
-        return {**self.state, "params": {**self.state["params"], **self.state["best"]["params"]}}
+            raise SettingError("no best parameters: the run has had no periodic evaluation (--eval-every sets them)")
+        best, params = self.state["best"], self.state["params"]
+        scored = best["score"].isfinite()
+        if not bool(scored.any()):
+            raise SettingError("no best parameters: no periodic evaluation gave a finite score")
+        chosen = select(scored, best["params"], {name: dict(params[name]) for name in best["params"]})
+        return {**self.state, "params": {**params, **chosen}}
 
     def evaluation_world(self, episodes: int) -> Any:
         """Fresh rows of the problem to play `episodes` episodes in."""
@@ -160,6 +178,7 @@ class Run:
             learner: which one acts; by default the best in the final evaluation.
 
         Raises:
+            SettingError: no such learner, or none of them has a finite score to be the best by.
             SpaceError: the observation is not of the task's observation space.
         """
         if not hasattr(self.agent, "act"):
@@ -177,7 +196,7 @@ class Run:
         """The learner of this number; by default the best in the final evaluation, or the first if there was none.
 
         Raises:
-            SettingError: there is no such learner.
+            SettingError: there is no such learner, or none that is the best.
         """
         if learner is None:
             return self.best_learner if self.evaluation is not None else 0
@@ -187,9 +206,12 @@ class Run:
 
     @property
     def best_learner(self) -> int:
-        """The one with the best final score."""
-        scores = self.scores if self.agent.score.maximise else -self.scores
-        return int(scores.argmax())
+        """The one with the best final score.
+
+        Raises:
+            SettingError: no learner has a finite score.
+        """
+        return self.agent.score.best(self.scores)
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for each variant: its label, IQM with 95 % interval, mean, steps, seconds, steps/s."""
@@ -210,6 +232,7 @@ class Run:
                     "high": float(high),
                     "mean": float(score.mean()),
                     "scores": [float(one) for one in score],
+                    "not_finite": int((~np.isfinite(score)).sum()),
                     "episodes": int(self.evaluation.returns.shape[-1]) if self.evaluation else 0,
                     "steps": steps,
                     "seconds": round(self.seconds, 1),
@@ -267,23 +290,47 @@ def load(
     lifelong: Sequence[Method] = (),
     own: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Read a run back: its settings, its state, its final evaluation.
+    """Read a run back to look at it, act with it or evaluate it: its settings, its state, its final evaluation.
+
+    What only training needs, demonstrations and rewards, is not asked for; `resume` does.
 
     Args:
         folder: as given to `train(out=...)`.
         network: the user's network again, where it had one; a run folder names code but never loads any.
         env: the user's environment factory again, where it had one.
         lifelong: the lifelong methods again, where it had some of your own.
-        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
+        own: other settings that are code or data, by name, again, where it had some that acting needs.
 
     Raises:
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
+        SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
+    return read(folder, network=network, env=env, lifelong=lifelong, own=own, training=False)
+
+
+def read(
+    folder: str | Path,
+    *,
+    network: NetworkFactory | None,
+    env: Any,
+    lifelong: Sequence[Method],
+    own: Mapping[str, Any] | None,
+    training: bool,
+) -> Run:
+    """What `load` gives, with all that `training` needs where it goes on; the other arguments and errors are load's."""
     folder = Path(folder)
     if not (folder / "config.toml").is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.toml")
     config = run_folder.read_config(folder)
-    experiment = from_config(config, where=str(folder), network=network, source=env, methods=tuple(lifelong), own=own)
+    experiment = from_config(
+        config,
+        where=str(folder),
+        network=network,
+        source=env,
+        methods=tuple(lifelong),
+        own=own,
+        training=training,
+    )
     run = Run(experiment, folder)
     state, about = checkpoint.load(folder / "state")
     run.start()
@@ -291,11 +338,11 @@ def load(
     run.seconds = float(about.get("seconds", 0.0))
     run.stopped = str(about.get("stopped", ""))
     run.offsets = dict(about.get("offsets", {}))
-    run.evaluation = _final_evaluation(folder / run_folder.SUMMARY)
+    run.evaluation = _final_evaluation(folder / run_folder.SUMMARY, len(experiment.learners))
     return run
 
 
-def _final_evaluation(path: Path) -> Evaluation | None:
+def _final_evaluation(path: Path, learners: int) -> Evaluation | None:
     """What a run's summary says of its final evaluation; None where the run has not ended.
 
     Raises:
@@ -305,9 +352,14 @@ def _final_evaluation(path: Path) -> Evaluation | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-        returns = torch.tensor(content["returns"], dtype=torch.float64)
-        return Evaluation(returns, torch.tensor(content["lengths"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        returns = torch.tensor(content["returns"], dtype=torch.float64, device="cpu")
+        lengths = torch.tensor(content["lengths"], dtype=torch.int64, device="cpu")
+        if returns.dim() != 2 or len(returns) != learners or not returns.shape[1] or lengths.shape != returns.shape:
+            raise ValueError(
+                f"returns {tuple(returns.shape)} and lengths {tuple(lengths.shape)} of {learners} learners"
+            )
+        return Evaluation(returns, lengths)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}): remove it, `rlmeta resume {path.parent}` evaluates the run again"
         ) from error

@@ -41,15 +41,14 @@ class Stage(NamedTuple):
         return (iteration - self.first) / (self.last - self.first)
 
 
-def stages_of(problem: Problem, methods: Sequence[Method], iterations: int) -> list[Stage]:
-    """The stages of a run; `iterations` are of a single problem, or of training on every task of a stream."""
-    tasks = len(problem) if isinstance(problem, TaskStream) else 1
-    phases = [("train", iterations)]
-    if isinstance(problem, TaskStream):
-        phases += [phase for method in methods for phase in hooks.phases(method, method.phases(iterations))]
+def stages_of(problem: Problem, methods: Sequence[Method], iterations: Sequence[int]) -> list[Stage]:
+    """The stages of a run; `iterations` are those of training on every task, in the order they are met."""
     stages: list[Stage] = []
     first = 0
-    for position in range(tasks):
+    for position, of_training in enumerate(iterations):
+        phases = [("train", of_training)]
+        if isinstance(problem, TaskStream):
+            phases += [phase for method in methods for phase in hooks.phases(method, method.phases(of_training))]
         for i, (phase, count) in enumerate(phases):
             begins, ends = i == 0, i == len(phases) - 1
             stages.append(Stage(len(stages), position, phase, first, first + count, begins, ends))

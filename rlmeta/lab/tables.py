@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from rlmeta.functional import statistics
 
 FEW_SEEDS = 3
 """Up to as many seeds an interval means nothing: they are shown one by one."""
@@ -81,6 +84,11 @@ def _score(row: dict[str, Any]) -> str:
     digits = 1 if row["score"] == "return" else 3
     iqm, low, high = (f"{row[name]:,.{digits}f}" for name in ("iqm", "low", "high"))
     between = "\n" if TRANSFER[0] in row else " "
+    rest = [score for score in row["scores"] if math.isfinite(score)]
+    broken = len(row["scores"]) - len(rest)
+    if len(row["scores"]) > FEW_SEEDS and broken:
+        others = f"; IQM of the others {statistics.iqm(rest):,.{digits}f}" if rest else ""
+        return f"{iqm}{between}({broken} of {len(row['scores'])} not finite{others})"
     if len(row["scores"]) > FEW_SEEDS:
         return f"{iqm}{between}[{low}, {high}]"
     return iqm if len(row["scores"]) == 1 else f"{iqm} ({', '.join(f'{score:,.{digits}f}' for score in row['scores'])})"

@@ -36,10 +36,28 @@ class Score(NamedTuple):
         return f"eval/{self.name.replace(' ', '_')}"
 
     def reaches(self, score: Tensor, target: float) -> Tensor:
-        """Whether scores are as good as a target; nothing is as good as one that is not finite."""
+        """Whether scores are as good as a target; one that is not finite reaches none, and none that is not finite is
+        reached."""
         if not math.isfinite(target):
             return torch.zeros_like(score, dtype=torch.bool)
-        return score >= target if self.maximise else score <= target
+        return (score >= target if self.maximise else score <= target) & score.isfinite()
+
+    def better(self, score: Tensor, other: Tensor) -> Tensor:
+        """Whether scores are better than others; a finite one is better than one that is not, never the reverse."""
+        gained = score > other if self.maximise else score < other
+        return score.isfinite() & (gained | ~other.isfinite())
+
+    def best(self, scores: Tensor) -> int:
+        """The place of the best of scores `[S]` that are finite.
+
+        Raises:
+            SettingError: none is.
+        """
+        finite = scores.isfinite()
+        require(bool(finite.any()), f"none of the {len(scores)} learners has a finite {self.name}: none is the best")
+        worst = -math.inf if self.maximise else math.inf
+        ranked = scores.masked_fill(~finite, worst)
+        return int(ranked.argmax() if self.maximise else ranked.argmin())
 
 
 class Learner(HasLosses, Protocol):
@@ -59,6 +77,8 @@ class Learner(HasLosses, Protocol):
     """Training samples of the smallest of them, None where it makes its own by acting; set before `init`."""
     steps_per_iteration: int
     """Steps every row of the world takes in one iteration."""
+    idle_steps: int
+    """Steps of every row, on a task, before its first gradient step; 0 where every iteration learns."""
     counts: str
     """What its budget counts, as plots call it."""
     score: Score

@@ -267,6 +267,7 @@ class LearnedOptimizerLearner:
 
     num_tasks = 1
     task_samples: int | None = None
+    idle_steps = 0
     counts = "steps of the optimizer"
     score = Score("final loss", maximise=False)
 

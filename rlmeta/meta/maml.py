@@ -94,6 +94,7 @@ class MAMLLearner:
 
     num_tasks = 1
     task_samples: int | None = None
+    idle_steps = 0
     counts = "tasks"
 
     def __init__(

@@ -355,5 +355,5 @@ def test_other_demonstrations_in_the_middle_of_a_run_are_refused(tmp_path):
     settings = rl.GAIL(demonstrations=path, **TINY)
     rl.train(settings, "CartPole-fixed", out=tmp_path / "run", budget=budget, callbacks=[stop])
     cartpole().shuffled().save(path)
-    with pytest.raises(DemonstrationError, match="not those the run began with"):
+    with pytest.raises(SettingError, match="not those the run began with"):
         rl.resume(tmp_path / "run")
