@@ -11,7 +11,9 @@ import zlib
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd number nearest 2^64 / golden ratio
@@ -37,16 +39,20 @@ def _stream_number(stream: str) -> int:
     return zlib.crc32(stream.encode()) | (len(stream) << 32)
 
 
-def _new_offsets(count: int, device: torch.device) -> Tensor:
-    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN
+@lru_cache(maxsize=128)
+def _kept_offsets(count: int) -> NDArray[np.int64]:
+    """An array, since a tensor that is made while torch exports a program is none outside of it."""
+    with np.errstate(over="ignore"):
+        return np.arange(1, count + 1, dtype=np.int64) * np.int64(_GOLDEN)
 
 
-_kept_offsets = lru_cache(maxsize=128)(_new_offsets)
 _LONGEST_KEPT = 1 << 16  # 512 KiB: making longer ones anew costs little beside the draw itself
 
 
 def _counter_offsets(count: int, device: torch.device) -> Tensor:
-    return _kept_offsets(count, device) if count <= _LONGEST_KEPT else _new_offsets(count, device)
+    if count <= _LONGEST_KEPT and device.type == "cpu":
+        return torch.from_numpy(_kept_offsets(count))
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN
 
 
 def make_keys(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
