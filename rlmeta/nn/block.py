@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,8 @@ class Block(nn.Module, metaclass=_Finished):
     _finished = False
     _bare = False
     """Whether the block serves to run on others' tensors alone, and has none of its own; see `bare`."""
+    _calls_parts = False
+    """Whether it calls its parts as modules, with the tensors they are to use in them."""
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
         """The computation.
@@ -164,6 +166,9 @@ class Block(nn.Module, metaclass=_Finished):
         )
 
 
+AnyBlock = TypeVar("AnyBlock", bound=Block)
+
+
 def _collect(module: nn.Module, prefix: str, params: Params) -> tuple[bool, bool]:
     """Gather the module's own tensors, faster than `own_tensors`; whether anything in it may draw, and is to train."""
     draws, training = isinstance(module, Block) and module.may_draw(), module.training
@@ -181,7 +186,7 @@ def _collect(module: nn.Module, prefix: str, params: Params) -> tuple[bool, bool
 # ---------------------------------------------------------------------- blocks without tensors of their own
 
 
-def bare(networks: Callable[[], dict[str, Block]]) -> dict[str, Block]:
+def bare(networks: Callable[[], Mapping[str, AnyBlock]]) -> dict[str, AnyBlock]:
     """Networks to run on a learner's weights, with no numbers of their own that could be taken for trained ones.
 
     Their tensors are on the device "meta", and calling one as a module, or asking for its state, is refused.
@@ -194,19 +199,25 @@ def bare(networks: Callable[[], dict[str, Block]]) -> dict[str, Block]:
     return {name: _without_numbers(block) for name, block in made.items()}
 
 
-def _without_numbers(block: Block) -> Block:
-    """A copy whose tensors have shapes alone; the block, which may share tensors with a user's module, is left alone."""
+def _without_numbers(block: AnyBlock) -> AnyBlock:
+    """A copy whose tensors have shapes alone; the block, which may share its own with a user's module, stays."""
     memo: dict[int, Any] = {}
     for value in own_tensors(block).values():
         empty = torch.empty_like(value, device="meta")
         is_parameter = isinstance(value, nn.Parameter)
         memo[id(value)] = nn.Parameter(empty, value.requires_grad) if is_parameter else empty
     copied = copy.deepcopy(block, memo)
-    for part in copied.modules():
-        if isinstance(part, Block):
-            part._bare = True
-            part.register_state_dict_pre_hook(_refuse_bare)
+    _mark_bare(copied)
     return copied
+
+
+def _mark_bare(block: Block) -> None:
+    block._bare = True
+    block.register_state_dict_pre_hook(_refuse_bare)  # type: ignore[no-untyped-call]
+    if not block._calls_parts:
+        for part in block._modules.values():
+            if isinstance(part, Block):
+                _mark_bare(part)
 
 
 def _refuse_bare(block: nn.Module, *_: Any) -> NoReturn:

@@ -89,11 +89,13 @@ def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[
     bound = byte_bound(space)
 
     def flatten(x: Tensor) -> Tensor:
-        scaled = bound is not None and x.dtype == torch.uint8
+        divisor = bound if x.dtype == torch.uint8 else None
         x = x.to(dtype)
         if len(shape) != 1:
             x = x.reshape(*x.shape[: x.dim() - len(shape)], size)
-        return x / (bound.to(x) if isinstance(bound, Tensor) else bound) if scaled else x
+        if divisor is None:
+            return x
+        return x / (divisor.to(x) if isinstance(divisor, Tensor) else divisor)
 
     return size, flatten
 
@@ -101,10 +103,10 @@ def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[
 class Encoder(Block):
     """Observations of any supported space as features `[*L, ..., D]`; it has no parameters.
 
-    Box is flattened (bytes, as in images, are divided by their bound, see `byte_bound`), Discrete and MultiDiscrete, counted from 0 as worlds
-    give them, become one-hot, MultiBinary zeros and ones. Entries of Dict and Tuple are concatenated in the order of
-    the space, without the key "action_mask" of a Dict. A Tuple's observation is a dictionary with the keys "0", "1",
-    ..., or a tuple.
+    Box is flattened (bytes, as in images, are divided by their bound, see `byte_bound`), Discrete and MultiDiscrete,
+    counted from 0 as worlds give them, become one-hot, MultiBinary zeros and ones. Entries of Dict and Tuple are
+    concatenated in the order of the space, without the key "action_mask" of a Dict. A Tuple's observation is a
+    dictionary with the keys "0", "1", ..., or a tuple.
     """
 
     features: int

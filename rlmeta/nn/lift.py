@@ -132,6 +132,7 @@ class Folded(Block):
         super().__init__()
         self._inner = (inner,)
         self._feature_axes = feature_axes
+        self._calls_parts = inner._calls_parts
         share_tensors(self, inner)
 
     def may_draw(self) -> bool:
@@ -224,6 +225,8 @@ class _Call(NamedTuple):
 class Lifted(Block):
     """An arbitrary module as a block; made by `lift`."""
 
+    _calls_parts = True
+
     def __init__(self, module: nn.Module) -> None:
         """Create the block of a copy of `module` that shares its tensors."""
         super().__init__()
@@ -314,9 +317,7 @@ class Lifted(Block):
         in_dims = (0 if own else None, 0, None if key is None else 0)
         return torch.func.vmap(learner, in_dims=in_dims, randomness="error")(own, inputs, key)
 
-    def _looped(
-        self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, call: _Call
-    ) -> Outcome:
+    def _looped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, call: _Call) -> Outcome:
         leaves, structure = pytree.tree_flatten((own, inputs, key))
         rows = [leaf.unbind(0) if isinstance(leaf, Tensor) else (leaf,) * learners for leaf in leaves]
         outcomes = []
@@ -347,7 +348,7 @@ class Lifted(Block):
 
     def _draws(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> bool:
         """Whether the module draws from torch's generator, and not another thread at the same time."""
-        with torch.random.fork_rng(devices=_generator_devices(own, inputs)), _Draws() as seen:
+        with torch.random.fork_rng(devices=_generator_devices(own, inputs)), _Draws() as seen:  # type: ignore[no-untyped-call]
             self._call(own, inputs, key, call)
         return seen.any
 
@@ -374,7 +375,7 @@ class Lifted(Block):
         return out, {name: state[name] for name in parts.buffers}
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches this thread for operations that draw random numbers."""
 
     any = False

@@ -47,8 +47,9 @@ class BatchNorm1d(Block):
     """(x - mean) / sqrt(var + eps) * weight + bias, each channel over its learner's whole batch: `[*L, ..., C]`.
 
     In training the statistics are the batch's, and new running ones go to `ctx.new_buffers`; in evaluation, and where
-    the block was put in `eval()`, the running ones are used. Names and arithmetic are those of `torch.nn.BatchNorm1d`; what `from_torch` makes of one, or of its
-    2d and 3d kin, keeps torch's layout, too: `[*L, B, C]` or `[*L, B, C, ...]`.
+    the block was put in `eval()`, the running ones are used. Names and arithmetic are those of `torch.nn.BatchNorm1d`;
+    what `from_torch` makes of one, or of its 2d and 3d kin, keeps torch's layout, too: `[*L, B, C]` or `[*L, B, C,
+    ...]`.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """

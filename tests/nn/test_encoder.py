@@ -104,7 +104,9 @@ def test_small_numbers_stored_as_bytes_are_divided_by_their_own_bound(shape: tup
 
 def test_every_byte_has_its_own_bound() -> None:
     high = np.array([[1, 255], [0, 10]], dtype=np.uint8)
-    space = spaces.Dict(a=spaces.Box(0 * high, high, dtype=np.uint8), b=spaces.Tuple([spaces.Box(0, 4, (1,), np.uint8)]))
+    space = spaces.Dict(
+        a=spaces.Box(0 * high, high, dtype=np.uint8), b=spaces.Tuple([spaces.Box(0, 4, (1,), np.uint8)])
+    )
     x = {"a": torch.tensor([[[1, 51], [0, 5]]], dtype=torch.uint8), "b": {"0": torch.tensor([[3]], dtype=torch.uint8)}}
     assert torch.allclose(nn.Encoder(space)(x), torch.tensor([[1.0, 0.2, 0.0, 0.5, 0.75]]))
 
