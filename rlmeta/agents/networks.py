@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +34,7 @@ from rlmeta.nn import (
     lift,
 )
 from rlmeta.nn.block import alone
+from rlmeta.nn.lift import copied
 
 
 class Network(Block):
@@ -133,7 +133,7 @@ def _own_module(network: Callable[[gym.Space], nn.Module], observation_space: gy
     if not isinstance(module, nn.Module):
         raise SettingError(f"network= gave a {type(module).__name__}, {expected}")
     if torch.get_default_dtype() != torch.float32:
-        module = copy.deepcopy(module).to(torch.float32)  # as everything that it will meet
+        module = copied(module).to(torch.float32)  # as everything that it will meet
     return module
 
 
@@ -222,7 +222,7 @@ def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, ke
     if network is None:
         return
     with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        module = copy.deepcopy(_own_module(network, observation_space))
+        module = copied(_own_module(network, observation_space))
         whitened = whitens(settings)
         _features_of(module, observation_space, whitened)
         if not rows:
@@ -239,7 +239,8 @@ def _keep_statistics(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             part.track_running_stats = True
-            part.running_mean, part.running_var = torch.zeros(part.num_features), torch.ones(part.num_features)
+            part.running_mean = torch.zeros(part.num_features, dtype=torch.float32)
+            part.running_var = torch.ones_like(part.running_mean)
             part.num_batches_tracked = torch.zeros((), dtype=torch.int64)
 
 

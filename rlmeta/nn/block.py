@@ -117,52 +117,52 @@ class Block(nn.Module, metaclass=_Finished):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._finished and isinstance(value, nn.Module):
-            self._refuse(f"a new {name!r}")
+            self._refuse(f"new part {name!r}")
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if any(name in parts for parts in (self._parameters, self._buffers, self._modules)):
-            self._refuse(f"to lose {name!r}")
+            self._refuse(f"removal of {name!r}")
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's, until the block is made; afterwards a parameter may only take the place of its like."""
         if self._finished and name not in self._parameters:
-            self._refuse(f"a new {name!r}")
+            self._refuse(f"new part {name!r}")
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As torch's, until the block is made."""
         if self._finished:
-            self._refuse(f"a new {name!r}")
+            self._refuse(f"new part {name!r}")
         super().register_buffer(name, tensor, persistent)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As torch's, until the block is made."""
         if self._finished:
-            self._refuse(f"a new {name!r}")
+            self._refuse(f"new part {name!r}")
         super().add_module(name, module)
 
     def register_forward_hook(self, *args: Any, **named: Any) -> NoReturn:
         """Refused: see the class."""
-        self._refuse("a hook")
+        self._refuse("hook")
 
     def register_forward_pre_hook(self, *args: Any, **named: Any) -> NoReturn:
         """Refused: see the class."""
-        self._refuse("a hook")
+        self._refuse("hook")
 
     def register_full_backward_hook(self, *args: Any, **named: Any) -> NoReturn:
         """Refused: see the class."""
-        self._refuse("a hook")
+        self._refuse("hook")
 
     def register_full_backward_pre_hook(self, *args: Any, **named: Any) -> NoReturn:
         """Refused: see the class."""
-        self._refuse("a hook")
+        self._refuse("hook")
 
     def _refuse(self, what: str) -> NoReturn:
         raise SettingError(
-            f"{type(self).__name__} is a block, which computes with its parts without calling them, so it can't have "
-            f"{what} once it is made: change, prune, parametrize or hook the torch.nn.Module first, then lift it"
+            f"{type(self).__name__} is a block, which computes with its parts without calling them, so once it is made "
+            f"it takes no {what}: change, prune, parametrize or hook the torch.nn.Module first, then lift it"
         )
 
 

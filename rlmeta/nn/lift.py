@@ -222,6 +222,21 @@ class _Call(NamedTuple):
     """Which parts train."""
 
 
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a module; `memo` as for `copy.deepcopy`.
+
+    Raises:
+        SettingError: it can't be copied.
+    """
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise SettingError(
+            f"cannot lift {type(module).__name__}, which can't be copied: {error}. Of torch's tools, take "
+            "torch.nn.utils.parametrizations instead of hooks, and end a pruning by torch.nn.utils.prune.remove"
+        ) from error
+
+
 class Lifted(Block):
     """An arbitrary module as a block; made by `lift`."""
 
@@ -230,14 +245,7 @@ class Lifted(Block):
     def __init__(self, module: nn.Module) -> None:
         """Create the block of a copy of `module` that shares its tensors."""
         super().__init__()
-        shared = {id(value): value for value in own_tensors(module).values()}
-        try:
-            template = copy.deepcopy(module, shared)
-        except Exception as error:
-            raise SettingError(
-                f"cannot lift {type(module).__name__}, which can't be copied: {error}. Of torch's tools, take "
-                "torch.nn.utils.parametrizations instead of hooks, and end a pruning by torch.nn.utils.prune.remove"
-            ) from error
+        template = copied(module, {id(value): value for value in own_tensors(module).values()})
         _replace(template)
         _obey_own_modes(template)
         self._template = (template,)
