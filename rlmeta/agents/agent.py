@@ -9,6 +9,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from rlmeta.agents.networks import check_network
 from rlmeta.agents.rewards import Reward, distinct, relabel
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
@@ -63,6 +64,7 @@ class Agent:
     def __init__(
         self, settings: Any, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
+        check_network(settings, observation_space, rows=True)
         self.settings = settings
         self.observation_space, self.action_space = observation_space, action_space
         self.methods = tuple(methods)

@@ -25,7 +25,7 @@ from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block
+from rlmeta.nn import Block, bare
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class BehaviourCloningAgent(Agent):
         self.steps_per_iteration = settings.num_steps
         given = chosen(settings.demonstrations, settings.episodes, observation_space, action_space)
         self.transitions: tree.Tree = None if given is None else given.transitions()
-        self.policy = self.networks()["policy"]
+        self.policy = bare(self.networks)["policy"]
         self.head: Any = self.policy.head
 
     def networks(self) -> dict[str, Block]:

@@ -26,7 +26,7 @@ from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block
+from rlmeta.nn import Block, bare
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class DQNAgent(Agent):
         self.steps_per_iteration = settings.num_steps
         self.idle_steps = max(-(-settings.learning_starts // settings.num_envs), settings.n_steps)
         self.averaged = min(values_of(settings.average_rate)) < 1.0 and not self.methods
-        self.q: Any = self.networks()["q"]
+        self.q: Any = bare(self.networks)["q"]
 
     def networks(self) -> dict[str, Block]:
         """`q` gives the value of every action."""

@@ -31,7 +31,7 @@ from rlmeta.learning.minibatch import flatten_time, gather
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import MLP, Context, Encoder, stack
+from rlmeta.nn import MLP, Context, Encoder, bare, stack
 
 SMALLEST_VARIANCE = 1e-4
 """Of an input that the demonstrations hardly vary: less would make every other value of it infinitely far."""
@@ -248,7 +248,7 @@ class Discriminator:
             self.bounds = torch.as_tensor(space.low), torch.as_tensor(space.high)
         self.features = self.observation.features + self.action.features + absorbing
         self.hidden_sizes, self.absorbing = hidden_sizes, absorbing
-        self.network, self.capture = self.make(), Capture()
+        self.network, self.capture = bare(lambda: {"discriminator": self.make()})["discriminator"], Capture()
         steps = demonstrations.transitions()
         inputs = self._features(steps["observation"], steps["action"])
         self.statistics = running_update(running_init((), inputs.shape[-1:]), inputs)

@@ -25,7 +25,7 @@ from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block, Context
+from rlmeta.nn import Block, Context, bare
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class IRLAgent(Agent):
             self.transitions = given.transitions()
             self.visits = demonstrated_visits(given, self.num_states, settings.horizon, settings.gamma)
             self.cut = cut_off(given, self.num_states, settings.gamma if settings.horizon == 0 else 0.0)
-        self.reward_network = self.networks()["reward"]
+        self.reward_network = bare(self.networks)["reward"]
         self.capture = None  # planning without a horizon ends when values stand still, which no recording can know
 
     def networks(self) -> dict[str, Block]:

@@ -27,7 +27,7 @@ from rlmeta.learning.parts import in_parts
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step, steps
-from rlmeta.nn import Block, Context, ValueHead
+from rlmeta.nn import Block, Context, ValueHead, bare
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class PPOAgent(Agent):
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
         self.noise_hold = settings.noise_hold if settings.state_dependent_exploration else 1
-        blocks = self.networks()
+        blocks = bare(self.networks)
         self.policy: Any = blocks["policy"]
         self.value = blocks["value"]
         self.head: Any = self.policy.head

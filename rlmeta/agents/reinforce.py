@@ -29,7 +29,7 @@ from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block
+from rlmeta.nn import Block, bare
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class REINFORCEAgent(Agent):
     ) -> None:
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
-        blocks = self.networks()
+        blocks = bare(self.networks)
         self.policy, self.value = blocks["policy"], blocks.get("value")
         self.head: Any = self.policy.head
 

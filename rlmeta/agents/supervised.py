@@ -11,7 +11,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import build_body
+from rlmeta.agents.networks import build_body, check_network
 from rlmeta.envs.data import DataWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
@@ -24,7 +24,7 @@ from rlmeta.learning.method import Method, seen
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block, Context, Linear, Sequential
+from rlmeta.nn import Block, Context, Linear, Sequential, bare
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 
@@ -94,12 +94,13 @@ class Supervised:
     def __init__(
         self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
+        check_network(settings, observation_space, rows=False, key=torch.zeros((), dtype=torch.int64, device="cpu"))
         self.settings = settings
         self.observation_space, self.target_space = observation_space, target_space
         self.methods = tuple(methods)
         self.steps_per_iteration: int = settings.num_steps
         self.capture = Capture() if settings.network is None else None
-        self.net: Any = self.networks()["net"]
+        self.net: Any = bare(self.networks)["net"]
         self._draws = any(isinstance(m, Block) and m.may_draw() for m in self.net.modules())
 
     def outputs(self) -> int:

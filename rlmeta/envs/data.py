@@ -24,7 +24,8 @@ class Samples(NamedTuple):
     """Inputs and their targets."""
 
     observation: Tensor
-    """`[n, ...]`: uint8 (bytes, divided by 255 on their way into a network) or float32."""
+    """`[n, ...]`: uint8 or float32. Bytes are divided on their way into a network: by 255, or where none is above 127,
+    so that they are small whole numbers and no picture, by the largest."""
     target: Tensor
     """`[n]` int64 classes, or `[n, D]` float32."""
 
@@ -238,5 +239,6 @@ def _space(x: Tensor) -> gym.spaces.Box:
     """The space of one row of `x`."""
     shape = tuple(x.shape[1 + 1 :])
     if x.dtype == torch.uint8:
-        return gym.spaces.Box(0, 255, shape, np.uint8)
+        largest = int(x.max()) if x.numel() else 0
+        return gym.spaces.Box(0, 255 if largest > 127 else max(1, largest), shape, np.uint8)
     return gym.spaces.Box(-np.inf, np.inf, shape, np.float32)

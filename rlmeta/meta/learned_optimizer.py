@@ -32,7 +32,7 @@ from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import adapt
 from rlmeta.meta.checks import check_problems
 from rlmeta.meta.estimators import backpropagated, evolved
-from rlmeta.nn import Block, Context, Linear
+from rlmeta.nn import Block, Context, Linear, bare
 from rlmeta.nn.recurrent import LSTMCell
 
 PROBLEMS_AT_ONCE = 64
@@ -274,7 +274,7 @@ class LearnedOptimizerLearner:
     def __init__(self, settings: LearnedOptimizer, methods: Sequence[Method] = ()) -> None:
         self.settings, self.methods = settings, tuple(methods)
         self.steps_per_iteration = settings.unroll
-        self.network = self.networks()["optimizer"]
+        self.network = bare(self.networks)["optimizer"]
         self.capture = Capture()
         self.family: Any = None
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.agents.classifier import Classifier
+from rlmeta.agents.networks import check_network
 from rlmeta.agents.regressor import Regressor
 from rlmeta.agents.supervised import Supervised
 from rlmeta.envs.families import FamilyWorld, Split
@@ -103,6 +104,7 @@ class MAMLLearner:
         default = Regressor() if isinstance(action_space, gym.spaces.Box) else Classifier(hidden_sizes=(64, 64))
         self.settings = settings
         self.inner_settings: Any = settings.learner or default
+        check_network(self.inner_settings, observation_space, rows=False)
         self.inner: Any = self.inner_settings.bind(observation_space, action_space)
         self.methods = tuple(methods)
         self.acts = hasattr(self.inner, "act")

@@ -1,6 +1,7 @@
 """Building blocks with learner axes."""
 
-from rlmeta.nn.block import Block, Context, Params, apply, split, stack
+from rlmeta.nn.block import Block, Context, NeedsKey, Params, apply, bare, split, stack
+from rlmeta.nn.checks import check_block
 from rlmeta.nn.convolutional import strided_convolutions
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.encoder import Encoder, feature_axes
@@ -42,6 +43,7 @@ __all__ = [
     "Lifted",
     "Linear",
     "MultiDiscreteHead",
+    "NeedsKey",
     "Params",
     "PolicyHead",
     "QHead",
@@ -50,6 +52,8 @@ __all__ = [
     "TanhGaussianHead",
     "ValueHead",
     "apply",
+    "bare",
+    "check_block",
     "feature_axes",
     "head_for",
     "initialise",

@@ -20,12 +20,12 @@ from typing import TypeAlias
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import distributions, random
 from rlmeta.nn.block import Block, Context, Params, between
-from rlmeta.nn.initialisers import Initialiser
+from rlmeta.nn.initialisers import Initialiser, parameter
 from rlmeta.nn.linear import Linear, linear, tapped
 
 Distribution: TypeAlias = dict[str, Tensor]
@@ -208,7 +208,7 @@ class GaussianHead(Block):
         """
         super().__init__()
         self.linear = Linear(features, actions, initialiser="orthogonal", gain=initial_scale)
-        self.log_std = nn.Parameter(torch.full((actions,), float(initial_log_std)))
+        self.log_std = parameter(actions, value=float(initial_log_std))
         self.shape = (actions,) if shape is None else shape
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:
@@ -278,8 +278,10 @@ class TanhGaussianHead(Block):
             SettingError: a bound is infinite, or not below its upper one.
         """
         super().__init__()
-        lower = torch.full((actions,), -1.0) if low is None else torch.tensor([float(bound) for bound in low])
-        upper = torch.full((actions,), 1.0) if high is None else torch.tensor([float(bound) for bound in high])
+        lower, upper = (
+            torch.tensor([float(bound) for bound in bounds], dtype=torch.float32, device="cpu")
+            for bounds in ([-1.0] * actions if low is None else low, [1.0] * actions if high is None else high)
+        )
         if lower.shape != (actions,) or upper.shape != (actions,) or not bool((lower < upper).all()):
             raise SettingError(f"bounds {lower.tolist()} and {upper.tolist()} are no intervals for {actions} actions")
         if not bool((upper - lower).isfinite().all()):
@@ -366,7 +368,7 @@ class StateDependentNoiseHead(Block):
         """
         super().__init__()
         self.linear = Linear(features, actions, initialiser="orthogonal", gain=initial_scale)
-        self.log_std = nn.Parameter(torch.full((features, actions), float(initial_log_std)))
+        self.log_std = parameter(features, actions, value=float(initial_log_std))
         self.shape = (actions,) if shape is None else shape
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:

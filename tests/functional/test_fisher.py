@@ -177,7 +177,7 @@ def test_a_policys_fisher_is_the_curvature_of_the_divergence(space):
     from rlmeta.agents import PPO
 
     agent = PPO(hidden_sizes=(4,)).bind(gym.spaces.Box(-1, 1, (3,)), space)
-    tensors = {n: w.detach() for n, w in agent.policy.named_parameters()}
+    tensors = {n: w.detach() for n, w in agent.networks()["policy"].named_parameters()}
     x = random.normal(random.make_keys([1])[0], "x", 0, (6, 3))
     sizes = [w.numel() for w in tensors.values()]
 
