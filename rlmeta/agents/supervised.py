@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.agents.networks import build_body
-from rlmeta.envs.data import DataWorld
+from rlmeta.envs.data import EVERYTHING, DataWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning import hooks
@@ -86,6 +86,7 @@ class Supervised:
     """
 
     num_tasks = 1
+    reveals = EVERYTHING
     task_samples: int | None = None
     counts = "samples"
     score = Score("score")
@@ -138,6 +139,15 @@ class Supervised:
         state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
         return state
 
+    def enter(self, state: State, world: DataWorld, key: Tensor) -> State:
+        """Go on with the samples of the task that the world has been set to, untold that it is another."""
+        state["world"] = world.reset(key)
+        return state
+
+    def meet(self, state: State, world: DataWorld, batch: tree.Tree) -> State:
+        """Take note of what a minibatch shows before anything is learned from it."""
+        return state
+
     def optimizer(self, state: State) -> optim.Optimizer:
         """The optimizer at the learner's progress."""
         s, h = self.settings, state["params"]["hyper"]
@@ -162,6 +172,7 @@ class Supervised:
         average, optimizer = Average(), self.optimizer(state)
         for _ in range(self.steps_per_iteration):
             state["world"], batch = world.next_batch(state["world"])
+            state = self.meet(state, world, batch)
             key = random.fold(state["key"], state["count"]["gradient_steps"]) if self._draws else None
             state, info = step(
                 self,

@@ -130,7 +130,9 @@ class Run:
             if self.stream is None:
                 return self.agent.evaluate(self.agent.seen(state), world, key, episodes, deterministic=deterministic)
             orders = self.experiment.orders
-            found = stages.evaluate_tasks(self.agent, state, world, orders, key, episodes, deterministic=deterministic)
+            found = stages.evaluate_tasks(
+                self.agent, state, world, self.stream, orders, key, episodes, deterministic=deterministic
+            )
             return Evaluation(*(torch.cat(parts, -1) for parts in zip(*found)))
         finally:
             world.close()

@@ -20,7 +20,7 @@ from rlmeta.lab.experiment import Budget, Experiment, Problem, compare
 from rlmeta.lab.loop import Callback, Loop
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.trackers import TrackerFactory
-from rlmeta.learning.method import Method
+from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import group, variants
 from rlmeta.learning.state import select
 
@@ -84,7 +84,7 @@ def prepare(
     """
     if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
         raise SettingError(f"agent is {agent!r}, expected the settings of one, such as PPO()")
-    compared, methods = compare(one_batch(variants(agent)), lifelong)
+    compared, methods = compare(one_batch(variants(agent)), checked_methods(lifelong))
     experiment = Experiment(
         variants=compared,
         seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
@@ -194,7 +194,7 @@ def restore_world(run: Run, inexact: bool) -> None:
     """Bring live environments back to where the checkpoint left them; rows that can't be begin new episodes."""
     state, saved = run.state, run.state["world"]
     if run.stream is not None:
-        run.world.select(state["task"]["identity"])
+        run.world.select(state["identity"])
     if run.experiment.problem.native:
         return
     state["world"] = run.world.restore(saved, inexact)

@@ -53,7 +53,9 @@ class Learner(HasLosses, Protocol):
     methods: tuple[Method, ...]
     """Lifelong methods, in order."""
     num_tasks: int
-    """Tasks of the stream it learns from, 1 without a stream; set before `init`."""
+    """Tasks of the stream it learns from, 1 without a stream or where boundaries are hidden; set before `init`."""
+    reveals: frozenset[str]
+    """What the stream reveals of its tasks; set before `init`."""
     task_samples: int | None
     """Training samples of the smallest of them, None where it makes its own by acting; set before `init`."""
     steps_per_iteration: int
@@ -68,6 +70,11 @@ class Learner(HasLosses, Protocol):
 
     def begin_task(self, state: State, world: Any, key: Tensor) -> State:
         """Turn to the task that the world has been set to; `key` `[*L]` starts its episodes or its order of samples."""
+        ...
+
+    def enter(self, state: State, world: Any, key: Tensor) -> State:
+        """Go on in the task that the world has been set to, untold that it is another: nothing but episodes, or the
+        order of samples, begins anew."""
         ...
 
     def iterate(self, state: State, world: Any) -> tuple[State, Metrics]:
@@ -99,7 +106,7 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
         key: `[*L]`.
         hyper: settings `[*L]`.
     """
-    built = stack(lambda: nn.ModuleDict(networks()), random.fold(key, "initialisation"))
+    built = initial_tensors(networks, random.fold(key, "initialisation"))
     trained = {name for name, _ in nn.ModuleDict(networks()).named_parameters()}
     weights = {name: value for name, value in built.items() if name in trained}
     buffers = {name: value for name, value in built.items() if name not in trained}
@@ -122,6 +129,11 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
             "progress": torch.zeros(key.shape, dtype=torch.float64, device=key.device),
         },
     }
+
+
+def initial_tensors(networks: Callable[[], dict[str, Block]], key: Tensor) -> Params:
+    """Fresh parameters and buffers `[*L, ...]` of the blocks that `networks` makes, from every learner's key alone."""
+    return stack(lambda: nn.ModuleDict(networks()), key)
 
 
 def initial_memories(learner: Learner, methods: Sequence[Method], state: State) -> State:

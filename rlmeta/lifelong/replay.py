@@ -18,7 +18,7 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
-from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
+from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task, require_revealed
 from rlmeta.learning.minibatch import gather
 from rlmeta.learning.settings import PerLearner, require_range, values_of
 from rlmeta.learning.state import Params, State
@@ -63,6 +63,8 @@ class Replay(Method):
     def init(self, learner: Any, state: State) -> Memory:
         """An empty buffer."""
         check_distribution(learner)
+        if is_agent(learner):
+            require_revealed(self, frozenset({"boundaries"}), learner.reveals, "the stream")
         m = {"strength": per_learner(self.strength, state), "key": random.fold(state["key"], "replay")}
         classes = hasattr(learner, "logits") and self.balance == "class"
         groups = learner.num_tasks if is_agent(learner) else learner.outputs() if classes else 1
