@@ -21,7 +21,7 @@ from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
-from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.settings import PerLearner, require_finite, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import Block, Context, Linear, Sequential
@@ -64,6 +64,7 @@ class SupervisedSettings:
         require_range(self, "max_grad_norm", 0.0, above=True)
         require_range(self, "momentum", 0.0, 1.0)
         require_range(self, "weight_decay", 0.0)
+        require_finite(self, "learning_rate", "weight_decay")
         for name in ("batch_size", "num_steps"):
             require_range(self, name, 1)
 

@@ -107,6 +107,9 @@ class Run:
     def scores(self) -> Tensor:
         """The mean score of every learner's final evaluation, `[S]`.
 
+        Of a stream: the mean over its tasks, each of which counts the same however many samples or classes it has.
+        `lifelong.metrics.accuracy(run.matrix, run.evaluation.lengths)` lets every test sample count the same.
+
         Raises:
             SettingError: there was none yet.
         """

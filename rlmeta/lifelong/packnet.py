@@ -33,7 +33,7 @@ from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
 from rlmeta.learning.learner import initial_tensors
 from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
-from rlmeta.learning.settings import require, require_range
+from rlmeta.learning.settings import check_choices, require, require_finite, require_range
 from rlmeta.learning.state import Packed, Params, State, select
 from rlmeta.lifelong.recall import names_of, position_of, put_memories
 
@@ -60,6 +60,8 @@ class PackNet(Method):
     def __post_init__(self) -> None:
         require_range(self, "keep", 0.0, 1.0)
         require_range(self, "retrain", 0.0)
+        require_finite(self, "retrain")
+        check_choices(self)
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
         """Train again after the pruning."""
