@@ -1,7 +1,7 @@
 """Default device: `pytest --default-device-meta` runs the suite as if torch's default device were "meta".
 
-Only for tensors that rlmeta's own code makes: tests go on making theirs on the CPU. So whatever the package makes on the
-default device, instead of on the one it was asked for, has no numbers, and the first operation on it fails.
+Only for tensors that rlmeta's own code makes: tests go on making theirs on the CPU. So whatever the package makes on
+the default device, instead of on the one it was asked for, has no numbers, and the first operation on it fails.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlmeta.agents.networks import check_network
 from rlmeta.agents.rewards import Reward, distinct, relabel
+from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import random, tree
@@ -56,6 +57,7 @@ class Agent:
     steps_per_iteration: int
     """Steps every environment takes in one iteration."""
     num_tasks = 1
+    reveals = EVERYTHING
     task_samples: int | None = None
     idle_steps = 0
     counts = "environment steps"
@@ -109,11 +111,16 @@ class Agent:
 
     def begin_task(self, state: State, world: World, key: Tensor) -> State:
         """Begin episodes of the task that the world has been set to; `key` is `[*L]`."""
+        state = self.enter(state, world, key)
+        state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
+        return self._begin_rewards(state, world)
+
+    def enter(self, state: State, world: World, key: Tensor) -> State:
+        """Go on in the task that the world has been set to, untold that it is another: only episodes begin anew."""
         state["world"] = world.reset(key)
         state["episode"] = self._no_episodes(key, world)
         state["memory"] = self.initial_memory(state["params"], (*key.shape, world.num_envs))
-        state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
-        return self._begin_rewards(state, world)
+        return state
 
     def _begin_rewards(self, state: State, world: World) -> State:
         if self.rewards:

@@ -146,6 +146,15 @@ class DQNAgent(Agent):
         state["replay"] = tree.map(torch.zeros_like, state["replay"])
         return state
 
+    def enter(self, state: State, world: World, key: Tensor) -> State:
+        """Go on in the world's task with the memory as it is: the newest steps in it are the last of their episodes."""
+        state = super().enter(state, world, key)
+        ends, axes, steps = state["replay"]["truncated"], key.dim(), int(state["count"]["task_steps"].max())
+        if steps:
+            row = torch.tensor([(steps - 1) % ends.shape[axes]], device=ends.device)
+            state["replay"] = {**state["replay"], "truncated": ends.index_fill(axes, row, True)}
+        return state
+
     # ------------------------------------------------------------------ act
 
     def act(

@@ -287,7 +287,15 @@ def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem
 def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStream:
     scenario, order = described["scenario"], described["order"]
     if isinstance(source, TaskStream):
-        return source if source.order == order else dataclasses.replace(source, order=order)
+        again = source if source.order == order else dataclasses.replace(source, order=order)
+        said = again.describe()
+        for name in ("scenario", "reveals", "restart_optimizer", "observe_identity"):
+            if described.get(name) != said.get(name):
+                raise SettingError(
+                    f"{where} learned from a stream with {name}={described.get(name)!r}, this one has "
+                    f"{said.get(name)!r}: give the one it learned from"
+                )
+        return again
     if "table" in described:
         table = described["table"]
         return streams.from_table(described["name"], table, scenario if "data" in table else None, order)
@@ -299,7 +307,7 @@ def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStr
         check_table({"reveals": one}, {"reveals": TEXT}, f"{where}/{CONFIG}: task")
     tasks = tuple(problem_again(one, None, where) for one in described["tasks"])
     reveals, shown = frozenset(described["reveals"]), described["observe_identity"]
-    return TaskStream(described["name"], tasks, reveals, order, scenario, shown)
+    return TaskStream(described["name"], tasks, reveals, order, scenario, described.get("restart_optimizer"), shown)
 
 
 NATIVE_CLASSES: dict[str, type[NativeEnv]] = {type(env).__name__: type(env) for env in native.NATIVE.values()}

@@ -24,7 +24,7 @@ from rlmeta.lab.digests import digest_of
 from rlmeta.lab.shipped import METHODS
 from rlmeta.learning import settings as settings_
 from rlmeta.learning.learner import Learner
-from rlmeta.learning.method import Method, check_needs
+from rlmeta.learning.method import Method, check_needs, checked_methods
 from rlmeta.learning.settings import require
 
 
@@ -138,8 +138,7 @@ class Experiment:
         settings_.require_type(self.threads, int, "threads")
         require(0 <= self.threads <= MOST_THREADS, f"threads is {self.threads}, expected 0 to {MOST_THREADS}")
         settings_.require_type(self.device, str, "device")
-        strange = [one for one in self.methods if not isinstance(one, Method)]
-        require(not strange, f"lifelong has {strange[:1]}, expected methods such as [EWC()]")
+        checked_methods(self.methods)
         for one in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
             settings_.check_choices(one)
         try:
@@ -147,7 +146,7 @@ class Experiment:
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
         if isinstance(self.problem, TaskStream):
-            check_needs(self.methods, self.problem.reveals, self.problem.name)
+            check_needs(self.methods, self.problem.revealed, self.problem.name)
             require(
                 not math.isfinite(self.budget.target),
                 f"target is {self.budget.target:g}, but every task of the stream {self.problem.name!r} is trained on "
@@ -225,7 +224,9 @@ class Experiment:
         """The learner on the world's spaces."""
         merged = settings_.merge(self.variants)
         learner: Learner = merged.bind(world.observation_space, world.action_space, self.methods)
-        learner.num_tasks = len(self.problem) if isinstance(self.problem, TaskStream) else 1
+        if isinstance(self.problem, TaskStream):
+            learner.reveals = self.problem.revealed
+            learner.num_tasks = len(self.problem) if "boundaries" in learner.reveals else 1
         learner.task_samples = getattr(world, "task_samples", None)
         return learner
 

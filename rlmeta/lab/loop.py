@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.families import FamilyWorld
+from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.lab import stages
 from rlmeta.lab.matrix_plot import write_matrix
@@ -32,7 +33,7 @@ from rlmeta.learning.state import State, select
 Callback = Callable[[Run, dict[str, Any]], bool | None]
 """Called with the run and each line of metrics; returning True stops the run."""
 
-REPORTED = ("metrics", "best", "progress", "stage", "task", "matrix")
+REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix")
 """What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
 WORTH_A_LINE = 0.1
 """Of the time: what evaluation took is said from there on."""
@@ -69,6 +70,12 @@ class Loop:
             for name, offset in run.offsets.items():
                 self.records[name].truncate(offset)
         self.tracker_factories, self.trackers = trackers, list[Tracker]()
+
+    @property
+    def stream(self) -> TaskStream:
+        """The stream of a run that is on one."""
+        assert self.run.stream is not None
+        return self.run.stream
 
     # ------------------------------------------------------------------ the loop
 
@@ -143,7 +150,7 @@ class Loop:
     def _begin(self, stage: Stage) -> None:
         """Begin a stage of a stream; before the very first, see how well untrained learners do."""
         run = self.run
-        run.state = stages.begin(run.agent, run.state, run.world, run.experiment.orders, stage)
+        run.state = stages.begin(run.agent, run.state, run.world, self.stream, run.experiment.orders, stage)
         if stage.number == 0:
             self._fill_matrix(0)
         self._freeze()
@@ -152,12 +159,14 @@ class Loop:
         """End a task of a stream: what the methods keep of it, then the scores on all tasks."""
         run = self.run
         clock.switch("learn")
-        run.state = stages.end_task(run.agent, run.state, run.world)
+        if stage.announced:
+            run.state = stages.end_task(run.agent, run.state, run.world)
         self._freeze()
         self._fill_matrix(stage.position + 1)
         scores = run.matrix[..., stage.position + 1, :]
         metric = run.agent.score.metric
-        return {f"{metric}_task_{j}": scores[..., j] for j in range(scores.shape[-1])} | {
+        defined = [j for j in range(scores.shape[-1]) if not bool(scores[..., j].isnan().all())]
+        return {f"{metric}_task_{j}": scores[..., j] for j in defined} | {
             metric: scores[..., : stage.position + 1].mean(-1)
         }
 
@@ -166,7 +175,9 @@ class Loop:
         run, orders = self.run, self.run.experiment.orders
         # the same episodes in every row: no luck in a difference
         key = random.fold(run.state["key"], "stream evaluation")
-        scores = stages.score_tasks(run.agent, run.state, self.eval_world, orders, key, self.budget.eval_episodes)
+        scores = stages.score_tasks(
+            run.agent, run.state, self.eval_world, self.stream, orders, key, self.budget.eval_episodes
+        )
         matrix = run.state["matrix"].clone()
         matrix[..., row, :] = scores
         run.state["matrix"] = matrix

@@ -99,7 +99,8 @@ def _heat_map(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: 
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
             colour = "white" if value < middle else "black"
-            axes.text(j, i, f"{value:{digits}}", ha="center", va="center", fontsize=8, color=colour)
+            said = "" if np.isnan(value) else f"{value:{digits}}"
+            axes.text(j, i, said, ha="center", va="center", fontsize=8, color=colour)
 
 
 def _curves(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: str) -> None:

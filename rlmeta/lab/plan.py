@@ -84,6 +84,8 @@ class Options:
     """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
     scenario: str = ""
     """What is known of the classes of a stream of samples: task, domain or class; by default as its file says."""
+    restart_optimizer: bool = True
+    """Start the optimizer's moments at zero with every task of a stream that reveals when one ends."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +167,19 @@ class Plan:
         if isinstance(source, str) and streams.is_stream(source):
             if self.env:
                 raise SettingError(f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have settings")
-            return streams.stream(source, scenario=options.scenario or None, order=order)  # type: ignore[arg-type]
+            scenario: Any = options.scenario or None
+            restarts = None if options.restart_optimizer else False
+            return streams.stream(source, scenario=scenario, order=order, restart_optimizer=restarts)
         if isinstance(source, TaskStream):
             if options.scenario:
                 raise SettingError(f"--scenario: the stream {self.task!r} is made already, with its own")
+            if not options.restart_optimizer:
+                source = dataclasses.replace(source, restart_optimizer=False)
             return source if order == "given" else dataclasses.replace(source, order=order)
-        if options.lifelong or options.scenario or options.order != "given":
+        if options.lifelong or options.scenario or options.order != "given" or not options.restart_optimizer:
             raise SettingError(
-                f"--lifelong, --order and --scenario are for streams of tasks, {self.task!r} is none: "
-                "`rlmeta list streams` shows them"
+                "--lifelong, --order, --scenario and --no-restart-optimizer are for streams of tasks, "
+                f"{self.task!r} is none: `rlmeta list streams` shows them"
             )
         meta = getattr(agent_class(self.agent), "learns_from_tasks", False)
         if isinstance(source, str) and (is_data_family(source) or (meta and not self.env)):

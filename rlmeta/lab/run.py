@@ -119,6 +119,9 @@ class Run:
     def scores(self) -> Tensor:
         """The mean score of every learner's final evaluation, `[S]`.
 
+        Of a stream: the mean over its tasks, each of which counts the same however many samples or classes it has.
+        `lifelong.metrics.accuracy(run.matrix, run.evaluation.lengths)` lets every test sample count the same.
+
         Raises:
             SettingError: there was none yet.
         """
@@ -142,7 +145,9 @@ class Run:
             if self.stream is None:
                 return self.agent.evaluate(self.agent.seen(state), world, key, episodes, deterministic=deterministic)
             orders = self.experiment.orders
-            found = stages.evaluate_tasks(self.agent, state, world, orders, key, episodes, deterministic=deterministic)
+            found = stages.evaluate_tasks(
+                self.agent, state, world, self.stream, orders, key, episodes, deterministic=deterministic
+            )
             return Evaluation(*(torch.cat(parts, -1) for parts in zip(*found)))
         finally:
             world.close()

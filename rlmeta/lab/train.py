@@ -24,7 +24,7 @@ from rlmeta.lab.experiment import Budget, Experiment, Problem, chosen_seeds, com
 from rlmeta.lab.loop import Callback, Loop
 from rlmeta.lab.run import Run, read
 from rlmeta.lab.trackers import TrackerFactory
-from rlmeta.learning.method import Method
+from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
 
@@ -96,13 +96,11 @@ def prepare(
         raise SettingError(f"agent is {agent!r}, expected the settings of one, such as {example}()")
     if not isinstance(budget, Budget):
         raise SettingError(f"budget is {budget!r}, expected one such as Budget(steps=100_000)")
-    if not isinstance(lifelong, list | tuple):
-        raise SettingError(f"lifelong is {lifelong!r}, expected methods such as [EWC()]")
     if out is not None and not isinstance(out, str | os.PathLike):
         raise SettingError(f"out is {out!r}, expected the folder of the run")
     check_choices(agent)
     agent = with_demonstrations(agent)
-    compared, methods = compare(one_batch(variants(agent)), lifelong)
+    compared, methods = compare(one_batch(variants(agent)), checked_methods(lifelong))
     experiment = Experiment(
         variants=compared,
         seeds=chosen_seeds(seeds),
@@ -242,7 +240,7 @@ def restore_world(run: Run, inexact: bool) -> None:
     """Bring live environments back to where the checkpoint left them; rows that can't be begin new episodes."""
     state, saved = run.state, run.state["world"]
     if run.stream is not None:
-        run.world.select(state["task"]["identity"])
+        run.world.select(state["identity"])
     if run.experiment.problem.native:
         return
     state["world"] = run.world.restore(saved, inexact)

@@ -72,7 +72,9 @@ class Learner(HasLosses, Protocol):
     methods: tuple[Method, ...]
     """Lifelong methods, in order."""
     num_tasks: int
-    """Tasks of the stream it learns from, 1 without a stream; set before `init`."""
+    """Tasks of the stream it learns from, 1 without a stream or where boundaries are hidden; set before `init`."""
+    reveals: frozenset[str]
+    """What the stream reveals of its tasks; set before `init`."""
     task_samples: int | None
     """Training samples of the smallest of them, None where it makes its own by acting; set before `init`."""
     steps_per_iteration: int
@@ -89,6 +91,11 @@ class Learner(HasLosses, Protocol):
 
     def begin_task(self, state: State, world: Any, key: Tensor) -> State:
         """Turn to the task that the world has been set to; `key` `[*L]` starts its episodes or its order of samples."""
+        ...
+
+    def enter(self, state: State, world: Any, key: Tensor) -> State:
+        """Go on in the task that the world has been set to, untold that it is another: nothing but episodes, or the
+        order of samples, begins anew."""
         ...
 
     def iterate(self, state: State, world: Any) -> tuple[State, Metrics]:
@@ -193,6 +200,11 @@ def _ties(module: nn.Module) -> dict[str, str]:
         if other != name and not any(name.startswith(path) and other.startswith(path) for path in parts):
             found[name] = other
     return found
+
+
+def initial_tensors(networks: Callable[[], dict[str, Block]], key: Tensor) -> Params:
+    """Fresh parameters and buffers `[*L, ...]` of the blocks that `networks` makes, from every learner's key alone."""
+    return stack(lambda: nn.ModuleDict(networks()), key)
 
 
 def initial_memories(learner: Learner, methods: Sequence[Method], state: State) -> State:

@@ -142,6 +142,15 @@ def require_range(settings: Any, name: str, low: float, high: float = math.inf, 
             raise SettingError(f"{type(settings).__name__}: {name} is {value:g}, expected {bound}")
 
 
+def require_finite(settings: Any, *names: str) -> None:
+    """Refuse settings that are infinite: numbers that multiply would make every weight NaN."""
+    for name in names:
+        if not all(map(math.isfinite, values_of(getattr(settings, name)))):
+            raise SettingError(
+                f"{type(settings).__name__}: {name} is {getattr(settings, name)!r}, expected a number that is finite"
+            )
+
+
 def check_choices(settings: Any) -> None:
     """Refuse a value that is none of a field's choices, and what is no switch, in settings and those inside them."""
     cls = type(settings)

@@ -18,6 +18,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.families import FamilyWorld, Split
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
@@ -266,6 +267,7 @@ class LearnedOptimizerLearner:
     """
 
     num_tasks = 1
+    reveals = EVERYTHING
     task_samples: int | None = None
     idle_steps = 0
     counts = "steps of the optimizer"
@@ -305,6 +307,8 @@ class LearnedOptimizerLearner:
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
         """A family has no order of tasks."""
         raise SettingError("LearnedOptimizer learns from a family of problems, not along a stream: give it a family")
+
+    enter = begin_task
 
     def seen(self, state: State) -> Params:
         """The parameters as forward passes see them, through the lifelong methods' hooks."""

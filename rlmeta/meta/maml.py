@@ -25,6 +25,7 @@ from rlmeta.agents.classifier import Classifier
 from rlmeta.agents.networks import check_network
 from rlmeta.agents.regressor import Regressor
 from rlmeta.agents.supervised import Supervised
+from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.families import FamilyWorld, Split
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
@@ -94,6 +95,7 @@ class MAMLLearner:
     """MAML on given spaces: adapt, ask, learn."""
 
     num_tasks = 1
+    reveals = EVERYTHING
     task_samples: int | None = None
     idle_steps = 0
     counts = "tasks"
@@ -163,6 +165,8 @@ class MAMLLearner:
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
         """A family has no order of tasks."""
         raise SettingError("MAML learns from a family of tasks, not along a stream: give it a family")
+
+    enter = begin_task
 
     def seen(self, state: State) -> Params:
         """The parameters as forward passes see them, through the lifelong methods' hooks."""
