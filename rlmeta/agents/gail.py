@@ -26,10 +26,10 @@ from rlmeta.functional.normalise import normalise, running_init, running_update
 from rlmeta.learning.average import Average
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.collect import Rollout
-from rlmeta.learning.field_types import check_types
+from rlmeta.learning.field_types import check_types, shown
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, gather
-from rlmeta.learning.settings import PerLearner, require, require_range
+from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import MLP, ActionUnits, Context, Encoder, stack
@@ -132,11 +132,11 @@ class AdversarialReward:
     def __post_init__(self) -> None:
         check_types(self)
         check_name(self.name)
-        require(
-            isinstance(self.demonstrations, Demonstrations),
-            f"AdversarialReward: demonstrations is {self.demonstrations!r}, expected Demonstrations: load a file by "
-            "Demonstrations.load(path)",
-        )
+        if not isinstance(self.demonstrations, Demonstrations):
+            raise SettingError(
+                f"AdversarialReward: demonstrations is {shown(self.demonstrations)}, expected Demonstrations: load a "
+                "file by Demonstrations.load(path)"
+            )
         require_range(self, "learning_rate", 0.0, above=True)
         require_range(self, "gradient_penalty", 0.0)
         for name in ("updates", "batch_size"):

@@ -26,7 +26,13 @@ def check_types(settings: Any) -> None:
         value = getattr(settings, f.name)
         expected = _expected(value, hints[f.name])
         if expected:
-            raise SettingError(f"{type(settings).__name__}: {f.name} is {value!r}, expected {expected}")
+            raise SettingError(f"{type(settings).__name__}: {f.name} is {shown(value)}, expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: by its kind where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"a {type(value).__name__}"
 
 
 def _expected(value: Any, hint: Any) -> str:

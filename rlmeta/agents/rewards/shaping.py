@@ -64,12 +64,15 @@ class PotentialShaping:
         return {}
 
     def _check_steps(self, observation: tree.Tree, learners: tuple[int, ...], num_envs: int) -> None:
-        """The same observations `[*L, N, ...]` have the same potential one after another as alone."""
+        """Observations `[*L, N, ...]` have the same potential at any time and in any environment."""
         axes = len(learners)
+
+        def moved(leaf: Tensor) -> Tensor:
+            return torch.stack([leaf.roll(places, axes) for places in range(3)], axes)
+
         alone = self.evaluate(observation, (*learners, num_envs))
-        rows = tree.map(lambda leaf: torch.stack((leaf, leaf, leaf), axes), observation)
-        steps = self.evaluate(rows, (*learners, 3, num_envs))
-        if not torch.allclose(steps, alone.unsqueeze(axes).expand_as(steps), rtol=1e-4, atol=1e-5):
+        steps = self.evaluate(tree.map(moved, observation), (*learners, 3, num_envs))
+        if not torch.allclose(steps, moved(alone), rtol=1e-4, atol=1e-5):
             raise SettingError(
                 "the potential of the same observations changes with their place in the batch: it must be a function "
                 "of one observation alone; what depends on time needs the time in the observation "
