@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import q_network
-from rlmeta.agents.rewards import Reward
+from rlmeta.agents.rewards import Reward, distinct
 from rlmeta.envs.world import World
 from rlmeta.errors import SpaceError
 from rlmeta.functional import losses, optim, random, tree
@@ -21,6 +21,7 @@ from rlmeta.functional.axes import align
 from rlmeta.learning import replay
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
@@ -84,6 +85,8 @@ class DQN:
     """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        distinct(self.rewards)
         for name in ("learning_rate", "max_grad_norm", "huber_delta"):
             require_range(self, name, 0.0, above=True)
         for name in ("gamma", "epsilon_start", "epsilon_end"):

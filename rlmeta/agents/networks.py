@@ -28,12 +28,14 @@ from rlmeta.nn import (
     QHead,
     Sequential,
     ValueHead,
+    allowed,
     check_block,
     feature_axes,
     head_for,
     lift,
 )
 from rlmeta.nn.block import alone
+from rlmeta.nn.encoder import ACTION_MASK
 from rlmeta.nn.lift import copied
 
 
@@ -43,20 +45,24 @@ class Network(Block):
     def __init__(self, body: Block, head: Block, features: int) -> None:
         super().__init__()
         self.body, self.head, self.features = body, head, features
-        self.masks, self.closes = isinstance(head, CategoricalHead | MultiDiscreteHead), isinstance(head, QHead)
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Any:
         """Observations `[*L, ...]` to whatever the head gives.
 
-        A Dict observation's `action_mask` `[*L, ..., A]` closes the actions where it is 0.
+        A Dict observation's `action_mask` `[*L, ..., A]` closes the actions where it is 0; one that is 0 everywhere
+        closes none.
         """
-        features = self.body.run(params, x, ctx, f"{prefix}body.")
-        if self.masks and isinstance(x, dict) and "action_mask" in x:
-            return self.head.run(params, features, ctx, f"{prefix}head.", x["action_mask"])  # type: ignore[call-arg]
-        if self.closes and isinstance(x, dict) and "action_mask" in x:
-            values = self.head.run(params, features, ctx, f"{prefix}head.")
-            return values.masked_fill(x["action_mask"] == 0, -torch.inf)
-        return self.head.run(params, features, ctx, f"{prefix}head.")
+        return self.answer(params, self.body.run(params, x, ctx, f"{prefix}body."), x, ctx, prefix)
+
+    def answer(self, params: Params, features: torch.Tensor, x: Tree, ctx: Context, prefix: str = "") -> Any:
+        """What the head gives for features `[*L, ..., D]` of the observations `x`."""
+        head, name = self.head, f"{prefix}head."
+        if not isinstance(x, dict) or ACTION_MASK not in x or isinstance(head, ValueHead):
+            return head.run(params, features, ctx, name)
+        if isinstance(head, QHead):
+            return head.run(params, features, ctx, name).masked_fill(~allowed(x[ACTION_MASK]), -torch.inf)
+        assert isinstance(head, CategoricalHead | MultiDiscreteHead)
+        return head.run(params, features, ctx, name, x[ACTION_MASK])
 
 
 class PerTask(Block):
@@ -90,6 +96,43 @@ def _per_task(body: Block, features: int, observation_space: gym.Space, tasks: i
             f"{tasks} tasks: train on a stream with observe_identity and as many tasks, or leave task_heads 0"
         )
     return PerTask(body, tasks), features * tasks
+
+
+def check_mask(observation_space: gym.Space, action_space: gym.Space) -> None:
+    """Refuse an `action_mask` in the observations that no head could obey: it would be left out without a word.
+
+    Raises:
+        SpaceError: it lies deeper than in the outermost Dict, the actions can't be masked, or it has another size.
+    """
+    if not isinstance(observation_space, gym.spaces.Dict | gym.spaces.Tuple):
+        return
+    if _hides_mask(observation_space, outermost=True):
+        raise SpaceError(
+            f"{ACTION_MASK} lies within another part of {observation_space}: move it into the outermost Dict"
+        )
+    if not isinstance(observation_space, gym.spaces.Dict) or ACTION_MASK not in observation_space.spaces:
+        return
+    mask = observation_space.spaces[ACTION_MASK]
+    if isinstance(action_space, gym.spaces.Discrete):
+        expected = (int(action_space.n),)
+    elif isinstance(action_space, gym.spaces.MultiDiscrete):
+        expected = (int(action_space.nvec.sum()),)
+    else:
+        raise SpaceError(
+            f"{ACTION_MASK} is for Discrete and MultiDiscrete actions, the task has {action_space}: drop it"
+        )
+    if mask.shape != expected:
+        raise SpaceError(
+            f"{ACTION_MASK} is {mask}, expected the shape {expected}: one entry for every action of {action_space}"
+        )
+
+
+def _hides_mask(space: gym.Space, outermost: bool = False) -> bool:
+    """Whether a Dict below the outermost one has an `action_mask`."""
+    if isinstance(space, gym.spaces.Dict):
+        inner = any(_hides_mask(child) for child in space.spaces.values())
+        return inner or (not outermost and ACTION_MASK in space.spaces)
+    return isinstance(space, gym.spaces.Tuple) and any(_hides_mask(child) for child in space.spaces)
 
 
 def build_body(
@@ -154,6 +197,7 @@ def policy_network(
         state_dependent: noise that depends on the features.
         tasks: so many last layers, see `PerTask`; 0 for one whatever the task.
     """
+    check_mask(observation_space, action_space)
     body, features = build_body(
         settings.network,
         observation_space,
@@ -168,6 +212,7 @@ def policy_network(
         features,
         initial_scale=0.01,
         initial_log_std=settings.initial_log_std,
+        action_bounds=settings.action_bounds,
         state_dependent_noise=state_dependent,
     )
     return Network(body, head, features)
@@ -191,6 +236,7 @@ def q_network(settings: Any, observation_space: gym.Space, action_space: gym.Spa
     """A network that gives the value of every action; masked ones are minus infinity."""
     if not isinstance(action_space, gym.spaces.Discrete):
         raise SpaceError(f"a value for every action needs Discrete actions, the task has {action_space}")
+    check_mask(observation_space, action_space)
     body, features = build_body(
         settings.network, observation_space, settings.hidden_sizes, settings.activation, "torch", whitens(settings)
     )

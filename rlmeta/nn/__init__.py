@@ -16,6 +16,7 @@ from rlmeta.nn.heads import (
     StateDependentNoiseHead,
     TanhGaussianHead,
     ValueHead,
+    allowed,
     head_for,
 )
 from rlmeta.nn.initialisers import Initialiser, initialise
@@ -23,9 +24,12 @@ from rlmeta.nn.lift import Lifted, lift
 from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear, Sequential
 from rlmeta.nn.mlp import MLP
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
+from rlmeta.nn.units import ActionBounds, ActionUnits
 
 __all__ = [
     "MLP",
+    "ActionBounds",
+    "ActionUnits",
     "Activation",
     "ActivationName",
     "BatchNorm1d",
@@ -51,6 +55,7 @@ __all__ = [
     "StateDependentNoiseHead",
     "TanhGaussianHead",
     "ValueHead",
+    "allowed",
     "apply",
     "bare",
     "check_block",
