@@ -578,7 +578,7 @@ def environment() -> dict[str, str]:
         ("record nothing", "rlmeta record needs a file to write: --out FILE"),
         ("record nothing --out .", ". exists: record into another file, or delete it first"),
         ("record nothing --out demo --learner -2", "--learner is -2, expected 0 or more, or -1 for the best"),
-        ("list tsaks", "unknown kind of name 'tsaks': did you mean tasks, streams?"),
+        ("list tsaks", "unknown kind of name 'tsaks': did you mean tasks?"),
     ],
 )
 def test_bad_input(

@@ -15,7 +15,7 @@ from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.task import TaskFamily, family, is_data_family, task
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.lab import run_folder
+from rlmeta.lab import own_code, run_folder
 from rlmeta.lab.experiment import Budget, Experiment, Problem, compare
 from rlmeta.lab.loop import Callback, Loop
 from rlmeta.lab.run import Run, load
@@ -44,7 +44,8 @@ def train(
 
     Args:
         agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds.
-        problem: a task, a family (an agent meets constants redrawn every episode), a stream, or the name of one.
+        problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
+            `task` makes one of, such as a function that makes an environment.
         steps: environment steps (or samples) of each learner, on every task of a stream.
         seeds: how many, or which.
         out: folder of the run; None keeps it in memory.
@@ -136,6 +137,8 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
             problem = streams.stream(problem)
         else:
             problem = family(problem) if meta or is_data_family(problem) else task(problem)
+    elif not own_code.is_problem(problem):
+        problem = task(problem)  # of an environment's factory; what can't be one is refused with what to give instead
     if meta and isinstance(problem, TaskFamily):
         return NamedFamily(problem.name, problem)
     if hasattr(problem, "tasks") and not isinstance(problem, NamedFamily | TaskFamily | streams.TaskStream):

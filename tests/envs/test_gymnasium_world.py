@@ -20,10 +20,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from rlmeta.envs.gymnasium_world import GymnasiumWorld, episode_seed
-from rlmeta.envs.workers import EnvironmentFailedError
 from rlmeta.envs.world import Transition
 from rlmeta.errors import (
     CheckpointError,
+    EnvironmentFailedError,
     InexactResumeError,
     MissingExtraError,
     SettingError,
