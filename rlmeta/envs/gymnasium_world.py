@@ -133,7 +133,8 @@ class GymnasiumWorld:
         if tuple(key.shape) != self.learner_shape or key.dtype != torch.int64:
             raise SettingError(f"key is {key.dtype} {tuple(key.shape)}, expected int64 {self.learner_shape}")
         self._device = key.device
-        row_key = random.fold(random.fold(key.cpu(), "environment").unsqueeze(-1), torch.arange(self.num_envs))
+        number = torch.arange(self.num_envs, device="cpu")
+        row_key = random.fold(random.fold(key.cpu(), "environment").unsqueeze(-1), number)
         self._key = row_key.reshape(-1).numpy()
         self._episode = np.full(self._count, -1, np.int64)
         self._next_seed = self._seeds_of(self._all, self._episode + 1)
@@ -321,7 +322,7 @@ class GymnasiumWorld:
         self._next_seed = self._seeds_of(self._all, self._episode + 1)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        tensor = torch.empty(0)
+        tensor = torch.empty(0, device="cpu")
         shapes = dict.fromkeys(("key", "seed", "episode", "elapsed"), self._batch)
         parts = [("observation", self._observations, self._batch)]
         if self.exact_resume:

@@ -100,7 +100,7 @@ def _count_first(counts: Tensor, observation: Tensor, begins: Tensor, valid: Ten
 
 def _rounded(observation: tree.Tree, shape: tuple[int, ...], resolution: float) -> Tensor:
     """One whole number for each observation: itself where it is one, else a hash of its rounded entries."""
-    leaves = list(tree.leaves(observation))
+    leaves = [leaf for _, leaf in sorted(tree.flatten(observation).items())]
     if len(leaves) == 1 and tuple(leaves[0].shape) == shape and not leaves[0].is_floating_point():
         return leaves[0]
     entries = [
