@@ -56,7 +56,8 @@ class Reports:
         for bounded in list(self._bounded):
             i, leaf, low, high = bounded
             given = observation[i] if rows is None else observation[i][rows]
-            if ((given < low) | (given > high)).any():
+            outside = (given < low) | (given > high)
+            if outside.any() and np.isfinite(given[outside]).any():  # what is not finite was said above
                 self._bounded.remove(bounded)
                 # the same words whatever the row, so that worlds made later do not say it again
                 warnings.warn(

@@ -24,6 +24,7 @@ from rlmeta.errors import (
     RlmetaError,
     SettingError,
     SpaceError,
+    nearest_names,
     unknown_name,
 )
 
@@ -109,7 +110,9 @@ def _spec(identifier: str, said: str) -> EnvSpec:
     try:
         return gym.spec(registered)
     except gym.error.UnregisteredEnv as error:
-        raise unknown_name("gymnasium environment", identifier, map(str, gym.registry)) from error
+        known = [str(one) for one in gym.registry]
+        near = [f"{module}{colon}{one}" for one in nearest_names(registered, known)]  # the module makes nothing alike
+        raise unknown_name("gymnasium environment", identifier, near or known) from error
     except gym.error.Error as error:
         raise SettingError(f"{said} cannot be made: {error}") from error
 

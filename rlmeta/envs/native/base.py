@@ -242,13 +242,13 @@ class NativeWorld:
             new["step_count"] = count + 1
         action = self._legal(action, look=ahead is None)
         env_state, reward, terminated = self.env.step(state["env"], action, noise, physics)
+        observation = next_observation = self.env.observe(env_state)
+        if self._unseen:
+            self._check_form(observation, reward, terminated)
         elapsed = state["elapsed"] + 1
         limit = self.env.max_episode_steps
         truncated = torch.zeros_like(terminated) if limit is None else elapsed >= limit
         done = terminated | truncated
-        observation = next_observation = self.env.observe(env_state)
-        if self._unseen:
-            self._check_form(observation, reward, terminated)
         if ahead is not None or done.any():
             episode, elapsed = episode + done, elapsed.masked_fill(done, 0)
             if self._redraw is not None:
