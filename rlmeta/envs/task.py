@@ -18,6 +18,7 @@ from rlmeta.envs.families import NamedFamily, Split, task_keys
 from rlmeta.envs.families import from_table as named_family
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
+from rlmeta.envs.sources import ENVPOOL, is_envpool, several_agents
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, require_choice, unknown_name
 from rlmeta.functional import random
@@ -29,8 +30,9 @@ Mode = Literal["sync", "async"]
 class Task:
     """One problem: makes the environments of any number of learners.
 
-    `source` is a native environment, a gymnasium id, an EnvSpec, a factory of an environment, or a factory of a
-    VectorEnv (a factory, because a run needs one set of environments to train in and one to be evaluated in).
+    `source` is a native environment, a gymnasium id, `envpool:NAME`, an EnvSpec, a factory of an environment, or a
+    factory of a VectorEnv (a factory, because a run needs one set of environments to train in and one to be evaluated
+    in).
     """
 
     name: str
@@ -136,8 +138,8 @@ def task(
     """A task from a name, a gymnasium id, an EnvSpec, a factory, or a native environment.
 
     Args:
-        source: a name (`rlmeta list`), a gymnasium id such as `LunarLander-v3` or `mypkg:MyEnv-v0`, an EnvSpec, a
-            function that makes an environment or a VectorEnv, or a native environment.
+        source: a name (`rlmeta list`), a gymnasium id such as `LunarLander-v3` or `mypkg:MyEnv-v0`, `envpool:Pong-v5`
+            for EnvPool's, an EnvSpec, a function that makes an environment or a VectorEnv, or a native environment.
         name: what to call it; by default derived from the source.
         settings: constants of a native environment, or keyword arguments of a gymnasium one.
         mode: "async" divides foreign environments over worker processes.
@@ -145,21 +147,53 @@ def task(
 
     Raises:
         UnknownNameError: nothing has this name; the nearest names are listed.
-        SettingError: an environment instance (every learner needs its own), or a setting that does not exist.
+        SettingError: an environment instance (every learner needs its own), an environment of several agents, or a
+            setting that does not exist.
     """
     require_choice("mode", mode, Mode)
     settings = dict(settings or {})
+    if isinstance(source, type) and issubclass(source, NativeEnv):
+        source = source()
     if isinstance(source, NativeEnv):
         return Task(name or type(source).__name__, _with_constants(source, settings), settings)
     if isinstance(source, gym.envs.registration.EnvSpec):
         return Task(name or source.id, source, settings, mode)
-    if isinstance(source, (gym.Env, gym.vector.VectorEnv)):
-        raise SettingError("task() got an environment: give it a function that makes one, every learner needs its own")
     if not isinstance(source, str):
-        if not callable(source):
-            raise SettingError(f"task() got {type(source).__name__}, expected a name, an EnvSpec or a function")
+        _check_source(source)
         return Task(name or getattr(source, "__name__", "env").replace("<lambda>", "custom"), source, settings, mode)
     return _named(source, name or source, settings, mode, native)
+
+
+def _check_source(source: Any) -> None:
+    """Refuse what no environment can be made from: one that is made already, above all; the message says what can."""
+    if isinstance(source, gym.Env | gym.vector.VectorEnv):
+        raise SettingError(f"a task can't be {_made_already(source)}")
+    if not isinstance(source, type) and several_agents(source):
+        raise SettingError(
+            f"a task can't be {type(source).__name__}: environments of several agents, such as PettingZoo's, are not "
+            "supported"
+        )
+    if isinstance(source, list | tuple):
+        raise SettingError(f"a task can't be a {type(source).__name__}: rl.stream([...]) makes a stream of tasks")
+    if not callable(source):
+        raise SettingError(
+            f"a task can't be {source!r}, expected a name (`rlmeta list tasks`), a gymnasium id, an EnvSpec, a native "
+            "environment, or a function that makes an environment"
+        )
+
+
+def _made_already(env: Any) -> str:
+    """An environment, why it is none that learners can share, and what to give instead."""
+    vector, spec = isinstance(env, gym.vector.VectorEnv), env.spec
+    identifier = spec.id if isinstance(spec, gym.envs.registration.EnvSpec) else None
+    what = f"the {'vector ' if vector else ''}environment {identifier or type(env.unwrapped).__name__}"
+    if is_envpool(env.unwrapped):
+        return f"{what}, which has its seeds already: name it, rl.task('{ENVPOOL}...-v1')"
+    named = identifier if identifier in gym.registry or identifier in NATIVE else None
+    maker = f"gym.make_vec({named!r}, num_envs=num_envs)" if vector else f"gym.make({named!r})"
+    function = f"rl.task({'lambda num_envs' if vector else 'lambda'}: {maker if named else '...'})"
+    ways = ([f"its name, rl.task({named!r})"] if named else []) + [f"a function that makes one, {function}"]
+    return f"{what}, which is made already, and every learner needs its own: give {', or '.join(ways)}"
 
 
 def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native: bool) -> Task:
@@ -176,8 +210,7 @@ def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native:
         return dataclasses.replace(made, mode=mode)
     if native and source in NATIVE:
         return Task(name, _with_constants(NATIVE[source], settings), settings)
-    module = source.split(":")[0] if ":" in source else None
-    if module is None and source not in gym.registry:
+    if ":" not in source and source not in gym.registry:
         if source.startswith("rlmeta/"):
             from rlmeta.envs.native import register  # noqa: F401 - registers the ids
         if source not in gym.registry and not _has_version(source):

@@ -47,6 +47,8 @@ def tasks_table() -> Table:
         package, extra = EXTRAS.get(group, ("", ""))
         missing = package and importlib.util.find_spec(package) is None
         table.add_row(f"gymnasium {group}", ", ".join(ids), f"missing: pip install '{extra}'" if missing else "")
+    missing = importlib.util.find_spec("envpool") is None
+    table.add_row("EnvPool's", "envpool:NAME, as envpool:Pong-v5", "missing: pip install envpool" if missing else "")
     table.add_row("yours", "package.module:MyEnv-v0", "gymnasium imports package.module, which registers it")
     return table
 

@@ -41,8 +41,8 @@ MOST_SEEDS = 100_000
 """In a range: more are a slip of the hand."""
 
 AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
-  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, package.module:MyEnv-v0, or
-          package.module:name of your own environment, stream or family, or of a function that makes one
+  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, envpool:NAME, package.module:MyEnv-v0,
+          or package.module:name of your own environment, stream or family, or of a function that makes one
   flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""
 
 ABOUT = """Train an agent, all seeds and settings at once. A comma compares: --learning-rate 1e-4,1e-3 trains every seed

@@ -8,18 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import streams
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.families import NamedFamily
-from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.task import TaskFamily, family, is_data_family, task
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.lab import budgets, run_folder
+from rlmeta.lab import budgets, own_code, run_folder
 from rlmeta.lab.experiment import Budget, Experiment, Problem, chosen_seeds, compare
 from rlmeta.lab.loop import Callback, Loop
 from rlmeta.lab.run import Run, read
@@ -49,7 +47,8 @@ def train(
 
     Args:
         agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds.
-        problem: a task, a family (an agent meets constants redrawn every episode), a stream, or the name of one.
+        problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
+            `task` makes one of, such as a function that makes an environment.
         steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
         epochs: instead of steps, passes over the training samples of every task.
         seeds: how many, or which.
@@ -162,7 +161,10 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
             problem = streams.stream(problem)
         else:
             problem = family(problem) if meta or is_data_family(problem) else task(problem)
-    _check_problem(problem)
+    elif isinstance(problem, type) and hasattr(problem, "tasks"):
+        raise SettingError(f"the problem is the class {problem.__name__}, expected one of it: {problem.__name__}(...)")
+    elif not own_code.is_problem(problem):
+        problem = task(problem)  # of an environment's factory; what can't be one is refused with what to give instead
     if meta and isinstance(problem, TaskFamily):
         return NamedFamily(problem.name, problem)
     if hasattr(problem, "tasks") and not isinstance(problem, NamedFamily | TaskFamily | streams.TaskStream):
@@ -175,25 +177,6 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
             else f"{name!r} is a family of tasks to learn to learn, {what} learns one: use MAML or another meta-learner"
         )
     return problem.task() if isinstance(problem, TaskFamily) else problem
-
-
-def _check_problem(problem: Any) -> None:
-    """Refuse what is no problem, and say what makes one of it."""
-    if isinstance(problem, gym.Env | gym.vector.VectorEnv):
-        raise SettingError(
-            f"the problem is an environment, {problem!r}: every learner needs environments of its own, so give a "
-            "function that makes one, rl.task(lambda: make_it()), or its id"
-        )
-    if isinstance(problem, type) and hasattr(problem, "tasks"):
-        raise SettingError(f"the problem is the class {problem.__name__}, expected one of it: {problem.__name__}(...)")
-    if isinstance(problem, NativeEnv | gym.envs.registration.EnvSpec) or callable(problem):
-        name = getattr(problem, "__name__", type(problem).__name__)
-        raise SettingError(f"the problem is {name}, which makes environments: give rl.task({name})")
-    if not hasattr(problem, "world") and not hasattr(problem, "tasks"):
-        raise SettingError(
-            f"the problem is {problem!r}, expected a task, a family or a stream, or the name of one: `rlmeta list` "
-            "shows them"
-        )
 
 
 def resume(

@@ -44,7 +44,7 @@ def feature_axes(space: gym.Space, path: str = "") -> Tree:
 
 def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], gym.Space]]:
     if isinstance(space, gym.spaces.Dict):
-        for name, child in space.spaces.items():
+        for name, child in sorted(space.spaces.items()):
             if name != ACTION_MASK:
                 yield from _leaves(child, (*path, name))
     elif isinstance(space, gym.spaces.Tuple):
@@ -104,9 +104,9 @@ class Encoder(Block):
     """Observations of any supported space as features `[*L, ..., D]`; it has no parameters.
 
     Box is flattened (bytes, as in images, are divided by their bound, see `byte_bound`), Discrete and MultiDiscrete,
-    counted from 0 as worlds give them, become one-hot, MultiBinary zeros and ones. Entries of Dict and Tuple are
-    concatenated in the order of the space, without the key "action_mask" of a Dict. A Tuple's observation is a
-    dictionary with the keys "0", "1", ..., or a tuple.
+    counted from 0 as worlds give them, become one-hot, MultiBinary zeros and ones. Entries of Dict are concatenated in
+    alphabetical order, whichever the space lists them in, and without the key "action_mask"; those of Tuple in theirs.
+    A Tuple's observation is a dictionary with the keys "0", "1", ..., or a tuple.
     """
 
     features: int

@@ -121,7 +121,7 @@ def test_action_mask_is_no_feature() -> None:
     assert encoder.features == 4
     state = torch.tensor([[0.5, -0.5]])
     out = encoder({"state": state, "inner": {"x": torch.tensor([1])}, "action_mask": torch.ones(1, 3)})
-    assert torch.equal(out, torch.tensor([[0.5, -0.5, 0.0, 1.0]]))
+    assert torch.equal(out, torch.tensor([[0.0, 1.0, 0.5, -0.5]]))  # inner before state
 
 
 def test_tuples_may_come_as_tuples() -> None:
