@@ -1,4 +1,4 @@
-"""Each part's own mode: `Context.training` trains what is not in `eval()`, as torch does, whatever was called before."""
+"""Each part's own mode: `Context.training` trains what is not in `eval()`, as torch does, whatever was called."""
 
 from __future__ import annotations
 

@@ -110,7 +110,12 @@ def test_bare_blocks_can_be_run_but_not_taken_for_trained_ones() -> None:
     assert_close(nn.apply(block, params, x), torch.stack([pretrained(one) for one in x]), rtol=1e-5, atol=1e-6)
     assert_close(dict(pretrained.state_dict()), kept, rtol=0, atol=0)  # the user's module keeps its numbers
     assert all(value.device.type == "meta" for value in block.parameters())
-    for use in (block, next(block.children()), lambda x: block.state_dict(), lambda x: torch.export.export(block, (x,))):
+    for use in (
+        block,
+        next(block.children()),
+        lambda x: block.state_dict(),
+        lambda x: torch.export.export(block, (x,)),
+    ):
         with pytest.raises(SettingError, match=r"run\.module\(learner\) gives a trained"):
             use(x)
     before = torch.get_rng_state()
