@@ -19,12 +19,14 @@ from rlmeta.lab import run_folder
 from rlmeta.lab.experiment import Budget, Experiment, Problem, compare
 from rlmeta.lab.loop import Callback, Loop
 from rlmeta.lab.run import Run, load
+from rlmeta.lab.surroundings import undisturbed
 from rlmeta.lab.trackers import TrackerFactory
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import group, variants
 from rlmeta.learning.state import select
 
 
+@undisturbed()
 def train(
     agent: Any,
     problem: Any,
@@ -67,6 +69,7 @@ def train(
     return go(run, callbacks=callbacks, trackers=trackers, progress=progress)
 
 
+@undisturbed()
 def prepare(
     agent: Any,
     problem: Any,
@@ -105,6 +108,7 @@ def prepare(
     return run
 
 
+@undisturbed()
 def go(
     run: Run, *, callbacks: Sequence[Callback] = (), trackers: Sequence[TrackerFactory] = (), progress: bool = False
 ) -> Run:
@@ -150,6 +154,7 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
     return problem.task() if isinstance(problem, TaskFamily) else problem
 
 
+@undisturbed()
 def resume(
     folder: str | Path,
     *,
