@@ -115,7 +115,7 @@ class GymnasiumWorld:
                 raise
             self.name, self.observation_space = self._rows.name, self._rows.observation_space
             self.action_space, self._capacity = self._rows.action_space, 0
-            self.episode_limit = getattr(made.spec, "max_episode_steps", None)
+            self.episode_limit = getattr(made.env.spec, "max_episode_steps", None)
         self._observations, self._actions = Layout(self.observation_space), Layout(self.action_space, "action")
         self.exact_resume = not isinstance(self._rows, VectorRows)
         """Whether `restore` replays episodes; a difference that it sees is reported."""

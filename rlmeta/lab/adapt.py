@@ -20,6 +20,7 @@ from rich.table import Table
 from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import random, tree
 from rlmeta.lab.run import Run
+from rlmeta.lab.surroundings import undisturbed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +69,7 @@ class Adaptation:
         return 1.96 * flat.std(0, ddof=min(1, len(flat) - 1)) / np.sqrt(len(flat))
 
 
+@undisturbed()
 def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
     """Adapt every learner of a run to held-out tasks.
 
@@ -139,6 +141,7 @@ def _draw_curve(axes: Axes, found: Adaptation) -> None:
     axes.grid(alpha=0.3)
 
 
+@undisturbed()
 @torch.no_grad()
 def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
     """One task of the first learner, its points, and the predictions before and after; {} unless it is one line."""

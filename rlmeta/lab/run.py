@@ -23,6 +23,7 @@ from rlmeta.lab.experiment import Experiment
 from rlmeta.lab.files import put
 from rlmeta.lab.memory import keep_freed_memory
 from rlmeta.lab.stages import Stage
+from rlmeta.lab.surroundings import undisturbed
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
@@ -129,6 +130,7 @@ class Run:
             raise SettingError("the run has not ended: `rlmeta resume` it, or call run.evaluate()")
         return self.evaluation.returns.mean(-1)
 
+    @undisturbed()
     def evaluate(self, episodes: int, *, deterministic: bool = True, best: bool = False, seed: int = 0) -> Evaluation:
         """Try every learner on `episodes` fresh episodes, on as many of every task of a stream.
 
@@ -173,6 +175,7 @@ class Run:
         rows = self.agent.evaluation_rows(episodes, self.experiment.problem.native)
         return self.experiment.world(rows)
 
+    @undisturbed()
     @torch.no_grad()
     def act(self, observation: Any, *, deterministic: bool = True, learner: int | None = None) -> Any:
         """The action for one observation of the task, ready for `env.step`.
@@ -287,6 +290,7 @@ class Run:
         self.world.close()
 
 
+@undisturbed()
 def load(
     folder: str | Path,
     *,

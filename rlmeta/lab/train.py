@@ -21,12 +21,14 @@ from rlmeta.lab import budgets, own_code, run_folder
 from rlmeta.lab.experiment import Budget, Experiment, Problem, chosen_seeds, compare
 from rlmeta.lab.loop import Callback, Loop
 from rlmeta.lab.run import Run, read
+from rlmeta.lab.surroundings import undisturbed
 from rlmeta.lab.trackers import TrackerFactory
 from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
 
 
+@undisturbed()
 def train(
     agent: Any,
     problem: Any,
@@ -75,6 +77,7 @@ def train(
     return go(run, callbacks=callbacks, trackers=trackers, progress=progress)
 
 
+@undisturbed()
 def prepare(
     agent: Any,
     problem: Any,
@@ -130,6 +133,7 @@ def with_demonstrations(settings: Any) -> Any:
     return dataclasses.replace(settings, demonstrations=Demonstrations.load(named))
 
 
+@undisturbed()
 def go(
     run: Run, *, callbacks: Sequence[Callback] = (), trackers: Sequence[TrackerFactory] = (), progress: bool = False
 ) -> Run:
@@ -179,6 +183,7 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
     return problem.task() if isinstance(problem, TaskFamily) else problem
 
 
+@undisturbed()
 def resume(
     folder: str | Path,
     *,
