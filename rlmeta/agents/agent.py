@@ -72,6 +72,8 @@ class Agent:
     reveals = EVERYTHING
     task_samples: int | None = None
     idle_steps = 0
+    acting_network: str | None = None
+    """The name of what it acts by, where that is not its first network."""
     counts = "environment steps"
     score = Score("return")
 

@@ -126,6 +126,7 @@ class DQNAgent(Agent):
         self.steps_per_iteration = settings.num_steps
         self.idle_steps = max(-(-settings.learning_starts // settings.num_envs), settings.n_steps)
         self.averaged = min(values_of(settings.average_rate)) < 1.0 and not self.methods
+        self.acting_network = "average" if self.averaged else "q"
         self.q: Any = bare(self.networks)["q"]
 
     def networks(self) -> dict[str, Block]:

@@ -22,6 +22,7 @@ from rlmeta.lab.configuration import from_config
 from rlmeta.lab.experiment import Experiment
 from rlmeta.lab.files import put
 from rlmeta.lab.memory import keep_freed_memory
+from rlmeta.lab.module import TrainedModule, names_of
 from rlmeta.lab.stages import Stage
 from rlmeta.lab.surroundings import undisturbed
 from rlmeta.learning.evaluate import Evaluation
@@ -199,6 +200,25 @@ class Run:
         agent: Any = self.agent
         action, _ = agent.act(p, given, agent.initial_memory(p, (1,)), key, deterministic)
         return spaces.to_numpy(self.world.action_space, action[0])
+
+    def module(self, learner: int | None = None, name: str | None = None, *, best: bool = False) -> TrainedModule:
+        """A trained network of one learner as an `nn.Module` on batches of observations, ready for `torch.export`.
+
+        Args:
+            learner: which one; by default the best in the final evaluation.
+            name: "policy", "value", "q", "net": one of the learner's networks, by default the one it acts by, which
+                gives logits, means and deviations, or action values; or "action" for the deterministic action itself.
+                Of MAML it is the inner learner's, with the initial weights.
+            best: the parameters of its best periodic evaluation instead of the final ones.
+
+        Raises:
+            SettingError, UnknownNameError: no such learner or network.
+        """
+        agent: Any = self.agent
+        inner = getattr(agent, "inner", agent)
+        chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
+        p = tree.map(lambda leaf: leaf[chosen], self.agent.seen(state))
+        return TrainedModule(inner, p, name or names_of(inner)[0]).eval()
 
     def chosen_learner(self, learner: int | None) -> int:
         """The learner of this number; by default the best in the final evaluation, or the first if there was none.
