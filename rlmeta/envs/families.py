@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlmeta.envs.datasets import equal_pictures, labelled, omniglot
 from rlmeta.errors import SettingError, unknown_name
-from rlmeta.functional import random
+from rlmeta.functional import random, tree
 from rlmeta.functional.tree import Tree
 
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -58,6 +58,47 @@ class Problems(Family, Protocol):
     def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
         """The loss `[*L, K]` at step `[*L, K]`, or `[]` where it is the same for all: minibatches are drawn by it."""
         ...
+
+
+def minimises(family: Any) -> bool:
+    """Whether it is a family of `Problems`."""
+    return all(callable(getattr(family, name, None)) for name in ("start", "loss"))
+
+
+def check_family(family: Any) -> None:
+    """Refuse what is no `Family`: its spaces and how its `tasks` are asked for are looked at, nothing is drawn.
+
+    Raises:
+        SettingError: it is a class, lacks a space, or its `tasks` take other arguments.
+    """
+    if isinstance(family, type):
+        raise SettingError(f"{family.__name__} is the class of a family: give one of it, such as {family.__name__}()")
+    name = type(family).__name__
+    for attribute, what in (("observation_space", "input"), ("action_space", "target")):
+        space = getattr(family, attribute, None)
+        if not isinstance(space, gym.Space):
+            raise SettingError(f"{name}: {attribute} is {space!r}, expected the gymnasium space of one {what}")
+    tasks = getattr(family, "tasks", None)
+    if not callable(tasks):
+        raise SettingError(f"{name} has no tasks(key, counter, count, split), which draws them")
+    try:
+        inspect.signature(tasks).bind(None, 0, 1, "train")
+    except TypeError as error:
+        raise SettingError(
+            f"{name}: tasks{inspect.signature(tasks)} can't be called as tasks(key, counter, count, split): {error}"
+        ) from None
+
+
+def as_tensors(drawn: Any, device: torch.device) -> Tree:
+    """Tasks whose leaves are tensors on the device where they were numpy's arrays, doubles as floats."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray | np.generic):
+            return leaf
+        made = torch.as_tensor(leaf, device=device)
+        return made.float() if made.dtype == torch.float64 else made
+
+    return tree.map(convert, drawn)
 
 
 def task_keys(key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tensor:
@@ -441,8 +482,10 @@ class NamedFamily:
 
     def describe(self) -> dict[str, Any]:
         """What a saved configuration needs to make it again; a family made in code is the user's to give again."""
+        from rlmeta.envs.task import TaskFamily
+
         made: dict[str, Any] = {"table": self.table} if self.table else {"settings": _plain_settings(self.source)}
-        if hasattr(self.source, "base"):
+        if isinstance(self.source, TaskFamily):
             made = {"task": self.source.base.describe(), "ranges": {n: list(r) for n, r in self.source.ranges.items()}}
         return {"kind": "family", "name": self.name, **made}
 
@@ -538,13 +581,14 @@ class FamilyWorld:
     def __init__(self, family: Family, learner_shape: tuple[int, ...], num_envs: int) -> None:
         if num_envs < 1:
             raise SettingError(f"{num_envs} tasks in a meta-batch, expected at least 1")
+        check_family(family)
         self.family = family
         self.observation_space, self.action_space = family.observation_space, family.action_space
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
         """`count` tasks of the split for each learner, every leaf `[*L, K, ...]`."""
-        return self.family.tasks(key, counter, count, split)
+        return as_tensors(self.family.tasks(key, counter, count, split), key.device)
 
     def reset(self, key: Tensor) -> dict[str, Any]:
         """Nothing to remember but whose it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Task:
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, Mode)
+        if self.ranges:
+            check_ranges(f"task {self.name!r}", self.source, self.ranges)
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> World:
         """The environments `[*L, N]`."""
@@ -80,6 +83,37 @@ class Task:
         return described
 
 
+def check_ranges(where: str, source: Any, ranges: Any) -> None:
+    """Refuse ranges that no constants of a native environment can be drawn from.
+
+    Raises:
+        SettingError: the environment is not native or has no such constant; a range is not two finite numbers in order.
+    """
+    if not isinstance(source, NativeEnv):
+        said = source if isinstance(source, str) else getattr(source, "id", getattr(source, "__name__", source))
+        raise SettingError(
+            f"{where} draws constants of a native environment, {said!r} is gymnasium's: `rlmeta list tasks` shows the "
+            "native ones, envs/my_native_env.py how to write one"
+        )
+    if not isinstance(ranges, dict):
+        raise SettingError(f"{where}: ranges are {ranges!r}, expected a dictionary such as {{'gravity': (9.0, 11.0)}}")
+    constants, hints = [f.name for f in dataclasses.fields(source)], _hints(type(source))  # type: ignore[arg-type]
+    for constant, bounds in ranges.items():
+        if constant not in constants:
+            raise SettingError(f"{where}: {unknown_name('constant', constant, constants)}")
+        if not _fits(bounds, Sequence[float]) or len(bounds) != 2:
+            raise SettingError(f"{where}: the range of {constant} is {bounds!r}, expected [low, high]")
+        low, high = bounds
+        if not -math.inf < low <= high < math.inf:
+            raise SettingError(
+                f"{where}: the range of {constant} is {bounds!r}, expected finite numbers, the lower first"
+            )
+        if hints.get(constant, float) is not float:
+            raise SettingError(
+                f"{where}: constant {constant} is {_said(hints[constant])}, which no range can be drawn of"
+            )
+
+
 def _plain_constants(env: NativeEnv) -> dict[str, Any]:
     """The constants that are numbers, switches or text and not the default."""
     fields = {f.name: f.default for f in dataclasses.fields(env)}  # type: ignore[arg-type]
@@ -97,6 +131,13 @@ class TaskFamily:
     name: str
     base: Task
     ranges: dict[str, tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Task):
+            raise SettingError(
+                f"family {self.name!r}: its base is {self.base!r}, expected a task, such as rl.task(...)"
+            )
+        check_ranges(f"family {self.name!r}", self.base.source, self.ranges)
 
     def sample(self, key: Tensor) -> dict[str, Tensor]:
         """The constants of one task for every learner, `{name: [*L]}` float64."""
@@ -293,15 +334,7 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
     base = task(table["env"], name=name, settings=table.get("settings"))
     if kind == "task":
         return base
-    if not base.native:
-        raise SettingError(f"envs/{name}.toml: a family needs a native environment, {table['env']!r} is gymnasium's")
-    constants = [f.name for f in dataclasses.fields(base.source)]
-    for constant in table["ranges"]:
-        if constant not in constants:
-            raise SettingError(f"envs/{name}.toml: {unknown_name('constant', constant, constants)}")
-        bounds = table["ranges"][constant]
-        if not _fits(bounds, Sequence[float]) or len(bounds) != 2:
-            raise SettingError(f"envs/{name}.toml: the range of {constant} is {bounds!r}, expected [low, high]")
+    check_ranges(f"envs/{name}.toml", base.source, table["ranges"])
     return TaskFamily(name, base, {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()})
 
 

@@ -130,7 +130,7 @@ def require_range(settings: Any, name: str, low: float, high: float = math.inf, 
     if isinstance(given, Sequence) and not given:
         raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a number, or some to compare")
     for value in given if isinstance(given, Sequence) else [given]:
-        if isinstance(value, str) or not hasattr(value, "__float__"):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a number")
         if counts and not isinstance(value, Integral):
             raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a whole number")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.envs.data import EVERYTHING
-from rlmeta.envs.families import FamilyWorld, Split
+from rlmeta.envs.families import FamilyWorld, Split, minimises
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import Optimizer, State, Tensors
@@ -27,7 +27,7 @@ from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
-from rlmeta.learning.settings import PerLearner, require, require_range
+from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Packed, Params, select
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import adapt
@@ -234,13 +234,15 @@ class LearnedOptimizer:
     def __post_init__(self) -> None:
         for name in ("meta_rate", "output_scale", "preprocess"):
             require_range(self, name, 0.0)
+            finite = math.inf not in values_of(getattr(self, name))
+            require(finite, f"LearnedOptimizer: {name} is inf, expected a finite number")
         for name in ("max_grad_norm", "sigma"):
             require_range(self, name, 0.0, above=True)
         for name in ("num_envs", "horizon", "unroll"):
             require_range(self, name, 1)
         sizes = self.hidden_sizes
         require(
-            isinstance(sizes, tuple) and all(isinstance(size, int) and size > 0 for size in sizes),
+            isinstance(sizes, tuple) and all(type(size) is int and size > 0 for size in sizes),
             f"LearnedOptimizer: hidden_sizes is {sizes!r}, expected widths of at least 1, such as (20, 20), or ()",
         )
         require(
@@ -487,7 +489,7 @@ def minimise(family: Any, problem: tree.Tree, optimizer: Optimizer, steps: int) 
 
 def _problems(world: FamilyWorld) -> Any:
     """The world's family, if it is one of functions to minimise."""
-    if not hasattr(world.family, "start"):
+    if not minimises(world.family):
         raise SettingError(
             f"LearnedOptimizer minimises functions, {type(world.family).__name__} is a family of other tasks: "
             "use quadratics or digit-mlps, or MAML"
