@@ -152,7 +152,7 @@ def normalise_reward(reward: Tensor, stats: Statistics, clip: float = 10.0, eps:
     """r / sqrt(var + ε), clipped: rewards in units of their discounted return's spread, with no mean subtracted.
 
     Args:
-        reward: `[*L, ...]`.
+        reward: `[*L, ...]`; integers become float32, floats keep their type.
         stats: of `reward_update`.
         clip: `math.inf` for none.
         eps: ε.
@@ -160,8 +160,9 @@ def normalise_reward(reward: Tensor, stats: Statistics, clip: float = 10.0, eps:
     Returns:
         `[*L, ...]`
     """
+    dtype = reward.dtype if reward.is_floating_point() else torch.float32
     scale = _insert_axes((stats["var"] + eps).rsqrt(), stats, reward)
-    return (reward * scale.to(reward.dtype)).clamp(-clip, clip)
+    return (reward * scale.to(dtype)).clamp(-clip, clip)
 
 
 def _insert_axes(statistic: Tensor, stats: Statistics, x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def exponential(start: Value, end: Value) -> Schedule:
         SettingError: an end is not positive.
     """
     for name, value in (("start", start), ("end", end)):
-        if not bool(torch.as_tensor(value > 0).all()):
+        if not (bool((value > 0).all()) if isinstance(value, Tensor) else value > 0):
             raise SettingError(f"exponential schedule: {name} is {value}, expected a positive number; linear reaches 0")
     return lambda progress: start * (end / start) ** _unit(progress)
 

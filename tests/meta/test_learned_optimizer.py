@@ -111,13 +111,13 @@ def test_the_meta_gradient_equals_finite_differences():
     leaves = {n: v.clone().requires_grad_() for n, v in meta.items()}
     grads = dict(zip(leaves, torch.autograd.grad(unroll(leaves), list(leaves.values()))))
     for name, value in meta.items():
-        index, eps = (1,) + (0,) * (value.dim() - 1), 1e-6
+        index, eps = (1,) + (0,) * (value.dim() - 1), 1e-5
         ends = []
         for sign in (1, -1):
             moved = value.clone()
             moved[index] += sign * eps
             ends.append(unroll({**meta, name: moved}).item())
-        assert grads[name][index].item() == pytest.approx((ends[0] - ends[1]) / (2 * eps), rel=1e-5, abs=1e-8)
+        assert grads[name][index].item() == pytest.approx((ends[0] - ends[1]) / (2 * eps), rel=1e-5, abs=1e-7)
 
 
 def test_in_torchs_form_it_is_the_same_optimizer_and_its_state_can_be_saved():
@@ -264,14 +264,15 @@ def test_any_optimizer_minimises_problems():
     found = minimise(family, problem, optim.sgd(rates), 5)
     assert found.shape == (2, 3, 6) and (found[..., -1] < found[..., 0]).all()
     alone = minimise(family, tree.map(lambda x: x[1:], problem), optim.sgd(0.001), 5)
-    torch.testing.assert_close(found[1:], alone)
+    torch.testing.assert_close(found[1:], alone, rtol=1e-5, atol=1e-5)  # of numbers in float32
 
 
 def test_many_problems_are_minimised_in_parts():
     learner, state, world = bound(problems=Quadratics(2))
     found = learner.adaptation(state["params"], world, state["key"], 150, 3)
     problem = world.tasks(state["key"], 0, 150, "test")
-    torch.testing.assert_close(found, minimise(world.family, problem, learner.learned(state["params"]), 3))
+    whole = minimise(world.family, problem, learner.learned(state["params"]), 3)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)  # of numbers in float32
     assert found.shape == (3, 150, 4)
 
 

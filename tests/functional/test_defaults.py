@@ -1,0 +1,268 @@
+"""Nothing is made on torch's default device, of its default dtype, or of whether gradients are on."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import rlmeta.functional
+from rlmeta.functional import (
+    axes,
+    fisher,
+    normalise,
+    optim,
+    projection,
+    random,
+    sample_gradients,
+    schedules,
+    statistics,
+    tabular,
+    tree,
+)
+from rlmeta.functional.normalise import reward_init, running_init, running_update
+
+SINGLE, DOUBLE = torch.float32, torch.float64
+KEYS = random.make_keys(range(3), "cpu")
+
+
+def numbers(name: str, *shape: int, dtype: torch.dtype = SINGLE) -> Tensor:
+    return random.normal(random.make_keys([0], "cpu")[0], name, 0, shape, dtype)
+
+
+SQUARE = {name: numbers(name, 3, 3, 3) for name in ("reward", "discount", "value", "next_value", "x", "loss")}
+FLAGS = numbers("flags", 3, 3, 3) > 0
+P = numbers("P", 3, 2, 3, dtype=DOUBLE).softmax(-1)
+POLICY = numbers("policy", 3, 2, dtype=DOUBLE).softmax(-1)
+SEEN = running_update(running_init((3,), (3,), "cpu"), SQUARE["x"])
+PAID = running_init((3,), (), "cpu") | {"var": torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE, device="cpu")}
+PARAMS, GRADS = {"w": SQUARE["x"]}, {"w": SQUARE["value"]}
+RATES = torch.tensor([0.1, 0.2, 0.3], device="cpu")
+DECAYS = torch.tensor([0.0, 0.5, 0.9], device="cpu")
+CHOSEN = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 1, 0]], device="cpu")
+
+BY_NAME: dict[str, Any] = {
+    **SQUARE,
+    **dict.fromkeys(
+        ("log_prob", "prediction", "advantage", "entropy", "logits", "logits_p", "mean", "mean_p"), SQUARE["x"]
+    ),
+    **dict.fromkeys(("old_log_prob", "target", "logits_q", "log_std", "log_std_p", "pre_tanh"), SQUARE["value"]),
+    **dict.fromkeys(("old_value", "kl", "mean_q", "next_q", "next_q_online", "log_std_q"), SQUARE["next_value"]),
+    **dict.fromkeys(("cut", "terminated", "valid", "mask"), FLAGS),
+    **dict.fromkeys(
+        ("gamma", "lambda_", "clip", "coefficient", "sigma", "setting"), torch.tensor([0.5, 0.6, 0.7], device="cpu")
+    ),
+    "action": SQUARE["discount"].tanh(),
+    "bootstrap": SQUARE["reward"][:, 0],
+    "key": KEYS,
+    "counter": 2,
+    "count": 4,
+    "size": 3,
+    "sizes": (1, 2),
+    "stream": "stream",
+    "shape": (3, 2),
+    "data": torch.arange(3, device="cpu"),
+    "high": 5,
+    "n": 3,
+    "seeds": [0, 1, 2],
+    "learner_shape": (3,),
+    "num_envs": 3,
+    "noise": numbers("noise", 3, 3, 3, 5),
+    "gradient": numbers("gradient", 3, 4),
+    "reference": numbers("reference", 3, 4),
+    "references": numbers("references", 3, 3, 4),
+    "margin": 0.5,
+    "scores": np.arange(12.0).reshape(4, 3),
+    "baseline": np.arange(9.0).reshape(3, 3),
+    "thresholds": [1.0, 5.0],
+    "given": FLAGS.to(torch.uint8),
+    "name": "flags",
+}
+"""What a parameter of this name is given."""
+
+
+def trained(make: Callable[..., optim.Optimizer], **settings: Any) -> Any:
+    optimizer = make(RATES, **settings)
+    params, state = PARAMS, optimizer.init(PARAMS, (3,))
+    for _ in range(3):
+        updates, state = optimizer.update(GRADS, state, params)
+        params = optim.apply_updates(params, updates)
+    return params, state
+
+
+def linear(p: Any, batch: Any, ctx: Any) -> Tensor:
+    return batch @ p["weights"]["w"].mT
+
+
+def log_prob(p: Any, batch: Any, ctx: Any) -> Tensor:
+    return linear(p, batch, ctx).log_softmax(-1)[..., 0]
+
+
+def two(p: Any, batch: Any, ctx: Any) -> Tensor:
+    return linear(p, batch, ctx)[..., :2]
+
+
+def scheduled(schedule: schedules.Schedule) -> Any:
+    return schedule(DECAYS), schedule(DECAYS.double()), schedule(0.3)
+
+
+ENDS = torch.tensor([1.0, 2.0, 3.0], device="cpu")
+CALLS: dict[str, Callable[[], Any]] = {
+    "axes.align": lambda: axes.align(BY_NAME["gamma"], SQUARE["x"]),
+    "distributions.multi_discrete_log_prob": lambda: called(
+        "distributions.multi_discrete_log_prob", action=CHOSEN[..., None].expand(3, 3, 2) % 1
+    ),
+    "distributions.categorical_log_prob": lambda: called("distributions.categorical_log_prob", action=CHOSEN),
+    "losses.cross_entropy_loss": lambda: called("losses.cross_entropy_loss", target=CHOSEN, valid=FLAGS[..., 0]),
+    "losses.squared_loss": lambda: called("losses.squared_loss", valid=FLAGS[..., 0]),
+    "losses.q_target": lambda: called(
+        "losses.q_target", reward=SQUARE["reward"][..., 0], discount=SQUARE["discount"][..., 0]
+    ),
+    "losses.double_q_target": lambda: called(
+        "losses.double_q_target", reward=SQUARE["reward"][..., 0], discount=SQUARE["discount"][..., 0]
+    ),
+    "evolution.evolution_gradient": lambda: called("evolution.evolution_gradient", sigma=0.5),
+    "fisher.categorical_fisher": lambda: [
+        fisher.categorical_fisher(linear, {"weights": PARAMS}, SQUARE["value"], 1, kind, **given)
+        for kind, given in (("exact", {}), ("sample", {"key": KEYS}), ("empirical", {"target": CHOSEN}))
+    ],
+    "fisher.gaussian_fisher": lambda: fisher.gaussian_fisher(two, {"weights": PARAMS}, SQUARE["value"], 1),
+    "fisher.score_fisher": lambda: fisher.score_fisher(log_prob, {"weights": PARAMS}, SQUARE["value"], 1),
+    "fisher.categorical_roots": lambda: list(fisher.categorical_roots(SQUARE["x"])),
+    "fisher.gaussian_roots": lambda: list(fisher.gaussian_roots(SQUARE["x"][..., :2])),
+    "sample_gradients.check_outputs": lambda: sample_gradients.check_outputs(
+        linear, {"weights": PARAMS}, SQUARE["value"], 1
+    ),
+    "sample_gradients.squared_gradients": lambda: sample_gradients.squared_gradients(
+        linear, {"weights": PARAMS}, SQUARE["value"], fisher.categorical_roots, 1
+    ),
+    "sample_gradients.group_gradients": lambda: sample_gradients.group_gradients(
+        log_prob, {"weights": PARAMS}, SQUARE["value"].unsqueeze(2), 1
+    ),
+    "normalise.normalise": lambda: [normalise.normalise(x, SEEN) for x in (SQUARE["x"], CHOSEN)],
+    "normalise.normalise_reward": lambda: [normalise.normalise_reward(x, PAID) for x in (SQUARE["x"], CHOSEN)],
+    "normalise.running_update": lambda: called(
+        "normalise.running_update", stats=running_init((3,), (3,)), valid=FLAGS[..., 0]
+    ),
+    "normalise.reward_update": lambda: called("normalise.reward_update", stats=reward_init((3,), 3)),
+    "optim.sgd": lambda: trained(optim.sgd, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "optim.adagrad": lambda: trained(optim.adagrad, lr_decay=0.1),
+    "optim.rmsprop": lambda: trained(optim.rmsprop, centered=True, momentum=0.9),
+    "optim.adam": lambda: [trained(optim.adam, amsgrad=True), trained(optim.adam, b1=DECAYS)],
+    "optim.adamw": lambda: trained(optim.adamw),
+    "optim.apply_updates": lambda: optim.apply_updates(PARAMS, GRADS),
+    "optim.clip": lambda: trained(lambda lr: optim.chain(optim.clip(0.5), optim.sgd(lr))),
+    "optim.chain": lambda: trained(lambda lr: optim.chain(optim.clip(lr), optim.adam(lr))),
+    "optim.clip_by_norm": lambda: optim.clip_by_norm(GRADS, ENDS, 1),
+    "projection.projection_weights": lambda: projection.projection_weights(
+        *(SQUARE["x"] @ SQUARE["x"].mT, SQUARE["value"][..., 0], ENDS), margin=DECAYS
+    ),
+    "projection.nonnegative_quadratic": lambda: projection.nonnegative_quadratic(
+        torch.ones(3, 3, 3, dtype=DOUBLE, device="cpu"), -SQUARE["x"][..., 0].double().abs()
+    ),
+    "schedules.constant": lambda: scheduled(schedules.constant(0.1)),
+    "schedules.linear": lambda: [scheduled(schedules.linear(0.3, 0.1)), scheduled(schedules.linear(ENDS, 0.1))],
+    "schedules.cosine": lambda: [scheduled(schedules.cosine(0.3, 0.1)), scheduled(schedules.cosine(ENDS, 0.1))],
+    "schedules.exponential": lambda: [
+        scheduled(schedules.exponential(0.3, 0.1)),
+        scheduled(schedules.exponential(ENDS, 0.1)),
+    ],
+    "schedules.warm_up": lambda: scheduled(schedules.warm_up(schedules.linear(ENDS), 0.2)),
+    "shapes.same_shape": lambda: [],
+    "statistics.optimality_gap": lambda: statistics.optimality_gap(BY_NAME["scores"], 5.0),
+    "statistics.stratified_bootstrap_interval": lambda: statistics.stratified_bootstrap_interval(
+        BY_NAME["scores"], reps=50
+    ),
+    "tabular.expected_reward": lambda: tabular.expected_reward(P, P),
+    "tabular.soft_plan": lambda: tabular.soft_plan(P, POLICY, 4),
+    "tabular.soft_plan_discounted": lambda: tabular.soft_plan_discounted(P, POLICY, 0.5),
+    "tabular.optimal_plan": lambda: tabular.optimal_plan(P, POLICY, 0.5),
+    "tabular.occupancy": lambda: tabular.occupancy(P, POLICY[:, 0], POLICY.expand(4, 3, 2)),
+    "tabular.occupancy_discounted": lambda: tabular.occupancy_discounted(P, POLICY[:, 0], POLICY, 0.5),
+    "tabular.policy_value": lambda: tabular.policy_value(P, POLICY, POLICY, 0.5),
+    "tabular.policy_value_horizon": lambda: tabular.policy_value_horizon(P, POLICY, POLICY.expand(4, 3, 2)),
+    "tabular.causal_log_likelihood": lambda: tabular.causal_log_likelihood(
+        POLICY.expand(4, 3, 2), POLICY.expand(4, 3, 2).log(), 0.9
+    ),
+    "tree.map": lambda: tree.map(torch.neg, SEEN),
+    "tree.leaves": lambda: list(tree.leaves(SEEN)),
+    "tree.flatten": lambda: tree.flatten(SEEN),
+    "tree.unflatten": lambda: tree.unflatten(tree.flatten(SEEN)),
+}
+"""How functions are called whose arguments are not all in `BY_NAME`."""
+
+
+def public() -> dict[str, Callable[..., Any]]:
+    """Every function of rlmeta.functional."""
+    found = {}
+    for module in pkgutil.iter_modules(rlmeta.functional.__path__):
+        content = importlib.import_module(f"rlmeta.functional.{module.name}")
+        for name, function in inspect.getmembers(content, inspect.isfunction):
+            if function.__module__ == content.__name__ and not name.startswith("_"):
+                found[f"{module.name}.{name}"] = function
+    return found
+
+
+FUNCTIONS = public()
+
+
+def called(name: str, **others: Any) -> Any:
+    """A function with what its parameters' names stand for; optional ones are given where they are known."""
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    known = {parameter: BY_NAME[parameter] for parameter in parameters if parameter in BY_NAME}
+    return FUNCTIONS[name](**known | others)
+
+
+def leaves(found: Any) -> Iterator[Tensor | np.ndarray | float]:
+    if isinstance(found, dict):
+        for name in sorted(found):
+            yield from leaves(found[name])
+    elif isinstance(found, list | tuple):
+        for one in found:
+            yield from leaves(one)
+    else:
+        yield found
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "float64": lambda: default_dtype(DOUBLE),
+    "float16": lambda: default_dtype(torch.float16),
+    "meta": lambda: torch.device("meta"),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_results_are_the_same_whatever_torchs_defaults_are(name: str, mode: str) -> None:
+    call = CALLS.get(name, lambda: called(name))
+    expected = list(leaves(call()))
+    with MODES[mode]():
+        found = list(leaves(call()))
+    assert len(found) == len(expected)
+    for one, right in zip(found, expected):
+        if isinstance(right, Tensor):
+            assert isinstance(one, Tensor) and one.dtype == right.dtype and one.device == right.device
+            same = torch.equal(one.nan_to_num(7), right.nan_to_num(7))
+            assert same
+        else:
+            np.testing.assert_array_equal(one, right)
