@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ from rlmeta.nn import (
     lift,
 )
 from rlmeta.nn.block import alone
-from rlmeta.nn.encoder import ACTION_MASK
+from rlmeta.nn.encoder import ACTION_MASK, byte_bound
 from rlmeta.nn.lift import copied
 
 
@@ -266,6 +267,8 @@ def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, ke
     """
     network = getattr(settings, "network", None)
     if network is None:
+        if not whitens(settings):
+            _warn_of_pictures(observation_space)
         return
     with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
         module = copied(_own_module(network, observation_space))
@@ -278,6 +281,23 @@ def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, ke
             check_block(lift(module, feature_axes(observation_space)), x, other, key=key)
         except SettingError as error:
             raise SettingError(f"network= ({type(module).__name__}) can't be trained: {error}") from None
+
+
+def _warn_of_pictures(space: gym.Space) -> None:
+    """Say where a picture reaches the default network in numbers of hundreds, at which its activations end."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        for part in space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces:
+            _warn_of_pictures(part)
+    elif isinstance(space, gym.spaces.Box) and len(space.shape) > 1 and byte_bound(space) is None:
+        largest = float(np.abs(space.high).max(initial=0.0))
+        if 100.0 < largest < 1e6:
+            warnings.warn(
+                f"observations of {space} reach the network as they are, up to {largest:g}: only pictures of bytes "
+                "(uint8) are divided by their bound; declare them as such, or scale them by a wrapper or "
+                "normalise_observation=True",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _keep_statistics(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,17 @@ def test_small_numbers_stored_as_bytes_are_learned_from(high: int, normalise: bo
     )
     run = rl.train(settings, rl.task(lambda: Echo(np.uint8, high), name="echo"), steps=1200, seeds=2)
     assert (run.scores > 9).all(), run.scores
+
+
+def test_pictures_that_nothing_scales_are_named() -> None:
+    picture = gym.spaces.Dict(picture=gym.spaces.Box(0, 255, (4, 4), np.float32))
+    with pytest.warns(RuntimeWarning, match="reach the network as they are, up to 255"):
+        rl.PPO().bind(picture, ACTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rl.PPO(normalise_observation=True).bind(picture["picture"], ACTIONS)
+        rl.PPO().bind(gym.spaces.Box(0, 255, (4, 4), np.uint8), ACTIONS)
+        rl.PPO().bind(gym.spaces.Box(-np.inf, np.inf, (4, 4)), ACTIONS)
 
 
 def test_normalised_bytes_are_not_divided_again() -> None:
