@@ -1,16 +1,23 @@
-# Needs Python 3.11 or newer and make. `make train` shows what rlmeta does, `make test` proves it.
+# Needs Python 3.11 or newer and make. `make train` shows what rlmeta does, `make test` proves it; `make slow` has the long
+# proofs, `make lowest` runs the suite on the lowest versions that pyproject.toml allows.
 PYTHON ?= python3
 BIN := .venv/bin
 SEEDS ?= 8
 STEPS ?= 100k
 
-.PHONY: train test check clean
+.PHONY: train test slow lowest check clean
 
 train: .venv/.train
 	$(BIN)/rlmeta train ppo CartPole-v1 --seeds $(SEEDS) --steps $(STEPS)
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-new-skips
+
+slow: .venv/.test
+	$(BIN)/python -m pytest -n 2 -m slow --timeout 1800 -rA > runs/slow.txt 2>&1; code=$$?; tail -n 40 runs/slow.txt; exit $$code
+
+lowest: .venv/.lowest
+	.venv/lowest/bin/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.test
 	$(BIN)/ruff check .
@@ -26,4 +33,9 @@ clean:
 
 .venv/.test: .venv/.train
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/.lowest: pyproject.toml constraints-lowest.txt .venv/.train
+	$(PYTHON) -m venv .venv/lowest
+	.venv/lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[all,bench]" pytest pytest-xdist pytest-timeout hypothesis scipy
 	touch $@

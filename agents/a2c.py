@@ -28,7 +28,7 @@ def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 500_000) -> di
     iterations = math.ceil(steps / (settings.num_envs * settings.num_steps))
 
     for i in range(iterations):
-        state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
+        state["progress"] = torch.full_like(state["progress"], i / iterations)
         p = state["params"]
 
         # act

@@ -24,18 +24,18 @@ def train(name: str = "split-digits", scenario: str = "task", seeds: int = 5, st
     learner = settings.bind(world.observation_space, world.action_space)
     state = learner.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
     iterations = math.ceil(steps / (settings.batch_size * settings.num_steps))
-    accuracy = torch.zeros(seeds, len(stream), len(stream), dtype=torch.float64)
+    accuracy = torch.zeros(seeds, len(stream), len(stream), dtype=torch.float64, device=state["key"].device)
 
     for task in range(len(stream)):
         # turn to the task
-        world.select(torch.full((seeds,), task))
+        world.select(torch.full_like(state["key"], task))
         key = random.fold(state["key"], "world")
         state = learner.begin_task(state, world, random.fold(key, task) if task else key)
         state = reset_optimizer(state)
 
         # learn
         for i in range(iterations):
-            state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
+            state["progress"] = torch.full_like(state["progress"], i / iterations)
             optimizer = learner.optimizer(state)
             for _ in range(settings.num_steps):
                 state["world"], batch = world.next_batch(state["world"])
@@ -45,7 +45,7 @@ def train(name: str = "split-digits", scenario: str = "task", seeds: int = 5, st
 
         # what is left of the others
         for other in range(len(stream)):
-            tests.select(torch.full((seeds,), other))
+            tests.select(torch.full_like(state["key"], other))
             accuracy[:, task, other] = learner.evaluate(state["params"], tests, state["key"]).returns.mean(-1)
     return {"state": state, "accuracy": accuracy}
 

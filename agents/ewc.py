@@ -29,7 +29,7 @@ def train(name: str = "split-digits", strength: float = 1000.0, seeds: int = 5, 
 
         # learn: the step adds the spring's pull, strength * precision * (weights - centre)
         for i in range(stage.first, stage.last):
-            state["progress"] = torch.full((seeds,), stage.progress(i), dtype=torch.float64)
+            state["progress"] = torch.full_like(state["progress"], stage.progress(i))
             state["task"] = {**state["task"], "progress": state["progress"]}
             optimizer, clip = learner.optimizer(state), state["params"]["hyper"]["max_grad_norm"]
             for _ in range(learner.settings.num_steps):

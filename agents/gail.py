@@ -29,7 +29,7 @@ def train(demonstrations: str, task: str = "CartPole-fixed", seeds: int = 8, ste
     iterations = math.ceil(steps / (settings.num_envs * settings.num_steps))
 
     for i in range(iterations):
-        state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
+        state["progress"] = torch.full_like(state["progress"], i / iterations)
 
         # act
         state, rollout = collect(agent, state, world, settings.num_steps)

@@ -29,7 +29,7 @@ def train(name: str = "split-digits", memory: int = 50, seeds: int = 5, steps: i
 
         # learn: the step projects the gradient so that no remembered task's loss rises
         for i in range(stage.first, stage.last):
-            state["progress"] = torch.full((seeds,), stage.progress(i), dtype=torch.float64)
+            state["progress"] = torch.full_like(state["progress"], stage.progress(i))
             state["task"] = {**state["task"], "progress": state["progress"]}
             optimizer, clip = learner.optimizer(state), state["params"]["hyper"]["max_grad_norm"]
             for _ in range(learner.settings.num_steps):

@@ -27,8 +27,8 @@ def train(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> d
     iterations, bound = math.ceil(steps / (settings.num_envs * settings.unroll)), settings.max_grad_norm
 
     for i in range(iterations):
-        state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
-        state["count"]["iterations"] = torch.full((seeds,), i)
+        state["progress"] = torch.full_like(state["progress"], i / iterations)
+        state["count"]["iterations"] = torch.full_like(state["key"], i)
         carry = state["params"]["buffers"]["carry"]
 
         # new problems for those that are through

@@ -30,8 +30,8 @@ def train(family: str = "sinusoid", seeds: int = 4, steps: int = 75_000) -> dict
     inner = optim.sgd(hyper["inner_rate"].unsqueeze(-1).expand(seeds, settings.num_envs))
 
     for i in range(iterations):
-        state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
-        tasks = world.tasks(state["key"], torch.full((seeds,), i), settings.num_envs, "train")
+        state["progress"] = torch.full_like(state["progress"], i / iterations)
+        tasks = world.tasks(state["key"], torch.full_like(state["key"], i), settings.num_envs, "train")
         weights = Packed.of(state["params"]["weights"], 1)
         theta = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 

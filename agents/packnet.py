@@ -38,7 +38,7 @@ def train(name: str = "split-digits", keep: float = 0.0, seeds: int = 5, steps: 
         # learn with the free weights, then with those that are left
         state = reset_optimizer(state)
         for i in range(stage.first, stage.last):
-            state["progress"] = torch.full((seeds,), stage.progress(i), dtype=torch.float64)
+            state["progress"] = torch.full_like(state["progress"], stage.progress(i))
             state["task"] = {**state["task"], "progress": state["progress"]}
             optimizer, clip = learner.optimizer(state), state["params"]["hyper"]["max_grad_norm"]
             for _ in range(learner.settings.num_steps):

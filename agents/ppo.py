@@ -46,7 +46,7 @@ def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 100_000) -> di
         return state
 
     for i in range(iterations):
-        state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
+        state["progress"] = torch.full_like(state["progress"], i / iterations)
 
         # act
         state, rollout = collect(agent, state, world, settings.num_steps)

@@ -44,7 +44,7 @@ def train(seeds: int = 8, steps: int = 200_000, task: str = "MountainCar-v0") ->
     iterations = math.ceil(steps / (settings.num_envs * settings.num_steps))
 
     for i in range(iterations):
-        state["progress"] = torch.full((seeds,), i / iterations, dtype=torch.float64)
+        state["progress"] = torch.full_like(state["progress"], i / iterations)
         state, rollout = collect(agent, state, world, settings.num_steps)
 
         # F = gamma Phi(s') - Phi(s); a terminal state has no potential

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import random
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":  # locks, worker processes and checkpoints use POSIX calls
+    raise ImportError("rlmeta runs on Linux and macOS; on Windows use it within WSL")
 
 if TYPE_CHECKING:
     from rlmeta.agents import (
@@ -110,7 +115,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'rlmeta' has no attribute {name!r}")
+    numbers = random.getstate()  # a package that is imported along the way draws from Python's own generator
     value = getattr(importlib.import_module(_WHERE[name]), name)
+    random.setstate(numbers)
     globals()[name] = value
     return value
 

@@ -180,7 +180,9 @@ class OwnCode:
     lifelong: str = ""
     """The lifelong methods again, as package.module:MyMethod, joined by commas."""
     rewards: str = "none"
-    """The rewards again, as package.module:Name, joined by +."""
+    """To go on: the rewards again, as package.module:Name, joined by +."""
+    demonstrations: str | None = None
+    """To go on: the file of the demonstrations again, where it is no longer where it was."""
 
     def again(self, folder: Path) -> dict[str, Any]:
         """What `load` and `resume` are given of it for the run in a folder."""
@@ -188,11 +190,14 @@ class OwnCode:
         from rlmeta.lab.flags import load_objects
 
         rewards = load_objects(self.rewards)
+        own: dict[str, Any] = {"rewards": rewards} if rewards else {}
+        if self.demonstrations is not None:
+            own["demonstrations"] = self.demonstrations
         return {
             "network": own_code.network_again(self.network),
             "env": own_code.env_again(folder, self.env),
             "lifelong": own_code.own_methods_again(folder, self.lifelong),
-            "own": {"rewards": rewards} if rewards else {},
+            "own": own,
         }
 
 

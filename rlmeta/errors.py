@@ -45,6 +45,10 @@ class HookError(RlmetaError, TypeError):
     """A hook of a lifelong method that gave back something else than the learner can use."""
 
 
+class EnvironmentFailedError(RlmetaError):
+    """An environment raised, or its worker process died; the message holds its error, or the worker's traceback."""
+
+
 class InexactResumeError(RlmetaError):
     """An environment that could not be brought back to where the checkpoint left it."""
 
@@ -70,18 +74,56 @@ LONGEST_LIST = 600
 """Characters of all the known names in a message; more of them are left to `rlmeta list`."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """An `UnknownNameError` for `name` that lists the nearest of the `known` names, or all where none is near."""
+def nearest_names(name: str, known: Iterable[str], most: int = 4) -> list[str]:
+    """Those of the `known` names that `name` may have been meant for, the nearest first; often none.
+
+    Near is what a slip of the finger or two makes of a name, what shares most of its letters in their order, and what
+    a name of some length is a part of; the case of letters does not count.
+    """
+    lowered = {candidate.lower(): candidate for candidate in sorted(known, reverse=True)}
+    given = name.lower()
+    alike = difflib.get_close_matches(given, lowered, n=20, cutoff=0.5)
+    slips = {candidate: _slips(given, candidate) for candidate in sorted(alike, reverse=True)}  # v1 before v0
+    near = sorted((one for one, count in slips.items() if _is_near(given, one, count)), key=slips.__getitem__)
+    whole = [candidate for candidate in sorted(lowered) if len(given) >= 4 and given in candidate]
+    return [lowered[candidate] for candidate in dict.fromkeys([*near, *whole])][:most]
+
+
+def _is_near(one: str, other: str, slips: int) -> bool:
+    length = max(len(one), len(other))
+    return slips <= max(1, length // 4) or difflib.SequenceMatcher(None, one, other).ratio() >= 0.75
+
+
+def _slips(one: str, other: str) -> int:
+    """Letters to insert, delete, replace, or exchange with their neighbour to turn one text into the other."""
+    rows = [list(range(len(other) + 1))]
+    for i, a in enumerate(one, 1):
+        row = [i]
+        for j, b in enumerate(other, 1):
+            cost = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (a != b))
+            if i > 1 and j > 1 and a == other[j - 2] and one[i - 2] == b:
+                cost = min(cost, rows[-2][j - 2] + 1)
+            row.append(cost)
+        rows.append(row)
+    return rows[-1][-1]
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], listed_by: str = "`rlmeta list`") -> UnknownNameError:
+    """An `UnknownNameError` for `name` that lists the nearest of the `known` names, or all where none is near.
+
+    Args:
+        kind: of name.
+        name: as it was given.
+        known: what it could have been.
+        listed_by: what shows them where they are too many for a message.
+    """
     known = sorted(known)
-    nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    if not nearest:
-        lowered = {candidate.lower(): candidate for candidate in known}
-        nearest = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.5)]
+    nearest = nearest_names(name, known)
     everything = ", ".join(known)
     if nearest:
         hint = f"did you mean {', '.join(nearest)}?"
     elif len(everything) > LONGEST_LIST:
-        hint = "`rlmeta list` shows what can be named"
+        hint = f"{listed_by} shows what can be named"
     else:
         hint = f"expected one of {everything}" if known else "there is none"
     return UnknownNameError(f"unknown {kind} {name!r}: {hint}")

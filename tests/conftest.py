@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes, and those they start, share two cores
@@ -11,11 +15,54 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.default_device import DefaultDeviceMeta
+
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ci")
+
+KNOWN_SKIPS = Path(__file__).with_name("skips.txt")
+"""Tests that may be skipped where the machine lacks what they need, one node id (or its beginning) a line."""
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Two test processes share two cores; small tensors gain nothing from more threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --default-device-meta, what rlmeta makes without naming a device has no numbers."""
+    with DefaultDeviceMeta() if request.config.getoption("--default-device-meta") else nullcontext():
+        yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--default-device-meta", action="store_true", help="see tests/default_device.py")
+    parser.addoption("--no-new-skips", action="store_true", help="fail where a test is skipped that skips.txt lacks")
+
+
+def _skipped(config: pytest.Config) -> list[str]:
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    return [] if reporter is None else sorted({report.nodeid for report in reporter.stats.get("skipped", [])})
+
+
+def _new_skips(config: pytest.Config) -> list[str]:
+    known = [line for line in KNOWN_SKIPS.read_text().splitlines() if line and not line.startswith("#")]
+    return [node for node in _skipped(config) if not node.startswith(tuple(known))]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A test that silently stopped running proves nothing, so a skip that nobody allowed is a failure."""
+    on_worker = hasattr(session.config, "workerinput")
+    if not on_worker and session.config.getoption("--no-new-skips") and _new_skips(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say which tests were skipped, and which of them should not have been."""
+    for node in _skipped(config):
+        terminalreporter.write_line(f"skipped: {node}")
+    if config.getoption("--no-new-skips"):
+        for node in _new_skips(config):
+            terminalreporter.write_line(f"FAILED by --no-new-skips: {node} is not in tests/skips.txt", red=True)

@@ -288,6 +288,61 @@ def test_environment_and_network_by_name_are_given_again(
     assert [rows[0]["scores"] for rows in tables] == [[5.0]] * 3
 
 
+@pytest.mark.parametrize("again", ["own_code:Line-v0", "own_code:Line", ""])
+def test_every_command_takes_the_name_that_train_took(
+    again: str, project: Path, tables: list[list[dict[str, Any]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An id that a module registers, as it was trained on, or the class behind it; with the settings it had."""
+    (project / "own_code.py").write_text(OWN_CODE)
+    rlmeta_says(capfd, f"train ppo own_code:Line-v0 --env.size 4 {TINY} --quiet --out a")
+    flag = f"--env {again}" if again else ""
+    rlmeta_says(capfd, f"eval a --episodes 2 {flag}")
+    rlmeta_says(capfd, f"resume a --quiet {flag}")
+    assert [rows[0]["scores"] for rows in tables] == [[4.0]] * 3
+    said, _ = rlmeta_says(capfd, f"record a --out demo --episodes 2 {flag}")
+    assert "returns 4 (4 to 4)" in said
+    _, error = rlmeta_says(capfd, f"adapt a {flag}", 2)
+    assert "a run of ppo does not adapt" in error
+    _, error = rlmeta_says(capfd, "eval a --env own_code:Lime", 2)
+    assert "own_code has no 'Lime': did you mean Line?" in error
+    _, error = rlmeta_says(capfd, "eval a --env own_code:Lime-v0", 2)
+    assert "unknown gymnasium environment 'own_code:Lime-v0': did you mean own_code:Line-v0" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_code:broken", "error: ZeroDivisionError: division by zero"),
+        ("own_code:missing", "error: NameNotFound: Environment `Nowhere` doesn't exist"),
+        ("own_code:Failing-v0", "environment 'own_code:Failing-v0' failed with RuntimeError: no display"),
+        ("own_code:zoo", "several agents, such as PettingZoo's, are not supported"),
+    ],
+)
+def test_errors_in_ones_own_code_are_shown_as_they_are(
+    name: str, message: str, project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = """
+def missing():
+    return gym.make("Nowhere-v0")
+
+def failing():
+    raise RuntimeError("no display")
+
+class Zoo:
+    possible_agents = ["a", "b"]
+
+def zoo():
+    return Zoo()
+
+gym.register("Failing-v0", failing)
+"""
+    (project / "own_code.py").write_text(OWN_CODE + more)
+    assert main(["train", "ppo", name, *TINY.split(), "--quiet"]) != 0
+    error = capfd.readouterr().err
+    assert message in error and "unknown" not in error and ("own_code.py" in error or name == "own_code:zoo")
+    gym.registry.pop("Failing-v0")
+
+
 def test_native_environment_by_name(
     project: Path, tables: list[list[dict[str, Any]]], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -524,8 +579,8 @@ def environment() -> dict[str, str]:
         ("train ppo CartPole-v1 --steps 1k,2k", "--steps is '1k,2k', expected one value"),
         ("train ppo CartPole-v1 --seeds 0", "--seeds is '0', expected at least one"),
         ("train ppo CartPole-v1 --seeds -3", "--seeds is '-3', expected at least one"),
-        ("train ppo CartPole-v1 --seeds ,", "--seeds is ',', expected at least one"),
-        ("train ppo CartPole-v1 --seeds x", "--seeds is 'x', expected a count (16) or seeds (3,5,7)"),
+        ("train ppo CartPole-v1 --seeds ,", "--seeds ,: no seeds given, expected at least one"),
+        ("train ppo CartPole-v1 --seeds x", "--seeds is 'x', expected a count (16), or seeds (3,5,7 or 100-115)"),
         ("train ppo CartPole-v1 --seeds 3,3", "seeds repeat: [3, 3]"),
         ("train ppo CartPole-v1 --seeds 3,3 --hidden-sizes 8,9", "seeds repeat: [3, 3]"),
         ("train ppo CartPole-v1 --env.gravitty 7", "unknown constant of CartPole 'gravitty': did you mean gravity?"),
@@ -578,7 +633,7 @@ def environment() -> dict[str, str]:
         ("record nothing", "rlmeta record needs a file to write: --out FILE"),
         ("record nothing --out .", ". exists: record into another file, or delete it first"),
         ("record nothing --out demo --learner -2", "--learner is -2, expected 0 or more, or -1 for the best"),
-        ("list tsaks", "unknown kind of name 'tsaks': did you mean tasks, streams?"),
+        ("list tsaks", "unknown kind of name 'tsaks': did you mean tasks?"),
     ],
 )
 def test_bad_input(

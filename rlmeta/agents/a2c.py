@@ -10,21 +10,22 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
-from rlmeta.agents.rewards import Reward
+from rlmeta.agents.rewards import Reward, distinct
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import generalized_advantage
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block
+from rlmeta.nn import ActionBounds, Block, bare
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,11 @@ class A2C:
     """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
     normalise_reward: bool = False
     """Divide rewards by the running deviation of their discounted return."""
+    action_bounds: ActionBounds = "scale"
+    """Box actions: take the bounds for the policy's unit, so that it acts on the scale of the task whatever it counts
+    in; or squash actions into them by a tanh; or act in raw units, clipped at the bounds."""
     initial_log_std: float = 0.0
-    """Box actions: the logarithm of the initial deviation."""
+    """Box actions: the logarithm of the initial deviation, in the policy's unit."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the default network."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -73,6 +77,9 @@ class A2C:
     """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        distinct(self.rewards)
+        require_range(self, "initial_log_std", *LOG_STD_RANGE)
         for name in ("learning_rate", "max_grad_norm", "epsilon"):
             require_range(self, name, 0.0, above=True)
         for name in ("gamma", "gae_lambda", "rmsprop_decay"):
@@ -97,7 +104,7 @@ class A2CAgent(Agent):
     ) -> None:
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
-        blocks = self.networks()
+        blocks = bare(self.networks)
         self.policy, self.value = blocks["policy"], blocks["value"]
         self.head: Any = self.policy.head
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.rewards import Reward, distinct, relabel
+from rlmeta.agents.networks import check_network
+from rlmeta.agents.rewards import Reward, distinct, first_memory, relabel
+from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import random, tree
@@ -30,9 +35,18 @@ from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext
 from rlmeta.nn import Block, Context
+from rlmeta.nn.encoder import ACTION_MASK
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
 """From an observation space to a module that turns a batch of observations into features `[B, D]`."""
+
+
+LOG_STD_RANGE = (-20.0, 20.0)
+"""Where a Gaussian policy's `initial_log_std` may lie; its exponential is a number there."""
+
+ORDINARY = (0.1, 10.0)
+"""How many of a policy's initial deviations lie between the middle of an action's bounds and either of them, where
+raw units do no harm."""
 
 
 class Agent:
@@ -55,15 +69,21 @@ class Agent:
     steps_per_iteration: int
     """Steps every environment takes in one iteration."""
     num_tasks = 1
+    reveals = EVERYTHING
     task_samples: int | None = None
+    idle_steps = 0
+    acting_network: str | None = None
+    """The name of what it acts by, where that is not its first network."""
     counts = "environment steps"
     score = Score("return")
 
     def __init__(
         self, settings: Any, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
+        check_network(settings, observation_space, rows=True)
         self.settings = settings
         self.observation_space, self.action_space = observation_space, action_space
+        _warn_of_raw_units(settings, action_space)
         self.methods = tuple(methods)
         self.rewards: tuple[Reward, ...] = distinct(getattr(settings, "rewards", ()))
         self.pretrain: Callable[[State], State] | None = None
@@ -106,15 +126,23 @@ class Agent:
 
     def begin_task(self, state: State, world: World, key: Tensor) -> State:
         """Begin episodes of the task that the world has been set to; `key` is `[*L]`."""
-        state["world"] = world.reset(key)
-        state["episode"] = self._no_episodes(key, world)
-        state["memory"] = self.initial_memory(state["params"], (*key.shape, world.num_envs))
+        state = self.enter(state, world, key)
         state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
         return self._begin_rewards(state, world)
 
+    def enter(self, state: State, world: World, key: Tensor) -> State:
+        """Go on in the task that the world has been set to, untold that it is another: only episodes begin anew."""
+        state["world"] = world.reset(key)
+        state["episode"] = self._no_episodes(key, world)
+        state["memory"] = self.initial_memory(state["params"], (*key.shape, world.num_envs))
+        return state
+
     def _begin_rewards(self, state: State, world: World) -> State:
         if self.rewards:
-            state["rewards"] = {reward.name: reward.init(self, state, world) for reward in self.rewards}
+            state["rewards"] = {
+                reward.name: first_memory(reward, reward.init(self, state, world), state["key"])
+                for reward in self.rewards
+            }
         return state
 
     def _no_episodes(self, key: Tensor, world: World) -> State:
@@ -185,6 +213,15 @@ class Agent:
         del rollout["first_memory"]
         return flatten_time(rollout, axes)
 
+    def watch(self, state: State, observation: tree.Tree) -> State:
+        """Count observations from elsewhere, `[M, ...]` for every learner, among those that observations are
+        normalised by: whatever trains the weights before the first rollout fills what normalises their input."""
+        normalisers, learners = state["params"]["normalisers"], state["key"].shape
+        if "observation" in normalisers:
+            seen = observation.to(state["key"].device).expand(*learners, *observation.shape)
+            normalisers["observation"] = running_update(normalisers["observation"], seen)
+        return state
+
     # ------------------------------------------------------------------ one iteration
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
@@ -196,10 +233,22 @@ class Agent:
         if self.pretrain is not None and not bool(state["count"]["iterations"].any()):
             state = self.pretrain(state)
         state, rollout = collect(self, state, world, self.steps_per_iteration)
+        self._warn_of_masks(rollout)
         state, episodes = episode_statistics(state, rollout)
         state, rewards, relabelled = self.relabel(state, rollout)
         state, metrics = self.update(state, rollout, rewards)
         return self.end_iteration(state, rollout), {**metrics, **episodes, **relabelled}
+
+    def _warn_of_masks(self, rollout: Rollout) -> None:
+        """Say that an agent had to act where its observation allowed nothing; ends of episodes need no action."""
+        mask = rollout["observation"].get(ACTION_MASK) if isinstance(rollout["observation"], dict) else None
+        if mask is not None and bool((~mask.bool().any(-1) & rollout["valid"]).any()):
+            warnings.warn(
+                f"an observation to act on allows no action (its {ACTION_MASK} is 0 everywhere): it was taken to allow "
+                "every one; give the environment an action for passing",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def relabel(self, state: State, rollout: Rollout) -> tuple[State, dict[str, Tensor], Metrics]:
         """The streams of reward that a rollout is learned from: the task's own, through what `rewards` lists."""
@@ -225,3 +274,20 @@ class Agent:
             "task_steps": count["task_steps"] + self.steps_per_iteration,
         }
         return state
+
+
+def _warn_of_raw_units(settings: Any, space: gym.Space) -> None:
+    """Say that a policy in raw units starts where its actions are all at the bounds, or all alike."""
+    if getattr(settings, "action_bounds", "scale") != "clip" or not isinstance(space, gym.spaces.Box):
+        return
+    deviation = math.exp(settings.initial_log_std)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    far = ((high - low) / 2 < ORDINARY[0] * deviation) | (low > 0) | (high < 0)
+    far |= np.isfinite(high - low) & ((high - low) / 2 > ORDINARY[1] * deviation)
+    if far.any():
+        warnings.warn(
+            f'action_bounds="clip": the policy begins around 0 with a deviation of {deviation:g}, far from the bounds '
+            f'of {space}, which it is not told: use action_bounds="scale"',
+            RuntimeWarning,
+            stacklevel=2,
+        )

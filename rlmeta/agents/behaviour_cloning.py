@@ -11,21 +11,21 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.demonstrations import Demonstrations, Unread
 from rlmeta.envs.world import World
 from rlmeta.errors import DemonstrationError
 from rlmeta.functional import optim, random, tree
-from rlmeta.functional.normalise import running_update
 from rlmeta.learning.average import Average
 from rlmeta.learning.capture import Capture
+from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block
+from rlmeta.nn import ActionBounds, Block, bare
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class BehaviourCloning:
     """Clip each learner's gradient to this norm."""
     normalise_observation: bool = True
     """Whiten observations by the statistics of the demonstrations."""
+    action_bounds: ActionBounds = "scale"
+    """Box actions: take the bounds for the policy's unit, so that it acts on the scale of the task whatever it counts
+    in; or squash actions into them by a tanh; or act in raw units, clipped at the bounds."""
     initial_log_std: float = 0.0
-    """Box actions: the logarithm of the initial deviation."""
+    """Box actions: the logarithm of the initial deviation, in the policy's unit."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the default network."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -64,6 +67,8 @@ class BehaviourCloning:
     num_envs = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
+        require_range(self, "initial_log_std", *LOG_STD_RANGE)
         for name in ("learning_rate", "max_grad_norm"):
             require_range(self, name, 0.0, above=True)
         for name in ("entropy_coefficient", "weight_decay", "episodes"):
@@ -94,8 +99,8 @@ class BehaviourCloningAgent(Agent):
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
         given = chosen(settings.demonstrations, settings.episodes, observation_space, action_space)
-        self.transitions = given.transitions()
-        self.policy = self.networks()["policy"]
+        self.transitions: tree.Tree = None if given is None else given.transitions()
+        self.policy = bare(self.networks)["policy"]
         self.head: Any = self.policy.head
 
     def networks(self) -> dict[str, Block]:
@@ -106,13 +111,7 @@ class BehaviourCloningAgent(Agent):
         """The state at the start of a run."""
         state = super().init(key, hyper, world)
         state["optimizer"] = init_optimizer(optim.adamw(hyper["learning_rate"]), state)
-        normalisers = state["params"]["normalisers"]
-        if "observation" in normalisers:
-            seen = self.transitions["observation"].to(key.device)
-            normalisers["observation"] = running_update(
-                normalisers["observation"], seen.expand(*key.shape, *seen.shape)
-            )
-        return state
+        return state if self.transitions is None else self.watch(state, self.transitions["observation"])
 
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
@@ -152,9 +151,12 @@ class BehaviourCloningAgent(Agent):
 
 
 def chosen(
-    given: Demonstrations | str | Path | None, episodes: int, observation_space: gym.Space, action_space: gym.Space
-) -> Demonstrations:
-    """The demonstrations to imitate, after a check that they are of these spaces.
+    given: Demonstrations | Unread | str | Path | None,
+    episodes: int,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+) -> Demonstrations | None:
+    """The demonstrations to imitate, after a check that they are of these spaces; None where they are left unread.
 
     Args:
         given: a file, or demonstrations.
@@ -170,6 +172,8 @@ def chosen(
             "nothing to imitate: give demonstrations= (on the command line --demonstrations FILE, which "
             "`rlmeta record RUN --out FILE` writes)"
         )
+    if isinstance(given, Unread):
+        return None
     loaded = given if isinstance(given, Demonstrations) else Demonstrations.load(given)
     loaded.check(observation_space, action_space)
     return loaded.first(episodes) if episodes else loaded
@@ -204,13 +208,15 @@ def warm_start(agent: Any, state: State, transitions: tree.Tree, steps: int, bat
     """Clone demonstrations with any agent's policy before it acts for the first time.
 
     Args:
-        agent: has `log_prob`.
-        state: consumed; comes back with other weights, all else as it was.
+        agent: has `log_prob`, and normalises observations by those of the demonstrations from here on.
+        state: consumed; comes back with the policy's weights trained, and with what it shares with the value. The
+            value's own weights and the optimizer's moments are as they were: both begin with the first rollout.
         transitions: of `Demonstrations.transitions()`.
         steps: gradient steps.
         batch_size: of a minibatch.
         rate: Adam's step size.
     """
+    state = agent.watch(state, transitions["observation"])
     moments, optimizer = state["optimizer"], optim.adam(torch.full_like(state["progress"], rate, dtype=torch.float32))
     state["optimizer"] = init_optimizer(optimizer, state)
     cloner, key = _Cloner(agent), random.fold(state["key"], "warm start")

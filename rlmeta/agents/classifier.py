@@ -13,6 +13,7 @@ from torch import Tensor
 from rlmeta.agents.supervised import Supervised, SupervisedSettings, require_target
 from rlmeta.envs.data import DataWorld
 from rlmeta.functional import losses, tree
+from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Score
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
@@ -56,11 +57,16 @@ class ClassifierLearner(Supervised):
         return state
 
     def begin_task(self, state: State, world: DataWorld, key: Tensor) -> State:
-        """Turn to the world's task; its classes are born."""
+        """Turn to the world's task; where it is announced, its classes are born."""
         state = super().begin_task(state, world, key)
-        p = state["params"]
-        state["params"] = {**p, "buffers": {**p["buffers"], "born": p["buffers"]["born"] | world.classes()}}
-        return state
+        return _bear(state, world.classes()) if world.announces else state
+
+    def meet(self, state: State, world: DataWorld, batch: tree.Tree) -> State:
+        """Where no task is announced, classes are born when the first sample of them is met."""
+        if world.announces or world.scenario != "class":
+            return state
+        met = torch.zeros_like(state["params"]["buffers"]["born"])
+        return _bear(state, met.scatter(-1, batch["target"], torch.ones_like(batch["target"], dtype=torch.bool)))
 
     def logits(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
         """Of every class, `[*L, B, C]`.
@@ -84,6 +90,15 @@ class ClassifierLearner(Supervised):
         ctx.info["losses/loss"] = loss.detach()
         return {"net": loss}
 
+    def evaluate(
+        self, p: Params, world: DataWorld, key: Tensor, episodes: int = 1, *, deterministic: bool = True
+    ) -> Evaluation:
+        """The accuracy on all test samples of the world's task, `[*L, 1]`; NaN before all its classes are born, when
+        nobody could be right about them."""
+        found = super().evaluate(p, world, key, episodes, deterministic=deterministic)
+        unborn = (world.classes().to(key.device) & ~p["buffers"]["born"]).any(-1, keepdim=True)
+        return found._replace(returns=found.returns.masked_fill(unborn, torch.nan))
+
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
         """log p(target | input), `[*L, B]`."""
         logits = self.logits(p, batch).log_softmax(-1)
@@ -96,3 +111,10 @@ class ClassifierLearner(Supervised):
     def score_of(self, output: Tensor, batch: tree.Tree) -> Tensor:
         """1 where the most probable class is the right one, `[*L, B]`."""
         return (output.argmax(-1) == batch["target"]).float()
+
+
+def _bear(state: State, classes: Tensor) -> State:
+    """The state with these classes `[*L, C]` among those that are born."""
+    p = state["params"]
+    born = p["buffers"]["born"]
+    return {**state, "params": {**p, "buffers": {**p["buffers"], "born": born | classes.to(born.device)}}}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import q_network
-from rlmeta.agents.rewards import Reward
+from rlmeta.agents.rewards import Reward, distinct
 from rlmeta.envs.world import World
 from rlmeta.errors import SpaceError
 from rlmeta.functional import losses, optim, random, tree
@@ -21,12 +21,13 @@ from rlmeta.functional.axes import align
 from rlmeta.learning import replay
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block
+from rlmeta.nn import Block, bare
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class DQN:
     """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        distinct(self.rewards)
         for name in ("learning_rate", "max_grad_norm", "huber_delta"):
             require_range(self, name, 0.0, above=True)
         for name in ("gamma", "epsilon_start", "epsilon_end"):
@@ -121,8 +124,10 @@ class DQNAgent(Agent):
             raise SpaceError(f"DQN chooses among Discrete actions, the task has {action_space}: use PPO or A2C")
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
+        self.idle_steps = max(-(-settings.learning_starts // settings.num_envs), settings.n_steps)
         self.averaged = min(values_of(settings.average_rate)) < 1.0 and not self.methods
-        self.q: Any = self.networks()["q"]
+        self.acting_network = "average" if self.averaged else "q"
+        self.q: Any = bare(self.networks)["q"]
 
     def networks(self) -> dict[str, Block]:
         """`q` gives the value of every action."""
@@ -143,6 +148,15 @@ class DQNAgent(Agent):
         """Begin the task with an empty replay memory: its steps are counted from here."""
         state = super().begin_task(state, world, key)
         state["replay"] = tree.map(torch.zeros_like, state["replay"])
+        return state
+
+    def enter(self, state: State, world: World, key: Tensor) -> State:
+        """Go on in the world's task with the memory as it is: the newest steps in it are the last of their episodes."""
+        state = super().enter(state, world, key)
+        ends, axes, steps = state["replay"]["truncated"], key.dim(), int(state["count"]["task_steps"].max())
+        if steps:
+            row = torch.tensor([(steps - 1) % ends.shape[axes]], device=ends.device)
+            state["replay"] = {**state["replay"], "truncated": ends.index_fill(axes, row, True)}
         return state
 
     # ------------------------------------------------------------------ act
@@ -236,11 +250,15 @@ def _move(name: str, state: State, rate: Tensor) -> None:
     """copy += rate (online - copy), for the learners that are active."""
     p = state["params"]
     rate = rate * state["active"]
-    moved = {
-        name: torch.lerp(p["buffers"][name].to(value.dtype), value, align(rate.to(value.dtype), value))
-        for name, value in _online_as(name, p).items()
-    }
+    moved = {name: _nearer(p["buffers"][name], value, rate) for name, value in _online_as(name, p).items()}
     p["buffers"] = {**p["buffers"], **moved}
+
+
+def _nearer(copy: Tensor, online: Tensor, rate: Tensor) -> Tensor:
+    """copy + rate (online - copy); what is counted, not measured, is taken over."""
+    if not online.is_floating_point():
+        return torch.where(torch.as_tensor(align(rate, online) > 0), online, copy)
+    return torch.lerp(copy.to(online.dtype), online, align(rate.to(online.dtype), online))
 
 
 def _online_as(name: str, p: Params) -> dict[str, Tensor]:

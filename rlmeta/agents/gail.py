@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 from rlmeta.agents.behaviour_cloning import chosen, draw, warm_start
 from rlmeta.agents.ppo import PPO, PPOAgent
 from rlmeta.agents.rewards import distinct
-from rlmeta.agents.rewards.reward import Memory, Rewards
+from rlmeta.agents.rewards.reward import Memory, Rewards, check_name
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.world import World
 from rlmeta.errors import DemonstrationError, SettingError
@@ -26,12 +26,13 @@ from rlmeta.functional.normalise import normalise, running_init, running_update
 from rlmeta.learning.average import Average
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types, shown
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, gather
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import MLP, Context, Encoder, stack
+from rlmeta.nn import MLP, ActionUnits, Context, Encoder, bare, stack
 
 SMALLEST_VARIANCE = 1e-4
 """Of an input that the demonstrations hardly vary: less would make every other value of it infinitely far."""
@@ -81,8 +82,13 @@ class GAIL(PPO):
             require_range(self, name, 0)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
-        """PPO for environments of these spaces, with the discriminator before its other rewards."""
+        """PPO for environments of these spaces, with the discriminator before its other rewards.
+
+        Where the demonstrations are left unread it can only act.
+        """
         given = chosen(self.demonstrations, self.episodes, observation_space, action_space)
+        if given is None:
+            return PPOAgent(self, observation_space, action_space, methods)
         learned = AdversarialReward(
             given,
             self.form,
@@ -127,6 +133,19 @@ class AdversarialReward:
     """A control: tell the discriminator at random which steps are demonstrated."""
     name: str = "imitation"
     """Of the stream and the memory."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_name(self.name)
+        if not isinstance(self.demonstrations, Demonstrations):
+            raise SettingError(
+                f"AdversarialReward: demonstrations is {shown(self.demonstrations)}, expected Demonstrations: load a "
+                "file by Demonstrations.load(path)"
+            )
+        require_range(self, "learning_rate", 0.0, above=True)
+        require_range(self, "gradient_penalty", 0.0)
+        for name in ("updates", "batch_size"):
+            require_range(self, name, 1)
 
     # ------------------------------------------------------------------ set-up
 
@@ -240,10 +259,12 @@ class Discriminator:
         self.observation, self.action = Encoder(demonstrations.observation_space), Encoder(space)
         self.bounds: tuple[Tensor, Tensor] | None = None
         if isinstance(space, gym.spaces.Box):
-            self.bounds = torch.as_tensor(space.low), torch.as_tensor(space.high)
+            low, high = space.low.reshape(-1), space.high.reshape(-1)
+            self.bounds = torch.from_numpy(space.low), torch.from_numpy(space.high)
+            self.units = ActionUnits(space.shape, low.tolist(), high.tolist())
         self.features = self.observation.features + self.action.features + absorbing
         self.hidden_sizes, self.absorbing = hidden_sizes, absorbing
-        self.network, self.capture = self.make(), Capture()
+        self.network, self.capture = bare(lambda: {"discriminator": self.make()})["discriminator"], Capture()
         steps = demonstrations.transitions()
         inputs = self._features(steps["observation"], steps["action"])
         self.statistics = running_update(running_init((), inputs.shape[-1:]), inputs)
@@ -263,11 +284,13 @@ class Discriminator:
         return torch.cat((whitened, torch.zeros_like(whitened[..., :1])), -1) if self.absorbing else whitened
 
     def _features(self, observation: tree.Tree, action: Tensor) -> Tensor:
-        """Observation and action side by side; Box actions within their bounds, as environments take them."""
-        if self.bounds is not None:
-            low, high = (bound.to(action) for bound in self.bounds)
-            action = action.clamp(low, high)
-        return torch.cat([self.observation.run({}, observation, Context()), self.action.run({}, action, Context())], -1)
+        """Observation and action side by side; Box actions within their bounds, as environments take them, and in
+        units of these, or `SMALLEST_VARIANCE` would decide how well actions of a small scale can be told apart."""
+        seen = self.observation.run({}, observation, Context())
+        if self.bounds is None:
+            return torch.cat([seen, self.action.run({}, action, Context())], -1)
+        low, high = (bound.to(action) for bound in self.bounds)
+        return torch.cat([seen, self.units.to_policy(action.clamp(low, high)).to(seen.dtype)], -1)
 
     def logit(self, p: Params, inputs: Tensor) -> Tensor:
         """`[*L, ..., D]` -> `[*L, ...]`"""

@@ -20,12 +20,13 @@ from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tabular, tree
 from rlmeta.learning.average import Average
 from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block, Context
+from rlmeta.nn import Block, Context, bare
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class IRL:
     num_envs = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_range(self, "learning_rate", 0.0, above=True)
         require_range(self, "gamma", 0.0, 1.0)
         require_range(self, "num_steps", 1)
@@ -83,10 +85,11 @@ class IRLAgent(Agent):
         self.steps_per_iteration = settings.num_steps
         given = chosen(settings.demonstrations, settings.episodes, observation_space, action_space)
         self.num_states: int = int(observation_space.n)  # type: ignore[attr-defined]
-        self.transitions = given.transitions()
-        self.visits = demonstrated_visits(given, self.num_states, settings.horizon, settings.gamma)
-        self.cut = cut_off(given, self.num_states, settings.gamma if settings.horizon == 0 else 0.0)
-        self.reward_network = self.networks()["reward"]
+        if given is not None:
+            self.transitions = given.transitions()
+            self.visits = demonstrated_visits(given, self.num_states, settings.horizon, settings.gamma)
+            self.cut = cut_off(given, self.num_states, settings.gamma if settings.horizon == 0 else 0.0)
+        self.reward_network = bare(self.networks)["reward"]
         self.capture = None  # planning without a horizon ends when values stand still, which no recording can know
 
     def networks(self) -> dict[str, Block]:
@@ -104,7 +107,7 @@ class IRLAgent(Agent):
             raise SettingError("IRL needs known dynamics: a tabular task (GridWorld-v0, FrozenLake-v1, a TabularMDP)")
         self.P, self.start = env.dynamics()[0].to(key.device), env.tables.start.to(key.device)
         probability, next_state, _, terminated, _ = env.tables
-        ending = torch.zeros(*next_state.shape[:2], self.num_states, dtype=torch.float64)
+        ending = torch.zeros(*next_state.shape[:2], self.num_states, dtype=torch.float64, device=next_state.device)
         self.P_end = ending.scatter_add_(-1, next_state, probability * terminated).to(key.device)
         state = super().init(key, hyper, world)
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
@@ -217,12 +220,12 @@ def demonstrated_visits(demonstrations: Demonstrations, num_states: int, horizon
         horizon: count the first so many steps of an episode; 0 counts all.
         gamma: discount factor.
     """
-    visits = torch.zeros(num_states, dtype=torch.float64)
+    visits = torch.zeros(num_states, dtype=torch.float64, device=demonstrations.observation.device)
     episodes = torch.split(demonstrations.observation, (demonstrations.lengths + 1).tolist())
     for episode, terminated in zip(episodes, demonstrations.terminated.tolist()):
         acted = len(episode) - 1
         counted = min(acted, horizon or acted) + (terminated and acted <= (horizon or acted))
-        weight = gamma ** torch.arange(counted, dtype=torch.float64)
+        weight = gamma ** torch.arange(counted, dtype=torch.float64, device=visits.device)
         visits = visits.index_add(0, episode[:counted], weight)
     return visits / len(demonstrations)
 
@@ -237,5 +240,6 @@ def cut_off(demonstrations: Demonstrations, num_states: int, gamma: float) -> Te
     """
     last = (demonstrations.lengths + 1).cumsum(0) - 1
     weight = gamma ** demonstrations.lengths.double() * ~demonstrations.terminated
-    cut = torch.zeros(num_states, dtype=torch.float64).index_add(0, demonstrations.observation[last], weight)
+    cut = torch.zeros(num_states, dtype=torch.float64, device=weight.device)
+    cut = cut.index_add(0, demonstrations.observation[last], weight)
     return cut / len(demonstrations)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlmeta.envs.spaces import to_tree
 from rlmeta.errors import SettingError, SpaceError
@@ -27,10 +28,15 @@ from rlmeta.nn import (
     QHead,
     Sequential,
     ValueHead,
+    allowed,
+    check_block,
     feature_axes,
     head_for,
     lift,
 )
+from rlmeta.nn.block import alone
+from rlmeta.nn.encoder import ACTION_MASK
+from rlmeta.nn.lift import copied
 
 
 class Network(Block):
@@ -39,20 +45,24 @@ class Network(Block):
     def __init__(self, body: Block, head: Block, features: int) -> None:
         super().__init__()
         self.body, self.head, self.features = body, head, features
-        self.masks, self.closes = isinstance(head, CategoricalHead | MultiDiscreteHead), isinstance(head, QHead)
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Any:
         """Observations `[*L, ...]` to whatever the head gives.
 
-        A Dict observation's `action_mask` `[*L, ..., A]` closes the actions where it is 0.
+        A Dict observation's `action_mask` `[*L, ..., A]` closes the actions where it is 0; one that is 0 everywhere
+        closes none.
         """
-        features = self.body.run(params, x, ctx, f"{prefix}body.")
-        if self.masks and isinstance(x, dict) and "action_mask" in x:
-            return self.head.run(params, features, ctx, f"{prefix}head.", x["action_mask"])  # type: ignore[call-arg]
-        if self.closes and isinstance(x, dict) and "action_mask" in x:
-            values = self.head.run(params, features, ctx, f"{prefix}head.")
-            return values.masked_fill(x["action_mask"] == 0, -torch.inf)
-        return self.head.run(params, features, ctx, f"{prefix}head.")
+        return self.answer(params, self.body.run(params, x, ctx, f"{prefix}body."), x, ctx, prefix)
+
+    def answer(self, params: Params, features: torch.Tensor, x: Tree, ctx: Context, prefix: str = "") -> Any:
+        """What the head gives for features `[*L, ..., D]` of the observations `x`."""
+        head, name = self.head, f"{prefix}head."
+        if not isinstance(x, dict) or ACTION_MASK not in x or isinstance(head, ValueHead):
+            return head.run(params, features, ctx, name)
+        if isinstance(head, QHead):
+            return head.run(params, features, ctx, name).masked_fill(~allowed(x[ACTION_MASK]), -torch.inf)
+        assert isinstance(head, CategoricalHead | MultiDiscreteHead)
+        return head.run(params, features, ctx, name, x[ACTION_MASK])
 
 
 class PerTask(Block):
@@ -88,26 +98,86 @@ def _per_task(body: Block, features: int, observation_space: gym.Space, tasks: i
     return PerTask(body, tasks), features * tasks
 
 
+def check_mask(observation_space: gym.Space, action_space: gym.Space) -> None:
+    """Refuse an `action_mask` in the observations that no head could obey: it would be left out without a word.
+
+    Raises:
+        SpaceError: it lies deeper than in the outermost Dict, the actions can't be masked, or it has another size.
+    """
+    if not isinstance(observation_space, gym.spaces.Dict | gym.spaces.Tuple):
+        return
+    if _hides_mask(observation_space, outermost=True):
+        raise SpaceError(
+            f"{ACTION_MASK} lies within another part of {observation_space}: move it into the outermost Dict"
+        )
+    if not isinstance(observation_space, gym.spaces.Dict) or ACTION_MASK not in observation_space.spaces:
+        return
+    mask = observation_space.spaces[ACTION_MASK]
+    if isinstance(action_space, gym.spaces.Discrete):
+        expected = (int(action_space.n),)
+    elif isinstance(action_space, gym.spaces.MultiDiscrete):
+        expected = (int(action_space.nvec.sum()),)
+    else:
+        raise SpaceError(
+            f"{ACTION_MASK} is for Discrete and MultiDiscrete actions, the task has {action_space}: drop it"
+        )
+    if mask.shape != expected:
+        raise SpaceError(
+            f"{ACTION_MASK} is {mask}, expected the shape {expected}: one entry for every action of {action_space}"
+        )
+
+
+def _hides_mask(space: gym.Space, outermost: bool = False) -> bool:
+    """Whether a Dict below the outermost one has an `action_mask`."""
+    if isinstance(space, gym.spaces.Dict):
+        inner = any(_hides_mask(child) for child in space.spaces.values())
+        return inner or (not outermost and ACTION_MASK in space.spaces)
+    return isinstance(space, gym.spaces.Tuple) and any(_hides_mask(child) for child in space.spaces)
+
+
 def build_body(
     network: Callable[[gym.Space], nn.Module] | None,
     observation_space: gym.Space,
     hidden_sizes: tuple[int, ...],
     activation: ActivationName,
     initialiser: Initialiser,
+    whitened: bool = False,
 ) -> tuple[Block, int]:
-    """The body and its number of features: the user's network, or an encoder and a multi-layer perceptron."""
+    """The body and its number of features: the user's network, or an encoder and a multi-layer perceptron.
+
+    Args:
+        network: the user's, if there is one.
+        observation_space: of one environment.
+        hidden_sizes: of the default network.
+        activation: of the default network.
+        initialiser: of the default network.
+        whitened: observations come as floats, normalised by running statistics.
+    """
     if network is None:
         encoder = Encoder(observation_space)
         if not hidden_sizes:
             return encoder, encoder.features
         mlp = MLP(encoder.features, hidden_sizes, activation=activation, initialiser=initialiser)
         return Sequential(encoder, mlp), hidden_sizes[-1]
+    module = _own_module(network, observation_space)
+    features = _features_of(module, observation_space, whitened)  # first, since it gives a lazy layer its shape
+    return lift(module, feature_axes(observation_space)), features
+
+
+def _own_module(network: Callable[[gym.Space], nn.Module], observation_space: gym.Space) -> nn.Module:
+    """The module that a user's function makes, in float32."""
+    expected = "expected a function from an observation space to an nn.Module"
+    if isinstance(network, nn.Module):
+        name = type(network).__name__
+        raise SettingError(f"network= is a {name} itself, {expected}: lambda space: {name}(...)")
+    if not callable(network):
+        raise SettingError(f"network= is {network!r}, {expected}")
     module = network(observation_space)
     if not isinstance(module, nn.Module):
-        raise SettingError(
-            f"network= gave a {type(module).__name__}, expected a function from an observation space to an nn.Module"
-        )
-    return lift(module, feature_axes(observation_space)), _features_of(module, observation_space)
+        raise SettingError(f"network= gave a {type(module).__name__}, {expected}")
+    if torch.get_default_dtype() != torch.float32:
+        module = copied(module).to(torch.float32)  # as everything that it will meet
+    return module
 
 
 def policy_network(
@@ -127,8 +197,14 @@ def policy_network(
         state_dependent: noise that depends on the features.
         tasks: so many last layers, see `PerTask`; 0 for one whatever the task.
     """
+    check_mask(observation_space, action_space)
     body, features = build_body(
-        settings.network, observation_space, settings.hidden_sizes, settings.activation, "orthogonal"
+        settings.network,
+        observation_space,
+        settings.hidden_sizes,
+        settings.activation,
+        "orthogonal",
+        whitens(settings),
     )
     body, features = _per_task(body, features, observation_space, tasks)
     head = head_for(
@@ -136,6 +212,7 @@ def policy_network(
         features,
         initial_scale=0.01,
         initial_log_std=settings.initial_log_std,
+        action_bounds=settings.action_bounds,
         state_dependent_noise=state_dependent,
     )
     return Network(body, head, features)
@@ -144,7 +221,12 @@ def policy_network(
 def value_network(settings: Any, observation_space: gym.Space, *, tasks: int = 0) -> Network:
     """A network that gives the value of an observation; `tasks` as in `policy_network`."""
     body, features = build_body(
-        settings.network, observation_space, settings.hidden_sizes, settings.activation, "orthogonal"
+        settings.network,
+        observation_space,
+        settings.hidden_sizes,
+        settings.activation,
+        "orthogonal",
+        whitens(settings),
     )
     body, features = _per_task(body, features, observation_space, tasks)
     return Network(body, ValueHead(features), features)
@@ -154,27 +236,104 @@ def q_network(settings: Any, observation_space: gym.Space, action_space: gym.Spa
     """A network that gives the value of every action; masked ones are minus infinity."""
     if not isinstance(action_space, gym.spaces.Discrete):
         raise SpaceError(f"a value for every action needs Discrete actions, the task has {action_space}")
+    check_mask(observation_space, action_space)
     body, features = build_body(
-        settings.network, observation_space, settings.hidden_sizes, settings.activation, "torch"
+        settings.network, observation_space, settings.hidden_sizes, settings.activation, "torch", whitens(settings)
     )
     return Network(body, QHead(features, int(action_space.n)), features)
 
 
-def _features_of(module: nn.Module, observation_space: gym.Space) -> int:
-    """Run the user's network once on a batch of two observations, to learn its width and to fail early."""
-    two = gym.vector.utils.batch_space(observation_space, 2).sample()
-    observation: Tree = to_tree(observation_space, two, (2,), "the task")
-    training = module.training
+# ---------------------------------------------------------------------- a user's network
+
+
+def whitens(settings: Any) -> bool:
+    """Whether observations reach the networks as floats, normalised by running statistics."""
+    return bool(getattr(settings, "normalise_observation", False))
+
+
+def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, key: Tensor | None = None) -> None:
+    """Refuse a user's network that is no function of its observations, before anything is trained or written.
+
+    Args:
+        settings: of the learner, which may have a `network`.
+        observation_space: of one environment.
+        rows: whether each row's features must depend on that row alone; False lets batch normalisation without running
+            statistics take those of the batch, whatever it is evaluated on.
+        key: what the learner's training draws from, None if it has nothing.
+
+    Raises:
+        SettingError: with the reason.
+    """
+    network = getattr(settings, "network", None)
+    if network is None:
+        return
+    with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        module = copied(_own_module(network, observation_space))
+        whitened = whitens(settings)
+        _features_of(module, observation_space, whitened)
+        if not rows:
+            _keep_statistics(module)
+        x, other = (_observations(observation_space, 4, whitened, seed) for seed in range(2))
+        try:
+            check_block(lift(module, feature_axes(observation_space)), x, other, key=key)
+        except SettingError as error:
+            raise SettingError(f"network= ({type(module).__name__}) can't be trained: {error}") from None
+
+
+def _keep_statistics(module: nn.Module) -> None:
+    """Give batch normalisation without running statistics some, so that it does not mix rows in evaluation."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+            part.track_running_stats = True
+            part.running_mean = torch.zeros(part.num_features, dtype=torch.float32)
+            part.running_var = torch.ones_like(part.running_mean)
+            part.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+
+
+def _observations(space: gym.Space, count: int, whitened: bool, seed: int = 0) -> Tree:
+    """Observations `[count, ...]` of a space as networks see them, none of them huge."""
+    batch = gym.vector.utils.batch_space(space, count)
+    batch.seed(seed)
+    drawn: Tree = to_tree(space, batch.sample(), (count,), "the task")
+    if whitened:
+        generator = torch.Generator().manual_seed(seed)
+        return tree.map(lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu"), drawn)
+    return tree.map(lambda x: x.clamp(-10.0, 10.0) if x.is_floating_point() else x, drawn)
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    """Within, the module and its parts are in evaluation; afterwards each is in the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
     try:
-        with torch.no_grad():
-            features = module.eval()(observation)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _features_of(module: nn.Module, observation_space: gym.Space, whitened: bool) -> int:
+    """Run the user's network once on a batch of two observations, to learn its width and to fail early."""
+    observation = _observations(observation_space, 2, whitened)
+    try:
+        with torch.no_grad(), _evaluated(module):
+            features = module(observation)
+    except Exception as error:
         shapes = ", ".join(f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in tree.leaves(observation))
         bytes_ = any(leaf.dtype == torch.uint8 for leaf in tree.leaves(observation))
         hint = ". Bytes come as they are: begin with x.float() / 255" if bytes_ else ""
-        raise SettingError(f"network= fails for two observations, {shapes}: {error}{hint}") from error
-    module.train(training)
-    if not isinstance(features, torch.Tensor) or features.dim() != 2 or features.shape[0] != 2:
-        given = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        said = f"{type(error).__name__}: {error}"
+        raise SettingError(f"network= fails for two observations, {shapes}: {said}{hint}") from error
+    if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != 2 or not features.shape[1]:
+        given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise SettingError(f"network= must give features [B, D] for B observations; for B = 2 it gave {given}")
+    if features.dtype != torch.float32:
+        raise SettingError(f"network= gave features of {features.dtype}, expected torch.float32: end with .float()")
+    if not bool(features.isfinite().all()):
+        raise SettingError(
+            "network= gave features that are not finite for two observations: look at its first weights and at what "
+            "it divides by"
+        )
     return int(features.shape[1])

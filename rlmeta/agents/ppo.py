@@ -11,15 +11,16 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
-from rlmeta.agents.rewards import Reward
+from rlmeta.agents.rewards import Reward, distinct
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import generalized_advantage
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, minibatches
@@ -27,7 +28,7 @@ from rlmeta.learning.parts import in_parts
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step, steps
-from rlmeta.nn import Block, Context, ValueHead
+from rlmeta.nn import ActionBounds, Block, Context, ValueHead, bare
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ class PPO:
     """Box actions: noise as a function of the features, held for noise_hold steps (gSDE, Raffin et al., 2021)."""
     noise_hold: int = 4
     """With state-dependent exploration: steps between two draws of the noise."""
+    action_bounds: ActionBounds = "scale"
+    """Box actions: take the bounds for the policy's unit, so that it acts on the scale of the task whatever it counts
+    in; or squash actions into them by a tanh; or act in raw units, clipped at the bounds."""
     initial_log_std: float = 0.0
-    """Box actions: the logarithm of the initial deviation."""
+    """Box actions: the logarithm of the initial deviation, in the policy's unit."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the default network."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -96,8 +100,12 @@ class PPO:
     """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_grad_norm", "clip_range", "kl_target"):
+        check_types(self)
+        distinct(self.rewards)
+        for name in ("learning_rate", "max_grad_norm", "clip_range", "kl_target", "stop_kl", "value_clip_range"):
             require_range(self, name, 0.0, above=True)
+        require_range(self, "adam_epsilon", 0.0, above=True)
+        require_range(self, "initial_log_std", *LOG_STD_RANGE)
         for name in ("gamma", "gae_lambda"):
             require_range(self, name, 0.0, 1.0)
         for name in ("entropy_coefficient", "value_coefficient"):
@@ -105,6 +113,10 @@ class PPO:
         for name in ("num_envs", "num_steps", "num_epochs", "batch_size", "noise_hold"):
             require_range(self, name, 1)
         require_range(self, "task_heads", 0)
+        require(
+            not (self.state_dependent_exploration and self.action_bounds == "squash"),
+            'PPO: state_dependent_exploration and action_bounds="squash" exclude each other: choose one',
+        )
         samples = self.num_envs * self.num_steps
         require(
             samples % self.batch_size == 0,
@@ -128,7 +140,7 @@ class PPOAgent(Agent):
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
         self.noise_hold = settings.noise_hold if settings.state_dependent_exploration else 1
-        blocks = self.networks()
+        blocks = bare(self.networks)
         self.policy: Any = blocks["policy"]
         self.value = blocks["value"]
         self.head: Any = self.policy.head
@@ -149,7 +161,7 @@ class PPOAgent(Agent):
         """The state at the start of a run."""
         state = super().init(key, hyper, world)
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
-        state["kl_coefficient"] = torch.ones(key.shape, device=key.device)
+        state["kl_coefficient"] = torch.ones(key.shape, dtype=torch.float32, device=key.device)
         return state
 
     # ------------------------------------------------------------------ act
@@ -191,7 +203,7 @@ class PPOAgent(Agent):
             return self.forward(self.policy, "policy", p, observation, ctx), self._value(p, observation, ctx)
         features = self.forward(self.policy.body, "policy.body", p, observation, ctx)
         tensors = {**p["weights"], **p["buffers"]}
-        distribution = self.policy.head.run(tensors, features, ctx, "policy.head.")
+        distribution = self.policy.answer(tensors, features, observation, ctx, "policy.")
         return distribution, self.value.run(tensors, features, ctx, "value.")
 
     def _value(self, p: Params, observation: tree.Tree, ctx: Context) -> Tensor:

@@ -15,21 +15,22 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
-from rlmeta.agents.rewards import Reward
+from rlmeta.agents.rewards import Reward, distinct
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import monte_carlo_return
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block
+from rlmeta.nn import ActionBounds, Block, bare
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,19 @@ class REINFORCE:
     entropy_coefficient: PerLearner = 0.0
     """Weight of the entropy bonus."""
     action_noise: PerLearner = 0.0
-    """Exploration on top of the policy's own: probability of a uniform action, or deviation of noise on Box actions."""
+    """Exploration on top of the policy's own: probability of a uniform action, or deviation of
+    noise on Box actions, in the policy's unit."""
     max_grad_norm: PerLearner = 1.0
     """Clip each learner's gradient to this norm."""
     normalise_observation: bool = False
     """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
     normalise_reward: bool = False
     """Divide rewards by the running deviation of their discounted return."""
+    action_bounds: ActionBounds = "scale"
+    """Box actions: take the bounds for the policy's unit, so that it acts on the scale of the task whatever it counts
+    in; or squash actions into them by a tanh; or act in raw units, clipped at the bounds."""
     initial_log_std: float = 0.0
-    """Box actions: the logarithm of the initial deviation."""
+    """Box actions: the logarithm of the initial deviation, in the policy's unit."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the default network."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -76,6 +81,9 @@ class REINFORCE:
     """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        distinct(self.rewards)
+        require_range(self, "initial_log_std", *LOG_STD_RANGE)
         for name in ("learning_rate", "max_grad_norm"):
             require_range(self, name, 0.0, above=True)
         for name in ("entropy_coefficient", "value_coefficient", "action_noise"):
@@ -106,7 +114,7 @@ class REINFORCEAgent(Agent):
     ) -> None:
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
-        blocks = self.networks()
+        blocks = bare(self.networks)
         self.policy, self.value = blocks["policy"], blocks.get("value")
         self.head: Any = self.policy.head
 
@@ -136,7 +144,7 @@ class REINFORCEAgent(Agent):
         noise = align(p["hyper"]["action_noise"], action)
         shape = action.shape[key.dim() :]
         if action.is_floating_point():
-            return action + noise * random.normal(key, "noise", 0, shape), memory
+            return action + self.head.units.step(noise * random.normal(key, "noise", 0, shape)), memory
         other = self.head.sample(tree.map(torch.zeros_like, distribution), random.fold(key, "uniform action"))
         explore = random.uniform(key, "noise", 0, shape[:1]).reshape(*key.shape, -1, *(1,) * (len(shape) - 1)) < noise
         return torch.where(explore, other, action), memory

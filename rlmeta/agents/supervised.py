@@ -11,8 +11,8 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import build_body
-from rlmeta.envs.data import DataWorld
+from rlmeta.agents.networks import build_body, check_network
+from rlmeta.envs.data import EVERYTHING, DataWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning import hooks
@@ -21,10 +21,10 @@ from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
-from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.settings import PerLearner, require_finite, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
-from rlmeta.nn import Block, Context, Linear, Sequential
+from rlmeta.nn import Block, Context, Linear, Sequential, bare
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 
@@ -64,6 +64,7 @@ class SupervisedSettings:
         require_range(self, "max_grad_norm", 0.0, above=True)
         require_range(self, "momentum", 0.0, 1.0)
         require_range(self, "weight_decay", 0.0)
+        require_finite(self, "learning_rate", "weight_decay")
         for name in ("batch_size", "num_steps"):
             require_range(self, name, 1)
 
@@ -86,19 +87,22 @@ class Supervised:
     """
 
     num_tasks = 1
+    reveals = EVERYTHING
     task_samples: int | None = None
+    idle_steps = 0
     counts = "samples"
     score = Score("score")
 
     def __init__(
         self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
+        check_network(settings, observation_space, rows=False, key=torch.zeros((), dtype=torch.int64, device="cpu"))
         self.settings = settings
         self.observation_space, self.target_space = observation_space, target_space
         self.methods = tuple(methods)
         self.steps_per_iteration: int = settings.num_steps
         self.capture = Capture() if settings.network is None else None
-        self.net: Any = self.networks()["net"]
+        self.net: Any = bare(self.networks)["net"]
         self._draws = any(isinstance(m, Block) and m.may_draw() for m in self.net.modules())
 
     def outputs(self) -> int:
@@ -138,6 +142,15 @@ class Supervised:
         state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
         return state
 
+    def enter(self, state: State, world: DataWorld, key: Tensor) -> State:
+        """Go on with the samples of the task that the world has been set to, untold that it is another."""
+        state["world"] = world.reset(key)
+        return state
+
+    def meet(self, state: State, world: DataWorld, batch: tree.Tree) -> State:
+        """Take note of what a minibatch shows before anything is learned from it."""
+        return state
+
     def optimizer(self, state: State) -> optim.Optimizer:
         """The optimizer at the learner's progress."""
         s, h = self.settings, state["params"]["hyper"]
@@ -162,6 +175,7 @@ class Supervised:
         average, optimizer = Average(), self.optimizer(state)
         for _ in range(self.steps_per_iteration):
             state["world"], batch = world.next_batch(state["world"])
+            state = self.meet(state, world, batch)
             key = random.fold(state["key"], state["count"]["gradient_steps"]) if self._draws else None
             state, info = step(
                 self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import gymnasium as gym
 import numpy as np
@@ -17,54 +17,130 @@ from rlmeta.functional import random
 State: TypeAlias = dict[str, Tensor]
 Batch: TypeAlias = dict[str, Tensor]
 """`observation` `[*L, B, ...]`, `target` `[*L, B]` (classes) or `[*L, B, D]`, `identity` `[*L, B]` (which task a sample
-is of), and `allowed` `[*L, B, C]` where the classes of a sample's task are known."""
+is of, HIDDEN where nobody is told), and `allowed` `[*L, B, C]` where only the classes of a sample's task count."""
+
+Scenario: TypeAlias = Literal["task", "domain", "class"]
+"""What is known at test, after van de Ven et al. (2022): which task it is, so that only its classes count ("task");
+only that the tasks share their classes ("domain"); nothing, all classes seen so far count ("class")."""
+
+EVERYTHING = frozenset({"boundaries", "train_id", "test_id"})
+"""What a stream may reveal of its tasks."""
+
+HIDDEN = -1
+"""Stands for the place and the identity of a task where they are not revealed."""
 
 
 class Samples(NamedTuple):
     """Inputs and their targets."""
 
     observation: Tensor
-    """`[n, ...]`: uint8 (bytes, divided by 255 on their way into a network) or float32."""
+    """`[n, ...]`: uint8 or float32. Bytes are divided on their way into a network: by 255, or where none is above 127,
+    so that they are small whole numbers and no picture, by the largest."""
     target: Tensor
     """`[n]` int64 classes, or `[n, D]` float32."""
 
 
 @dataclass(frozen=True)
 class DataTask:
-    """One problem of labelled samples."""
+    """One problem of labelled samples.
+
+    Inputs other than bytes become float32 as they are, whole classes int64.
+
+    Raises:
+        SettingError: no tensors, as many inputs as targets, classes or numbers that fit them.
+    """
 
     name: str
     train: Samples
+    """Samples, or a pair (inputs, targets)."""
     test: Samples
     classes: tuple[int, ...] = ()
-    """Which classes its targets are of; () for regression."""
+    """Which classes its targets are of, in the order that the scenario "domain" counts them in; () for regression."""
     num_classes: int = 0
     """Of the whole problem, C."""
+    scenario: Scenario | None = None
+    """What a stream of it has to be, as said to `split`; None for whatever the stream says."""
 
     native = True
 
     def __post_init__(self) -> None:
-        for part, samples in (("training", self.train), ("test", self.test)):
-            if not all(isinstance(x, Tensor) for x in samples):
-                raise SettingError(f"{self.name}: {part} samples are no tensors: make them with torch.as_tensor")
-            if len(samples.observation) == 0 or len(samples.observation) != len(samples.target):
-                raise SettingError(
-                    f"{self.name}: {len(samples.observation)} {part} inputs and {len(samples.target)} targets, "
-                    "expected as many of both, at least one"
-                )
-        if not self.classes and not self.train.target.is_floating_point():
-            raise SettingError(f"{self.name}: targets are whole numbers but no classes are named: give classes=")
-        if not self.classes and self.train.target.dim() < 2:
-            raise SettingError(f"{self.name}: targets {tuple(self.train.target.shape)}, expected [n, D]: unsqueeze(-1)")
-        outside = [one for one in self.classes if not 0 <= one < self.num_classes]
+        object.__setattr__(self, "classes", self._checked_classes())
+        for part, name in (("train", "training"), ("test", "test")):
+            object.__setattr__(self, part, self._checked_samples(getattr(self, part), name))
+        train, test = self.train.target, self.test.target
+        if train.shape[1:] != test.shape[1:] or self.train.observation.shape[1:] != self.test.observation.shape[1:]:
+            raise SettingError(f"{self.name}: test samples have another shape than training samples")
+
+    def _checked_classes(self) -> tuple[int, ...]:
+        """The classes as plain numbers that differ and are of the whole problem."""
+        given = self.classes.tolist() if isinstance(self.classes, Tensor | np.ndarray) else self.classes
+        fits = isinstance(given, Sequence | range) and not isinstance(given, str)
+        if not fits or not all(_is_whole(one) for one in given):
+            raise SettingError(f"{self.name}: classes are {given!r}, expected whole numbers such as (0, 1)")
+        found = tuple(int(one) for one in given)
+        if len(set(found)) < len(found):
+            raise SettingError(f"{self.name}: classes repeat: {found}")
+        if not _is_whole(self.num_classes):
+            raise SettingError(f"{self.name}: num_classes is {self.num_classes!r}, expected a whole number")
+        outside = [one for one in found if not 0 <= one < self.num_classes]
         if outside:
             raise SettingError(
                 f"{self.name}: class {outside[0]}, expected 0 to {self.num_classes - 1}: give num_classes= of all tasks"
             )
-        targets = torch.cat([self.train.target, self.test.target])
-        strange = targets[~torch.isin(targets, torch.tensor(self.classes, dtype=targets.dtype))]
-        if self.classes and len(strange):
+        return found
+
+    def _checked_samples(self, given: Any, part: str) -> Samples:
+        """Samples as learners expect them."""
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise SettingError(f"{self.name}: {part} samples are {type(given).__name__}, expected Samples(x, y)")
+        observation, target = given
+        if not all(isinstance(x, Tensor) for x in given):
+            raise SettingError(f"{self.name}: {part} samples are no tensors: make them with torch.as_tensor")
+        if any(x.dim() == 0 for x in given) or len(observation) == 0 or len(observation) != len(target):
+            counts = ["no row of" if x.dim() == 0 else str(len(x)) for x in given]
+            raise SettingError(
+                f"{self.name}: {counts[0]} {part} inputs and {counts[1]} targets, expected as many of both, at least "
+                "one"
+            )
+        observation = self._numbers(observation, f"{part} inputs")
+        target = self._labels(target, part) if self.classes else self._values(target, part)
+        return Samples(observation, target)
+
+    def _numbers(self, x: Tensor, what: str) -> Tensor:
+        """Bytes as they are, everything else as float32."""
+        if x.is_complex():
+            raise SettingError(f"{self.name}: {what} are {x.dtype}, expected bytes or real numbers")
+        found = x.detach() if x.dtype == torch.uint8 else x.detach().float()
+        strange = 0 if x.dtype == torch.uint8 else int((~torch.isfinite(found)).flatten(1).any(-1).sum())
+        if strange:
+            raise SettingError(f"{self.name}: {strange} of {len(x)} {what} are not finite: leave them out or fill them")
+        return found
+
+    def _labels(self, target: Tensor, part: str) -> Tensor:
+        """Classes `[n]` int64, every one of the task's."""
+        if target.dim() != 1:
+            raise SettingError(
+                f"{self.name}: {part} targets {tuple(target.shape)}, expected classes [n]: one-hot targets become "
+                "so by target.argmax(-1)"
+            )
+        if target.is_floating_point() or target.is_complex():
+            raise SettingError(
+                f"{self.name}: {part} targets are {target.dtype}, expected whole numbers of classes: target.long(), "
+                "or no classes= for regression"
+            )
+        target = target.detach().long()
+        strange = target[~torch.isin(target, torch.tensor(self.classes))]
+        if len(strange):
             raise SettingError(f"{self.name}: target {strange[0].tolist()} is none of its classes {self.classes}")
+        return target
+
+    def _values(self, target: Tensor, part: str) -> Tensor:
+        """Targets of a regression, `[n, D]` float32."""
+        if not target.is_floating_point():
+            raise SettingError(f"{self.name}: targets are whole numbers but no classes are named: give classes=")
+        if target.dim() < 2:
+            raise SettingError(f"{self.name}: targets {tuple(target.shape)}, expected [n, D]: unsqueeze(-1)")
+        return self._numbers(target, f"{part} targets")
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> DataWorld:
         """Minibatches of `num_envs` samples for every learner."""
@@ -73,6 +149,38 @@ class DataTask:
     def describe(self) -> dict[str, Any]:
         """What a saved configuration says of it; data are the user's to give again."""
         return {"kind": "data", "name": self.name}
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def shared_classes(tasks: Sequence[DataTask]) -> list[DataTask]:
+    """Tasks for the scenario "domain": of the same classes they are as they are; where every task has classes of its
+    own, its targets become their places among them (the first of `classes` is 0).
+
+    Raises:
+        SettingError: some classes are in several tasks and some are not, or tasks have more classes than others.
+    """
+    groups = [task.classes for task in tasks]
+    if len({frozenset(group) for group in groups}) == 1:
+        return list(tasks)
+    if len({one for group in groups for one in group}) < sum(map(len, groups)):
+        raise SettingError(
+            "the scenario 'domain' needs tasks that are of the same classes, or each of its own: these share some"
+        )
+    sizes = sorted({len(group) for group in groups})
+    if len(sizes) > 1:
+        raise SettingError(f"the scenario 'domain' needs groups of one size, these have {sizes[0]} to {sizes[-1]}")
+    return [_placed(task) for task in tasks]
+
+
+def _placed(task: DataTask) -> DataTask:
+    places = torch.zeros(task.num_classes, dtype=torch.int64)
+    places[list(task.classes)] = torch.arange(len(task.classes))
+    parts = [Samples(part.observation, places[part.target]) for part in (task.train, task.test)]
+    count = len(task.classes)
+    return replace(task, train=parts[0], test=parts[1], classes=tuple(range(count)), num_classes=count)
 
 
 class DataTable:
@@ -123,8 +231,10 @@ class DataWorld:
         table: the samples of K tasks.
         learner_shape: `*L`.
         num_envs: B, samples in a minibatch.
-        reveals_classes: batches say which classes are of their task (`allowed`).
-        born: classes exist from the beginning; otherwise a task's classes are born when the task begins.
+        scenario: which classes count; see `Scenario`. "domain" does not change the targets (see `shared_classes`).
+        reveals: what learner and methods are told: with "train_id" minibatches have the `identity` of their samples
+            and, in the scenario "task", the classes that count; with "test_id" those for testing do. In the scenario
+            "class" the classes of a task are born when it begins, or without "boundaries" when they are met.
 
     Raises:
         SettingError: a task has fewer training samples than a minibatch.
@@ -138,8 +248,8 @@ class DataWorld:
         learner_shape: tuple[int, ...],
         num_envs: int,
         *,
-        reveals_classes: bool = False,
-        born: bool = True,
+        scenario: Scenario = "domain",
+        reveals: frozenset[str] = EVERYTHING,
     ) -> None:
         smallest = int(table.train_count.argmin())
         if num_envs > int(table.train_count[smallest]):
@@ -149,7 +259,7 @@ class DataWorld:
             )
         self.table, self.learner_shape, self.num_envs = table, tuple(learner_shape), num_envs
         self.identity = torch.zeros(learner_shape, dtype=torch.int64)
-        self._reveals, self._born = reveals_classes, born
+        self.scenario, self._reveals = scenario, reveals
         observation, target = table.train
         self.observation_space: gym.Space = _space(observation)
         self.action_space: gym.Space = (
@@ -173,7 +283,12 @@ class DataWorld:
 
     def born(self) -> Tensor:
         """The classes that exist before any task has begun, `[C]` bool."""
-        return torch.full(self.table.classes.shape[1:], self._born)
+        return torch.full(self.table.classes.shape[1:], self.scenario != "class")
+
+    @property
+    def announces(self) -> bool:
+        """Whether the classes of a task are known when it begins, before any of its samples."""
+        return "boundaries" in self._reveals
 
     # ------------------------------------------------------------------ minibatches
 
@@ -201,26 +316,27 @@ class DataWorld:
             position = position.masked_fill(over, 0)
         rows = order.gather(-1, position.unsqueeze(-1) + torch.arange(size, device=order.device))
         new = {"key": state["key"], "epoch": epoch, "position": position + size, "order": order}
-        return new, self._batch(self.table.train, rows)
+        return new, self._batch(self.table.train, rows, "train_id")
 
     def sample(self, key: Tensor, n: int) -> Batch:
         """n training samples of every learner's task without replacement, as many as every task has at most."""
         n = min(n, int(self.table.train_count[self.identity].min()))
-        return self._batch(self.table.train, self._order(key, torch.zeros_like(key))[..., :n])
+        return self._batch(self.table.train, self._order(key, torch.zeros_like(key))[..., :n], "train_id")
 
     def test_batches(self, size: int) -> Iterator[Batch]:
         """All test samples of every learner's task, with `valid` `[*L, B]`, False for padding."""
         count = self.table.test_count[self.identity]
         for start in range(0, int(count.max()), size):
             rows = torch.arange(start, min(start + size, int(count.max()))).expand(*self.learner_shape, -1)
-            yield {**self._batch(self.table.test, rows), "valid": rows < count.unsqueeze(-1)}
+            yield {**self._batch(self.table.test, rows, "test_id"), "valid": rows < count.unsqueeze(-1)}
 
-    def _batch(self, samples: Samples, rows: Tensor) -> Batch:
+    def _batch(self, samples: Samples, rows: Tensor, identified_by: str) -> Batch:
         identity = self.identity.unsqueeze(-1).expand(rows.shape)
-        local = rows.cpu()
+        local, told = rows.cpu(), identified_by in self._reveals
         observation, target = (x[identity, local].to(rows.device) for x in samples)
-        batch = {"observation": observation, "target": target, "identity": identity.to(rows.device)}
-        if self._reveals:
+        shown = identity if told else torch.full_like(identity, HIDDEN)
+        batch = {"observation": observation, "target": target, "identity": shown.to(rows.device)}
+        if told and self.scenario == "task":
             batch["allowed"] = self.table.classes[identity].to(rows.device)
         return batch
 
@@ -238,5 +354,6 @@ def _space(x: Tensor) -> gym.spaces.Box:
     """The space of one row of `x`."""
     shape = tuple(x.shape[1 + 1 :])
     if x.dtype == torch.uint8:
-        return gym.spaces.Box(0, 255, shape, np.uint8)
+        largest = int(x.max()) if x.numel() else 0
+        return gym.spaces.Box(0, 255 if largest > 127 else max(1, largest), shape, np.uint8)
     return gym.spaces.Box(-np.inf, np.inf, shape, np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import os
 import zipfile
 import zlib
@@ -48,6 +49,8 @@ class Characters(NamedTuple):
     alphabet: Tensor
     """`[n]` int64."""
     alphabet_names: tuple[str, ...]
+    dropped: int = 0
+    """How many pictures of the files are not here: copies of those that are."""
 
 
 def labelled(name: str) -> Labelled:
@@ -98,7 +101,8 @@ def omniglot() -> Characters:
     """Omniglot's drawings, 28 x 28, 20 of each character; an alphabet that stands in several files is one alphabet.
 
     Read from `omniglot-*.npz` in the folder RLMETA_DATA (`image`, `alphabet`, `character`, `alphabet_names`,
-    `character_names`), else the background set is downloaded.
+    `character_names`), else the background set is downloaded. Equal pictures are here once: the two small background
+    sets have alphabets in common.
     """
     given = data_folder()
     files = sorted(given.glob("omniglot-*.npz")) if given is not None else []
@@ -108,7 +112,36 @@ def omniglot() -> Characters:
     alphabet = np.concatenate([np.array([names.index(n) for n in part[2]])[part[1]] for part in parts])
     drawn = [f"{names[a]}/{c}" for a, c in zip(alphabet, np.concatenate([part[3] for part in parts]))]
     _, character = np.unique(drawn, return_inverse=True)
-    return Characters(torch.from_numpy(images), torch.from_numpy(character), torch.from_numpy(alphabet), names)
+    repeated, ambiguous = equal_pictures(images, character)
+    kept = np.setdiff1d(np.arange(len(images)), [*repeated, *ambiguous])
+    image, of, within = (torch.from_numpy(array[kept]) for array in (images, character, alphabet))
+    return Characters(image, of, within, names, len(images) - len(kept))
+
+
+def equal_pictures(images: NDArray[Any], labels: NDArray[np.integer]) -> tuple[list[int], list[int]]:
+    """Pictures that must not stand beside each other in a data set, by their numbers.
+
+    A query that is its own support picture is no question. Nor is one that is also a picture of another class.
+
+    Args:
+        images: `[n, ...]`.
+        labels: `[n]`.
+
+    Returns:
+        Those that stand before in their class; and all that stand in several classes.
+    """
+    places: dict[bytes, list[int]] = {}
+    for number, image in enumerate(images):
+        content = hashlib.blake2b((image + 0).tobytes(), digest_size=16).digest()  # + 0 makes -0.0 a 0.0
+        places.setdefault(content, []).append(number)
+    repeated: list[int] = []
+    ambiguous: list[int] = []
+    for numbers in places.values():
+        if len({int(labels[number]) for number in numbers}) > 1:
+            ambiguous += numbers
+        else:
+            repeated += numbers[1:]
+    return sorted(repeated), sorted(ambiguous)
 
 
 Part = tuple[NDArray[np.uint8], NDArray[np.int64], list[str], NDArray[np.str_]]

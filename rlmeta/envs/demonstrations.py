@@ -19,12 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import Tensor
 
+from rlmeta.envs.spaces import parts
 from rlmeta.errors import DemonstrationError
 from rlmeta.functional import random, tree
 from rlmeta.functional.shapes import flags
 
 FORMAT = "rlmeta demonstrations 1"
 TENSORS = ("observation", "action", "reward", "lengths", "terminated", "truncated")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Demonstrations that are named and not read, because only training needs them."""
+
+    name: str
+    """The file, or what is known of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +107,10 @@ class Demonstrations:
         """Every step: `observation, next_observation, action, reward` `[M, ...]`, `terminated, truncated` `[M]`."""
         before, after = self._rows()
         last = self.lengths.cumsum(0) - 1
-        flags = {name: torch.zeros(self.steps, dtype=torch.bool) for name in ("terminated", "truncated")}
+        flags = {
+            name: torch.zeros(self.steps, dtype=torch.bool, device=self.lengths.device)
+            for name in ("terminated", "truncated")
+        }
         flags["terminated"][last], flags["truncated"][last] = self.terminated, self.truncated
         return {
             "observation": tree.map(lambda leaf: leaf[before], self.observation),
@@ -204,17 +216,20 @@ class Demonstrations:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("demonstrations", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-        except (SafetensorError, ValueError, OSError) as error:
+        except (SafetensorError, ValueError, OSError, RecursionError) as error:
             raise DemonstrationError(f"{path} is damaged or no file of demonstrations: {error}") from None
         said = header.get("format", "no demonstrations") if isinstance(header, dict) else "no demonstrations"
         if said != FORMAT:
             raise DemonstrationError(f"{path} says it is {said!r}, expected {FORMAT!r}")
         try:
             spaces: dict[str, Any] = {
-                name: _space_from_json(header[name]) for name in ("observation_space", "action_space")
+                f"{role}_space": _space_from_json(header[f"{role}_space"], role, tensors)
+                for role in ("observation", "action")
             }
             found = Demonstrations(**tree.unflatten(tensors), **spaces, about=header["about"], path=str(path))
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        except DemonstrationError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RecursionError) as error:
             raise DemonstrationError(f"{path} is damaged: {error}; record the demonstrations again") from None
         if header.get("digest", found.digest) != found.digest:
             raise DemonstrationError(f"{path} is damaged: its checksum is wrong; record the demonstrations again")
@@ -230,8 +245,8 @@ class Demonstrations:
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """The rows of `observation` before and after every step `[M]`."""
-        episode = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
-        before = torch.arange(self.steps) + episode
+        episode = torch.repeat_interleave(torch.arange(len(self), device=self.lengths.device), self.lengths)
+        before = torch.arange(self.steps, device=self.lengths.device) + episode
         return before, before + 1
 
     def _check_tensors(self) -> None:
@@ -249,6 +264,11 @@ class Demonstrations:
         empty = (self.lengths < 1).nonzero().flatten().tolist()
         if empty:
             raise DemonstrationError(f"episodes {empty[:8]} of the demonstrations{where} are empty: leave them out")
+        if self.lengths.is_floating_point() or int(self.lengths.max()) > self.steps:  # so that no sum overflows
+            raise DemonstrationError(
+                f"the lengths of the demonstrations{where} are {self.lengths.dtype} up to {self.lengths.max()}, "
+                f"expected whole numbers up to the {self.steps} steps that there are"
+            )
         steps = int(self.lengths.sum())
         rows = {name: len(leaf) for name, leaf in tree.flatten({"observation": self.observation}).items()}
         expected = {**dict.fromkeys(rows, steps + episodes), "action": steps, "reward": steps}
@@ -318,13 +338,9 @@ def join(parts: Sequence[Demonstrations]) -> Demonstrations:
 
 def _leaves(space: gym.Space, path: str) -> list[tuple[str, gym.Space]]:
     """Every elementary space under the name its tensor has."""
-    if isinstance(space, gym.spaces.Dict):
-        children: list[tuple[str, gym.Space]] = list(space.spaces.items())
-    elif isinstance(space, gym.spaces.Tuple):
-        children = [(str(index), child) for index, child in enumerate(space.spaces)]
-    else:
+    if not isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
         return [(path, space)]
-    return [leaf for name, child in children for leaf in _leaves(child, f"{path}/{name}")]
+    return [leaf for name, child in parts(space) for leaf in _leaves(child, f"{path}/{name}")]
 
 
 def _counts(space: gym.Space) -> np.ndarray | None:
@@ -360,11 +376,16 @@ def _same(one: gym.Space, other: gym.Space) -> bool:
     if [path for path, _ in first] != [path for path, _ in second]:
         return False
     for (_, a), (_, b) in zip(first, second):
-        if type(a) is not type(b) or a.shape != b.shape:
+        if type(a) is not type(b) or a.shape != b.shape or _are_bytes(a) != _are_bytes(b):
             return False
         if (counts := _counts(a)) is not None and not np.array_equal(counts, np.asarray(_counts(b))):
             return False
     return True
+
+
+def _are_bytes(space: gym.Space) -> bool:
+    """Whether it is a Box whose values are kept, and encoded, as bytes."""
+    return isinstance(space, gym.spaces.Box) and space.dtype == np.uint8
 
 
 def _space_to_json(space: gym.Space) -> dict[str, Any]:
@@ -390,10 +411,21 @@ def _bound_to_json(bound: np.ndarray) -> Any:
     return repr(bound.flat[0].item()) if same else [repr(value.item()) for value in bound.flat]
 
 
-def _space_from_json(content: dict[str, Any]) -> gym.Space:
+def _space_from_json(content: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> gym.Space:
+    """The space that is written in a file's header, once it agrees with the tensor of its name.
+
+    Nothing is made of a shape that only the header claims: it could be of any size.
+    """
     kind = content["kind"]
+    if kind in ("Box", "MultiBinary"):
+        said = content["shape" if kind == "Box" else "n"]
+        shape, given = (said,) if isinstance(said, int) else tuple(said), tuple(tensors[path].shape[1:])
+        if shape != given:
+            raise ValueError(f"{path} has shape {given}, its space says {shape}")
     if kind == "Box":
-        shape, dtype = tuple(content["shape"]), np.dtype(content["dtype"])
+        dtype = np.dtype(content["dtype"])
+        if dtype.kind not in "fiub":
+            raise ValueError(f"the space of {path} has dtype {dtype}")
         low, high = (np.array(content[name], dtype=np.float64) for name in ("low", "high"))
         bounds = [np.broadcast_to(b if b.ndim == 0 else b.reshape(shape), shape).astype(dtype) for b in (low, high)]
         return gym.spaces.Box(bounds[0], bounds[1], dtype=dtype.type)
@@ -404,7 +436,10 @@ def _space_from_json(content: dict[str, Any]) -> gym.Space:
     if kind == "MultiBinary":
         return gym.spaces.MultiBinary(content["n"])
     if kind == "Dict":
-        return gym.spaces.Dict({name: _space_from_json(child) for name, child in content["spaces"].items()})
+        return gym.spaces.Dict(
+            {name: _space_from_json(child, f"{path}/{name}", tensors) for name, child in content["spaces"].items()}
+        )
     if kind == "Tuple":
-        return gym.spaces.Tuple([_space_from_json(child) for child in content["spaces"]])
+        children = [_space_from_json(child, f"{path}/{i}", tensors) for i, child in enumerate(content["spaces"])]
+        return gym.spaces.Tuple(children)
     raise KeyError(f"space {kind!r}")

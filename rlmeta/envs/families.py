@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.datasets import labelled, omniglot
+from rlmeta.envs.datasets import equal_pictures, labelled, omniglot
 from rlmeta.errors import SettingError, unknown_name
-from rlmeta.functional import random
+from rlmeta.functional import random, tree
 from rlmeta.functional.tree import Tree
 
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -57,6 +58,47 @@ class Problems(Family, Protocol):
     def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
         """The loss `[*L, K]` at step `[*L, K]`, or `[]` where it is the same for all: minibatches are drawn by it."""
         ...
+
+
+def minimises(family: Any) -> bool:
+    """Whether it is a family of `Problems`."""
+    return all(callable(getattr(family, name, None)) for name in ("start", "loss"))
+
+
+def check_family(family: Any) -> None:
+    """Refuse what is no `Family`: its spaces and how its `tasks` are asked for are looked at, nothing is drawn.
+
+    Raises:
+        SettingError: it is a class, lacks a space, or its `tasks` take other arguments.
+    """
+    if isinstance(family, type):
+        raise SettingError(f"{family.__name__} is the class of a family: give one of it, such as {family.__name__}()")
+    name = type(family).__name__
+    for attribute, what in (("observation_space", "input"), ("action_space", "target")):
+        space = getattr(family, attribute, None)
+        if not isinstance(space, gym.Space):
+            raise SettingError(f"{name}: {attribute} is {space!r}, expected the gymnasium space of one {what}")
+    tasks = getattr(family, "tasks", None)
+    if not callable(tasks):
+        raise SettingError(f"{name} has no tasks(key, counter, count, split), which draws them")
+    try:
+        inspect.signature(tasks).bind(None, 0, 1, "train")
+    except TypeError as error:
+        raise SettingError(
+            f"{name}: tasks{inspect.signature(tasks)} can't be called as tasks(key, counter, count, split): {error}"
+        ) from None
+
+
+def as_tensors(drawn: Any, device: torch.device) -> Tree:
+    """Tasks whose leaves are tensors on the device where they were numpy's arrays, doubles as floats."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray | np.generic):
+            return leaf
+        made = torch.as_tensor(leaf, device=device)
+        return made.float() if made.dtype == torch.float64 else made
+
+    return tree.map(convert, drawn)
 
 
 def task_keys(key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tensor:
@@ -134,7 +176,8 @@ class FewShot:
     """N-way K-shot classification: N classes of a split, K samples of each to adapt to, others of them to be asked.
 
     Every task numbers its classes anew, 0 ... N − 1, in random order. With `rotations`, the classes to train on come
-    turned by 90, 180 and 270 degrees too, as classes of their own; those of the other splits never do.
+    turned by 90, 180 and 270 degrees too, as classes of their own; those of the other splits never do. Equal images are
+    taken once; where they are of different classes, which nothing can tell apart, none is.
 
     Source of the protocol: Vinyals et al., "Matching Networks for One Shot Learning", 2016.
     """
@@ -153,6 +196,8 @@ class FewShot:
     """Samples of each class in the query set."""
     rotations: bool = False
     """Whether to turn the training classes."""
+    dropped: int = field(init=False, default=0)
+    """How many images equal others and were left out."""
     _pools: dict[str, tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,8 +209,11 @@ class FewShot:
             raise SettingError(f"FewShot: rotations turn squares [n, ..., H, H], images are {list(images.shape)}")
         classes = {split: [int(member) for member in members] for split, members in self.classes.items()}
         _check_disjoint(classes)
-        for name, value in (("images", images), ("labels", labels), ("classes", classes)):
+        kept = _distinct(images, labels, [member for members in classes.values() for member in members])
+        given = {"dropped": len(images) - len(kept), "images": images[kept], "labels": labels[kept], "classes": classes}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
+        labels = self.labels
         pools: dict[str, tuple[Tensor, Tensor]] = {}
         for split, members in classes.items():
             turned = self.rotations and split == "train"
@@ -247,6 +295,22 @@ def _samples(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
     if not bool(images.isfinite().all()):
         raise SettingError(f"FewShot: image {int((~images.isfinite()).nonzero()[0, 0])} is not finite")
     return images.float(), labels.to(torch.int64)
+
+
+def _distinct(images: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """The numbers of the images to keep, so that no two of the classes are equal; a warning says how many are not."""
+    used = torch.isin(labels, torch.tensor(classes, dtype=torch.int64, device=labels.device)).nonzero().flatten().cpu()
+    repeated, ambiguous = equal_pictures(images.cpu()[used].numpy(), labels.cpu()[used].numpy())
+    if repeated or ambiguous:
+        warnings.warn(
+            f"FewShot: of {len(images)} images {len(repeated)} equal others of their class and are left out, and "
+            f"{len(ambiguous)} equal ones of other classes, none of which is used: a query must not be a support image",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[used[torch.tensor([*repeated, *ambiguous], dtype=torch.int64)]] = False
+    return kept.nonzero().flatten().to(images.device)
 
 
 def _check_disjoint(classes: Mapping[str, Sequence[int]]) -> None:
@@ -418,8 +482,10 @@ class NamedFamily:
 
     def describe(self) -> dict[str, Any]:
         """What a saved configuration needs to make it again; a family made in code is the user's to give again."""
+        from rlmeta.envs.task import TaskFamily
+
         made: dict[str, Any] = {"table": self.table} if self.table else {"settings": _plain_settings(self.source)}
-        if hasattr(self.source, "base"):
+        if isinstance(self.source, TaskFamily):
             made = {"task": self.source.base.describe(), "ranges": {n: list(r) for n, r in self.source.ranges.items()}}
         return {"kind": "family", "name": self.name, **made}
 
@@ -515,13 +581,14 @@ class FamilyWorld:
     def __init__(self, family: Family, learner_shape: tuple[int, ...], num_envs: int) -> None:
         if num_envs < 1:
             raise SettingError(f"{num_envs} tasks in a meta-batch, expected at least 1")
+        check_family(family)
         self.family = family
         self.observation_space, self.action_space = family.observation_space, family.action_space
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
         """`count` tasks of the split for each learner, every leaf `[*L, K, ...]`."""
-        return self.family.tasks(key, counter, count, split)
+        return as_tensors(self.family.tasks(key, counter, count, split), key.device)
 
     def reset(self, key: Tensor) -> dict[str, Any]:
         """Nothing to remember but whose it is."""

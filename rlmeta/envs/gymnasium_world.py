@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.rows import Rows, Template, resolve
+from rlmeta.envs.reports import Reports
+from rlmeta.envs.rows import Rows, Template
+from rlmeta.envs.sources import resolve
 from rlmeta.envs.spaces import Array, Layout
 from rlmeta.envs.vector_rows import VectorRows
 from rlmeta.envs.workers import WorkerRows
@@ -48,8 +50,9 @@ class GymnasiumWorld:
                                        `max_log` where there is none. Absent for a VectorEnv
 
     Args:
-        make: a gymnasium id, an EnvSpec, a function that makes an environment, a VectorEnv, or a function that makes
-            one. A function with a parameter `num_envs` is told the number of rows.
+        make: a gymnasium id, `envpool:NAME`, an EnvSpec, a function that makes an environment, a VectorEnv, or a
+            function that makes one. A function with a parameter `num_envs` is told the number of rows; one that also
+            has a parameter `seed` is told a seed for each of them, and called again at every reset.
         learner_shape: `*L`.
         num_envs: N.
         mode: "sync" steps the rows in this process, "async" divides them over worker processes; transitions are equal.
@@ -60,6 +63,7 @@ class GymnasiumWorld:
 
     Raises:
         SettingError, UnknownNameError, MissingExtraError: `make` does not make environments.
+        EnvironmentFailedError: it raised.
         SpaceError: a space is not supported.
     """
 
@@ -86,26 +90,36 @@ class GymnasiumWorld:
         if self._count < 1 or max_log < 1:
             raise SettingError(f"num_envs is {num_envs} and max_log {max_log}, expected at least 1")
         made = resolve(make, dict(settings or {}), self._count)
+        self.episode_limit: int | None
+        """Steps of the longest episodes, where the environment declares a limit."""
         self._rows: Rows | WorkerRows | VectorRows
         if isinstance(made, Template):
             self.name, self.observation_space, self.action_space = made.name, made.observation_space, made.action_space
             self._capacity = made.max_episode_steps or max_log
+            self.episode_limit = made.max_episode_steps
             parallel = mode == "async"
             self._rows = WorkerRows(made, self._count, workers, start_method) if parallel else Rows(made, self._count)
         else:
             if mode == "async":
-                raise SettingError("a VectorEnv runs its environments itself: use mode='sync'")
+                if made.env is not make:
+                    made.env.close()
+                raise SettingError(
+                    f"{made.name} is a VectorEnv, which runs its environments itself: use mode='sync' (on the command "
+                    "line no --async)"
+                )
             try:
                 self._rows = VectorRows(made, self._count)
             except BaseException:
-                if made is not make:
-                    made.close()
+                if made.env is not make:
+                    made.env.close()
                 raise
             self.name, self.observation_space = self._rows.name, self._rows.observation_space
             self.action_space, self._capacity = self._rows.action_space, 0
+            self.episode_limit = getattr(made.env.spec, "max_episode_steps", None)
         self._observations, self._actions = Layout(self.observation_space), Layout(self.action_space, "action")
         self.exact_resume = not isinstance(self._rows, VectorRows)
         """Whether `restore` replays episodes; a difference that it sees is reported."""
+        self._reports = Reports(self.name, self._observations.leaves, self._batch)
         self._all = np.arange(self._count)
         self._device = torch.device("cpu")
         # Where the live environments are; a state that says otherwise needs restore().
@@ -126,7 +140,8 @@ class GymnasiumWorld:
         if tuple(key.shape) != self.learner_shape or key.dtype != torch.int64:
             raise SettingError(f"key is {key.dtype} {tuple(key.shape)}, expected int64 {self.learner_shape}")
         self._device = key.device
-        row_key = random.fold(random.fold(key.cpu(), "environment").unsqueeze(-1), torch.arange(self.num_envs))
+        number = torch.arange(self.num_envs, device="cpu")
+        row_key = random.fold(random.fold(key.cpu(), "environment").unsqueeze(-1), number)
         self._key = row_key.reshape(-1).numpy()
         self._episode = np.full(self._count, -1, np.int64)
         self._next_seed = self._seeds_of(self._all, self._episode + 1)
@@ -163,6 +178,7 @@ class GymnasiumWorld:
         buffers = self._rows.buffers
         begins = buffers.begins.copy()
         ended = begins & buffers.valid
+        self._reports.step(buffers, ended, self._elapsed)
         observation = self._tree(buffers.observation)
         next_observation = observation
         if ended.any():
@@ -235,6 +251,7 @@ class GymnasiumWorld:
         begins = np.zeros(self._count, np.bool_)
         begins[rows] = True
         self._count_new_episodes(begins, reseeded=True)
+        self._reports.reset(self._rows.buffers.observation)
 
     def _count_new_episodes(self, begins: Array, reseeded: bool = False) -> None:
         rows = np.flatnonzero(begins)
@@ -312,7 +329,7 @@ class GymnasiumWorld:
         self._next_seed = self._seeds_of(self._all, self._episode + 1)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        tensor = torch.empty(0)
+        tensor = torch.empty(0, device="cpu")
         shapes = dict.fromkeys(("key", "seed", "episode", "elapsed"), self._batch)
         parts = [("observation", self._observations, self._batch)]
         if self.exact_resume:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sysconfig
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,62 @@ def names(kind: Kind) -> dict[str, Path]:
 def read_named(kind: Kind, name: str) -> dict[str, Any] | None:
     """The table in `name`'s TOML file, or None where there is no such file."""
     path = names(kind).get(name)
-    return None if path is None else read_toml(path)
+    if path is None:
+        return None
+    table = read_toml(path)
+    if kind == "envs":
+        check_problem(table, str(path))
+    return table
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(bound) in (int, float) for bound in value)
+
+
+def _is_task(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value.get("env"), str) and isinstance(value.get("settings", {}), dict)
+    return isinstance(value, str)
+
+
+def _all(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("kind", "env", "family", "data", "description", "scenario"), (lambda x: isinstance(x, str), "text")
+    ),
+    "settings": (lambda x: isinstance(x, dict), "a table"),
+    "ranges": (lambda x: isinstance(x, dict) and all(map(_is_range, x.values())), "a table of name = [low, high]"),
+    "threshold": (lambda x: type(x) in (int, float), "a number"),
+    "degrees": (lambda x: type(x) in (int, float), "a number"),
+    "tasks": (lambda x: _all(x, _is_task), "a list of names, or of tables with env and settings"),
+    "reveals": (lambda x: _all(x, lambda one: isinstance(one, str)), "a list of texts"),
+    "split": (lambda x: _all(x, lambda group: _all(group, lambda c: type(c) is int)), "a list of lists of classes"),
+    **dict.fromkeys(("permute", "rotate", "samples"), (lambda x: type(x) is int and x >= 1, "a whole number above 0")),
+    "observe_identity": (lambda x: isinstance(x, bool), "true or false"),
+}
+"""What the entries of a problem's table are."""
+NEEDED = {"task": "env", "family": "env or family", "stream": "tasks or data"}
+"""What a table must have, by its kind."""
+
+
+def check_problem(table: dict[str, Any], where: str) -> None:
+    """Refuse the table of a task, family or stream in which an entry is missing or of another type.
+
+    Raises:
+        SettingError: with the entry's name.
+    """
+    for name, value in table.items():
+        fits, expected = ENTRIES.get(name, (lambda _: True, ""))
+        if not fits(value):
+            raise SettingError(f"{where}: {name} is {value!r}, expected {expected}")
+    needed = NEEDED.get(table.get("kind", "task"), "")
+    if needed and not set(needed.split(" or ")) & set(table):
+        raise SettingError(f"{where}: a {table.get('kind', 'task')} needs {needed}")
+    if table.get("kind") == "family" and "env" in table and "ranges" not in table:
+        raise SettingError(f"{where}: a family of an env needs ranges")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import VectorEnv
 
 from rlmeta.envs.spaces import Array, Layout
-from rlmeta.errors import MissingExtraError, SettingError, SpaceError, require_choice, unknown_name
+from rlmeta.errors import SettingError, SpaceError, require_choice
 
 MaskSource: TypeAlias = Literal["method", "info"] | None
 """Where an environment says which actions are allowed: `action_masks()`, `info["action_mask"]`, or not at all."""
@@ -174,10 +170,7 @@ class Rows:
         buffer[:] = array
 
     def _reset(self, row: int, seed: int) -> Any:
-        result = self.envs[row].reset(seed=seed)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise SpaceError(f"{self.name} gave {type(result).__name__} from reset(), expected (observation, info)")
-        return result[0]
+        return first_of(self.envs[row], seed, self.name)[0]
 
     def _write_reset(self, row: int, seed: int) -> None:
         self._write(row, self._reset(row, seed))
@@ -191,6 +184,20 @@ class Rows:
                 return False
         self._write(row, observation)
         return True
+
+
+def first_of(env: gym.Env[Any, Any], seed: int, name: str) -> tuple[Any, dict[str, Any]]:
+    """What `reset(seed=seed)` gives, `(observation, info)`.
+
+    Raises:
+        SpaceError: something else.
+    """
+    result: Any = env.reset(seed=seed)
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+        kind = type(result).__name__
+        said = f"{kind} of {', '.join(type(one).__name__ for one in result)}" if isinstance(result, tuple) else kind
+        raise SpaceError(f"{name} gave {said} from reset(), expected (observation, info), info a dictionary")
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------- action masks
@@ -257,89 +264,3 @@ def with_mask(env: gym.Env[Any, Any], source: MaskSource) -> gym.Env[Any, Any]:
 def has_own_mask(observation_space: gym.Space[Any]) -> bool:
     """Whether the observations show a mask by themselves."""
     return isinstance(observation_space, spaces.Dict) and "action_mask" in observation_space.spaces
-
-
-# ------------------------------------------------------------------------------------------------ what `make` may be
-
-
-def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | VectorEnv[Any, Any, Any]:
-    """The template of single environments, or the VectorEnv, that `make` stands for.
-
-    Args:
-        make: a gymnasium id, an EnvSpec, a VectorEnv, or a function that makes an environment or a VectorEnv.
-        settings: its keyword arguments.
-        rows: how many are wanted; told to a function that has a parameter `num_envs`.
-
-    Raises:
-        UnknownNameError: the id is not registered.
-        MissingExtraError: the environment needs a package that is not installed.
-        SettingError: anything else that cannot be made, or a single environment.
-    """
-    if isinstance(make, VectorEnv):
-        if settings:
-            raise SettingError(f"a VectorEnv is made already and takes no settings, got {settings}")
-        return make
-    if isinstance(make, gym.Env):
-        raise SettingError(f"got the environment {make}; give a function that makes one, for every row needs its own")
-    if isinstance(make, str | EnvSpec):
-        name = make if isinstance(make, str) else make.id
-        # gymnasium's checker warns at every step about what is an error here
-        first = _made_by(name, settings, lambda: gym.make(make, disable_env_checker=True, **settings))
-        # the spec, because a worker process may not have registered the id
-        spec = make if isinstance(make, EnvSpec) else gym.spec(first.unwrapped.spec.id)
-        factory = partial(gym.make, spec, disable_env_checker=True, **settings)
-        return _template(first, factory, f"environment {name!r}")
-    if not callable(make):
-        raise SettingError(f"got {type(make).__name__}, expected a gymnasium id, an EnvSpec, a VectorEnv or a function")
-    if _has_parameter(make, "num_envs"):
-        settings = {"num_envs": rows, **settings}
-    name = getattr(make, "__qualname__", type(make).__name__)
-    factory = partial(make, **settings) if settings else make
-    made = _made_by(name, settings, factory)
-    if isinstance(made, VectorEnv):
-        return made
-    if not isinstance(made, gym.Env):
-        raise SettingError(f"{name} returned {type(made).__name__}, expected a gymnasium.Env or VectorEnv")
-    return _template(made, factory, f"environment {name!r}")
-
-
-def _template(first: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], name: str) -> Template:
-    """Look at a first environment, which is thrown away: looking may reset it, and rows must all be alike."""
-    try:
-        mask: MaskSource = None
-        if not has_own_mask(first.observation_space):
-            if first.has_wrapper_attr("action_masks"):
-                mask = "method"
-            elif isinstance(first.action_space, spaces.Discrete | spaces.MultiDiscrete):
-                mask = "info" if "action_mask" in first.reset(seed=0)[1] else None
-        limit = first.spec.max_episode_steps if first.spec else None
-        if limit is None and first.has_wrapper_attr("_max_episode_steps"):  # a TimeLimit that its maker wrapped around
-            limit = first.get_wrapper_attr("_max_episode_steps")
-        shown = with_mask(first, mask)
-        Layout(shown.observation_space), Layout(shown.action_space, "action")
-        return Template(make, name, shown.observation_space, shown.action_space, mask, limit)
-    finally:
-        first.close()
-
-
-def _made_by(name: str, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except gym.error.UnregisteredEnv as error:
-        known = [str(identifier) for identifier in gym.registry]
-        raise unknown_name("gymnasium environment", name, known) from error
-    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
-        raise MissingExtraError(f"environment {name!r} needs a package that is not installed: {error}") from error
-    except gym.error.Error as error:
-        raise SettingError(f"environment {name!r} cannot be made: {error}") from error
-    except TypeError as error:
-        if not settings or "argument" not in str(error):
-            raise
-        raise SettingError(f"environment {name!r} cannot be made with {settings}: {error}") from error
-
-
-def _has_parameter(function: Callable[..., Any], name: str) -> bool:
-    try:
-        return name in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False

@@ -129,7 +129,7 @@ class Leaf:
             fits = array.dtype.kind in "biu"
         if not fits or array.shape != leading + self.shape:
             raise SpaceError(
-                f"{source} gave an observation{self._where} of shape {array.shape} and dtype {array.dtype}, but its "
+                f"{source} gave an observation{self.where} of shape {array.shape} and dtype {array.dtype}, but its "
                 f"space {self.space} declares shape {leading + self.shape} and dtype {self.dtype}: "
                 f"correct the environment's observation_space or what it returns"
             )
@@ -146,7 +146,7 @@ class Leaf:
         array = action.detach().cpu().numpy() if isinstance(action, Tensor) else np.asarray(action)
         if array.shape != leading + self.shape:
             raise SpaceError(
-                f"an action{self._where} has shape {array.shape}, expected {leading + self.shape}: "
+                f"an action{self.where} has shape {array.shape}, expected {leading + self.shape}: "
                 f"the learner and environment axes, then the shape of {self.space}"
             )
         if self.is_box:
@@ -154,7 +154,7 @@ class Leaf:
                 array = np.rint(np.clip(_without_nan(array), 0, 255))
             return np.asarray(array, self.stored)
         if array.dtype.kind not in "biu":
-            raise SpaceError(f"an action{self._where} has dtype {array.dtype}, expected integers for {self.space}")
+            raise SpaceError(f"an action{self.where} has dtype {array.dtype}, expected integers for {self.space}")
         return self._in_range(np.asarray(array, np.int64), "an agent gave an action")
 
     def executable(self, action: Array) -> Array:
@@ -167,19 +167,28 @@ class Leaf:
             return (action + self.start).astype(self.dtype)
         action = _without_nan(action)
         if self.dtype.kind in "biu":
-            low, high = np.asarray(self.bounds, np.float64)
-            return np.rint(np.clip(action, low, high)).astype(self.dtype)
+            return self._rounded(action)
         action = action.astype(self.dtype)  # before clipping: a bound may not be representable in float32
         return np.clip(action, *self.bounds) if self.bounds else action
 
+    def _rounded(self, action: Array) -> Array:
+        """Whole numbers within the bounds, which need not be representable as floats."""
+        box: Any = self.space
+        low, high = (np.broadcast_to(bound, action.shape) for bound in (box.low, box.high))
+        rounded = np.rint(action.astype(np.float64))
+        above, below = rounded >= high.astype(np.float64), rounded <= low.astype(np.float64)
+        inside = np.where(above | below, 0, rounded).astype(self.dtype)
+        return np.asarray(np.where(above, high, np.where(below, low, inside)), self.dtype)
+
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Its place in a larger space, for messages."""
         return f" at {self.name!r}" if self.path else ""
 
     def _in_range(self, array: Array, what: str) -> Array:
         if ((array < 0) | (array >= self.count)).any():
             wrong = array[(array < 0) | (array >= self.count)].flat[0]
-            raise SpaceError(f"{what}{self._where} outside of its space {self.space}: element {wrong}, counted from 0")
+            raise SpaceError(f"{what}{self.where} outside of its space {self.space}: element {wrong}, counted from 0")
         return array
 
 
@@ -187,35 +196,68 @@ def _without_nan(array: Array) -> Array:
     return np.where(np.isnan(array), array.dtype.type(0), array) if array.dtype.kind == "f" else array
 
 
-def check_space(space: gym.Space[Any], role: str = "observation") -> None:
-    """Raise a `SpaceError` unless values of this observation or action space can be trees of tensors."""
+def check_space(space: gym.Space[Any], role: str = "observation", path: tuple[str | int, ...] = ()) -> None:
+    """Refuse a space whose values can't be trees of tensors.
+
+    Args:
+        space: of observations or actions.
+        role: "observation" or "action".
+        path: where it lies in a larger one.
+
+    Raises:
+        SpaceError: it is not supported; the message names the entry of a Dict or Tuple.
+    """
+    where = f"the entry {'/'.join(map(str, path))!r} of the {role} space" if path else f"the {role} space"
     if isinstance(space, spaces.Dict | spaces.Tuple):
         if not len(space):
-            raise SpaceError(f"the {role} space {space} is empty: {_ADVICE}")
-        for name, part in _parts(space):
-            if not isinstance(name, str | int) or isinstance(name, bool):
-                raise SpaceError(f"the {role} space has the key {name!r}, which is no string: rename it with a wrapper")
-            if isinstance(name, int) != isinstance(space, spaces.Tuple) or "/" in str(name) or name == "":
-                raise SpaceError(
-                    f"the {role} space has the key {name!r}; keys are strings, not empty, and without '/', "
-                    f"which separates names of tensors: rename it with a wrapper"
-                )
-            check_space(part, role)
+            raise SpaceError(f"{where} {space} is empty: {_ADVICE}")
+        if isinstance(space, spaces.Dict):
+            _check_keys(space, where)
+        for name, part in parts(space):
+            check_space(part, role, (*path, name))
     elif not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        raise SpaceError(f"the {role} space {space} is a {type(space).__name__}, which is not supported: {_ADVICE}")
+        raise SpaceError(f"{where} {space} is a {_kind(space)}, which is not supported: {_advice(path)}")
     elif np.dtype(space.dtype).kind not in "fiub":
-        raise SpaceError(f"the {role} space {space} has dtype {space.dtype}, expected floats, integers or bool")
+        raise SpaceError(f"{where} {space} has dtype {space.dtype}, expected floats, integers or bool")
 
 
-def _parts(space: spaces.Dict | spaces.Tuple) -> list[tuple[Any, gym.Space[Any]]]:
-    """The spaces within, with their keys or positions."""
-    return list(space.spaces.items()) if isinstance(space, spaces.Dict) else list(enumerate(space.spaces))
+def _kind(space: gym.Space[Any]) -> str:
+    """The space's class, and gymnasium's that it extends where it is another's."""
+    own = type(space)
+    known = next((cls for cls in own.__mro__ if cls.__module__.startswith("gymnasium.spaces")), own)
+    return own.__name__ if known in (own, gym.Space) else f"{own.__name__} (a {known.__name__})"
+
+
+def _advice(path: tuple[str | int, ...]) -> str:
+    """What to do about a space that is not supported; an entry of a Dict can be left out."""
+    if len(path) == 1 and isinstance(path[0], str):
+        return f"{_ADVICE}, or gymnasium.wrappers.FilterObservation to leave {path[0]!r} out"
+    return _ADVICE
+
+
+def _check_keys(space: spaces.Dict, where: str) -> None:
+    for name in space.spaces:
+        if not isinstance(name, str):
+            raise SpaceError(f"{where} has the key {name!r}, which is no string: rename it with a wrapper")
+        if "/" in name or name == "":
+            raise SpaceError(
+                f"{where} has the key {name!r}; keys are strings, not empty, and without '/', "
+                f"which separates names of tensors: rename it with a wrapper"
+            )
+
+
+def parts(space: spaces.Dict | spaces.Tuple) -> list[tuple[Any, gym.Space[Any]]]:
+    """The spaces within, with their keys in alphabetical order or their positions.
+
+    Not in the order in which a Dict was filled: what is equal for gymnasium must lie in the same order.
+    """
+    return sorted(space.spaces.items()) if isinstance(space, spaces.Dict) else list(enumerate(space.spaces))
 
 
 def _leaves(space: gym.Space[Any], path: tuple[str | int, ...] = ()) -> tuple[Leaf, ...]:
-    """The arrays that a value of the space is made of, in the order of its keys."""
+    """The arrays that a value of the space is made of, in the order of `parts`."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        return tuple(leaf for name, part in _parts(space) for leaf in _leaves(part, (*path, name)))
+        return tuple(leaf for name, part in parts(space) for leaf in _leaves(part, (*path, name)))
     return (Leaf(path, space),)
 
 
@@ -293,8 +335,8 @@ class Layout:
         Raises:
             SpaceError: see `Leaf.canonical`.
         """
-        parts = self.unnest(action, "an action")
-        return [leaf.canonical(part, batch).reshape(-1, *leaf.shape) for leaf, part in zip(self.leaves, parts)]
+        given = self.unnest(action, "an action")
+        return [leaf.canonical(part, batch).reshape(-1, *leaf.shape) for leaf, part in zip(self.leaves, given)]
 
     def executable(self, canonical: Sequence[Array]) -> list[Array]:
         """Canonical actions `[R, *shape]` as an environment takes them: clipped, `start` added, its dtype."""
@@ -328,18 +370,19 @@ def pick(value: Any, path: tuple[str | int, ...], source: str) -> Any:
 
 def _assemble(space: gym.Space[Any], arrays: Iterator[Array]) -> Any:
     if isinstance(space, spaces.Dict):
-        return {name: _assemble(part, arrays) for name, part in _parts(space)}
+        return {name: _assemble(part, arrays) for name, part in parts(space)}
     if isinstance(space, spaces.Tuple):
-        return tuple(_assemble(part, arrays) for _, part in _parts(space))
+        return tuple(_assemble(part, arrays) for _, part in parts(space))
     return next(arrays)
 
 
 def _rows(space: gym.Space[Any], value: Any) -> list[Any]:
     if isinstance(space, spaces.Dict):
-        columns = [_rows(part, value[name]) for name, part in _parts(space)]
-        return [dict(zip(space.spaces, row)) for row in zip(*columns)]
+        names = [name for name, _ in parts(space)]
+        columns = [_rows(part, value[name]) for name, part in parts(space)]
+        return [dict(zip(names, row)) for row in zip(*columns)]
     if isinstance(space, spaces.Tuple):
-        return list(zip(*(_rows(part, value[name]) for name, part in _parts(space))))
+        return list(zip(*(_rows(part, value[name]) for name, part in parts(space))))
     if isinstance(space, spaces.Box) and space.shape == ():
         return [np.asarray(one) for one in value]  # iterating gives scalars, which are no values of a Box
     return list(value)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlmeta.envs.data import DataTable, DataTask, DataWorld, Samples
+from rlmeta.envs.data import EVERYTHING, DataTable, DataTask, DataWorld, Samples, Scenario, shared_classes
 from rlmeta.envs.datasets import Labelled, labelled
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NativeEnv, NativeWorld
@@ -27,63 +27,132 @@ from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
 from rlmeta.functional.tree import Tree
 
-Scenario: TypeAlias = Literal["task", "domain", "class"]
-"""What is known at test, after van de Ven et al. (2022): which task it is, so that only its classes count ("task");
-only that the tasks share their classes ("domain"); nothing, all classes seen so far count ("class")."""
-
 Order: TypeAlias = Literal["given", "all"] | int
 """The tasks as they stand, every order of them, or so many distinct ones drawn at random. Every order is a learner."""
 
-EVERYTHING = frozenset({"boundaries", "train_id", "test_id"})
 IDENTITY = EVERYTHING - {"boundaries"}
 ONE_ORDER = (
     "orders of tasks as learners need native tasks of one environment that differ in its constants: give these tasks "
     'in one order (order="given")'
 )
+NO_SCENARIO = "scenario is for streams of samples, {!r} has tasks to act in: leave it out"
 MOST_ORDERS = 720
 
 
 @dataclass(frozen=True)
 class TaskStream:
-    """A sequence of tasks and what it reveals of them."""
+    """A sequence of tasks and what it reveals of them.
+
+    What it hides reaches no lifelong method and changes nothing in how a learner learns. Where `boundaries` are hidden
+    the tasks are one endless problem: hooks that begin or end a task or a phase are not called, moments of optimizers,
+    schedules, exploration and replay go on, and classes are born when they are met. `train_id` hidden: minibatches do
+    not tell their task, and training opens all classes that are born. `test_id` hidden: evaluation tells nothing
+    either; a stream of samples hides it in the scenarios "domain" and "class", and only there.
+
+    Raises:
+        SettingError: tasks that are no stream, or a scenario, an order or something to reveal that does not fit them.
+    """
 
     name: str
     tasks: tuple[Any, ...]
     """All of them `Task`s with the same spaces, or all `DataTask`s of the same form."""
-    reveals: frozenset[str] = EVERYTHING
-    """Of `boundaries` (when a task ends), `train_id` and `test_id` (which task it is, in training and at test)."""
+    reveals: frozenset[str] | None = None
+    """Of `boundaries` (when a task ends), `train_id` and `test_id` (which task it is, in training and at test); None
+    for all that the scenario reveals."""
     order: Order = "given"
     """In which order learners meet the tasks."""
     scenario: Scenario = "task"
     """Of tasks of labelled samples: what is known of their classes."""
+    restart_optimizer: bool | None = None
+    """Whether the optimizer's moments start at zero with every task and phase; None for wherever boundaries are
+    revealed."""
     observe_identity: bool = False
     """Of tasks to act in: which one it is stands at the end of every observation, as a one-hot vector."""
     table: dict[str, Any] = field(default_factory=dict)
     """The TOML table it was made from, {} for one made in code."""
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise SettingError(f"stream {self.name!r} has no tasks, expected at least one")
-        if len({isinstance(one, DataTask) for one in self.tasks}) > 1:
-            raise SettingError(f"stream {self.name!r} mixes tasks of samples with tasks to act in: make two streams")
+        self._check_tasks()
         counts = isinstance(self.order, int) and not isinstance(self.order, bool) and self.order >= 1
         if self.order not in ("given", "all") and not counts:
             raise SettingError(f"order is {self.order!r}, expected given, all, or how many orders to draw")
         if self.scenario not in get_args(Scenario):
             raise SettingError(f"scenario is {self.scenario!r}, expected one of {', '.join(get_args(Scenario))}")
-        unknown = self.reveals - EVERYTHING
+        if self.reveals is None:
+            object.__setattr__(self, "reveals", EVERYTHING if self.scenario == "task" else EVERYTHING - {"test_id"})
+        unknown = self.revealed - EVERYTHING
         if unknown:
             raise unknown_name("thing to reveal", min(unknown), EVERYTHING)
+        self._check_scenario()
+        if self.restart_optimizer and "boundaries" not in self.revealed:
+            raise SettingError(
+                f"stream {self.name!r}: restart_optimizer would show what reveals hides, boundaries: leave one out"
+            )
         if self.observe_identity:
             self._check_identity()
-        if len(self.orders()) > 1 and not isinstance(self.tasks[0], DataTask) and not _physics_of(self.tasks):
+        if len(self.orders()) > 1 and not self.of_samples and not _physics_of(self.tasks):
             raise SettingError(ONE_ORDER)
 
+    def _check_tasks(self) -> None:
+        if not self.tasks:
+            raise SettingError(f"stream {self.name!r} has no tasks, expected at least one")
+        for one in self.tasks:
+            if not isinstance(one, DataTask | Task):
+                raise SettingError(
+                    f"stream {self.name!r} has a {type(one).__name__} among its tasks, expected DataTask(...) of "
+                    "samples (split, permute and rotate make them of a data set), or rl.task(...) and names of tasks"
+                )
+        if len({isinstance(one, DataTask) for one in self.tasks}) > 1:
+            raise SettingError(f"stream {self.name!r} mixes tasks of samples with tasks to act in: make two streams")
+
+    def _check_scenario(self) -> None:
+        """Nothing may say something else than the scenario does."""
+        scenario, tells = self.scenario, "test_id" in self.revealed
+        if not self.of_samples:
+            if scenario != "task":
+                raise SettingError(NO_SCENARIO.format(self.name))
+            return
+        for one in self.tasks:
+            if one.scenario not in (None, scenario):
+                raise SettingError(
+                    f"{one.name} was split for the scenario {one.scenario!r}, but its stream's is {scenario!r}: say it "
+                    "once, where the stream is made"
+                )
+        if scenario == "task" and not tells:
+            raise SettingError(
+                f"stream {self.name!r}: the scenario 'task' tells at test which task it is, but reveals leaves out "
+                "'test_id': add it, or choose the scenario 'domain' or 'class'"
+            )
+        if scenario != "task" and tells:
+            raise SettingError(
+                f"stream {self.name!r}: the scenario {scenario!r} hides at test which task it is, but reveals has "
+                "'test_id': leave it out, or choose the scenario 'task'"
+            )
+        if scenario == "class" and not all(one.classes for one in self.tasks):
+            raise SettingError(f"stream {self.name!r}: the scenario 'class' needs tasks with classes: choose 'domain'")
+        if scenario == "domain":
+            shared_classes(self.tasks)
+
     def _check_identity(self) -> None:
-        if isinstance(self.tasks[0], DataTask):
+        if self.of_samples:
             raise SettingError(f"stream {self.name!r}: observe_identity is for tasks to act in, not for samples")
-        if not self.reveals >= IDENTITY:
+        if not self.revealed >= IDENTITY:
             raise SettingError(f"stream {self.name!r}: observe_identity shows what reveals hides, train_id or test_id")
+
+    @property
+    def revealed(self) -> frozenset[str]:
+        """What it reveals."""
+        return frozenset() if self.reveals is None else self.reveals
+
+    @property
+    def of_samples(self) -> bool:
+        """Whether its tasks are of labelled samples, and not to act in."""
+        return isinstance(self.tasks[0], DataTask)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether the optimizer's moments start at zero with every task and phase."""
+        return "boundaries" in self.revealed if self.restart_optimizer is None else self.restart_optimizer
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -121,14 +190,13 @@ class TaskStream:
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> DataWorld | StreamWorld:
         """Rows for every learner, each of the task it is set to by the world's `select`."""
-        if isinstance(self.tasks[0], DataTask):
-            known, late = self.scenario == "task", self.scenario == "class"
-            return DataWorld(self._samples, learner_shape, num_envs, reveals_classes=known, born=not late)
+        if self.of_samples:
+            return DataWorld(self._samples, learner_shape, num_envs, scenario=self.scenario, reveals=self.revealed)
         return StreamWorld(self.tasks, learner_shape, num_envs, self.observe_identity)
 
     @cached_property
     def _samples(self) -> DataTable:
-        return DataTable(self.tasks)
+        return DataTable(shared_classes(self.tasks) if self.scenario == "domain" else self.tasks)
 
     def describe(self) -> dict[str, Any]:
         """What a saved configuration needs to make the stream again."""
@@ -136,7 +204,9 @@ class TaskStream:
         if self.table:
             return {**said, "table": self.table}
         said["observe_identity"] = self.observe_identity
-        return {**said, "reveals": sorted(self.reveals), "tasks": [one.describe() for one in self.tasks]}
+        if self.restart_optimizer is not None:
+            said["restart_optimizer"] = self.restart_optimizer
+        return {**said, "reveals": sorted(self.revealed), "tasks": [one.describe() for one in self.tasks]}
 
 
 # ---------------------------------------------------------------------- tasks to act in
@@ -178,6 +248,13 @@ class StreamWorld:
                     f"{inner}, {self.action_space}: the tasks of a stream need the same"
                 )
         self.observation_space = _with_identity(inner, len(tasks)) if observe_identity else inner
+
+    @property
+    def episode_limit(self) -> int | None:
+        """Steps of the longest episodes of gymnasium's tasks, where all of these declare a limit."""
+        foreign: list[Any] = [world for task, world in zip(self._tasks, self._worlds) if not task.native]
+        limits = [world.episode_limit for world in foreign]
+        return None if None in limits else max(limits, default=None)
 
     @property
     def exact_resume(self) -> bool:
@@ -297,46 +374,66 @@ def _equal(a: Any, b: Any) -> bool:
 # ---------------------------------------------------------------------- tasks of labelled samples
 
 
-def split(data: Labelled, groups: Sequence[Sequence[int]], scenario: Scenario) -> list[DataTask]:
-    """A task for every group of classes.
+def split(data: Labelled, groups: Sequence[Sequence[int]], scenario: Scenario | None = None) -> list[DataTask]:
+    """A task for every group of classes, for a stream of any scenario.
 
-    In the scenario "domain" the targets are places within the group, which all groups share.
+    Args:
+        data: samples of all classes.
+        groups: the classes of every task; in the scenario "domain" the first of each group is class 0, and so on.
+        scenario: one that a stream of these tasks must have, to say it here; a stream that says another is refused.
 
     Raises:
-        SettingError: a class in two groups or unknown, or groups of different sizes in the scenario "domain".
+        SettingError: groups that are none or have no samples, a class that is unknown or in two groups, or groups that
+            the scenario can't be of.
     """
-    named = [c for group in groups for c in group]
-    if len(set(named)) < len(named) or not set(named) <= set(range(data.num_classes)):
+    data = _checked(data)
+    if scenario is not None and scenario not in get_args(Scenario):
+        raise SettingError(f"scenario is {scenario!r}, expected one of {', '.join(get_args(Scenario))}")
+    grouped = isinstance(groups, Sequence) and not isinstance(groups, str)
+    if not grouped or not all(isinstance(group, Sequence) and not isinstance(group, str) for group in groups):
+        raise SettingError(f"split {groups!r}: expected groups of classes such as [[0, 1], [2, 3]]")
+    if not all(groups):
+        raise SettingError(f"split {list(groups)}: a group has no classes, expected at least one in each")
+    named, known = [c for group in groups for c in group], set(range(data.num_classes))
+    if len(set(named)) < len(named) or not set(named) <= known or any(isinstance(c, bool) for c in named):
         raise SettingError(f"split {list(groups)}: expected groups of different classes of 0 to {data.num_classes - 1}")
-    if scenario == "domain" and len({len(group) for group in groups}) > 1:
-        raise SettingError(f"split {list(groups)}: the scenario 'domain' needs groups of one size")
     tasks = []
     for group in groups:
-        places = torch.zeros(data.num_classes, dtype=torch.int64)
-        places[list(group)] = torch.arange(len(group)) if scenario == "domain" else torch.tensor(list(group))
-        train, test = (_of_classes(part, group, places) for part in (data.train, data.test))
-        classes = tuple(range(len(group))) if scenario == "domain" else tuple(group)
-        count = len(group) if scenario == "domain" else data.num_classes
-        tasks.append(DataTask("+".join(map(str, group)), train, test, classes, count))
+        name = "+".join(map(str, group))
+        train, test = (_of_classes(part, group) for part in (data.train, data.test))
+        tasks.append(DataTask(name, train, test, tuple(group), data.num_classes, scenario))
+    if scenario == "domain":
+        shared_classes(tasks)
     return tasks
 
 
-def _of_classes(samples: Samples, group: Sequence[int], places: Tensor) -> Samples:
+def _of_classes(samples: Samples, group: Sequence[int]) -> Samples:
     chosen = torch.isin(samples.target, torch.tensor(list(group)))
-    return Samples(samples.observation[chosen], places[samples.target[chosen]])
+    return Samples(samples.observation[chosen], samples.target[chosen])
 
 
 def permute(data: Labelled, count: int, samples: int | None = None) -> list[DataTask]:
-    """Tasks that differ in a fixed permutation of the pixels; the first leaves them (Goodfellow et al., 2013)."""
-    features, key = data.train.observation.shape[1], random.make_keys([0])[0]
+    """Tasks that differ in a fixed permutation of the pixels; the first leaves them (Goodfellow et al., 2013).
+
+    Args:
+        data: samples of any shape.
+        count: how many tasks.
+        samples: training samples of each task, drawn anew for each; None takes all.
+
+    Raises:
+        SettingError: no such number of tasks or samples.
+    """
+    data, key = _checked(data), random.make_keys([0])[0]
+    features = data.train.observation[0].numel()
     orders = [torch.arange(features)] + [random.permutation(key, "pixels", i, features) for i in range(1, count)]
 
     def shuffled(part: Samples, order: Tensor) -> Samples:
-        return Samples(part.observation[:, order], part.target)
+        x = part.observation
+        return Samples(x.flatten(1)[:, order].reshape(x.shape), part.target)
 
     return [
         _whole(data, f"permutation-{i}", shuffled(_some(data.train, i, samples), order), shuffled(data.test, order))
-        for i, order in enumerate(orders)
+        for i, order in enumerate(orders[: _counted("permute", count)])
     ]
 
 
@@ -344,17 +441,40 @@ def rotate(data: Labelled, count: int, degrees: float = 180.0, samples: int | No
     """Tasks that differ in the angle of the pictures, evenly from 0 to below `degrees` (Lopez-Paz and Ranzato, 2017).
 
     Args:
-        data: square pictures.
+        data: square pictures `[n, H * H]`, or pictures `[n, H, W]` or `[n, C, H, W]`.
         count: how many tasks.
         degrees: of the angle that would follow the last.
         samples: training samples of each task, drawn anew for each; None takes all.
+
+    Raises:
+        SettingError: no pictures, or no such number of tasks or samples.
     """
-    tasks = []
-    for i in range(count):
+    data, tasks = _checked(data), []
+    if isinstance(degrees, bool) or not isinstance(degrees, int | float) or not math.isfinite(degrees):
+        raise SettingError(f"degrees is {degrees!r}, expected a number")
+    for i in range(_counted("rotate", count)):
         angle = degrees * i / count
         train, test = (_rotated(part, angle) for part in (_some(data.train, i, samples), data.test))
         tasks.append(_whole(data, f"rotation-{angle:g}", train, test))
     return tasks
+
+
+def _checked(data: Any) -> Labelled:
+    """A data set with samples as a `DataTask` has them."""
+    if not isinstance(data, Labelled):
+        raise SettingError(
+            f"data is a {type(data).__name__}, expected labelled(NAME) or Labelled(train, test, classes)"
+        )
+    if isinstance(data.num_classes, bool) or not isinstance(data.num_classes, int) or data.num_classes < 1:
+        raise SettingError(f"num_classes is {data.num_classes!r}, expected how many classes the data are of")
+    whole = _whole(data, "the data", data.train, data.test)
+    return Labelled(whole.train, whole.test, data.num_classes)
+
+
+def _counted(what: str, count: Any) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise SettingError(f"{what} is {count!r}, expected how many tasks, at least 1")
+    return count
 
 
 def _whole(data: Labelled, name: str, train: Samples, test: Samples) -> DataTask:
@@ -365,21 +485,29 @@ def _some(part: Samples, i: int, count: int | None) -> Samples:
     """`count` samples for task i, drawn without replacement."""
     if count is None:
         return part
-    if not 1 <= count <= len(part.target):
-        raise SettingError(f"samples is {count}, expected 1 to the {len(part.target)} that there are")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(part.target):
+        raise SettingError(f"samples is {count!r}, expected 1 to the {len(part.target)} that there are")
     rows = random.permutation(random.make_keys([1])[0], "samples", i, len(part.target))[:count]
     return Samples(part.observation[rows], part.target[rows])
 
 
 def _rotated(part: Samples, degrees: float) -> Samples:
     """The pictures turned about their middle, with bilinear interpolation."""
-    side = math.isqrt(part.observation.shape[1])
-    pictures = part.observation.reshape(-1, 1, side, side).float()
+    x = part.observation
+    side = math.isqrt(x[0].numel())
+    if x.dim() not in (2, 3, 4) or (x.dim() == 2 and side**2 != x.shape[1]):
+        raise SettingError(
+            f"rotate: inputs {tuple(x.shape[1:])} are no pictures, expected [H * H], [H, W] or [C, H, W]"
+        )
+    shape = (1, side, side) if x.dim() == 2 else (1, *x.shape[1:]) if x.dim() == 3 else tuple(x.shape[1:])
+    pictures = x.reshape(-1, *shape).float()
     angle = math.radians(degrees)
     turn = torch.tensor([[math.cos(angle), math.sin(angle), 0.0], [-math.sin(angle), math.cos(angle), 0.0]])
     grid = F.affine_grid(turn.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
     turned = F.grid_sample(pictures, grid, align_corners=False)
-    return Samples(turned.round().clamp(0, 255).to(torch.uint8).reshape(part.observation.shape), part.target)
+    if x.dtype == torch.uint8:
+        turned = turned.round().clamp(0, 255).to(torch.uint8)
+    return Samples(turned.reshape(x.shape), part.target)
 
 
 # ---------------------------------------------------------------------- by name
@@ -392,6 +520,7 @@ def stream(
     scenario: Scenario | None = None,
     order: Order = "given",
     reveals: Iterable[str] | None = None,
+    restart_optimizer: bool | None = None,
     observe_identity: bool | None = None,
 ) -> TaskStream:
     """The named stream of tasks, or one made from a list of tasks.
@@ -399,12 +528,15 @@ def stream(
     Args:
         source: a name (`rlmeta list streams`), or tasks (or names of tasks) in their order.
         name: what to call one that is made from a list.
-        scenario: what is known of the classes of labelled samples; by default as the stream's file says.
+        scenario: what is known of the classes of labelled samples; by default as the stream's file or `split` says,
+            else "task". It decides whether "test_id" is revealed.
         order: the tasks as they stand, every order of them ("all"), or so many distinct orders; every order is a
             learner.
         reveals: what methods are told of the tasks, of "boundaries" (when one ends), "train_id" and "test_id" (which
-            one it is, in training and at test); by default everything, or what the stream's file says. The scenarios
-            "domain" and "class" hide "test_id" in any case.
+            one it is, in training and at test); by default everything that the scenario allows, or what the stream's
+            file says.
+        restart_optimizer: whether the optimizer's moments start at zero with every task; by default where boundaries
+            are revealed, or as the stream's file says.
         observe_identity: put which task it is at the end of every observation, of tasks to act in; by default as the
             stream's file says, and not where `reveals` hides it.
 
@@ -414,22 +546,38 @@ def stream(
     """
     if isinstance(reveals, str):
         raise SettingError(f"reveals is {reveals!r}, expected a list such as [{reveals!r}]")
+    if reveals is not None:
+        reveals = list(reveals) if isinstance(reveals, Iterable) else [reveals]
+        if not all(isinstance(one, str) for one in reveals):
+            raise SettingError(f"reveals is {reveals!r}, expected a list of {', '.join(sorted(EVERYTHING))}")
     if isinstance(source, str):
         table = dict(require_named(source))
         if reveals is not None:
             table["reveals"] = sorted(reveals)
             table["observe_identity"] = table.get("observe_identity", False) and set(reveals) >= IDENTITY
-        if observe_identity is not None:
-            table["observe_identity"] = observe_identity
+        for key, value in (("observe_identity", observe_identity), ("restart_optimizer", restart_optimizer)):
+            if value is not None:
+                table[key] = value
         return from_table(source, table, scenario, order)
+    if isinstance(source, Labelled):
+        raise SettingError(
+            "a data set is no stream of tasks: make some of it, such as split(data, [[0, 1], [2, 3]]), and give those"
+        )
+    if not isinstance(source, Iterable):
+        raise SettingError(f"a stream of {type(source).__name__}, expected a name (`rlmeta list streams`) or tasks")
     tasks = tuple(task(one) if isinstance(one, str) else one for one in source)
-    given = EVERYTHING if reveals is None else frozenset(reveals)
-    return TaskStream(name, tasks, _reveals(scenario, given), order, scenario or "task", bool(observe_identity))
-
-
-def _reveals(scenario: Scenario | None, given: frozenset[str]) -> frozenset[str]:
-    """Which task it is at test is hidden, except where only its own classes count."""
-    return given - {"test_id"} if scenario in ("domain", "class") else given
+    said = next((one.scenario for one in tasks if isinstance(one, DataTask) and one.scenario), None)
+    if scenario is not None and tasks and isinstance(tasks[0], Task):
+        raise SettingError(NO_SCENARIO.format(name))
+    return TaskStream(
+        name,
+        tasks,
+        None if reveals is None else frozenset(reveals),
+        order,
+        scenario or said or "task",
+        restart_optimizer,
+        bool(observe_identity),
+    )
 
 
 def from_table(
@@ -439,7 +587,7 @@ def from_table(
 
     Keys: `tasks` (names, or tables with `env` and `settings`), or `data` (a data set) with one of `split` (groups of
     classes), `permute` (how many tasks) and `rotate` (how many tasks; `degrees`), and `samples`, `scenario`; `reveals`;
-    `observe_identity`, of tasks to act in.
+    `restart_optimizer`; `observe_identity`, of tasks to act in.
 
     Raises:
         SettingError: not the table of a stream, or a scenario that is not of its kind.
@@ -448,18 +596,18 @@ def from_table(
     if table.get("kind") != "stream":
         raise SettingError(f"{name!r} is a {table.get('kind', 'task')}, expected a stream of tasks")
     known = {"kind", "description", "tasks", "reveals", "data", "split", "permute", "rotate", "degrees", "samples"}
-    unknown = set(table) - known - {"scenario", "observe_identity"}
+    unknown = set(table) - known - {"scenario", "restart_optimizer", "observe_identity"}
     if unknown:
         raise SettingError(f"{where}: {unknown_name('key', min(unknown), known)}")
-    given, shown = frozenset(table.get("reveals", EVERYTHING)), bool(table.get("observe_identity", False))
+    given = frozenset(table["reveals"]) if "reveals" in table else None
+    restarts, shown = table.get("restart_optimizer"), bool(table.get("observe_identity", False))
     if "tasks" in table:
-        if scenario is not None:
-            raise SettingError(f"scenario is for streams of samples, {name!r} has tasks to act in: leave it out")
+        if scenario is not None or "scenario" in table:
+            raise SettingError(NO_SCENARIO.format(name))
         tasks = tuple(_entry(entry, f"{name}/{i}") for i, entry in enumerate(table["tasks"]))
-        return TaskStream(name, tasks, given, order, observe_identity=shown, table=table)
+        return TaskStream(name, tasks, given, order, "task", restarts, shown, table)
     chosen: Scenario = scenario or table.get("scenario", "task")
-    reveals = _reveals(chosen, given)
-    return TaskStream(name, tuple(_of_data(where, table, chosen)), reveals, order, chosen, shown, table)
+    return TaskStream(name, tuple(_of_data(where, table)), given, order, chosen, restarts, shown, table)
 
 
 def _entry(entry: Any, name: str) -> Task:
@@ -468,13 +616,13 @@ def _entry(entry: Any, name: str) -> Task:
     return task(entry["env"], settings=entry.get("settings"), name=name)
 
 
-def _of_data(where: str, table: dict[str, Any], scenario: Scenario) -> list[DataTask]:
+def _of_data(where: str, table: dict[str, Any]) -> list[DataTask]:
     kinds = [kind for kind in ("split", "permute", "rotate") if kind in table]
     if "data" not in table or len(kinds) != 1:
         raise SettingError(f"{where}: expected tasks, or data with one of split, permute and rotate")
     data = labelled(table["data"])
     if kinds == ["split"]:
-        return split(data, table["split"], scenario)
+        return split(data, table["split"])
     if kinds == ["permute"]:
         return permute(data, table["permute"], table.get("samples"))
     return rotate(data, table["rotate"], table.get("degrees", 180.0), table.get("samples"))

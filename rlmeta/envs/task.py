@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import math
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from rlmeta.envs.families import NamedFamily, Split, task_keys
 from rlmeta.envs.families import from_table as named_family
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
+from rlmeta.envs.sources import ENVPOOL, is_envpool, several_agents
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, require_choice, unknown_name
 from rlmeta.functional import random
@@ -29,8 +31,9 @@ Mode = Literal["sync", "async"]
 class Task:
     """One problem: makes the environments of any number of learners.
 
-    `source` is a native environment, a gymnasium id, an EnvSpec, a factory of an environment, or a factory of a
-    VectorEnv (a factory, because a run needs one set of environments to train in and one to be evaluated in).
+    `source` is a native environment, a gymnasium id, `envpool:NAME`, an EnvSpec, a factory of an environment, or a
+    factory of a VectorEnv (a factory, because a run needs one set of environments to train in and one to be evaluated
+    in).
     """
 
     name: str
@@ -44,6 +47,8 @@ class Task:
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, Mode)
+        if self.ranges:
+            check_ranges(f"task {self.name!r}", self.source, self.ranges)
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> World:
         """The environments `[*L, N]`."""
@@ -78,6 +83,37 @@ class Task:
         return described
 
 
+def check_ranges(where: str, source: Any, ranges: Any) -> None:
+    """Refuse ranges that no constants of a native environment can be drawn from.
+
+    Raises:
+        SettingError: the environment is not native or has no such constant; a range is not two finite numbers in order.
+    """
+    if not isinstance(source, NativeEnv):
+        said = source if isinstance(source, str) else getattr(source, "id", getattr(source, "__name__", source))
+        raise SettingError(
+            f"{where} draws constants of a native environment, {said!r} is gymnasium's: `rlmeta list tasks` shows the "
+            "native ones, envs/my_native_env.py how to write one"
+        )
+    if not isinstance(ranges, dict):
+        raise SettingError(f"{where}: ranges are {ranges!r}, expected a dictionary such as {{'gravity': (9.0, 11.0)}}")
+    constants, hints = [f.name for f in dataclasses.fields(source)], _hints(type(source))  # type: ignore[arg-type]
+    for constant, bounds in ranges.items():
+        if constant not in constants:
+            raise SettingError(f"{where}: {unknown_name('constant', constant, constants)}")
+        if not _fits(bounds, Sequence[float]) or len(bounds) != 2:
+            raise SettingError(f"{where}: the range of {constant} is {bounds!r}, expected [low, high]")
+        low, high = bounds
+        if not -math.inf < low <= high < math.inf:
+            raise SettingError(
+                f"{where}: the range of {constant} is {bounds!r}, expected finite numbers, the lower first"
+            )
+        if hints.get(constant, float) is not float:
+            raise SettingError(
+                f"{where}: constant {constant} is {_said(hints[constant])}, which no range can be drawn of"
+            )
+
+
 def _plain_constants(env: NativeEnv) -> dict[str, Any]:
     """The constants that are numbers, switches or text and not the default."""
     fields = {f.name: f.default for f in dataclasses.fields(env)}  # type: ignore[arg-type]
@@ -95,6 +131,13 @@ class TaskFamily:
     name: str
     base: Task
     ranges: dict[str, tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Task):
+            raise SettingError(
+                f"family {self.name!r}: its base is {self.base!r}, expected a task, such as rl.task(...)"
+            )
+        check_ranges(f"family {self.name!r}", self.base.source, self.ranges)
 
     def sample(self, key: Tensor) -> dict[str, Tensor]:
         """The constants of one task for every learner, `{name: [*L]}` float64."""
@@ -136,8 +179,8 @@ def task(
     """A task from a name, a gymnasium id, an EnvSpec, a factory, or a native environment.
 
     Args:
-        source: a name (`rlmeta list`), a gymnasium id such as `LunarLander-v3` or `mypkg:MyEnv-v0`, an EnvSpec, a
-            function that makes an environment or a VectorEnv, or a native environment.
+        source: a name (`rlmeta list`), a gymnasium id such as `LunarLander-v3` or `mypkg:MyEnv-v0`, `envpool:Pong-v5`
+            for EnvPool's, an EnvSpec, a function that makes an environment or a VectorEnv, or a native environment.
         name: what to call it; by default derived from the source.
         settings: constants of a native environment, or keyword arguments of a gymnasium one.
         mode: "async" divides foreign environments over worker processes.
@@ -145,21 +188,53 @@ def task(
 
     Raises:
         UnknownNameError: nothing has this name; the nearest names are listed.
-        SettingError: an environment instance (every learner needs its own), or a setting that does not exist.
+        SettingError: an environment instance (every learner needs its own), an environment of several agents, or a
+            setting that does not exist.
     """
     require_choice("mode", mode, Mode)
     settings = dict(settings or {})
+    if isinstance(source, type) and issubclass(source, NativeEnv):
+        source = source()
     if isinstance(source, NativeEnv):
         return Task(name or type(source).__name__, _with_constants(source, settings), settings)
     if isinstance(source, gym.envs.registration.EnvSpec):
         return Task(name or source.id, source, settings, mode)
-    if isinstance(source, (gym.Env, gym.vector.VectorEnv)):
-        raise SettingError("task() got an environment: give it a function that makes one, every learner needs its own")
     if not isinstance(source, str):
-        if not callable(source):
-            raise SettingError(f"task() got {type(source).__name__}, expected a name, an EnvSpec or a function")
+        _check_source(source)
         return Task(name or getattr(source, "__name__", "env").replace("<lambda>", "custom"), source, settings, mode)
     return _named(source, name or source, settings, mode, native)
+
+
+def _check_source(source: Any) -> None:
+    """Refuse what no environment can be made from: one that is made already, above all; the message says what can."""
+    if isinstance(source, gym.Env | gym.vector.VectorEnv):
+        raise SettingError(f"a task can't be {_made_already(source)}")
+    if not isinstance(source, type) and several_agents(source):
+        raise SettingError(
+            f"a task can't be {type(source).__name__}: environments of several agents, such as PettingZoo's, are not "
+            "supported"
+        )
+    if isinstance(source, list | tuple):
+        raise SettingError(f"a task can't be a {type(source).__name__}: rl.stream([...]) makes a stream of tasks")
+    if not callable(source):
+        raise SettingError(
+            f"a task can't be {source!r}, expected a name (`rlmeta list tasks`), a gymnasium id, an EnvSpec, a native "
+            "environment, or a function that makes an environment"
+        )
+
+
+def _made_already(env: Any) -> str:
+    """An environment, why it is none that learners can share, and what to give instead."""
+    vector, spec = isinstance(env, gym.vector.VectorEnv), env.spec
+    identifier = spec.id if isinstance(spec, gym.envs.registration.EnvSpec) else None
+    what = f"the {'vector ' if vector else ''}environment {identifier or type(env.unwrapped).__name__}"
+    if is_envpool(env.unwrapped):
+        return f"{what}, which has its seeds already: name it, rl.task('{ENVPOOL}...-v1')"
+    named = identifier if identifier in gym.registry or identifier in NATIVE else None
+    maker = f"gym.make_vec({named!r}, num_envs=num_envs)" if vector else f"gym.make({named!r})"
+    function = f"rl.task({'lambda num_envs' if vector else 'lambda'}: {maker if named else '...'})"
+    ways = ([f"its name, rl.task({named!r})"] if named else []) + [f"a function that makes one, {function}"]
+    return f"{what}, which is made already, and every learner needs its own: give {', or '.join(ways)}"
 
 
 def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native: bool) -> Task:
@@ -176,8 +251,7 @@ def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native:
         return dataclasses.replace(made, mode=mode)
     if native and source in NATIVE:
         return Task(name, _with_constants(NATIVE[source], settings), settings)
-    module = source.split(":")[0] if ":" in source else None
-    if module is None and source not in gym.registry:
+    if ":" not in source and source not in gym.registry:
         if source.startswith("rlmeta/"):
             from rlmeta.envs.native import register  # noqa: F401 - registers the ids
         if source not in gym.registry and not _has_version(source):
@@ -260,15 +334,7 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
     base = task(table["env"], name=name, settings=table.get("settings"))
     if kind == "task":
         return base
-    if not base.native:
-        raise SettingError(f"envs/{name}.toml: a family needs a native environment, {table['env']!r} is gymnasium's")
-    constants = [f.name for f in dataclasses.fields(base.source)]
-    for constant in table["ranges"]:
-        if constant not in constants:
-            raise SettingError(f"envs/{name}.toml: {unknown_name('constant', constant, constants)}")
-        bounds = table["ranges"][constant]
-        if not _fits(bounds, Sequence[float]) or len(bounds) != 2:
-            raise SettingError(f"envs/{name}.toml: the range of {constant} is {bounds!r}, expected [low, high]")
+    check_ranges(f"envs/{name}.toml", base.source, table["ranges"])
     return TaskFamily(name, base, {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()})
 
 

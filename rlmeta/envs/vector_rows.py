@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rlmeta.envs.rows import Buffers, MaskSource, has_own_mask, mask_length, masked_space
+from rlmeta.envs.sources import VectorSource
 from rlmeta.envs.spaces import Array, Layout, pick
 from rlmeta.errors import SettingError, SpaceError
 
@@ -24,10 +26,11 @@ class VectorRows:
     | SAME_STEP | shows the next episode at t; the final observation comes from `infos["final_obs"]` |
     | DISABLED | is reset here, with `options={"reset_mask": ...}`: the same as SAME_STEP |
 
-    Where actions are masked, a final observation whose mask is not in `infos` allows every action.
+    Where actions are masked, a final observation whose mask is not in `infos` allows every action. Infos may be a list
+    of one dictionary a row, as gymnasium's `DictInfoToList` makes them.
 
     Args:
-        env: the VectorEnv.
+        source: the VectorEnv, and how to make it again.
         count: R.
 
     Raises:
@@ -35,9 +38,9 @@ class VectorRows:
         SpaceError: its spaces are not supported.
     """
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], count: int) -> None:
-        self.env = env
-        self.name = f"vector environment {env.spec.id if env.spec else type(env.unwrapped).__name__!r}"
+    def __init__(self, source: VectorSource, count: int) -> None:
+        self.env = env = source.env
+        self.name, self._remake = source.name, source.remake
         if env.num_envs != count:
             raise SettingError(
                 f"{self.name} has {env.num_envs} environments, expected {count}, one for each environment of each "
@@ -61,14 +64,28 @@ class VectorRows:
 
     def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
         """Start an episode in every row; `rows` are all."""
-        try:
-            value, infos = self.env.reset(seed=[int(seed) for seed in seeds])  # type: ignore[arg-type]
-            self.seeds_rows = True
-        except (TypeError, ValueError, AssertionError, gym.error.Error):
-            self.seeds_rows = False
-            value, infos = self.env.reset(seed=int(seeds[0]))
+        value, infos = self._begin([int(seed) for seed in seeds])
         self._pending = np.zeros(self.env.num_envs, np.bool_)
         self.buffers.observation = self._read(value, infos, self._pending)
+
+    def _begin(self, seeds: list[int]) -> Any:
+        """The first observations and infos from these seeds."""
+        if self._remake is not None:
+            self.env.close()
+            self.env = self._remake(seeds)
+            return self.env.reset()
+        try:
+            first = self.env.reset(seed=seeds)  # type: ignore[arg-type]
+            self.seeds_rows = True
+        except (TypeError, ValueError, AssertionError, gym.error.Error):
+            first = self.env.reset(seed=seeds[0])
+            self.seeds_rows = False
+            warnings.warn(
+                f"{self.name} takes one seed for all its rows, that of the first: what a learner meets depends on the "
+                "learners beside it; let its reset() take a list of seeds",
+                stacklevel=2,
+            )
+        return first
 
     def step(self, actions: Sequence[Array], next_seeds: Array) -> None:
         """Act in every row.
@@ -114,18 +131,18 @@ class VectorRows:
             raise SpaceError(f"{self.name} gave {what} of shape {array.shape}, expected {(self.env.num_envs,)}")
         return array
 
-    def _read(self, value: Any, infos: dict[str, Any], lenient: Array) -> list[Array]:
+    def _read(self, value: Any, infos: Any, lenient: Array) -> list[Array]:
         """The observation of every row; rows marked `lenient` `[R]` may lack a mask of actions."""
         if self.mask is not None:
             value = {"observation": value, "action_mask": self._masks(infos, lenient)}
         return self.observations.read(value, (self.env.num_envs,), self.name)
 
-    def _read_final(self, infos: dict[str, Any], done: Array) -> None:
-        if "final_obs" not in infos:
+    def _read_final(self, infos: Any, done: Array) -> None:
+        final, inner = _column(infos, "final_obs"), () if self.mask is None else ("observation",)
+        if final is None:
             raise SpaceError(
                 f'{self.name} resets in the same step but gave no infos["final_obs"], which that mode needs'
             )
-        final, inner = infos["final_obs"], () if self.mask is None else ("observation",)
         for leaf, buffer in zip(self.observations.leaves, self.buffers.final):
             if leaf.path == ("action_mask",) and self.mask is not None:
                 buffer[done] = self._final_masks(infos)[done]
@@ -148,10 +165,11 @@ class VectorRows:
         if hasattr(base, "action_masks") or (within and all(env.has_wrapper_attr("action_masks") for env in within)):
             return "method"
         if isinstance(self.env.single_action_space, spaces.Discrete | spaces.MultiDiscrete):
-            return "info" if "action_mask" in self.env.reset(seed=0)[1] else None
+            first = self.env.reset() if self._remake else self.env.reset(seed=0)
+            return None if _column(first[1], "action_mask") is None else "info"
         return None
 
-    def _masks(self, infos: dict[str, Any], lenient: Array) -> Array:
+    def _masks(self, infos: Any, lenient: Array) -> Array:
         base: Any = self.env.unwrapped
         if self.mask == "method":
             return np.asarray(base.action_masks() if hasattr(base, "action_masks") else base.call("action_masks"))
@@ -160,18 +178,34 @@ class VectorRows:
             raise SpaceError(f'{self.name} gave infos without the "action_mask" that its first ones had')
         return masks
 
-    def _final_masks(self, infos: dict[str, Any]) -> Array:
-        return self._masks_of(infos.get("final_info", {}))[0]
+    def _final_masks(self, infos: Any) -> Array:
+        return self._masks_of(_column(infos, "final_info") or {})[0]
 
-    def _masks_of(self, infos: dict[str, Any]) -> tuple[Array, Array]:
+    def _masks_of(self, infos: Any) -> tuple[Array, Array]:
         """Masks `[R, A]`, all ones where none is given, and where one is, `[R]`."""
         count = self.env.num_envs
         ones = np.ones((count, mask_length(self.action_space)), np.int8)
-        if "action_mask" not in infos:
+        column = _column(infos, "action_mask")
+        if column is None:
             return ones, np.zeros(count, np.bool_)
-        given = np.asarray(infos.get("_action_mask", np.ones(count, np.bool_)))
-        ones[given] = np.stack(list(np.asarray(infos["action_mask"])[given])) if given.any() else 1
+        if isinstance(infos, dict) and "_action_mask" in infos:
+            given = np.asarray(infos["_action_mask"])
+        else:
+            given = np.array([one is not None for one in column])
+        for row in np.flatnonzero(given):
+            ones[row] = column[row]
         return ones, given
+
+
+def _column(infos: Any, name: str) -> Any:
+    """An entry of the infos of all rows, whether they are one dictionary or a list of them; None where it isn't there.
+
+    Of a list it is a list, with None in the rows that lack it.
+    """
+    if isinstance(infos, dict):
+        return infos.get(name)
+    column = [info.get(name) if isinstance(info, dict) else None for info in infos]
+    return None if all(one is None for one in column) else column
 
 
 def _autoreset_mode(env: VectorEnv[Any, Any, Any], name: str) -> AutoresetMode:

@@ -18,14 +18,10 @@ import numpy as np
 
 from rlmeta.envs.rows import Buffers, Rows, Template
 from rlmeta.envs.spaces import Array, Layout
-from rlmeta.errors import RlmetaError, SettingError
+from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
 
 _PATIENCE = 2.0
 """Seconds that a worker gets to close its environments before it is killed."""
-
-
-class EnvironmentFailedError(RlmetaError):
-    """An environment raised, or its worker process died; the message holds the worker's traceback."""
 
 
 class WorkerRows:

@@ -227,6 +227,9 @@ def huber_loss(prediction: Tensor, target: Tensor, delta: float | Tensor = 1.0, 
 def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
     """The one-step target r + d V(s'), where d = γ (1 - terminated).
 
+    Nothing follows a terminal state, so that where d is 0 its value is not looked at, even if it is no number (as is
+    the maximum over actions of which none is allowed).
+
     Args:
         reward: `[*L, B]`.
         discount: `[*L, B]`.
@@ -236,7 +239,7 @@ def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
         `[*L, B]`
     """
     same_shape(reward=reward, discount=discount, next_value=next_value)
-    return reward + discount * next_value
+    return reward + discount * next_value.masked_fill(discount == 0, 0.0)
 
 
 def q_target(reward: Tensor, discount: Tensor, next_q: Tensor) -> Tensor:

@@ -341,7 +341,7 @@ def _add_outer_squares(
     """A layer that a sample passes several times: its gradient is a sum of products, which is squared as a whole."""
     x = torch.cat([x.flatten(axes + 1, -2) if x.dim() > axes + 2 else x.unsqueeze(-2) for x in inputs], -2)
     g = torch.cat([g.flatten(axes + 1, -2) if g.dim() > axes + 2 else g.unsqueeze(-2) for g in gradients], -2)
-    size = max(1, _LARGEST // found[f"{place}weight"].numel())
+    size = max(1, _LARGEST // (x.shape[-1] * g.shape[-1] * x.shape[:axes].numel()))
     for some_x, some_g in zip(torch.split(x, size, axes), torch.split(g, size, axes)):
         if f"{place}weight" in wanted:
             found[f"{place}weight"] += (some_g.mT @ some_x).square().sum(axes)

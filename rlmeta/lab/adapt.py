@@ -20,6 +20,7 @@ from rich.table import Table
 from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import random, tree
 from rlmeta.lab.run import Run
+from rlmeta.lab.surroundings import undisturbed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,12 +58,18 @@ class Adaptation:
         return self.scores.mean((0, 1))
 
     @property
+    def not_finite(self) -> int:
+        """Tasks, of all learners, whose last score is not finite."""
+        return int((~np.isfinite(self.scores[..., -1])).sum())
+
+    @property
     def interval(self) -> NDArray[np.float64]:
         """Half of the 95 % interval of the mean, `[steps + 1]`."""
         flat = self.scores.reshape(-1, self.scores.shape[-1])
         return 1.96 * flat.std(0, ddof=min(1, len(flat) - 1)) / np.sqrt(len(flat))
 
 
+@undisturbed()
 def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
     """Adapt every learner of a run to held-out tasks.
 
@@ -92,6 +99,8 @@ def table(found: Adaptation, title: str) -> Table:
     last = found.scores.shape[-1] - 1
     for step in sorted({round(last * i / 10) for i in range(11)}):
         made.add_row(str(step), f"{found.mean[step]:.4g}", f"{found.interval[step]:.2g}")
+    if found.not_finite:
+        made.caption = f"{found.not_finite} of {found.scores[..., 0].size} tasks end without a finite score"
     return made
 
 
@@ -100,6 +109,7 @@ def write(run: Run, found: Adaptation, folder: Path, seed: int = 1) -> list[Path
     record = {
         "score": found.name,
         "tasks": found.scores.shape[1],
+        "not_finite": found.not_finite,
         "mean": found.mean.tolist(),
         "interval": found.interval.tolist(),
         "learners": found.scores.mean(1).tolist(),
@@ -131,6 +141,7 @@ def _draw_curve(axes: Axes, found: Adaptation) -> None:
     axes.grid(alpha=0.3)
 
 
+@undisturbed()
 @torch.no_grad()
 def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
     """One task of the first learner, its points, and the predictions before and after; {} unless it is one line."""

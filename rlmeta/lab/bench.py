@@ -25,6 +25,7 @@ from rich.table import Table
 
 from rlmeta.agents import PPO
 from rlmeta.errors import SettingError, require_extra, unknown_name
+from rlmeta.lab.bench_seeds import FIRST_SEED, table_seeds
 from rlmeta.lab.experiment import Budget
 
 ZOO = PPO(
@@ -112,7 +113,7 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
         from rlmeta.lab.train import train
 
         final = Budget(steps=job["steps"], final_episodes=256, eval_every=10 * job["steps"])
-        run = train(ZOO, "CartPole-v1", seeds=job["seeds"], budget=final, threads=job["threads"])
+        run = train(ZOO, "CartPole-v1", seeds=table_seeds(job["seeds"]), budget=final, threads=job["threads"])
         scores, steps, seconds = run.scores.tolist(), run.env_steps * job["seeds"], run.seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return {"steps": steps, "seconds": seconds, "scores": scores, "gigabytes": peak}
@@ -153,16 +154,16 @@ def agents(options: Agents) -> int:
     many, one = f"rlmeta, {options.seeds} seeds in one process", "rlmeta, 1 seed"
     alone, each = "Stable-Baselines3, 1 process", f"Stable-Baselines3, {cores} processes, one a core"
     sides = {
-        alone: [{**peer, "seed": 0}],
+        alone: [{**peer, "seed": FIRST_SEED}],
         many: [{**ours, "seeds": options.seeds, "threads": cores}],
         one: [{**ours, "seeds": 1, "threads": 1}],
-        each: [{**peer, "seed": seed} for seed in range(cores)],
+        each: [{**peer, "seed": seed} for seed in table_seeds(cores)],
     }
     rounds: list[dict[str, dict[str, Any]]] = []
     for number in range(options.rounds):
         rounds.append({})
         for side, jobs in sides.items():
-            rounds[-1][side] = _run([{**job, "seed": job.get("seed", 0) + cores * number} for job in jobs])
+            rounds[-1][side] = _run([{**job, "seed": job.get("seed", FIRST_SEED) + cores * number} for job in jobs])
             print(f"round {number + 1}: {side}: {rounds[-1][side]['steps_per_second']:,.0f} steps/s", flush=True)
     rows = [_row(side, rounds, alone, each) for side in sides]
     console = Console()

@@ -26,10 +26,12 @@ from rlmeta.agents.rewards import PotentialShaping
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.names import folders
 from rlmeta.errors import SettingError, unknown_name
+from rlmeta.lab.bench_seeds import BY_HAND_SEEDS, FIRST_SEED, table_seeds
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.presets import preset
 from rlmeta.lab.record import record
 from rlmeta.lab.run import Run, load
+from rlmeta.lab.run_folder import read_config
 from rlmeta.lab.train import resume, train
 from rlmeta.learning.settings import require
 
@@ -43,7 +45,7 @@ class Imitation:
     tables: str = "gail,shaping"
     """Which tables, separated by commas."""
     seeds: int = 10
-    """Learners of every row."""
+    """Learners of every row, with the seeds 100, 101, ..."""
     steps: int = 200_000
     """Environment steps of each learner."""
     speed: bool = False
@@ -79,7 +81,7 @@ def demonstrations(options: Imitation) -> Demonstrations:
     """Sixty episodes of PPO trained on the task itself, recorded once."""
     path = options.runs / "cartpole-fixed.demonstrations"
     if not path.is_file():
-        expert = train(preset("ppo", FIXED), FIXED, steps=200_000, seeds=2)
+        expert = train(preset("ppo", FIXED), FIXED, steps=200_000, seeds=table_seeds(2))
         record(expert, 60).save(path)
     return Demonstrations.load(path)
 
@@ -129,13 +131,20 @@ def _row(name: str, settings: Any, task: str, steps: int, options: Imitation) ->
     """A row's run: trained, gone on with, or read."""
     folder = options.runs / name
     own = {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {}
+    if (folder / "config.toml").is_file():
+        seeds = read_config(folder)["seeds"]
+        require(
+            seeds == table_seeds(options.seeds),
+            f"{folder} has learners of seeds {seeds}, the table those from {FIRST_SEED} on, {options.seeds} of them: "
+            "remove it, or name another folder by --runs",
+        )
     if (folder / "summary.json").is_file():
         run: Run = load(folder, own=own)
     elif (folder / "config.toml").is_file():
         run = resume(folder, own=own, progress=True)
     else:
         budget = Budget(steps=steps, final_episodes=256)
-        run = train(settings, task, seeds=options.seeds, out=folder, budget=budget, progress=True)
+        run = train(settings, task, seeds=table_seeds(options.seeds), out=folder, budget=budget, progress=True)
     row = {**run.summary()[0], "row": name}
     run.close()
     return row
@@ -156,7 +165,8 @@ def _report(name: str, title: str, rows: list[dict[str, Any]], options: Imitatio
         )
     Console(width=140).print(table)
     options.out.mkdir(parents=True, exist_ok=True)
-    record_ = {"title": title, "when": time.strftime("%Y-%m-%d"), "rows": rows}
+    chosen = {"seeds": table_seeds(options.seeds), "chosen_on_seeds": list(BY_HAND_SEEDS)}
+    record_ = {"title": title, **chosen, "when": time.strftime("%Y-%m-%d"), "rows": rows}
     (options.out / f"imitation_{name}.json").write_text(json.dumps(record_, indent=1) + "\n")
 
 
@@ -199,7 +209,7 @@ def _export(shown: Demonstrations, path: Path) -> None:
 
 def _ours(settings: GAIL, steps: int, seeds: int) -> float:
     budget = Budget(steps=steps, eval_every=100 * steps, final_episodes=1)
-    run = train(settings, FIXED, seeds=seeds, budget=budget)
+    run = train(settings, FIXED, seeds=table_seeds(seeds), budget=budget)
     return run.env_steps * seeds / run.seconds
 
 

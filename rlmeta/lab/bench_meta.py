@@ -1,7 +1,8 @@
 """`rlmeta bench meta`: what the meta-learners reach, each beside its baselines, and how fast a meta-update is.
 
-Every part trains its learners (10 seeds in one process), measures them on held-out tasks, prints a table with the bar
-and writes `meta_PART.json`. Intervals are bootstrap 95 % intervals of the mean over seeds. `--speed` measures second-
+Every part trains its learners (10 seeds from 100 on, in one process), measures them on held-out tasks, prints a table
+with the bar and writes `meta_PART.json`. What a baseline's rate is chosen by are other seeds and the validation tasks;
+the file names them. Intervals are bootstrap 95 % intervals of the mean over seeds. `--speed` measures second-
 order MAML on the sinusoid against learn2learn, whose source RLMETA_LEARN2LEARN names, on one thread.
 """
 
@@ -27,10 +28,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from rlmeta.envs import datasets
 from rlmeta.envs.families import FamilyWorld, NamedFamily, Quadratics, Sinusoid
 from rlmeta.envs.task import family as family_named
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import optim, random, statistics
+from rlmeta.lab.bench_seeds import SELECTION_SEEDS, table_seeds
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.presets import load_preset
 from rlmeta.lab.run import Run
@@ -51,7 +54,9 @@ class Meta:
     parts: str = "sinusoid,omniglot,navigation,optimizer,pes"
     """Which, joined by commas; evolved-optimizer is there, too."""
     seeds: int = 10
-    """Learners of each row."""
+    """Learners of each row, with the seeds 100, 101, ..."""
+    budget: float = 1.0
+    """Part of the budget of every training; less is a trial of the command, not its figures."""
     speed: bool = False
     """Instead: seconds of a meta-update beside learn2learn's."""
     rounds: int = 5
@@ -65,6 +70,8 @@ def main(flags: Sequence[str]) -> int:
     options = tyro.cli(Meta, prog="rlmeta bench meta", args=list(flags))
     if options.seeds < 1 or options.rounds < 1:
         raise SettingError("bench meta: seeds and rounds are at least 1")
+    if not 0 < options.budget <= 1:
+        raise SettingError(f"bench meta: budget is {options.budget:g}, expected above 0 and at most 1")
     parts: dict[str, Callable[[Meta], list[Row]]] = {
         "sinusoid": sinusoid,
         "omniglot": omniglot,
@@ -85,7 +92,7 @@ def main(flags: Sequence[str]) -> int:
 def _publish(part: str, rows: list[Row], options: Meta) -> int:
     """Print the rows and write them down."""
     table = Table(title=f"bench meta: {part}", title_justify="left")
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != "scores"))
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("scores", "folds")))
     for column in columns:
         table.add_column(column, justify="left" if column in ("what", "reach") else "right", overflow="fold")
     for row in rows:
@@ -94,11 +101,34 @@ def _publish(part: str, rows: list[Row], options: Meta) -> int:
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {"command": f"rlmeta bench meta --parts {part}", "when": time.strftime("%Y-%m-%d"), "rows": rows}
-    if part == "speed":
-        record["command"] = "rlmeta bench meta --speed"
+    command = "rlmeta bench meta --speed" if part == "speed" else f"rlmeta bench meta --parts {part}"
+    record = {
+        "command": command if options.budget == 1 else f"{command} --budget {options.budget:g}",
+        "when": time.strftime("%Y-%m-%d"),
+        "seeds": table_seeds(options.seeds),
+        "chosen_on_seeds": {
+            "settings": _chosen_on(part),
+            "rates of baselines": list(SELECTION_SEEDS),
+        },
+        "rows": rows,
+    }
     (options.out / f"meta_{part}.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+PRESETS = {
+    "sinusoid": (MAML, "sinusoid"),
+    "omniglot": (MAML, "few-shot-omniglot"),
+    "navigation": (MAML, "navigation-short"),
+    "optimizer": (LearnedOptimizer, "quadratics"),
+    "evolved-optimizer": (LearnedOptimizer, "quadratics"),
+}
+"""Learner and task of the parts that take a preset."""
+
+
+def _chosen_on(part: str) -> list[int]:
+    """The seeds on which the settings of a part were chosen; none where it has no preset."""
+    return list(load_preset(*PRESETS[part]).chosen_on_seeds) if part in PRESETS else []
 
 
 def _row(what: str, scores: Tensor, reach: str = "", **further: Any) -> Row:
@@ -110,11 +140,16 @@ def _row(what: str, scores: Tensor, reach: str = "", **further: Any) -> Row:
 
 
 def _trained(settings: Any, problem: NamedFamily, options: Meta, steps: int) -> Run:
-    return train(settings, problem, steps=steps, seeds=options.seeds)
+    return train(settings, problem, steps=_shorter(steps, options), seeds=table_seeds(options.seeds))
 
 
-def _settings(cls: type, problem: str) -> tuple[Any, int]:
-    """The preset's settings and budget."""
+def _shorter(steps: int, options: Meta) -> int:
+    return max(1, round(options.budget * steps))
+
+
+def _settings(part: str) -> tuple[Any, int]:
+    """The settings and the budget of the part's preset."""
+    cls, problem = PRESETS[part]
     found = load_preset(cls, problem)
     return cls(**found.settings), found.steps or 1
 
@@ -131,10 +166,11 @@ def _curve(run: Run, tasks: int, steps: int, rate: float | None = None, split: s
     return found
 
 
-def _best_rate(run: Run, rates: Sequence[float], steps: int = 1) -> float:
-    """The inner rate with the best score after `steps` on validation tasks."""
+def _best_rate(settings: Any, problem: NamedFamily, steps: int, rates: Sequence[float]) -> float:
+    """The inner rate with the best score after one step on validation tasks, of learners that the table has not."""
+    run = train(settings, problem, steps=steps, seeds=SELECTION_SEEDS)
     sign = 1.0 if run.agent.score.maximise else -1.0
-    found = [sign * float(_curve(run, 100, steps, rate, "validation")[..., -1].mean()) for rate in rates]
+    found = [sign * float(_curve(run, 100, 1, rate, "validation")[..., -1].mean()) for rate in rates]
     return rates[max(range(len(rates)), key=lambda i: found[i] if math.isfinite(found[i]) else -math.inf)]
 
 
@@ -143,7 +179,7 @@ def _best_rate(run: Run, rates: Sequence[float], steps: int = 1) -> float:
 
 def sinusoid(options: Meta) -> list[Row]:
     """Mean squared error of 10-shot sine waves after one step; 600 held-out tasks for every seed."""
-    settings, steps = _settings(MAML, "sinusoid")
+    settings, steps = _settings("sinusoid")
     problem = family_named("sinusoid")
     assert isinstance(problem, NamedFamily)
     rows = []
@@ -152,9 +188,11 @@ def sinusoid(options: Meta) -> list[Row]:
         ("MAML, first order", {"first_order": True}),
         ("pre-training + fine-tuning", {"inner_steps": 0}),
     ):
-        run = _trained(dataclasses.replace(settings, **changed), problem, options, steps)
-        fine_tuned = "inner_steps" in changed
-        rate = _best_rate(run, [10 ** (-e / 4) for e in range(2, 15)]) if fine_tuned else settings.inner_rate
+        own, rate = dataclasses.replace(settings, **changed), settings.inner_rate
+        if "inner_steps" in changed:
+            rates = [10 ** (-e / 4) for e in range(2, 15)]
+            rate = _best_rate(own, problem, _shorter(steps, options), rates)
+        run = _trained(own, problem, options, steps)
         curve = _curve(run, 600, 10, rate)
         further = {"before": float(curve[..., 0].mean()), "after 10 steps": float(curve[..., 10].mean())}
         reach = "<= 0.67" if what == "MAML" else ""
@@ -165,7 +203,7 @@ def sinusoid(options: Meta) -> list[Row]:
 
 def _floor(seeds: int) -> Tensor:
     """The error of the best prediction that does not adapt, `[S]`."""
-    query = Sinusoid().tasks(random.make_keys(range(seeds)), 0, 6000, "test")["query"]
+    query = Sinusoid().tasks(random.make_keys(table_seeds(seeds)), 0, 6000, "test")["query"]
     return (query["target"] + 1.62 * query["observation"].cos()).square().double().mean((1, 2, 3))
 
 
@@ -175,13 +213,13 @@ def _floor(seeds: int) -> Tensor:
 def omniglot(options: Meta) -> list[Row]:
     """Accuracy in 5-way 1-shot Omniglot, alphabets held out: the mean over four folds of 600 episodes each."""
     found: dict[str, list[Tensor]] = {"MAML": [], "before": [], "nearest pixel": [], "after 5 steps": []}
-    settings, steps = _settings(MAML, "few-shot-omniglot")
+    settings, steps = _settings("omniglot")
     seconds = 0.0
     for fold in range(4):
         problem = family_named("few-shot-omniglot", {"fold": fold})
         assert isinstance(problem, NamedFamily)
-        budget = Budget(steps=steps, eval_every=steps, final_episodes=10)
-        run = train(settings, problem, budget=budget, seeds=options.seeds)
+        budget = Budget(steps=_shorter(steps, options), eval_every=steps, final_episodes=10)
+        run = train(settings, problem, budget=budget, seeds=table_seeds(options.seeds))
         curve = _curve(run, 600, 5)
         found["MAML"].append(curve[..., settings.inner_steps].mean(-1))
         found["before"].append(curve[..., 0].mean(-1))
@@ -191,9 +229,12 @@ def omniglot(options: Meta) -> list[Row]:
         print(f"fold {fold}: MAML {float(found['MAML'][-1].mean()):.3f}, {run.seconds:.0f} s", flush=True)
     percent = {name: 100 * torch.stack(values).mean(0) for name, values in found.items()}
     further = {"before": float(percent["before"].mean()), "after 5 steps": float(percent["after 5 steps"].mean())}
-    what = f"MAML, 4 convolutions of 32, 1 step, {steps // settings.num_envs} meta-batches"
+    what = f"MAML, 4 convolutions of 32, 1 step, {_shorter(steps, options) // settings.num_envs} meta-batches"
+    folds = {"folds": [[100 * float(score) for score in one] for one in found["MAML"]]}
+    characters = datasets.omniglot()
+    pictures = {"pictures": len(characters.image), "copies left out": characters.dropped}
     return [
-        _row(what, percent["MAML"], "its number", **further, seconds=seconds),
+        _row(what, percent["MAML"], "its number", **further, seconds=seconds, **folds, **pictures),
         _row("nearest pixel", percent["nearest pixel"]),
     ]
 
@@ -202,7 +243,7 @@ def nearest_pixel(world: FamilyWorld, seeds: int) -> Tensor:
     """Accuracy `[S]` of the label of the nearest support image, on 600 episodes."""
     scores = []
     for number in range(6):
-        tasks = world.tasks(random.make_keys(range(seeds)), number, 100, "test")
+        tasks = world.tasks(random.make_keys(table_seeds(seeds)), number, 100, "test")
         support, query = (tasks[part]["observation"].flatten(3) for part in ("support", "query"))
         nearest = torch.cdist(query, support).argmin(-1)
         label = tasks["support"]["target"].gather(-1, nearest)
@@ -215,7 +256,7 @@ def nearest_pixel(world: FamilyWorld, seeds: int) -> Tensor:
 
 def navigation(options: Meta) -> list[Row]:
     """Return of the 2D navigation after one policy-gradient step, 40 held-out goals for every seed."""
-    settings, steps = _settings(MAML, "navigation-short")
+    settings, steps = _settings("navigation")
     family: Any = family_named("navigation-short")
     problem = NamedFamily(family.name, family)
     rates = [0.03, 0.1, 0.3, 1.0, 3.0]
@@ -225,8 +266,10 @@ def navigation(options: Meta) -> list[Row]:
         ("joint training", {"inner_steps": 0}, steps),
         ("random initial weights", {"meta_rate": 0.0}, 1),
     ):
-        run = _trained(dataclasses.replace(settings, **changed), problem, options, budget)
-        rate = settings.inner_rate if what.startswith("MAML") else _best_rate(run, rates)
+        own, rate = dataclasses.replace(settings, **changed), settings.inner_rate
+        if not what.startswith("MAML"):
+            rate = _best_rate(own, problem, _shorter(budget, options), rates)
+        run = _trained(own, problem, options, budget)
         curve = _curve(run, 40, 3, rate)
         further = {"before": float(curve[..., 0].mean()), "after 3 steps": float(curve[..., 3].mean())}
         reach = "above both" if what.startswith("MAML") else ""
@@ -249,7 +292,7 @@ TUNED: dict[str, Callable[[float], optim.Optimizer]] = {
 
 def optimizer(options: Meta) -> list[Row]:
     """Mean loss at step 100 of held-out 10-d quadratics; baselines tuned over 14 rates x 5 seeds."""
-    settings, steps = _settings(LearnedOptimizer, "quadratics")
+    settings, steps = _settings("optimizer")
     problem = NamedFamily("quadratics", Quadratics())
     run = _trained(settings, problem, options, steps)
     curve = _curve(run, 256, 300)
@@ -257,7 +300,7 @@ def optimizer(options: Meta) -> list[Row]:
     key = random.fold(run.state["key"], "bench")
     held_out = problem.source.tasks(key, 0, 256, "test")
     for name, make in TUNED.items():
-        validation = problem.source.tasks(random.make_keys(range(5)), 0, 256, "validation")
+        validation = problem.source.tasks(random.make_keys(SELECTION_SEEDS), 0, 256, "validation")
         losses = [float(minimise(problem.source, validation, make(r), 100)[..., 100].mean()) for r in RATES]
         best = RATES[min(range(len(RATES)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
         tuned = minimise(problem.source, held_out, make(best), 300)
@@ -267,7 +310,7 @@ def optimizer(options: Meta) -> list[Row]:
 
 def evolved_optimizer(options: Meta) -> list[Row]:
     """The same LSTM meta-trained by PES, whose noise asks for four times the steps."""
-    settings, steps = _settings(LearnedOptimizer, "quadratics")
+    settings, steps = _settings("optimizer")
     problem = NamedFamily("quadratics", Quadratics())
     evolving = dataclasses.replace(settings, estimator="pes", sigma=0.03, meta_rate=1e-2)
     run = _trained(evolving, problem, options, 4 * steps)
@@ -309,7 +352,7 @@ def pes(options: Meta) -> list[Row]:
         {"what": "truncated backpropagation", "mean": _scalar_gradient(3)},
     ]
     for what, persistent in (("ES on pieces", False), ("PES", True)):
-        keys = random.make_keys(range(4000))
+        keys = random.make_keys(table_seeds(4000))
         carry: Any = {"x": torch.full((4000, 8), 2.0, dtype=torch.float64)}
         accumulator = torch.zeros(4000, 8, 1, dtype=torch.float64) if persistent else None
         total = torch.zeros(4000, dtype=torch.float64)

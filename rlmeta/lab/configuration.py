@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, get_args
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import families, native, streams
+from rlmeta.envs.demonstrations import Demonstrations, Unread
+from rlmeta.envs.names import check_problem
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
-from rlmeta.envs.task import Task, TaskFamily, task
+from rlmeta.envs.task import Mode, Task, TaskFamily, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.lab import flags
+from rlmeta.lab.digests import check_digests
 from rlmeta.lab.experiment import Budget, Experiment, Problem
+from rlmeta.lab.run_folder import CONFIG
 from rlmeta.lab.shipped import METHODS, agent_class
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import check_names
+from rlmeta.learning.settings import check_names, check_types
 
 
 def from_config(
@@ -27,6 +33,7 @@ def from_config(
     source: Any = None,
     methods: tuple[Method, ...] = (),
     own: Mapping[str, Any] | None = None,
+    training: bool = True,
 ) -> Experiment:
     """The experiment of a saved configuration.
 
@@ -37,33 +44,102 @@ def from_config(
         source: the user's environment factory again, where the run had one.
         methods: the lifelong methods again, where the run had some.
         own: other settings that no configuration can hold (rewards, demonstrations that are no file), by name, again.
+        training: read what only training needs, demonstrations and rewards; otherwise they are left out.
 
     Raises:
         CheckpointError: it is not the configuration of a run.
-        SettingError: the user's own code or data were not given again.
+        SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
-    try:
-        cls = agent_class(config["exp_name"])
-        tables = [dict(table) for table in config["variants"]]
-        for table in tables:
-            if "network" in table:
-                table["network"] = _network_again(table["network"], network, where)
-            if "learner" in table:
-                table["learner"] = _learner_again(table["learner"], network, where)
-            table.update({name: tuple(value) for name, value in table.items() if isinstance(value, list)})
-            table.update(_own_again(table, own or {}, where))
-            check_names(cls, table, where)
-        return Experiment(
-            variants=tuple(cls(**table) for table in tables),
-            seeds=tuple(config["seeds"]),
-            problem=problem_again(config["task"], source, where),
-            budget=Budget(**config["budget"]),
-            methods=_same_methods(methods, config["methods"], where) or methods_again(config["methods"], where),
-            device=config["device"],
-            threads=config["threads"],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{where}: config.toml lacks {error}; it is not the configuration of a run") from None
+    said = f"{where}/{CONFIG}"
+    check_table(config, CONFIGURATION, said)
+    check_table(config["budget"], {}, said)
+    cls = agent_class(config["exp_name"])
+    tables = [_settings_again(cls, table, network, own or {}, where, training) for table in config["variants"]]
+    check_names(Budget, config["budget"], f"{said}: budget")
+    for method in config["methods"]:
+        check_table(method, METHOD, f"{said}: methods")
+    if not tables:
+        raise CheckpointError(f"{said}: variants is empty, expected the settings of a learner")
+    experiment = Experiment(
+        variants=tuple(cls(**table) for table in tables),
+        seeds=tuple(config["seeds"]),
+        problem=problem_again(config["task"], source, where),
+        budget=Budget(**config["budget"]),
+        methods=_same_methods(methods, config["methods"], where) or methods_again(config["methods"], where),
+        device=config["device"],
+        threads=config["threads"],
+    )
+    check_digests(config["digests"], experiment.digests(), where)
+    return experiment
+
+
+Kinds = Mapping[str, tuple[type, ...]]
+"""The types of a table's entries by name."""
+
+TEXT, WHOLE, SWITCH, TABLE, LIST = (str,), (int,), (bool,), (dict,), (list,)
+WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a table", list: "a list"}
+CONFIGURATION: Kinds = {
+    "exp_name": TEXT,
+    "env_id": TEXT,
+    "seeds": LIST,
+    "device": TEXT,
+    "threads": WHOLE,
+    "task": TABLE,
+    "budget": TABLE,
+    "digests": TABLE,
+    "methods": LIST,
+    "variants": LIST,
+}
+METHOD: Kinds = {"name": TEXT, "settings": TABLE}
+
+
+def check_table(table: Any, kinds: Kinds, where: str) -> None:
+    """Refuse what is no table, or one in which an entry is missing or of another type.
+
+    Raises:
+        CheckpointError: with its name.
+    """
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{where} has {table!r}, expected a table: restore it from a copy")
+    for name, types in kinds.items():
+        if name not in table:
+            raise CheckpointError(f"{where} lacks {name!r}; it is not the configuration of a run")
+        if type(table[name]) not in types:
+            expected = " or ".join(WORDS[one] for one in types)
+            raise CheckpointError(f"{where}: {name} is {table[name]!r}, expected {expected}: restore it from a copy")
+
+
+def _settings_again(
+    cls: type, saved: Any, network: NetworkFactory | None, own: Mapping[str, Any], where: str, training: bool
+) -> dict[str, Any]:
+    """The arguments of a learner's settings, after a check of their types."""
+    said = f"{where}/{CONFIG}: variants"
+    check_table(saved, {}, said)
+    check_table(saved, {name: TEXT for name in ("network", "learner") if name in saved}, said)
+    table: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    check_names(cls, table, said)
+    if "network" in table:
+        table["network"] = _network_again(table["network"], network, where)
+    if "learner" in table:
+        table["learner"] = _learner_again(table["learner"], network, where)
+    if not training:
+        table |= _left_out(table, own)
+    table |= _own_again(table, own, where)
+    check_types(cls, table, said)
+    named = table.get("demonstrations")
+    if isinstance(named, str | os.PathLike) and (training or "demonstrations" in own):
+        table["demonstrations"] = Demonstrations.load(named)
+    return table
+
+
+def _left_out(table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands for the settings that only training needs, unless they are given again."""
+    found: dict[str, Any] = {}
+    if "demonstrations" in table and "demonstrations" not in own:
+        found["demonstrations"] = Unread(str(table["demonstrations"]))
+    if "rewards" in table and "rewards" not in own:
+        found["rewards"] = ()
+    return found
 
 
 def methods_again(
@@ -91,8 +167,21 @@ def methods_again(
     for table in tables:
         found: Any = given.get(table["name"], METHODS.get(table["name"]))
         values = {n: tuple(v) if isinstance(v, list) else v for n, v in table["settings"].items()}
-        made.append(found if isinstance(found, Method) else found(**values))
+        made.append(
+            found if isinstance(found, Method) else _method(found, values, f"{where}/{CONFIG}: {table['name']}")
+        )
     return tuple(made)
+
+
+def _method(cls: Any, values: dict[str, Any], where: str) -> Method:
+    """The lifelong method with these settings, after a check of their types."""
+    if dataclasses.is_dataclass(cls):
+        check_names(cls, values, where)  # type: ignore[arg-type]
+        check_types(cls, values, where)  # type: ignore[arg-type]
+    elif values:
+        raise CheckpointError(f"{where} has settings, but takes none: restore it from a copy")
+    one: Method = cls(**values)
+    return one
 
 
 def _network_again(name: str, given: NetworkFactory | None, where: str) -> NetworkFactory:
@@ -134,6 +223,29 @@ def _own_again(table: Mapping[str, Any], own: Mapping[str, Any], where: str) -> 
     return {name: own[name] for name in table if name in own}
 
 
+DESCRIBED: dict[str, Kinds] = {
+    "task": {"name": TEXT, "source": TEXT, "settings": TABLE, "mode": TEXT, "ranges": TABLE},
+    "data": {"name": TEXT},
+    "family": {"name": TEXT},
+    "stream": {"name": TEXT, "order": (str, int), "scenario": TEXT},
+}
+"""What a configuration says of every kind of problem."""
+OPTIONAL: Kinds = {
+    "constants": TABLE,
+    "table": TABLE,
+    "task": TABLE,
+    "tasks": LIST,
+    "reveals": LIST,
+    "observe_identity": SWITCH,
+}
+
+
+def _check_ranges(ranges: dict[str, Any], where: str) -> None:
+    for name, bounds in ranges.items():
+        if not isinstance(bounds, list) or len(bounds) != 2 or not all(isinstance(b, Real) for b in bounds):
+            raise CheckpointError(f"{where}: the range of {name} is {bounds!r}, expected [low, high]")
+
+
 ENV_AGAIN = "pass it again as env= (on the command line --env PACKAGE.MODULE:NAME)"
 
 
@@ -143,13 +255,24 @@ def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem
     Raises:
         SettingError: the user's own data and code have to be given again.
     """
-    kind = described.get("kind", "task")
+    kind, said = described.get("kind", "task"), f"{where}/{CONFIG}: task"
+    if kind not in DESCRIBED:
+        raise CheckpointError(f"{said}: kind is {kind!r}, expected one of {', '.join(DESCRIBED)}")
+    check_table(described, DESCRIBED[kind], said)
+    optional = {name: types for name, types in OPTIONAL.items() if name in described}
+    check_table(described, optional, said)
+    if "ranges" in described:
+        _check_ranges(described["ranges"], said)
+    if "table" in described:
+        check_problem(described["table"], said)
     if kind == "stream":
         return _stream_again(described, source, where)
     if kind == "family" and source is None and "table" in described:
         return families.from_table(described["name"], described["table"])
     if kind == "family" and source is None and "task" in described:
+        check_table(described, {"ranges": TABLE}, said)
         ranges = {name: (low, high) for name, (low, high) in described["ranges"].items()}
+        check_table(described["task"], DESCRIBED["task"], said)
         base = _task_again(described["task"], None, where)
         return families.NamedFamily(described["name"], TaskFamily(described["name"], base, ranges))
     if kind in ("data", "family"):
@@ -164,13 +287,31 @@ def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem
 def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStream:
     scenario, order = described["scenario"], described["order"]
     if isinstance(source, TaskStream):
-        return source if source.order == order else dataclasses.replace(source, order=order)
+        again = source if source.order == order else dataclasses.replace(source, order=order)
+        said = again.describe()
+        for name in ("scenario", "reveals", "restart_optimizer", "observe_identity"):
+            if described.get(name) != said.get(name):
+                raise SettingError(
+                    f"{where} learned from a stream with {name}={described.get(name)!r}, this one has "
+                    f"{said.get(name)!r}: give the one it learned from"
+                )
+        return again
     if "table" in described:
         table = described["table"]
         return streams.from_table(described["name"], table, scenario if "data" in table else None, order)
+    stream: Kinds = {"tasks": LIST, "reveals": LIST, "observe_identity": SWITCH}
+    check_table(described, stream, f"{where}/{CONFIG}: task")
+    for one in described["tasks"]:
+        check_table(one, {}, f"{where}/{CONFIG}: tasks")
+    for one in described["reveals"]:
+        check_table({"reveals": one}, {"reveals": TEXT}, f"{where}/{CONFIG}: task")
     tasks = tuple(problem_again(one, None, where) for one in described["tasks"])
     reveals, shown = frozenset(described["reveals"]), described["observe_identity"]
-    return TaskStream(described["name"], tasks, reveals, order, scenario, shown)
+    return TaskStream(described["name"], tasks, reveals, order, scenario, described.get("restart_optimizer"), shown)
+
+
+NATIVE_CLASSES: dict[str, type[NativeEnv]] = {type(env).__name__: type(env) for env in native.NATIVE.values()}
+"""Native environments that their constants alone make again."""
 
 
 def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
@@ -178,6 +319,9 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     if isinstance(source, Task):
         return source
     name, settings, mode = described["name"], described["settings"], described["mode"]
+    if mode not in get_args(Mode):
+        raise CheckpointError(f"{where}/{CONFIG}: mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    _check_ranges(described["ranges"], f"{where}/{CONFIG}: task")
     ranges = {constant: (low, high) for constant, (low, high) in described["ranges"].items()}
     module, _, cls = described["source"].partition(":")
     if source is not None:
@@ -186,8 +330,9 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
             if isinstance(source, NativeEnv)
             else task(source, name=name, settings=settings, mode=mode)
         )
-    elif module.startswith("rlmeta.envs.native.") and cls != "TabularMDP":
-        made = Task(name, getattr(native, cls)(**described["constants"]), settings)
+    elif module.startswith("rlmeta.envs.native.") and cls in NATIVE_CLASSES:
+        made = task(NATIVE_CLASSES[cls](), name=name, settings=described.get("constants", {}))
+        made = dataclasses.replace(made, settings=settings)
     elif "constants" in described or "<" in cls or (cls and "-v" not in cls):
         raise SettingError(f"{where} had environments of {described['source']}: {ENV_AGAIN}")
     else:

@@ -6,22 +6,25 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.demonstrations import Demonstrations, Unread
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.lab import flags
+from rlmeta.lab.digests import digest_of
 from rlmeta.lab.shipped import METHODS
 from rlmeta.learning import settings as settings_
 from rlmeta.learning.learner import Learner
-from rlmeta.learning.method import Method, check_needs
+from rlmeta.learning.method import Method, check_needs, checked_methods
 from rlmeta.learning.settings import require
 
 
@@ -32,13 +35,19 @@ class Budget:
     steps: int = 100_000
     """Environment steps of each learner (samples, tasks or gradient steps where it does not act), on every task of a
     stream, rounded up to a whole iteration."""
+    epochs: float = 0.0
+    """Instead of steps, passes over the training samples of every task, each over its own, rounded up to a whole
+    iteration; 0 for steps."""
     eval_every: int = 0
-    """Environment steps between two evaluations; 0 for a tenth of the budget. All tasks of a stream are evaluated after
-    each of them instead."""
-    eval_episodes: int = 16
-    """Episodes of each learner in a periodic evaluation, on every task of a stream."""
-    final_episodes: int = 64
-    """Episodes of each learner in the evaluation at the end."""
+    """Environment steps between two evaluations; 0 for a tenth of the budget, or more where gymnasium's episodes may be
+    so long that evaluation would take more than a fifth of the steps. All tasks of a stream are evaluated after each of
+    them instead."""
+    eval_episodes: int = 0
+    """Episodes of each learner in a periodic evaluation, on every task of a stream; 0 for 16, or fewer (at least 4)
+    where these would take more than a fifth of the steps."""
+    final_episodes: int = 0
+    """Episodes of each learner in the evaluation at the end; 0 for 64, or fewer (at least 4) where these would take
+    more than a fifth of the steps."""
     target: float = math.inf
     """A learner stops early once the mean score of a periodic evaluation is this good: as high for returns and
     accuracies, as low for losses and errors; inf for never, as always on a stream."""
@@ -48,10 +57,39 @@ class Budget:
     """Lines in metrics.jsonl over the whole budget, about."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_episodes", "final_episodes", "log_points"):
+        settings_.check_types(Budget, vars(self), "budget")
+        for name in ("steps", "log_points"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
-        require(self.eval_every >= 0, f"eval_every is {self.eval_every}, expected 0 or more steps")
-        require(self.checkpoint_seconds >= 0, f"checkpoint_seconds is {self.checkpoint_seconds}, expected 0 or more")
+        for name in ("eval_every", "eval_episodes", "final_episodes", "checkpoint_seconds"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        require(0 <= self.epochs < math.inf, f"epochs is {self.epochs:g}, expected a number of at least 0")
+        require(not math.isnan(self.target), "target is NaN, expected a number, or inf for none")
+
+
+MOST_THREADS = 4096
+
+
+def chosen_seeds(given: Any) -> tuple[int, ...]:
+    """The seeds that a count (the first so many) or a sequence of whole numbers names.
+
+    Raises:
+        SettingError: neither, a negative or repeated seed, or none at all.
+    """
+    expected = f"seeds is {given!r}, expected how many (16), or which: whole numbers from 0 on, such as range(100, 116)"
+    if isinstance(given, bool | str | bytes):
+        raise SettingError(expected)
+    if isinstance(given, Integral):
+        require(int(given) >= 1, f"seeds is {given}, expected at least one")
+        return tuple(range(int(given)))
+    values = given.tolist() if isinstance(given, np.ndarray | Tensor) else given
+    if not isinstance(values, Iterable):
+        raise SettingError(expected)
+    found = tuple(values)
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < 1 << 63 for one in found):
+        raise SettingError(expected)
+    require(len(found) > 0, "no seeds given, expected at least one")
+    require(len(set(found)) == len(found), f"seeds repeat: {list(found)}")
+    return tuple(int(one) for one in found)
 
 
 def available_threads() -> int:
@@ -96,18 +134,19 @@ class Experiment:
     """Processor cores to use; 0 takes all. Equal bits need equal threads, so a resumed run takes the same."""
 
     def __post_init__(self) -> None:
-        require(len(self.seeds) > 0, "no seeds given, expected at least one")
-        require(len(set(self.seeds)) == len(self.seeds), f"seeds repeat: {list(self.seeds)}")
-        for variant in self.variants:
-            settings_.check_choices(variant)
-        strange = [one for one in self.methods if not isinstance(one, Method)]
-        require(not strange, f"lifelong has {strange[:1]}, expected methods such as [EWC()]")
+        object.__setattr__(self, "seeds", chosen_seeds(self.seeds))
+        settings_.require_type(self.threads, int, "threads")
+        require(0 <= self.threads <= MOST_THREADS, f"threads is {self.threads}, expected 0 to {MOST_THREADS}")
+        settings_.require_type(self.device, str, "device")
+        checked_methods(self.methods)
+        for one in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
+            settings_.check_choices(one)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
         if isinstance(self.problem, TaskStream):
-            check_needs(self.methods, self.problem.reveals, self.problem.name)
+            check_needs(self.methods, self.problem.revealed, self.problem.name)
             require(
                 not math.isfinite(self.budget.target),
                 f"target is {self.budget.target:g}, but every task of the stream {self.problem.name!r} is trained on "
@@ -185,7 +224,9 @@ class Experiment:
         """The learner on the world's spaces."""
         merged = settings_.merge(self.variants)
         learner: Learner = merged.bind(world.observation_space, world.action_space, self.methods)
-        learner.num_tasks = len(self.problem) if isinstance(self.problem, TaskStream) else 1
+        if isinstance(self.problem, TaskStream):
+            learner.reveals = self.problem.revealed
+            learner.num_tasks = len(self.problem) if "boundaries" in learner.reveals else 1
         learner.task_samples = getattr(world, "task_samples", None)
         return learner
 
@@ -193,6 +234,14 @@ class Experiment:
         """Set torch's threads; a few small learners gain nothing from more than one."""
         threads = self.threads or available_threads()
         torch.set_num_threads(threads if len(self.learners) >= 4 else 1)
+
+    def digests(self) -> dict[str, str]:
+        """Checksums of the arrays that it depends on, by what they are of: the problem, settings, methods."""
+        settings = settings_.static_values(self.variants[0])
+        found = {"data of the problem": digest_of(self.problem)}
+        found |= {name: digest_of(value) for name, value in settings.items()}
+        found |= {f"data of {method.name}": digest_of(method) for method in self.methods}
+        return {name: digest for name, digest in found.items() if digest is not None}
 
     def config(self) -> dict[str, Any]:
         """The table of `config.toml`."""
@@ -204,6 +253,7 @@ class Experiment:
             "threads": self.threads or available_threads(),
             "task": self.problem.describe(),
             "budget": dataclasses.asdict(self.budget),
+            "digests": self.digests(),
             "methods": [_method_table(method) for method in self.methods],
             "variants": [_settings_table(variant) for variant in self.variants],
         }
@@ -238,8 +288,10 @@ def _alone(method: Method) -> list[Any]:
 def _settings_table(settings: Any) -> dict[str, Any]:
     table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in table.items():
-        if isinstance(value, Demonstrations):
-            table[name] = value.path or f"<{value}>"
+        if isinstance(value, Unread):
+            table[name] = value.name
+        elif isinstance(value, Demonstrations):
+            table[name] = os.path.abspath(value.path) if value.path else f"<{value}>"
         elif dataclasses.is_dataclass(value):
             table[name] = flags.text_of(value)
         elif isinstance(value, tuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import collections.abc
 import dataclasses
-import difflib
 import importlib
 import inspect
 import itertools
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, TypeVar
 
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, nearest_names
 from rlmeta.lab.shipped import agent_class
 from rlmeta.learning.settings import check_names, name_of
 
@@ -364,5 +363,5 @@ def _value_after(flag: str, switch: bool, rest: deque[str]) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     """`: did you mean ...?`, or nothing where nothing is near; the dashes of flags make nothing alike."""
     bare = {candidate.removeprefix("--"): candidate for candidate in known}
-    nearest = [bare[match] for match in difflib.get_close_matches(name.removeprefix("--"), bare, n=4, cutoff=0.6)]
+    nearest = [bare[match] for match in nearest_names(name.removeprefix("--"), bare)]
     return f": did you mean {', '.join(nearest)}?" if nearest else ""

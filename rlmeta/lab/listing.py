@@ -47,6 +47,8 @@ def tasks_table() -> Table:
         package, extra = EXTRAS.get(group, ("", ""))
         missing = package and importlib.util.find_spec(package) is None
         table.add_row(f"gymnasium {group}", ", ".join(ids), f"missing: pip install '{extra}'" if missing else "")
+    missing = importlib.util.find_spec("envpool") is None
+    table.add_row("EnvPool's", "envpool:NAME, as envpool:Pong-v5", "missing: pip install envpool" if missing else "")
     table.add_row("yours", "package.module:MyEnv-v0", "gymnasium imports package.module, which registers it")
     return table
 
@@ -104,7 +106,7 @@ def runs_table(folder: Path = Path("runs")) -> Table:
             content = run_folder.read_config(run)
             said = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
             table.add_row(str(run), *map(str, said), *_outcome(run / run_folder.SUMMARY))
-        except (RlmetaError, KeyError, TypeError, ValueError) as error:
+        except (RlmetaError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             table.add_row(str(run), "", "", "", "", f"unreadable: {error}", "")
     return table
 
@@ -126,7 +128,7 @@ def _outcome(summary: Path) -> tuple[str, str]:
         return "unfinished", ""
     content = json.loads(summary.read_text())
     scores = [_iqm(row) + (f" ({row['setting']})" if row["setting"] else "") for row in content["summary"]]
-    return content["stopped"] or "finished", "\n".join(scores)
+    return str(content["stopped"] or "finished"), "\n".join(scores)
 
 
 def _iqm(row: dict[str, Any]) -> str:

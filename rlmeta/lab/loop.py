@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.families import FamilyWorld
+from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.lab import stages
 from rlmeta.lab.matrix_plot import write_matrix
@@ -30,8 +33,10 @@ from rlmeta.learning.state import State, select
 Callback = Callable[[Run, dict[str, Any]], bool | None]
 """Called with the run and each line of metrics; returning True stops the run."""
 
-REPORTED = ("metrics", "best", "progress", "stage", "task", "matrix")
+REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix")
 """What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
+WORTH_A_LINE = 0.1
+"""Of the time: what evaluation took is said from there on."""
 ACTING = ("world", "memory", "episode")
 """What moves on with live environments, which can't be put back while their neighbours go on."""
 
@@ -44,12 +49,11 @@ class Loop:
     ) -> None:
         self.run, self.callbacks, self.show_progress = run, callbacks, progress
         self.budget = run.experiment.budget
-        self.steps_per_iteration = run.world.num_envs * run.agent.steps_per_iteration
+        self.steps_per_iteration = run.every
         self.stages = run.stages
         self.iterations = self.stages[-1].last
         self.log_every = max(1, self.iterations // self.budget.log_points)
-        every = self.budget.eval_every or max(1, self.budget.steps // 10)
-        self.eval_every = max(1, round(every / self.steps_per_iteration))
+        self.eval_every = max(1, round(self.budget.eval_every / self.steps_per_iteration))
         self.done = int(run.state["count"]["iterations"].max())
         self.interrupted = self.at_once = False
         self.handler = signal.getsignal(signal.SIGINT)
@@ -66,6 +70,12 @@ class Loop:
             for name, offset in run.offsets.items():
                 self.records[name].truncate(offset)
         self.tracker_factories, self.trackers = trackers, list[Tracker]()
+
+    @property
+    def stream(self) -> TaskStream:
+        """The stream of a run that is on one."""
+        assert self.run.stream is not None
+        return self.run.stream
 
     # ------------------------------------------------------------------ the loop
 
@@ -97,7 +107,16 @@ class Loop:
                 self._finish()
             if self.interrupted:
                 run.stopped = "interrupted"
+        self._say_what_evaluation_took()
         return run
+
+    def _say_what_evaluation_took(self) -> None:
+        """Name the flags where evaluation took much of the time."""
+        total = sum(clock.seconds.values())
+        share = clock.seconds.get("evaluate", 0.0) / max(total, 1e-9)
+        if self.show_progress and share >= WORTH_A_LINE:
+            flags = "--final-episodes" if self.run.stream or not self.eval_world else "--eval-every, --final-episodes"
+            print(f"evaluation took {share:.0%} of the time ({flags}, --eval-episodes set it)", file=sys.stderr)
 
     def _advance(self) -> dict[str, Any]:
         """Iterations up to the next line of metrics, and that line."""
@@ -110,6 +129,7 @@ class Loop:
             progress = torch.full_like(run.state["progress"], stage.progress(iteration))
             run.state["progress"] = progress
             run.state["task"] = {**run.state["task"], "progress": progress}
+            self._forget_revived()  # what stops again within the iteration is not to go back to its first end
             clock.switch("learn")
             run.state, metrics = run.agent.iterate(run.state, run.world)
             clock.switch("other")
@@ -130,7 +150,7 @@ class Loop:
     def _begin(self, stage: Stage) -> None:
         """Begin a stage of a stream; before the very first, see how well untrained learners do."""
         run = self.run
-        run.state = stages.begin(run.agent, run.state, run.world, run.experiment.orders, stage)
+        run.state = stages.begin(run.agent, run.state, run.world, self.stream, run.experiment.orders, stage)
         if stage.number == 0:
             self._fill_matrix(0)
         self._freeze()
@@ -139,12 +159,14 @@ class Loop:
         """End a task of a stream: what the methods keep of it, then the scores on all tasks."""
         run = self.run
         clock.switch("learn")
-        run.state = stages.end_task(run.agent, run.state, run.world)
+        if stage.announced:
+            run.state = stages.end_task(run.agent, run.state, run.world)
         self._freeze()
         self._fill_matrix(stage.position + 1)
         scores = run.matrix[..., stage.position + 1, :]
         metric = run.agent.score.metric
-        return {f"{metric}_task_{j}": scores[..., j] for j in range(scores.shape[-1])} | {
+        defined = [j for j in range(scores.shape[-1]) if not bool(scores[..., j].isnan().all())]
+        return {f"{metric}_task_{j}": scores[..., j] for j in defined} | {
             metric: scores[..., : stage.position + 1].mean(-1)
         }
 
@@ -153,7 +175,9 @@ class Loop:
         run, orders = self.run, self.run.experiment.orders
         # the same episodes in every row: no luck in a difference
         key = random.fold(run.state["key"], "stream evaluation")
-        scores = stages.score_tasks(run.agent, run.state, self.eval_world, orders, key, self.budget.eval_episodes)
+        scores = stages.score_tasks(
+            run.agent, run.state, self.eval_world, self.stream, orders, key, self.budget.eval_episodes
+        )
         matrix = run.state["matrix"].clone()
         matrix[..., row, :] = scores
         run.state["matrix"] = matrix
@@ -169,7 +193,7 @@ class Loop:
         score = result.returns.mean(-1)
         current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}
         best = state.get("best", current)
-        better = score > best["score"] if agent.score.maximise else score < best["score"]
+        better = agent.score.better(score, best["score"])
         state["best"] = tree.map(torch.clone, select(better & state["active"], current, best))
         state["active"] = state["active"] & ~agent.score.reaches(score, target)
         self._freeze()
@@ -183,6 +207,7 @@ class Loop:
         """Keep every learner that is not active bit-identical to where it stopped."""
         state = self.run.state
         active = state["active"]
+        self._forget_revived()
         if bool(active.all()):
             return
         moving = REPORTED if self.run.experiment.problem.native else REPORTED + ACTING
@@ -190,6 +215,12 @@ class Loop:
         for learner in (~active).nonzero().flatten().tolist():
             kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
             tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
+
+    def _forget_revived(self) -> None:
+        """Let go of where learners had stopped that are active again: one that stops anew stays where it is then."""
+        if self.frozen:
+            active = self._active_learners()
+            self.frozen = {learner: kept for learner, kept in self.frozen.items() if not active[learner]}
 
     def _active(self) -> bool:
         return any(self._active_learners())
@@ -199,9 +230,7 @@ class Loop:
 
     def _name_frozen(self, before: Sequence[bool]) -> None:
         """Say which learners lost their numbers since."""
-        experiment = self.run.experiment
-        learners = zip(experiment.learner_labels, experiment.learners)
-        names = [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
+        names = self._names()
         broken_task = getattr(self.run.agent, "broken_task", None)
         for i, (name, was, active) in enumerate(zip(names, before, self._active_learners())):
             if was and not active:
@@ -209,6 +238,24 @@ class Loop:
                 why = f" ({task})" if task else ""
                 text = f"{name} is no longer finite{why}: frozen by iteration {self.done}, the other learners go on"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _names(self) -> list[str]:
+        """What to call every learner."""
+        experiment = self.run.experiment
+        learners = zip(experiment.learner_labels, experiment.learners)
+        return [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
+
+    def _say_what_went_wrong(self) -> None:
+        """Warn where the final scores don't mean what they seem to."""
+        run = self.run
+        names = [name for name, score in zip(self._names(), run.scores.tolist()) if not math.isfinite(score)]
+        if names:
+            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            text = f"{len(names)} of {len(run.experiment.learners)} final scores are not finite: {some}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if not bool(run.state["count"]["gradient_steps"].any()):
+            text = "no learner has taken a gradient step: the scores are those of the initial parameters"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _next(self, every: int) -> int:
         return (self.done // every + 1) * every
@@ -264,12 +311,15 @@ class Loop:
             self.at_once = True
             if self.interrupted:
                 return
+            clock.switch("evaluate")
             self.run.evaluation = self.run.evaluate(self.budget.final_episodes)
+            clock.switch("other")
         except KeyboardInterrupt:
             self.interrupted = True
             return
         finally:
             self.at_once = False
+        self._say_what_went_wrong()
         self.run.write_summary()
         if self.run.folder is not None:
             write_curve(self.run)

@@ -49,7 +49,8 @@ def _figure(run: Run) -> Figure:
     panels: NDArray[Any] = np.asarray(figure.subplots(len(labels), 2)).reshape(len(labels), 2)
     matrices = run.matrix.cpu().numpy().reshape(len(labels), each, *run.matrix.shape[1:])
     names, means = _names(run), matrices.mean(1)
-    ends = (float(np.nanmin(means)), float(np.nanmax(means)))
+    finite = means[np.isfinite(means)]
+    ends = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     for (left, right), matrix, label in zip(panels, matrices, labels):
         _heat_map(left, matrix.mean(0), names, run.agent.score.name, ends)
         _curves(right, matrix, names, run.agent.score.name)
@@ -98,7 +99,8 @@ def _heat_map(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: 
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
             colour = "white" if value < middle else "black"
-            axes.text(j, i, f"{value:{digits}}", ha="center", va="center", fontsize=8, color=colour)
+            said = "" if np.isnan(value) else f"{value:{digits}}"
+            axes.text(j, i, said, ha="center", va="center", fontsize=8, color=colour)
 
 
 def _curves(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: str) -> None:

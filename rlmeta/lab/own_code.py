@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs.data import DataTask
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.native import NativeEnv
+from rlmeta.envs.sources import ENVPOOL
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Task, TaskFamily
 from rlmeta.errors import SettingError, unknown_name
@@ -32,10 +34,22 @@ from rlmeta.learning.settings import check_names, per_learner_names
 
 def source_of(name: str, settings: Mapping[str, Any]) -> Any:
     """What a problem's name on the command line stands for: the user's object where it is one, else the name itself."""
+    return made(flags.load_object(name), settings, name) if _is_object(name) else name
+
+
+def _is_object(name: str) -> bool:
+    """Whether it names an object in a module; else it is rlmeta's, gymnasium's, EnvPool's, or an id that the module has
+    registered with gymnasium.
+
+    Raises:
+        SettingError: there is no such module, or neither such an object in it nor such an id.
+    """
     module, colon, attribute = name.partition(":")
-    if not colon or not hasattr(flags.load_module(module), attribute):
-        return name  # of rlmeta, of gymnasium, or an id that the module has registered
-    return made(flags.load_object(name), settings, name)
+    if not colon or name.startswith(ENVPOOL):
+        return False
+    there = hasattr(flags.load_module(module), attribute)  # importing it registers its ids
+    identifies = attribute in gym.registry or re.search(r"-v\d+$", attribute) is not None
+    return there or not identifies
 
 
 def made(found: Any, settings: Mapping[str, Any], name: str) -> Any:
@@ -81,6 +95,8 @@ def env_again(folder: Path, name: str | None) -> Any:
     """The user's environment, stream or family that a run had, with the settings it had there; None for no name."""
     if name is None:
         return None
+    if not _is_object(name):
+        return name
     found, had = flags.load_object(name), run_folder.read_config(folder).get("task", {})
     if isinstance(found, type) and issubclass(found, NativeEnv):
         return found(**had.get("constants", {}))

@@ -28,19 +28,21 @@ from rlmeta.envs.task import Mode, TaskFamily, family, is_data_family, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.lab import flags, own_code, presets, run_folder
 from rlmeta.lab import train as training
-from rlmeta.lab.experiment import Budget, Problem
+from rlmeta.lab.experiment import Budget, Problem, chosen_seeds
 from rlmeta.lab.files import put
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.shipped import METHODS, agent_class
 from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import per_learner_names
+from rlmeta.learning.settings import check_names, per_learner_names
 
 PLAN = "plan.toml"
+MOST_SEEDS = 100_000
+"""In a range: more are a slip of the hand."""
 
 AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
-  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, package.module:MyEnv-v0, or
-          package.module:name of your own environment, stream or family, or of a function that makes one
+  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, envpool:NAME, package.module:MyEnv-v0,
+          or package.module:name of your own environment, stream or family, or of a function that makes one
   flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""
 
 ABOUT = """Train an agent, all seeds and settings at once. A comma compares: --learning-rate 1e-4,1e-3 trains every seed
@@ -53,7 +55,8 @@ class Options:
     """The run."""
 
     seeds: str = "1"
-    """How many learners of each setting (16), or which seeds (3,5,7; one seed with a comma behind it)."""
+    """How many learners of each setting (16), or which seeds (100-115, 3,5,7, both together: 0,100-102; one seed with a
+    comma behind it)."""
     out: str | None = None
     """The folder of the run; runs/AGENT-TASK-N, with the first free N, unless given."""
     preset: str = "auto"
@@ -81,6 +84,8 @@ class Options:
     """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
     scenario: str = ""
     """What is known of the classes of a stream of samples: task, domain or class; by default as its file says."""
+    restart_optimizer: bool = True
+    """Start the optimizer's moments at zero with every task of a stream that reveals when one ends."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +128,16 @@ class Plan:
         Raises:
             SettingError: neither a count nor seeds that differ.
         """
-        text = self.options.seeds
+        text = self.options.seeds.strip()
         try:
-            if "," in text:
-                found = tuple(flags.whole(part) for part in text.split(",") if part.strip())
-            else:
+            if "," not in text and "-" not in text[1:]:
                 return flags.whole(text)
-        except ValueError:
-            raise SettingError(f"--seeds is {text!r}, expected a count (16) or seeds (3,5,7)") from None
-        if len(set(found)) < len(found):
-            raise SettingError(f"seeds repeat: {list(found)}")
-        return found
+            parts = [part.strip() for part in text.split(",") if part.strip()]
+            return chosen_seeds([seed for part in parts for seed in _seeds_of(part)])
+        except ValueError as error:
+            if isinstance(error, SettingError):
+                raise SettingError(f"--seeds {text}: {error}") from None
+            raise SettingError(f"--seeds is {text!r}, expected a count (16), or seeds (3,5,7 or 100-115)") from None
 
     def methods(self) -> tuple[Method, ...]:
         """The lifelong methods, in the order they are named.
@@ -163,15 +167,19 @@ class Plan:
         if isinstance(source, str) and streams.is_stream(source):
             if self.env:
                 raise SettingError(f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have settings")
-            return streams.stream(source, scenario=options.scenario or None, order=order)  # type: ignore[arg-type]
+            scenario: Any = options.scenario or None
+            restarts = None if options.restart_optimizer else False
+            return streams.stream(source, scenario=scenario, order=order, restart_optimizer=restarts)
         if isinstance(source, TaskStream):
             if options.scenario:
                 raise SettingError(f"--scenario: the stream {self.task!r} is made already, with its own")
+            if not options.restart_optimizer:
+                source = dataclasses.replace(source, restart_optimizer=False)
             return source if order == "given" else dataclasses.replace(source, order=order)
-        if options.lifelong or options.scenario or options.order != "given":
+        if options.lifelong or options.scenario or options.order != "given" or not options.restart_optimizer:
             raise SettingError(
-                f"--lifelong, --order and --scenario are for streams of tasks, {self.task!r} is none: "
-                "`rlmeta list streams` shows them"
+                "--lifelong, --order, --scenario and --no-restart-optimizer are for streams of tasks, "
+                f"{self.task!r} is none: `rlmeta list streams` shows them"
             )
         meta = getattr(agent_class(self.agent), "learns_from_tasks", False)
         if isinstance(source, str) and (is_data_family(source) or (meta and not self.env)):
@@ -212,9 +220,13 @@ class Plan:
         env = (
             f" ({', '.join(f'{name}={flags.text_of(value)}' for name, value in self.env.items())})" if self.env else ""
         )
-        lines = [f"{self.agent} on {self.task}{env}: {seeds}, {self.budget.steps:,} steps each, into {folder}"]
+        budget = self.budget
+        length = f"{budget.epochs:g} epochs" if budget.epochs else f"{budget.steps:,} steps"
+        lines = [f"{self.agent} on {self.task}{env}: {seeds}, {length} each, into {folder}"]
         path, name = self.preset.path, agent_class(self.agent).__name__
-        lines += [f"preset {_short(path)} [{self.preset.table}]" if path else "no preset"]
+        seeds = ", ".join(map(str, self.preset.chosen_on_seeds))
+        chosen = f", chosen on seeds {seeds}" if seeds else ""
+        lines += [f"preset {_short(path)} [{self.preset.table}]{chosen}" if path else "no preset"]
         differing = [
             f"{setting}={text} ({flags.text_of(f.default)})"
             for f in dataclasses.fields(agent_class(self.agent))
@@ -369,9 +381,29 @@ def from_folder(folder: Path) -> Plan:
     """
     path = folder / PLAN
     content = read_toml(path)
-    if set(content) != {"agent", "task", "env", "lifelong", "flags"}:
+    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "flags": dict}
+    groups: dict[str, Any] = {"run": Options, "budget": Budget, "settings": None}
+    fits = set(content) == set(kinds) and all(isinstance(content[name], kind) for name, kind in kinds.items())
+    fits = fits and all(isinstance(table, dict) for table in content["lifelong"].values())
+    fits = fits and set(content["flags"]) == set(groups)
+    if not fits or not all(_are_texts(table) for table in content["flags"].values()):
         raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")
+    groups["settings"] = agent_class(content["agent"])
+    for name, cls in groups.items():
+        _check_flags(cls, content["flags"][name], f"{path} [flags.{name}]")
     return Plan(content["agent"], content["task"], content["env"], content["lifelong"], content["flags"])
+
+
+def _are_texts(table: Any) -> bool:
+    return isinstance(table, dict) and all(isinstance(text, str) for text in table.values())
+
+
+def _check_flags(cls: Any, texts: dict[str, str], where: str) -> None:
+    """Refuse flags that are not those of a group."""
+    check_names(cls, texts, where)
+    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in texts and f.default is not None]
+    if lacking:
+        raise CheckpointError(f"{where} lacks {lacking[0]!r}: restore it from a copy")
 
 
 def group_folder(folder: Path, label: str) -> Path:
@@ -389,6 +421,19 @@ def members(folder: Path) -> dict[str, Path]:
 
 def _compares(cls: type, name: str, text: str) -> bool:
     return len(flags.values(cls, name, text)) > 1
+
+
+def _seeds_of(text: str) -> range:
+    """The seeds of `100-115`, both ends included, or of a single one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    first, dash, last = text.partition("-")
+    low, high = flags.whole(first), flags.whole(last if dash else first)
+    if high < low or high - low >= MOST_SEEDS:
+        raise ValueError(text)
+    return range(low, high + 1)
 
 
 def _short(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import sys
@@ -43,7 +44,14 @@ class Curve:
     seconds: NDArray[np.float64]
     """Wall time of all learners together, `[P]`."""
     values: NDArray[np.float64]
-    """`[P, S]`; a learner without a value keeps its last one, and has NaN before its first."""
+    """`[P, S]`; NaN where a learner has none."""
+
+    def carried(self) -> Curve:
+        """The same where a learner without a value keeps its last one, as one that finished no episode of late."""
+        values = self.values.copy()
+        for before, after in itertools.pairwise(values):
+            after[:] = np.where(np.isnan(after), before, after)
+        return dataclasses.replace(self, values=values)
 
 
 def write_curve(run: Run) -> Path | None:
@@ -85,6 +93,7 @@ def curves(run: Run) -> tuple[Curve, Curve]:
     seconds = {record["iteration"]: record["seconds"] for record in read_records(run.folder / "timing.jsonl")}
     learners = len(run.experiment.learners)
     evaluation, training = (_curve(lines, seconds, name, learners) for name in (run.agent.score.metric, TRAINING))
+    training = training.carried()
     if run.evaluation is not None:
         evaluation = Curve(
             np.append(evaluation.steps, run.env_steps),
@@ -97,8 +106,6 @@ def curves(run: Run) -> tuple[Curve, Curve]:
 def _curve(lines: Sequence[dict[str, Any]], seconds: dict[int, float], name: str, learners: int) -> Curve:
     lines = [line for line in lines if name in line]
     values = np.array([line[name] for line in lines], dtype=np.float64).reshape(-1, learners)
-    for before, after in itertools.pairwise(values):
-        after[:] = np.where(np.isnan(after), before, after)
     return Curve(
         np.array([line["env_steps"] for line in lines], dtype=np.float64),
         np.array([seconds.get(line["iteration"], np.nan) for line in lines], dtype=np.float64),
@@ -159,6 +166,8 @@ def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
     right.set_xlabel(f"wall time{together} [{unit}]")
     over = f"interquartile mean of {seeds} seeds" if seeds > FEW_SEEDS else f"mean of {seeds} seeds"
     title = f"{experiment.agent_name} on {experiment.problem.name}" + (f": {over}" if seeds > 1 else "")
+    if broken := int((~np.isfinite(evaluation.values[-1:])).sum()):
+        title += f"; {broken} of {learners} final scores are not finite"
     figure.suptitle(title, fontsize=12)
     figure.legend(handles=list(_legend(run, not alone)), loc="outside right center", frameon=False, fontsize=9)
     return figure

@@ -7,9 +7,11 @@
     steps = 100_000
     num_steps = 32
     hidden_sizes = [64, 64]
+    chosen_on_seeds = [0, 1, 2]
 
-Keys are the agent's settings, and `steps`, the budget they are meant for. A list for a number that is per learner
-compares its values.
+Keys are the agent's settings, `steps`, the budget they are meant for, and `chosen_on_seeds`, the seeds on which they
+were chosen, which no table of results may have (none where they are somebody else's, published). A list for a number
+that is per learner compares its values.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from rlmeta.lab.shipped import agent_class
 from rlmeta.learning.settings import check_names, name_of, per_learner_names
 
 DEFAULTS = "defaults"
+SEEDS = "chosen_on_seeds"
 
 
 class Preset(NamedTuple):
@@ -37,6 +40,8 @@ class Preset(NamedTuple):
     """The file, if it says anything about the task."""
     table: str
     """Its table that was applied last, or ''."""
+    chosen_on_seeds: tuple[int, ...] = ()
+    """The seeds on which they were chosen, as far as the file says."""
 
 
 NOTHING = Preset({}, None, None, "")
@@ -82,9 +87,9 @@ def load_preset(agent: type, task: str, source: str | None = None) -> Preset:
     settings: dict[str, Any] = {}
     for name in (DEFAULTS, table):
         settings |= _checked(agent, tables.get(name, {}), f"{path} [{name}]")
-    steps = settings.pop("steps", None)
+    steps, seeds = settings.pop("steps", None), settings.pop(SEEDS, ())
     _check_together(agent, settings, f"{path} [{table or DEFAULTS}]")
-    return Preset(settings, steps, path, table or DEFAULTS)
+    return Preset(settings, steps, path, table or DEFAULTS, seeds)
 
 
 def _find(agent: type, source: str | None) -> tuple[Path | None, str]:
@@ -128,15 +133,15 @@ def _names_of(task: str) -> list[str]:
 
 def _checked(agent: type, table: dict[str, Any], where: str) -> dict[str, Any]:
     """The table's values as the settings have them."""
-    check_names(agent, {name: value for name, value in table.items() if name != "steps"}, where)
+    check_names(agent, {name: value for name, value in table.items() if name not in ("steps", SEEDS)}, where)
     if "network" in table:
         raise SettingError(f"{where}: a preset can't name code: give --network on the command line")
     compared = per_learner_names(agent)
     checked: dict[str, Any] = {}
     for name, value in table.items():
         said = f"{where}: {name}"
-        if name == "steps":
-            checked[name] = _steps(value, said)
+        if name in ("steps", SEEDS):
+            checked[name] = _steps(value, said) if name == "steps" else _seeds(value, said)
             continue
         joined = isinstance(value, list) and name not in compared
         found = flags.values(agent, name, flags.text_of(tuple(value) if joined else value), said)
@@ -153,6 +158,13 @@ def _steps(value: Any, where: str) -> int:
         return flags.whole(flags.text_of(value))
     except ValueError:
         raise SettingError(f"{where} is {value!r}, expected a whole number") from None
+
+
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    fits = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
+    if not fits or len(set(value)) < len(value):
+        raise SettingError(f"{where} is {value!r}, expected different whole numbers, such as [0, 1, 2], or []")
+    return tuple(value)
 
 
 def _check_together(agent: type, settings: dict[str, Any], where: str) -> None:

@@ -55,6 +55,7 @@ class Progress:
         self._done, self._seconds, self._shown = done, 0.0, done
         self._parts: Mapping[str, float] = {}
         self._returns: dict[str, float] = {}
+        self._broken = 0
         self._samples: deque[tuple[float, int]] = deque()
         self._live: Live | None = None
 
@@ -89,6 +90,7 @@ class Progress:
         self._done, self._seconds, self._parts = done, seconds, parts or {}
         if line is not None:
             self._returns.update(_mean_returns(line))
+            self._broken = broken_evaluations(line) if any(_evaluates(name) for name in line) else self._broken
         now = time.monotonic()
         if now >= self._due:
             self._show(now)
@@ -136,6 +138,8 @@ class Progress:
         returns = [
             f"{RETURNS[name]} {value:,.{1 if 'return' in name else 3}f}" for name, value in self._returns.items()
         ]
+        if self._broken:
+            returns.append(f"{self._broken} of {self._learners} evaluations not finite")
         return ", ".join([f"{done:,} of {whole:,} steps", f"{rate:,.0f} steps/s", *returns])
 
     def _line(self) -> str:
@@ -163,6 +167,15 @@ class Progress:
         for text in rest:
             text.no_wrap, text.overflow = True, "ellipsis"
         return Group(head, *rest)
+
+
+def _evaluates(name: str) -> bool:
+    return name in RETURNS and name.startswith("eval/")
+
+
+def broken_evaluations(line: Mapping[str, Any]) -> int:
+    """How many learners have an evaluation in this line that is not finite: the means leave them out."""
+    return max(sum(not math.isfinite(value) for value in values) for name, values in line.items() if _evaluates(name))
 
 
 def _mean_returns(line: Mapping[str, Any]) -> dict[str, float]:

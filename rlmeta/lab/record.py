@@ -13,11 +13,13 @@ from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab.run import Run
+from rlmeta.lab.surroundings import undisturbed
 from rlmeta.learning.collect import Actor, clear_memory
 from rlmeta.learning.evaluate import evaluation_rows
 from rlmeta.learning.state import Params
 
 
+@undisturbed()
 def record(
     run: Run,
     episodes: int,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,18 @@ from rlmeta.envs import spaces
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random, statistics, tree
-from rlmeta.lab import checkpoint, run_folder, stages
+from rlmeta.lab import budgets, checkpoint, run_folder, stages
 from rlmeta.lab.configuration import from_config
 from rlmeta.lab.experiment import Experiment
 from rlmeta.lab.files import put
 from rlmeta.lab.memory import keep_freed_memory
+from rlmeta.lab.module import TrainedModule, names_of
 from rlmeta.lab.stages import Stage
+from rlmeta.lab.surroundings import undisturbed
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
-from rlmeta.learning.state import Packed, State
+from rlmeta.learning.state import Packed, State, select
 from rlmeta.lifelong import metrics
 
 
@@ -34,9 +36,10 @@ class Run:
     """An experiment and where it stands.
 
     Attributes:
-        experiment: settings, seeds, task, budget.
+        experiment: settings, seeds, task, budget with nothing left to be chosen.
         agent: bound to the task's spaces.
         world: the environments of its learners.
+        iterations: of training on every task.
         state: everything it is.
         folder: where it is saved, or None.
         evaluation: of the final parameters, once it has ended.
@@ -46,17 +49,30 @@ class Run:
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
-        self.experiment, self.folder = experiment, folder
+        self.folder = folder
         experiment.use_threads()
         keep_freed_memory()
         self.world = experiment.world()
-        self.agent: Learner = experiment.bind(self.world)
+        try:
+            self.agent: Learner = experiment.bind(self.world)
+            self.iterations = budgets.iterations_of(experiment.problem, self.agent, self.world, experiment.budget)
+            budget = budgets.settled(experiment.budget, experiment.problem, self.world, self.iterations, self.every)
+        except BaseException:
+            self.world.close()
+            raise
+        self.experiment = dataclasses.replace(experiment, budget=budget)
         self.state: State = {}
         self.evaluation: Evaluation | None = None
         self.seconds = 0.0
         self.stopped = ""
         self.offsets: dict[str, int] = {}
         self._actions = 0
+
+    @property
+    def every(self) -> int:
+        """What of its budget each learner spends in an iteration."""
+        steps: int = self.world.num_envs * self.agent.steps_per_iteration
+        return steps
 
     def start(self) -> None:
         """Set the state to that of a run that begins.
@@ -72,9 +88,7 @@ class Run:
     @property
     def stages(self) -> list[Stage]:
         """What it goes through: a single stage, or the phases of every task of a stream."""
-        every = self.world.num_envs * self.agent.steps_per_iteration
-        iterations = math.ceil(self.experiment.budget.steps / every)
-        return stages.stages_of(self.experiment.problem, self.agent.methods, iterations)
+        return stages.stages_of(self.experiment.problem, self.agent.methods, self.iterations)
 
     @property
     def stream(self) -> TaskStream | None:
@@ -107,6 +121,9 @@ class Run:
     def scores(self) -> Tensor:
         """The mean score of every learner's final evaluation, `[S]`.
 
+        Of a stream: the mean over its tasks, each of which counts the same however many samples or classes it has.
+        `lifelong.metrics.accuracy(run.matrix, run.evaluation.lengths)` lets every test sample count the same.
+
         Raises:
             SettingError: there was none yet.
         """
@@ -114,6 +131,7 @@ class Run:
             raise SettingError("the run has not ended: `rlmeta resume` it, or call run.evaluate()")
         return self.evaluation.returns.mean(-1)
 
+    @undisturbed()
     def evaluate(self, episodes: int, *, deterministic: bool = True, best: bool = False, seed: int = 0) -> Evaluation:
         """Try every learner on `episodes` fresh episodes, on as many of every task of a stream.
 
@@ -130,26 +148,35 @@ class Run:
             if self.stream is None:
                 return self.agent.evaluate(self.agent.seen(state), world, key, episodes, deterministic=deterministic)
             orders = self.experiment.orders
-            found = stages.evaluate_tasks(self.agent, state, world, orders, key, episodes, deterministic=deterministic)
+            found = stages.evaluate_tasks(
+                self.agent, state, world, self.stream, orders, key, episodes, deterministic=deterministic
+            )
             return Evaluation(*(torch.cat(parts, -1) for parts in zip(*found)))
         finally:
             world.close()
 
     def best_state(self) -> State:
-        """The state with the parameters of every learner's best periodic evaluation.
+        """The state with the parameters of every learner's best periodic evaluation; a learner that never had a finite
+        score keeps its final ones.
 
         Raises:
-            SettingError: there was none.
+            SettingError: there was no periodic evaluation, or none with a finite score.
         """
         if "best" not in self.state:
-            raise SettingError("no best parameters: the run has had no periodic evaluation")
-        return {**self.state, "params": {**self.state["params"], **self.state["best"]["params"]}}
+            raise SettingError("no best parameters: the run has had no periodic evaluation (--eval-every sets them)")
+        best, params = self.state["best"], self.state["params"]
+        scored = best["score"].isfinite()
+        if not bool(scored.any()):
+            raise SettingError("no best parameters: no periodic evaluation gave a finite score")
+        chosen = select(scored, best["params"], {name: dict(params[name]) for name in best["params"]})
+        return {**self.state, "params": {**params, **chosen}}
 
     def evaluation_world(self, episodes: int) -> Any:
         """Fresh rows of the problem to play `episodes` episodes in."""
         rows = self.agent.evaluation_rows(episodes, self.experiment.problem.native)
         return self.experiment.world(rows)
 
+    @undisturbed()
     @torch.no_grad()
     def act(self, observation: Any, *, deterministic: bool = True, learner: int | None = None) -> Any:
         """The action for one observation of the task, ready for `env.step`.
@@ -160,6 +187,7 @@ class Run:
             learner: which one acts; by default the best in the final evaluation.
 
         Raises:
+            SettingError: no such learner, or none of them has a finite score to be the best by.
             SpaceError: the observation is not of the task's observation space.
         """
         if not hasattr(self.agent, "act"):
@@ -173,11 +201,30 @@ class Run:
         action, _ = agent.act(p, given, agent.initial_memory(p, (1,)), key, deterministic)
         return spaces.to_numpy(self.world.action_space, action[0])
 
+    def module(self, learner: int | None = None, name: str | None = None, *, best: bool = False) -> TrainedModule:
+        """A trained network of one learner as an `nn.Module` on batches of observations, ready for `torch.export`.
+
+        Args:
+            learner: which one; by default the best in the final evaluation.
+            name: "policy", "value", "q", "net": one of the learner's networks, by default the one it acts by, which
+                gives logits, means and deviations, or action values; or "action" for the deterministic action itself.
+                Of MAML it is the inner learner's, with the initial weights.
+            best: the parameters of its best periodic evaluation instead of the final ones.
+
+        Raises:
+            SettingError, UnknownNameError: no such learner or network.
+        """
+        agent: Any = self.agent
+        inner = getattr(agent, "inner", agent)
+        chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
+        p = tree.map(lambda leaf: leaf[chosen], self.agent.seen(state))
+        return TrainedModule(inner, p, name or names_of(inner)[0]).eval()
+
     def chosen_learner(self, learner: int | None) -> int:
         """The learner of this number; by default the best in the final evaluation, or the first if there was none.
 
         Raises:
-            SettingError: there is no such learner.
+            SettingError: there is no such learner, or none that is the best.
         """
         if learner is None:
             return self.best_learner if self.evaluation is not None else 0
@@ -187,9 +234,12 @@ class Run:
 
     @property
     def best_learner(self) -> int:
-        """The one with the best final score."""
-        scores = self.scores if self.agent.score.maximise else -self.scores
-        return int(scores.argmax())
+        """The one with the best final score.
+
+        Raises:
+            SettingError: no learner has a finite score.
+        """
+        return self.agent.score.best(self.scores)
 
     def summary(self) -> list[dict[str, Any]]:
         """One row for each variant: its label, IQM with 95 % interval, mean, steps, seconds, steps/s."""
@@ -210,6 +260,7 @@ class Run:
                     "high": float(high),
                     "mean": float(score.mean()),
                     "scores": [float(one) for one in score],
+                    "not_finite": int((~np.isfinite(score)).sum()),
                     "episodes": int(self.evaluation.returns.shape[-1]) if self.evaluation else 0,
                     "steps": steps,
                     "seconds": round(self.seconds, 1),
@@ -259,6 +310,7 @@ class Run:
         self.world.close()
 
 
+@undisturbed()
 def load(
     folder: str | Path,
     *,
@@ -267,23 +319,47 @@ def load(
     lifelong: Sequence[Method] = (),
     own: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Read a run back: its settings, its state, its final evaluation.
+    """Read a run back to look at it, act with it or evaluate it: its settings, its state, its final evaluation.
+
+    What only training needs, demonstrations and rewards, is not asked for; `resume` does.
 
     Args:
         folder: as given to `train(out=...)`.
         network: the user's network again, where it had one; a run folder names code but never loads any.
         env: the user's environment factory again, where it had one.
         lifelong: the lifelong methods again, where it had some of your own.
-        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
+        own: other settings that are code or data, by name, again, where it had some that acting needs.
 
     Raises:
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
+        SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
+    return read(folder, network=network, env=env, lifelong=lifelong, own=own, training=False)
+
+
+def read(
+    folder: str | Path,
+    *,
+    network: NetworkFactory | None,
+    env: Any,
+    lifelong: Sequence[Method],
+    own: Mapping[str, Any] | None,
+    training: bool,
+) -> Run:
+    """What `load` gives, with all that `training` needs where it goes on; the other arguments and errors are load's."""
     folder = Path(folder)
     if not (folder / "config.toml").is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.toml")
     config = run_folder.read_config(folder)
-    experiment = from_config(config, where=str(folder), network=network, source=env, methods=tuple(lifelong), own=own)
+    experiment = from_config(
+        config,
+        where=str(folder),
+        network=network,
+        source=env,
+        methods=tuple(lifelong),
+        own=own,
+        training=training,
+    )
     run = Run(experiment, folder)
     state, about = checkpoint.load(folder / "state")
     run.start()
@@ -291,11 +367,11 @@ def load(
     run.seconds = float(about.get("seconds", 0.0))
     run.stopped = str(about.get("stopped", ""))
     run.offsets = dict(about.get("offsets", {}))
-    run.evaluation = _final_evaluation(folder / run_folder.SUMMARY)
+    run.evaluation = _final_evaluation(folder / run_folder.SUMMARY, len(experiment.learners))
     return run
 
 
-def _final_evaluation(path: Path) -> Evaluation | None:
+def _final_evaluation(path: Path, learners: int) -> Evaluation | None:
     """What a run's summary says of its final evaluation; None where the run has not ended.
 
     Raises:
@@ -305,9 +381,14 @@ def _final_evaluation(path: Path) -> Evaluation | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-        returns = torch.tensor(content["returns"], dtype=torch.float64)
-        return Evaluation(returns, torch.tensor(content["lengths"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        returns = torch.tensor(content["returns"], dtype=torch.float64, device="cpu")
+        lengths = torch.tensor(content["lengths"], dtype=torch.int64, device="cpu")
+        if returns.dim() != 2 or len(returns) != learners or not returns.shape[1] or lengths.shape != returns.shape:
+            raise ValueError(
+                f"returns {tuple(returns.shape)} and lengths {tuple(lengths.shape)} of {learners} learners"
+            )
+        return Evaluation(returns, lengths)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}): remove it, `rlmeta resume {path.parent}` evaluates the run again"
         ) from error
@@ -322,6 +403,7 @@ def fit(fresh: State, saved: State, where: str) -> State:
     expected, given = tree.flatten(fresh), tree.flatten(saved)
     for name, leaf in expected.items():
         if name not in given:
+            _check_frozen(name, given, where)
             raise CheckpointError(f"{where}: the checkpoint lacks {name!r}: it is of another agent, task or version")
         if given[name].shape != leaf.shape or given[name].dtype != leaf.dtype:
             raise CheckpointError(
@@ -333,6 +415,17 @@ def fit(fresh: State, saved: State, where: str) -> State:
     # packed as in the run that goes on: the bits of a matrix product depend on where its factors begin
     loaded["params"]["weights"] = Packed.of(loaded["params"]["weights"], key.dim())
     return loaded
+
+
+def _check_frozen(name: str, given: dict[str, Tensor], where: str) -> None:
+    """Say so where a parameter is missing because it was frozen in the run and is not now, or the reverse."""
+    was = {"params/weights/": "frozen", "params/buffers/": "trained"}
+    for (group, state), (other, now) in zip(was.items(), reversed(list(was.items()))):
+        if name.startswith(group) and name.replace(group, other, 1) in given:
+            raise CheckpointError(
+                f"{where}: {name.removeprefix(group)} was {state} in the run and is {now} in the network given now: "
+                "freeze (requires_grad=False) what was frozen, and nothing else"
+            )
 
 
 def per_learner(values: Tensor) -> list[float]:

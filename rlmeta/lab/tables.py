@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,17 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from rlmeta.functional import statistics
+
 FEW_SEEDS = 3
 """Up to as many seeds an interval means nothing: they are shown one by one."""
 
 TEXTS = ("agent", "task", "setting")
 TRANSFER = ("BWT", "FWT", "forgetting")
 """Columns of runs on a stream."""
+EQUAL_TASKS = "The score is the mean over the tasks, each of which counts the same."
+UNDEFINED = "-: not defined. FWT needs scores before a task's classes are born, all three need a second task."
+"""Below a table of runs on a stream."""
 TITLE_WIDTH = 72
 
 
@@ -39,6 +45,8 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
         padding=(0, 1, 0, 0),
         title=Text(title),
         title_justify="left",
+        caption=_caption(rows),
+        caption_justify="left",
         min_width=min(TITLE_WIDTH, max(map(len, title.splitlines()), default=0)),
     )
     names = [name for name in cells[0] if name not in shared]
@@ -48,6 +56,15 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in cells:
         table.add_row(*(Text(row[name]) for name in names))
     return table
+
+
+def _caption(rows: Sequence[dict[str, Any]]) -> Text | None:
+    """What has to be said of the figures of a stream."""
+    of_streams = [row for row in rows if TRANSFER[0] in row]
+    if not of_streams:
+        return None
+    undefined = any(math.isnan(row[name]) for row in of_streams for name in TRANSFER)
+    return Text("\n".join([EQUAL_TASKS, *([UNDEFINED] if undefined else [])]))
 
 
 def _cells(row: dict[str, Any], score: str) -> dict[str, str]:
@@ -81,13 +98,20 @@ def _score(row: dict[str, Any]) -> str:
     digits = 1 if row["score"] == "return" else 3
     iqm, low, high = (f"{row[name]:,.{digits}f}" for name in ("iqm", "low", "high"))
     between = "\n" if TRANSFER[0] in row else " "
+    rest = [score for score in row["scores"] if math.isfinite(score)]
+    broken = len(row["scores"]) - len(rest)
+    if len(row["scores"]) > FEW_SEEDS and broken:
+        others = f"; IQM of the others {statistics.iqm(rest):,.{digits}f}" if rest else ""
+        return f"{iqm}{between}({broken} of {len(row['scores'])} not finite{others})"
     if len(row["scores"]) > FEW_SEEDS:
         return f"{iqm}{between}[{low}, {high}]"
     return iqm if len(row["scores"]) == 1 else f"{iqm} ({', '.join(f'{score:,.{digits}f}' for score in row['scores'])})"
 
 
 def _transfer(row: dict[str, Any], name: str) -> str:
-    """The mean over learners, and below it its interval."""
+    """The mean over learners, and below it its interval; - where it is not defined."""
+    if math.isnan(row[name]):
+        return "-"
     if len(row["scores"]) <= FEW_SEEDS:
         return f"{row[name]:+.3g}"
     return f"{row[name]:+.3g}\n[{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"

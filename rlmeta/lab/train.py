@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,29 @@ import torch
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import streams
+from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.task import TaskFamily, family, is_data_family, task
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.lab import run_folder
-from rlmeta.lab.experiment import Budget, Experiment, Problem, compare
+from rlmeta.lab import budgets, own_code, run_folder
+from rlmeta.lab.experiment import Budget, Experiment, Problem, chosen_seeds, compare
 from rlmeta.lab.loop import Callback, Loop
-from rlmeta.lab.run import Run, load
+from rlmeta.lab.run import Run, read
+from rlmeta.lab.surroundings import undisturbed
 from rlmeta.lab.trackers import TrackerFactory
-from rlmeta.learning.method import Method
-from rlmeta.learning.settings import group, variants
+from rlmeta.learning.method import Method, checked_methods
+from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
 
 
+@undisturbed()
 def train(
     agent: Any,
     problem: Any,
     *,
-    steps: int = 100_000,
+    steps: int | None = None,
+    epochs: float | None = None,
     seeds: int | Sequence[int] = 1,
     out: str | Path | None = None,
     budget: Budget | None = None,
@@ -44,11 +49,13 @@ def train(
 
     Args:
         agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds.
-        problem: a task, a family (an agent meets constants redrawn every episode), a stream, or the name of one.
-        steps: environment steps (or samples) of each learner, on every task of a stream.
+        problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
+            `task` makes one of, such as a function that makes an environment.
+        steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
+        epochs: instead of steps, passes over the training samples of every task.
         seeds: how many, or which.
         out: folder of the run; None keeps it in memory.
-        budget: steps and the finer points; replaces `steps`.
+        budget: steps or epochs, and the finer points, instead of these.
         lifelong: methods that take part in every gradient step.
         callbacks: functions of (run, metrics) that may stop the run.
         trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
@@ -62,11 +69,15 @@ def train(
     Raises:
         SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
-    chosen = budget or Budget(steps=steps)
+    asked: dict[str, Any] = {name: n for name, n in (("steps", steps), ("epochs", epochs)) if n is not None}
+    if len(asked) + (budget is not None) > 1:
+        raise SettingError("steps, epochs and budget each say how long to train: give one of them")
+    chosen = Budget(**asked) if budget is None else budget
     run = prepare(agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads)
     return go(run, callbacks=callbacks, trackers=trackers, progress=progress)
 
 
+@undisturbed()
 def prepare(
     agent: Any,
     problem: Any,
@@ -83,11 +94,18 @@ def prepare(
     Args and errors are those of `train`.
     """
     if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
-        raise SettingError(f"agent is {agent!r}, expected the settings of one, such as PPO()")
-    compared, methods = compare(one_batch(variants(agent)), lifelong)
+        example = agent.__name__ if isinstance(agent, type) else "PPO"
+        raise SettingError(f"agent is {agent!r}, expected the settings of one, such as {example}()")
+    if not isinstance(budget, Budget):
+        raise SettingError(f"budget is {budget!r}, expected one such as Budget(steps=100_000)")
+    if out is not None and not isinstance(out, str | os.PathLike):
+        raise SettingError(f"out is {out!r}, expected the folder of the run")
+    check_choices(agent)
+    agent = with_demonstrations(agent)
+    compared, methods = compare(one_batch(variants(agent)), checked_methods(lifelong))
     experiment = Experiment(
         variants=compared,
-        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        seeds=chosen_seeds(seeds),
         problem=resolve(problem, agent),
         budget=budget,
         methods=methods,
@@ -98,13 +116,24 @@ def prepare(
         run_folder.check_free(out)
     run = Run(experiment, None if out is None else Path(out))
     try:
+        budgets.check_learns(run.experiment.problem, agent, run.agent, run.iterations)
         run.start()
+        budgets.warn_of_rounding(budget, run.iterations, run.every)
     except BaseException:
         run.close()
         raise
     return run
 
 
+def with_demonstrations(settings: Any) -> Any:
+    """The settings with the demonstrations that the file they name holds; where there is none, the learner says so."""
+    named = getattr(settings, "demonstrations", None)
+    if not isinstance(named, str | os.PathLike) or not Path(named).is_file():
+        return settings
+    return dataclasses.replace(settings, demonstrations=Demonstrations.load(named))
+
+
+@undisturbed()
 def go(
     run: Run, *, callbacks: Sequence[Callback] = (), trackers: Sequence[TrackerFactory] = (), progress: bool = False
 ) -> Run:
@@ -136,6 +165,10 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
             problem = streams.stream(problem)
         else:
             problem = family(problem) if meta or is_data_family(problem) else task(problem)
+    elif isinstance(problem, type) and hasattr(problem, "tasks"):
+        raise SettingError(f"the problem is the class {problem.__name__}, expected one of it: {problem.__name__}(...)")
+    elif not own_code.is_problem(problem):
+        problem = task(problem)  # of an environment's factory; what can't be one is refused with what to give instead
     if meta and isinstance(problem, TaskFamily):
         return NamedFamily(problem.name, problem)
     if hasattr(problem, "tasks") and not isinstance(problem, NamedFamily | TaskFamily | streams.TaskStream):
@@ -150,6 +183,7 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
     return problem.task() if isinstance(problem, TaskFamily) else problem
 
 
+@undisturbed()
 def resume(
     folder: str | Path,
     *,
@@ -181,7 +215,7 @@ def resume(
     """
     folder = Path(folder)
     with run_folder.lock(folder):
-        run = load(folder, network=network, env=env, lifelong=lifelong, own=own)
+        run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True)
         run.stopped = ""
         try:
             restore_world(run, inexact)
@@ -194,7 +228,7 @@ def restore_world(run: Run, inexact: bool) -> None:
     """Bring live environments back to where the checkpoint left them; rows that can't be begin new episodes."""
     state, saved = run.state, run.state["world"]
     if run.stream is not None:
-        run.world.select(state["task"]["identity"])
+        run.world.select(state["identity"])
     if run.experiment.problem.native:
         return
     state["world"] = run.world.restore(saved, inexact)

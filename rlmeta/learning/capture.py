@@ -2,11 +2,13 @@
 
 For small networks most of a gradient step is Python and autograd's bookkeeping. What is recorded is the very sequence
 of tensor operations, so a replay gives the same bits; that is checked, with other numbers than those of the recording,
-before the first one is used.
+before the first one is used. What can't be recorded, checked or replayed is called as before, and a warning says why:
+to record spares time and nothing else, so no error of it ends a run.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections import Counter
@@ -17,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.jit.frontend import FrontendError
 
 from rlmeta.functional import tree
 from rlmeta.learning.passes import split, without_idle, without_writes, written_over
-from rlmeta.learning.tape import LooksAtValues, Place, Tape, record
+from rlmeta.learning.tape import NotRecordable, Place, Tape, own_memory, record
 
 Function = Callable[[tree.Tree], tree.Tree]
 """From a nested dictionary of tensors to one. It may depend on nothing else that changes, and not on their values."""
@@ -32,10 +33,7 @@ WARM_UP = 30
 _CHECKS = 3
 """Calls that a recording must answer as the function does; it is optimised within them."""
 
-_NO_SOURCE = (
-    "rlmeta's own source has changed or is not there ({}): this run goes on, slower, without recorded operations"
-)
-"""TorchScript reads a loop's source when the first is recorded, which may be late in a run."""
+_UNRECORDED = "{}: not recorded, so this run is slower ({})"
 
 _RECORDING = threading.Lock()
 """Recorders keep notes of their own, one for all threads."""
@@ -48,25 +46,28 @@ class Capture:
         self._warm_up = WARM_UP if warm_up is None else warm_up
         self._calls: Counter[Hashable] = Counter()
         self._programs: dict[Hashable, _Program | None] = {}
+        self._said: set[tuple[Hashable, str]] = set()
 
     def __call__(self, name: Hashable, function: Function, inputs: tree.Tree) -> tree.Tree:
         """`function(inputs)`, without a graph of autograd's.
 
         Args:
-            name: tells functions apart; calls under one name must be of the same function.
+            name: tells functions apart; calls under one name must be of the same function. A warning calls the function
+                by it, or by its first entry.
             function: see `Function`.
             inputs: the tensors it depends on.
         """
         key, leaves = _key(name, inputs)
         program = self._programs.get(key)
         if program is not None and program.checks >= _CHECKS:
-            return program(leaves)
+            return self._tried(name, key, partial(program, leaves), partial(function, inputs))
         if key not in self._programs and self._ready(key, 1):
-            expected, self._programs[key] = _recorded(function, inputs, _once)
-            return expected
+            return self._tried(
+                name, key, partial(self._record, key, function, inputs, _once), partial(function, inputs)
+            )
         expected = function(inputs)
         if program is not None:
-            self._check(key, program, leaves, expected)
+            self._tried(name, key, partial(program.check, leaves, expected), lambda: None)
         return expected
 
     def scan(
@@ -82,7 +83,7 @@ class Capture:
         """Calls of a function in a row, each with what the one before it left: as one program, no Python in between.
 
         Args:
-            name: tells functions apart; calls under one name must be of the same function.
+            name: as for a single call.
             function: from `{"carried": ..., "fixed": ..., "each": ...}` to `{"carried": ..., "row": ...}`.
             carried: what the first call gets.
             fixed: what all of them get.
@@ -94,30 +95,64 @@ class Capture:
             What the last call left, and the rows of all, stacked.
         """
         key, leaves = _key((name, "scan", axis), {"carried": carried, "fixed": fixed, "each": each})
+
+        def in_turn(times: int = times) -> tree.Tree:
+            return _in_turn(function, carried, fixed, each, times, axis)
+
+        def recorded() -> tree.Tree:
+            first = {"carried": tree.map(torch.clone, carried), "fixed": fixed, "each": tree.map(lambda x: x[0], each)}
+            self._record(key, function, first, partial(_scan, axis))
+            return in_turn()
+
+        if key not in self._programs and self._ready(key, times):
+            found = self._tried(name, key, recorded, in_turn)
+            return found["carried"], found["row"]
         program = self._programs.get(key)
         if program is not None and program.checks < _CHECKS:
             few = min(times, 2)
-            program = self._check(key, program, [*leaves, few], _in_turn(function, carried, fixed, each, few, axis))
+            self._tried(name, key, partial(program.check, [*leaves, few], in_turn(few)), lambda: None)
+            program = self._programs[key]
         if program is None:
-            if key not in self._programs and self._ready(key, times):
-                first = {"carried": carried, "fixed": fixed, "each": tree.map(lambda x: x[0], each)}
-                _, self._programs[key] = _recorded(function, first, partial(_scan, first, axis))
-            found = _in_turn(function, carried, fixed, each, times, axis)
+            found = in_turn()
         else:
-            found = program([*leaves, times])
+            found = self._tried(name, key, partial(program, [*leaves, times]), in_turn)
         return found["carried"], found["row"]
 
     def _ready(self, key: Hashable, calls: int) -> bool:
         self._calls[key] += calls
         return self._calls[key] >= self._warm_up
 
-    def _check(self, key: Hashable, program: _Program, given: Sequence[Any], expected: tree.Tree) -> _Program | None:
-        """The program where it gives what the function gave, bit for bit; otherwise it is dropped."""
-        program.checks += 1
-        pairs = zip(tree.leaves(program(given)), tree.leaves(expected))
-        if not all(_equal(a, b) for a, b in pairs):
-            self._programs[key] = None
-        return self._programs[key]
+    def _record(self, key: Hashable, function: Function, inputs: tree.Tree, build: _Build) -> tree.Tree:
+        """What the function gives; its program is kept."""
+        with _RECORDING:
+            found, tape = record(function, inputs)
+            examples = tree.map(own_memory, inputs)
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the tracer about itself
+                self._programs[key] = _Program(build(without_idle(without_writes(tape)), examples, found), found)
+        return found
+
+    def _tried(self, name: Hashable, key: Hashable, work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+        """What the work with a program gives; where it fails there is no program any more, and something else is done.
+
+        An error of the function's own is raised by what is done instead.
+        """
+        try:
+            return work()
+        except Exception as error:
+            self._programs[key], reason = None, _reason(error)
+        found = instead()
+        what = name[0] if isinstance(name, tuple) else name
+        if (what, reason) not in self._said:
+            self._said.add((what, reason))
+            warnings.warn(_UNRECORDED.format(what, reason), RuntimeWarning, stacklevel=3)
+        return found
+
+
+def _reason(error: Exception) -> str:
+    """Why something can't be recorded, on one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if isinstance(error, NotRecordable) else f"{type(error).__name__}: {lines[-1]}"
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -126,19 +161,23 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _key(name: Hashable, inputs: tree.Tree) -> tuple[Hashable, list[Tensor]]:
-    """What tells recordings apart, and the leaves of the inputs."""
+    """What tells recordings apart, and the leaves of the inputs, in the order of `tree.leaves`."""
+    form: list[Hashable] = [name]
     leaves: list[Tensor] = []
-    _gather_leaves(inputs, leaves)
-    return (name, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]), leaves
+    _gather_leaves(inputs, form, leaves)
+    return tuple(form), leaves
 
 
-def _gather_leaves(inputs: tree.Tree, found: list[Tensor]) -> None:
-    """`tree.leaves`, in half the time."""
-    for value in inputs.values():
+def _gather_leaves(inputs: tree.Tree, form: list[Hashable], leaves: list[Tensor]) -> None:
+    names = sorted(inputs)
+    form.append(tuple(names))
+    for name in names:
+        value = inputs[name]
         if isinstance(value, dict):
-            _gather_leaves(value, found)
+            _gather_leaves(value, form, leaves)
         else:
-            found.append(value)
+            form.append((value.shape, value.stride(), value.dtype, value.device))
+            leaves.append(value)
 
 
 def _in_turn(
@@ -157,20 +196,32 @@ def _in_turn(
 # ---------------------------------------------------------------------- the programs
 
 _Run = Callable[[Sequence[Any]], Sequence[Tensor]]
+_Build = Callable[[Tape, tree.Tree, tree.Tree], _Run]
+"""From a tape, copies of its inputs and what it gave."""
 
 
 class _Program:
     """A recorded function."""
 
     def __init__(self, run: _Run, outputs: tree.Tree) -> None:
-        self._run, self._outputs = run, tree.map(lambda _: None, outputs)
+        self._run, self._numbers = run, tree.rebuild(outputs, itertools.count())
         self.checks = 0
         """How often it gave what the function gave."""
 
     def __call__(self, given: Sequence[Any]) -> tree.Tree:
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):
-            found = iter(self._run(given))
-        return tree.map(lambda _: next(found), self._outputs)
+            found = self._run(given)
+        return tree.map(found.__getitem__, self._numbers)
+
+    def check(self, given: Sequence[Any], expected: tree.Tree) -> None:
+        """Compare with what the function gave, bit for bit.
+
+        Raises:
+            NotRecordable: they differ.
+        """
+        if not all(_equal(a, b) for a, b in zip(tree.leaves(self(given)), tree.leaves(expected), strict=True)):
+            raise NotRecordable("what was recorded gives other numbers when it is called again")
+        self.checks += 1
 
 
 _AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -179,50 +230,32 @@ for _key_of_autograd in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.
     _AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(_key_of_autograd)
 
 
-def _recorded(
-    function: Function, inputs: tree.Tree, build: Callable[[Tape, Sequence[Tensor]], _Run | None]
-) -> tuple[tree.Tree, _Program | None]:
-    """What the function gives, and the function as a program, or None where it can't be one."""
-    with _RECORDING:
-        try:
-            found, tape = record(function, inputs)
-        except LooksAtValues:
-            return function(inputs), None
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the tracer about itself
-                run = build(without_idle(without_writes(tape)), list(tree.leaves(inputs)))
-        except RuntimeError:  # an operation that can't be recorded
-            run = None
-        except (OSError, FrontendError) as error:
-            warnings.warn(_NO_SOURCE.format(str(error).splitlines()[0]), RuntimeWarning, stacklevel=2)
-            run = None
-    return found, None if run is None else _Program(run, found)
-
-
 def _traced(tape: Tape, examples: Sequence[Tensor]) -> Any:
     """The tape as a program from the list of its inputs to that of its outputs."""
     return torch.jit.trace(tape.play, (list(examples),), check_trace=False)  # type: ignore[no-untyped-call]
 
 
-def _once(tape: Tape, leaves: Sequence[Tensor]) -> _Run:
+def _once(tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
     """A call of the function."""
+    leaves = list(tree.leaves(examples))
     constants, rest = split(tape, ())
     rest = rest.with_constants(constants.play(leaves))
     return _traced(written_over(rest), leaves)
 
 
-def _scan(first: tree.Tree, axis: int, tape: Tape, leaves: Sequence[Tensor]) -> _Run | None:
-    """A loop of calls.
+def _scan(axis: int, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
+    """A loop of calls; inputs come as `tree.leaves` has them: carried, each, fixed.
 
     What depends on fixed inputs alone is computed before the loop, carried tensors are written over where the call that
     changes them was the last to read them, and views of those are made before the loop, too.
     """
-    carried, fixed = (len(list(tree.leaves(first[name]))) for name in ("carried", "fixed"))
+    leaves = list(tree.leaves(examples))
+    carried, each = (len(list(tree.leaves(examples[name]))) for name in ("carried", "each"))
     old, new = tape.inputs[:carried], [x for x in tape.outputs[:carried] if isinstance(x, Place)]
-    if [tape.layouts[x] for x in old] != [tape.layouts[x] for x in new]:
-        return None
-    known = tape.inputs[carried : carried + fixed]
+    same_names = tree.flatten(examples["carried"]).keys() == tree.flatten(found["carried"]).keys()
+    if not same_names or [tape.layouts[x] for x in old] != [tape.layouts[x] for x in new]:
+        raise NotRecordable("what one call leaves for the next has other names, shapes, types or strides than it got")
+    known = tape.inputs[carried + each :]
     before, body = split(tape, [*known, *(x for x, y in zip(old, new) if x == y)])
     ends = Counter(tape.memory[x] for x in (*tape.inputs, *tape.outputs) if isinstance(x, Place))
     body = written_over(body, [x for x, y in zip(old, new) if ends[tape.memory[y]] == 1])
@@ -231,32 +264,34 @@ def _scan(first: tree.Tree, axis: int, tape: Tape, leaves: Sequence[Tensor]) -> 
     operations = (*before.operations, *views.operations)
     outputs = body.inputs[len(tape.inputs) :] or tape.inputs[:1]  # a program has to give something
     start = replace(before, operations=operations, outputs=outputs)
-    start_leaves = [leaf.clone() for leaf in leaves]
-    start_program = _traced(start, start_leaves)
-    program = _looped(start_program, _traced(body, [*start_leaves, *start_program(start_leaves)]))
+    start_program = _traced(start, leaves)
+    program = _looped(start_program, _traced(body, [*leaves, *start_program(leaves)]))
 
     def run(given: Sequence[Any]) -> Sequence[Tensor]:
         *found, times = given
-        ends = carried, carried + fixed
-        lists = found[: ends[0]], found[ends[0] : ends[1]], found[ends[1] :]
+        lists = found[:carried], found[carried : carried + each], found[carried + each :]
         return program(*lists, times, len(tape.outputs) - carried, axis)
 
     return run
 
 
 def _looped(start: Any, body: Any) -> Any:
-    """The loop around a body, which gets the carried tensors, the fixed ones, its own, and what `start` computed."""
+    """The loop around a body, which gets the carried tensors, its own, the fixed ones, and what `start` computed."""
 
     def loop(
-        carried: list[Tensor], fixed: list[Tensor], each: list[Tensor], times: int, width: int, axis: int
+        carried: list[Tensor], each: list[Tensor], fixed: list[Tensor], times: int, width: int, axis: int
     ) -> list[Tensor]:
         carried = [x.clone() for x in carried]
-        known = start(carried + fixed + [x[0] for x in each])
+        known = start(carried + [x[0] for x in each] + fixed)
         rows: list[Tensor] = []
         for i in range(times):
-            found = body(carried + fixed + [x[i] for x in each] + known)
+            found = body(carried + [x[i] for x in each] + fixed + known)
             carried = found[: len(carried)]
             rows += found[len(carried) :]
         return carried + [torch.stack(rows[row::width], axis) for row in range(width)]
 
-    return torch.jit.script(loop)
+    try:
+        return torch.jit.script(loop)
+    except (OSError, torch.jit.frontend.FrontendError) as error:  # it reads the source, which may be late in a run
+        reason = str(error).splitlines()[0]
+        raise NotRecordable(f"rlmeta's own source has changed or is not there ({reason})") from error

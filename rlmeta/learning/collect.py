@@ -96,6 +96,8 @@ def _recorded_steps(
     """`_steps` as one program, as far as the numbers last that the world draws ahead."""
     clock.switch("act")
 
+    name = ("steps of the world", world)
+
     def step(inputs: tree.Tree) -> tree.Tree:
         moving, fixed = inputs["carried"], inputs["fixed"]
         observation = world.observation(moving["world"])
@@ -110,7 +112,7 @@ def _recorded_steps(
         ahead, lasting = world.ahead(moving["world"])
         now, keys = keys[:lasting], keys[lasting:]
         fixed = {"params": p, "ahead": ahead}
-        moving, rows = agent.capture.scan(("step", world), step, moving, fixed, {"key": now}, len(now), axes)
+        moving, rows = agent.capture.scan(name, step, moving, fixed, {"key": now}, len(now), axes)
         pieces.append(rows)
     return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
 
@@ -127,7 +129,7 @@ def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
         return {"action": action, "memory": memory}
 
     capture = _capture(agent)
-    found = act(inputs) if capture is None else capture("act", act, inputs)
+    found = act(inputs) if capture is None else capture("acting", act, inputs)
     return found["action"], found["memory"]
 
 

@@ -13,6 +13,7 @@ from rlmeta.functional import random, tree
 from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.method import Method
+from rlmeta.learning.settings import require
 from rlmeta.learning.state import Packed, Params, State
 from rlmeta.learning.step import HasLosses
 from rlmeta.nn import Block, stack
@@ -35,10 +36,28 @@ class Score(NamedTuple):
         return f"eval/{self.name.replace(' ', '_')}"
 
     def reaches(self, score: Tensor, target: float) -> Tensor:
-        """Whether scores are as good as a target; nothing is as good as one that is not finite."""
+        """Whether scores are as good as a target; one that is not finite reaches none, and none that is not finite is
+        reached."""
         if not math.isfinite(target):
             return torch.zeros_like(score, dtype=torch.bool)
-        return score >= target if self.maximise else score <= target
+        return (score >= target if self.maximise else score <= target) & score.isfinite()
+
+    def better(self, score: Tensor, other: Tensor) -> Tensor:
+        """Whether scores are better than others; a finite one is better than one that is not, never the reverse."""
+        gained = score > other if self.maximise else score < other
+        return score.isfinite() & (gained | ~other.isfinite())
+
+    def best(self, scores: Tensor) -> int:
+        """The place of the best of scores `[S]` that are finite.
+
+        Raises:
+            SettingError: none is.
+        """
+        finite = scores.isfinite()
+        require(bool(finite.any()), f"none of the {len(scores)} learners has a finite {self.name}: none is the best")
+        worst = -math.inf if self.maximise else math.inf
+        ranked = scores.masked_fill(~finite, worst)
+        return int(ranked.argmax() if self.maximise else ranked.argmin())
 
 
 class Learner(HasLosses, Protocol):
@@ -53,11 +72,15 @@ class Learner(HasLosses, Protocol):
     methods: tuple[Method, ...]
     """Lifelong methods, in order."""
     num_tasks: int
-    """Tasks of the stream it learns from, 1 without a stream; set before `init`."""
+    """Tasks of the stream it learns from, 1 without a stream or where boundaries are hidden; set before `init`."""
+    reveals: frozenset[str]
+    """What the stream reveals of its tasks; set before `init`."""
     task_samples: int | None
     """Training samples of the smallest of them, None where it makes its own by acting; set before `init`."""
     steps_per_iteration: int
     """Steps every row of the world takes in one iteration."""
+    idle_steps: int
+    """Steps of every row, on a task, before its first gradient step; 0 where every iteration learns."""
     counts: str
     """What its budget counts, as plots call it."""
     score: Score
@@ -68,6 +91,11 @@ class Learner(HasLosses, Protocol):
 
     def begin_task(self, state: State, world: Any, key: Tensor) -> State:
         """Turn to the task that the world has been set to; `key` `[*L]` starts its episodes or its order of samples."""
+        ...
+
+    def enter(self, state: State, world: Any, key: Tensor) -> State:
+        """Go on in the task that the world has been set to, untold that it is another: nothing but episodes, or the
+        order of samples, begins anew."""
         ...
 
     def iterate(self, state: State, world: Any) -> tuple[State, Metrics]:
@@ -94,15 +122,17 @@ class Learner(HasLosses, Protocol):
 def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: dict[str, Tensor]) -> State:
     """What every learner's state starts with: fresh weights from each learner's own key, counters at zero.
 
+    Parameters with `requires_grad=False` are among the buffers: nothing that trains sees them.
+
     Args:
         networks: makes the blocks by name; called once per learner under that learner's seed.
         key: `[*L]`.
         hyper: settings `[*L]`.
+
+    Raises:
+        SettingError: every parameter is frozen, or others in one learner than in another.
     """
-    built = stack(lambda: nn.ModuleDict(networks()), random.fold(key, "initialisation"))
-    trained = {name for name, _ in nn.ModuleDict(networks()).named_parameters()}
-    weights = {name: value for name, value in built.items() if name in trained}
-    buffers = {name: value for name, value in built.items() if name not in trained}
+    weights, buffers = _built(networks, key)
     zero = torch.zeros(key.shape, dtype=torch.int64, device=key.device)
     counted = ("iterations", "vector_steps", "env_steps", "gradient_steps", "task_steps")
     return {
@@ -122,6 +152,59 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
             "progress": torch.zeros(key.shape, dtype=torch.float64, device=key.device),
         },
     }
+
+
+def _built(networks: Callable[[], dict[str, Block]], key: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is trained and what is not, `{name: [*L, ...]}` each: the frozen parameters and the modules' buffers."""
+    trained: list[set[str]] = []
+    tied: dict[str, str] = {}
+
+    def build() -> nn.Module:
+        modules = nn.ModuleDict(networks())
+        trained.append({name for name, value in modules.named_parameters() if value.requires_grad})
+        tied.update(_ties(modules))
+        return modules
+
+    built = stack(build, random.fold(key, "initialisation"))
+    for names in trained:
+        other = sorted(names ^ trained[0])
+        require(
+            not other,
+            f"{', '.join(other)}: frozen (requires_grad=False) in the network of one learner and trained in that of "
+            "another: freeze the same layers whenever the network is built",
+        )
+    require(
+        bool(trained[0]), "every parameter of the networks is frozen (requires_grad=False): nothing is left to train"
+    )
+    for name, first in tied.items():
+        require(
+            first not in trained[0],
+            f"{first} and {name} are one tensor, but every place has weights of its own: build new layers whenever the "
+            "network is built, or freeze what is shared; a tie within one module of your own class is kept",
+        )
+        built[name] = built[first].clone()
+    weights = {name: value for name, value in built.items() if name in trained[0]}
+    return weights, {name: value for name, value in built.items() if name not in weights}
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Further names of tensors that stand in several places, and the first name of each, but for ties that a block
+    keeps itself."""
+    modules = module.named_modules(remove_duplicate=False)
+    parts = [f"{path}." for path, part in modules if isinstance(part, Block) and part.keeps_ties()]
+    first: dict[int, str] = {}
+    found = {}
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        other = first.setdefault(id(tensor), name)
+        if other != name and not any(name.startswith(path) and other.startswith(path) for path in parts):
+            found[name] = other
+    return found
+
+
+def initial_tensors(networks: Callable[[], dict[str, Block]], key: Tensor) -> Params:
+    """Fresh parameters and buffers `[*L, ...]` of the blocks that `networks` makes, from every learner's key alone."""
+    return stack(lambda: nn.ModuleDict(networks()), key)
 
 
 def initial_memories(learner: Learner, methods: Sequence[Method], state: State) -> State:

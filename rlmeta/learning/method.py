@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.learning.state import Params, State
+from rlmeta.learning.state import Params, State, in_order
 
 Memory = State
 """A method's own memory: a nested dictionary of tensors that start with `*L`, kept in `state["methods"]`. Its shapes
@@ -17,7 +17,10 @@ never change in a run: what grows with the tasks is made for `learner.num_tasks`
 
 Task = dict[str, Tensor]
 """Which task it is, as tensors `[*L]`: `index` (its place in the stream, int64), `identity` (which one, int64; differs
-from learner to learner where their orders do), `progress` (the fraction of its phase that is done, float64)."""
+from learner to learner where their orders do), `progress` (the fraction of its phase that is done, float64).
+
+It says what the stream reveals and nothing else. In training `index` is -1 where boundaries are hidden (and `progress`
+then of the whole run), `identity` is -1 where "train_id" is; in evaluation both are -1 where "test_id" is."""
 
 Draw = Callable[[int], tree.Tree]
 """`draw(n)` gives n samples `[*L, n, ...]` of the task that has just ended."""
@@ -45,6 +48,9 @@ class StepInfo(NamedTuple):
 
 class Method:
     """A lifelong method; override the hooks it needs. No hook writes in place: each returns what it changes.
+
+    Where a stream hides its boundaries there are no tasks and no phases: `phases`, `task_start`, `phase_start` and
+    `task_end` are not called.
 
     `p` is the state's params, `m` the method's own memory, `task` which task it is, `key` `[*L]` its own random key,
     another one in every step.
@@ -114,9 +120,30 @@ def seen(methods: Sequence[Method], state: State, task: Task | None = None) -> P
     task = state["task"] if task is None else task
     for method in methods:
         p = method.params(p, state["methods"][method.name], task)
+        p = {**p, "weights": in_order(p["weights"], state["params"]["weights"])}
     if any(type(method).predict is not Method.predict for method in methods):
         p = {**p, "memories": state["methods"], "task": task}
     return p
+
+
+def checked_methods(given: Any) -> tuple[Method, ...]:
+    """The lifelong methods that a user gave.
+
+    Raises:
+        SettingError: not a list of methods.
+    """
+    if isinstance(given, Method) or (isinstance(given, type) and issubclass(given, Method)):
+        name = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise SettingError(f"lifelong is {name}, expected a list of methods: [{name}()]")
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise SettingError(f"lifelong is {given!r}, expected a list of methods such as [EWC()]")
+    found = tuple(given)
+    for one in found:
+        if isinstance(one, type) and issubclass(one, Method):
+            raise SettingError(f"lifelong has the class {one.__name__}, expected a method of it: {one.__name__}()")
+        if not isinstance(one, Method):
+            raise SettingError(f"lifelong has {one!r}, expected methods such as [EWC()]")
+    return found
 
 
 def check_needs(methods: Sequence[Method], reveals: frozenset[str], stream: str) -> None:
@@ -128,14 +155,23 @@ def check_needs(methods: Sequence[Method], reveals: frozenset[str], stream: str)
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise SettingError(f"lifelong methods repeat: {', '.join(names)}; each keeps one memory, give it once")
+    for method in methods:
+        require_revealed(method, method.needs, reveals, f"the stream {stream!r}")
+
+
+def require_revealed(method: Method, needs: frozenset[str], reveals: frozenset[str], stream: str) -> None:
+    """Refuse a method where the stream hides what it needs.
+
+    Raises:
+        SettingError: with what to do.
+    """
     words = {
         "boundaries": "when a task ends",
         "train_id": "which task it trains on",
         "test_id": "which task it is tested on",
     }
-    for method in methods:
-        for need in sorted(method.needs - reveals):
-            raise SettingError(
-                f"{method.name} needs to know {words[need]}, which the stream {stream!r} hides: choose a stream or "
-                f"scenario that reveals {need!r}, or another method"
-            )
+    for need in sorted(needs - reveals):
+        raise SettingError(
+            f"{method.name} needs to know {words[need]}, which {stream} hides: choose a stream or scenario that "
+            f"reveals {need!r}, or another method"
+        )

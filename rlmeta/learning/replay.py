@@ -35,7 +35,7 @@ def init(world: World, world_state: State, capacity: int) -> State:
         "observation": tree.map(like, observation),
         "next_observation": tree.map(like, observation),
         "action": torch.zeros(*rows, *shape, dtype=torch.float32 if continuous else torch.int64, device=device),
-        "reward": torch.zeros(rows, device=device),
+        "reward": torch.zeros(rows, dtype=torch.float32, device=device),
         **flags,
     }
 

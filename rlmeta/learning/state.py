@@ -5,7 +5,7 @@ put back where it was (`put`).
 
 | entry | what it holds |
 |---|---|
-| `params` | what a forward pass needs: `weights`, `buffers` (batch-norm statistics, target networks), `normalisers`, `hyper` (settings `[*L]`) |
+| `params` | what a forward pass needs: `weights`, `buffers` (frozen parameters, batch-norm statistics, target networks), `normalisers`, `hyper` (settings `[*L]`) |
 | `optimizer` | the optimizer's moments |
 | `key` | the learner's random key, `[*L]` int64 |
 | `count` | iterations, steps of the world and of the environments, gradient steps so far, steps on the task, `[*L]` |
@@ -59,11 +59,19 @@ def select(condition: Tensor, new: State, old: State) -> State:
     return tree.map(choose, new, old)
 
 
+def in_order(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Named weights in the order of others that have the same names; those that lie in it come back as they are."""
+    return weights if list(weights) == list(like) else {name: weights[name] for name in like}
+
+
 class Packed(dict[str, Tensor]):
     """Named weights `[*L, ...]` that are views of one flat tensor `[*L, P]`.
 
     Optimizers, clipping and masks are elementwise or norms, so they run once on `flat` where they would otherwise run
     once for every weight; for small networks that is most of the time of a step.
+
+    In `flat` weights lie in the order of the names, and so do moments, gradients and masks `[*L, P]`. A run keeps the
+    order in which it began: what comes back from elsewhere is put in it by name (`in_order`).
     """
 
     flat: Tensor
@@ -78,6 +86,11 @@ class Packed(dict[str, Tensor]):
         learner_shape = next(iter(weights.values())).shape[:learner_axes]
         flat = torch.cat([w.detach().reshape(*learner_shape, -1) for w in weights.values()], -1)
         return Packed.view(flat, weights, learner_axes)
+
+    @staticmethod
+    def like(weights: dict[str, Tensor], packed: dict[str, Tensor], learner_axes: int) -> Packed:
+        """Pack named weights in the order of others that have the same names."""
+        return Packed.of(in_order(weights, packed), learner_axes)
 
     @staticmethod
     def view(flat: Tensor, like: dict[str, Tensor], learner_axes: int) -> Packed:

@@ -18,7 +18,7 @@ from rlmeta.learning import hooks
 from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.minibatch import Minibatches, pick
-from rlmeta.learning.state import Packed, Params, State, select
+from rlmeta.learning.state import Packed, Params, State, in_order, select
 from rlmeta.nn import Context
 
 
@@ -175,7 +175,7 @@ def _recorded_descents(
     each = {} if batches.order is None else {"index": batches.order}
 
     def follow(held: bool) -> tree.Tree:
-        name = ("steps", held, *batches.batch, *constants, recipe.make, *numbers.items())
+        name = ("gradient steps", held, *weights, recipe.make, *numbers.items())
         return capture.scan(name, _one_of_many(descend, held), carried, fixed, each, batches.count)[0]
 
     if bool((state["active"] & keep).all()):
@@ -243,7 +243,7 @@ def _recorded_descent(
         "moments": state["optimizer"],
         "settings": tensors,
     }
-    return capture(("step", report, *batch, recipe.make, *numbers.items()), descend, inputs)
+    return capture(("a gradient step", report, *weights, recipe.make, *numbers.items()), descend, inputs)
 
 
 def _descent(
@@ -319,6 +319,7 @@ def _gradients(
     seen = {**params, "weights": leaves}
     for method in methods:
         seen = method.params(seen, memories[method.name], task)
+        seen = {**seen, "weights": in_order(seen["weights"], leaves)}
     losses = learner.losses(seen, batch, ctx)
     total = _total(losses)
     extra = _further_losses(learner, state, seen, batch, methods, ctx, total)

@@ -15,8 +15,8 @@ from rlmeta.functional import tree
 aten = torch.ops.aten
 
 
-class LooksAtValues(Exception):
-    """Python is about to depend on a tensor's value."""
+class NotRecordable(Exception):
+    """Why a function can't be recorded, for instance because Python is about to depend on a tensor's value."""
 
 
 class Place(NamedTuple):
@@ -135,13 +135,29 @@ def record(function: Callable[[tree.Tree], tree.Tree], inputs: tree.Tree) -> tup
     """What the function gives, and its operations.
 
     Raises:
-        LooksAtValues: it depends on more than tensors.
+        NotRecordable: it depends on more than tensors.
     """
-    inputs = tree.map(torch.clone, inputs)  # each in memory of its own
+    inputs = tree.map(own_memory, inputs)
     recorder = _Recorder(tree.leaves(inputs))
     with recorder:
         found = function(inputs)
     return found, recorder.tape(tree.leaves(found))
+
+
+def own_memory(x: Tensor) -> Tensor:
+    """A copy that lies in memory of its own just as the tensor does: which operations are called, and on some
+    processors their bits, depend on strides and on where memory begins."""
+    if x.numel() == 0:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    ahead = x.storage_offset() % (_ALIGNED // x.element_size())
+    span = x.detach().as_strided((ahead + last + 1,), (1,), x.storage_offset() - ahead)
+    # no view of `span`: the tracer takes no view among its inputs that is written to
+    return torch.empty_like(span[:0]).set_(span.clone().untyped_storage(), ahead, x.shape, x.stride())
+
+
+_ALIGNED = 64
+"""Bytes: torch allocates memory at multiples of them."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -179,7 +195,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note it."""
         if func is aten._local_scalar_dense.default or func is aten.equal.default:
-            raise LooksAtValues
+            raise NotRecordable("Python looks at the numbers in a tensor, as in `if x.sum() > 0` or `x.item()`")
         found = func(*args, **(kwargs or {}))
         if func is aten.detach.default:  # without autograd a copy of nothing
             place = self._places.get(id(args[0]))
@@ -187,6 +203,8 @@ class _Recorder(TorchDispatchMode):
                 self._places[id(found)] = place
             self._tensors.append(found)
             return found
+        if func is aten.lift_fresh.default:  # what Python has just made of numbers: the same in every call, and new
+            func, args = aten.clone.default, [found.clone()]
         results = _tensors(found)
         if results:
             noted, args, named = _with_tensors(func, args, kwargs or {})

@@ -20,6 +20,7 @@ from rlmeta.learning.minibatch import gather
 from rlmeta.learning.settings import require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
+    check_room,
     keep_samples,
     names_of,
     position_of,
@@ -46,6 +47,7 @@ class AGEM(Method):
 
     def init(self, learner: Any, state: State) -> Memory:
         """Room for the samples of every task."""
+        check_room(learner, state, self.batch_size, "batch_size")
         return {
             "samples": room_for_tasks(learner, state, self.memory),
             "key": random.fold(state["key"], "agem"),

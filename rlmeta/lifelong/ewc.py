@@ -22,11 +22,12 @@ from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
 from rlmeta.functional.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
-from rlmeta.learning.settings import PerLearner, require_range, values_of
+from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
 from rlmeta.learning.state import Packed, Params, State
 from rlmeta.lifelong.recall import (
     SPREAD,
     check_distribution,
+    check_room,
     distribution,
     is_agent,
     names_of,
@@ -58,6 +59,8 @@ class EWC(Method):
         require_range(self, "strength", 0.0)
         require_range(self, "samples", 1)
         require_range(self, "decay", 0.0, 1.0)
+        require_finite(self, "strength")
+        check_choices(self)
 
     @property
     def _idle(self) -> bool:
@@ -67,6 +70,8 @@ class EWC(Method):
     def init(self, learner: Any, state: State) -> Memory:
         """No task yet: a quadratic that is 0 everywhere."""
         check_distribution(learner)
+        if is_agent(learner):
+            check_room(learner, state, self.samples * SPREAD, "samples")
         flat = Packed.of(state["params"]["weights"], state["key"].dim()).flat
         return {
             "quadratic": no_quadratic(flat),

@@ -19,7 +19,7 @@ from rlmeta.functional import tree
 from rlmeta.functional.projection import projection_weights
 from rlmeta.functional.sample_gradients import group_gradients
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
-from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.settings import PerLearner, require_finite, require_range
 from rlmeta.learning.state import Packed, Params, State
 from rlmeta.lifelong.recall import (
     keep_samples,
@@ -46,6 +46,7 @@ class GEM(Method):
     def __post_init__(self) -> None:
         require_range(self, "memory", 0)
         require_range(self, "margin", 0.0)
+        require_finite(self, "margin")
 
     def init(self, learner: Any, state: State) -> Memory:
         """Room for the samples of every task."""

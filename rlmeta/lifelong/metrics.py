@@ -6,6 +6,11 @@ j + 1. NaN stands for "not evaluated" and makes NaN of every average it enters; 
 forgetting, which is NaN and not 0. Published code differs in every one of these (divisions by T instead of T - 1, a
 maximum that includes the final row, zeros for what was never measured); here are the papers' definitions.
 
+Every task counts the same in every average, however many samples or classes it has; `accuracy` takes other weights.
+
+Where a task's classes are born when it begins (the scenario "class" of labelled samples), nobody can be right about
+them before: the scores above the diagonal are NaN, and so is the forward transfer, which is not defined there.
+
 Sources: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", 2017 (accuracy, backward and forward
 transfer); Chaudhry et al., "Riemannian Walk for Incremental Learning", 2018 (forgetting).
 """
@@ -21,9 +26,24 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import statistics
 
 
-def accuracy(matrix: ArrayLike) -> Any:
-    """ACC: mean over tasks of the final scores, (1 / T) Σⱼ R[T, j]; `[..., T + 1, T]` -> `[...]`."""
-    return _checked(matrix)[..., -1, :].mean(-1)
+def accuracy(matrix: ArrayLike, weights: ArrayLike | None = None) -> Any:
+    """ACC: mean over tasks of the final scores, (1 / T) Σⱼ R[T, j]; `[..., T + 1, T]` -> `[...]`.
+
+    Args:
+        matrix: the scores.
+        weights: of the tasks, `[T]` or `[..., T]`, instead of equal ones: `run.evaluation.lengths` of a run on labelled
+            samples are how many each task is tested on, so that every sample counts the same.
+
+    Raises:
+        SettingError: weights that are not one for each task, negative, or all 0.
+    """
+    final = _checked(matrix)[..., -1, :]
+    if weights is None:
+        return final.mean(-1)
+    w = np.asarray(weights, dtype=np.float64)
+    if not w.shape or w.shape[-1] != final.shape[-1] or not (w >= 0).all() or not (w.sum(-1) > 0).all():
+        raise SettingError(f"weights {w.tolist()}, expected one of at least 0 for each of the {final.shape[-1]} tasks")
+    return (final * w).sum(-1) / w.sum(-1)
 
 
 def learning_accuracy(matrix: ArrayLike) -> Any:
@@ -43,7 +63,8 @@ def backward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
 def forward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
     """FWT: what earlier tasks gave each but the first before it was trained, (1 / (T - 1)) Σⱼ R[j, j] - R[0, j].
 
-    With `maximise=False` scores are losses and the difference is the other way round, so that more is better.
+    With `maximise=False` scores are losses and the difference is the other way round, so that more is better. NaN where
+    a task has no score before it is trained, as when its classes are born with it.
     """
     r = _rising(matrix, maximise)
     before = np.diagonal(r[..., :-1, :], axis1=-2, axis2=-1)

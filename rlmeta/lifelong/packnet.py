@@ -5,11 +5,23 @@ the smallest of its own are pruned in every layer, set to 0 and given back, and 
 them. A task is evaluated with its own weights and those of tasks before it; biases, parameters of normalisation and
 running statistics are few, so every task has its own copy. So the outputs for a task never change again, bit for bit,
 whatever the optimizer does: the mask is part of the forward pass, not a change to the weights.
+
+In a network of rectified units a plain reading of the paper leaves later tasks nothing that learns. Weights that are 0
+on both sides of a unit have no gradient; and the largest weights of a task are often those of units that its training
+has pushed out of use, for good (dead units, as in Dohare et al., 2024, "Loss of plasticity in deep continual
+learning"). So there are two additions:
+
+- what is free when a task begins is drawn anew, as at the start of a run (as continual backpropagation does with unused
+  units; free neurons are so initialised by Golkar et al., 2019, "Continual Learning via Neural Pruning");
+- a task keeps only weights that have had a gradient while it was trained, and gives back those that have had none in
+  its second training: its answers do not depend on them.
+
+Three tasks of textures on 784-128-128-10, the last one's accuracy over 8 seeds, mean and lowest (a task alone: 1.00 and
+1.00): neither .82 and .80; drawn anew alone .96 and .82; given back alone .97 and .85; both 1.00 and 1.00.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmeta.functional import tree
+from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
+from rlmeta.learning.learner import initial_tensors
 from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
-from rlmeta.learning.settings import require, require_range
-from rlmeta.learning.state import Packed, Params, State
+from rlmeta.learning.settings import check_choices, require, require_finite, require_range
+from rlmeta.learning.state import Packed, Params, State, select
 from rlmeta.lifelong.recall import names_of, position_of, put_memories
 
 NOBODYS = -1
@@ -47,6 +60,8 @@ class PackNet(Method):
     def __post_init__(self) -> None:
         require_range(self, "keep", 0.0, 1.0)
         require_range(self, "retrain", 0.0)
+        require_finite(self, "retrain")
+        check_choices(self)
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
         """Train again after the pruning."""
@@ -66,11 +81,12 @@ class PackNet(Method):
         packed = torch.cat([part.reshape(*shape, -1) for part in owner], -1).to(state["key"].device)
         return {
             "owner": packed,
-            "moved": torch.zeros_like(packed, dtype=torch.bool),
+            "useful": torch.zeros_like(packed, dtype=torch.bool),
             "copies": tree.map(
                 lambda x: torch.zeros_like(x).unsqueeze(axes).repeat_interleave(learner.num_tasks, axes),
                 self._copied(state["params"], axes),
             ),
+            "key": random.fold(state["key"], "packnet"),
             "done": torch.zeros(shape, dtype=torch.int64, device=state["key"].device),
             "pruned": torch.zeros(shape, dtype=torch.bool, device=state["key"].device),
         }
@@ -79,20 +95,20 @@ class PackNet(Method):
         for name, weight in weights.items():
             size = weight.shape[axes:].numel()
             require(
-                self._free(size, tasks - 1, tasks) > 0,
+                bool(self._free(torch.tensor(size), tasks - 1, tasks) > 0),
                 f"PackNet: {name} has {size} weights, all kept before the last of {tasks} tasks begins (keep is "
                 f"{self.keep:g}): choose a smaller keep or a larger network",
             )
 
-    def _free(self, size: int, position: int, tasks: int) -> int:
-        """How many of a layer's weights are free when the task at this position begins."""
+    def _free(self, size: Tensor, position: int, tasks: int) -> Tensor:
+        """How many of a layer's weights are free when the task at this position begins, if tasks keep all they may."""
         for k in range(position):
-            size -= self._share(size, tasks - k - 1)
+            size = size - self._share(size, tasks - k - 1)
         return size
 
-    def _share(self, free: int, left: int) -> int:
-        """How many of the free weights of a layer a task keeps, with so many tasks left after it."""
-        return free if left == 0 else math.ceil(free * (self.keep or 1.0 / (left + 1)))
+    def _share(self, free: Tensor, left: int) -> Tensor:
+        """How many of the free weights of a layer a task keeps at most, with so many tasks left after it."""
+        return free if left == 0 else (free.double() * (self.keep or 1.0 / (left + 1))).ceil().long()
 
     def _names(self, weights: dict[str, Tensor], axes: int) -> tuple[list[str], list[str]]:
         """The weights that are packed, and those that every task has a copy of."""
@@ -111,41 +127,57 @@ class PackNet(Method):
     # ------------------------------------------------------------------ tasks and phases
 
     def task_start(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """All free weights take part again."""
-        return p, {**m, "pruned": torch.zeros_like(m["pruned"])}
+        """All free weights take part again; with a later task they are drawn anew."""
+        position, axes = position_of(task), task["index"].dim()
+        m = {**m, "pruned": torch.zeros_like(m["pruned"]), "useful": torch.zeros_like(m["useful"])}
+        if position == 0:
+            return p, m
+        fresh = initial_tensors(learner.networks, random.fold(m["key"], position))
+        packed = Packed.of(p["weights"], axes)
+        drawn = Packed.of({name: fresh[name].to(weight.dtype) for name, weight in packed.items()}, axes)
+        values = torch.where(m["owner"] == FREE, drawn.flat, packed.flat)
+        return {**p, "weights": Packed.view(values, packed, axes)}, m
 
     def phase_start(self, learner: Any, p: Params, m: Memory, task: Task, phase: str) -> tuple[Params, Memory]:
         """Prune before the second training."""
         return self._prune(learner, p, m, task) if phase == "retrain" else (p, m)
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Prune, where there was no second training, and keep the task's copies."""
-        p, m = self._prune(learner, p, m, task)
+        """Give back what the second training had no use for, or prune where there was none; keep the task's copies."""
+        given, pruned = self._give_back(p, m, task), self._prune(learner, p, m, task)
+        p, m = (select(m["pruned"], given[i], pruned[i]) for i in range(2))
         position, axes = position_of(task), task["index"].dim()
         copies = put_memories(m["copies"], position, self._copied(p, axes), axes)
         return p, {**m, "copies": copies, "done": torch.full_like(m["done"], position + 1)}
 
     def _prune(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """In every layer the task keeps the largest of the weights that it has moved; the others are 0, and free.
+        """In every layer the task keeps the largest weights that have had a gradient; the others are 0, and free.
 
-        What is free when a later task begins is 0 already, so `moved` need not tell whose steps moved it.
+        Where too few have had one, the smallest of its share are weights that have not: `_give_back` finds them.
         """
-        if bool(m["pruned"].all()):
-            return p, m
         position, axes = position_of(task), task["index"].dim()
         packed = Packed.of(p["weights"], axes)
-        owners, moved = Packed.view(m["owner"].clone(), packed, axes), Packed.view(m["moved"], packed, axes)
+        owners, useful = Packed.view(m["owner"], packed, axes), Packed.view(m["useful"], packed, axes)
+        kept = dict(owners)
         for name in self._names(packed, axes)[0]:
-            owner, size = owners[name].flatten(axes), (packed[name].abs() * moved[name]).flatten(axes)
-            count = self._share(
-                self._free(size.shape[-1], position, learner.num_tasks), learner.num_tasks - position - 1
-            )
-            order = size.masked_fill(owner != FREE, -1.0).argsort(dim=-1, descending=True, stable=True)
-            owners[name].copy_(owner.scatter(-1, order[..., :count], position + 1).view(owners[name].shape))
-        owner = torch.where(m["pruned"].unsqueeze(-1), m["owner"], owners.flat)
-        values = torch.where((owner == FREE) & ~m["pruned"].unsqueeze(-1), 0.0, packed.flat)
+            owner, size = owners[name].flatten(axes), (packed[name].abs() * useful[name]).flatten(axes)
+            free = owner == FREE
+            share = self._share(free.sum(-1, keepdim=True), learner.num_tasks - position - 1)
+            order = size.masked_fill(~free, -1.0).argsort(dim=-1, descending=True, stable=True)
+            kept[name] = torch.where(order.argsort(-1) < share, position + 1, owner).view(owners[name].shape)
+        owner = Packed.of(kept, axes).flat
+        values = packed.flat.masked_fill(owner == FREE, 0.0)
         new = {**p, "weights": Packed.view(values, packed, axes)}
-        return new, {**m, "owner": owner, "pruned": torch.ones_like(m["pruned"])}
+        m = {**m, "owner": owner, "pruned": torch.ones_like(m["pruned"]), "useful": torch.zeros_like(m["useful"])}
+        return new, m
+
+    def _give_back(self, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
+        """Weights of the task that have had no gradient since the pruning are 0, and free."""
+        axes = task["index"].dim()
+        packed = Packed.of(p["weights"], axes)
+        useless = (m["owner"] == position_of(task) + 1) & ~m["useful"]
+        new = {**p, "weights": Packed.view(packed.flat.masked_fill(useless, 0.0), packed, axes)}
+        return new, {**m, "owner": m["owner"].masked_fill(useless, FREE)}
 
     # ------------------------------------------------------------------ every step
 
@@ -179,7 +211,5 @@ class PackNet(Method):
         return (owner > FREE) & ~(pruned & (owner == (task["index"] + 1).unsqueeze(-1))) | (pruned & (owner == FREE))
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Note which weights have been moved: initial ones that the first task never needed are not worth keeping."""
-        if bool(m["pruned"].all()):
-            return m
-        return {**m, "moved": m["moved"] | (info.delta != 0)}
+        """Note which weights the task has a use for: those with a gradient, since it began or was pruned."""
+        return {**m, "useful": m["useful"] | (info.gradient != 0)}

@@ -7,6 +7,8 @@ divergence from a stored policy stays a loss for ever (behaviour cloning, as in 
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,7 +116,42 @@ def check_count(count: int, available: int) -> None:
 
 
 def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
-    """Room for memories, `[*L, *slots, ...]`; its shapes stay for the whole run."""
+    """Room for memories, `[*L, *slots, ...]`; its shapes stay for the whole run.
+
+    Raises:
+        SettingError: more than the machine has memory for.
+    """
+    check_room(learner, state, math.prod(slots), "memory")
+    axes = state["key"].dim()
+
+    def room(x: Tensor) -> Tensor:
+        return x.new_zeros((*x.shape[:axes], *slots, *x.shape[axes + 1 :]))
+
+    return tree.map(room, _one_memory(learner, state))
+
+
+def check_room(learner: Any, state: State, count: int, setting: str) -> None:
+    """Refuse `count` samples of every learner that the machine has no memory for, before anything is allocated."""
+    each = sum(x.numel() * x.element_size() for x in tree.leaves(_one_memory(learner, state)))
+    device = state["key"].device
+    most = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _machine_memory()
+    if count * each > most:
+        raise SettingError(
+            f"{count:,} samples of {state['key'].numel()} learners take {count * each / 1e9:,.0f} GB, more than the "
+            f"{most / 1e9:,.0f} GB of this machine: choose a smaller {setting}"
+        )
+
+
+def _machine_memory() -> float:
+    """Bytes of main memory; infinite where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _one_memory(learner: Any, state: State) -> tree.Tree:
+    """What is kept of one sample, `[*L, 1, ...]`."""
     check_distribution(learner)
     learner_shape, device = tuple(state["key"].shape), state["key"].device
     space = learner.observation_space
@@ -125,12 +162,7 @@ def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
         zero = torch.zeros(*learner_shape, 1, dtype=torch.int64, device=device)
         target = zero if hasattr(learner, "logits") else zero.new_zeros((*zero.shape, learner.outputs())).float()
         samples |= {"target": target, "identity": zero}
-    kept, axes = remember(learner, state["params"], samples), len(learner_shape)
-
-    def room(x: Tensor) -> Tensor:
-        return x.new_zeros((*x.shape[:axes], *slots, *x.shape[axes + 1 :]))
-
-    return tree.map(room, kept)
+    return remember(learner, state["params"], samples)
 
 
 def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
@@ -175,6 +207,8 @@ def per_learner(setting: float | Sequence[float], state: State) -> Tensor:
         raise SettingError(f"{len(values)} values for {key.numel()} learners: give one for each, or for equal blocks")
     dtype = next(iter(state["params"]["weights"].values())).dtype
     made = torch.tensor(values, dtype=dtype, device=key.device)
+    if not bool(torch.isfinite(made).all()):
+        raise SettingError(f"{setting!r} is more than {dtype} can hold: choose a smaller number")
     return made.repeat_interleave(key.numel() // len(values)).reshape(key.shape)
 
 

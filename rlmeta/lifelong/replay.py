@@ -18,13 +18,14 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
-from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
+from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task, require_revealed
 from rlmeta.learning.minibatch import gather
-from rlmeta.learning.settings import PerLearner, require_range, values_of
+from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     blank_memories,
     check_distribution,
+    check_room,
     is_agent,
     keep_samples,
     per_learner,
@@ -54,6 +55,8 @@ class Replay(Method):
         require_range(self, "size", 0)
         require_range(self, "strength", 0.0)
         require_range(self, "batch_size", 0)
+        require_finite(self, "strength")
+        check_choices(self)
 
     @property
     def _idle(self) -> bool:
@@ -63,11 +66,14 @@ class Replay(Method):
     def init(self, learner: Any, state: State) -> Memory:
         """An empty buffer."""
         check_distribution(learner)
+        if is_agent(learner):
+            require_revealed(self, frozenset({"boundaries"}), learner.reveals, "the stream")
         m = {"strength": per_learner(self.strength, state), "key": random.fold(state["key"], "replay")}
         classes = hasattr(learner, "logits") and self.balance == "class"
         groups = learner.num_tasks if is_agent(learner) else learner.outputs() if classes else 1
         share = self._share(groups, "tasks" if is_agent(learner) else "classes")
         if self.size:
+            check_room(learner, state, max(self.size, self.batch_size), "size or batch_size")
             slots = (groups, share) if is_agent(learner) else (groups * share,)
             m["samples"] = blank_memories(learner, state, *slots)
         return {**m, "met": torch.zeros(*state["key"].shape, groups, dtype=torch.int64, device=state["key"].device)}

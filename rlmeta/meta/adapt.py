@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlmeta.errors import SettingError, require_choice
 from rlmeta.functional.optim import Optimizer, State, Tensors, apply_updates
@@ -42,7 +42,8 @@ def adapt(
 ) -> Adapted:
     """Take `steps` steps of the optimizer on the loss: w ← w + update(∇ loss(w)), for all learners at once.
 
-    Tasks are learners: weights `[*L, K, ...]` adapt to K tasks in one go. Nothing that is passed in is changed.
+    Tasks are learners: weights `[*L, K, ...]` adapt to K tasks in one go. Nothing that is passed in is changed. A
+    module's frozen parameter (an `nn.Parameter` with `requires_grad=False`) reaches the loss and stays as it is.
 
     Args:
         loss: see `Loss`; learners share no weight, so each gets the gradient of its own.
@@ -59,13 +60,16 @@ def adapt(
     require_choice("order", order, Order)
     if steps < 0:
         raise SettingError(f"{steps} inner steps, expected 0 or more")
+    names = list(weights)
+    frozen = {n: w for n, w in weights.items() if isinstance(w, nn.Parameter) and not w.requires_grad}
+    weights = {n: w for n, w in weights.items() if n not in frozen}
     losses: list[Tensor] = []
     with torch.enable_grad():
         for step in range(steps):
             weights = weights if order != "none" else {name: weight.detach() for name, weight in weights.items()}
             leaves = {n: w if w.requires_grad else w.detach().requires_grad_() for n, w in weights.items()}
             with plain_graph() if order == "second" else nullcontext():
-                value = loss(leaves, step)
+                value = loss({**frozen, **leaves}, step)
             gradients = inner_gradient(value, leaves, order)
             state = optimizer.init(weights, value.shape) if state is None else state
             with torch.set_grad_enabled(order != "none"):
@@ -74,7 +78,8 @@ def adapt(
             losses.append(value.detach() if order == "none" else value)
     if order == "none":
         weights = {name: weight.detach() for name, weight in weights.items()}
-    return Adapted(weights, state or {}, losses)
+    found = {**frozen, **weights}
+    return Adapted({name: found[name] for name in names}, state or {}, losses)
 
 
 def inner_gradient(loss: Tensor, weights: Tensors, order: Order = "second") -> Tensors:

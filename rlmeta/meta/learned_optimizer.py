@@ -18,7 +18,8 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rlmeta.envs.families import FamilyWorld, Split
+from rlmeta.envs.data import EVERYTHING
+from rlmeta.envs.families import FamilyWorld, Split, minimises
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import Optimizer, State, Tensors
@@ -26,13 +27,13 @@ from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
-from rlmeta.learning.settings import PerLearner, require, require_range
+from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Packed, Params, select
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import adapt
 from rlmeta.meta.checks import check_problems
 from rlmeta.meta.estimators import backpropagated, evolved
-from rlmeta.nn import Block, Context, Linear
+from rlmeta.nn import Block, Context, Linear, bare
 from rlmeta.nn.recurrent import LSTMCell
 
 PROBLEMS_AT_ONCE = 64
@@ -115,6 +116,7 @@ def learned_optimizer(
 
     def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
         shape, like = state["count"].shape, theta["output.bias"]
+        grads = dict(sorted(grads.items()))  # the cells lie in this order
         flat = torch.cat([g.detach().reshape(*shape, -1) for g in grads.values()], -1).to(like.dtype)
         rows = shape[axes:].numel() * flat.shape[-1]
 
@@ -232,13 +234,15 @@ class LearnedOptimizer:
     def __post_init__(self) -> None:
         for name in ("meta_rate", "output_scale", "preprocess"):
             require_range(self, name, 0.0)
+            finite = math.inf not in values_of(getattr(self, name))
+            require(finite, f"LearnedOptimizer: {name} is inf, expected a finite number")
         for name in ("max_grad_norm", "sigma"):
             require_range(self, name, 0.0, above=True)
         for name in ("num_envs", "horizon", "unroll"):
             require_range(self, name, 1)
         sizes = self.hidden_sizes
         require(
-            isinstance(sizes, tuple) and all(isinstance(size, int) and size > 0 for size in sizes),
+            isinstance(sizes, tuple) and all(type(size) is int and size > 0 for size in sizes),
             f"LearnedOptimizer: hidden_sizes is {sizes!r}, expected widths of at least 1, such as (20, 20), or ()",
         )
         require(
@@ -265,14 +269,16 @@ class LearnedOptimizerLearner:
     """
 
     num_tasks = 1
+    reveals = EVERYTHING
     task_samples: int | None = None
+    idle_steps = 0
     counts = "steps of the optimizer"
     score = Score("final loss", maximise=False)
 
     def __init__(self, settings: LearnedOptimizer, methods: Sequence[Method] = ()) -> None:
         self.settings, self.methods = settings, tuple(methods)
         self.steps_per_iteration = settings.unroll
-        self.network = self.networks()["optimizer"]
+        self.network = bare(self.networks)["optimizer"]
         self.capture = Capture()
         self.family: Any = None
 
@@ -303,6 +309,8 @@ class LearnedOptimizerLearner:
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
         """A family has no order of tasks."""
         raise SettingError("LearnedOptimizer learns from a family of problems, not along a stream: give it a family")
+
+    enter = begin_task
 
     def seen(self, state: State) -> Params:
         """The parameters as forward passes see them, through the lifelong methods' hooks."""
@@ -481,7 +489,7 @@ def minimise(family: Any, problem: tree.Tree, optimizer: Optimizer, steps: int) 
 
 def _problems(world: FamilyWorld) -> Any:
     """The world's family, if it is one of functions to minimise."""
-    if not hasattr(world.family, "start"):
+    if not minimises(world.family):
         raise SettingError(
             f"LearnedOptimizer minimises functions, {type(world.family).__name__} is a family of other tasks: "
             "use quadratics or digit-mlps, or MAML"

@@ -21,10 +21,17 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from rlmeta.agents.behaviour_cloning import BehaviourCloning
 from rlmeta.agents.classifier import Classifier
+from rlmeta.agents.dqn import DQN
+from rlmeta.agents.gail import GAIL
+from rlmeta.agents.irl import IRL
+from rlmeta.agents.networks import check_network
 from rlmeta.agents.regressor import Regressor
 from rlmeta.agents.supervised import Supervised
-from rlmeta.envs.families import FamilyWorld, Split
+from rlmeta.envs.data import EVERYTHING
+from rlmeta.envs.families import FamilyWorld, Split, minimises
+from rlmeta.envs.task import TaskFamily
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning.average import Average
@@ -34,7 +41,15 @@ from rlmeta.learning.evaluate import Evaluation, evaluate
 from rlmeta.learning.learner import Metrics, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.minibatch import flatten_time
-from rlmeta.learning.settings import LearnerSettings, PerLearner, hyper_tensors, require, require_range, variants
+from rlmeta.learning.settings import (
+    LearnerSettings,
+    PerLearner,
+    hyper_tensors,
+    require,
+    require_range,
+    values_of,
+    variants,
+)
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import Order, adapt, expand_tasks
@@ -73,11 +88,17 @@ class MAML:
     def __post_init__(self) -> None:
         for name in ("inner_rate", "meta_rate"):
             require_range(self, name, 0.0)
+            require(math.inf not in values_of(getattr(self, name)), f"MAML: {name} is inf, expected a finite number")
         require_range(self, "max_grad_norm", 0.0, above=True)
         require_range(self, "inner_steps", 0)
         require(
             self.learner is None or (hasattr(self.learner, "bind") and not isinstance(self.learner, type)),
             f"MAML: learner is {self.learner!r}, expected the settings of one, such as Regressor()",
+        )
+        others = isinstance(self.learner, DQN | BehaviourCloning | GAIL | IRL)
+        require(
+            not others and not getattr(type(self.learner), "learns_from_tasks", False),
+            f"MAML can't adapt {type(self.learner).__name__}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO",
         )
         for name in ("num_envs", "meta_epochs"):
             require_range(self, name, 1)
@@ -93,7 +114,9 @@ class MAMLLearner:
     """MAML on given spaces: adapt, ask, learn."""
 
     num_tasks = 1
+    reveals = EVERYTHING
     task_samples: int | None = None
+    idle_steps = 0
     counts = "tasks"
 
     def __init__(
@@ -102,6 +125,7 @@ class MAMLLearner:
         default = Regressor() if isinstance(action_space, gym.spaces.Box) else Classifier(hidden_sizes=(64, 64))
         self.settings = settings
         self.inner_settings: Any = settings.learner or default
+        check_network(self.inner_settings, observation_space, rows=False)
         self.inner: Any = self.inner_settings.bind(observation_space, action_space)
         self.methods = tuple(methods)
         self.acts = hasattr(self.inner, "act")
@@ -147,19 +171,22 @@ class MAMLLearner:
         require(len(variants(self.inner_settings)) == 1, f"MAML's {name} compares values: compare MAML's own settings")
         require(fits, f"MAML can't adapt {name}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO")
         require(not getattr(inner, "rewards", ()), f"MAML's {name} learns from the tasks' own rewards, without others")
-        require(not hasattr(family, "start"), f"{of} is a family of functions to minimise: use LearnedOptimizer")
+        require(not minimises(family), f"{of} is a family of functions to minimise: use LearnedOptimizer")
+        to_act_in = isinstance(family, TaskFamily)
         kind, use = (
             ("to act in", 'REINFORCE or PPO (--learner "reinforce num_steps=100")')
-            if hasattr(family, "world")
+            if to_act_in
             else ("of samples", "a Regressor")
         )
-        require(self.acts == hasattr(family, "world"), f"{name} can't learn a family {kind}: give MAML {use}")
+        require(self.acts == to_act_in, f"{name} can't learn a family {kind}: give MAML {use}")
         if not self.acts:
             check_samples(family)
 
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
         """A family has no order of tasks."""
         raise SettingError("MAML learns from a family of tasks, not along a stream: give it a family")
+
+    enter = begin_task
 
     def seen(self, state: State) -> Params:
         """The parameters as forward passes see them, through the lifelong methods' hooks."""
@@ -354,21 +381,20 @@ class MAMLLearner:
             count = min(TASKS_AT_ONCE, tasks - first)
             drawn = world.tasks(key, number, count, split or world.split)
             parts.append(
-                self._curve(self.start(p, count), world, random.fold(key, number), drawn, steps, deterministic)
+                self._curve(self.start(p, count), world, random.fold(key, number), drawn, count, steps, deterministic)
             )
         return torch.cat(parts, -2)
 
     def _curve(
-        self, p: Params, world: FamilyWorld, key: Tensor, drawn: tree.Tree, steps: int, deterministic: bool
+        self, p: Params, world: FamilyWorld, key: Tensor, drawn: tree.Tree, count: int, steps: int, deterministic: bool
     ) -> Tensor:
-        """The scores of tasks that are drawn, `[*L, K, steps + 1]`."""
+        """The scores of K = `count` tasks that are drawn, `[*L, K, steps + 1]`."""
         if not self.acts:
             scores = [self._score(p, drawn["query"])]
             for _ in range(steps):
                 p = self.adapted(p, drawn["support"], 1, "none")
                 scores.append(self._score(p, drawn["query"]))
             return torch.stack(scores, -1)
-        count = next(tree.leaves(drawn)).shape[-1]
         key = random.fold(key.unsqueeze(-1), torch.arange(count, device=key.device))
         tasks = world.family.world(drawn, tuple(key.shape), self.inner_settings.num_envs)  # type: ignore[attr-defined]
         scores = []

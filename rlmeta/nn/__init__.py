@@ -1,6 +1,7 @@
 """Building blocks with learner axes."""
 
-from rlmeta.nn.block import Block, Context, Params, apply, split, stack
+from rlmeta.nn.block import Block, Context, NeedsKey, Params, apply, bare, split, stack
+from rlmeta.nn.checks import check_block
 from rlmeta.nn.convolutional import strided_convolutions
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.encoder import Encoder, feature_axes
@@ -15,6 +16,7 @@ from rlmeta.nn.heads import (
     StateDependentNoiseHead,
     TanhGaussianHead,
     ValueHead,
+    allowed,
     head_for,
 )
 from rlmeta.nn.initialisers import Initialiser, initialise
@@ -22,9 +24,12 @@ from rlmeta.nn.lift import Lifted, lift
 from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear, Sequential
 from rlmeta.nn.mlp import MLP
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
+from rlmeta.nn.units import ActionBounds, ActionUnits
 
 __all__ = [
     "MLP",
+    "ActionBounds",
+    "ActionUnits",
     "Activation",
     "ActivationName",
     "BatchNorm1d",
@@ -42,6 +47,7 @@ __all__ = [
     "Lifted",
     "Linear",
     "MultiDiscreteHead",
+    "NeedsKey",
     "Params",
     "PolicyHead",
     "QHead",
@@ -49,7 +55,10 @@ __all__ = [
     "StateDependentNoiseHead",
     "TanhGaussianHead",
     "ValueHead",
+    "allowed",
     "apply",
+    "bare",
+    "check_block",
     "feature_axes",
     "head_for",
     "initialise",

@@ -6,11 +6,13 @@ from torch import Tensor
 
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
-from rlmeta.nn.block import Block, Context, Params
+from rlmeta.nn.block import Block, Context, NeedsKey, Params
 
 
 class Dropout(Block):
     """In training, zeros with probability `p` and the rest divided by 1 - p: any shape to the same shape.
+
+    In evaluation, and where the block was put in `eval()`, the input as it is.
 
     The mask is drawn from the context's key and the block's name: a learner's own, whatever company it keeps.
 
@@ -27,7 +29,7 @@ class Dropout(Block):
         if not 0.0 <= p <= 1.0:
             raise SettingError(f"dropout probability is {p}, expected a number in [0, 1]")
         self._p = p
-        self._key: Tensor | None = None
+        self._key: Tensor | None = None  # where a lifted module begins, until it ends
         self._name = ""
         self._calls = 0
 
@@ -35,12 +37,12 @@ class Dropout(Block):
         """Same shape as `x`.
 
         Raises:
-            SettingError: training without a key.
+            NeedsKey: training without a key.
         """
-        if not ctx.training or self._p == 0.0:
+        if not self.trains(ctx) or self._p == 0.0:
             return x
         if ctx.key is None:
-            raise SettingError(
+            raise NeedsKey(
                 "dropout in training draws random numbers, for which agents and MAML have no key: leave it out of "
                 "their networks; in a loop of your own pass a key, Context(training=True, key=key)"
             )

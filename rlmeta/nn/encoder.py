@@ -44,7 +44,7 @@ def feature_axes(space: gym.Space, path: str = "") -> Tree:
 
 def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], gym.Space]]:
     if isinstance(space, gym.spaces.Dict):
-        for name, child in space.spaces.items():
+        for name, child in sorted(space.spaces.items()):
             if name != ACTION_MASK:
                 yield from _leaves(child, (*path, name))
     elif isinstance(space, gym.spaces.Tuple):
@@ -56,6 +56,20 @@ def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 def _one_hot(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return (x.unsqueeze(-1) == torch.arange(size, device=x.device)).to(dtype)
+
+
+def byte_bound(space: gym.Space) -> float | Tensor | None:
+    """What bytes of a space are divided by: the largest values that it declares, one number or one for each entry.
+
+    None for any other space. Only bytes (uint8) are scaled, and only while they are bytes: numbers that come as floats
+    or wider integers, or that something has made floats of (a wrapper, `normalise_observation`), are taken as they are.
+    """
+    if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8 or space.high.size == 0:
+        return None
+    high = np.maximum(space.high, 1).reshape(-1)
+    if (high == high[0]).all():
+        return float(high[0])
+    return torch.tensor(high.tolist(), dtype=torch.float32, device="cpu")
 
 
 def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[Tensor], Tensor]]:
@@ -72,13 +86,16 @@ def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[
 
         return sum(sizes), encode
     size = int(np.prod(shape))
-    scale = 255.0 if space.dtype == np.uint8 and isinstance(space, gym.spaces.Box) else None
+    bound = byte_bound(space)
 
     def flatten(x: Tensor) -> Tensor:
+        divisor = bound if x.dtype == torch.uint8 else None
         x = x.to(dtype)
         if len(shape) != 1:
             x = x.reshape(*x.shape[: x.dim() - len(shape)], size)
-        return x if scale is None else x / scale
+        if divisor is None:
+            return x
+        return x / (divisor.to(x) if isinstance(divisor, Tensor) else divisor)
 
     return size, flatten
 
@@ -86,10 +103,10 @@ def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[
 class Encoder(Block):
     """Observations of any supported space as features `[*L, ..., D]`; it has no parameters.
 
-    Box is flattened (bytes, as in images, are divided by 255), Discrete and MultiDiscrete, counted from 0 as worlds
-    give them, become one-hot, MultiBinary zeros and ones. Entries of Dict and Tuple are concatenated in the order of
-    the space, without the key "action_mask" of a Dict. A Tuple's observation is a dictionary with the keys "0", "1",
-    ..., or a tuple.
+    Box is flattened (bytes, as in images, are divided by their bound, see `byte_bound`), Discrete and MultiDiscrete,
+    counted from 0 as worlds give them, become one-hot, MultiBinary zeros and ones. Entries of Dict are concatenated in
+    alphabetical order, whichever the space lists them in, and without the key "action_mask"; those of Tuple in theirs.
+    A Tuple's observation is a dictionary with the keys "0", "1", ..., or a tuple.
     """
 
     features: int

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from rlmeta.errors import SettingError
 
 Initialiser: TypeAlias = Literal["orthogonal", "torch"]
+
+
+def parameter(*shape: int, value: float = 0.0) -> nn.Parameter:
+    """A parameter full of one value: float32 on the CPU, whatever torch's defaults are; `Module.to` moves it."""
+    return nn.Parameter(torch.full(shape, value, dtype=torch.float32, device="cpu"))
 
 
 def initialise(weight: Tensor, bias: Tensor | None, initialiser: Initialiser, gain: float = 1.0) -> None:

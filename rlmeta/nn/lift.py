@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.functional.tree import Tree
-from rlmeta.nn.block import Block, Context, Params, latest, learner_axes, own_tensors, share_tensors, with_learner_axes
+from rlmeta.nn.block import (
+    Block,
+    Context,
+    NeedsKey,
+    Params,
+    alone,
+    latest,
+    learner_axes,
+    own_tensors,
+    share_tensors,
+    with_learner_axes,
+)
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.linear import Activation, Flatten, Linear, Sequential
 from rlmeta.nn.norm import BATCH_NORMS, BatchNorm1d, LayerNorm
@@ -54,7 +67,11 @@ def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
     this package. Of any other module a copy runs under `torch.func.vmap`, or where an operation has no rule for that
     (an LSTM) in a loop over the learners; batch normalisation and dropout inside are replaced by this package's,
     buffers that the module writes are returned, and what else it draws comes from torch's generator, seeded by the
-    context's key.
+    context's key. Every part keeps the mode, `train()` or `eval()`, that it has when it is lifted.
+
+    What a module must not do, because learners and environments share its one call: mix the rows of its batch, remember
+    one call in the next, or draw random numbers where there is no key. Learners check that in a `network=`
+    (`rlmeta.nn.checks`), since they know what it will be given; `lift` alone does not.
 
     Args:
         module: any module of one input; blocks are returned as they are. A dictionary of tensors is one input.
@@ -85,9 +102,7 @@ def _native(module: nn.Module) -> Block | None:
     kind = type(module)
     block: Block
     if kind is nn.Sequential:
-        block = Sequential()
-        for name, child in module._modules.items():
-            block.add_module(name, lift(child))  # type: ignore[arg-type]
+        block = Sequential(OrderedDict(module._modules))  # type: ignore[arg-type]
         block.training = module.training
     elif kind is nn.Linear:
         block = Linear(0, 0, bias=False, initialiser="orthogonal")
@@ -117,11 +132,16 @@ class Folded(Block):
         super().__init__()
         self._inner = (inner,)
         self._feature_axes = feature_axes
+        self._calls_parts = inner._calls_parts
         share_tensors(self, inner)
 
     def may_draw(self) -> bool:
         """As the block inside."""
         return self._inner[0].may_draw()
+
+    def keeps_ties(self) -> bool:
+        """As the block inside."""
+        return self._inner[0].keeps_ties()
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
         """`[*L, ..., *features]` -> `[*L, ..., *features]`."""
@@ -156,28 +176,95 @@ def _fold(x: Tree, feature_axes: Tree, axes: int, batches: list[torch.Size], pat
     return x.reshape(*x.shape[:axes], x.shape[axes:end].numel(), *x.shape[end:])
 
 
+class _Parts(NamedTuple):
+    """What a module is made of at the moment."""
+
+    modules: list[nn.Module]
+    slots: list[tuple[dict[str, Any], str, str]]
+    """Where it keeps each tensor: a dictionary, the name there, and the name in `own_tensors`; a tensor that is tied to
+    another has the name of the first."""
+    buffers: list[str]
+    dropouts: list[tuple[str, Dropout]]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, each once."""
+        return list(dict.fromkeys(path for _, _, path in self.slots))
+
+
+def _parts_of(module: nn.Module) -> _Parts:
+    parts, seen, names = _Parts([], [], [], []), set[int](), dict[int, str]()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        parts.modules.append(module)
+        if isinstance(module, Dropout):
+            parts.dropouts.append((prefix, module))
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is not None:
+                    if tensors is module._buffers and id(value) not in names:
+                        parts.buffers.append(prefix + name)
+                    path = names.setdefault(id(value), prefix + name)
+                    parts.slots.append((tensors, name, path))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{prefix}{name}.")
+
+    visit(module, "")
+    return parts
+
+
+class _Call(NamedTuple):
+    """One call of a lifted module: its parts now, where they stand in the parameters, and who draws."""
+
+    parts: _Parts
+    prefix: str
+    modes: tuple[bool, ...]
+    """Which parts train."""
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a module; `memo` as for `copy.deepcopy`.
+
+    Raises:
+        SettingError: it can't be copied.
+    """
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise SettingError(
+            f"cannot lift {type(module).__name__}, which can't be copied: {error}. Of torch's tools, take "
+            "torch.nn.utils.parametrizations instead of hooks, and end a pruning by torch.nn.utils.prune.remove"
+        ) from error
+
+
 class Lifted(Block):
     """An arbitrary module as a block; made by `lift`."""
+
+    _calls_parts = True
 
     def __init__(self, module: nn.Module) -> None:
         """Create the block of a copy of `module` that shares its tensors."""
         super().__init__()
-        shared = {id(value): value for value in own_tensors(module).values()}
-        try:
-            template = copy.deepcopy(module, shared)
-        except Exception as error:
-            raise SettingError(f"cannot lift {type(module).__name__}, which can't be copied: {error}") from error
-        self._dropouts = _replace(template)
+        template = copied(module, {id(value): value for value in own_tensors(module).values()})
+        _replace(template)
+        _obey_own_modes(template)
         self._template = (template,)
-        self._slots = _slots(template)
-        self._buffer_names = tuple(name for name, _ in template.named_buffers())
-        self._names = tuple(own_tensors(template))
-        self._loops = {mode: any(isinstance(part, nn.RNNBase) for part in template.modules()) for mode in (False, True)}
-        self._draws_otherwise = False
+        self._looped_modes: set[tuple[bool, ...]] = set()
+        """In which modes learners can't run at once, which spares further attempts."""
+        self._drawing_modes: set[tuple[bool, ...]] = set()
+        """In which modes it draws from torch's generator, which spares a first call without a seed."""
         share_tensors(self, template)
 
     def may_draw(self) -> bool:
         """Nobody knows what the module does."""
+        return True
+
+    def keeps_ties(self) -> bool:
+        """As the module does."""
         return True
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "", memory: Tree | None = None) -> Tree:
@@ -192,98 +279,150 @@ class Lifted(Block):
 
         Raises:
             ValueError: an input does not start with the learner axes.
-            SettingError: the module draws random numbers and the context has no key.
+            NeedsKey: the module draws random numbers and the context has no key.
+            SettingError: the module has been given a new part since `params` were made.
         """
-        own = {name: latest(params, ctx, prefix + name) for name in self._names}
         axes = learner_axes(self, params, ctx, prefix)
         inputs = (x,) if memory is None else (x, memory)
-        template = self._template[0]
-        if template.training != ctx.training:
-            template.train(ctx.training)
-        if axes == 0:
-            out, buffers = self._alone(own, inputs, ctx.key, prefix)
-        else:
-            shape, key = _learner_shape(own, inputs, ctx.key, axes), ctx.key
-            if axes > 1:
-                fold = _reshaper(axes, (shape.numel(),))
-                own, inputs, key = pytree.tree_map_only(Tensor, fold, (own, inputs, key))
-            out, buffers = self._together(own, inputs, key, shape.numel(), prefix, ctx.training)
-            if axes > 1:
-                out, buffers = pytree.tree_map_only(Tensor, _reshaper(1, shape), (out, buffers))
+        with alone:  # the module holds the learners' tensors while it runs
+            parts = _parts_of(self._template[0])
+            own = {name: self._tensor(params, ctx, prefix, name) for name in parts.names}
+            with _modes(parts.modules, self.training, ctx.training) as modes:
+                out, buffers = self._outcome(own, inputs, ctx.key, axes, _Call(parts, prefix, modes))
         if ctx.training:
             ctx.new_buffers.update({prefix + name: value.detach() for name, value in buffers.items()})
         return out
 
+    def _tensor(self, params: Params, ctx: Context, prefix: str, name: str) -> Tensor:
+        if prefix + name not in params:
+            raise SettingError(
+                f"{type(self._template[0]).__name__} has a part {name!r} that it did not have when its parameters were "
+                "made: change a module before it is lifted, and make the parameters from the changed one"
+            )
+        return latest(params, ctx, prefix + name)
+
+    def _outcome(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int, call: _Call) -> Outcome:
+        if axes == 0:
+            return self._alone(own, inputs, key, call)
+        shape = _learner_shape(own, inputs, key, axes)
+        if axes > 1:
+            fold = _reshaper(axes, (shape.numel(),))
+            own, inputs, key = pytree.tree_map_only(Tensor, fold, (own, inputs, key))
+        outcome = self._together(own, inputs, key, shape.numel(), call)
+        return pytree.tree_map_only(Tensor, _reshaper(1, shape), outcome) if axes > 1 else outcome
+
     def _together(
-        self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, prefix: str, training: bool
+        self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, call: _Call
     ) -> Outcome:
         """All learners, axis 0 of everything, at once where every operation has a rule for it."""
-        if not self._loops[training] and learners > 1:
-            try:
-                with _no_silent_loops():
-                    return self._vmapped(own, inputs, key, prefix)
-            except Exception:  # whatever it was: the loop shows the user's own error, or none
-                outcome = self._looped(own, inputs, key, learners, prefix)
-                self._loops[training] = True
-                return outcome
-        return self._looped(own, inputs, key, learners, prefix)
+        recurrent = any(isinstance(part, nn.RNNBase) for part in call.parts.modules)
+        if recurrent or learners == 1 or call.modes in self._looped_modes:
+            return self._looped(own, inputs, key, learners, call)
+        try:
+            with _no_silent_loops():
+                return self._vmapped(own, inputs, key, call)
+        except Exception:  # whatever it was: the loop shows the user's own error, or none
+            outcome = self._looped(own, inputs, key, learners, call)
+            self._looped_modes.add(call.modes)
+            return outcome
 
-    def _vmapped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, prefix: str) -> Outcome:
+    def _vmapped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
         def learner(own: Params, inputs: tuple[Tree, ...], key: Tensor | None) -> Outcome:
-            return self._call(own, inputs, key, prefix)
+            return self._call(own, inputs, key, call)
 
         in_dims = (0 if own else None, 0, None if key is None else 0)
         return torch.func.vmap(learner, in_dims=in_dims, randomness="error")(own, inputs, key)
 
-    def _looped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, prefix: str) -> Outcome:
+    def _looped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, call: _Call) -> Outcome:
         leaves, structure = pytree.tree_flatten((own, inputs, key))
         rows = [leaf.unbind(0) if isinstance(leaf, Tensor) else (leaf,) * learners for leaf in leaves]
         outcomes = []
         for row in zip(*rows):
             own, inputs, key = pytree.tree_unflatten(list(row), structure)
-            outcomes.append(pytree.tree_flatten(self._alone(own, inputs, key, prefix)))
+            outcomes.append(pytree.tree_flatten(self._alone(own, inputs, key, call)))
         columns = zip(*(outcome for outcome, _ in outcomes))
         stacked = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
         return pytree.tree_unflatten(stacked, outcomes[0][1])
 
-    def _alone(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, prefix: str) -> Outcome:
+    def _alone(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
         """One learner, without learner axes, torch's generator under control."""
         devices = _generator_devices(own, inputs)
-        if key is None or not self._draws_otherwise:
+        if key is None or call.modes not in self._drawing_modes:
             before = _generator_states(devices)
-            outcome = self._call(own, inputs, key, prefix)
-            if all(map(torch.equal, before, _generator_states(devices))):
+            outcome = self._call(own, inputs, key, call)
+            if all(map(torch.equal, before, _generator_states(devices))) or not self._draws(own, inputs, key, call):
                 return outcome
             _restore_generators(devices, before)
-            self._draws_otherwise = True
+            self._drawing_modes.add(call.modes)
         if key is None:
-            raise SettingError(
+            raise NeedsKey(
                 f"{type(self._template[0]).__name__} draws random numbers: pass a key, Context(key=key), here too"
             )
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(random.fold(random.fold(key, "lift"), prefix)))
-            return self._call(own, inputs, key, prefix)
+            torch.manual_seed(int(random.fold(random.fold(key, "lift"), call.prefix)))
+            return self._call(own, inputs, key, call)
 
-    def _call(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, prefix: str) -> Outcome:
+    def _draws(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> bool:
+        """Whether the module draws from torch's generator, and not another thread at the same time."""
+        with torch.random.fork_rng(devices=_generator_devices(own, inputs)), _Draws() as seen:  # type: ignore[no-untyped-call]
+            self._call(own, inputs, key, call)
+        return seen.any
+
+    def _call(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
         """The module itself on one learner's tensors; it writes its buffers, if it does, into copies.
 
         This is `torch.func.functional_call`, which takes longer than the forward pass of a small network.
         """
-        state = {**own, **{name: own[name].clone() for name in self._buffer_names}}
-        kept = [tensors[name] for tensors, name, _ in self._slots]
-        for tensors, name, path in self._slots:
+        parts = call.parts
+        state = {**own, **{name: own[name].clone() for name in parts.buffers}}
+        kept = [tensors[name] for tensors, name, _ in parts.slots]
+        for tensors, name, path in parts.slots:
             tensors[name] = state[path]
-        for path, dropout in self._dropouts:
-            dropout.begin(key, f"{prefix}{path}.")
+        for path, dropout in parts.dropouts:
+            dropout.begin(key, f"{call.prefix}{path}")
         try:
             with _attention_as_products() if is_plain_graph() else contextlib.nullcontext():
                 out = self._template[0](*inputs)
         finally:
-            for (tensors, name, path), value in zip(self._slots, kept):
+            for (tensors, name, path), value in zip(parts.slots, kept):
                 state[path], tensors[name] = tensors[name], value
-            for path, dropout in self._dropouts:
+            for path, dropout in parts.dropouts:
                 dropout.begin(None, path)
-        return out, {name: state[name] for name in self._buffer_names}
+        return out, {name: state[name] for name in parts.buffers}
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches this thread for operations that draw random numbers."""
+
+    any = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.any = self.any or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _modes(modules: list[nn.Module], root: bool, training: bool) -> Iterator[tuple[bool, ...]]:
+    """Within, a module and its parts are in their own modes, or all in evaluation; `root` is the module's own."""
+    own = [root, *(part.training for part in modules[1:])]
+    modes = tuple(mode and training for mode in own)
+    for part, mode in zip(modules, modes):
+        part.training = mode
+    try:
+        yield modes
+    finally:
+        for part, mode in zip(modules, own):
+            part.training = mode
+
+
+def _obey_own_modes(module: nn.Module) -> None:
+    """Let parts with a `train` of their own, which keeps some of theirs in evaluation, have their way."""
+    for part in module.modules():
+        if part.training and type(part).train is not nn.Module.train:
+            before = [(one, one.training) for one in part.modules()]
+            part.train()
+            for one, mode in before:
+                one.training = one.training and mode
 
 
 def _attention_as_products() -> contextlib.AbstractContextManager[None]:
@@ -293,8 +432,8 @@ def _attention_as_products() -> contextlib.AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def _replace(module: nn.Module) -> list[tuple[str, Dropout]]:
-    """Replace batch normalisation and dropout inside `module`; the dropouts by name."""
+def _replace(module: nn.Module) -> None:
+    """Replace batch normalisation and dropout inside `module`."""
     replaced: dict[int, Block] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
@@ -303,22 +442,6 @@ def _replace(module: nn.Module) -> list[tuple[str, Dropout]]:
                 if block is not None:
                     replaced[id(child)] = block
                     parent._modules[name] = block
-    return [(name, part) for name, part in module.named_modules() if isinstance(part, Dropout)]
-
-
-def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """Where the module keeps each tensor: a dictionary, the name there, and the name in `own_tensors`.
-
-    A tensor that is tied to another has the name of the first.
-    """
-    paths = {id(value): path for path, value in own_tensors(module).items()}
-    return [
-        (tensors, name, paths[id(value)])
-        for part in module.modules()
-        for tensors in (part._parameters, part._buffers)
-        for name, value in tensors.items()
-        if value is not None
-    ]
 
 
 def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int) -> torch.Size:

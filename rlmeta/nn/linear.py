@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlmeta.errors import SettingError
 from rlmeta.functional.tree import Tree
 from rlmeta.nn.block import Block, Context, Params, fetch, learner_axes, with_learner_axes
-from rlmeta.nn.initialisers import Initialiser, initialise
+from rlmeta.nn.initialisers import Initialiser, initialise, parameter
 from rlmeta.nn.product import affine, layers, learner_product
 
 ActivationName: TypeAlias = Literal["tanh", "relu", "elu", "gelu", "silu", "sigmoid", "leaky_relu", "softplus"]
@@ -119,8 +119,8 @@ class Linear(Block):
             gain: factor of the initial weights.
         """
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.weight = parameter(out_features, in_features)
+        self.register_parameter("bias", parameter(out_features) if bias else None)
         initialise(self.weight, self.bias, initialiser, gain)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:

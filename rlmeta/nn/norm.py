@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlmeta.nn.block import Block, Context, Params, between, fetch, latest, learner_axes
+from rlmeta.nn.initialisers import parameter
 
 
 class LayerNorm(Block):
@@ -25,9 +26,9 @@ class LayerNorm(Block):
         super().__init__()
         self._shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self._eps = eps
-        self.register_parameter("weight", nn.Parameter(torch.ones(self._shape)) if elementwise_affine else None)
+        self.register_parameter("weight", parameter(*self._shape, value=1.0) if elementwise_affine else None)
         has_bias = elementwise_affine and bias
-        self.register_parameter("bias", nn.Parameter(torch.zeros(self._shape)) if has_bias else None)
+        self.register_parameter("bias", parameter(*self._shape) if has_bias else None)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
         """Any number of axes between the learners' and the features'."""
@@ -45,9 +46,10 @@ class LayerNorm(Block):
 class BatchNorm1d(Block):
     """(x - mean) / sqrt(var + eps) * weight + bias, each channel over its learner's whole batch: `[*L, ..., C]`.
 
-    In training the statistics are the batch's, and new running ones go to `ctx.new_buffers`; in evaluation the running
-    ones are used. Names and arithmetic are those of `torch.nn.BatchNorm1d`; what `from_torch` makes of one, or of its
-    2d and 3d kin, keeps torch's layout, too: `[*L, B, C]` or `[*L, B, C, ...]`.
+    In training the statistics are the batch's, and new running ones go to `ctx.new_buffers`; in evaluation, and where
+    the block was put in `eval()`, the running ones are used. Names and arithmetic are those of `torch.nn.BatchNorm1d`;
+    what `from_torch` makes of one, or of its 2d and 3d kin, keeps torch's layout, too: `[*L, B, C]` or `[*L, B, C,
+    ...]`.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
@@ -64,11 +66,13 @@ class BatchNorm1d(Block):
         super().__init__()
         self._features, self._eps, self._momentum = features, eps, momentum
         self._channels_last = True
-        self.register_parameter("weight", nn.Parameter(torch.ones(features)) if affine else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(features)) if affine else None)
-        self.register_buffer("running_mean", torch.zeros(features) if track_running_stats else None)
-        self.register_buffer("running_var", torch.ones(features) if track_running_stats else None)
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64) if track_running_stats else None)
+        self.register_parameter("weight", parameter(features, value=1.0) if affine else None)
+        self.register_parameter("bias", parameter(features) if affine else None)
+        zero = torch.zeros(features, dtype=torch.float32, device="cpu")
+        self.register_buffer("running_mean", zero if track_running_stats else None)
+        self.register_buffer("running_var", torch.ones_like(zero) if track_running_stats else None)
+        count = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.register_buffer("num_batches_tracked", count if track_running_stats else None)
 
     @classmethod
     def from_torch(cls, module: nn.modules.batchnorm._BatchNorm) -> BatchNorm1d:
@@ -91,7 +95,7 @@ class BatchNorm1d(Block):
             if value is not None and value.shape != (*x.shape[:axes], self._features):
                 raise ValueError(f"x has shape {tuple(x.shape)}, expected {tuple(value.shape[:-1])} in front")
         mean, var, weight, bias = stored["running_mean"], stored["running_var"], stored["weight"], stored["bias"]
-        if ctx.training or mean is None or var is None:
+        if self.trains(ctx) or mean is None or var is None:
             channels = x.reshape(*x.shape[:axes], -1, self._features) if self._channels_last else x
             out = self._by_batch(params, channels, axes, weight, bias, ctx, prefix)
             return out.reshape(x.shape)
@@ -119,7 +123,7 @@ class BatchNorm1d(Block):
             raise ValueError(f"x has shape {tuple(x.shape)}: a batch's statistics need more than one value per channel")
         scale, shift = (None if value is None else value.reshape(-1) for value in (weight, bias))
         out, mean, rstd = torch.native_batch_norm(folded, scale, shift, None, None, True, 0.0, self._eps)
-        if ctx.training and self._buffers["running_mean"] is not None:
+        if self.trains(ctx) and self._buffers["running_mean"] is not None:
             var = rstd.detach().square().reciprocal() - self._eps
             channels = (*x.shape[:axes], self._features)
             self._track(params, mean.detach().reshape(channels), var.reshape(channels), count, ctx, prefix)

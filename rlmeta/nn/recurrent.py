@@ -9,6 +9,7 @@ from torch import nn
 
 from rlmeta.functional.tree import Tree
 from rlmeta.nn.block import Block, Context, Params
+from rlmeta.nn.initialisers import parameter
 from rlmeta.nn.linear import linear
 
 
@@ -32,7 +33,8 @@ class LSTMCell(Block):
             "bias_hh": (4 * hidden_size,),
         }
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+            self.register_parameter(name, parameter(*shape))
+            nn.init.uniform_(self.get_parameter(name), -bound, bound)
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
         """`{"input": [*L, ..., in], "hidden": [*L, ..., H], "cell": [*L, ..., H]}` -> the new `hidden` and `cell`."""

@@ -19,6 +19,7 @@ from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import random, tree
+from rlmeta.learning.collect import collect
 from rlmeta.learning.step import StepContext
 from rlmeta.nn import stack
 from tests.agents.worlds import start
@@ -311,6 +312,67 @@ def test_a_warm_start_clones_before_the_first_rollout_and_only_then():
     assert calls == [0]
 
 
+def test_a_warm_start_fills_what_normalises_observations():
+    """Cloned on raw observations, a policy would be another one as soon as the first rollout is counted."""
+    settings = rl.GAIL(demonstrations=cartpole(), warm_start=200, normalise_observation=True, **TINY)
+    agent, state, world = start(settings, "CartPole-fixed")
+    steps = agent.rewards[0].demonstrations.transitions()
+    batch = {name: steps[name].expand(2, *steps[name].shape) for name in ("observation", "action")}
+    before = agent.log_prob(state["params"], batch).mean(-1)
+    weights = dict(state["params"]["weights"])
+    cloned = agent.pretrain(state)
+    statistics = cloned["params"]["normalisers"]["observation"]
+    assert statistics["count"].tolist() == [len(steps["action"])] * 2
+    torch.testing.assert_close(statistics["mean"][1], steps["observation"].double().mean(0))
+    for name, weight in cloned["params"]["weights"].items():
+        assert torch.equal(weight, weights[name]) == name.startswith("value."), name
+    learned = agent.log_prob(cloned["params"], batch).mean(-1)
+    _, rollout = collect(agent, tree.map(torch.clone, cloned), world, 8)
+    counted = agent.end_iteration(cloned, rollout)
+    assert (counted["params"]["normalisers"]["observation"]["count"] > statistics["count"]).all()
+    assert (learned > before + 0.1).all()
+    assert (agent.log_prob(counted["params"], batch).mean(-1) > before + 0.1).all()
+
+
+def test_wrong_settings_of_the_reward_are_refused_by_name():
+    made = cartpole()
+    for wrong in (
+        {"form": "airl"},
+        {"updates": -3},
+        {"updates": 1.5},
+        {"batch_size": 0},
+        {"learning_rate": -1},
+        {"learning_rate": [0.1, 0.2]},
+        {"gradient_penalty": float("nan")},
+        {"hidden_sizes": 32},
+        {"absorbing": 1},
+        {"shuffled": "no"},
+        {"name": "task"},
+        {"name": "a/b"},
+        {"name": None},
+    ):
+        with pytest.raises(SettingError, match=next(iter(wrong)) + "|named"):
+            rl.AdversarialReward(made, **wrong)
+    for given in (None, "demo", made.observation):
+        with pytest.raises(SettingError, match=r"demonstrations is .*Demonstrations\.load"):
+            rl.AdversarialReward(given)
+    with pytest.raises(SettingError, match="the class AdversarialReward"):
+        rl.PPO(rewards=(rl.AdversarialReward,))
+
+
+def test_the_order_of_a_dicts_keys_changes_no_input_of_the_discriminator():
+    parts = {"b": gym.spaces.Box(-1, 1, (2,), np.float32), "a": gym.spaces.Discrete(3)}
+    space = gym.spaces.Dict(list(parts.items()))  # which keeps the order given
+    made = demonstrations((5,))
+    observed = {"b": torch.rand(6, 2), "a": torch.tensor([0, 1, 2, 0, 1, 2])}
+    shown = [
+        replace(made, observation=dict(order), observation_space=space)
+        for order in (observed.items(), reversed(observed.items()))
+    ]
+    one, two = (Discriminator(given, (4,), False).shown["input"] for given in shown)
+    assert torch.equal(one, two)
+
+
 def test_a_shuffled_control_tells_nothing_apart():
     """Where the sides are far apart, the discriminator knows them, and knows nothing once they are shuffled."""
     accuracy = {}
@@ -355,5 +417,5 @@ def test_other_demonstrations_in_the_middle_of_a_run_are_refused(tmp_path):
     settings = rl.GAIL(demonstrations=path, **TINY)
     rl.train(settings, "CartPole-fixed", out=tmp_path / "run", budget=budget, callbacks=[stop])
     cartpole().shuffled().save(path)
-    with pytest.raises(DemonstrationError, match="not those the run began with"):
+    with pytest.raises(SettingError, match="not those the run began with"):
         rl.resume(tmp_path / "run")

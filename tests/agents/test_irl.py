@@ -165,10 +165,11 @@ def test_a_recorded_run_is_explained_and_imitated(tmp_path):
     budget = rl.Budget(steps=400, eval_every=4000, final_episodes=512)
     run = rl.train(rl.IRL(made, gamma=0.95, num_steps=20), "GridWorld-v0", seeds=2, budget=budget, out=tmp_path / "run")
     assert (run.scores > float(made.returns.mean()) - 0.1).all()
-    again = rl.load(tmp_path / "run", own={"demonstrations": made})
-    assert torch.equal(again.evaluate(8).returns, run.evaluate(8).returns)
+    for own in (None, {"demonstrations": made}):
+        again = rl.load(tmp_path / "run", own=own)
+        assert torch.equal(again.evaluate(8).returns, run.evaluate(8).returns)
     with pytest.raises(SettingError, match=r"pass it again as own=\{'demonstrations'"):
-        rl.load(tmp_path / "run")
+        rl.resume(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,13 @@ def test_the_streams_are_divided_together_by_the_running_deviation():
         (PotentialShaping(lambda o: o[..., 0] / 0), r"potential is (nan|-?inf) for the observation \["),
         (PotentialShaping(lambda o: o), "expected one number for each"),
         (PotentialShaping(lambda o: 3.0), "gave float"),
+        (PotentialShaping(lambda o: o[..., 0] + torch.arange(8)), "changes with their place in the batch"),
+        (PotentialShaping(lambda o: o[..., :1]), r"gave \(2, 8, 1\)"),
+        (PotentialShaping(lambda o: o[..., 0] * torch.arange(o.dim())), "fails for a batch of observations"),
+        (PotentialShaping(lambda o: o.goal), "the potential fails for a batch of observations"),
+        (PotentialShaping(lambda o: o[..., 0] + o[0, ..., 0].cumsum(0)), "changes with their place in the batch"),
         (EpisodicCounts(cell=lambda o: o[..., 0]), r"gave torch\.float32 \(2, 8\)"),
+        (EpisodicCounts(cell=lambda o: o.nothing), "cell= fails for a batch of observations"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(reward, message):
@@ -271,3 +277,124 @@ def test_two_rewards_of_one_name_and_wrong_numbers_are_refused():
         EpisodicCounts(resolution=0.0)
     with pytest.raises(SettingError, match="two rewards named 'counts'"):
         start(rl.PPO(rewards=(EpisodicCounts(), EpisodicCounts(resolution=1.0))), "CartPole-v1")
+
+
+def test_wrong_settings_are_refused_by_name():
+    for wrong in (
+        {"coefficient": -1},
+        {"coefficient": "x"},
+        {"resolution": float("nan")},
+        {"buckets": 1.5},
+        {"cell": 3},
+    ):
+        with pytest.raises(SettingError, match=f"EpisodicCounts: {next(iter(wrong))}"):
+            EpisodicCounts(**wrong)
+    for gamma in (-0.1, 1.1, True, "x", float("nan")):
+        with pytest.raises(SettingError, match="PotentialShaping: gamma"):
+            PotentialShaping(len, gamma=gamma)
+    with pytest.raises(SettingError, match=r"potential is 0\.5, expected a function"):
+        PotentialShaping(0.5)
+    for name in ("", "task", "a/b", 3, None):
+        with pytest.raises(SettingError, match="name"):
+            EpisodicCounts(name=name)
+        with pytest.raises(SettingError, match="name"):
+            PotentialShaping(len, name=name)
+
+
+@pytest.mark.parametrize("cls", [rl.PPO, rl.A2C, rl.REINFORCE, rl.DQN])
+def test_rewards_are_a_tuple_of_rewards(cls):
+    with pytest.raises(SettingError, match=r"a single one is \(reward,\)"):
+        cls(rewards=PotentialShaping(len))
+    with pytest.raises(SettingError, match=r"the class EpisodicCounts.*make one, EpisodicCounts\(...\)"):
+        cls(rewards=(EpisodicCounts,))
+    with pytest.raises(SettingError, match="expected rewards such as"):
+        cls(rewards=(len,))
+
+
+def test_a_list_of_rewards_trains_as_a_tuple_does():
+    reward, budget = PotentialShaping(lambda o: o[..., 2].abs()), rl.Budget(steps=160, eval_every=999, final_episodes=1)
+    runs = [
+        rl.train(replace(SMALL["a2c"], rewards=given), "CartPole-v1", budget=budget) for given in ([reward], (reward,))
+    ]
+    one, two = (list(tree.leaves(run.state["params"]["weights"])) for run in runs)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_a_potential_of_truth_values_is_one_of_zeros_and_ones():
+    truth, number = PotentialShaping(lambda o: o[..., 2] > 0), PotentialShaping(lambda o: (o[..., 2] > 0).float())
+    found = []
+    for reward in (truth, number):
+        agent, state, world = start(replace(SMALL["a2c"], rewards=(reward,)), "CartPole-v1")
+        state, metrics = agent.iterate(state, world)
+        found.append(metrics["rewards/shaping"])
+    assert torch.equal(*found) and found[0].abs().max() > 0
+
+
+class Given:
+    """A reward of one's own that gives what it was told to."""
+
+    name = "own"
+
+    def __init__(self, relabelled: Any = None, memory: Any = None) -> None:
+        self.relabelled, self.memory = relabelled, {} if memory is None else memory
+
+    def init(self, agent: Any, state: Any, world: Any) -> Any:
+        return self.memory
+
+    def relabel(self, agent: Any, state: Any, memory: Any, rollout: Any, rewards: Any) -> Any:
+        return self.relabelled(rollout["reward"])
+
+
+@pytest.mark.parametrize(
+    ("relabelled", "message"),
+    [
+        (lambda r: ({}, {"own": r.unsqueeze(-1)}, {}), r"gave a tensor \(2, 5, 8, 1\) as the stream 'own'"),
+        (lambda r: ({}, {"own": r[:, :1]}, {}), r"expected a tensor \(2, 5, 8\)"),
+        (lambda r: ({}, {"own": 1.0}, {}), "gave float as the stream 'own'"),
+        (lambda r: ({}, {}, {}), "no stream of rewards"),
+        (lambda r: ({}, {"own": r}, {"rewards/x": r}), "as the metric 'rewards/x'"),
+        (lambda r: {"own": r}, "expected .memory, streams, metrics."),
+        (lambda r: None, "gave NoneType"),
+    ],
+)
+def test_what_a_reward_of_ones_own_gives_wrongly_is_said(relabelled, message):
+    agent, state, world = start(
+        replace(SMALL["a2c"], num_steps=5, num_envs=8, rewards=(Given(relabelled),)), "CartPole-v1"
+    )
+    with pytest.raises(SettingError, match=message):
+        agent.iterate(state, world)
+
+
+def test_what_a_reward_remembers_belongs_to_learners():
+    for memory, message in (
+        (3, "gave int, expected a dictionary"),
+        ({"sum": torch.zeros(3)}, "starts with the learners"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            start(replace(SMALL["a2c"], rewards=(Given(memory=memory),)), "CartPole-v1")
+
+
+def test_rewards_of_whole_numbers_are_numbers():
+    for cast in (torch.long, torch.bool, torch.double):
+        given = Given(lambda r, cast=cast: ({}, {"own": r.to(cast)}, {}))
+        agent, state, world = start(replace(SMALL["a2c"], rewards=(given,)), "CartPole-v1")
+        state, metrics = agent.iterate(state, world)
+        assert state["active"].all() and metrics["rewards/own"].tolist() == [1.0, 1.0]
+
+
+def test_a_reward_that_is_no_number_is_named_and_stops_its_learner_alone():
+    def lost(reward: Tensor) -> Any:
+        reward = reward.clone()
+        reward[1, 0, 0] = torch.nan
+        return {}, {"own": reward}, {}
+
+    agent, state, world = start(replace(SMALL["a2c"], rewards=(Given(lost),)), "CartPole-v1")
+    with pytest.warns(RuntimeWarning, match=r"'own' gave a stream 'own' that is not finite, to learners \[1\]"):
+        state, _ = agent.iterate(state, world)
+    assert state["active"].tolist() == [True, False]
+
+
+def test_cells_of_dicts_do_not_depend_on_the_order_of_their_keys():
+    one = {"b": torch.rand(4, 3, 2), "a": torch.randint(5, (4, 3))}
+    counts = EpisodicCounts()
+    assert torch.equal(counts.bucket(one, (4, 3)), counts.bucket(dict(reversed(one.items())), (4, 3)))

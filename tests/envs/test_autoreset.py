@@ -264,6 +264,47 @@ def test_final_observations_as_a_dictionary_of_arrays() -> None:
     assert step.tolist() == [7, 1] and episode.tolist() == [3, 0]
 
 
+def test_final_observations_as_a_list_of_dictionaries() -> None:
+    """One for each row, as they are where observations are dictionaries; None where no episode ended."""
+    env = _Batched(AutoresetMode.SAME_STEP, nested=True)
+    given: list[Any] = []
+    env.final = lambda f: given.append(list(f)) or given[-1]
+    _, transition = _end_first(GymnasiumWorld(env, (), 2))
+    (rows,) = given
+    assert isinstance(rows[0], dict) and rows[1] is None
+    step, episode = step_and_episode(transition.next_observation)
+    assert step.tolist() == [1, 1] and episode.tolist() == [0, 0]
+    step, episode = step_and_episode(transition.observation)
+    assert step.tolist() == [0, 1] and episode.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("final", "match"),
+    [
+        (lambda f: [{"step": f[0]["step"]}, None], "_Batched' gave an observation without 'more"),
+        (lambda f: [7, None], "_Batched' gave an observation without"),
+        (lambda f: [None, None], "_Batched' ended row 0 but left a hole"),
+    ],
+)
+def test_a_list_of_other_things_than_dictionaries_is_refused(final: Any, match: str) -> None:
+    env = _Batched(AutoresetMode.SAME_STEP, nested=True)
+    env.final = final
+    with pytest.raises(SpaceError, match=match):
+        _end_first(GymnasiumWorld(env, (), 2))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_infos_may_be_a_list_of_dictionaries(mode: AutoresetMode, nested: bool) -> None:
+    """As gymnasium's own wrapper makes them, whose rows without an entry lack its key."""
+    plain = GymnasiumWorld(_vector(mode, 4, nested), (2,), 2)
+    listed = GymnasiumWorld(gym.wrappers.vector.DictInfoToList(_vector(mode, 4, nested)), (2,), 2)
+    first, second = _rollout(plain), _rollout(listed)
+    assert all(torch.equal(column, second[name]) for name, column in first.items())
+    plain.close()
+    listed.close()
+
+
 def test_same_step_without_final_observations_is_refused() -> None:
     class Without(_Batched):
         def step(self, actions: Any) -> Any:
@@ -304,7 +345,8 @@ def test_vector_env_that_takes_one_seed_only() -> None:
             return super().reset(seed=seed, options=options)
 
     env = OneSeed(AutoresetMode.DISABLED)
-    state, transition = _end_first(GymnasiumWorld(env, (), 2))
+    with pytest.warns(UserWarning, match="'OneSeed' takes one seed for all its rows"):
+        state, transition = _end_first(GymnasiumWorld(env, (), 2))
     assert isinstance(env.calls[-2][0], int) and env.calls[-1][0] is None
     assert transition.observation.tolist() == [[0, 1], [1, 0]] and state["seed"][0] == env.calls[-2][0]
 
@@ -312,7 +354,8 @@ def test_vector_env_that_takes_one_seed_only() -> None:
 def test_gymnasiums_own_batched_environment() -> None:
     """CartPoleVectorEnv takes one seed, is NEXT_STEP, and is written by hand rather than made of single ones."""
     world = GymnasiumWorld(lambda num_envs: gym.make_vec("CartPole-v1", num_envs), (2,), 3)
-    state = world.reset(random.make_keys([0, 1]))
+    with pytest.warns(UserWarning, match="'CartPole-v1' takes one seed"):
+        state = world.reset(random.make_keys([0, 1]))
     ended = torch.zeros(2, 3, dtype=torch.bool)
     for _ in range(60):
         state, transition = world.step(state, torch.ones(2, 3, dtype=torch.int64))

@@ -7,7 +7,6 @@ import types
 
 import numpy as np
 import pytest
-import torch
 
 from rlmeta.envs import datasets
 from rlmeta.errors import SettingError
@@ -37,12 +36,23 @@ def omniglot():
 
 def test_characters_of_several_files_are_counted_over_all(folder):
     np.savez(folder / "omniglot-a.npz", **characters())
-    np.savez(folder / "omniglot-b.npz", **characters(alphabet_names=np.array(["Latin", "Malay"])))
+    further = characters(alphabet_names=np.array(["Latin", "Malay"]))
+    np.savez(folder / "omniglot-b.npz", **{**further, "image": further["image"] + np.uint8(100)})
     found = omniglot()
     assert found.alphabet_names == ("Greek", "Latin", "Malay") and found.image.shape == (16, 28, 28)
     assert found.alphabet.bincount().tolist() == [4, 8, 4]  # Latin stands in both
-    assert found.character.bincount().tolist() == [2, 2, 4, 4, 2, 2]
-    assert torch.equal(found.image[:8], found.image[8:])
+    assert found.character.bincount().tolist() == [2, 2, 4, 4, 2, 2] and found.dropped == 0
+
+
+def test_pictures_that_stand_in_several_files_are_taken_once(folder):
+    first, second = characters(), characters(alphabet_names=np.array(["Latin", "Malay"]))
+    second["image"] = np.concatenate([first["image"][4:], first["image"][4:] + np.uint8(100)])  # Latin is the first's
+    second["image"][4] = first["image"][0]  # a picture that is Greek and Malay is neither
+    for name, content in (("a", first), ("b", second)):
+        np.savez(folder / f"omniglot-{name}.npz", **content)
+    found = omniglot()
+    assert found.image[:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 105, 106, 107] and found.dropped == 6
+    assert found.character.bincount().tolist() == [1, 2, 2, 2, 1, 2]
 
 
 @pytest.mark.parametrize(

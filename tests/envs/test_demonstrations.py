@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load as decode
 from safetensors.torch import save_file
 
@@ -226,6 +227,127 @@ def test_a_header_that_says_something_else_is_refused(old, new, message, tmp_pat
     path.write_bytes(whole.replace(old, new))
     with pytest.raises(DemonstrationError, match=message):
         Demonstrations.load(path)
+
+
+@pytest.mark.parametrize(
+    ("role", "space"),
+    [
+        ("observation", {"kind": "Box", "shape": [10**9, 10**9], "dtype": "float32", "low": "-1.0", "high": "1.0"}),
+        ("observation", {"kind": "Box", "shape": 10**15, "dtype": "float32", "low": "-1.0", "high": "1.0"}),
+        ("observation", {"kind": "Box", "shape": [2], "dtype": "V999999999999", "low": "-1.0", "high": "1.0"}),
+        ("observation", {"kind": "MultiBinary", "n": [10**9, 10**9]}),
+        ("action", {"kind": "MultiBinary", "n": 10**15}),
+        ("action", {"kind": "MultiDiscrete", "nvec": [10**18] * 2, "start": [0, 0]}),
+        ("action", {"kind": "Dict", "spaces": {"a": {"kind": "MultiBinary", "n": 10**15}}}),
+        ("action", {"kind": "Tuple", "spaces": [{"kind": "MultiBinary", "n": 10**15}]}),
+    ],
+)
+def test_a_header_cannot_claim_a_size_that_the_tensors_have_not(role, space, tmp_path):
+    path = make().save(tmp_path / "demo")
+    tensors = decode(path.read_bytes())
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["demonstrations"])
+    for nested in (space, {"kind": "Dict", "spaces": {"b": space}}):
+        save_file(tensors, path, {"demonstrations": json.dumps({**header, f"{role}_space": nested})})
+        with pytest.raises(DemonstrationError):
+            Demonstrations.load(path)
+
+
+def test_a_header_of_endless_depth_and_lengths_that_overflow_are_refused(tmp_path):
+    path = make().save(tmp_path / "demo")
+    tensors = decode(path.read_bytes())
+    with safe_open(path, "pt") as file:
+        header = file.metadata()["demonstrations"]
+    save_file(tensors, path, {"demonstrations": "[" * 200_000})
+    with pytest.raises(DemonstrationError, match="damaged or no file"):
+        Demonstrations.load(path)
+    claimed = json.dumps({**json.loads(header), "observation_space": "here"})
+    for depth in (300, 1000, 100_000):
+        deep = '{"kind": "Tuple", "spaces": [' * depth + "1" + "]}" * depth
+        save_file(tensors, path, {"demonstrations": claimed.replace('"here"', deep)})
+        with pytest.raises(DemonstrationError, match="damaged"):
+            Demonstrations.load(path)
+    tensors["lengths"] = torch.tensor([2**62, 2**62, 6 - 2**63])
+    save_file(tensors, path, {"demonstrations": header})
+    with pytest.raises(DemonstrationError):
+        Demonstrations.load(path)
+    tensors["lengths"] = torch.tensor([2**63 - 1, 2**63 - 1, 8])  # which sum to 6
+    save_file(tensors, path, {"demonstrations": header})
+    with pytest.raises(DemonstrationError, match="expected whole numbers up to the 6 steps"):
+        Demonstrations.load(path)
+    with pytest.raises(DemonstrationError, match=r"lengths of the demonstrations are torch\.float32"):
+        make(lengths=torch.tensor([3.0, 1.0, 2.0]))
+
+
+def _dict_of(names):
+    """A space whose entries stand in this order, and observations of it."""
+    parts = {"zeta": gym.spaces.Box(-1, 1, (2,)), "alpha": gym.spaces.Discrete(3), "mid": gym.spaces.Box(-9, 9, (1,))}
+    rows = {"zeta": torch.zeros(9, 2), "alpha": torch.arange(9) % 3, "mid": torch.arange(9.0).reshape(9, 1) / 2}
+    space = gym.spaces.Dict(**{name: parts[name] for name in names})
+    assert list(space.spaces) == names  # not sorted, as those that are read from a file
+    return space, {name: rows[name] for name in names}
+
+
+def test_the_order_of_a_dicts_keys_does_not_matter(tmp_path):
+    first, seen = _dict_of(["zeta", "mid", "alpha"])
+    second, other = _dict_of(["alpha", "zeta", "mid"])
+    one, two = make(space=first, observation=seen), make(space=second, observation=other)
+    loaded = Demonstrations.load(one.save(tmp_path / "demo"))
+    assert one.digest == two.digest == loaded.digest
+    for made in (one, two, loaded):
+        for space in (first, second):
+            made.check(space, gym.spaces.Discrete(3))
+        assert join([one, made]).steps == 12
+    for name in ("zeta", "mid", "alpha"):
+        assert torch.equal(one.shuffled().observation[name], two.shuffled().observation[name])
+    with pytest.raises(DemonstrationError, match="have observation space"):
+        one.check(gym.spaces.Dict(**{**first.spaces, "mid": gym.spaces.Box(-9, 9, (2,))}), gym.spaces.Discrete(3))
+
+
+def test_bytes_are_not_taken_for_numbers():
+    pictures = make(observation=torch.zeros(9, 2, dtype=torch.uint8), space=gym.spaces.Box(0, 255, (2,), np.uint8))
+    pictures.check(gym.spaces.Box(0, 9, (2,), np.uint8), gym.spaces.Discrete(3))
+    with pytest.raises(DemonstrationError, match="have observation space"):
+        pictures.check(gym.spaces.Box(0, 255, (2,), np.float32), gym.spaces.Discrete(3))
+
+
+class TwoParts(gym.Env):
+    """Shows a Dict whose keys stand in a given order; the action is counted from 1."""
+
+    def __init__(self, names):
+        shapes = {"zeta": (2,), "alpha": (3,)}
+        self.observation_space = gym.spaces.Dict(**{name: gym.spaces.Box(-1, 1, shapes[name]) for name in names})
+        self.action_space = gym.spaces.Discrete(2, start=1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        assert action in (1, 2)
+        self.count += 1
+        return self._observe(), float(action == 1), False, self.count >= 6, {}
+
+    def _observe(self):
+        drawn = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        shown = {"zeta": np.full(2, self.count / 9, np.float32), "alpha": drawn}
+        return {name: shown[name] for name in self.observation_space.spaces}
+
+
+def test_runs_do_not_depend_on_the_order_of_a_dicts_keys(tmp_path):
+    """Training, its file of demonstrations, cloning from it: bit for bit."""
+    found = []
+    for names in (["zeta", "alpha"], ["alpha", "zeta"]):
+        task = rl.task(partial(TwoParts, names), name="two-parts")
+        run = rl.train(rl.PPO(num_envs=2, num_steps=8, batch_size=8, hidden_sizes=(8,)), task, seeds=2, budget=TINY)
+        path = record(run, 4).save(tmp_path / names[0])
+        settings = rl.BehaviourCloning(demonstrations=str(path), hidden_sizes=(8,), normalise_observation=False)
+        clone = rl.train(settings, task, seeds=2, budget=TINY)
+        found.append([dict(one.state["params"]["weights"]) for one in (run, clone)])
+    for first, second in zip(*found):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(leaf, second[name]) for name, leaf in first.items())
 
 
 def test_what_is_neither_a_file_nor_demonstrations_is_refused():

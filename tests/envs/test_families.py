@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -115,17 +116,39 @@ def test_splits_never_overlap_and_are_equal_for_every_seed():
 
 def test_rotations_are_new_classes_of_the_training_side_alone():
     images = torch.arange(4.0).reshape(1, 2, 2) + 10 * torch.arange(12.0).reshape(12, 1, 1)
+    both = torch.cat([images, images + 0.25], 1).reshape(24, 2, 2)  # two drawings of each
     family = FewShot(
-        images.repeat_interleave(2, 0), torch.arange(24) // 2, {"train": range(6), "test": range(6, 12)},
+        both, torch.arange(24) // 2, {"train": range(6), "test": range(6, 12)},
         ways=5, shots=1, queries=1, rotations=True,
     )  # fmt: skip
     turned = {tuple(torch.rot90(torch.arange(4.0).reshape(2, 2), i).flatten().tolist()) for i in range(4)}
     for split, count in (("train", 4), ("test", 1)):
         tasks = family.tasks(KEY, 0, 60, split)
-        found = tasks["support"]["observation"].flatten(0, 2)
+        found = tasks["support"]["observation"].flatten(0, 2).floor()
         assert len({tuple((image % 10).flatten().tolist()) for image in found} & turned) == count
-        query = tasks["query"]["observation"].flatten(0, 2)
+        query = tasks["query"]["observation"].flatten(0, 2).floor()
         assert torch.equal(found, query)  # a class is one turn of one character
+
+
+def test_equal_images_are_taken_once_and_never_in_two_classes():
+    """A query is no picture of its support, and no picture stands in two splits."""
+    images, labels = labelled(each=8)
+    images[3], images[5] = images[2], images[4]  # copies within class 0
+    images[60] = images[1]  # of class 0, trained on, and of class 7, tested: which is it?
+    images[95] = 0.0  # of class 11, which no split has
+    images[0] = -0.0
+    classes = {"train": range(3), "test": range(6, 9)}
+    with pytest.warns(RuntimeWarning, match="of 96 images 2 equal others of their class .* and 2 equal ones of other"):
+        family = FewShot(images, labels, classes, ways=3, shots=2, queries=2)
+    assert family.dropped == 4 and len(family.images) == 92
+    for split, gone in (("train", {1.0, 3.0, 5.0}), ("test", {1.0, 60.0})):
+        tasks = family.tasks(KEY, 0, 200, split)
+        support, query = (tasks[part]["observation"][..., 0, 0] for part in ("support", "query"))
+        assert not (query.unsqueeze(-1) == support.unsqueeze(-2)).any()
+        assert not {*support.flatten().tolist(), *query.flatten().tolist()} & gone
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert few_shot().dropped == 0 and rl.family("few-shot-digits").source.dropped == 0
 
 
 def test_alphabets_are_held_out_whole():
@@ -213,7 +236,7 @@ def test_few_shot_refuses_what_it_cannot_draw(change, message):
 
 def test_classes_of_different_sizes_give_only_what_they_have():
     labels = torch.tensor([0] * 3 + [1] * 9 + [2] * 5)
-    images = (labels + 1.0).reshape(-1, 1, 1)
+    images = (torch.arange(17) + 1.0).reshape(-1, 1, 1)
     tasks = FewShot(images, labels, {"train": [0, 1, 2]}, ways=3, shots=1, queries=2).tasks(KEY, 0, 40, "train")
     for part in tasks.values():
         assert (part["observation"] > 0).all()
@@ -342,6 +365,8 @@ def test_omniglots_folds_hold_every_alphabet_out_once():
         assert sum(map(len, members)) == len(set.union(*members)) == len(set(family.labels.tolist()))
         tested += members[2]
         assert family.observation_space.shape == (14, 14) and family.observation_space.high.max() <= 1
+        pictures = family.images.flatten(1)
+        assert family.dropped == 0 and len(pictures.unique(dim=0)) == len(pictures) == 4840  # of 5,840 in two files
     assert len(tested) == len(set(tested)) == len(set.union(*members))
     with pytest.raises(SettingError, match="fold is 4, with 8 alphabets expected at most 3"):
         rl.family("few-shot-omniglot", {"fold": 4, "size": 14})

@@ -20,10 +20,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from rlmeta.envs.gymnasium_world import GymnasiumWorld, episode_seed
-from rlmeta.envs.workers import EnvironmentFailedError
 from rlmeta.envs.world import Transition
 from rlmeta.errors import (
     CheckpointError,
+    EnvironmentFailedError,
     InexactResumeError,
     MissingExtraError,
     SettingError,
@@ -221,7 +221,8 @@ def test_not_finite_observations_and_rewards_pass(world_of: Factory) -> None:
             return np.array([np.nan], np.float32), np.inf, False, False, {}
 
     world = world_of(NotFinite)
-    _, transition = world.step(world.reset(KEYS), torch.zeros(2, 2, dtype=torch.int64))
+    with pytest.warns(UserWarning, match="NotFinite"):
+        _, transition = world.step(world.reset(KEYS), torch.zeros(2, 2, dtype=torch.int64))
     assert transition.observation.isnan().all() and transition.reward.isinf().all()
 
 
@@ -680,6 +681,33 @@ def test_action_masks_are_part_of_the_observation(says: str, vector: Any, world_
             assert ((mask == expected) | (excused.unsqueeze(-1) & (mask == 1))).all()
         ends += int(transition.truncated.sum())
     assert ends > 3
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_masks_in_a_list_of_infos(mode: AutoresetMode, world_of: Factory) -> None:
+    """Equal to those in one dictionary of infos, in every row and step."""
+    stories = []
+    for wrap in (lambda env: env, gym.wrappers.vector.DictInfoToList):
+        world = world_of(wrap(SyncVectorEnv([lambda: Masked("info")] * 4, autoreset_mode=mode)))
+        assert "action_mask" in world.observation_space.spaces  # type: ignore[attr-defined]
+        stories.append(_run(world, world.reset(KEYS), range(30))[1])
+    assert _same_story(*stories)
+    assert any((one.observation["action_mask"] == 0).any() for one in stories[0])
+
+
+def test_masks_of_actions_that_are_not_counted_from_zero(world_of: Factory) -> None:
+    """A mask is counted from 0 as the actions of an agent are, whatever the space begins with."""
+
+    class FromOne(Masked):
+        def step(self, action: Any) -> Any:
+            assert self.action_space.contains(action) and self.allowed()[action - 1]
+            return super().step(action)
+
+    world = world_of(lambda: FromOne("info", spaces.Discrete(3, start=1)))
+    state = world.reset(KEYS)
+    for _ in range(20):
+        allowed = world.observation(state)["action_mask"]
+        state, _ = world.step(state, allowed.argmax(-1))
 
 
 def test_mask_of_several_choices_and_its_limits(world_of: Factory) -> None:

@@ -493,3 +493,105 @@ def test_mistakes_are_named() -> None:
 
     with pytest.raises(SpaceError, match=r"Discrete\(n\) from 0 or Box, not in Discrete\(2, start=1\)"):
         NativeWorld(Shifted())
+
+
+# -------------------------------------------------------------------------------- actions and results that don't fit
+
+
+class Puck(Clock):
+    """Of the user's own, with a Box whose shape and bounds are not those of any other."""
+
+    action_space = gym.spaces.Box(np.array([-1, -np.inf], np.float32), np.array([np.inf, 2], np.float32))  # type: ignore[assignment]
+
+    def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
+        assert action.dtype == torch.float64
+        return state, action.sum(-1).float(), action[..., 0] > 10
+
+    reset_noise, step_noise = 1, 0
+
+
+ROWS = (2, 3)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2,), (6,), (2, 1), (3, 2), (2, 3, 1), (2, 3, 2), (1, 2, 3)])
+@pytest.mark.parametrize("env", [*NATIVE.values(), Clock(), Puck(), TabularMDP([[[1.0]]], [[0.0]])], ids=repr)
+def test_an_action_of_another_shape_is_refused(env: NativeEnv, shape: tuple[int, ...]) -> None:
+    world = NativeWorld(env, (2,), 3)
+    space = world.action_space
+    state, kind = world.reset(make_keys([0, 1])), torch.int64 if isinstance(space, gym.spaces.Discrete) else None
+    action = torch.zeros(shape, dtype=kind)
+    if shape == (*ROWS, *(space.shape or ())):
+        assert world.step(state, action)[1].reward.shape == ROWS
+        return
+    with pytest.raises(SpaceError, match=r"an action for \w+ is of shape .*expected a tensor \(2, 3"):
+        world.step(state, action)
+
+
+@pytest.mark.parametrize("env", [env for env in NATIVE.values() if isinstance(env.action_space, gym.spaces.Discrete)])
+def test_an_action_that_there_is_not_is_refused(env: NativeEnv) -> None:
+    world, count = NativeWorld(env, (2,), 3), int(env.action_space.n)  # type: ignore[attr-defined]
+    state, legal = world.reset(make_keys([0, 1])), torch.zeros(ROWS, dtype=torch.int64)
+    for wrong in (-1, count, 7 if count < 7 else 99, -(2**40)):
+        action = legal.clone()
+        action[1, 2] = wrong
+        with pytest.raises(SpaceError, match=f"the action {wrong} for .* is not in its space Discrete"):
+            world.step(state, action)
+    for wrong_kind in (legal.float(), legal.double() + 0.9, legal.to(torch.complex64)):
+        with pytest.raises(SpaceError, match=r"has dtype .*expected whole numbers"):
+            world.step(state, wrong_kind)
+    for other in (legal.tolist(), {"a": legal}, legal.numpy()):
+        with pytest.raises(SpaceError, match="expected a tensor"):
+            world.step(state, other)  # type: ignore[arg-type]
+    for kind in (torch.int64, torch.int32, torch.uint8, torch.bool):  # every whole number is one
+        assert same(world.step(state, legal.to(kind))[1]._asdict(), world.step(state, legal)[1]._asdict())
+    if count > 1:
+        most = torch.full(ROWS, count - 1)
+        assert same(world.step(state, most.to(torch.int8))[1]._asdict(), world.step(state, most)[1]._asdict())
+
+
+def test_box_actions_are_clipped_to_bounds_of_which_some_are_infinite() -> None:
+    world = NativeWorld(Puck(), (2,), 3)
+    state = world.reset(make_keys([0, 1]))
+    action = torch.tensor([-5.0, -5.0]).expand(2, 3, 2)
+    assert world.step(state, action)[1].reward.unique().tolist() == [-6]
+    assert world.step(state, -3 * action)[1].reward.unique().tolist() == [17]
+    assert world.step(state, (-3 * action).long())[1].reward.unique().tolist() == [17]
+    with pytest.raises(SpaceError, match="expected numbers"):
+        world.step(state, action.to(torch.complex64))
+
+
+class Wrong(Clock):
+    """Gives what a subclass of it changes."""
+
+    reset_noise, step_noise = 1, 0
+
+    def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
+        return state, self.reward(action.float()), self.terminated(action == 9)
+
+    def observe(self, state: State) -> Tensor:
+        return self.seen(torch.stack((state["time"], state["mark"]), -1).float())
+
+    reward = terminated = seen = staticmethod(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("reward", lambda x: x.unsqueeze(-1), r"reward as torch.float32 of shape \(2, 3, 1\), expected"),
+        ("reward", lambda x: x[0], r"reward as torch.float32 of shape \(3,\)"),
+        ("reward", lambda x: x.double(), "reward as torch.float64"),
+        ("reward", lambda x: x.long(), "reward as torch.int64"),
+        ("terminated", lambda x: x.float(), "terminated as torch.float32"),
+        ("terminated", lambda x: x.any(), r"terminated as torch.bool of shape \(\)"),
+        ("seen", lambda x: x[..., 0], r"observation as torch.float32 of shape \(2, 3\)"),
+        ("seen", lambda x: x.double(), r"observation as torch.float64"),
+        ("seen", lambda x: {"a": x}, r"observation as nothing|observation a as"),
+    ],
+)
+def test_an_environment_of_ones_own_that_gives_another_form_is_refused(part: str, change: Any, match: str) -> None:
+    env = type("Mine", (Wrong,), {part: staticmethod(change)})()
+    world = NativeWorld(env, (2,), 3)
+    with pytest.raises(SpaceError, match="Mine gave " + match):
+        world.step(world.reset(make_keys([0, 1])), torch.zeros(ROWS, dtype=torch.int64))
+    fine = NativeWorld(Wrong(), (2,), 3)
+    fine.step(fine.reset(make_keys([0, 1])), torch.zeros(ROWS, dtype=torch.int64))

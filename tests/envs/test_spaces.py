@@ -256,3 +256,96 @@ def test_names_that_trees_cannot_have_are_refused(space: Any) -> None:
 def test_keys_that_are_no_strings_are_refused() -> None:
     with pytest.raises(SpaceError, match="key 1"):
         check_space(spaces.Dict({1: spaces.Discrete(2)}))
+
+
+class Mission(spaces.Text):
+    """As MiniGrid's MissionSpace: a space of another package that extends Text."""
+
+
+@pytest.mark.parametrize("role", ["observation", "action"])
+def test_the_entry_that_is_not_supported_is_named_with_what_to_do(role: str) -> None:
+    space = spaces.Dict(image=spaces.Box(0, 255, (7, 7, 3), np.uint8), mission=Mission(9))
+    with pytest.raises(SpaceError) as error:
+        check_space(space, role)
+    said = str(error.value)
+    assert said.startswith(f"the entry 'mission' of the {role} space") and "is a Mission (a Text), which is not" in said
+    assert said.endswith("or gymnasium.wrappers.FilterObservation to leave 'mission' out")
+    with pytest.raises(SpaceError, match=r"the entry 'more/1' of the observation space .*is a Graph"):
+        check_space(spaces.Dict(more=spaces.Tuple([spaces.Discrete(2), spaces.Graph(spaces.Discrete(2), None)])))
+    with pytest.raises(SpaceError, match="the entry 'a' of the observation space has the key 'x/y'"):
+        check_space(spaces.Dict(a=spaces.Dict({"x/y": spaces.Discrete(2)})))
+
+
+def _filled(names: list[str]) -> spaces.Dict:
+    """A Dict whose entries stand in this order."""
+    parts = {
+        "zeta": spaces.Box(-1, 1, (2,)),
+        "alpha": spaces.Dict(**{name: spaces.Discrete(3) for name in (names[0], names[-1])}),
+        "mid": spaces.Discrete(4),
+    }
+    made = spaces.Dict(**{name: parts[name] for name in names})
+    assert list(made.spaces) == names
+    return made
+
+
+def test_the_order_in_which_a_dict_was_filled_does_not_matter() -> None:
+    one, other = _filled(["zeta", "mid", "alpha"]), _filled(["alpha", "mid", "zeta"])
+    assert one == other
+    first, second = Layout(one), Layout(other)
+    names = ["alpha/alpha", "alpha/zeta", "mid", "zeta"]
+    assert [leaf.name for leaf in first.leaves] == names == [leaf.name for leaf in second.leaves]
+    assert first.signature == second.signature
+    one.seed(0)
+    value = one.sample()
+    turned = {name: value[name] for name in reversed(value)}
+    _same(to_tree(one, value), to_tree(other, turned))
+    assert list(tree.flatten(to_tree(one, value))) == names
+    back = to_numpy(one, to_tree(other, turned))
+    assert one.contains(back) and other.contains(back) and back["mid"] == value["mid"]
+    assert np.array_equal(back["zeta"], value["zeta"]) and back["alpha"] == value["alpha"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        (np.int64, -(2**63), 2**63 - 1),
+        (np.int64, -(2**62) - 1, 2**62 + 1),
+        (np.uint64, 0, 2**64 - 1),
+        (np.int32, -(2**31), 2**31 - 1),
+        (np.uint8, 3, 250),
+        (np.int8, -128, 127),
+    ],
+)
+def test_whole_numbers_reach_bounds_that_no_float_holds(dtype: Any, low: int, high: int) -> None:
+    space = spaces.Box(low, high, (4,), dtype)
+    got = to_numpy(space, torch.tensor([-1e30, 1e30, torch.inf, 7.0]))
+    assert got.dtype == dtype and space.contains(got) and [int(x) for x in got] == [low, high, high, 7]
+
+
+def test_half_infinite_bounds_of_every_dtype_clip_one_side() -> None:
+    for dtype in (np.float16, np.float32, np.float64):
+        for low, high, expected in ((-np.inf, 2, [-9, 2]), (-2, np.inf, [-2, 9]), (-np.inf, np.inf, [-9, 9])):
+            space = spaces.Box(low, high, (2,), dtype)
+            got = to_numpy(space, torch.tensor([-9.0, 9.0]))
+            assert got.dtype == dtype and space.contains(got) and got.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("space", "action", "expected"),
+    [
+        (spaces.Discrete(3, start=1), torch.tensor([[0, 2]]), [1, 3]),
+        (spaces.Discrete(3, start=-5), torch.tensor([[0, 2]]), [-5, -3]),
+        (spaces.Discrete(3, dtype=np.uint8), torch.tensor([[0, 2]]), [0, 2]),
+        (spaces.MultiBinary(2), torch.tensor([[[0, 1], [1, 1]]]), [[0, 1], [1, 1]]),
+        (spaces.MultiBinary((2, 1)), torch.tensor([[[[0], [1]], [[1], [1]]]]), [[[0], [1]], [[1], [1]]]),
+        (spaces.MultiDiscrete([[2], [3]], start=[[1], [-1]]), torch.tensor([[[[0], [1]], [[1], [2]]]]),
+         [[[1], [0]], [[2], [1]]]),
+        (spaces.Box(-1, 1, ()), torch.tensor([[0.5, 9.0]]), [0.5, 1.0]),
+    ],
+)  # fmt: skip
+def test_every_row_of_an_action_is_in_the_space(space: Any, action: torch.Tensor, expected: Any) -> None:
+    layout = Layout(space, "action")
+    rows = layout.rows(layout.executable(layout.canonical(action, (1, 2))))
+    assert all(space.contains(row) for row in rows)
+    assert [np.asarray(row).tolist() for row in rows] == expected
+    assert batch_space(space, 2).contains(to_numpy(space, action, (1, 2)))

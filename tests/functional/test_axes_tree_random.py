@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align, masked_mean
 
@@ -66,15 +67,38 @@ def test_masked_mean_gives_no_gradient_to_what_it_leaves_out() -> None:
 def test_tree_map_leaves_flatten() -> None:
     a, b, c = (torch.tensor(float(i)) for i in range(3))
     nested = {"x": {"y": a, "z": b}, "w": c}
-    assert [leaf.item() for leaf in tree.leaves(nested)] == [0, 1, 2]
+    assert [leaf.item() for leaf in tree.leaves(nested)] == [2, 0, 1]
     assert tree.flatten(nested) == {"x/y": a, "x/z": b, "w": c}
+    assert list(tree.flatten({**nested, "a": {}, "x": {"z": b, "y": a}})) == ["w", "x/y", "x/z"]
     assert tree.unflatten(tree.flatten(nested)) == nested
     assert tree.unflatten(tree.flatten(a)) is a
     added = tree.map(lambda x, y, z: x + 10 * y + z, nested, nested, nested)
     assert added == {"x": {"y": 0, "z": 12}, "w": 24}
     assert tree.map(lambda x: x + 1, a) == 1
-    with pytest.raises(KeyError):
-        tree.map(lambda x, y: x, nested, {"x": {"y": a}, "w": c})
+
+
+def test_trees_are_paired_by_name() -> None:
+    one, other = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 30, "c": 20}, "a": 10}
+    assert list(tree.leaves(one)) == [1, 2, 3] and list(tree.leaves(other)) == [10, 20, 30]
+    assert tree.map(lambda x, y: x + y, one, other) == {"a": 11, "b": {"c": 22, "d": 33}}
+    rebuilt = tree.rebuild(other, iter([4, 5, 6]))
+    assert rebuilt == {"a": 4, "b": {"c": 5, "d": 6}} and list(rebuilt) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"a": 1}, "the second lacks b"),
+        ({"a": 1, "b": {"c": 2}, "e": 4, "f": 5}, "the first lacks e, f"),
+        ({"a": 1, "x": 2}, "the second lacks b; the first lacks x"),
+        ({"a": 1, "b": 2}, "a dictionary against int"),
+        ({"a": {}, "b": {"c": 1}}, "int against a dictionary"),
+        (7, "a dictionary against int"),
+    ],
+)
+def test_trees_with_other_names_are_refused(other: object, said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        tree.map(lambda x, y: x, {"a": 1, "b": {"c": 2}}, other)
 
 
 # --- random: which numbers ---

@@ -177,7 +177,7 @@ def test_a_policys_fisher_is_the_curvature_of_the_divergence(space):
     from rlmeta.agents import PPO
 
     agent = PPO(hidden_sizes=(4,)).bind(gym.spaces.Box(-1, 1, (3,)), space)
-    tensors = {n: w.detach() for n, w in agent.policy.named_parameters()}
+    tensors = {n: w.detach() for n, w in agent.networks()["policy"].named_parameters()}
     x = random.normal(random.make_keys([1])[0], "x", 0, (6, 3))
     sizes = [w.numel() for w in tensors.values()]
 
@@ -251,3 +251,18 @@ def test_gradients_of_groups_equal_a_loop(name, learners):
         loss = losses({"weights": leaves}, {"x": x.select(axes, k), "y": y.select(axes, k)}, Context()).mean(-1).sum()
         for n, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
             torch.testing.assert_close(found[n].select(axes, k), gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_a_frozen_weight_beside_a_trained_bias_of_a_layer_that_is_passed_several_times():
+    layer = Linear(2, 3)
+    tensors = {n: torch.randn(2, *w.shape, dtype=torch.float64) for n, w in layer.named_parameters()}
+    x = {"x": torch.randn(2, 5, 4, 2, dtype=torch.float64)}
+
+    def logits(p, batch, ctx):
+        return layer.run({**p["weights"], **p.get("buffers", {})}, batch["x"], ctx).sum(-2)
+
+    frozen = {"weights": {"bias": tensors["bias"]}, "buffers": {"weight": tensors["weight"]}}
+    found = categorical_fisher(logits, frozen, x, 1)
+    whole = categorical_fisher(logits, {"weights": {"bias": tensors["bias"], "weight": tensors["weight"]}}, x, 1)
+    torch.testing.assert_close(found, whole[:, :3], rtol=1e-10, atol=1e-12)
+    assert found.min() > 0

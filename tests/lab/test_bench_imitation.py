@@ -46,6 +46,10 @@ def test_tables_are_written_and_runs_are_read_the_second_time(options, capsys):
     before = {path: path.stat().st_mtime_ns for path in options.runs.rglob("summary.json")}
     assert bench_imitation.imitation(options) == 0
     assert before == {path: path.stat().st_mtime_ns for path in options.runs.rglob("summary.json")}
+    written = json.loads((options.out / "imitation_gail.json").read_text())
+    assert written["seeds"] == [100, 101] and max(written["chosen_on_seeds"]) < 100
+    with pytest.raises(SettingError, match=r"learners of seeds \[100, 101\], the table .* from 100 on, 3 of them"):
+        bench_imitation.imitation(replace(options, seeds=3))
 
 
 def test_speed_is_a_ratio_of_both_sides_and_needs_the_peer(options, monkeypatch, capsys):

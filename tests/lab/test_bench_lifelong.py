@@ -41,7 +41,8 @@ def test_tables_of_samples(small, tmp_path, capsys):
         assert name in printed
     for table, rows in (("rotations", 4), ("split_task", 7), ("split_class", 6)):
         content = json.loads((tmp_path / f"lifelong_{table}.json").read_text())
-        assert len(content["rows"]) == rows
+        assert len(content["rows"]) == rows and content["seeds"] == [100, 101]
+        assert max(content["chosen_on_seeds"]) < 100
         assert all(0 <= row["accuracy"][0] <= 1 for row in content["rows"])
 
 

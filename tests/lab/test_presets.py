@@ -16,6 +16,8 @@ from rlmeta.envs.names import names, read_toml
 from rlmeta.envs.task import Task, TaskFamily, from_table
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional.random import make_keys
+from rlmeta.lab import plan
+from rlmeta.lab.bench_seeds import FIRST_SEED
 from rlmeta.lab.presets import NOTHING, load_preset, preset, preset_files
 from rlmeta.lab.shipped import agent_class
 from rlmeta.learning.settings import name_of
@@ -57,6 +59,14 @@ def test_table_on_top_of_defaults(ppo_file: Path) -> None:
         "stop_kl": float("inf"),
     }
     assert preset("ppo", "CartPole-v1") == PPO(**found.settings)
+
+
+def test_seeds_that_settings_were_chosen_on_are_no_settings(ppo_file: Path) -> None:
+    assert load_preset(PPO, "CartPole-v1").chosen_on_seeds == ()
+    ppo_file.write_text(FILE + "chosen_on_seeds = [0, 3]\n")
+    found = load_preset(PPO, "CartPole-v1")
+    assert found.chosen_on_seeds == (0, 3) and "chosen_on_seeds" not in found.settings
+    assert "[CartPole-v1], chosen on seeds 0, 3" in plan.from_flags("ppo", "CartPole-v1", []).header(Path("runs/x"))
 
 
 def test_defaults_hold_for_every_task(ppo_file: Path) -> None:
@@ -110,6 +120,10 @@ def test_sources(ppo_file: Path) -> None:
         ("learning_rate = -1", "learning_rate is -1, expected above 0"),
         ("batch_size = 100", "batch_size 100 does not divide"),
         ("num_steps = ", "not valid TOML"),
+        ("chosen_on_seeds = 3", "chosen_on_seeds is 3, expected different whole numbers"),
+        ("chosen_on_seeds = [0, 0]", "chosen_on_seeds is [0, 0], expected different"),
+        ("chosen_on_seeds = [0.5]", "chosen_on_seeds is [0.5], expected different"),
+        ("chosen_on_seeds = [true]", "chosen_on_seeds is [True], expected different"),
     ],
 )
 def test_wrong_presets_are_refused_with_file_and_place(ppo_file: Path, line: str, message: str) -> None:
@@ -144,6 +158,9 @@ def test_shipped_presets_are_settings() -> None:
             found = load_preset(known[name], table)
             assert found.table == table
             assert found.steps, f"agents/{name}.toml [{table}] lacks steps"
+            said = read_toml(names("agents")[name])[table]
+            assert "chosen_on_seeds" in said, f"agents/{name}.toml [{table}] does not say on which seeds it was chosen"
+            assert all(seed < FIRST_SEED for seed in found.chosen_on_seeds), "those are of the published tables"
     cartpole = rl.preset("ppo", "CartPole-v1")
     assert dataclasses.replace(PPO(), num_steps=32, num_epochs=20, learning_rate=1e-3) == dataclasses.replace(
         cartpole, gamma=0.99, gae_lambda=0.95, clip_range_schedule="constant"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import rlmeta as rl
+from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab.experiment import Budget
+from rlmeta.lab.train import prepare
 from rlmeta.learning import capture as capture_module
 from rlmeta.learning.capture import Capture, Function
+from rlmeta.learning.tape import Tape, own_memory
 from rlmeta.nn.product import layers
 
 
@@ -73,8 +78,9 @@ def test_a_function_that_looks_at_values_is_never_replayed():
     def branches(given: tree.Tree) -> tree.Tree:
         return {"y": given["x"] if bool(given["x"].sum() > 0) else -given["x"]}
 
-    for sign in (1.0, -1.0, 1.0, -1.0):
-        assert capture("branches", branches, {"x": torch.ones(2) * sign})["y"].tolist() == [1.0, 1.0]
+    with pytest.warns(RuntimeWarning, match="branches: not recorded.*looks at the numbers"):
+        for sign in (1.0, -1.0, 1.0, -1.0):
+            assert capture("branches", branches, {"x": torch.ones(2) * sign})["y"].tolist() == [1.0, 1.0]
 
 
 def test_a_function_with_a_memory_of_its_own_is_never_replayed():
@@ -84,7 +90,8 @@ def test_a_function_with_a_memory_of_its_own_is_never_replayed():
         count[0] += 1.0
         return {"y": given["x"] + count[0]}
 
-    assert [capture("counts", counts, {"x": torch.zeros(())})["y"].item() for _ in range(2)] != [1.0, 1.0]
+    with pytest.warns(RuntimeWarning, match="counts: not recorded.*other numbers"):
+        assert [capture("counts", counts, {"x": torch.zeros(())})["y"].item() for _ in range(2)] == [1.0, 2.0]
 
 
 def test_random_numbers_follow_the_key():
@@ -95,15 +102,33 @@ def test_random_numbers_follow_the_key():
         assert torch.equal(found["x"], random.normal(keys, "a", 0, (4,)))
 
 
-def test_training_is_the_same_with_and_without(monkeypatch):
-    def weights(warm_up: int, agent: object) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(capture_module, "WARM_UP", warm_up)
-        run = rl.train(agent, "CartPole-v1", seeds=2, budget=Budget(steps=1024, final_episodes=2))
-        return dict(run.state["params"]["weights"])
+TASKS = ["FrozenLake-v1", "FrozenLake8x8-v1", "CliffWalking-v1", "GridWorld-v0", "Bandit-v0", "Navigation-v0"]
+TASKS += ["Pendulum-v1", "MountainCarContinuous-v0", "Acrobot-v1", "cartpole-physics", "CartPole-fixed"]
+AGENTS = [rl.PPO(num_steps=16, batch_size=64, num_epochs=4), rl.A2C(), rl.REINFORCE(num_steps=40)]
+AGENTS += [rl.DQN(learning_starts=16, gradient_steps=2)]
 
-    for agent in (rl.PPO(num_steps=32, num_epochs=4), rl.A2C(), rl.DQN(), rl.REINFORCE()):
-        plain, replayed = weights(10**9, agent), weights(3, agent)
-        assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+@pytest.mark.filterwarnings("error:.*not recorded")
+@pytest.mark.parametrize(
+    "agent, task",
+    [
+        *((rl.A2C(num_steps=32), task) for task in TASKS),
+        *((agent, task) for agent in AGENTS for task in ("FrozenLake-v1", "CartPole-v1")),
+    ],
+)
+def test_every_native_task_is_recorded_and_learned_as_without(
+    agent: object, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for warm_up in (10**9, 3):
+        monkeypatch.setattr(capture_module, "WARM_UP", warm_up)
+        run = prepare(agent, task, Budget(steps=10_000), seeds=2)
+        for _ in range(9):
+            run.state, _ = run.agent.iterate(run.state, run.world)
+        ends.append(run.state)
+    programs = run.agent.capture._programs.values()
+    assert len(programs) >= 2 and None not in programs
+    assert all(tree.flatten(tree.map(torch.equal, *ends)).values())
 
 
 def test_an_agent_whose_settings_have_no_network_can_be_bound():
@@ -150,8 +175,8 @@ def one_by_one(function: Function, given: tuple[tree.Tree, tree.Tree, tree.Tree]
     for i in range(times):
         found = function({"carried": carried, "fixed": fixed, "each": {name: x[i] for name, x in each.items()}})
         carried, row = found["carried"], found["row"]
-        rows.append([value.clone() for value in row.values()])
-    return [*carried.values(), *(torch.stack(column, 0) for column in zip(*rows))]
+        rows.append([value.clone() for value in tree.leaves(row)])
+    return [*tree.leaves(carried), *(torch.stack(column, 0) for column in zip(*rows))]
 
 
 def same(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> bool:
@@ -202,7 +227,7 @@ def test_what_is_written_in_place_and_seen_by_others_stays_so():
         torch.manual_seed(seed)
         given = ({"x": torch.randn(3, 2)}, {"y": torch.randn(3, 2)}, {})
         carried, rows = capture.scan("writes", writes, *given, 3)
-        assert same([*carried.values(), *rows.values()], one_by_one(writes, given, 3))
+        assert same([*tree.leaves(carried), *tree.leaves(rows)], one_by_one(writes, given, 3))
         rows["ones"].zero_()  # the caller's own
 
 
@@ -216,7 +241,7 @@ def test_two_that_change_places_are_not_written_over():
         torch.manual_seed(seed)
         given = ({"a": torch.randn(3), "b": torch.randn(3)}, {}, {})
         carried, rows = capture.scan("swap", swap, *given, 5)
-        assert same([*carried.values(), *rows.values()], one_by_one(swap, given, 5))
+        assert same([*tree.leaves(carried), *tree.leaves(rows)], one_by_one(swap, given, 5))
 
 
 def test_a_scan_whose_shapes_change_is_never_a_program():
@@ -224,7 +249,7 @@ def test_a_scan_whose_shapes_change_is_never_a_program():
         return {"carried": {"x": torch.cat([given["carried"]["x"]] * 2)}, "row": {}}
 
     capture = Capture(warm_up=1)
-    for _ in range(3):
+    with pytest.warns(RuntimeWarning, match="grows: not recorded.*shapes"):
         assert capture.scan("grows", grows, {"x": torch.ones(1)}, {}, {}, 3)[0]["x"].shape == (8,)
 
 
@@ -248,7 +273,273 @@ def test_without_its_own_source_a_scan_is_never_a_program(script: object, monkey
     monkeypatch.setattr(torch.jit, "script", script)
     capture = Capture(warm_up=1)
     given = scanned(0, 3)
-    with pytest.warns(RuntimeWarning, match="rlmeta's own source has changed or is not there"):
+    with pytest.warns(RuntimeWarning, match="rlmeta.s own source has changed or is not there"):
         carried, rows = capture.scan("descent", descent, *given, 3)
-    assert same([*carried.values(), *rows.values()], one_by_one(descent, given, 3))
-    assert same(tree.leaves(capture.scan("descent", descent, *given, 3)[0]), carried.values())
+    assert same([*tree.leaves(carried), *tree.leaves(rows)], one_by_one(descent, given, 3))
+    assert same(tree.leaves(capture.scan("descent", descent, *given, 3)[0]), tree.leaves(carried))
+
+
+# ---------------------------------------------------------------------- names
+
+
+def pair(given: tree.Tree) -> tree.Tree:
+    """A call that fills its dictionaries in another order than it finds them."""
+    old, fixed = given["carried"], given["fixed"]
+    row = {"z": old["a"] * fixed["b"], "y": old["deep"]["q"] - fixed["a"]}
+    return {"row": row, "carried": {"deep": {"p": old["deep"]["q"], "q": old["a"] + 1}, "a": old["deep"]["p"]}}
+
+
+def pair_inputs(seed: int, turned: bool) -> tuple[tree.Tree, tree.Tree]:
+    a, p, q, b, c = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)).unbind(0)
+    if turned:
+        return {"deep": {"q": q, "p": p}, "a": a}, {"b": b, "a": c}
+    return {"a": a, "deep": {"p": p, "q": q}}, {"a": c, "b": b}
+
+
+def test_what_is_carried_is_paired_by_name_in_whatever_order_dictionaries_are_filled():
+    capture, calls = Capture(warm_up=1), []
+
+    def counted(given: tree.Tree) -> tree.Tree:
+        calls.append(1)
+        return pair(given)
+
+    for seed in range(9):
+        carried, rows = capture.scan("pair", counted, *pair_inputs(seed, seed % 2 == 0), {}, 5)
+        expected, fixed = pair_inputs(seed, seed % 2 == 1)
+        each = []
+        for _ in range(5):
+            found = pair({"carried": expected, "fixed": fixed})
+            expected, row = found["carried"], found["row"]
+            each.append(row)
+        assert tree.map(torch.equal, carried, expected) == {"deep": {"p": True, "q": True}, "a": True}
+        stacked = tree.map(lambda *steps: torch.stack(steps), *each)
+        assert tree.map(torch.equal, rows, stacked) == {"z": True, "y": True}
+        assert list(carried) == ["deep", "a"] and list(rows) == ["z", "y"]
+    assert len(calls) == 1 + 5 + 3 * 2, "recorded once, called in turn, checked: one program for both orders"
+
+
+def test_single_calls_are_paired_by_name_too():
+    def minus(given: tree.Tree) -> tree.Tree:
+        calls.append(1)
+        return {"b": given["b"] - given["a"], "a": given["a"] * 1}
+
+    capture, calls = Capture(warm_up=1), []
+    for number in range(8):
+        a, b = torch.tensor([1.0 + number]), torch.tensor([10.0])
+        found = capture("minus", minus, {"a": a, "b": b} if number % 2 else {"b": b, "a": a})
+        assert found["b"].item() == 9.0 - number and found["a"].item() == 1.0 + number
+    assert len(calls) == 1 + 3
+
+
+def test_other_names_of_the_same_shapes_are_recorded_apart():
+    capture = Capture(warm_up=1)
+    x, y = torch.tensor([1.0]), torch.tensor([2.0])
+    for _ in range(6):
+        assert capture("sum", lambda given: {"y": given["a"] + 2 * given["b"]}, {"a": x, "b": y})["y"].item() == 5
+        assert capture("sum", lambda given: {"y": 2 * given["b"] + given["c"]}, {"b": x, "c": y})["y"].item() == 4
+        nested = {"a": {"b": x}, "b": {}, "c": y}
+        assert capture("sum", lambda given: {"y": given["a"]["b"] - given["c"]}, nested)["y"].item() == -1
+
+
+def test_a_scan_that_renames_what_it_carries_is_never_a_program():
+    def renames(given: tree.Tree) -> tree.Tree:
+        return {"carried": {"b": next(iter(given["carried"].values())) + 1}, "row": {}}
+
+    capture = Capture(warm_up=1)
+    with pytest.warns(RuntimeWarning, match="renames: not recorded.*other names"):
+        for _ in range(3):
+            assert capture.scan("renames", renames, {"a": torch.zeros(1)}, {}, {}, 3)[0]["b"].item() == 3
+
+
+# ---------------------------------------------------------------------- strides
+
+
+def packed_view() -> torch.Tensor:
+    """As every weight of an agent lies: learners apart by more than the weight is long, at an odd place."""
+    return torch.rand(2, 43)[:, 3:39].view(2, 4, 9)
+
+
+def channels_last() -> torch.Tensor:
+    return torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+
+
+LAYOUTS = {
+    "packed view": packed_view,
+    "expanded": lambda: torch.rand(3, 1).expand(3, 4),
+    "a number for all": lambda: torch.rand(()).expand(3, 4),
+    "transposed": lambda: torch.rand(4, 3).mT,
+    "every other": lambda: torch.rand(8, 6)[1::2, ::3],
+    "windows that overlap": lambda: torch.rand(9).unfold(0, 4, 2),
+    "channels last": channels_last,
+    "empty": lambda: torch.rand(3, 0, 2),
+    "an odd place": lambda: torch.rand(14)[1:13].view(3, 4),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_are_recorded_with_their_own_strides(layout: str):
+    def reads(given: tree.Tree) -> tree.Tree:
+        x = given["fixed"]["x"]
+        flat = x.reshape(-1).tanh()  # a view of what lies one behind the other, else a copy
+        return {
+            "carried": {"sum": given["carried"]["sum"] + flat, "x": given["carried"]["x"] * 2},
+            "row": {"x": x * 2, "each": given["each"]["x"].reshape(-1) + given["carried"]["x"].reshape(-1)},
+        }
+
+    make, calls = LAYOUTS[layout], []
+
+    def counted(given: tree.Tree) -> tree.Tree:
+        calls.append(1)
+        return reads(given)
+
+    capture = Capture(warm_up=1)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        fixed, each = make(), torch.stack([make() for _ in range(3)])
+        carried = {"sum": torch.zeros(fixed.numel()), "x": make()}
+        before = [carried["x"].clone(), fixed.clone()]
+        given = (carried, {"x": fixed}, {"x": each})
+        found, rows = capture.scan("reads", counted, *given, 3)
+        assert same([*tree.leaves(found), *tree.leaves(rows)], one_by_one(reads, given, 3))
+        assert same([carried["x"], fixed], before)
+    assert len(calls) == 1 + 3 + 3 * 2
+
+
+def test_a_copy_in_memory_of_its_own_lies_as_the_tensor_does():
+    for make in LAYOUTS.values():
+        x = make()
+        copy = own_memory(x)
+        assert torch.equal(copy, x) and copy.stride() == x.stride() and copy._base is None
+        assert copy.numel() == 0 or (copy.data_ptr() - x.data_ptr()) % 64 == 0
+        assert copy.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or copy.numel() == 0
+
+
+def test_what_python_makes_of_numbers_in_a_call_is_a_constant():
+    def shifts(given: tree.Tree) -> tree.Tree:
+        shift = torch.tensor([1.0, 2.0])
+        moved = given["carried"]["x"] + shift
+        return {"carried": {"x": moved}, "row": {"y": shift.mul_(moved)}}  # written to: the next call has it anew
+
+    capture, calls = Capture(warm_up=1), []
+    for _ in range(7):
+        found = capture.scan("shifts", lambda x: calls.append(1) or shifts(x), {"x": torch.zeros(2)}, {}, {}, 3)  # type: ignore[func-returns-value]
+        assert found[0]["x"].tolist() == [3, 6] and found[1]["y"].tolist() == [[1, 4], [2, 8], [3, 12]]
+    assert len(calls) == 1 + 3 + 3 * 2
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def broken(times: int) -> Callable[..., object]:
+    """A tracer whose programs work for so many calls."""
+    traced, done = capture_module._traced, [0]
+
+    def program(tape: Tape, examples: list[torch.Tensor]) -> object:
+        real = traced(tape, examples)
+
+        def play(given: list[torch.Tensor]) -> list[torch.Tensor]:
+            done[0] += 1
+            if done[0] > times:
+                given[0].add_(1.0)  # whatever it has half done
+                raise RuntimeError("first line\nthe machine broke")
+            return real(given)
+
+        return play
+
+    return program
+
+
+def python_loop(start: Callable, body: Callable) -> Callable:
+    def loop(carried: list, each: list, fixed: list, times: int, width: int, axis: int) -> list[torch.Tensor]:
+        carried, rows = [x.clone() for x in carried], []
+        known = start(carried + [x[0] for x in each] + fixed)
+        for i in range(times):
+            found = body(carried + [x[i] for x in each] + fixed + known)
+            carried = found[: len(carried)]
+            rows += found[len(carried) :]
+        return carried + [torch.stack(rows[row::width], axis) for row in range(width)]
+
+    return loop
+
+
+@pytest.mark.parametrize("times", [0, 1, 3, 5, 8, 20, 40])
+def test_an_error_in_a_program_is_said_once_and_the_run_goes_on_without(times: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(capture_module, "_traced", broken(times))
+    monkeypatch.setattr(capture_module, "_looped", python_loop)
+    capture = Capture(warm_up=2)
+    with pytest.warns(RuntimeWarning, match="descent: not recorded.*RuntimeError: the machine broke") as said:
+        for seed in range(12):
+            given = scanned(seed, 4)
+            before = scanned(seed, 4)
+            carried, rows = capture.scan("descent", descent, *given, 4)
+            assert same([*tree.leaves(carried), *tree.leaves(rows)], one_by_one(descent, before, 4))
+            assert all(same(tree.leaves(one), tree.leaves(other)) for one, other in zip(given, before))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("times", [0, 1, 3, 5])
+def test_an_error_in_the_program_of_single_calls_is_said_once(times: int, monkeypatch: pytest.MonkeyPatch):
+    def breaks(tape: Tape, examples: list[torch.Tensor]) -> object:
+        done = [0]
+
+        def play(given: list[torch.Tensor]) -> list[torch.Tensor]:
+            done[0] += 1
+            if done[0] > times:
+                raise IndexError("no such place")
+            return tape.play(given)
+
+        return play
+
+    monkeypatch.setattr(capture_module, "_traced", breaks)
+    capture = Capture(warm_up=2)
+    with pytest.warns(RuntimeWarning, match="loss: not recorded.*IndexError: no such place") as said:
+        for seed in range(9):
+            found, expected = capture(("loss", 3), gradient, inputs(seed)), gradient(inputs(seed))
+            assert same(tree.leaves(found), tree.leaves(expected))
+    assert len(said) == 1
+
+
+def test_an_error_while_recording_is_said_once(monkeypatch: pytest.MonkeyPatch):
+    def fails(*args: object) -> None:
+        raise MemoryError("no room for notes")
+
+    monkeypatch.setattr(capture_module, "record", fails)
+    capture = Capture(warm_up=2)
+    with pytest.warns(RuntimeWarning, match="not recorded, so this run is slower .MemoryError: no room") as said:
+        for seed in range(4):
+            assert same(capture("loss", gradient, inputs(seed)).values(), gradient(inputs(seed)).values())
+            given = scanned(seed, 3)
+            carried, rows = capture.scan("loss", descent, *given, 3)
+            assert same([*tree.leaves(carried), *tree.leaves(rows)], one_by_one(descent, given, 3))
+    assert len(said) == 1
+
+
+def test_an_operation_that_no_tracer_knows_is_called_as_ever():
+    def convolves(given: tree.Tree) -> tree.Tree:
+        weight = given["weight"].detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.conv2d(given["x"], weight.reshape(4, 2, 3, 3), groups=2, padding=1).square().sum()
+        return {"gradient": torch.autograd.grad(loss, weight)[0]}
+
+    flat = torch.rand(2, 2 * 2 * 9 + 3)
+    capture = Capture(warm_up=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said, where this torch's tracer does not know how
+        for _ in range(6):
+            given = {"x": torch.rand(3, 4, 5, 5), "weight": flat[:, 3:].view(2, 2, 2, 3, 3)}
+            assert torch.equal(capture("conv", convolves, given)["gradient"], convolves(given)["gradient"])
+
+
+def test_an_error_of_the_functions_own_comes_out_as_it_is():
+    def refuses(given: tree.Tree) -> tree.Tree:
+        raise SettingError("no such group")
+
+    capture = Capture(warm_up=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            with pytest.raises(SettingError, match="no such group") as raised:
+                capture("refuses", refuses, inputs(0))
+            assert raised.value.__context__ is None
+            with pytest.raises(SettingError, match="no such group"):
+                capture.scan("refuses", refuses, *scanned(0, 3), 3)

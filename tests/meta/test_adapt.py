@@ -297,3 +297,18 @@ def test_a_loss_that_forgets_the_weights_is_refused():
         adapt(lambda w, _: torch.ones(S, K), expand_tasks(WEIGHTS, 1, K), optim.sgd(RATE), 1)
     with pytest.raises(SettingError, match="-1 inner steps"):
         adapt(lambda w, _: squared(w, SUPPORT), expand_tasks(WEIGHTS, 1, K), optim.sgd(RATE), -1)
+
+
+@pytest.mark.parametrize("order", ["second", "first", "none"])
+def test_a_modules_frozen_parameters_reach_the_loss_and_stay(order):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+    module[0].weight.requires_grad_(False)
+    weights, x = dict(module.named_parameters()), normal(5, 2)
+
+    def loss(w, step):
+        return torch.func.functional_call(module, w, x).square().mean()
+
+    found = adapt(loss, weights, optim.adam(0.1), 3, order=order).weights
+    assert list(found) == list(weights)
+    assert torch.equal(found["0.weight"], weights["0.weight"])
+    assert all(not torch.equal(found[name], weights[name]) for name in weights if name != "0.weight")

@@ -63,16 +63,21 @@ def nan_in_task_1(x):
         (Own, lambda t, _: None, "support has no observation"),
         (Own, lambda t, _: tuple(t.values()), "support has no observation"),
         (Own, lambda t, _: {p: {"observation": v["observation"]} for p, v in t.items()}, "support has no target"),
-        (Own, leaf("query", "observation", lambda x: x[..., :1]), r"query: got \[1, 2, 6, 1\] .* \[1, 2, samples, 2\]"),
-        (Own, leaf("support", "target", lambda x: x.squeeze(-1)), r"got \[1, 2, 4\] .* expected \[1, 2, samples, 1\]"),
+        (Own, leaf("query", "observation", lambda x: x[..., :1]), r"query: got \[3, 2, 6, 1\] .* \[3, 2, samples, 2\]"),
+        (Own, leaf("support", "target", lambda x: x.squeeze(-1)), r"got \[3, 2, 4\] .* expected \[3, 2, samples, 1\]"),
         (Own, leaf("query", "target", lambda x: x[:, :, :3]), "query has 6 observations and 3 targets"),
-        (Own, leaf("query", "target", lambda x: x[:, :, :0]), r"got \[1, 2, 0, 1\]"),
-        (Own, lambda t, _: tree.map(lambda x: x[0], t), r"got \[2, 4, 2\] for 2 tasks of one learner"),
+        (Own, leaf("query", "target", lambda x: x[:, :, :0]), r"got \[3, 2, 0, 1\]"),
+        (Own, lambda t, _: tree.map(lambda x: x[0], t), r"got \[2, 4, 2\] for 2 tasks of each of 3 learners"),
         (Own, leaf("support", "target", nan_in_task_1), "support: task 1 has numbers that are not finite"),
         (Own, leaf("query", "observation", nan_in_task_1, only="test"), "Own: split 'test': query: task 1 has"),
         (OwnClasses, leaf("query", "target", lambda x: x + 1), "targets are 1 to 3, expected 0 to 2"),
         (OwnClasses, leaf("query", "target", lambda x: x - 1), "targets are -1 to 1, expected 0 to 2"),
         (OwnClasses, leaf("query", "target", lambda x: x.float()), "targets are torch.float32, expected whole numbers"),
+        (OwnClasses, leaf("query", "target", lambda x: x.int()), r"torch.int32, expected whole numbers \(int64\)"),
+        (Own, leaf("query", "target", lambda x: x.tolist()), "query: got list, expected a tensor or an array"),
+        (Own, lambda t, _: tree.map(lambda x: x[:1], t), r"got \[1, 2, 4, 2\] .* expected \[3, 2, samples, 2\]"),
+        (Own, leaf("query", "target", lambda x: x + torch.rand(1)), "split 'train': the same key draws other tasks"),
+        (Own, lambda t, split: Own().tasks(random.make_keys(range(3)), 0, 2, "train"), "draw the very same tasks"),
     ],
 )
 def test_a_family_of_other_samples_than_its_spaces_is_refused(kind, change, message, tmp_path):
@@ -139,13 +144,94 @@ class OwnProblems(Quadratics):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": torch.Tensor.detach}, r"split 'train': the loss at step \[1, 2\] does not depend on the weights"),
-        ({"loss": torch.sum}, r"the loss at step \[1, 2\] is \[\], expected \[\*L, K\], one for each problem"),
-        ({"loss": lambda x: x / 0.0}, r"is \[inf, inf\] at the start"),
-        ({"start": lambda w: w[0]}, r"weight x is \[2, 2\], expected \[\*L, K, \.\.\.\] with K = 2"),
+        ({"loss": torch.Tensor.detach}, r"split 'train': the loss at step \[3, 2\] does not depend on the weights"),
+        ({"loss": torch.sum}, r"the loss at step \[3, 2\] is \[\], expected \[3, 2\], one for each problem"),
+        ({"loss": lambda x: x / 0.0}, r"is \[inf, inf, .*\] at the start"),
+        (
+            {"start": lambda w: w[0]},
+            r"weight x is \[2, 2\], expected \[3, 2, \.\.\.\] for 2 tasks of each of 3 learners",
+        ),
     ],
 )
 def test_problems_without_a_loss_of_their_weights_are_refused(changes, message, tmp_path):
     with pytest.raises(SettingError, match=message):
         rl.train(rl.LearnedOptimizer(num_envs=2), OwnProblems(**changes), steps=40, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"observation_space": None}, "observation_space is None, expected the gymnasium space of one input"),
+        ({"action_space": (1,)}, r"action_space is \(1,\), expected the gymnasium space of one target"),
+        ({"tasks": lambda self, n: None}, r"tasks\(n\) can't be called as tasks\(key, counter, count, split\)"),
+        ({"tasks": 3}, r"has no tasks\(key, counter, count, split\)"),
+    ],
+)
+def test_what_is_no_family_is_refused(attributes, message, tmp_path):
+    spoilt = type("Spoilt", (Own,), attributes)
+    with pytest.raises(SettingError, match=f"Spoilt.*{message}"):
+        rl.train(rl.MAML(num_envs=2), spoilt(), steps=4, out=tmp_path / "run")
+    with pytest.raises(SettingError, match=r"Own is the class of a family: give one of it, such as Own\(\)"):
+        rl.train(rl.MAML(num_envs=2), Own, steps=4, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_family_calls_its_own_means_nothing(tmp_path):
+    """Attributes of the names that rlmeta's families of environments and of functions have."""
+
+    class Named(Own):
+        base, world, start, ranges = "mine", 3, 0.5, ()
+
+    run = rl.train(rl.MAML(num_envs=2), Named(), steps=4, out=tmp_path / "run")
+    again = rl.load(tmp_path / "run", env=Named())
+    assert torch.equal(run.evaluation.returns, again.evaluation.returns)
+
+
+@pytest.mark.parametrize("kind", [Own, OwnClasses])
+def test_a_family_of_arrays_is_that_of_tensors(kind):
+    """numpy's doubles are floats."""
+
+    def arrays(tasks, split):
+        return tree.map(lambda x: x.double().numpy() if x.is_floating_point() else x.numpy(), tasks)
+
+    runs = [rl.train(rl.MAML(num_envs=3), kind(*change), steps=30, seeds=2) for change in ((), (arrays,))]
+    assert torch.equal(runs[0].scores, runs[1].scores)
+    for name, value in runs[0].state["params"]["weights"].items():
+        assert torch.equal(value, runs[1].state["params"]["weights"][name])
+
+
+def test_a_family_may_have_one_task_alone():
+    def one(tasks, split):
+        return tree.map(lambda x: x[:1, :1].expand_as(x) * 0 + 1, tasks)
+
+    assert rl.train(rl.MAML(num_envs=2), Own(one), steps=4).scores.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "learner", [rl.DQN(), rl.BehaviourCloning(), rl.GAIL(), rl.IRL(), rl.MAML(), rl.LearnedOptimizer()]
+)
+def test_learners_that_maml_can_not_adapt_are_refused_at_once(learner):
+    with pytest.raises(SettingError, match=f"MAML can't adapt {type(learner).__name__}: give it a Regressor"):
+        rl.MAML(learner)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learner": rl.Regressor}, "expected the settings of one"),
+        ({"learner": "regressor"}, "learner is 'regressor', expected the settings of one"),
+        ({"inner_steps": -1}, "inner_steps is -1, expected at least 0"),
+        ({"inner_steps": True}, "inner_steps is True, expected a number"),
+        ({"inner_steps": [1, 2]}, r"inner_steps is \[1, 2\], expected one number"),
+        ({"inner_rate": float("inf")}, "inner_rate is inf, expected a finite number"),
+        ({"inner_rate": [0.1, float("inf")]}, "inner_rate is inf, expected a finite number"),
+        ({"inner_rate": float("nan")}, "inner_rate is nan, expected at least 0"),
+        ({"inner_rate": torch.tensor(0.1)}, "inner_rate is tensor"),
+        ({"inner_rate": np.array([0.1, 0.2])}, r"inner_rate is array\(\[0.1, 0.2\]\), expected a number"),
+        ({"meta_rate": -1}, "meta_rate is -1, expected at least 0"),
+    ],
+)
+def test_settings_of_maml_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(SettingError, match=message):
+        rl.MAML(**settings)

@@ -296,3 +296,16 @@ def test_attributes_of_the_module_are_reached():
     with pytest.raises(AttributeError):
         MAML(module, lr=0.1).nothing  # noqa: B018
     assert clone_module(module)[0].weight.grad_fn is not None
+
+
+def test_a_frozen_body_stays_while_the_head_adapts():
+    module = perceptron()
+    module[0].requires_grad_(False)
+    maml, x = MAML(module, lr=0.1, allow_nograd=True), numbers(4, 2, seed=0)
+    learner = maml.clone()
+    for _ in range(2):
+        learner.adapt(learner(x).square().mean())
+    learner(x).square().mean().backward()
+    for name, value in module[0].named_parameters():
+        assert torch.equal(dict(learner.module[0].named_parameters())[name], value) and value.grad is None
+    assert not torch.equal(learner.module[2].weight, module[2].weight) and module[2].weight.grad.abs().max() > 0

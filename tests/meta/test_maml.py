@@ -416,7 +416,7 @@ def test_dropout_is_refused_by_name():
     def network(space):
         return torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Dropout(0.5))
 
-    with pytest.raises(SettingError, match="for which agents and MAML have no key: leave it out of their networks"):
+    with pytest.raises(SettingError, match="no key: leave dropout and noise out"):
         rl.train(rl.MAML(Regressor(network=network), num_envs=2), "sinusoid", steps=4)
 
 

@@ -82,15 +82,33 @@ def test_any_batch_axes(space: gym.Space, batch_shape: tuple[int, ...]) -> None:
     assert out.dtype == torch.float32
 
 
-def test_images_are_scaled_whatever_type_they_come_in() -> None:
+def test_bytes_are_divided_once_by_the_bound_that_the_space_declares() -> None:
     space = spaces.Box(0, 255, (2, 2, 3), dtype=np.uint8)
     image = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 2, 3) + 240
     expected = image.flatten(1).float() / 255
     assert torch.equal(nn.Encoder(space)(image), expected)
-    assert torch.equal(nn.Encoder(space)(image.float()), expected)
+    assert torch.equal(nn.Encoder(space)(expected.reshape(image.shape)), expected)  # somebody has scaled them
     assert nn.Encoder(space)(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)).max() == 1.0
-    other = spaces.Box(0, 255, (12,), dtype=np.int32)
-    assert torch.equal(nn.Encoder(other)(image.flatten(1).int()), image.flatten(1).float())
+    for dtype in (np.int32, np.float32):
+        other = spaces.Box(0, 255, (12,), dtype=dtype)
+        assert torch.equal(nn.Encoder(other)(image.flatten(1).float()), image.flatten(1).float())
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 2)])
+def test_small_numbers_stored_as_bytes_are_divided_by_their_own_bound(shape: tuple[int, ...]) -> None:
+    space = spaces.Box(0, 2, shape, dtype=np.uint8)
+    x = torch.tensor([0, 1, 2], dtype=torch.uint8).reshape(3, *(1,) * len(shape)).expand(3, *shape)
+    out = nn.Encoder(space)(x)
+    assert torch.equal(out, torch.tensor([[0.0], [0.5], [1.0]]).expand(3, int(np.prod(shape))))
+
+
+def test_every_byte_has_its_own_bound() -> None:
+    high = np.array([[1, 255], [0, 10]], dtype=np.uint8)
+    space = spaces.Dict(
+        a=spaces.Box(0 * high, high, dtype=np.uint8), b=spaces.Tuple([spaces.Box(0, 4, (1,), np.uint8)])
+    )
+    x = {"a": torch.tensor([[[1, 51], [0, 5]]], dtype=torch.uint8), "b": {"0": torch.tensor([[3]], dtype=torch.uint8)}}
+    assert torch.allclose(nn.Encoder(space)(x), torch.tensor([[1.0, 0.2, 0.0, 0.5, 0.75]]))
 
 
 def test_action_mask_is_no_feature() -> None:
@@ -103,7 +121,7 @@ def test_action_mask_is_no_feature() -> None:
     assert encoder.features == 4
     state = torch.tensor([[0.5, -0.5]])
     out = encoder({"state": state, "inner": {"x": torch.tensor([1])}, "action_mask": torch.ones(1, 3)})
-    assert torch.equal(out, torch.tensor([[0.5, -0.5, 0.0, 1.0]]))
+    assert torch.equal(out, torch.tensor([[0.0, 1.0, 0.5, -0.5]]))  # inner before state
 
 
 def test_tuples_may_come_as_tuples() -> None:

@@ -26,6 +26,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "gaussian matrix": lambda: nn.GaussianHead(FEATURES, 4, shape=(2, 2)),
     "tanh gaussian": lambda: nn.TanhGaussianHead(FEATURES, 3, low=[-2, 0, -1], high=[2, 1, 3]),
     "state-dependent noise": lambda: nn.StateDependentNoiseHead(FEATURES, 3),
+    "gaussian in bounds": lambda: nn.GaussianHead(FEATURES, 3, low=[-2, 0, -math.inf], high=[2, 1e3, 5]),
+    "noise in bounds": lambda: nn.StateDependentNoiseHead(FEATURES, 3, low=[-2, 0, 0], high=[2, 1e3, math.inf]),
 }
 ALL = pytest.mark.parametrize("name", BUILDERS)
 
@@ -87,6 +89,8 @@ def test_densities_are_torchs(name: str) -> None:
     torchs = reference(name, d)
     flat = action if name == "categorical" else action.double()
     flat = flat.reshape(3, 3, -1) if name == "gaussian matrix" else flat
+    if name.endswith("in bounds"):  # densities are those in the policy's units
+        flat = (flat - head.units.centre.double()) / head.units.unit.double()
     assert_close(head.log_prob(d, action), torchs.log_prob(flat), rtol=1e-8)
     if name != "tanh gaussian":
         assert_close(head.entropy(d), torchs.entropy())
@@ -146,6 +150,9 @@ def test_masked_actions_are_never_taken(learner_shape: tuple[int, ...]) -> None:
     assert torch.equal(head.mode(d)[..., 1], torch.full(learner_shape, 1))
     assert_close(head.entropy(d)[..., 1], torch.zeros(learner_shape, dtype=torch.float64))
     assert all(value.isfinite().all() for value in (head.entropy(d), head.kl(d, d), head.log_prob(d, drawn[0])))
+    free = head.run(params, data(*learner_shape, 4, FEATURES), nn.Context())["logits"]
+    assert torch.equal(d["logits"][..., 3, :], free[..., 3, :])  # nothing allowed is everything allowed
+    assert {0, 1, 2} == set(drawn[..., 3].unique().tolist())
 
 
 def test_multi_discrete_masks() -> None:
@@ -153,6 +160,10 @@ def test_multi_discrete_masks() -> None:
     mask = torch.tensor([0, 1, 1, 0, 0]).expand(30, 5)
     d = head.run(params, data(30, FEATURES), nn.Context(), mask=mask)
     assert torch.equal(head.sample(d, keys()), torch.tensor([1, 0]).expand(30, 2))
+    nothing_second = torch.tensor([0, 1, 0, 0, 0]).expand(300, 5)
+    d = head.run(params, data(300, FEATURES), nn.Context(), mask=nothing_second)
+    drawn = head.sample(d, keys())
+    assert (drawn[:, 0] == 1).all() and {0, 1, 2} == set(drawn[:, 1].tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------- gaussians
@@ -183,8 +194,6 @@ def test_tanh_gaussian() -> None:
     assert d["log_std"].max() <= 2.0
     wide = nn.apply(head, {**params, "linear.bias": params["linear.bias"] + 100}, data(3, 2, FEATURES))
     assert (wide["log_std"] == 2.0).all()
-    with pytest.raises(SettingError, match="pass a key"):
-        head.entropy(d)
     assert_close(nn.TanhGaussianHead(2, 2, initial_log_std=-3.0).linear.bias, torch.tensor([0.0, 0, -3, -3]))
 
 
@@ -192,6 +201,16 @@ def test_tanh_gaussian() -> None:
 def test_tanh_gaussian_refuses_bounds(low: list[float], high: list[float]) -> None:
     with pytest.raises(SettingError, match="bounds"):
         nn.TanhGaussianHead(3, 2, low=low, high=high)
+
+
+@pytest.mark.parametrize("log_std", [-3.0, -0.5, 0.5, 2.0])
+def test_the_entropy_of_a_squashed_gaussian_needs_no_key(log_std: float) -> None:
+    head = nn.TanhGaussianHead(2, 2, low=[-2, 0], high=[2, 1])
+    d = {name: torch.empty(1, 2, dtype=torch.float64) for name in ("mean", "log_std")}
+    d["mean"][0], d["log_std"][0] = torch.tensor([0.3, -1.5]), log_std
+    rows = {name: value.expand(100_000, 2) for name, value in d.items()}
+    estimates = head.entropy(rows, keys())
+    assert abs(estimates.mean() - head.entropy(d)) < 5 * estimates.std() / math.sqrt(len(estimates)) + 0.02
 
 
 # --------------------------------------------------------------------------------------- generalised state-dependent
@@ -293,8 +312,10 @@ def test_value_heads(learner_shape: tuple[int, ...]) -> None:
         (spaces.Box(-10, 10, (2,)), {}, nn.GaussianHead),
         (spaces.Box(-10, 10, (2, 2)), {}, nn.GaussianHead),
         (spaces.Box(-10, 10, ()), {}, nn.GaussianHead),
-        (spaces.Box(-2, 1, (2,)), {"squash": True}, nn.TanhGaussianHead),
+        (spaces.Box(-2, 1, (2,)), {"action_bounds": "squash"}, nn.TanhGaussianHead),
         (spaces.Box(-20, 10, (2, 2)), {"state_dependent_noise": True}, nn.StateDependentNoiseHead),
+        (spaces.Box(-np.inf, np.inf, (2,)), {}, nn.GaussianHead),
+        (spaces.Box(-20, 20, (2,)), {"action_bounds": "clip"}, nn.GaussianHead),
     ],
 )
 def test_head_for_gives_actions_of_the_space(space: gym.Space, options: dict[str, bool], kind: type) -> None:
@@ -304,6 +325,8 @@ def test_head_for_gives_actions_of_the_space(space: gym.Space, options: dict[str
     sampled, best = head.sample(d, keys()), head.mode(d)
     start = space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 0
     for action in [*sampled, *best]:
+        if kind in (nn.GaussianHead, nn.StateDependentNoiseHead):  # which the environment clips
+            action = action.clamp(*(torch.from_numpy(bound) for bound in (space.low, space.high)))
         assert space.contains(np.asarray(action.detach().numpy() + start, space.dtype))
     assert head.log_prob(d, sampled).shape == (40,)
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
@@ -336,8 +359,12 @@ def test_head_for_refuses_spaces(space: gym.Space) -> None:
 
 def test_head_for_refuses_combinations() -> None:
     with pytest.raises(SettingError, match="options for a Box"):
-        nn.head_for(spaces.Discrete(2), 3, squash=True)
+        nn.head_for(spaces.Discrete(2), 3, action_bounds="squash")
     with pytest.raises(SettingError, match="exclude each other"):
-        nn.head_for(spaces.Box(-1, 1, (2,)), 3, squash=True, state_dependent_noise=True)
+        nn.head_for(spaces.Box(-1, 1, (2,)), 3, action_bounds="squash", state_dependent_noise=True)
+    with pytest.raises(SettingError, match="expected one of scale, squash, clip"):
+        nn.head_for(spaces.Box(-1, 1, (2,)), 3, action_bounds="tanh")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r'equal, so nothing can be squashed.*action_bounds="scale"'):
+        nn.head_for(spaces.Box(1, 1, (2,)), 3, action_bounds="squash")
     with pytest.raises(SettingError, match="infinite"):
-        nn.head_for(spaces.Box(-np.inf, np.inf, (2,)), 3, squash=True)
+        nn.head_for(spaces.Box(-np.inf, np.inf, (2,)), 3, action_bounds="squash")

@@ -514,7 +514,7 @@ def test_the_users_mistakes_are_shown_as_they_are() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         nn.apply(block, stacked(Residual, (3,)), data(3, 3, 4))
     nn.apply(block, stacked(Residual, (3,)), data(3, 3, 3))
-    assert block._loops == {False: False, True: False}
+    assert not block._looped_modes
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3), (3,), ()])

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmeta.agents.rewards.reward import Memory, Rewards
+from rlmeta.agents.rewards.reward import Memory, Rewards, called, check_name
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
 from rlmeta.learning.settings import require_range
 from rlmeta.learning.state import State
 
@@ -37,6 +38,8 @@ class EpisodicCounts:
     """Of the stream and the memory."""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        check_name(self.name)
         require_range(self, "coefficient", 0.0)
         require_range(self, "resolution", 0.0, above=True)
         require_range(self, "buckets", 1)
@@ -82,7 +85,9 @@ class EpisodicCounts:
 
     def bucket(self, observation: tree.Tree, shape: tuple[int, ...]) -> Tensor:
         """Where in the table an observation is counted: `[*L, ...]` int64, of the given shape."""
-        cells = _rounded(observation, shape, self.resolution) if self.cell is None else self.cell(observation)
+        if self.cell is None:
+            return _rounded(observation, shape, self.resolution) % self.buckets
+        cells = called(self.cell, "cell=", observation)
         if not isinstance(cells, Tensor) or tuple(cells.shape) != shape or cells.is_floating_point():
             given = f"{cells.dtype} {tuple(cells.shape)}" if isinstance(cells, Tensor) else type(cells).__name__
             raise SettingError(f"cell= gave {given} for observations {shape}, expected one whole number for each")
@@ -100,7 +105,7 @@ def _count_first(counts: Tensor, observation: Tensor, begins: Tensor, valid: Ten
 
 def _rounded(observation: tree.Tree, shape: tuple[int, ...], resolution: float) -> Tensor:
     """One whole number for each observation: itself where it is one, else a hash of its rounded entries."""
-    leaves = list(tree.leaves(observation))
+    leaves = [leaf for _, leaf in sorted(tree.flatten(observation).items())]
     if len(leaves) == 1 and tuple(leaves[0].shape) == shape and not leaves[0].is_floating_point():
         return leaves[0]
     entries = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,11 +11,15 @@ from torch import Tensor
 
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
+from rlmeta.functional import tree
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.state import State
 
 Rewards = dict[str, Tensor]
 """Streams of reward by name, `[*L, T, N]` each; `task` is the environment's own. The agent learns from their sum."""
+
+TASK = "task"
+"""The stream of the environment's own rewards."""
 
 Memory = State
 """What a reward remembers: a nested dictionary of tensors that start with `*L`, kept in `state["rewards"]`."""
@@ -40,15 +45,97 @@ class Reward(Protocol):
 
 
 def distinct(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
-    """The rewards, after a check that they are some and that each has a name of its own."""
+    """The rewards, after a check that they are some and that each has a name of its own.
+
+    Raises:
+        SettingError: no tuple of rewards, what is no reward, a class, or a name that is taken.
+    """
+    example = "expected rewards such as (PotentialShaping(potential), EpisodicCounts())"
+    if not isinstance(rewards, list | tuple):
+        raise SettingError(f"rewards is {rewards!r}, {example}: a single one is (reward,)")
     for reward in rewards:
-        if not hasattr(reward, "relabel") or not hasattr(reward, "name"):
-            raise SettingError(f"rewards has {reward!r}, expected rewards such as PotentialShaping or EpisodicCounts")
+        if isinstance(reward, type):
+            raise SettingError(f"rewards has the class {reward.__name__}, {example}: make one, {reward.__name__}(...)")
+        methods = ("init", "relabel")
+        if not all(callable(getattr(reward, method, None)) for method in methods) or not hasattr(reward, "name"):
+            raise SettingError(f"rewards has {reward!r}, {example}")
+        check_name(reward.name)
     names = [reward.name for reward in rewards]
     for name in names:
         if names.count(name) > 1:
             raise SettingError(f"two rewards named {name!r}: give one of them another name=")
     return tuple(rewards)
+
+
+def check_name(name: Any) -> None:
+    """Refuse what can't name a stream of rewards and a part of the state.
+
+    Raises:
+        SettingError: no text, nothing, with a "/", or "task", which is the environment's own stream.
+    """
+    if not isinstance(name, str) or not name or "/" in name or name == TASK:
+        raise SettingError(f'a reward is named {name!r}, expected a text without "/" that is not {TASK!r}')
+
+
+def called(function: Any, name: str, observation: tree.Tree) -> Any:
+    """What a user's function gives for observations `[*L, ...]`.
+
+    Raises:
+        SettingError: it fails.
+    """
+    try:
+        return function(observation)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree.leaves(observation))
+        raise SettingError(
+            f"{name} fails for a batch of observations {shapes}: {type(error).__name__}: {error}. It is given many at "
+            "once: keep the leading axes, work on the last ones"
+        ) from error
+
+
+def first_memory(reward: Reward, found: Any, key: Tensor) -> Memory:
+    """What `init` gave, if it is a memory in which every tensor starts with the learner axes of the key `[*L]`.
+
+    Raises:
+        SettingError: it is none.
+    """
+    if not isinstance(found, dict):
+        raise SettingError(f"init of the reward {reward.name!r} gave {type(found).__name__}, expected a dictionary")
+    for name, leaf in tree.flatten(found).items():
+        if not isinstance(leaf, Tensor) or leaf.shape[: key.dim()] != key.shape:
+            raise SettingError(
+                f"init of the reward {reward.name!r} gave {_said(leaf)} as {name!r} of its memory, expected a tensor "
+                f"that starts with the learners {tuple(key.shape)}"
+            )
+    return found
+
+
+def checked(reward: Reward, found: Any, like: Tensor) -> tuple[Memory, Rewards, dict[str, Tensor]]:
+    """What `relabel` gave, if it is a memory, streams of rewards like the task's `[*L, T, N]`, and metrics `[*L]`.
+
+    Streams of whole numbers or truth values become numbers like the task's. One that is not finite stays: it stops
+    its own learner alone.
+
+    Raises:
+        SettingError: it is none.
+    """
+    where = f"relabel of the reward {reward.name!r} gave"
+    if not isinstance(found, tuple) or len(found) != 3 or not all(isinstance(part, dict) for part in found):
+        raise SettingError(f"{where} {_said(found)}, expected (memory, streams, metrics), three dictionaries")
+    memory, streams, metrics = found
+    if not streams:
+        raise SettingError(f"{where} no stream of rewards, expected at least one to learn from")
+    for name, stream in streams.items():
+        if not isinstance(stream, Tensor) or stream.shape != like.shape:
+            raise SettingError(f"{where} {_said(stream)} as the stream {name!r}, expected a tensor {tuple(like.shape)}")
+    for name, metric in metrics.items():
+        if not isinstance(metric, Tensor) or metric.shape != like.shape[:-2]:
+            raise SettingError(f"{where} {_said(metric)} as the metric {name!r}, expected {tuple(like.shape[:-2])}")
+    return memory, {name: stream.to(like.dtype) for name, stream in streams.items()}, metrics
+
+
+def _said(found: Any) -> str:
+    return f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
 
 
 @torch.no_grad()
@@ -64,7 +151,9 @@ def relabel(
     memories, metrics = dict(state["rewards"]), dict[str, Tensor]()
     own = streams
     for reward in rewards:
-        memories[reward.name], streams, said = reward.relabel(agent, state, memories[reward.name], rollout, streams)
+        found = reward.relabel(agent, state, memories[reward.name], rollout, streams)
+        memories[reward.name], streams, said = checked(reward, found, rollout["reward"])
+        _warn_of_numbers(reward, streams, rollout["valid"], state["active"])
         metrics.update(said)
     state["rewards"] = memories
     valid = rollout["valid"].to(rollout["reward"].dtype)
@@ -72,3 +161,13 @@ def relabel(
     for name, stream in {**own, **streams}.items():
         metrics[f"rewards/{name}"] = (stream * valid).sum((-2, -1)) / steps
     return state, streams, metrics
+
+
+def _warn_of_numbers(reward: Reward, streams: Rewards, valid: Tensor, active: Tensor) -> None:
+    """Name the reward that is not finite: the learners that meet it are stopped by what they learn from it."""
+    for name, stream in streams.items():
+        bad = (~stream.isfinite() & valid).flatten(-2).any(-1) & active
+        if bool(bad.any()):
+            learners = bad.reshape(-1).nonzero().flatten().tolist()
+            text = f"the reward {reward.name!r} gave a stream {name!r} that is not finite, to learners {learners}"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmeta.agents.rewards.reward import Memory, Rewards
+from rlmeta.agents.rewards.reward import Memory, Rewards, called, check_name
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.functional.axes import align
 from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
+from rlmeta.learning.settings import require_range
 from rlmeta.learning.state import State
 
 Potential = Callable[[tree.Tree], Tensor]
@@ -36,11 +38,18 @@ class PotentialShaping:
     name: str = "shaping"
     """Of the stream."""
 
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_name(self.name)
+        if self.gamma is not None:
+            require_range(self, "gamma", 0.0, 1.0)
+
     def init(self, agent: Any, state: State, world: World) -> Memory:
         """Nothing to remember.
 
         Raises:
-            SettingError: the agent discounts by another gamma, or the potential gives no number for an observation.
+            SettingError: the agent discounts by another gamma, the potential gives no number for an observation, or
+                it depends on something else than the observation, such as its place in time.
         """
         hyper = state["params"]["hyper"]
         if "gamma" not in hyper:
@@ -51,8 +60,24 @@ class PotentialShaping:
                 f"{sorted(set(hyper['gamma'].flatten().tolist()))}: shaping with another gamma changes what is "
                 "optimal; leave gamma out to take the agent's"
             )
-        self.evaluate(world.observation(state["world"]), (*world.learner_shape, world.num_envs))
+        self._check_steps(world.observation(state["world"]), world.learner_shape, world.num_envs)
         return {}
+
+    def _check_steps(self, observation: tree.Tree, learners: tuple[int, ...], num_envs: int) -> None:
+        """Observations `[*L, N, ...]` have the same potential at any time and in any environment."""
+        axes = len(learners)
+
+        def moved(leaf: Tensor) -> Tensor:
+            return torch.stack([leaf.roll(places, axes) for places in range(3)], axes)
+
+        alone = self.evaluate(observation, (*learners, num_envs))
+        steps = self.evaluate(tree.map(moved, observation), (*learners, 3, num_envs))
+        if not torch.allclose(steps, moved(alone), rtol=1e-4, atol=1e-5):
+            raise SettingError(
+                "the potential of the same observations changes with their place in the batch: it must be a function "
+                "of one observation alone; what depends on time needs the time in the observation "
+                "(gymnasium.wrappers.TimeAwareObservation)"
+            )
 
     def relabel(
         self, agent: Any, state: State, memory: Memory, rollout: Rollout, rewards: Rewards
@@ -66,12 +91,12 @@ class PotentialShaping:
         return memory, {**rewards, self.name: shaping.to(rollout["reward"].dtype)}, {}
 
     def evaluate(self, observation: tree.Tree, shape: tuple[int, ...]) -> Tensor:
-        """The potential of observations, after a check that there is one number for each.
+        """The potential of observations, after a check that there is one number for each; True and False are 1 and 0.
 
         Raises:
-            SettingError: another shape, or a value that is not finite.
+            SettingError: the function fails, another shape, or a value that is not finite.
         """
-        found = self.potential(observation)
+        found = called(self.potential, "the potential", observation)
         if not isinstance(found, Tensor) or tuple(found.shape) != shape:
             given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise SettingError(
@@ -83,4 +108,4 @@ class PotentialShaping:
             where = tuple(bad.nonzero()[0].tolist())
             example = tree.map(lambda leaf: leaf[where].tolist(), observation)
             raise SettingError(f"the potential is {float(found[where]):g} for the observation {example}")
-        return found
+        return found if found.is_floating_point() else found.to(torch.float32)

@@ -49,7 +49,7 @@ class Bandit(NativeEnv):
 
     def constants(self) -> dict[str, Tensor]:
         """`mean` `[arms]`, and `std` of Gaussian arms."""
-        mean = torch.tensor(self.mean, dtype=torch.float64)
+        mean = torch.tensor(self.mean, dtype=torch.float64, device="cpu")
         return {"mean": mean} if self.reward == "bernoulli" else {"mean": mean, **super().constants()}
 
     def reset(self, noise: Tensor, physics: Physics) -> State:

@@ -12,6 +12,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from rlmeta.envs.spaces import Layout
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, unknown_name
 from rlmeta.functional import random, tree
@@ -83,13 +84,14 @@ class NativeEnv(ABC):
     def constants(self) -> dict[str, Tensor]:
         """What physics may override, with its shape and dtype: here every field declared as a float."""
         names = [f.name for f in dataclasses.fields(self) if f.type in ("float", float)]  # type: ignore[arg-type]
-        return {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in names}
+        return {name: torch.tensor(getattr(self, name), dtype=torch.float64, device="cpu") for name in names}
 
 
 def clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """`x` within [low, high], where each bound is a number or a tensor that broadcasts against `x`."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return torch.minimum(torch.maximum(x, torch.as_tensor(low).to(x)), torch.as_tensor(high).to(x))
+        low, high = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (low, high))
+        return torch.minimum(torch.maximum(x, low), high)
     return x.clamp(low, high)
 
 
@@ -104,7 +106,7 @@ class _Ahead:
         self._stream, self._width = stream, width
         fitting = max(2, min(_FARTHEST, _AT_ONCE // max(1, rows * width)))
         self.counters = 1 << (fitting.bit_length() - 1)  # a power of two
-        self._key = torch.empty(0, dtype=torch.int64)
+        self._key = torch.empty(0, dtype=torch.int64, device="cpu")
         self._window = {"first": self._key, "draws": self._key}
 
     def window(self, key: Tensor, counter: Tensor, count: int) -> dict[str, Tensor]:
@@ -183,6 +185,7 @@ class NativeWorld:
         self.records = self._redraw is None
         self._fixed = None if physics is None or callable(physics) else self._per_row(physics)
         self._bounds = _action_bounds(env.action_space)
+        self._observations, self._unseen = Layout(env.observation_space), True
         self._reset_noise = _Ahead("environment/reset", env.reset_noise, math.prod(self._rows))
         self._step_noise = _Ahead("environment/step", env.step_noise, math.prod(self._rows))
 
@@ -223,7 +226,12 @@ class NativeWorld:
     def step(self, state: State, action: Tensor, ahead: Tree | None = None) -> tuple[State, Transition]:
         """Act once in every row; a row whose episode ends starts its next one at once.
 
-        With the numbers that `ahead` drew no operation depends on a value, so that a step can be recorded.
+        With the numbers that `ahead` drew no operation depends on a value, so that a step can be recorded; without
+        them a discrete action is looked at, whether there is such a one.
+
+        Raises:
+            SpaceError: an action of another shape or kind than the action space's, or that there is not; or, at the
+                first step, what the environment gives is not what a `NativeEnv` should.
         """
         key, episode, physics = state["key"], state["episode"], state.get("physics", {})
         new: State = {"key": key}
@@ -232,12 +240,15 @@ class NativeWorld:
             count = state["step_count"]
             noise = self._step_noise.at(key, count) if ahead is None else _pick(ahead["step"], count)
             new["step_count"] = count + 1
-        env_state, reward, terminated = self.env.step(state["env"], self._legal(action), noise, physics)
+        action = self._legal(action, look=ahead is None)
+        env_state, reward, terminated = self.env.step(state["env"], action, noise, physics)
+        observation = next_observation = self.env.observe(env_state)
+        if self._unseen:
+            self._check_form(observation, reward, terminated)
         elapsed = state["elapsed"] + 1
         limit = self.env.max_episode_steps
         truncated = torch.zeros_like(terminated) if limit is None else elapsed >= limit
         done = terminated | truncated
-        observation = next_observation = self.env.observe(env_state)
         if ahead is not None or done.any():
             episode, elapsed = episode + done, elapsed.masked_fill(done, 0)
             if self._redraw is not None:
@@ -290,7 +301,8 @@ class NativeWorld:
             if name not in self._constants:
                 raise unknown_name(f"constant of {type(self.env).__name__}", name, self._constants)
             constant = self._constants[name]
-            value = torch.as_tensor(given).to(constant.dtype)
+            device = given.device if isinstance(given, Tensor) else "cpu"
+            value = torch.as_tensor(given, dtype=constant.dtype, device=device)
             axes = value.dim() - constant.dim()
             if axes < 0 or value.shape != self._rows[:axes] + constant.shape:
                 raise SettingError(
@@ -301,18 +313,65 @@ class NativeWorld:
             aligned[name] = value.expand(self._rows + constant.shape).contiguous()
         return aligned
 
-    def _legal(self, action: Tensor) -> Tensor:
+    def _legal(self, action: Tensor, look: bool) -> Tensor:
+        """The action as the environment takes it; its values are only looked at if asked to."""
+        space, owner = self.action_space, type(self.env).__name__
+        expected = (*self._rows, *(space.shape or ()))
+        if not isinstance(action, Tensor) or tuple(action.shape) != expected:
+            given = f"of shape {tuple(action.shape)}" if isinstance(action, Tensor) else type(action).__name__
+            raise SpaceError(
+                f"an action for {owner} is {given}, expected a tensor {expected}: the learner and environment axes, "
+                f"then the shape of {space}"
+            )
+        if action.is_complex() or (self._bounds is None and action.is_floating_point()):
+            kind = "whole numbers" if self._bounds is None else "numbers"
+            raise SpaceError(f"an action for {owner} has dtype {action.dtype}, expected {kind} for {space}")
         if self._bounds is None:
-            return action.to(torch.int64)
+            action = action.to(torch.int64)
+            if look:
+                least, greatest = (int(one) for one in action.aminmax())
+                if least < 0 or greatest >= space.n:  # type: ignore[attr-defined]
+                    wrong = least if least < 0 else greatest
+                    raise SpaceError(f"the action {wrong} for {owner} is not in its space {space}")
+            return action
         low, high = (bound.to(action.device) for bound in self._bounds)
         return action.to(torch.float64).clamp(low, high)
+
+    def _check_form(self, observation: Tree, reward: Tensor, terminated: Tensor) -> None:
+        """Refuse what would be broadcast or cast without a word.
+
+        Raises:
+            SpaceError: a shape or dtype that is not what a `NativeEnv` should give.
+        """
+        self._unseen = False
+        given = {f"observation {name}".rstrip(): leaf for name, leaf in tree.flatten(observation).items()}
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            f"observation {leaf.name}".rstrip(): ((*self._rows, *leaf.shape), _TORCH[leaf.stored.name])
+            for leaf in self._observations.leaves
+        }
+        given |= {"reward": reward, "terminated": terminated}
+        expected |= {"reward": (self._rows, torch.float32), "terminated": (self._rows, torch.bool)}
+        for name in sorted({*given, *expected}):
+            found = (tuple(given[name].shape), given[name].dtype) if name in given else None
+            if found != expected.get(name):
+                raise SpaceError(
+                    f"{type(self.env).__name__} gave {name} as {_said(found)}, expected {_said(expected.get(name))} "
+                    f"for the rows {self._rows}: correct its step() or observe()"
+                )
+
+
+_TORCH = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
+
+
+def _said(form: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "nothing" if form is None else f"{form[1]} of shape {form[0]}"
 
 
 def _action_bounds(space: gym.Space) -> tuple[Tensor, Tensor] | None:
     if isinstance(space, gym.spaces.Discrete) and space.start == 0:
         return None
     if isinstance(space, gym.spaces.Box):
-        return torch.as_tensor(space.low, dtype=torch.float64), torch.as_tensor(space.high, dtype=torch.float64)
+        return torch.from_numpy(space.low).double(), torch.from_numpy(space.high).double()
     raise SpaceError(f"a native environment acts in Discrete(n) from 0 or Box, not in {space}: change its action_space")
 
 

@@ -123,4 +123,5 @@ class CartPole(NativeEnv):
 
     @cached_property
     def _fixed_limits(self) -> Tensor:
-        return torch.tensor([self.x_threshold, math.inf, self.theta_threshold, math.inf], dtype=torch.float64)
+        limits = [self.x_threshold, math.inf, self.theta_threshold, math.inf]
+        return torch.tensor(limits, dtype=torch.float64, device="cpu")

@@ -74,7 +74,7 @@ class NativeGymEnv(gym.Env[Any, Any]):
         if self._state is None:
             raise SettingError("step() before the first reset(): call reset() to start an episode")
         _check_action(self.action_space, action)
-        self._state, transition = self._world.step(self._state, torch.as_tensor(np.asarray(action)).unsqueeze(0))
+        self._state, transition = self._world.step(self._state, torch.from_numpy(np.array(action)).unsqueeze(0))
         observation = _first_row(transition.next_observation)
         return observation, float(transition.reward), bool(transition.terminated), False, {}
 
@@ -134,7 +134,7 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
         if self._state is None:
             raise SettingError("step() before the first reset(): call reset() to start the episodes")
         _check_action(self.action_space, actions)
-        self._state, transition = self._world.step(self._state, torch.as_tensor(np.asarray(actions)).unsqueeze(1))
+        self._state, transition = self._world.step(self._state, torch.from_numpy(np.array(actions)).unsqueeze(1))
         observation, final, reward, terminated, truncated, _, done = (x.squeeze(1).numpy() for x in transition)
         infos: dict[str, Any] = {}
         if done.any():

@@ -74,7 +74,7 @@ class Tabular(NativeEnv):
             P `[S, A, S]`, the probability that the episode goes on in s', and the expected reward R `[S, A]`.
         """
         probability, next_state, reward, terminated, _ = self.tables
-        going_on = torch.zeros(*next_state.shape[:2], next_state.shape[0], dtype=torch.float64)
+        going_on = torch.zeros(*next_state.shape[:2], next_state.shape[0], dtype=torch.float64, device="cpu")
         going_on.scatter_add_(-1, next_state, probability * ~flags(terminated, "terminated"))
         return going_on, (probability * reward).sum(-1)
 
@@ -178,36 +178,37 @@ class TabularMDP(Tabular):
     max_episode_steps: int | None = None
 
     def __post_init__(self) -> None:
-        shape = tuple(torch.as_tensor(self.P).shape)
+        shape = tuple(torch.as_tensor(self.P, device="cpu").shape)
         if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
             raise SettingError(f"P has shape {shape}: expected [states, actions, states]")
         for name, expected in (("R", (shape[:2], shape)), ("terminal", (shape[:1],)), ("start", (shape[:1],))):
-            given = None if getattr(self, name) is None else tuple(torch.as_tensor(getattr(self, name)).shape)
+            table = getattr(self, name)
+            given = None if table is None else tuple(torch.as_tensor(table, device="cpu").shape)
             if given is not None and given not in expected:
                 raise SettingError(f"{name} has shape {given}: expected {' or '.join(map(str, expected))}")
         for name, probability in (("P", self.tables.probability), ("start", self.tables.start)):
             if bool((probability < 0).any()) or not torch.allclose(
-                probability.sum(-1), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-5
+                probability.sum(-1), torch.ones((), dtype=torch.float64, device="cpu"), rtol=0, atol=1e-5
             ):
                 raise SettingError(f"{name} has rows that are no probabilities: expected each >= 0 and a sum of 1")
 
     @cached_property
     def tables(self) -> Tables:
         """One outcome a next state."""
-        probability = torch.as_tensor(self.P, dtype=torch.float64)
+        probability = torch.as_tensor(self.P, dtype=torch.float64, device="cpu")
         states = len(probability)
-        reward = torch.as_tensor(self.R, dtype=torch.float64)
+        reward = torch.as_tensor(self.R, dtype=torch.float64, device="cpu")
         reward = reward.unsqueeze(-1) if reward.dim() == 2 else reward
-        terminal = torch.zeros(states, dtype=torch.bool)
+        terminal = torch.zeros(states, dtype=torch.bool, device="cpu")
         if self.terminal is not None:
-            terminal = torch.as_tensor(self.terminal, dtype=torch.bool)
+            terminal = torch.as_tensor(self.terminal, dtype=torch.bool, device="cpu")
         start = (~terminal).double() / (~terminal).sum() if self.start is None else self.start
         return Tables(
             probability,
-            torch.arange(states).expand_as(probability).contiguous(),
+            torch.arange(states, device="cpu").expand_as(probability).contiguous(),
             reward.expand_as(probability).contiguous(),
             terminal.expand_as(probability).contiguous(),
-            torch.as_tensor(start, dtype=torch.float64),
+            torch.as_tensor(start, dtype=torch.float64, device="cpu"),
         )
 
 
@@ -223,12 +224,12 @@ def _grid(layout: Sequence[str], name: str) -> list[str]:
 
 def _where_letter(layout: Sequence[str], letters: str) -> Tensor:
     """`[S]` bool: the cells that hold one of the letters."""
-    return torch.tensor([letter in letters for row in layout for letter in row])
+    return torch.tensor([letter in letters for row in layout for letter in row], device="cpu")
 
 
 def _neighbours(height: int, width: int, moves: Sequence[tuple[int, int]], walls: Tensor | None = None) -> Tensor:
     """`[S, A]`: the cell each move leads to; the border and walls stop it."""
-    cell = torch.arange(height * width)
+    cell = torch.arange(height * width, device="cpu")
     row, column = cell // width, cell % width
     reached = torch.stack(
         [(row + down).clamp(0, height - 1) * width + (column + right).clamp(0, width - 1) for down, right in moves], -1
@@ -245,7 +246,7 @@ def _slip_probability(outcomes: Tensor, ahead: float) -> Tensor:
     """`[S, A, 3]`: as meant with probability `ahead`, and else to either side; certain where K is 1."""
     side = (1 - ahead) / 2
     probability = [side, ahead, side] if outcomes.shape[-1] == 3 else [1.0]
-    return torch.tensor(probability, dtype=torch.float64).expand(outcomes.shape).contiguous()
+    return torch.tensor(probability, dtype=torch.float64, device="cpu").expand(outcomes.shape).contiguous()
 
 
 @dataclass(frozen=True)
@@ -279,8 +280,8 @@ class FrozenLake(Tabular):
 
     def constants(self) -> dict[str, Tensor]:
         """The tables, and `success_rate`."""
-        rate = {"success_rate": torch.tensor(self.success_rate, dtype=torch.float64)} if self.is_slippery else {}
-        return {**super().constants(), **rate}
+        rate = torch.tensor(self.success_rate, dtype=torch.float64, device="cpu")
+        return {**super().constants(), **({"success_rate": rate} if self.is_slippery else {})}
 
     @cached_property
     def tables(self) -> Tables:
@@ -291,11 +292,10 @@ class FrozenLake(Tabular):
         outcomes = _slipping(reached) if self.is_slippery else reached.unsqueeze(-1)
         end, goal = _where_letter(layout, "GH"), _where_letter(layout, "G")
         ended = end[:, None, None].expand_as(outcomes)
-        outcomes = torch.where(ended, torch.arange(len(end))[:, None, None], outcomes)
+        outcomes = torch.where(ended, torch.arange(len(end), device="cpu")[:, None, None], outcomes)
         at_goal, at_hole, at_ice = self.reward_schedule
-        entering = (
-            torch.full(end.shape, at_ice, dtype=torch.float64).masked_fill(end, at_hole).masked_fill(goal, at_goal)
-        )
+        ice = torch.full(end.shape, at_ice, dtype=torch.float64, device="cpu")
+        entering = ice.masked_fill(end, at_hole).masked_fill(goal, at_goal)
         start = _where_letter(layout, "S").double()
         return Tables(
             _slip_probability(outcomes, self.success_rate),
@@ -325,7 +325,7 @@ class CliffWalking(Tabular):
         reached = _neighbours(4, 12, (_UP, _RIGHT, _DOWN, _LEFT))
         outcomes = _slipping(reached) if self.is_slippery else reached.unsqueeze(-1)
         cliff = (outcomes > 36) & (outcomes < 47)
-        start = torch.zeros(48, dtype=torch.float64)
+        start = torch.zeros(48, dtype=torch.float64, device="cpu")
         start[36] = 1
         return Tables(
             _slip_probability(outcomes, 1 / 3),
@@ -367,7 +367,7 @@ class GridWorld(Tabular):
 
     def constants(self) -> dict[str, Tensor]:
         """The tables, and `slip`."""
-        return {**super().constants(), "slip": torch.tensor(self.slip, dtype=torch.float64)}
+        return {**super().constants(), "slip": torch.tensor(self.slip, dtype=torch.float64, device="cpu")}
 
     @cached_property
     def tables(self) -> Tables:

@@ -1,0 +1,80 @@
+"""Digests of the arrays that a run depends on: demonstrations, samples, images, tables of the user's own.
+
+They stand in `config.toml`, and whatever is given or read again for a resume is compared with them. Code is not: of a
+function only its name is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.errors import SettingError
+
+HOLDS_DATA = (Tensor, np.ndarray, tuple, list, Mapping, Demonstrations)
+"""What is looked at of the attributes of an object that is no dataclass."""
+
+
+def digest_of(value: Any) -> str | None:
+    """A checksum of all arrays within a value, by where they stand in it; None where there are none.
+
+    Dataclasses, tuples, lists and dictionaries are gone through; of other objects the public attributes.
+    """
+    found, some = hashlib.sha256(), False
+    for path, data in _arrays(value, "", set()):
+        some = True
+        found.update(path.encode())
+        found.update(data)
+    return found.hexdigest()[:16] if some else None
+
+
+def check_digests(had: Mapping[str, str], now: Mapping[str, str], where: str) -> None:
+    """Refuse data that are not those a run began with; what is not there now, because only training needs it, may lack.
+
+    Raises:
+        SettingError: a digest differs.
+    """
+    for name, digest in had.items():
+        if now.get(name, digest) != digest:
+            raise SettingError(
+                f"{where}: the {name} are not those the run began with (digest {now[name]}, it was {digest}): give it "
+                "the same data"
+            )
+
+
+def _arrays(value: Any, path: str, above: set[int]) -> Iterator[tuple[str, bytes | memoryview]]:
+    """Every array within a value: where it stands, with its type and shape, and its bytes."""
+    if isinstance(value, Demonstrations):
+        yield path, value.digest.encode()
+    elif isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        flat = plain.reshape(-1).view(torch.uint8) if plain.numel() else torch.zeros(0, dtype=torch.uint8, device="cpu")
+        yield f"{path} {plain.dtype} {tuple(plain.shape)}", flat.numpy().data
+    elif isinstance(value, np.ndarray):
+        if value.dtype != object:
+            yield f"{path} {value.dtype} {value.shape}", np.ascontiguousarray(value).tobytes()
+    elif id(value) not in above:
+        for name, child in _parts(value):
+            yield from _arrays(child, f"{path}/{name}", above | {id(value)})
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    """What is looked into: the fields, entries or public attributes of a value, by name."""
+    if isinstance(value, type | str | gym.Space | gym.Env | torch.nn.Module) or callable(value):
+        return []
+    if dataclasses.is_dataclass(value):
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if not f.name.startswith("_")]
+    if isinstance(value, tuple | list):
+        return [(str(i), child) for i, child in enumerate(value)]
+    attributes = {name: child for name, child in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+    data = {name: child for name, child in attributes.items() if isinstance(child, HOLDS_DATA)}
+    named = value if isinstance(value, Mapping) else data
+    return sorted(((str(name), child) for name, child in named.items()), key=lambda pair: pair[0])

@@ -1,0 +1,123 @@
+"""A trained network as an ordinary `nn.Module`, for `torch.export`, ONNX, or a program without rlmeta's runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlmeta.agents.supervised import Supervised
+from rlmeta.errors import SettingError, unknown_name
+from rlmeta.functional import tree
+from rlmeta.functional.tree import Tree
+from rlmeta.learning.state import Params
+from rlmeta.nn import Context
+
+ACTION = "action"
+"""The name of what acts: from observations to actions as `env.step` takes them."""
+
+
+class TrainedModule(nn.Module):
+    """One of a trained learner's networks on batches of observations, in evaluation mode whatever its own mode.
+
+    Observations are the environment's, with a batch axis in front: a tensor `[B, *shape]`, a dictionary of them for
+    Dict, a tuple for Tuple. What normalises them is part of the module, as are masks in an observation.
+
+    Args:
+        learner: bound to its problem's spaces; a meta-learner's inner learner for the initial weights.
+        p: the parameters of one learner, as forward passes see them; copied.
+        name: of a network, or `ACTION`.
+
+    Raises:
+        UnknownNameError: the learner has no such network.
+        SettingError: it has a memory, or none of its networks takes observations.
+    """
+
+    def __init__(self, learner: Any, p: Params, name: str) -> None:
+        super().__init__()
+        known = names_of(learner)
+        if name not in known:
+            raise unknown_name("network", name, known)
+        needed = {part: p[part] for part in ("weights", "buffers", "normalisers", "hyper")}
+        if name == ACTION and learner.initial_memory(needed, (1,)):
+            raise SettingError("the learner keeps a memory between its steps: use run.act")
+        self.name, self._learner = name, learner
+        self._names = dict[str, str]()
+        for path, leaf in tree.flatten(needed).items():
+            self._names[path] = path.replace("/", "__").replace(".", "__")
+            value = leaf.detach().clone()
+            if path.startswith("weights/"):
+                self.register_parameter(self._names[path], nn.Parameter(value))
+            else:
+                self.register_buffer(self._names[path], value)
+
+    def forward(self, observation: Any) -> Any:
+        """What the network gives for observations `[B, ...]`.
+
+        Returns:
+            Actions `[B, ...]` of the policy's mode for `ACTION`; logits, the values of all actions, a value, a
+            prediction `[B, ...]`; `{"mean": [B, A], "log_std": [B, A]}` where a distribution has several parameters.
+        """
+        p = tree.unflatten({path: getattr(self, name) for path, name in self._names.items()})
+        p = {"buffers": {}, "normalisers": {}, "hyper": {}, **p}
+        learner, seen = self._learner, observed(self._learner.observation_space, observation)
+        if isinstance(learner, Supervised):
+            return learner.answer(p, {"observation": seen})
+        if self.name != ACTION:
+            return _plain(network_output(learner, p, self.name, seen))
+        key = torch.zeros((), dtype=torch.int64, device=next(self.parameters()).device)
+        action, _ = learner.act(p, seen, {}, key, True)
+        return executable(learner.action_space, action)
+
+
+def names_of(learner: Any) -> list[str]:
+    """What a module can be made of: the networks by name, the one that a learner acts by first, and `ACTION`.
+
+    Raises:
+        SettingError: none of them takes observations.
+    """
+    if isinstance(learner, Supervised):
+        return list(learner.networks())
+    if not hasattr(learner, "act"):
+        raise SettingError(f"{type(learner).__name__} has no network of observations: its parameters are in run.state")
+    return [*dict.fromkeys([learner.acting_network or next(iter(learner.networks())), *learner.networks()]), ACTION]
+
+
+def network_output(learner: Any, p: Params, name: str, observation: Tree) -> Any:
+    """What one of an agent's networks gives for observations `[*L, B, ...]`."""
+    networks, ctx = learner.networks(), Context()
+    if name == "value" and getattr(learner.settings, "share_network", False):
+        features = learner.forward(networks["policy"].body, "policy.body", p, observation, ctx)
+        return networks["value"].run({**p["weights"], **p["buffers"]}, features, ctx, "value.")
+    block = networks[name] if name in networks else next(iter(networks.values()))  # a copy, such as an average
+    return learner.forward(block, name, p, observation, ctx)
+
+
+def _plain(found: Any) -> Any:
+    """A single tensor as it is, several by name."""
+    return next(iter(found.values())) if isinstance(found, dict) and len(found) == 1 else found
+
+
+def observed(space: gym.Space, value: Any) -> Tree:
+    """Observations `[B, ...]` of an environment as learners see them: discrete ones counted from 0, Tuples by name."""
+    if isinstance(space, gym.spaces.Dict):
+        return {name: observed(part, value[name]) for name, part in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return {str(i): observed(part, value[i]) for i, part in enumerate(space.spaces)}
+    if isinstance(space, gym.spaces.Box):
+        return value if space.dtype == np.uint8 else value.to(torch.float32)
+    start = torch.as_tensor(getattr(space, "start", 0), device=value.device)
+    return value.to(torch.int64) - start
+
+
+def executable(space: gym.Space, action: Tensor) -> Tensor:
+    """Actions `[B, ...]` of an agent as an environment takes them: within the bounds, discrete ones from `start` on."""
+    if isinstance(space, gym.spaces.Box):
+        low, high = (torch.as_tensor(bound, device=action.device) for bound in (space.low, space.high))
+        if space.dtype.kind in "iu":
+            return action.clamp(low.to(action), high.to(action)).round().to(low.dtype)
+        return action.to(low.dtype).clamp(low, high)
+    return action + torch.as_tensor(getattr(space, "start", 0), device=action.device)

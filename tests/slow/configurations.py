@@ -1,0 +1,93 @@
+"""Runs of every kind to be killed: `python -m tests.slow.configurations NAME FOLDER [SECONDS]` trains, or resumes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rlmeta as rl
+
+
+def _demonstrations() -> rl.Demonstrations:
+    """The same few episodes in every process: of an untrained policy, which needs no file."""
+    run = rl.train(
+        rl.PPO(num_envs=2, num_steps=8, batch_size=16, hidden_sizes=(4,)), "CartPole-v1", steps=16, threads=1
+    )
+    return rl.record(run, episodes=10)
+
+
+def _agent(settings: Callable[[], Any], task: Callable[[], Any], steps: int, **budget: Any) -> Callable[..., rl.Run]:
+    def train(folder: str, seconds: float) -> rl.Run:
+        chosen = rl.Budget(
+            steps=steps, checkpoint_seconds=seconds, final_episodes=8, eval_episodes=4, log_points=50, **budget
+        )
+        return rl.train(settings(), task(), seeds=2, budget=chosen, out=folder, threads=1)
+
+    return train
+
+
+def _stream(settings: Any, name: str, steps: int, methods: list[Any], **about: Any) -> Callable[..., rl.Run]:
+    def train(folder: str, seconds: float) -> rl.Run:
+        chosen = rl.Budget(steps=steps, checkpoint_seconds=seconds, final_episodes=8, eval_episodes=4, log_points=50)
+        stream = rl.stream(name, **about)
+        return rl.train(settings, stream, seeds=2, budget=chosen, out=folder, threads=1, lifelong=methods)
+
+    return train
+
+
+_GAIL = {"num_steps": 128, "batch_size": 256, "num_envs": 8}
+_PPO = {"num_envs": 4, "num_steps": 64, "batch_size": 64}
+_CLASSIFIER = rl.Classifier(hidden_sizes=(50, 50))
+_CONTROL = rl.PPO(num_steps=64, batch_size=128)
+
+CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
+    "ppo": _agent(lambda: rl.preset("ppo", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 8_192),
+    "ppo-target": _agent(
+        lambda: rl.preset("ppo", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 16_384, target=60.0, eval_every=1_024
+    ),
+    "ppo-gymnasium": _agent(
+        lambda: rl.PPO(**_PPO, normalise_observation=True, normalise_reward=True),
+        lambda: rl.task("CartPole-v1", native=False),
+        4_096,
+    ),
+    "ppo-async": _agent(lambda: rl.PPO(**_PPO), lambda: rl.task("Pendulum-v1", native=False, mode="async"), 4_096),
+    "dqn": _agent(lambda: rl.preset("dqn", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 6_000),
+    "a2c": _agent(lambda: rl.A2C(learning_rate=[3e-4, 1e-3]), lambda: rl.task("CartPole-v1"), 20_000),
+    "reinforce": _agent(lambda: rl.preset("reinforce", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 20_000),
+    "gail": _agent(lambda: rl.GAIL(demonstrations=_demonstrations(), **_GAIL), lambda: rl.task("CartPole-v1"), 8_192),
+    "maml": _agent(
+        lambda: rl.MAML(rl.Regressor(hidden_sizes=(40, 40)), inner_steps=1), lambda: rl.family("sinusoid"), 8_000
+    ),
+    "maml-rl": _agent(
+        lambda: rl.MAML(rl.REINFORCE(num_steps=20, num_envs=4), num_envs=32),
+        lambda: rl.family("navigation-short"),
+        20_000,
+    ),
+    "learned-optimizer": _agent(
+        lambda: rl.preset("learned_optimizer", "quadratics"), lambda: rl.family("quadratics"), 20_000
+    ),
+    "ewc": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.EWC(strength=100.0)], scenario="class", order=2),
+    "packnet": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.PackNet()], scenario="task"),
+    "gem": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.GEM(memory=50)], scenario="task"),
+    "replay": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.Replay(size=100)], scenario="class"),
+    "ewc-agem": _stream(
+        _CLASSIFIER, "split-digits", 1_600, [rl.EWC(strength=[10.0, 100.0]), rl.AGEM(memory=50)], scenario="domain"
+    ),
+    "control-packnet": _stream(_CONTROL, "cartpole-conflicts", 2_048, [rl.PackNet()]),
+    "control-ewc-replay": _stream(_CONTROL, "cartpole-conflicts", 2_048, [rl.EWC(), rl.Replay()]),
+}
+
+
+def go(name: str, folder: str, seconds: float) -> None:
+    """Begin the run, or go on with it where a checkpoint is there."""
+    if (Path(folder) / "state" / "manifest.json").exists():
+        own = {"demonstrations": _demonstrations()} if name == "gail" else None
+        rl.resume(folder, own=own)
+    else:
+        CONFIGURATIONS[name](folder, seconds)
+
+
+if __name__ == "__main__":
+    go(sys.argv[1], sys.argv[2], float(sys.argv[3]))

@@ -1,0 +1,46 @@
+"""Learning: the presets reach the bars of the README's tables, on seeds that no setting was chosen on."""
+
+from __future__ import annotations
+
+import pytest
+
+import rlmeta as rl
+
+pytestmark = pytest.mark.slow
+
+SEEDS = (100, 101, 102, 103)
+
+
+@pytest.mark.parametrize(
+    ("agent", "task", "bar"),
+    [
+        ("ppo", "CartPole-v1", 475.0),
+        ("a2c", "CartPole-v1", 475.0),
+        ("reinforce", "CartPole-v1", 475.0),
+        ("dqn", "CartPole-v1", 450.0),
+        ("ppo", "Pendulum-v1", -220.0),
+        ("dqn", "MountainCar-v0", -150.0),
+        ("dqn", "Acrobot-v1", -95.0),
+    ],
+)
+def test_an_agents_preset_learns_its_task(agent: str, task: str, bar: float) -> None:
+    settings = rl.preset(agent, task)
+    steps = {"ppo": 100_000, "a2c": 500_000, "reinforce": 500_000, "dqn": 50_000}[agent]
+    steps = {"MountainCar-v0": 120_000, "Acrobot-v1": 100_000}.get(task, steps)
+    run = rl.train(settings, task, steps=steps, seeds=SEEDS)
+    assert run.summary()[0]["iqm"] >= bar, run.scores.tolist()
+
+
+def test_maml_adapts_in_one_step() -> None:
+    """Squared error on sinusoids never seen; without adapting none is better than 2.98."""
+    settings = rl.preset("maml", "sinusoid")
+    run = rl.train(settings, "sinusoid", steps=50_000, seeds=SEEDS)
+    assert run.scores.mean() <= 1.0, run.scores.tolist()
+
+
+@pytest.mark.parametrize(("method", "least"), [(rl.EWC(strength=100.0), 0.9), (rl.PackNet(), 0.9), (rl.Replay(), 0.9)])
+def test_lifelong_methods_keep_old_tasks(method: object, least: float) -> None:
+    stream = rl.stream("split-digits", scenario="task")
+    settings = rl.Classifier(hidden_sizes=(100, 100))
+    run = rl.train(settings, stream, steps=6_400, seeds=SEEDS, lifelong=[method])
+    assert run.scores.mean() >= least, run.matrix[:, -1].tolist()
