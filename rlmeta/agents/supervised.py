@@ -21,7 +21,7 @@ from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
-from rlmeta.learning.settings import PerLearner, require_finite, require_range
+from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import Block, Context, Linear, Sequential, bare
@@ -60,6 +60,7 @@ class SupervisedSettings:
     """Your own network: from an observation space to a module that gives features [B, D]."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require_range(self, "learning_rate", 0.0, above=True)
         require_range(self, "max_grad_norm", 0.0, above=True)
         require_range(self, "momentum", 0.0, 1.0)

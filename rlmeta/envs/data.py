@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, require_choice
 from rlmeta.functional import random
 
 State: TypeAlias = dict[str, Tensor]
@@ -251,6 +251,7 @@ class DataWorld:
         scenario: Scenario = "domain",
         reveals: frozenset[str] = EVERYTHING,
     ) -> None:
+        require_choice("scenario", scenario, Scenario)
         smallest = int(table.train_count.argmin())
         if num_envs > int(table.train_count[smallest]):
             raise SettingError(

@@ -120,7 +120,7 @@ def lambda_return(
     """
     cut = flags(cut, "cut")
     same_shape(2, reward=reward, discount=discount, next_value=next_value, cut=cut)
-    mixing = (~cut).to(reward.dtype) * align(lambda_, reward)
+    mixing = (~cut).to(discount.dtype) * align(lambda_, reward)
     # Past the last row G is v' itself, which is what λ = 0 there means.
     return _recurse_back(reward + discount * (1 - mixing) * next_value, discount * mixing, next_value[..., -1, :])
 

@@ -27,7 +27,7 @@ from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
-from rlmeta.learning.settings import PerLearner, require, require_range, values_of
+from rlmeta.learning.settings import PerLearner, check_choices, require, require_range, values_of
 from rlmeta.learning.state import Packed, Params, select
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import adapt
@@ -232,6 +232,7 @@ class LearnedOptimizer:
     learns_from_tasks = True
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("meta_rate", "output_scale", "preprocess"):
             require_range(self, name, 0.0)
             finite = math.inf not in values_of(getattr(self, name))

@@ -44,6 +44,7 @@ from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.settings import (
     LearnerSettings,
     PerLearner,
+    check_choices,
     hyper_tensors,
     require,
     require_range,
@@ -86,6 +87,7 @@ class MAML:
     learns_from_tasks = True
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("inner_rate", "meta_rate"):
             require_range(self, name, 0.0)
             require(math.inf not in values_of(getattr(self, name)), f"MAML: {name} is inf, expected a finite number")

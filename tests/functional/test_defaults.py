@@ -194,6 +194,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "tree.map": lambda: tree.map(torch.neg, SEEN),
     "tree.leaves": lambda: list(tree.leaves(SEEN)),
+    "tree.rebuild": lambda: tree.rebuild(SEEN, tree.leaves(SEEN)),
     "tree.flatten": lambda: tree.flatten(SEEN),
     "tree.unflatten": lambda: tree.unflatten(tree.flatten(SEEN)),
 }

@@ -293,3 +293,28 @@ def test_other_wrong_arguments_are_refused() -> None:
         n_step_return(**without(data, "value"), n=0)
     with pytest.raises(ValueError, match="not a prefix"):
         generalized_advantage(**without(data), lambda_=torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_integer_rewards_are_numbers_of_the_discounts_type(dtype: torch.dtype) -> None:
+    """Whatever torch's default type is."""
+    reward, value = torch.tensor([[1], [2], [3]]), torch.ones(3, 1, dtype=torch.float32)
+    discount, cut = torch.full((3, 1), 0.5, dtype=torch.float32), torch.tensor([[False], [False], [True]])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [
+            lambda_return(reward, discount, value, cut, 0.9),
+            generalized_advantage(reward, discount, value, value, cut, 0.9),
+            monte_carlo_return(reward, discount, None, cut),
+        ]
+    finally:
+        torch.set_default_dtype(before)
+    real = reward.float()
+    right = [
+        lambda_return(real, discount, value, cut, 0.9),
+        generalized_advantage(real, discount, value, value, cut, 0.9),
+        monte_carlo_return(real, discount, None, cut),
+    ]
+    for one, other in zip(found, right):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
