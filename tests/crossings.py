@@ -66,7 +66,7 @@ class Walk(NativeEnv):
         if self.kind == "dict":
             return {"where": where, "cell": cell}
         if self.kind == "masked":
-            return {"where": where, "action_mask": torch.stack([cell > 0, torch.ones_like(cell, dtype=torch.bool)], -1)}
+            return {"where": where, "action_mask": torch.stack([(cell > 0).long(), torch.ones_like(cell)], -1)}
         if self.kind == "bytes":
             lit = cell.unsqueeze(-1) == torch.arange(CELLS, device=cell.device)
             return (255 * lit).to(torch.uint8)[..., None, None, :].expand(*lit.shape[:-1], 1, 4, CELLS).contiguous()

@@ -81,7 +81,7 @@ def problem_of(cell: Crossing) -> Any:
 
 def cross(cell: Crossing) -> str:
     """Train a few steps and use what comes out; what is refused gives the sentence that refuses it."""
-    budget = rl.Budget(steps=96, final_episodes=2, eval_episodes=2, eval_every=48)
+    budget = rl.Budget(steps=64, final_episodes=2, eval_episodes=2, eval_every=32)
     methods = [rl.EWC(samples=4)] if cell.problem == "stream" else []
     try:
         given = settings(cell), problem_of(cell)
