@@ -22,10 +22,10 @@ def train(name: str = "split-digits", strength: float = 1000.0, seeds: int = 5, 
     ewc = rl.EWC(strength)
     run = prepare(rl.preset("classifier", name), rl.stream(name), rl.Budget(steps), seeds=seeds, lifelong=[ewc])
     learner, world, state = run.agent, run.world, run.state
-    tests, order = run.evaluation_world(1), run.experiment.orders
+    tests, stream, order = run.evaluation_world(1), run.stream, run.experiment.orders
 
     for stage in run.stages:  # one for every task
-        state = reset_optimizer(turn_to(learner, state, world, order, stage.position))
+        state = reset_optimizer(turn_to(learner, state, world, stream, order, stage.position))
 
         # learn: the step adds the spring's pull, strength * precision * (weights - centre)
         for i in range(stage.first, stage.last):
@@ -44,7 +44,7 @@ def train(name: str = "split-digits", strength: float = 1000.0, seeds: int = 5, 
         state["methods"] = {"ewc": {**memory, "quadratic": spring}}
 
         # what is left of the others
-        state["matrix"][:, stage.position + 1] = score_tasks(learner, state, tests, order, state["key"], 1)
+        state["matrix"][:, stage.position + 1] = score_tasks(learner, state, tests, stream, order, state["key"], 1)
     return state
 
 

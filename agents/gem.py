@@ -22,10 +22,10 @@ def train(name: str = "split-digits", memory: int = 50, seeds: int = 5, steps: i
     gem = rl.GEM(memory)
     run = prepare(rl.preset("classifier", name), rl.stream(name), rl.Budget(steps), seeds=seeds, lifelong=[gem])
     learner, world, state = run.agent, run.world, run.state
-    tests, order = run.evaluation_world(1), run.experiment.orders
+    tests, stream, order = run.evaluation_world(1), run.stream, run.experiment.orders
 
     for stage in run.stages:  # one for every task
-        state = reset_optimizer(turn_to(learner, state, world, order, stage.position))
+        state = reset_optimizer(turn_to(learner, state, world, stream, order, stage.position))
 
         # learn: the step projects the gradient so that no remembered task's loss rises
         for i in range(stage.first, stage.last):
@@ -43,7 +43,7 @@ def train(name: str = "split-digits", memory: int = 50, seeds: int = 5, steps: i
         state["methods"] = {"gem": {**of_gem, "samples": samples}}
 
         # what is left of the others
-        state["matrix"][:, stage.position + 1] = score_tasks(learner, state, tests, order, state["key"], 1)
+        state["matrix"][:, stage.position + 1] = score_tasks(learner, state, tests, stream, order, state["key"], 1)
     return state
 
 

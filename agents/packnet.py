@@ -21,7 +21,7 @@ def train(name: str = "split-digits", keep: float = 0.0, seeds: int = 5, steps: 
     packnet = rl.PackNet(keep)
     run = prepare(rl.preset("classifier", name), rl.stream(name), rl.Budget(steps), seeds=seeds, lifelong=[packnet])
     learner, world, state = run.agent, run.world, run.state
-    tests, order = run.evaluation_world(1), run.experiment.orders
+    tests, stream, order = run.evaluation_world(1), run.stream, run.experiment.orders
 
     def given():
         return learner, state["params"], state["methods"]["packnet"], state["task"]
@@ -29,7 +29,7 @@ def train(name: str = "split-digits", keep: float = 0.0, seeds: int = 5, steps: 
     for stage in run.stages:  # two for every task: "train" and "retrain"
         # a new task: the weights that are still free take part again
         if stage.begins_task:
-            state = turn_to(learner, state, world, order, stage.position)
+            state = turn_to(learner, state, world, stream, order, stage.position)
             state["params"], state["methods"]["packnet"] = packnet.task_start(*given())
 
         # before the second training: give the smallest weights of the task back
@@ -49,7 +49,7 @@ def train(name: str = "split-digits", keep: float = 0.0, seeds: int = 5, steps: 
         if stage.ends_task:
             draw = partial(learner.draw, state, world)
             state["params"], state["methods"]["packnet"] = packnet.task_end(*given(), draw)
-            state["matrix"][:, stage.position + 1] = score_tasks(learner, state, tests, order, state["key"], 1)
+            state["matrix"][:, stage.position + 1] = score_tasks(learner, state, tests, stream, order, state["key"], 1)
     return state
 
 

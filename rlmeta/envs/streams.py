@@ -423,7 +423,7 @@ def permute(data: Labelled, count: int, samples: int | None = None) -> list[Data
     Raises:
         SettingError: no such number of tasks or samples.
     """
-    data, key = _checked(data), random.make_keys([0])[0]
+    data, count, key = _checked(data), _counted("permute", count), random.make_keys([0])[0]
     features = data.train.observation[0].numel()
     orders = [torch.arange(features)] + [random.permutation(key, "pixels", i, features) for i in range(1, count)]
 
@@ -433,7 +433,7 @@ def permute(data: Labelled, count: int, samples: int | None = None) -> list[Data
 
     return [
         _whole(data, f"permutation-{i}", shuffled(_some(data.train, i, samples), order), shuffled(data.test, order))
-        for i, order in enumerate(orders[: _counted("permute", count)])
+        for i, order in enumerate(orders)
     ]
 
 

@@ -87,7 +87,7 @@ def set_task(state: State, world: Any, stream: TaskStream, orders: Tensor, posit
     return {**state, "identity": identity, "task": told}
 
 
-def test_task(state: State, world: Any, stream: TaskStream, orders: Tensor, position: int) -> Task:
+def tested_task(state: State, world: Any, stream: TaskStream, orders: Tensor, position: int) -> Task:
     """Set a world to the task at this position of every learner's order; what is told of it in evaluation."""
     identity = orders[..., position].to(state["key"].device)
     world.select(identity)
@@ -171,7 +171,7 @@ def evaluate_tasks(
     """An evaluation on the task at every position of each learner's order."""
     found = []
     for position in range(orders.shape[-1]):
-        p = seen(learner.methods, state, test_task(state, world, stream, orders, position))
+        p = seen(learner.methods, state, tested_task(state, world, stream, orders, position))
         fresh = random.fold(key, position)
         found.append(learner.evaluate(p, world, fresh, episodes, deterministic=deterministic))
     return found

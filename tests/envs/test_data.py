@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlmeta.envs.data import DataTable, DataTask, DataWorld, Samples
+from rlmeta.envs.data import HIDDEN, DataTable, DataTask, DataWorld, Samples, shared_classes
 from rlmeta.errors import SettingError
 from rlmeta.functional.random import make_keys
 
@@ -68,13 +68,26 @@ def test_test_batches_hold_every_test_sample_once_and_mark_the_padding():
     assert total.tolist() == [-10.0, -303.0, -10.0]
 
 
-def test_what_is_known_of_the_classes():
-    hidden, known = world(), world(reveals_classes=True, born=False)
-    assert "allowed" not in hidden.next_batch(hidden.reset(make_keys([0, 1, 2])))[1]
-    batch = known.next_batch(known.reset(make_keys([0, 1, 2])))[1]
-    assert batch["allowed"][1, 0].tolist() == [False, False, True, True]
-    assert hidden.born().all() and not known.born().any()
-    assert known.classes()[0].tolist() == [True, True, False, False]
+def batches(**options) -> list[dict[str, torch.Tensor]]:
+    """One for training, one for methods, one for testing."""
+    data, keys = world(**options), make_keys([0, 1, 2])
+    return [data.next_batch(data.reset(keys))[1], data.sample(keys, 2), next(data.test_batches(2))]
+
+
+@pytest.mark.parametrize("told", [(), ("train_id",), ("test_id",), ("train_id", "test_id"), ("boundaries",)])
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_minibatches_tell_no_more_than_the_stream_reveals(scenario, told):
+    train, drawn, test = batches(scenario=scenario, reveals=frozenset(told))
+    for batch, name in ((train, "train_id"), (drawn, "train_id"), (test, "test_id")):
+        identity = [[0], [1], [0]] if name in told else [[HIDDEN]] * 3
+        assert (batch["identity"] == torch.tensor(identity)).all()
+        assert ("allowed" in batch) == (scenario == "task" and name in told)
+        if "allowed" in batch:
+            assert batch["allowed"][1, 0].tolist() == [False, False, True, True]
+    hidden = world(scenario=scenario, reveals=frozenset(told))
+    assert hidden.born().all() == (scenario != "class")
+    assert hidden.announces == ("boundaries" in told)
+    assert hidden.classes()[0].tolist() == [True, True, False, False]
 
 
 def test_samples_for_methods_are_drawn_without_replacement():
@@ -104,3 +117,60 @@ def test_bad_data_are_refused_by_name():
         DataTask("f", *[Samples(torch.zeros(4, 2), torch.zeros(4))] * 2)
     with pytest.raises(SettingError, match="f: training samples are no tensors"):
         DataTask("f", *[Samples([[0.0]], [0])] * 2, (0,), 1)
+
+
+X, Y = torch.arange(12.0).reshape(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("train", "classes", "count", "words"),
+    [
+        ((X, Y.float()), (0, 1, 2), 3, "training targets are torch.float32, expected whole numbers of classes"),
+        ((X, Y - 1), (0, 1, 2), 3, "target -1 is none of its classes"),
+        ((X, torch.eye(3)[Y]), (0, 1, 2), 3, r"training targets \(6, 3\), expected classes \[n\]: one-hot"),
+        ((X, torch.eye(3)[Y].long()), (0, 1, 2), 3, r"training targets \(6, 3\), expected classes \[n\]: one-hot"),
+        ((X, Y.unsqueeze(-1)), (0, 1, 2), 3, r"training targets \(6, 1\), expected classes"),
+        ((X / 0.0, Y), (0, 1, 2), 3, "6 of 6 training inputs are not finite"),
+        ((X, X.log()), (), 0, "1 of 6 training targets are not finite"),
+        ((X * 1j, Y), (0, 1, 2), 3, "training inputs are torch.complex64, expected bytes or real numbers"),
+        ((X[0, 0], Y), (0, 1, 2), 3, "no row of training inputs and 6 targets"),
+        ((X, Y[:5]), (0, 1, 2), 3, "6 training inputs and 5 targets"),
+        ((X,), (0, 1, 2), 3, r"training samples are tuple, expected Samples\(x, y\)"),
+        (X, (0, 1, 2), 3, r"training samples are Tensor, expected Samples\(x, y\)"),
+        ((X.numpy(), Y.numpy()), (0, 1, 2), 3, "training samples are no tensors"),
+        ((X, Y), ("0", "1", "2"), 3, r"classes are \('0', '1', '2'\), expected whole numbers"),
+        ((X, Y), 3, 3, "classes are 3, expected whole numbers"),
+        ((X, Y), (0, 1, 1, 2), 3, "classes repeat"),
+        ((X, Y), (0, 1, 2), 2.5, "num_classes is 2.5, expected a whole number"),
+        ((X[:, :1], Y), (0, 1, 2), 3, "test samples have another shape than training samples"),
+    ],
+)
+def test_samples_that_are_none_are_refused_by_a_sentence(train, classes, count, words):
+    with pytest.raises(SettingError, match=f"g: {words}"):
+        DataTask("g", train, (X, Y if classes else X), classes, count)
+
+
+def test_samples_become_what_learners_expect():
+    """Plain pairs, any whole numbers and any precision: the same task."""
+    plain = DataTask("h", Samples(X, Y), Samples(X, Y), (0, 1, 2), 3)
+    for dtype in (torch.float64, torch.float16, torch.int64):
+        for labels in (torch.int32, torch.uint8):
+            made = DataTask("h", (X.to(dtype), Y.to(labels)), [X.to(dtype), Y.to(labels)], range(3), 3)
+            assert made.classes == (0, 1, 2)
+            for part, expected in ((made.train, plain.train), (made.test, plain.test)):
+                assert isinstance(part, Samples)
+                assert part.observation.dtype == torch.float32 and part.target.dtype == torch.int64
+                assert all(torch.equal(a, b) for a, b in zip(part, expected))
+    assert DataTask("h", (X.byte(), Y), (X.byte(), Y), (0, 1, 2), 3).train.observation.dtype == torch.uint8
+
+
+def test_tasks_share_their_classes_by_place_or_as_they_are():
+    first, second = shared_classes([numbered("a", 0, 6, (1, 0)), numbered("b", 0, 6, (3, 2))])
+    assert torch.equal(first.train.target, second.train.target) and first.num_classes == second.num_classes == 2
+    assert first.train.target.tolist() == [0, 1] * 3, "the first of `classes` is class 0"
+    same = [numbered("a", 0, 6, (2, 3)), numbered("b", 0, 6, (3, 2))]
+    assert shared_classes(same) == same, "the same classes mean the same"
+    with pytest.raises(SettingError, match="the same classes, or each of its own: these share some"):
+        shared_classes([numbered("a", 0, 6, (0, 1)), numbered("b", 0, 6, (1, 2))])
+    with pytest.raises(SettingError, match="groups of one size, these have 1 to 2"):
+        shared_classes([numbered("a", 0, 6, (0, 1)), numbered("b", 0, 6, (2,))])

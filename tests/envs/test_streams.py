@@ -10,8 +10,8 @@ import torch
 
 import rlmeta as rl
 from rlmeta.envs import streams
-from rlmeta.envs.data import DataWorld
-from rlmeta.envs.datasets import labelled
+from rlmeta.envs.data import EVERYTHING, DataTask, DataWorld, Samples, shared_classes
+from rlmeta.envs.datasets import Labelled, labelled
 from rlmeta.envs.names import names, read_toml
 from rlmeta.errors import RlmetaError, SettingError
 from rlmeta.functional.random import make_keys
@@ -24,7 +24,9 @@ def test_split_digits_in_the_three_scenarios():
     whole = labelled("digits")
     assert sum(len(one.train.target) for one in task.tasks) == len(whole.train.target)
     assert sum(len(one.test.target) for one in task.tasks) == len(whole.test.target)
-    for i, (own, shared) in enumerate(zip(task.tasks, domain.tasks)):
+    assert domain.world((2,), 4).action_space.n == 2 and klass.world((2,), 4).action_space.n == 10
+    assert task.world((2,), 4).action_space.n == 10
+    for i, (own, shared) in enumerate(zip(task.tasks, shared_classes(domain.tasks))):
         assert set(own.train.target.tolist()) == {2 * i, 2 * i + 1}
         assert set(shared.train.target.tolist()) == {0, 1} and shared.num_classes == 2
         assert torch.equal(own.train.target - 2 * i, shared.train.target)
@@ -79,12 +81,116 @@ def test_a_list_of_tasks_reveals_what_it_is_told():
     assert rl.stream(two).reveals == {"boundaries", "train_id", "test_id"}
     assert rl.stream(two, reveals=["train_id"]).reveals == {"train_id"}
     assert rl.stream(two, reveals=[]).reveals == set()
-    named = rl.stream("split-digits", reveals=["boundaries", "test_id"], scenario="class")
-    assert named.reveals == {"boundaries"}, "which task it is at test is what the scenario hides"
+    named = rl.stream("split-digits", reveals=["boundaries"], scenario="class")
+    assert named.reveals == {"boundaries"}
+    with pytest.raises(SettingError, match="reveals is \\[1\\], expected a list of boundaries, test_id, train_id"):
+        rl.stream(two, reveals=[1])
     with pytest.raises(RlmetaError, match="unknown thing to reveal 'boundary': did you mean boundaries"):
         rl.stream(two, reveals=["boundary"])
     with pytest.raises(SettingError, match=r"reveals is 'boundaries', expected a list such as \['boundaries'\]"):
         rl.stream(two, reveals="boundaries")
+
+
+GROUPS = [[0, 1], [2, 3], [4, 5]]
+
+
+def test_one_place_says_the_scenario():
+    """What `split` says the stream need not say again, and can't say otherwise."""
+    data, scenarios = labelled("digits"), ("task", "domain", "class")
+    for said in (None, *scenarios):
+        tasks = streams.split(data, GROUPS, said)
+        assert rl.stream(tasks).scenario == (said or "task")
+        for other in scenarios:
+            if said in (None, other):
+                made, plain = rl.stream(tasks, scenario=other), rl.stream(streams.split(data, GROUPS), scenario=other)
+                assert made.reveals == plain.reveals == (EVERYTHING if other == "task" else EVERYTHING - {"test_id"})
+                worlds = [one.world((1,), 4) for one in (made, plain)]
+                assert worlds[0].action_space == worlds[1].action_space
+                assert torch.equal(worlds[0].table.train.target, worlds[1].table.train.target)
+            else:
+                with pytest.raises(
+                    SettingError, match=f"split for the scenario '{said}', but its stream's is '{other}'"
+                ):
+                    rl.stream(tasks, scenario=other)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "reveals", "words"),
+    [
+        ("task", ["boundaries", "train_id"], "the scenario 'task' tells at test which task it is, but reveals leaves"),
+        ("class", ["boundaries", "test_id"], "the scenario 'class' hides at test which task it is, but reveals has"),
+        ("domain", ["test_id"], "the scenario 'domain' hides at test which task it is, but reveals has 'test_id'"),
+    ],
+)
+def test_a_scenario_and_what_is_revealed_may_not_contradict(scenario, reveals, words):
+    tasks = streams.split(labelled("digits"), GROUPS)
+    for source in ("split-digits", tasks):
+        with pytest.raises(SettingError, match=words):
+            rl.stream(source, scenario=scenario, reveals=reveals)
+    with pytest.raises(SettingError, match=words):
+        streams.TaskStream("s", tuple(tasks), frozenset(reveals), scenario=scenario)
+
+
+def test_what_can_be_no_stream_is_refused_by_a_sentence():
+    data, x = labelled("digits"), torch.zeros(4, 2)
+    numbers = DataTask("numbers", (x, x), (x, x))
+    for source, options, words in (
+        (data, {}, "a data set is no stream of tasks"),
+        (list(data), {}, "stream 'stream' has a Samples among its tasks, expected DataTask"),
+        (5, {}, "a stream of int, expected a name"),
+        (numbers, {}, "a stream of DataTask, expected a name"),
+        ([numbers], {"scenario": "class"}, "the scenario 'class' needs tasks with classes"),
+        (["CartPole-v1"], {"scenario": "class"}, "scenario is for streams of samples"),
+        (
+            ["CartPole-v1"],
+            {"reveals": [], "restart_optimizer": True},
+            "restart_optimizer would show what reveals hides",
+        ),
+    ):
+        with pytest.raises(SettingError, match=words):
+            rl.stream(source, **options)
+    for groups, words in (
+        ([0, 1, 2], "expected groups of classes such as"),
+        ("01", "expected groups of classes such as"),
+        (["01"], "expected groups of classes such as"),
+        ([[0, 1], []], "a group has no classes"),
+        ([["0", "1"]], "expected groups of different classes of 0 to 9"),
+        ([[True, False]], "expected groups of different classes of 0 to 9"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            streams.split(data, groups)
+    with pytest.raises(SettingError, match="scenario is 'klass', expected one of task, domain, class"):
+        streams.split(data, GROUPS, "klass")
+    with pytest.raises(SettingError, match="groups of one size, these have 1 to 2"):
+        streams.split(data, [[0, 1], [2]], "domain")
+    oblong = Samples(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+    for make, words in (
+        (lambda: streams.permute(data, 0), "permute is 0, expected how many tasks"),
+        (lambda: streams.permute(data, "3"), "permute is '3', expected how many tasks"),
+        (lambda: streams.rotate(data, -1), "rotate is -1, expected how many tasks"),
+        (lambda: streams.rotate(data, 2, float("nan")), "degrees is nan, expected a number"),
+        (lambda: streams.permute(data, 2, samples=2.5), "samples is 2.5, expected 1 to the 1438"),
+        (lambda: streams.split(tuple(data), GROUPS), r"data is a tuple, expected labelled\(NAME\)"),
+        (lambda: streams.split(data._replace(num_classes=0), GROUPS), "num_classes is 0, expected how many"),
+        (lambda: streams.split(data._replace(num_classes=9), [[0, 1]]), "target 9 is none of its classes"),
+        (lambda: streams.rotate(Labelled(oblong, oblong, 10), 2), "are no pictures"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            make()
+
+
+def test_pictures_of_any_shape_are_permuted_and_rotated_as_flat_ones_are():
+    flat = labelled("digits")
+    flat = Labelled(*(Samples(part.observation[:20], part.target[:20]) for part in flat[:2]), 10)
+    for make in (streams.permute, streams.rotate):
+        expected = make(flat, 3)[2].train.observation
+        for shape in ((8, 8), (1, 8, 8)):
+            shaped = Labelled(*(Samples(x.reshape(-1, *shape), y) for x, y in flat[:2]), 10)
+            found = make(shaped, 3)[2].train.observation
+            assert found.shape == (20, *shape) and torch.equal(found.flatten(1), expected)
+    small = Labelled(*(Samples(x.float() / 255, y) for x, y in flat[:2]), 10)
+    turned = streams.rotate(small, 3)[2].train.observation
+    assert turned.dtype == torch.float32 and ((turned > 0.01) & (turned < 0.99)).any(), "floats are not rounded"
 
 
 @pytest.mark.parametrize(
@@ -209,12 +315,15 @@ def test_streams_say_how_to_make_them_again():
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two"),
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", reveals=["train_id"]),
         rl.stream("cartpole-conflicts", reveals=["boundaries"]),
+        rl.stream("split-digits", reveals=[], scenario="domain"),
+        rl.stream("split-digits", restart_optimizer=False),
+        rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", restart_optimizer=False),
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", observe_identity=True),
     ):
         again = problem_again(given.describe(), None, "here")
         assert again.orders() == given.orders() and again.scenario == given.scenario
         assert [one.name for one in again.tasks] == [one.name for one in given.tasks]
-        assert again.reveals == given.reveals
+        assert again.reveals == given.reveals and again.restarts == given.restarts
         assert dataclasses.replace(again, tasks=given.tasks, table=given.table) == given
 
 

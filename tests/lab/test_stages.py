@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.envs import streams
+from rlmeta.envs.datasets import labelled
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.lab import matrix_plot, plots
@@ -206,6 +208,275 @@ def test_a_list_in_a_method_compares_as_one_in_the_settings_does(tmp_path):
     again = rl.load(tmp_path / "run")
     assert again.experiment.labels == run.experiment.labels
     assert again.experiment.methods == run.experiment.methods
+
+
+class Spy(Method):
+    """Needs nothing, and writes down everything a stream could give away, in every hook."""
+
+    name = "spy"
+
+    def __init__(self) -> None:
+        self.called: set[str] = set()
+        self.told: dict[str, list[tuple[int, int]]] = {}
+        self.samples: dict[str, set[int]] = {}
+        self.progress: list[float] = []
+        self.tasks = 0
+
+    def note(self, hook, task, batch=None):
+        self.called.add(hook)
+        pair = (task["index"].tolist()[0], task["identity"].tolist()[0])
+        if pair not in self.told.setdefault(hook, []):
+            self.told[hook].append(pair)
+        if batch is not None and "identity" in batch:
+            self.samples.setdefault(hook, set()).update(batch["identity"].flatten().tolist())
+
+    def init(self, learner, state):
+        self.tasks = learner.num_tasks
+        return {"weight": torch.zeros(state["key"].shape)}
+
+    def phases(self, iterations):
+        self.called.add("phases")
+        return [("more", 1)]
+
+    def task_start(self, learner, p, m, task):
+        self.note("task_start", task)
+        return p, m
+
+    def phase_start(self, learner, p, m, task, phase):
+        self.note("phase_start", task)
+        return p, m
+
+    def task_end(self, learner, p, m, task, draw):
+        self.note("task_end", task, draw(4))
+        return p, m
+
+    def params(self, p, m, task):
+        self.note("params", task)
+        return p
+
+    def batches(self, learner, p, m, batch, task, key):
+        self.note("batches", task, batch)
+        return ()
+
+    def grads(self, learner, gradients, p, m, task):
+        self.note("grads", task)
+        return gradients.total
+
+    def after_step(self, learner, info, p, m, task, key):
+        self.note("after_step", task, info.batch)
+        self.progress.append(float(task["progress"][0]))
+        return m
+
+    def predict(self, learner, p, m, batch, task):
+        self.note("predict", task, batch)
+        return None
+
+
+def spied(**how):
+    spy = Spy()
+    run = rl.train(SMALL, rl.stream("split-digits", **how), budget=BUDGET, seeds=1, lifelong=[spy])
+    return run, spy
+
+
+STEPS = ("batches", "grads", "after_step")
+"""Hooks of training alone; `params` is of evaluation, too."""
+
+
+def test_a_stream_that_reveals_everything_says_where_it_is():
+    _, spy = spied(scenario="task")
+    assert spy.called == {"phases", "task_start", "phase_start", "task_end", "params", "predict", *STEPS}
+    assert spy.tasks == 5
+    for hook in (*STEPS, "predict", "task_end"):
+        assert sorted(spy.told[hook]) == [(i, i) for i in range(5)], hook
+    assert spy.samples["after_step"] == spy.samples["predict"] == spy.samples["task_end"] == set(range(5))
+
+
+@pytest.mark.parametrize("scenario", ["domain", "class"])
+def test_what_a_stream_hides_reaches_nobody(scenario):
+    run, spy = spied(scenario=scenario, reveals=[])
+    assert spy.called == {"params", "predict", *STEPS}, "one endless problem: nothing begins and nothing ends"
+    assert spy.tasks == 1
+    assert all(pairs == [(-1, -1)] for pairs in spy.told.values()), spy.told
+    assert all(found == {-1} for found in spy.samples.values()), spy.samples
+    assert spy.progress == sorted(spy.progress) and spy.progress[-1] == 0.9, "of the whole run, ten iterations"
+    assert not run.matrix[:, -1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "reveals", "training", "testing"),
+    [
+        ("task", ["test_id"], {(-1, -1)}, {(i, i) for i in range(5)}),
+        ("task", ["boundaries", "test_id"], {(i, -1) for i in range(5)}, {(i, i) for i in range(5)}),
+        ("class", ["train_id"], {(-1, i) for i in range(5)}, {(-1, -1)}),
+        ("domain", ["boundaries"], {(i, -1) for i in range(5)}, {(-1, -1)}),
+    ],
+)
+def test_what_is_revealed_reaches_its_hooks_and_no_others(scenario, reveals, training, testing):
+    _, spy = spied(scenario=scenario, reveals=reveals)
+    for hook in STEPS:
+        assert set(spy.told[hook]) == training, hook
+    assert set(spy.told["predict"]) == testing
+    assert ("task_end" in spy.called) == ("boundaries" in reveals)
+    assert spy.samples["after_step"] == {identity for _, identity in training}
+    assert spy.samples["predict"] == {identity for _, identity in testing}
+
+
+def optimizer_counts(stream, *methods, seeds=1) -> list[float]:
+    """Steps that the optimizer remembers, iteration by iteration."""
+    found = []
+
+    def watch(run, line):
+        found.append(float(run.state["optimizer"]["count"].max()))
+
+    budget = rl.Budget(steps=160, final_episodes=1, log_points=1000)
+    rl.train(SMALL, stream, budget=budget, seeds=seeds, lifelong=methods, callbacks=[watch])
+    return found
+
+
+def test_moments_restart_where_a_boundary_is_revealed_and_nowhere_else():
+    restarted, on = [5.0, 10.0] * 5, [5.0 * i for i in range(1, 11)]
+    assert optimizer_counts(rl.stream("split-digits")) == restarted
+    assert optimizer_counts(rl.stream("split-digits", restart_optimizer=False)) == on
+    assert optimizer_counts(rl.stream("split-digits", scenario="domain", reveals=["train_id"])) == on
+    with_phase = rl.stream("split-digits", restart_optimizer=False)
+    assert optimizer_counts(with_phase, Diary(), seeds=2) == [5.0 * i for i in range(1, 16)]
+
+
+def test_a_schedule_does_not_show_a_hidden_boundary():
+    """The learning rate falls once over the whole run."""
+    rates = []
+
+    def watch(run, line):
+        rates.append(float(run.agent.optimizer(run.state).recipe.settings["lr"][0]))
+
+    linear = dataclasses.replace(SMALL, learning_rate_schedule="linear", learning_rate=1.0)
+    budget = rl.Budget(steps=160, final_episodes=1, log_points=1000)
+    rl.train(linear, rl.stream("split-digits", scenario="domain", reveals=[]), budget=budget, callbacks=[watch])
+    assert rates == pytest.approx([1 - i / 10 for i in range(10)])
+    rates.clear()
+    rl.train(linear, rl.stream("split-digits", scenario="domain"), budget=budget, callbacks=[watch])
+    assert rates == pytest.approx([1.0, 0.5] * 5)
+
+
+def test_classes_are_born_when_they_are_met_where_nobody_announces_them():
+    few = dataclasses.replace(SMALL, batch_size=1, num_steps=1)
+    for reveals, first in ((["boundaries"], 2), ([], 1)):
+        born = []
+
+        def watch(run, line, born=born):
+            born.append(int(run.state["params"]["buffers"]["born"].sum()))
+
+        stream = rl.stream("split-digits", scenario="class", reveals=reveals)
+        budget = rl.Budget(steps=8, final_episodes=1, log_points=1000)
+        run = rl.train(few, stream, budget=budget, callbacks=[watch])
+        assert born[0] == first and born == sorted(born) and born[-1] == 10
+        unborn = torch.triu(torch.ones(6, 5, dtype=torch.bool))
+        unborn[0, 0] = not reveals  # the first task's are announced before the untrained learner is scored
+        assert torch.equal(run.matrix[0].isnan(), unborn), "no score before all classes of a task are born"
+        assert math.isnan(run.summary()[0]["FWT"]) and not math.isnan(run.summary()[0]["BWT"])
+
+
+def test_a_hidden_task_at_training_opens_every_class():
+    """Of the scenario "task", where only evaluation is told: no logit is closed for the sake of the trained task."""
+    grown = {}
+    for reveals in (["boundaries", "test_id"], ["boundaries", "train_id", "test_id"]):
+        run = rl.train(SMALL, rl.stream("split-digits", scenario="task", reveals=reveals), budget=BUDGET)
+        fresh = run.agent.init(run.experiment.keys(), run.experiment.hyper(), run.world)
+        head = list(run.state["params"]["weights"])[-1]
+        moved = run.state["params"]["weights"][head] != fresh["params"]["weights"][head]
+        grown[len(reveals)] = run.agent, moved
+        assert moved.all(), "every task has been trained"
+    first = rl.stream("split-digits", scenario="task", reveals=["boundaries", "test_id"])
+    world = first.world((1,), 16)
+    state = world.reset(run.state["key"])
+    assert "allowed" not in world.next_batch(state)[1] and "allowed" in next(world.test_batches(8))
+
+
+def test_an_agent_is_not_told_of_a_hidden_boundary_either():
+    """DQN's replay memory, exploration and schedules go on; the world's episodes end there, so no return crosses it."""
+    dqn = rl.DQN(
+        num_envs=2,
+        num_steps=8,
+        batch_size=8,
+        learning_starts=32,
+        capacity=128,
+        hidden_sizes=(8,),
+        n_steps=3,
+    )
+    budget = rl.Budget(steps=64, eval_episodes=1, final_episodes=1, log_points=1000)
+    for reveals, expected in (([], [8, 16, 24, 32, 40, 48, 56, 64]), (["boundaries"], [8, 16, 24, 32] * 2)):
+        steps, ends = [], []
+
+        def watch(run, line, steps=steps, ends=ends):
+            steps.append(int(run.state["count"]["task_steps"].max()))
+            ends.append(run.state["replay"]["truncated"][0, :, 0].clone())
+
+        run = rl.train(dqn, rl.stream(["CartPole-v1"] * 2, reveals=reveals), budget=budget, callbacks=[watch])
+        assert steps == expected
+        kept = run.state["replay"]["valid"].sum()
+        assert kept == (2 * 64 if not reveals else 2 * 32)
+        assert bool(ends[-1][31]) == (not reveals), "the last step before the boundary"
+        assert run.state["progress"].item() == (7 / 8 if not reveals else 3 / 4)
+
+
+def test_replay_for_an_agent_needs_to_know_when_a_task_ends():
+    small, hidden = rl.PPO(num_steps=16, batch_size=32), rl.stream(["CartPole-v1"] * 2, reveals=["train_id"])
+    with pytest.raises(SettingError, match="replay needs to know when a task ends, which the stream hides"):
+        rl.train(small, hidden, steps=64, lifelong=[rl.Replay(size=16)])
+    rl.train(SMALL, rl.stream("split-digits", scenario="domain", reveals=[]), budget=BUDGET, lifelong=[rl.Replay()])
+
+
+@pytest.mark.parametrize("reveals", [[], ["train_id"]])
+def test_a_run_on_a_hidden_stream_is_resumed_exactly(tmp_path, reveals):
+    stream = rl.stream("split-digits", scenario="class", reveals=reveals)
+    budget = rl.Budget(steps=160, final_episodes=1, log_points=1000)
+    given = {"budget": budget, "seeds": 2, "lifelong": [rl.Replay(size=20)]}
+    whole = rl.train(SMALL, stream, out=tmp_path / "whole", **given)
+    rl.train(SMALL, stream, out=tmp_path / "cut", callbacks=[lambda run, line: line["iteration"] >= 5], **given)
+    resumed = rl.resume(tmp_path / "cut")
+    for (name, ours), theirs in zip(tree.flatten(resumed.state).items(), tree.leaves(whole.state)):
+        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0)), name
+    assert rl.load(tmp_path / "cut").stream.reveals == frozenset(reveals)
+
+
+def test_a_stream_that_is_given_again_has_to_be_the_same(tmp_path):
+    tasks = rl.stream("split-digits").tasks
+    rl.train(SMALL, rl.stream(tasks, scenario="class"), budget=BUDGET, out=tmp_path / "run")
+    assert rl.load(tmp_path / "run", env=rl.stream(tasks, scenario="class")).stream.scenario == "class"
+    for other, words in (
+        ({"scenario": "task"}, "scenario='class', this one has 'task'"),
+        ({"scenario": "class", "reveals": []}, r"reveals=\['boundaries', 'train_id'\], this one has \[\]"),
+        ({"scenario": "class", "restart_optimizer": False}, "restart_optimizer=None, this one has False"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            rl.load(tmp_path / "run", env=rl.stream(tasks, **other))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([rl.EWC], r"lifelong has the class EWC, expected a method of it: EWC\(\)"),
+        (rl.EWC, r"lifelong is EWC, expected a list of methods: \[EWC\(\)\]"),
+        (rl.EWC(), r"lifelong is EWC, expected a list of methods: \[EWC\(\)\]"),
+        ("ewc", "lifelong is 'ewc', expected a list of methods"),
+        (["ewc"], "lifelong has 'ewc', expected methods such as"),
+        (None, "lifelong is None, expected a list of methods"),
+    ],
+)
+def test_what_are_no_methods_is_said(given, words):
+    with pytest.raises(SettingError, match=words):
+        rl.train(SMALL, rl.stream("split-digits"), budget=BUDGET, lifelong=given)
+
+
+def test_scores_of_tasks_count_the_same_and_samples_may():
+    stream = rl.stream(streams.split(labelled("digits"), [[0, 1, 2, 3, 4, 5], [6, 7]]), scenario="class")
+    run = rl.train(SMALL, stream, steps=800)
+    final, counts = run.matrix[:, -1], run.evaluation.lengths
+    assert torch.equal(run.scores, final.mean(-1))
+    by_sample = (final * counts).sum(-1) / counts.sum(-1)
+    assert counts[0].tolist() == [len(task.test.target) for task in stream.tasks]
+    assert metrics.accuracy(run.matrix, counts) == pytest.approx(by_sample.numpy())
+    assert abs(float(by_sample - run.scores)) > 0.05, "here they differ"
 
 
 def test_an_agent_that_keeps_its_answers_forgets_exactly_nothing():

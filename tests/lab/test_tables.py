@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
 
-from rlmeta.lab.tables import result_table
+from rlmeta.lab.tables import EQUAL_TASKS, UNDEFINED, result_table
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -87,9 +88,13 @@ def test_what_a_stream_did_has_an_interval_below_it() -> None:
         "[95 % interval] BWT FWT forgetting",
         "1,176.8 -0.123 -0.123 -0.123",
         "[109.2, 1,210.8] [-0.2, 0.0123] [-0.2, 0.0123] [-0.2, 0.0123]",
+        EQUAL_TASKS,
     ]
     few = rendered([row(seeds=2, scores=[1.0, 2.0], **transfer)])
-    assert few[2:] == ["mean return (each seed) BWT FWT forgetting", "1,176.8 (1.0, 2.0) -0.123 -0.123 -0.123"]
+    assert few[2:4] == ["mean return (each seed) BWT FWT forgetting", "1,176.8 (1.0, 2.0) -0.123 -0.123 -0.123"]
+    born = rendered([row(seeds=2, scores=[1.0, 2.0], **{**transfer, "FWT": math.nan})], width=120)
+    assert born[3:5] == ["1,176.8 (1.0, 2.0) -0.123 - -0.123", EQUAL_TASKS]
+    assert " ".join(born[5:]) == UNDEFINED
     shared = rendered([row(setting="a=1", **transfer), row(setting="a=2", **transfer)], width=200)
     assert "-0.123 [-0.2, 0.0123] BWT, -0.123 [-0.2, 0.0123] FWT" in " ".join(shared)
 

@@ -124,10 +124,12 @@ def test_scores_stay_where_the_task_is_said_to_be_another_at_test(scenario):
         progress=False,
     )
     orders, key, world = run.experiment.orders, run.state["key"], run.evaluation_world(1)
-    honest = stages.evaluate_tasks(run.agent, run.state, world, orders, key, 1)
+    honest = stages.evaluate_tasks(run.agent, run.state, world, run.stream, orders, key, 1)
     for position in range(5):
-        task = stages.set_task(run.state, world, orders, position)["task"]
-        said = {"progress": task["progress"], "index": 4 - task["index"], "identity": 4 - task["identity"]}
+        task = stages.tested_task(run.state, world, run.stream, orders, position)
+        assert (task["index"] == -1).all() and (task["identity"] == -1).all()
+        turned = torch.full_like(task["index"], 4 - position)
+        said = {"progress": task["progress"], "index": turned, "identity": turned}
         found = run.agent.evaluate(seen(run.agent.methods, run.state, said), world, key, 1)
         assert torch.equal(found.returns, honest[position].returns)
 
@@ -138,10 +140,10 @@ def test_a_target_on_a_stream_is_refused():
 
 
 def test_a_method_that_needs_what_the_stream_hides_is_refused_before_training():
-    hidden = dataclasses.replace(points(), reveals=frozenset({"boundaries", "train_id"}))
+    hidden = stream(tasks(), "points", scenario="domain")
     with pytest.raises(SettingError, match="packnet needs to know which task it is tested on"):
         rl.train(learner(), hidden, steps=8, lifelong=[PackNet()], progress=False)
-    blurred = dataclasses.replace(points(), reveals=frozenset())
+    blurred = stream(tasks(), "points", scenario="domain", reveals=[])
     for method in (EWC(), GEM(memory=8), AGEM(memory=8)):
         with pytest.raises(SettingError, match="when a task ends"):
             rl.train(learner(), blurred, steps=8, lifelong=[method], progress=False)

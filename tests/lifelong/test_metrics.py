@@ -57,6 +57,29 @@ def test_nan_is_not_zero():
     assert metrics.learning_accuracy(holed) == pytest.approx(0.8)
 
 
+def test_what_is_not_born_has_no_forward_transfer():
+    """Class-incremental: nobody can be right about a task before its classes are born."""
+    born = R.copy()
+    born[np.triu_indices(3)] = np.nan
+    found = metrics.summary(born)
+    assert np.isnan(found["forward_transfer"])
+    for name, value in metrics.summary(R).items():
+        if name != "forward_transfer":
+            assert found[name] == pytest.approx(value), name
+    assert np.isnan(metrics.estimates(born[None].repeat(5, 0))["forward_transfer"])[0]
+
+
+def test_tasks_count_the_same_unless_they_are_weighted():
+    counts = np.array([3, 1, 0])
+    assert metrics.accuracy(R, counts) == pytest.approx((3 * 0.6 + 0.75) / 4)
+    several = metrics.accuracy(np.stack([R, R]), np.array([[3, 1, 0], [1, 1, 1]]))
+    assert several == pytest.approx([(3 * 0.6 + 0.75) / 4, metrics.accuracy(R)])
+    assert metrics.accuracy(R, torch.tensor(counts)) == metrics.accuracy(R, counts)
+    for wrong in ([1.0, 2.0], [0, 0, 0], [1, -1, 1], 1.0):
+        with pytest.raises(SettingError, match="expected one of at least 0 for each of the 3 tasks"):
+            metrics.accuracy(R, wrong)
+
+
 def test_a_single_task_has_no_transfer_and_no_forgetting():
     single = np.array([[0.1], [0.9]])
     found = metrics.summary(single)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.envs.data import DataTask
+from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import StepInfo, seen
@@ -105,12 +108,15 @@ def test_old_answers_survive_saving_and_loading_in_the_middle_of_retraining(tmp_
         assert torch.equal(answers(again, position), answers(whole, position))
 
 
+def owned(run) -> dict[str, torch.Tensor]:
+    return Packed.view(run.state["methods"]["packnet"]["owner"], run.state["params"]["weights"], 1)
+
+
 def test_tasks_share_the_weights_out_exactly():
-    run = trained(PackNet())
-    weights = run.state["params"]["weights"]
-    owners = Packed.view(run.state["methods"]["packnet"]["owner"], weights, 1)
-    for name, owner in owners.items():
-        if weights[name].dim() == 2:
+    """Where nothing is given back, without a second training; every layer of every learner."""
+    run = trained(PackNet(retrain=0.0))
+    for name, owner in owned(run).items():
+        if owner.dim() == 2:
             assert (owner == NOBODYS).all(), name
             continue
         size = owner[0].numel()
@@ -119,6 +125,36 @@ def test_tasks_share_the_weights_out_exactly():
         for learner_owner in owner:
             counts = [int((learner_owner == k).sum()) for k in (FREE, 1, 2, 3)]
             assert counts == [0, first, second, size - first - second], name
+
+
+def test_what_a_task_has_no_use_for_goes_to_the_others():
+    """Of rectified units some are out of use: no task has more than its share, and all weights are somebody's."""
+    run = trained(PackNet())
+    fewer = 0
+    for owner in owned(run).values():
+        if owner.dim() == 2:
+            continue
+        for learner_owner in owner:
+            free = learner_owner.numel()
+            for k in (1, 2, 3):
+                count, share = int((learner_owner == k).sum()), -(-free // (4 - k))
+                assert count <= share
+                fewer += count < share
+                free -= count
+    assert fewer > 0
+
+
+def test_a_later_task_learns_in_a_network_of_rectified_units():
+    """Most units are out of use for the tasks before: the last has .85 where they stay so, .97 by plain training."""
+    run = rl.train(
+        rl.Classifier(batch_size=32, learning_rate=3e-3, hidden_sizes=(32, 32)),
+        "split-digits",
+        steps=3200,
+        seeds=2,
+        lifelong=[PackNet()],
+    )
+    assert (run.matrix[:, -1].mean(0) > 0.94).all(), run.matrix[:, -1].mean(0)
+    assert run.summary()[0]["forgetting"] == 0.0
 
 
 def test_a_fixed_part_leaves_weights_free_that_are_zero():
@@ -133,12 +169,8 @@ def test_a_fixed_part_leaves_weights_free_that_are_zero():
     assert (first == 1).sum((-2, -1)).tolist() == [6, 6, 6]  # a quarter of 24
 
 
-def test_weights_that_a_task_never_moved_are_not_its_own():
-    """An input that is always 0 teaches its weights nothing: they are given back before small ones that were moved."""
-    import dataclasses
-
-    from rlmeta.envs.streams import stream
-
+def test_weights_without_a_gradient_are_not_its_own():
+    """An input that is always 0 teaches its weights nothing: they are given back before small ones that learned."""
     still = []
     for task in tasks(2):
         masked = [
@@ -146,24 +178,103 @@ def test_weights_that_a_task_never_moved_are_not_its_own():
             for part in (task.train, task.test)
         ]
         still.append(dataclasses.replace(task, train=masked[0], test=masked[1]))
-    run = rl.train(learner(), stream(still, "still", scenario="task"), steps=80, lifelong=[PackNet()], progress=False)
-    owner = Packed.view(run.state["methods"]["packnet"]["owner"], run.state["params"]["weights"], 1)
-    assert (owner["net.0.1.0.weight"][..., 3] != 1).all()
+    for method in (PackNet(), PackNet(retrain=0.0), PackNet(keep=0.9)):
+        run = rl.train(learner(), stream(still, "still", scenario="task"), steps=80, lifelong=[method], progress=False)
+        column = owned(run)["net.0.1.0.weight"][..., 3]
+        if method.keep == 0.9:  # more than have a gradient: taken at the pruning, given back at the end
+            assert (column == FREE).all()
+        assert (column != 1).all()
 
 
-def test_what_is_moved_is_noted_from_step_to_step_until_the_pruning():
-    run = trained(PackNet(), count=2)
-    method, p, task = run.agent.methods[0], run.state["params"], run.state["task"]
+def begun(count: int = 2, **settings):
+    """A run's method, parameters, memory and task where its second task is about to begin."""
+    run = trained(PackNet(), count=count, **settings)
+    method, task = run.agent.methods[0], {**run.state["task"], "index": torch.ones_like(run.state["task"]["index"])}
+    p, m = run.state["params"], run.state["methods"]["packnet"]
+    m = {**m, "owner": m["owner"].masked_fill(m["owner"] == 2, FREE)}
+    return run, method, p, m, task
+
+
+def test_what_is_free_is_drawn_anew_when_a_later_task_begins():
+    run, method, p, m, task = begun()
+    new, memory = method.task_start(run.agent, p, m, task)
+    free = m["owner"] == FREE
+    before, after = Packed.of(p["weights"], 1).flat, Packed.of(new["weights"], 1).flat
+    assert torch.equal(before[~free], after[~free]) and (before[free] != after[free]).all()
+    assert not memory["useful"].any() and not memory["pruned"].any()
+    # as at the start of a run, from the learner's own key and the task's place alone
+    first = Packed.of(run.agent.init(run.experiment.keys(), run.experiment.hyper(), run.world)["params"]["weights"], 1)
+    assert float(after[free].std()) == pytest.approx(float(first.flat[m["owner"] != NOBODYS].std()), rel=0.25)
+    again = Packed.of(method.task_start(run.agent, p, m, task)[0]["weights"], 1).flat
+    assert torch.equal(again, after)
+    later = {**task, "index": task["index"] + 1}
+    assert not torch.equal(Packed.of(method.task_start(run.agent, p, m, later)[0]["weights"], 1).flat, after)
+    one = tree.map(lambda x: x[1:2], {"p": p, "m": m, "task": task})
+    alone, _ = method.task_start(run.agent, one["p"], one["m"], one["task"])
+    assert torch.equal(Packed.of(alone["weights"], 1).flat, after[1:2])
+    zeroth = {**task, "index": torch.zeros_like(task["index"])}
+    assert method.task_start(run.agent, p, m, zeroth)[0] is p, "the first task begins with the run's own weights"
+
+
+def test_what_has_a_gradient_is_noted_from_step_to_step():
+    run, method, p, m, task = begun()
     m = method.init(run.agent, run.state)
-    delta = torch.zeros_like(m["moved"], dtype=torch.float32)
+    nothing = torch.zeros_like(m["useful"], dtype=torch.float32)
     for entry, size in ((0, 0.5), (1, -0.5), (2, 0.0)):
-        move = delta.index_fill(-1, torch.tensor([entry]), size)
-        m = method.after_step(run.agent, StepInfo(move, move, {}), p, m, task, run.state["key"])
-    assert m["moved"].sum(-1).tolist() == [2, 2, 2] and m["moved"][..., :2].all()
-    pruned, everything = {**m, "pruned": torch.ones_like(m["pruned"])}, torch.ones_like(delta)
-    after = method.after_step(run.agent, StepInfo(everything, everything, {}), p, pruned, task, run.state["key"])
-    assert torch.equal(after["moved"], m["moved"])
-    assert not method.task_start(run.agent, p, pruned, task)[1]["pruned"].any()
+        gradient = nothing.index_fill(-1, torch.tensor([entry]), size)
+        m = method.after_step(run.agent, StepInfo(gradient, nothing + 1.0, {}), p, m, task, run.state["key"])
+    assert m["useful"].sum(-1).tolist() == [2, 2, 2] and m["useful"][..., :2].all()
+    assert not method.task_start(run.agent, p, m, task)[1]["useful"].any()
+    assert not method.phase_start(run.agent, p, m, task, "retrain")[1]["useful"].any(), "anew after the pruning"
+
+
+def test_convolutions_are_packed_too():
+    """Two tasks of pictures: every filter's weights have an owner, old answers stay, the second task learns."""
+    bars = []
+    for i in range(2):  # bars in rows or columns of 8 x 8, told apart by their place
+        x = torch.zeros(80, 1, 8, 8)
+        y = torch.arange(80) % 2
+        for row, label in enumerate(y.tolist()):
+            line = (row // 2) % 4 + 4 * label
+            (x[row, 0, line] if i == 0 else x[row, 0, :, line]).fill_(1.0)
+        bars.append(DataTask(f"bars-{i}", (x[:60], y[:60]), (x[60:], y[60:]), (0, 1), 2))
+
+    def network(space):
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(1, 6, 3),
+            torch.nn.GroupNorm(2, 6),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(6, 6, 3),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+        )
+
+    settings = rl.Classifier(batch_size=20, num_steps=10, learning_rate=0.01, network=network)
+    run = rl.train(settings, stream(bars, "bars", scenario="task"), steps=1200, seeds=2, lifelong=[PackNet()])
+    assert (run.matrix[:, -1] > 0.9).all() and run.summary()[0]["forgetting"] == 0.0
+    convolutions = [owner for owner in owned(run).values() if owner.dim() == 5]
+    assert len(convolutions) == 2
+    for owner in convolutions:
+        assert {1, 2} <= set(owner.flatten().tolist()) <= {FREE, 1, 2}
+
+
+def test_q_networks_are_packed_too():
+    dqn = rl.DQN(num_envs=4, num_steps=16, batch_size=16, learning_starts=16, hidden_sizes=(8,), target_every=4)
+    twice = rl.stream(["CartPole-v1", rl.task("CartPole-v1", settings={"force_mag": -10.0})], "conflict")
+    observed = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    found: list[torch.Tensor] = []
+
+    def watch(run, metrics):
+        if int(run.state["methods"]["packnet"]["done"].max()) > 0:
+            p = seen(run.agent.methods, run.state, tree.map(torch.zeros_like, run.state["task"]))
+            found.append(run.agent.forward(run.agent.q, "q", p, observed).detach())
+
+    budget = rl.Budget(steps=256, eval_episodes=1, final_episodes=1, log_points=1000)
+    run = rl.train(dqn, twice, budget=budget, seeds=2, lifelong=[PackNet()], callbacks=[watch])
+    assert len(found) > 3 and all(torch.equal(one, found[0]) for one in found)
+    packed = [owner for owner in owned(run).values() if owner.dim() == 3]
+    assert packed and all((owner > FREE).any() for owner in packed)
+    assert torch.isfinite(flat(run.state)).all()
 
 
 def test_evaluating_a_task_changes_nothing():
