@@ -116,8 +116,10 @@ def prepare(
         run_folder.check_free(out)
     run = Run(experiment, None if out is None else Path(out))
     try:
-        budgets.check_learns(run.experiment.problem, agent, run.agent, run.iterations)
+        budgets.check_learns(run.experiment.problem, run.agent, run.iterations, run.experiment.budget)
         run.start()
+        if out is not None:
+            run_folder.encoded(run.experiment.config())
         budgets.warn_of_rounding(budget, run.iterations, run.every)
     except BaseException:
         run.close()
@@ -190,7 +192,8 @@ def _check_problem(problem: Any) -> None:
         raise SettingError(f"the problem is the class {problem.__name__}, expected one of it: {problem.__name__}(...)")
     if isinstance(problem, NativeEnv | gym.envs.registration.EnvSpec) or callable(problem):
         name = getattr(problem, "__name__", type(problem).__name__)
-        raise SettingError(f"the problem is {name}, which makes environments: give rl.task({name})")
+        given = name if name.isidentifier() else "make_env"
+        raise SettingError(f"the problem is {name}, which makes environments: give rl.task({given})")
     if not hasattr(problem, "world") and not hasattr(problem, "tasks"):
         raise SettingError(
             f"the problem is {problem!r}, expected a task, a family or a stream, or the name of one: `rlmeta list` "
