@@ -59,6 +59,10 @@ def _is_task(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_group(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(one) is int for one in value)
+
+
 def _all(value: Any, fits: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(fits, value))
 
@@ -73,7 +77,7 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "degrees": (lambda x: type(x) in (int, float), "a number"),
     "tasks": (lambda x: _all(x, _is_task), "a list of names, or of tables with env and settings"),
     "reveals": (lambda x: _all(x, lambda one: isinstance(one, str)), "a list of texts"),
-    "split": (lambda x: _all(x, lambda group: _all(group, lambda c: type(c) is int)), "a list of lists of classes"),
+    "split": (lambda x: _all(x, _is_group), "a list of lists of classes, none of them empty"),
     **dict.fromkeys(("permute", "rotate", "samples"), (lambda x: type(x) is int and x >= 1, "a whole number above 0")),
     "observe_identity": (lambda x: isinstance(x, bool), "true or false"),
 }

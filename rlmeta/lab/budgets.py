@@ -51,19 +51,18 @@ def iterations_of(problem: Problem, learner: Learner, world: Any, budget: Budget
     return counts.pop()
 
 
-def check_learns(problem: Problem, settings: Any, learner: Learner, iterations: tuple[int, ...]) -> None:
-    """Refuse a budget that ends before anything is learned.
+def check_learns(problem: Problem, learner: Learner, iterations: tuple[int, ...], budget: Budget) -> None:
+    """Refuse a budget, its steps settled, that ends before anything is learned.
 
     Raises:
         SettingError: the first gradient step would come after the end.
     """
     steps, waits = min(iterations) * learner.steps_per_iteration, learner.idle_steps
     if steps < waits:
-        rows = settings.num_envs
-        where = " on every task" if isinstance(problem, TaskStream) else ""
+        settings, where = learner.settings, " on every task" if isinstance(problem, TaskStream) else ""
         raise SettingError(
-            f"{name_of(type(settings))} takes its first gradient step after {waits * rows:,} steps, the budget is "
-            f"{steps * rows:,}{where}: give more steps, or less to wait for (learning_starts, n_steps)"
+            f"{name_of(type(settings))} takes its first gradient step after {waits * settings.num_envs:,} steps, the "
+            f"budget is {budget.steps:,}{where}: give more steps, or less to wait for (learning_starts, n_steps)"
         )
 
 

@@ -356,7 +356,7 @@ def _read_leaf(folder: Path, manifest: Manifest, path: str, leaf: Leaf, opened: 
             opened[name] = _read_tensors(folder / name, manifest.files[name])
         return _expect(opened[name], path, leaf.dtype, leaf.shape, folder / name)
     try:
-        whole = torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype])
+        whole = torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype], device="cpu")
     except RuntimeError as error:
         raise CheckpointError(f"no memory for '{path}' of {leaf.shape} in {folder}: use a larger machine") from error
     for name, part in zip(leaf.files, torch.split(whole, leaf.rows, leaf.axis), strict=True):

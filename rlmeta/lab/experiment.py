@@ -176,7 +176,7 @@ class Experiment:
     def orders(self) -> Tensor:
         """The order in which every learner meets the tasks of a stream, `[S, T]`."""
         rows = [order for _ in self.variants for order in self._orders for _ in self.seeds]
-        return torch.tensor(rows)
+        return torch.tensor(rows, device="cpu")
 
     @property
     def labels(self) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
 from rlmeta.errors import CheckpointError, RunExistsError, SettingError
@@ -120,13 +121,20 @@ def write_config(path: str | os.PathLike[str], config: dict[str, Any]) -> None:
         SettingError: a value that TOML has no form for.
         CheckpointError: the file cannot be written; an older one is as it was.
     """
-    target = Path(path) / CONFIG
+    put(Path(path) / CONFIG, encoded(config))
+
+
+def encoded(config: dict[str, Any]) -> bytes:
+    """A configuration as TOML.
+
+    Raises:
+        SettingError: a value that TOML has no form for.
+    """
     text = tomli_w.dumps(_without_none(config, ""))
     try:
-        data = text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise SettingError(f"config has text that is not unicode ({error.object[error.start]!r}): rename it") from error
-    put(target, data)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -151,6 +159,8 @@ def _without_none(value: Any, where: str) -> Any:
             raise SettingError(f"config '{where}' has names {list(value)!r}: every name must be text")
         children = {name: child for name, child in value.items() if child is not None}
         return {name: _without_none(child, f"{where}.{name}".lstrip(".")) for name, child in children.items()}
+    if isinstance(value, np.generic):
+        return _without_none(value.item(), where)
     if isinstance(value, list | tuple):
         return [_without_none(child, f"{where}[{index}]") for index, child in enumerate(value)]
     if isinstance(value, str | bool | int | float | datetime.date | datetime.time):
