@@ -145,7 +145,7 @@ class REINFORCEAgent(Agent):
         shape = action.shape[key.dim() :]
         if action.is_floating_point():
             return action + self.head.units.step(noise * random.normal(key, "noise", 0, shape)), memory
-        other = self.head.sample(tree.map(torch.zeros_like, distribution), random.fold(key, "uniform action"))
+        other = self.head.sample(tree.map(_uniform, distribution), random.fold(key, "uniform action"))
         explore = random.uniform(key, "noise", 0, shape[:1]).reshape(*key.shape, -1, *(1,) * (len(shape) - 1)) < noise
         return torch.where(explore, other, action), memory
 
@@ -210,6 +210,11 @@ class REINFORCEAgent(Agent):
         rate = self.annealed(state)
         state, info = step(self, state, batch, optim.adam(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods)
         return state, {**info, "charts/learning_rate": rate}
+
+
+def _uniform(logits: Tensor) -> Tensor:
+    """Logits of equal chances for all actions, without those that a mask forbids."""
+    return torch.where(logits == torch.finfo(logits.dtype).min, logits, 0.0)
 
 
 def _at_episode_start(to_go: Tensor, ended: Tensor) -> Tensor:

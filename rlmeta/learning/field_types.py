@@ -40,7 +40,7 @@ def _expected(value: Any, hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if "per learner" in getattr(hint, "__metadata__", ()):
         one = value if isinstance(value, list | tuple) and len(value) else [value]
-        return "" if all(map(_is_number, one)) else "a number, or a list of numbers to compare"
+        return "" if all(map(_is_number, one)) else "a number, or some to compare"
     if origin in (typing.Union, types.UnionType):
         known = [_expected(value, argument) for argument in arguments if argument is not type(None)]
         none = type(None) in arguments
@@ -52,6 +52,8 @@ def _expected(value: Any, hint: Any) -> str:
         return "" if fits else "a tuple of whole numbers from 1, such as (64, 64), or ()"
     if origin is collections.abc.Callable:
         return "" if callable(value) else "a function"
+    if hint in (int, float) and isinstance(value, list | tuple):
+        return "one number: a list compares settings that are per learner, others are trained one after another"
     kinds = {
         bool: (isinstance(value, bool), "True or False"),
         int: (_is_whole(value), "a whole number"),

@@ -21,6 +21,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.returns import generalized_advantage
 from rlmeta.functional.tabular import optimal_plan
+from rlmeta.learning.collect import collect
 from tests.agents.worlds import start
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "envs"))
@@ -378,8 +379,9 @@ def test_rewards_of_whole_numbers_are_numbers():
     for cast in (torch.long, torch.bool, torch.double):
         given = Given(lambda r, cast=cast: ({}, {"own": r.to(cast)}, {}))
         agent, state, world = start(replace(SMALL["a2c"], rewards=(given,)), "CartPole-v1")
-        state, metrics = agent.iterate(state, world)
-        assert state["active"].all() and metrics["rewards/own"].tolist() == [1.0, 1.0]
+        state, rollout = collect(agent, state, world, 8)
+        state, streams, metrics = agent.relabel(state, rollout)
+        assert streams["own"].dtype == torch.float32 and metrics["rewards/own"].tolist() == [1.0, 1.0]
 
 
 def test_a_reward_that_is_no_number_is_named_and_stops_its_learner_alone():

@@ -240,6 +240,13 @@ def test_targets_literal() -> None:
     assert double_q_target(reward, discount, next_q, next_q).tolist() == [5, 2]
 
 
+def test_nothing_follows_a_terminal_state_where_no_action_is_allowed() -> None:
+    reward, discount = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.5])
+    next_q = torch.tensor([[-torch.inf, -torch.inf], [-torch.inf, 4.0]])
+    assert q_target(reward, discount, next_q).tolist() == [1, 4]
+    assert double_q_target(reward, discount, next_q, next_q).tolist() == [1, 4]
+
+
 def test_q_targets_with_learners_equal_a_loop() -> None:
     reward, discount, *_ = data(2, 3, 3)
     next_q, online = data(2, 3, 3, 3, seed=1)

@@ -83,19 +83,20 @@ class Inside:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("make", "words"),
     [
         (
-            PPO(learning_rate_schedule="cosine"),
+            lambda: PPO(learning_rate_schedule="cosine"),
             "PPO: learning_rate_schedule is 'cosine', expected one of constant, lin",
         ),
-        (Inside(switch="yes"), "Inside: switch is 'yes', expected True or False"),
-        (Inside(learner=PPO(penalty="none")), "PPO: penalty is 'none', expected one of clip, kl"),
+        (lambda: Inside(switch="yes"), "Inside: switch is 'yes', expected True or False"),
+        (lambda: Inside(learner=Inside(switch="no")), "Inside: switch is 'no', expected True or False"),
+        (lambda: Inside(learner=PPO(penalty="none")), "PPO: penalty is 'none', expected one of clip, kl"),
     ],
 )
-def test_values_that_are_no_choice_are_refused(settings, words):
+def test_values_that_are_no_choice_are_refused(make, words):
     with pytest.raises(SettingError, match=words):
-        check_choices(settings)
+        check_choices(make())
     check_choices(Inside(learner=PPO(penalty="kl"), switch=True))
 
 

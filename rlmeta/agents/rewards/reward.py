@@ -50,7 +50,7 @@ def distinct(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
     Raises:
         SettingError: no tuple of rewards, what is no reward, a class, or a name that is taken.
     """
-    example = "expected rewards such as (PotentialShaping(potential), EpisodicCounts())"
+    example = "expected rewards such as PotentialShaping(potential) or EpisodicCounts()"
     if not isinstance(rewards, list | tuple):
         raise SettingError(f"rewards is {rewards!r}, {example}: a single one is (reward,)")
     for reward in rewards:

@@ -134,6 +134,12 @@ def test_what_is_learned_from_knows_the_mask_that_was_acted_under(share):
     world.close()
 
 
+def test_exploration_on_top_of_the_policy_obeys_the_mask():
+    problem = task(partial(Target, "discrete", masked=True), name="masked")
+    train(replace(LEARNERS["reinforce"], action_noise=1.0), problem, 2)  # the environment asserts
+    train(replace(LEARNERS["dqn"], epsilon_end=1.0), problem, 2)
+
+
 def test_a_run_acts_on_an_end_too():
     budget = rl.Budget(steps=256, eval_every=512, final_episodes=2)
     run = rl.train(LEARNERS["dqn"], task(Board, name="board"), seeds=1, budget=budget)
