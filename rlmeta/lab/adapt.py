@@ -141,7 +141,12 @@ def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
     world = run.experiment.world()
     tasks = world.tasks(random.fold(run.state["key"], seed), 0, 1, "test")
     low, high = float(run.world.observation_space.low[0]), float(run.world.observation_space.high[0])
-    x = torch.linspace(low, high, 200).reshape(1, 1, -1, 1).expand(len(run.experiment.learners), 1, -1, 1)
+    device = run.state["key"].device
+    x = (
+        torch.linspace(low, high, 200, dtype=torch.float32, device=device)
+        .reshape(1, 1, -1, 1)
+        .expand(len(run.experiment.learners), 1, -1, 1)
+    )
     before = agent.start(agent.seen(run.state), 1)
     after = agent.adapted(before, tasks["support"], agent.settings.inner_steps, "none")
     found = {
