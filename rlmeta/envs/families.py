@@ -237,7 +237,7 @@ class FewShot:
                 )
         if turned:
             found = [torch.rot90(images, quarter, (-2, -1)) for quarter in range(4) for images in found]
-        counts = torch.tensor([len(images) for images in found])
+        counts = torch.tensor([len(images) for images in found], device=self.images.device)
         pool = self.images.new_zeros((len(found), int(counts.max()), *self.images.shape[1:]))
         for row, images in zip(pool, found):
             row[: len(images)] = images
@@ -282,7 +282,7 @@ class FewShot:
 def _samples(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
     """Images `[n, ...]` float32 and labels `[n]` int64, refused where they are anything else."""
     try:
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+        images, labels = (x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu") for x in (images, labels))
     except (TypeError, ValueError, RuntimeError) as error:
         raise SettingError(f"FewShot: images and labels must be tensors or arrays of numbers ({error})") from None
     if not images.is_floating_point():
@@ -308,8 +308,8 @@ def _distinct(images: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
             RuntimeWarning,
             stacklevel=4,
         )
-    kept = torch.ones(len(images), dtype=torch.bool)
-    kept[used[torch.tensor([*repeated, *ambiguous], dtype=torch.int64)]] = False
+    kept = torch.ones(len(images), dtype=torch.bool, device="cpu")
+    kept[used[torch.tensor([*repeated, *ambiguous], dtype=torch.int64, device="cpu")]] = False
     return kept.nonzero().flatten().to(images.device)
 
 

@@ -152,8 +152,9 @@ def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
     world = run.experiment.world()
     tasks = world.tasks(random.fold(run.state["key"], seed), 0, 1, "test")
     low, high = float(run.world.observation_space.low[0]), float(run.world.observation_space.high[0])
+    device = run.state["key"].device
     x = (
-        torch.linspace(low, high, 200, dtype=torch.float32, device=run.state["key"].device)
+        torch.linspace(low, high, 200, dtype=torch.float32, device=device)
         .reshape(1, 1, -1, 1)
         .expand(len(run.experiment.learners), 1, -1, 1)
     )

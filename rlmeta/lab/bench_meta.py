@@ -329,7 +329,7 @@ class Parabola(Quadratics):
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Any) -> Any:
         """K of the one problem."""
-        one = torch.ones(*key.shape, count, 1)
+        one = torch.ones(*key.shape, count, 1, dtype=torch.float32, device=key.device)
         return {"matrix": one.unsqueeze(-1), "target": torch.zeros_like(one), "start": one}
 
 

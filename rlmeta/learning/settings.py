@@ -78,7 +78,9 @@ def group(settings: Sequence[S]) -> list[list[S]]:
 def hyper_tensors(settings: Sequence[Any], repeats: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The per-learner settings as tensors `[S]`: each variant `repeats` times, variant by variant."""
     return {
-        name: torch.tensor([float(getattr(one, name)) for one in settings], device=device).repeat_interleave(repeats)
+        name: torch.tensor(
+            [float(getattr(one, name)) for one in settings], dtype=torch.float32, device=device
+        ).repeat_interleave(repeats)
         for name in per_learner_names(type(settings[0]))
     }
 

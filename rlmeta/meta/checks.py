@@ -74,9 +74,10 @@ def check_problems(family: Any) -> None:
             if weight.shape[: len(LEADING)] != LEADING:
                 raise SettingError(f"{where}: weight {name} is {list(weight.shape)}, expected [3, 2, ...] {DRAWN}")
         weights = {name: weight.detach().requires_grad_() for name, weight in start.items()}
+        device = next(iter(start.values())).device
         for steps in (LEADING, ()):  # where each problem is, or where all are
             with torch.enable_grad():
-                loss = family.loss(weights, problem, torch.zeros(steps, dtype=torch.int64))
+                loss = family.loss(weights, problem, torch.zeros(steps, dtype=torch.int64, device=device))
             _check_loss(loss, f"{where}: the loss at step {list(steps)}")
 
 

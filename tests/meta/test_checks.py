@@ -235,3 +235,15 @@ def test_learners_that_maml_can_not_adapt_are_refused_at_once(learner):
 def test_settings_of_maml_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(SettingError, match=message):
         rl.MAML(**settings)
+
+
+@pytest.mark.parametrize("problem", ["sinusoid", "few-shot-digits", "quadratics", "digit-mlps"])
+def test_nothing_is_made_on_a_default_device(problem):
+    """Where the default device is one without numbers, a run has the very numbers of one without."""
+    minimised = problem in ("quadratics", "digit-mlps")
+    settings = rl.LearnedOptimizer(num_envs=4, horizon=4, unroll=2) if minimised else rl.MAML(num_envs=4)
+    budget = rl.Budget(steps=16, eval_episodes=2, final_episodes=2)
+    expected = rl.train(settings, problem, budget=budget).scores
+    with torch.device("meta"):
+        found = rl.train(settings, rl.family(problem), budget=budget).scores
+    assert found.device.type == "cpu" and torch.equal(found, expected)

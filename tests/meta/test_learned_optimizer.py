@@ -361,3 +361,50 @@ def test_it_is_read_back_from_a_run_and_optimizes_as_before(tmp_path):
         module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
         found.append(fitted(module, one.agent.as_torch(one.agent.seen(one.state), module.parameters(), learner=1)))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("schedule", "left"), [("constant", [1.0, 1.0, 1.0]), ("linear", [1.0, 0.5, 0.0])])
+def test_the_meta_rate_follows_its_schedule(schedule, left):
+    """Adam's first move is its rate: of equal learners at 0, half and all of their budget."""
+    learner, state, world = bound((4, 4, 4), meta_rate_schedule=schedule, meta_rate=0.01)
+    state["progress"] = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    before = {n: w.clone() for n, w in state["params"]["weights"].items()}
+    state, _ = learner.iterate(state, world)
+    name = "optimizer.output.bias"
+    moved = (state["params"]["weights"][name] - before[name]).flatten(1)
+    expected = 0.01 * torch.tensor(left).unsqueeze(-1) * moved[0].sign()
+    torch.testing.assert_close(moved, expected.expand_as(moved), rtol=1e-3, atol=1e-7)
+
+
+def test_what_an_iteration_counts():
+    learner, state, world = bound()
+    for _ in range(2):
+        state, _ = learner.iterate(state, world)
+    counted = {n: c.tolist() for n, c in state["count"].items()}
+    assert counted["iterations"] == counted["gradient_steps"] == [2] * 3
+    assert counted["vector_steps"] == counted["task_steps"] == [4] * 3 and counted["env_steps"] == [2 * 2 * 6] * 3
+
+
+def test_the_loss_of_a_piece_is_the_mean_after_each_of_its_steps():
+    learner, state, world = bound(unroll=2)
+    carry = state["params"]["buffers"]["carry"]
+    loss, after = learner.unroll(state["params"]["weights"], carry)
+    problem, w, memory = carry["problem"], carry["weights"], carry["memory"]
+    optimizer, losses = learner.learned(state["params"]), []
+    for _ in range(2):
+        leaf = w["x"].clone().requires_grad_()
+        (g,) = torch.autograd.grad(world.family.loss({"x": leaf}, problem, carry["age"]).sum(), leaf)
+        updates, memory = optimizer.update({"x": g}, memory, w)
+        w = apply_updates(w, updates)
+        losses.append(world.family.loss(w, problem, carry["age"]))
+    torch.testing.assert_close(loss, torch.stack(losses).mean(0))
+    torch.testing.assert_close(after["weights"]["x"], w["x"])
+    assert torch.equal(after["age"], carry["age"] + 2)
+
+
+def test_evaluation_is_the_loss_at_the_horizon_of_held_out_problems():
+    learner, state, world = bound()
+    found = learner.evaluate(state["params"], world, state["key"], 5)
+    curve = learner.adaptation(state["params"], world, state["key"], 5, 8, split="test")
+    assert torch.equal(found.returns, curve[..., 8]) and (found.lengths == 8).all()
+    assert not torch.equal(curve, learner.adaptation(state["params"], world, state["key"], 5, 8, split="train"))

@@ -463,3 +463,102 @@ def test_a_learner_is_a_setting_in_text(text, settings):
     for wrong, message in (("regressor hidden", "SETTING=VALUE"), ("regressor lr=1", "lr"), ("regressr", "regressor")):
         with pytest.raises((SettingError, LookupError), match=message):
             flags.learner(wrong)
+
+
+# ---------------------------------------------------------------------- one meta-update, by its parts
+
+
+@pytest.mark.parametrize(("schedule", "left"), [("constant", [1.0, 1.0, 1.0]), ("linear", [1.0, 0.5, 0.0])])
+def test_the_meta_rate_follows_its_schedule(schedule, left):
+    """Adam's first move is its rate in every weight: of equal learners at 0, half and all of their budget."""
+    settings = {"meta_rate_schedule": schedule, "meta_rate": 0.01}
+    learner, state, world = bound("regressor", seeds=[4, 4, 4], double=False, **settings)
+    state["progress"] = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    before = {n: w.clone() for n, w in state["params"]["weights"].items()}
+    state, _ = learner.iterate(state, world)
+    for name, w in state["params"]["weights"].items():
+        moved = (w - before[name]).flatten(1)
+        expected = 0.01 * torch.tensor(left).unsqueeze(-1) * moved[0].sign()
+        torch.testing.assert_close(moved, expected.expand_as(moved), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(6, 3.0), (7, 7 / 3), (8, 8 / 3), (3, 3.0), (2, 2.0)])
+def test_the_return_of_episodes_that_end_is_each_episodes(steps, expected):
+    """Poles that are cut after 3 steps, which none falls in: what is left at the end of a rollout counts as one."""
+    inner = REINFORCE(num_envs=4, num_steps=steps, baseline="batch", hidden_sizes=(4,))
+    cut = TaskFamily("cut", rl.task("CartPole-v1", settings={"max_episode_steps": 3}), {"length": (0.4, 0.6)})
+    with mock.patch.dict(PROBLEMS, cut=(inner, NamedFamily("cut", cut))):
+        learner, state, world = bound("cut", double=False)
+    _, metrics = learner.experience(state, world, world.tasks(state["key"], 0, K, "train"))
+    for name in ("charts/return_before", "charts/return_after"):
+        torch.testing.assert_close(metrics[name], torch.full((S,), expected, dtype=torch.float64))
+
+
+def test_rollouts_are_fresh_before_and_after_and_in_every_iteration():
+    learner, state, world = bound("reinforce", double=False, inner_rate=0.0)
+    tasks = world.tasks(state["key"], 0, K, "train")
+    _, metrics = learner.experience(state, world, tasks)
+    assert not torch.equal(metrics["charts/return_before"], metrics["charts/return_after"])
+    later = {**state, "count": {**state["count"], "iterations": state["count"]["iterations"] + 1}}
+    _, other = learner.experience(later, world, tasks)
+    assert not torch.equal(metrics["charts/return_before"], other["charts/return_before"])
+
+
+@pytest.mark.parametrize("name", ["regressor", "reinforce"])
+def test_what_an_iteration_counts(name):
+    learner, state, world = bound(name, double=False, meta_epochs=2)
+    for _ in range(2):
+        state, _ = learner.iterate(state, world)
+    each = 4 * 20 * 3 if learner.acts else 1  # environments, steps, and rollouts of two inner steps
+    assert learner.steps_per_iteration == each
+    counted = {n: c.tolist() for n, c in state["count"].items()}
+    assert counted["iterations"] == [2] * S and counted["gradient_steps"] == [4] * S
+    assert counted["vector_steps"] == counted["task_steps"] == [2 * each] * S
+    assert counted["env_steps"] == [2 * each * K] * S
+
+
+def test_the_meta_gradient_is_clipped_by_its_norm():
+    learner, state, world = bound("regressor", double=False, max_grad_norm=1e-12)
+    before = {n: w.clone() for n, w in state["params"]["weights"].items()}
+    state, metrics = learner.iterate(state, world)
+    moved = max(float((w - before[n]).abs().max()) for n, w in state["params"]["weights"].items())
+    assert moved < 1e-4 and (metrics["losses/grad_norm"] > 1e-3).all()  # below Adam's epsilon
+
+
+def test_every_iteration_has_tasks_of_its_own_and_draws_leave_no_trace():
+    learner, state, world = bound("regressor", double=False)
+    seen = []
+    tasks = world.tasks
+    world.tasks = lambda key, counter, count, split: (
+        seen.append((counter.tolist(), count, split)) or tasks(key, counter, count, split)
+    )
+    for _ in range(2):
+        state, _ = learner.iterate(state, world)
+    assert seen == [([0] * S, K, "train"), ([1] * S, K, "train")]
+    world.tasks = tasks
+    before = tree.map(torch.clone, {n: v for n, v in state.items() if n != "methods"})
+    drawn = learner.draw(state, world, 5)
+    assert drawn["query"]["target"].shape[:2] == (S, 5)
+    now = world.tasks(state["key"], state["count"]["iterations"], 5, "train")
+    assert not torch.equal(drawn["query"]["target"], now["query"]["target"])
+    for a, b in zip(tree.leaves(before), tree.leaves({n: v for n, v in state.items() if n != "methods"})):
+        assert torch.equal(a, b)
+
+
+def test_an_evaluation_of_many_tasks_asks_about_each_once():
+    """In parts of 50, each with tasks of its own, of the split that is asked for."""
+    learner, state, world = bound("regressor", double=False)
+    curve = learner.adaptation(state["params"], world, state["key"], 120, 1)
+    assert len(curve[0, :, 0].unique()) == 120
+    other = learner.adaptation(state["params"], world, state["key"], 120, 1, split="validation")
+    assert not torch.isin(other, curve).any()
+    torch.testing.assert_close(learner.adaptation(state["params"], world, state["key"], 120, 0)[..., 0], curve[..., 0])
+    found = learner.evaluate(state["params"], world, state["key"], 3)
+    assert found.lengths.tolist() == [[2, 2, 2]] * S
+
+
+def test_an_agent_is_measured_by_its_mode_or_by_samples():
+    learner, state, world = bound("reinforce", double=False)
+    given = (state["params"], world, state["key"], 2, 1)
+    modes = [learner.adaptation(*given, deterministic=True) for _ in range(2)]
+    assert torch.equal(*modes) and not torch.equal(modes[0], learner.adaptation(*given, deterministic=False))
