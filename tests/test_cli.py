@@ -597,6 +597,7 @@ def environment() -> dict[str, str]:
         ("train ppo split-digits", "PPO acts in environments, this problem is of labelled samples: use Classifier"),
         ("train classifier CartPole-v1", "Classifier learns from labelled samples, this problem is to act in: use PPO"),
         ("train ppo CartPole-v1 --lifelong ewc", "are for streams of tasks, 'CartPole-v1' is none"),
+        ("train ppo CartPole-v1 --no-restart-optimizer", "are for streams of tasks, 'CartPole-v1' is none"),
         ("train ppo cartpole-conflicts --order sideways", "--order is 'sideways', expected given, all"),
         ("train ppo cartpole-conflicts --scenario class", "scenario is for streams of samples"),
         ("train classifier split-digits --scenario clas", "scenario is 'clas', expected one of task, domain, class"),
