@@ -244,7 +244,6 @@ def test_what_are_no_seeds_is_refused(seeds):
         ({"threads": -1}, "threads is -1, expected 0 to"),
         ({"device": 5}, "device is 5, expected text"),
     ],
-    ids=str,
 )
 def test_what_is_no_argument_of_train_is_a_sentence(given, message):
     arguments = {"agent": TINY, "problem": "CartPole-v1", **given}
