@@ -32,7 +32,8 @@ from rlmeta.learning.step import StepContext
 from rlmeta.nn import Block, Context
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
-"""From an observation space to a module that turns a batch of observations into features `[B, D]`."""
+"""From an observation space to a module that turns a batch of observations into features `[B, D]`; its parameters with
+`requires_grad=False` stay as they are."""
 
 
 class Agent:
