@@ -116,7 +116,7 @@ def test_a_split_without_classes_is_found_before_training(missing, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_is_asked_at_one_step_for_all_too():
+def test_a_loss_is_asked_at_one_step_for_all_too(tmp_path):
     """As evaluations do, which would find it after training."""
 
     class OfItsStep(Quadratics):
@@ -124,7 +124,8 @@ def test_a_loss_is_asked_at_one_step_for_all_too():
             return super().loss(weights, problem, step) * (1 + step[0])
 
     with pytest.raises(IndexError):
-        rl.train(rl.LearnedOptimizer(num_envs=2), OfItsStep(2), steps=40)
+        rl.train(rl.LearnedOptimizer(num_envs=2), OfItsStep(2), steps=40, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class OwnProblems(Quadratics):
