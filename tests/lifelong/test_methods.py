@@ -153,7 +153,7 @@ def test_a_method_that_needs_what_the_stream_hides_is_refused_before_training():
 @pytest.mark.parametrize("method", [EWC(), GEM(), AGEM(), Replay()], ids=lambda m: m.name)
 def test_a_learner_without_a_distribution_is_refused_before_training(method, tmp_path):
     with pytest.raises(SettingError, match="DQN gives no distribution"):
-        rl.train(rl.DQN(), "cartpole-conflicts", steps=64, lifelong=[method], out=tmp_path / "run")
+        rl.train(rl.DQN(learning_starts=32), "cartpole-conflicts", steps=64, lifelong=[method], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
