@@ -420,3 +420,21 @@ def test_evaluation_is_the_loss_at_the_horizon_of_held_out_problems():
     curve = learner.adaptation(state["params"], world, state["key"], 5, 8, split="test")
     assert torch.equal(found.returns, curve[..., 8]) and (found.lengths == 8).all()
     assert not torch.equal(curve, learner.adaptation(state["params"], world, state["key"], 5, 8, split="train"))
+
+
+def test_draws_are_fresh_problems_and_leave_no_trace():
+    learner, state, world = bound()
+    before = tree.map(torch.clone, {n: v for n, v in state.items() if n != "methods"})
+    drawn = learner.draw(state, world, 6)
+    assert drawn["target"].shape[:2] == (3, 6)
+    assert not torch.isin(drawn["target"], state["params"]["buffers"]["carry"]["problem"]["target"]).any()
+    for a, b in zip(tree.leaves(before), tree.leaves({n: v for n, v in state.items() if n != "methods"})):
+        assert torch.equal(a, b)
+
+
+def test_its_state_counts_its_steps():
+    optimizer, weights = learned_optimizer(NET, theta(1)), {"w": normal(1, 2)}
+    state = optimizer.init(weights, (1,))
+    for _ in range(3):
+        _, state = optimizer.update(weights, state, weights)
+    assert state["count"].tolist() == [3]
