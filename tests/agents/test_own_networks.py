@@ -123,7 +123,7 @@ def test_the_modules_that_a_function_gives_stay_as_they_were() -> None:
     ("network", "message"),
     [
         (nn.Linear(4, 6), "network= is a Linear itself, expected a function .*lambda space: Linear"),
-        ("mine", "network= is 'mine', expected a function"),
+        ("mine", "network=? is 'mine', expected a function"),
         (lambda space: None, "network= gave a NoneType"),
         (lambda space: Own(lambda own, x: own.layer(x.goal)), "fails for two observations.*AttributeError"),
         (lambda space: Own(lambda own, x: own.layer(x) * torch.inf), "features that are not finite"),
