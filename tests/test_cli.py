@@ -597,6 +597,7 @@ def environment() -> dict[str, str]:
         ("train ppo split-digits", "PPO acts in environments, this problem is of labelled samples: use Classifier"),
         ("train classifier CartPole-v1", "Classifier learns from labelled samples, this problem is to act in: use PPO"),
         ("train ppo CartPole-v1 --lifelong ewc", "are for streams of tasks, 'CartPole-v1' is none"),
+        ("train ppo CartPole-v1 --no-restart-optimizer", "are for streams of tasks, 'CartPole-v1' is none"),
         ("train ppo cartpole-conflicts --order sideways", "--order is 'sideways', expected given, all"),
         ("train ppo cartpole-conflicts --scenario class", "scenario is for streams of samples"),
         ("train classifier split-digits --scenario clas", "scenario is 'clas', expected one of task, domain, class"),
@@ -827,3 +828,27 @@ def test_template_environment_can_be_learned(project: Path) -> None:
     flags = "--steps 1k --num-envs 4 --num-steps 32 --batch-size 64 --num-epochs 4 --learning-rate 3e-3 --seeds 2"
     assert main(f"train ppo my_env:MyEnv-v0 --env.size 4 {flags} --gamma 0.9 --quiet --out a".split()) == 0
     assert min(json.loads(Path("a/summary.json").read_text())["summary"][0]["scores"]) > 0.7
+
+
+def test_seeds_are_ranges_and_lists_and_epochs_are_a_budget(
+    project: Path, tables: list[list[dict[str, Any]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    ppo = "train ppo CartPole-v1 --steps 64 --num-envs 2 --num-steps 8 --batch-size 16 --final-episodes 2 --quiet"
+    rlmeta_says(capfd, f"{ppo} --seeds 100-102,7 --out a")
+    assert read_config("a")["seeds"] == [100, 101, 102, 7] and tables[-1][0]["seeds"] == 4
+    rlmeta_says(capfd, f"{ppo} --seeds 100-100 --out b")
+    assert read_config("b")["seeds"] == [100]
+    for text, message in (
+        ("5-3", "--seeds is '5-3', expected a count (16), or seeds (3,5,7 or 100-115)"),
+        ("1-2-3", "--seeds is '1-2-3', expected a count"),
+        ("1-3,2", "--seeds 1-3,2: seeds repeat: [1, 2, 3, 2]"),
+        ("0-1000000000", "--seeds is '0-1000000000', expected a count"),
+    ):
+        assert message in rlmeta_says(capfd, f"{ppo} --seeds {text} --out c", 2)[1]
+    classifier = "train classifier split-digits --hidden-sizes 4 --eval-episodes 1"
+    said, _ = rlmeta_says(capfd, f"{classifier} --epochs 2 --out d")
+    assert "2 epochs each" in said and read_config("d")["budget"]["epochs"] == 2.0
+    samples = read_config("d")["budget"]["steps"]
+    assert 2 * 288 - 64 <= samples <= 2 * 300 + 320
+    assert "epochs is 2, but 'CartPole-v1' has no samples" in rlmeta_says(capfd, f"{ppo} --epochs 2 --out e", 2)[1]
+    assert not Path("c").exists() and not Path("e").exists()

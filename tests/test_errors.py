@@ -20,6 +20,8 @@ from rlmeta.lab.shipped import AGENTS
         ("sac", ["a2c", "ppo"], []),
         ("trpo", ["ppo", "dqn"], []),
         ("tasks", ["streams"], []),
+        ("moon", ["the-moon-lander"], ["the-moon-lander"]),
+        ("abcdefgh", ["badcefgh", "zzzzefgh"], ["badcefgh"]),  # two exchanges are two slips
         ("env", ["environment"], []),  # too short to say that it is a part
         ("", ["a"], []),
     ],

@@ -38,7 +38,8 @@ from rlmeta.nn import Block, Context
 from rlmeta.nn.encoder import ACTION_MASK
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
-"""From an observation space to a module that turns a batch of observations into features `[B, D]`."""
+"""From an observation space to a module that turns a batch of observations into features `[B, D]`; its parameters with
+`requires_grad=False` stay as they are."""
 
 
 LOG_STD_RANGE = (-20.0, 20.0)

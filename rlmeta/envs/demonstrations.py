@@ -36,7 +36,7 @@ class Unread:
     """The file, or what is known of them."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Demonstrations:
     """E episodes of M steps in all, one behind the other; an episode of T steps has T + 1 observations.
 
@@ -78,7 +78,7 @@ class Demonstrations:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{len(self)} demonstrations, {self.steps:,} steps, digest {self.digest}"
 
     @property

@@ -32,8 +32,7 @@ class Reports:
 
     def reset(self, observation: Sequence[Array]) -> None:
         """Look at first observations, `[R, *shape]` per leaf."""
-        if self._finite or self._bounded:
-            self._look(observation, None)
+        self._look(observation, None)
 
     def step(self, buffers: Buffers, ended: Array, elapsed: Array) -> None:
         """Look at what a step left, at final observations where `ended` `[R]`; `elapsed` `[R]` steps came before it."""
@@ -41,10 +40,9 @@ class Reports:
             row = int(np.flatnonzero(~np.isfinite(buffers.reward))[0])
             self._rewards = False
             self._warn(f"gave the reward {buffers.reward[row]}", row, elapsed)
-        if self._finite or self._bounded:
-            self._look(buffers.observation, elapsed)
-            if ended.any():
-                self._look(buffers.final, elapsed, ended)
+        self._look(buffers.observation, elapsed)
+        if ended.any():
+            self._look(buffers.final, elapsed, ended)
 
     def _look(self, observation: Sequence[Array], elapsed: Array | None, rows: Array | None = None) -> None:
         for entry in list(self._finite):

@@ -256,7 +256,7 @@ def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem
         SettingError: the user's own data and code have to be given again.
     """
     kind, said = described.get("kind", "task"), f"{where}/{CONFIG}: task"
-    if kind not in DESCRIBED:
+    if not isinstance(kind, str) or kind not in DESCRIBED:
         raise CheckpointError(f"{said}: kind is {kind!r}, expected one of {', '.join(DESCRIBED)}")
     check_table(described, DESCRIBED[kind], said)
     optional = {name: types for name, types in OPTIONAL.items() if name in described}

@@ -401,9 +401,10 @@ def fit(fresh: State, saved: State, where: str) -> State:
         CheckpointError: a tensor is missing, or has another shape or type than the agent's.
     """
     expected, given = tree.flatten(fresh), tree.flatten(saved)
+    for name in expected.keys() - given.keys():
+        _check_frozen(name, given, where)
     for name, leaf in expected.items():
         if name not in given:
-            _check_frozen(name, given, where)
             raise CheckpointError(f"{where}: the checkpoint lacks {name!r}: it is of another agent, task or version")
         if given[name].shape != leaf.shape or given[name].dtype != leaf.dtype:
             raise CheckpointError(

@@ -167,9 +167,7 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
             problem = streams.stream(problem)
         else:
             problem = family(problem) if meta or is_data_family(problem) else task(problem)
-    elif isinstance(problem, type) and hasattr(problem, "tasks"):
-        raise SettingError(f"the problem is the class {problem.__name__}, expected one of it: {problem.__name__}(...)")
-    elif not own_code.is_problem(problem):
+    elif not own_code.is_problem(problem) and not hasattr(problem, "tasks"):
         problem = task(problem)  # of an environment's factory; what can't be one is refused with what to give instead
     if meta and isinstance(problem, TaskFamily):
         return NamedFamily(problem.name, problem)

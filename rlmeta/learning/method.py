@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.learning.state import Params, State, in_order
+from rlmeta.learning.state import Params, State
 
 Memory = State
 """A method's own memory: a nested dictionary of tensors that start with `*L`, kept in `state["methods"]`. Its shapes
@@ -120,7 +120,6 @@ def seen(methods: Sequence[Method], state: State, task: Task | None = None) -> P
     task = state["task"] if task is None else task
     for method in methods:
         p = method.params(p, state["methods"][method.name], task)
-        p = {**p, "weights": in_order(p["weights"], state["params"]["weights"])}
     if any(type(method).predict is not Method.predict for method in methods):
         p = {**p, "memories": state["methods"], "task": task}
     return p

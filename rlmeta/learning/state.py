@@ -13,8 +13,8 @@ put back where it was (`put`).
 | `active` | False for a learner that is frozen (not finite, stopped early), `[*L]` |
 | `world`, `memory`, `episode` | environments, the agent's memory, the running episodes, `[*L, N, ...]` |
 | `replay`, `rewards` | transitions an agent learns from again, `[*L, C, N, ...]`; what its rewards remember |
-| `methods`, `task` | the lifelong methods' memories; index, identity and progress of the task |
-| `stage`, `matrix` | of a run on a stream: how many stages have begun, `[*L]`, and the scores on all tasks |
+| `methods`, `task` | the lifelong methods' memories; index, identity and progress of the task as methods are told them |
+| `stage`, `identity`, `matrix` | of a run on a stream: how many stages have begun, which task the world is set to, `[*L]` each, and the scores on all tasks |
 | `metrics`, `best` | sums since the last line of records; score and parameters of the best periodic evaluation |
 """  # noqa: E501
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.nn.block import Block, Context, NeedsKey, Params, own_tensors
+from rlmeta.nn.block import Block, Context, NeedsKey, Params
 
 
 @torch.no_grad()
@@ -29,7 +29,8 @@ def check_block(block: Block, x: tree.Tree, other: tree.Tree, *, rows: bool = Tr
     Raises:
         SettingError: it mixes rows, remembers a call in the next one, or draws random numbers without a key.
     """
-    params = {name: value.detach() for name, value in own_tensors(block).items()}
+    tensors = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
+    params = {name: value.detach() for name, value in tensors}
     _check_repeats(block, params, x, other, Context(learner_axes=0), "in evaluation")
     _check_repeats(block, params, x, other, Context(training=True, key=key, learner_axes=0), "in training")
     if rows:

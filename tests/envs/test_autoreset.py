@@ -322,6 +322,30 @@ def test_reset_forgets_the_pending_reset_of_next_step() -> None:
     assert transition.next_observation.tolist() == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_seeds_are_those_that_were_given(mode: AutoresetMode) -> None:
+    """A VectorEnv that resets its environments itself is never given another."""
+    world = GymnasiumWorld(_Batched(mode), (), 2)
+    state = world.reset(random.make_keys([0])[0])
+    given = state["seed"].clone()
+    for _ in range(3):
+        state, _ = world.step(state, torch.tensor([TERMINATE, 0]))
+    assert state["episode"][0] > 0 and torch.equal(state["seed"], given)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_columns_of_another_shape_are_refused(place: int) -> None:
+    class Misshapen(_Batched):
+        def step(self, actions: Any) -> Any:
+            result = list(super().step(actions))
+            result[place] = result[place][:, None]
+            return tuple(result)
+
+    name = ("", "reward", "terminated", "truncated")[place]
+    with pytest.raises(SpaceError, match=rf"gave {name} of shape \(2, 1\), expected \(2,\)"):
+        _end_first(GymnasiumWorld(Misshapen(AutoresetMode.SAME_STEP), (), 2))
+
+
 def test_disabled_resets_with_fresh_options_and_own_seeds() -> None:
     env = _Batched(AutoresetMode.DISABLED)
     world = GymnasiumWorld(env, (), 2)

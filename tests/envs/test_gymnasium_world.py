@@ -710,6 +710,38 @@ def test_masks_of_actions_that_are_not_counted_from_zero(world_of: Factory) -> N
         state, _ = world.step(state, allowed.argmax(-1))
 
 
+@pytest.mark.parametrize("vector", [None, AutoresetMode.SAME_STEP], ids=str)
+def test_a_mask_that_is_shown_twice_is_read_once(vector: Any, world_of: Factory) -> None:
+    class Twice(Masked):
+        def _info(self) -> dict[str, Any]:
+            return {"action_mask": np.zeros(3, np.int8)}
+
+    def make() -> gym.Env:
+        return Twice("observation")
+
+    world = world_of(make if vector is None else SyncVectorEnv([make] * 4, autoreset_mode=vector))
+    assert set(world.observation_space.spaces) == {"pos", "action_mask"}  # type: ignore[attr-defined]
+    assert world.reset(KEYS)["observation"]["action_mask"].any()
+
+
+@pytest.mark.parametrize("vector", [None, AutoresetMode.SAME_STEP], ids=str)
+def test_infos_do_not_mask_actions_that_are_not_counted(vector: Any, world_of: Factory) -> None:
+    def make() -> gym.Env:
+        return Masked("info", spaces.Box(-1, 1, (3,)))
+
+    world = world_of(make if vector is None else SyncVectorEnv([make] * 4, autoreset_mode=vector))
+    assert world.observation_space == Toy.observation_space
+
+
+def test_a_vector_env_may_have_masks_of_its_own(world_of: Factory) -> None:
+    class Own(SyncVectorEnv):
+        def action_masks(self) -> Any:
+            return np.array([[1, 0, 0]] * 4)
+
+    world = world_of(Own([Toy] * 4, autoreset_mode=AutoresetMode.SAME_STEP))
+    assert world.reset(KEYS)["observation"]["action_mask"].flatten(0, 1).tolist() == [[1, 0, 0]] * 4
+
+
 def test_mask_of_several_choices_and_its_limits(world_of: Factory) -> None:
     several = spaces.MultiDiscrete([2, 1])
     world = world_of(lambda: Masked("info", several))

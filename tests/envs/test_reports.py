@@ -17,7 +17,10 @@ from rlmeta.functional.random import make_keys
 
 
 class Shows(gym.Env[Any, Any]):
-    """Episodes of 4 steps whose observations and rewards are 0 but for those that `spoil` puts in, by step."""
+    """Observations and rewards are 0 but for those that are put in, by step, where the action is 1.
+
+    Episodes have 4 steps under the action 1, else 3.
+    """
 
     action_space = spaces.Discrete(2)
 
@@ -31,23 +34,29 @@ class Shows(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> Any:
         self.count += 1
-        # only rows that act so, so that a row can be told apart
-        told = action == 1
-        return self._observe(told), self.rewards.get(self.count, 0.0) if told else 0.0, False, self.count >= 4, {}
+        told = bool(action == 1)
+        return (
+            self._observe(told),
+            self.rewards.get(self.count, 0.0) if told else 0.0,
+            False,
+            self.count >= 3 + told,
+            {},
+        )
 
     def _observe(self, told: Any = True) -> Any:
-        value = self.spoil.get(self.count, 0) if told else 0
-        plain = np.full(2, value, np.float64)
+        plain = self.spoil.get("plain", 0)
+        value = self.spoil.get(self.count, plain) if told else plain
+        shown = np.full(2, value, np.float64)
         if isinstance(self.observation_space, spaces.Dict):
-            return {"a": plain.astype(np.float32), "b": np.zeros((), np.float32)}
-        return plain.astype(self.observation_space.dtype)
+            return {"a": shown.astype(np.float32), "b": np.zeros((), np.float32)}
+        return shown.astype(self.observation_space.dtype)
 
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
 
 def _said(
-    spoil: dict[int, Any] | None = None,
+    spoil: dict[Any, Any] | None = None,
     rewards: dict[int, Any] | None = None,
     space: Any = BOX,
     vector: AutoresetMode | None = None,
@@ -126,3 +135,10 @@ def test_the_entry_of_a_dictionary_is_named() -> None:
 
 def test_nothing_is_said_of_what_is_in_order() -> None:
     assert _said() == []
+    assert _said({"plain": 7}, space=spaces.Box(5, 9, (2,))) == []  # of which 0 is no part
+
+
+def test_a_single_learner_has_no_number() -> None:
+    with pytest.warns(UserWarning, match="in row 1, at step 1 of its episode"):
+        world = GymnasiumWorld(lambda: Shows({1: np.nan}, {}, BOX), (), 2)
+        world.step(world.reset(make_keys([0])[0]), torch.tensor([0, 1]))

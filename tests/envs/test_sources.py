@@ -75,7 +75,7 @@ TINY = rl.PPO(num_envs=2, num_steps=8, batch_size=8, num_epochs=1, hidden_sizes=
 
 
 def _train(problem: Any) -> Any:
-    return rl.train(TINY, problem, steps=16, budget=rl.Budget(steps=16, eval_episodes=2, final_episodes=2))
+    return rl.train(TINY, problem, budget=rl.Budget(steps=16, eval_episodes=2, final_episodes=2))
 
 
 # ----------------------------------------------------------------------------------- what `rl.train` and `rl.task` take

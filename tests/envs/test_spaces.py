@@ -349,3 +349,48 @@ def test_every_row_of_an_action_is_in_the_space(space: Any, action: torch.Tensor
     assert all(space.contains(row) for row in rows)
     assert [np.asarray(row).tolist() for row in rows] == expected
     assert batch_space(space, 2).contains(to_numpy(space, action, (1, 2)))
+
+
+@given(space=supported, seed=seeds)
+def test_what_is_written_row_by_row_is_what_is_read(space: Any, seed: int) -> None:
+    """Whatever form a value has: the space's own, a list, another dtype of the same kind."""
+    space.seed(seed)
+    layout = Layout(space)
+    buffers, values = layout.empty(3), [space.sample() for _ in range(3)]
+    write = layout.writer(buffers, "it")
+    for row, value in enumerate(values):
+        write(row, value)
+    for row, value in enumerate(values):
+        _same(layout.tree([buffer[row : row + 1] for buffer in buffers], ()), _expected(space, value))
+
+
+@pytest.mark.parametrize("value", [[0.5, 1], np.array([0.5, 1]), np.array([0.5, 1], np.float16), (0.5, 1)])
+def test_a_box_is_written_from_everything_of_its_kind(value: Any) -> None:
+    layout = Layout(spaces.Box(-1, 1, (2,)))
+    buffers = layout.empty(1)
+    layout.writer(buffers, "it")(0, value)
+    assert buffers[0].tolist() == [[0.5, 1.0]] and buffers[0].dtype == np.float32
+
+
+@pytest.mark.parametrize("value", [np.zeros(1, np.float32), np.zeros(3, np.float32), np.zeros((1, 2)), 0.0, "ab"])
+def test_a_box_is_not_written_from_another_shape(value: Any) -> None:
+    layout = Layout(spaces.Box(-1, 1, (2,)))
+    with pytest.raises(SpaceError, match="it gave an observation"):
+        layout.writer(layout.empty(1), "it")(0, value)
+
+
+@pytest.mark.parametrize(
+    ("space", "dtype"),
+    [
+        (spaces.Discrete(256), np.uint8),
+        (spaces.Discrete(257), np.int64),
+        (spaces.Discrete(2, start=1000), np.uint8),  # counted from 0
+        (spaces.MultiDiscrete([2, 256]), np.uint8),
+        (spaces.MultiDiscrete([2, 257]), np.int64),
+        (spaces.MultiBinary(3), np.uint8),
+        (spaces.Box(0, 1, (2,)), np.float32),
+        (spaces.Box(0, 1, (2,), np.uint8), np.uint8),
+    ],
+)
+def test_logs_of_actions_take_as_little_room_as_they_can(space: Any, dtype: Any) -> None:
+    assert Layout(space, "action").leaves[0].log_dtype == dtype

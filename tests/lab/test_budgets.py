@@ -223,28 +223,21 @@ def test_what_are_no_seeds_is_refused(seeds):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"problem": None}, "the problem is None, expected a task, a family or a stream"),
-        ({"problem": 3}, "the problem is 3, expected"),
-        ({"problem": Standing()}, "the problem is an environment"),
-        ({"problem": Standing}, r"the problem is Standing, which makes environments: give rl.task\(Standing\)"),
-        ({"problem": lambda: Standing()}, r"give rl.task\(make_env\)"),
-        ({"problem": gym.spec("CartPole-v1")}, "which makes environments: give rl.task"),
-        ({"problem": gym.make_vec("CartPole-v1", num_envs=2)}, "the problem is an environment"),
+        ({"problem": None}, "can't be None, expected a name"),
+        ({"problem": 3}, "can't be 3, expected a name"),
+        ({"problem": Standing()}, "which is made already"),
+        ({"problem": gym.make_vec("CartPole-v1", num_envs=2)}, "is a vector environment|made already|VectorEnv"),
         ({"agent": rl.A2C}, r"expected the settings of one, such as A2C\(\)"),
         ({"agent": "ppo"}, r"agent is 'ppo', expected the settings of one"),
         ({"agent": None}, "agent is None"),
-        ({"agent": rl.A2C(hidden_sizes=16)}, "A2C: hidden_sizes is 16, expected whole numbers such as"),
-        ({"agent": rl.A2C(activation=["tanh"])}, "A2C: activation is .*, expected one of tanh, relu"),
-        ({"agent": rl.A2C(network="Net")}, "A2C: network is 'Net', expected a function or class or None"),
         ({"budget": 1000}, "budget is 1000, expected one such as"),
         ({"steps": 100, "epochs": 1}, "each say how long to train: give one of them"),
         ({"steps": 100, "budget": rl.Budget()}, "each say how long to train: give one of them"),
-        ({"lifelong": rl.EWC()}, "lifelong is .*, expected methods such as"),
+        ({"lifelong": rl.EWC()}, "lifelong is EWC, expected a list of methods"),
         ({"out": 5}, "out is 5, expected the folder"),
         ({"threads": -1}, "threads is -1, expected 0 to"),
         ({"device": 5}, "device is 5, expected text"),
     ],
-    ids=str,
 )
 def test_what_is_no_argument_of_train_is_a_sentence(given, message):
     arguments = {"agent": TINY, "problem": "CartPole-v1", **given}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+import tomllib
 
 import pytest
 import torch
 
 import rlmeta as rl
 from rlmeta.envs.native import Bandit, CartPole
-from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.errors import CheckpointError, RlmetaError, SettingError
 from rlmeta.lab.configuration import from_config
 from rlmeta.lab.experiment import Budget, Experiment, available_threads
+from rlmeta.lab.run_folder import encoded
 
 
 @pytest.mark.parametrize(
@@ -79,5 +82,50 @@ def test_threads_are_as_many_as_omp_num_threads_says(monkeypatch, given, threads
 def test_devices_and_methods_that_are_none_are_refused():
     with pytest.raises(SettingError, match="device is 'gpu'"):
         Experiment((rl.PPO(),), (0,), rl.task("CartPole-v1"), device="gpu")
-    with pytest.raises(SettingError, match="expected methods such as"):
+    with pytest.raises(SettingError, match="expected a method of it: EWC"):
         Experiment((rl.PPO(),), (0,), rl.stream("cartpole-conflicts"), methods=(rl.EWC,))
+
+
+def _paths(value, path=()):
+    """Every place in a configuration."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, child in children:
+        yield from _paths(child, (*path, name))
+
+
+WRONG = [-1, 0, 10**19, 1.5, float("nan"), "x", "", True, [], {}, [[1]], ["a"], [{}], [{"name": 3}]]
+
+
+@pytest.mark.parametrize("kind", ["task", "stream", "family", "samples"])
+def test_every_wrong_type_in_a_configuration_is_a_sentence(kind):
+    """What reads is the same experiment or one that the value describes; anything else says what it expected."""
+    methods = ()
+    if kind == "task":
+        problem, agent = rl.task("CartPole-v1", settings={"length": 1.5}), rl.PPO(network=None)
+    elif kind == "stream":
+        problem, agent = rl.stream("cartpole-conflicts"), rl.PPO()
+        problem, methods = dataclasses.replace(problem, table={}), (rl.EWC(),)
+    elif kind == "family":
+        problem, agent = rl.family("cartpole-physics").task(), rl.DQN()
+    else:
+        problem, agent = rl.stream("split-digits"), rl.Classifier()
+    config = Experiment((agent,), (0, 1), problem, Budget(steps=100), methods=methods).config()
+    config = tomllib.loads(encoded(config).decode())
+    refused = 0
+    for path in list(_paths(config))[1:]:
+        for value in [None, *WRONG]:
+            changed = copy.deepcopy(config)
+            inner = changed
+            for name in path[:-1]:
+                inner = inner[name]
+            if value is None:
+                del inner[path[-1]]
+            else:
+                inner[path[-1]] = value
+            try:
+                from_config(changed, where="here")
+            except RlmetaError as error:
+                assert len(str(error).split()) > 3
+                refused += 1
+    assert refused > 100

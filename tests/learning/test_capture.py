@@ -339,6 +339,7 @@ def test_other_names_of_the_same_shapes_are_recorded_apart():
         assert capture("sum", lambda given: {"y": 2 * given["b"] + given["c"]}, {"b": x, "c": y})["y"].item() == 4
         nested = {"a": {"b": x}, "b": {}, "c": y}
         assert capture("sum", lambda given: {"y": given["a"]["b"] - given["c"]}, nested)["y"].item() == -1
+    assert len(capture._programs) == 3 and None not in capture._programs.values()
 
 
 def test_a_scan_that_renames_what_it_carries_is_never_a_program():

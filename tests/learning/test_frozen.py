@@ -98,7 +98,8 @@ def test_one_of_policy_and_value_may_be_frozen(only):
 
     def network(space):
         made.append(nn.Sequential(nn.Linear(4, 5), nn.Tanh()))
-        return frozen(made[-1]) if (len(made) % 2 == 1) == (only == "policy") else made[-1]  # policy first, then value
+        policy = len(made) % 2 == 0  # the first is tried alone, then come policy and value in turn
+        return frozen(made[-1]) if policy == (only == "policy") else made[-1]
 
     run = trained(AGENTS["ppo"](network=network), "CartPole-v1", 128)
     assert set(run.state["params"]["buffers"]) == {f"{only}.body.0.weight", f"{only}.body.0.bias"}

@@ -153,7 +153,7 @@ def test_a_method_that_needs_what_the_stream_hides_is_refused_before_training():
 @pytest.mark.parametrize("method", [EWC(), GEM(), AGEM(), Replay()], ids=lambda m: m.name)
 def test_a_learner_without_a_distribution_is_refused_before_training(method, tmp_path):
     with pytest.raises(SettingError, match="DQN gives no distribution"):
-        rl.train(rl.DQN(), "cartpole-conflicts", steps=64, lifelong=[method], out=tmp_path / "run")
+        rl.train(rl.DQN(learning_starts=32), "cartpole-conflicts", steps=64, lifelong=[method], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -172,6 +172,39 @@ def test_a_memory_larger_than_the_data_is_refused_before_training():
             rl.train(learner(), uneven, steps=8, lifelong=[GEM(memory=10)], callbacks=[begun], progress=False)
     with pytest.raises(SettingError, match="less than the 3 classes"):
         trained(Replay(size=2))
+
+
+def test_memories_that_the_machine_has_no_room_for_are_refused_before_they_are_made():
+    many = 10**13
+    for problem, settings, methods in (
+        (points(), learner(), [Replay(size=many), Replay(size=6, batch_size=many), AGEM(memory=8, batch_size=many)]),
+        (conflicts(), agent(), [Replay(size=many), GEM(memory=many), AGEM(memory=many), EWC(samples=many)]),
+    ):
+        for method in methods:
+            with pytest.raises(SettingError, match=r"samples of 1 learners take [\d,]+ GB, more than the [\d,]+ GB of"):
+                rl.train(settings, problem, steps=8, lifelong=[method], callbacks=[begun])
+    rl.train(learner(), points(), steps=8, lifelong=[EWC(samples=many)])  # a task has fewer: all of them
+
+
+def test_settings_that_are_infinite_or_no_choice_are_refused():
+    inf = float("inf")
+    for make, words in (
+        (lambda: EWC(strength=inf), "EWC: strength is inf, expected a number that is finite"),
+        (lambda: EWC(strength=[1.0, inf]), r"EWC: strength is \[1.0, inf\], expected a number that is finite"),
+        (lambda: Replay(strength=inf), "Replay: strength is inf"),
+        (lambda: GEM(margin=inf), "GEM: margin is inf"),
+        (lambda: PackNet(retrain=inf), "PackNet: retrain is inf"),
+        (lambda: rl.Classifier(learning_rate=inf), "Classifier: learning_rate is inf"),
+        (lambda: rl.Regressor(weight_decay=inf), "Regressor: weight_decay is inf"),
+        (lambda: EWC(fisher="Exact"), "EWC: fisher is 'Exact', expected one of"),
+        (lambda: EWC(online="no"), "EWC: online is 'no', expected True or False"),
+        (lambda: Replay(balance="klass"), "Replay: balance is 'klass', expected one of class, none"),
+        (lambda: PackNet(critic=1), "PackNet: critic is 1, expected True or False"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            make()
+    with pytest.raises(SettingError, match=r"1e\+39 is more than torch.float32 can hold"):
+        rl.train(learner(), points(), steps=8, lifelong=[EWC(strength=1e39)], callbacks=[begun])
 
 
 @pytest.mark.parametrize("wrong", [{"strength": -1.0}, {"samples": 0}, {"decay": 2.0}])

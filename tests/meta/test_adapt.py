@@ -302,7 +302,7 @@ def test_a_loss_that_forgets_the_weights_is_refused():
 @pytest.mark.parametrize("order", ["second", "first", "none"])
 def test_a_modules_frozen_parameters_reach_the_loss_and_stay(order):
     module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
-    module[0].weight.requires_grad_(False)
+    module[0].bias.requires_grad_(False)
     weights, x = dict(module.named_parameters()), normal(5, 2)
 
     def loss(w, step):
@@ -310,5 +310,18 @@ def test_a_modules_frozen_parameters_reach_the_loss_and_stay(order):
 
     found = adapt(loss, weights, optim.adam(0.1), 3, order=order).weights
     assert list(found) == list(weights)
-    assert torch.equal(found["0.weight"], weights["0.weight"])
-    assert all(not torch.equal(found[name], weights[name]) for name in weights if name != "0.weight")
+    assert torch.equal(found["0.bias"], weights["0.bias"])
+    assert all(not torch.equal(found[name], weights[name]) for name in weights if name != "0.bias")
+
+
+@pytest.mark.parametrize("order", ["second", "first", "none"])
+def test_it_adapts_where_nothing_is_recorded_and_lets_go_of_what_is(order):
+    """Within `torch.no_grad()`; with order "none" also from weights that require gradients."""
+    expected = adapt(lambda w, _: squared(w, SUPPORT), expand_tasks(WEIGHTS, 1, K), optim.sgd(RATE), 2, order=order)
+    with torch.no_grad():
+        found = adapt(lambda w, _: squared(w, SUPPORT), expand_tasks(WEIGHTS, 1, K), optim.sgd(RATE), 2, order=order)
+    assert_close(found.weights, expected.weights, rtol=0, atol=0)
+    leaves = {name: w.clone().requires_grad_() for name, w in expand_tasks(WEIGHTS, 1, K).items()}
+    found = adapt(lambda w, _: squared(w, SUPPORT), leaves, optim.sgd(RATE), 2, order=order)
+    recorded = [*found.weights.values(), *found.losses]
+    assert all(value.requires_grad == (order != "none") for value in recorded)

@@ -116,7 +116,7 @@ def test_a_split_without_classes_is_found_before_training(missing, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_is_asked_at_one_step_for_all_too():
+def test_a_loss_is_asked_at_one_step_for_all_too(tmp_path):
     """As evaluations do, which would find it after training."""
 
     class OfItsStep(Quadratics):
@@ -124,7 +124,8 @@ def test_a_loss_is_asked_at_one_step_for_all_too():
             return super().loss(weights, problem, step) * (1 + step[0])
 
     with pytest.raises(IndexError):
-        rl.train(rl.LearnedOptimizer(num_envs=2), OfItsStep(2), steps=40)
+        rl.train(rl.LearnedOptimizer(num_envs=2), OfItsStep(2), steps=40, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class OwnProblems(Quadratics):
@@ -222,8 +223,8 @@ def test_learners_that_maml_can_not_adapt_are_refused_at_once(learner):
         ({"learner": rl.Regressor}, "expected the settings of one"),
         ({"learner": "regressor"}, "learner is 'regressor', expected the settings of one"),
         ({"inner_steps": -1}, "inner_steps is -1, expected at least 0"),
-        ({"inner_steps": True}, "inner_steps is True, expected a number"),
-        ({"inner_steps": [1, 2]}, r"inner_steps is \[1, 2\], expected one number"),
+        ({"inner_steps": True}, "inner_steps is True, expected a whole number"),
+        ({"inner_steps": [1, 2]}, r"inner_steps is \[1, 2\], expected a whole number"),
         ({"inner_rate": float("inf")}, "inner_rate is inf, expected a finite number"),
         ({"inner_rate": [0.1, float("inf")]}, "inner_rate is inf, expected a finite number"),
         ({"inner_rate": float("nan")}, "inner_rate is nan, expected at least 0"),

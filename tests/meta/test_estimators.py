@@ -100,3 +100,13 @@ def test_what_is_carried_on_has_no_graph():
     leaf = THETA["a"].clone().requires_grad_()
     _, carry = backpropagated(unroll(PIECE), {"a": leaf}, start(2))
     assert not carry["x"].requires_grad
+
+
+def test_a_pieces_start_is_a_constant_and_losses_are_means_over_problems():
+    theta, carry = THETA["a"].clone().requires_grad_(), {"x": start(2)["x"].clone().requires_grad_()}
+    loss, after = backpropagated(unroll(PIECE), {"a": theta}, carry)
+    found = torch.autograd.grad(loss.sum(), [theta, carry["x"]], allow_unused=True)
+    assert found[0] is not None and found[1] is None and not after["x"].requires_grad
+    keys, still = random.make_keys([0]), {"x": start(8)["x"]}
+    estimate = evolved(unroll(PIECE), THETA, still, keys, 0, 1e-9, None)
+    torch.testing.assert_close(estimate.loss, loss.detach(), rtol=1e-6, atol=0)

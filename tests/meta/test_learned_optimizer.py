@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.envs.families import NamedFamily, Quadratics
+from rlmeta.envs.families import DigitMLPs, NamedFamily, Quadratics
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import apply_updates
@@ -39,9 +39,10 @@ def normal(*shape, seed=0):
 
 def test_log_and_sign_has_two_branches_that_meet():
     edge = math.exp(-10.0)
-    g = torch.tensor([0.0, edge, -edge, edge * (1 - 1e-12), 1.0, -5.0, 1e-8], dtype=torch.float64)
+    g = torch.tensor([0.0, edge, -edge, edge * (1 - 1e-12), 1.0, -5.0, 1e-8, -1.5 * edge], dtype=torch.float64)
     expected = [
         (-1, 0), (-1, 1), (-1, -1), (-1, 1), (0, 1), (math.log(5) / 10, -1), (-1, 1e-8 * math.exp(10)),
+        (math.log(1.5) / 10 - 1, -1),
     ]  # fmt: skip
     torch.testing.assert_close(log_and_sign(g), torch.tensor(expected, dtype=torch.float64))
     leaf = torch.zeros(3, requires_grad=True)
@@ -280,7 +281,7 @@ def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(SettingError, match="unroll 30 does not divide horizon 100"):
         LearnedOptimizer(unroll=30)
     for strange in ((0,), 20, (20.0,)):
-        with pytest.raises(SettingError, match=r"hidden_sizes is .*, expected widths of at least 1"):
+        with pytest.raises(SettingError, match=r"hidden_sizes is .*, expected (widths of at least 1|whole numbers)"):
             LearnedOptimizer(hidden_sizes=strange)
     with pytest.raises(SettingError, match="perturbs problems in pairs"):
         LearnedOptimizer(estimator="pes", num_envs=5)
@@ -385,20 +386,32 @@ def test_what_an_iteration_counts():
     assert counted["vector_steps"] == counted["task_steps"] == [4] * 3 and counted["env_steps"] == [2 * 2 * 6] * 3
 
 
-def test_the_loss_of_a_piece_is_the_mean_after_each_of_its_steps():
-    learner, state, world = bound(unroll=2)
+def test_the_meta_gradient_is_clipped_by_its_norm():
+    learner, state, world = bound(max_grad_norm=1e-12)
+    before = {n: w.clone() for n, w in state["params"]["weights"].items()}
+    state, metrics = learner.iterate(state, world)
+    moved = max(float((w - before[n]).abs().max()) for n, w in state["params"]["weights"].items())
+    assert moved < 1e-4 and (metrics["losses/grad_norm"] > 1e-6).all()  # below Adam's epsilon
+
+
+@pytest.mark.parametrize("problems", [Quadratics(3), DigitMLPs(hidden=3, batch_size=8)])
+def test_the_loss_of_a_piece_is_the_mean_after_each_of_its_steps(problems):
+    """Minibatches are those of each problem's own age."""
+    learner, state, world = bound(problems=problems, unroll=2)
     carry = state["params"]["buffers"]["carry"]
     loss, after = learner.unroll(state["params"]["weights"], carry)
     problem, w, memory = carry["problem"], carry["weights"], carry["memory"]
     optimizer, losses = learner.learned(state["params"]), []
-    for _ in range(2):
-        leaf = w["x"].clone().requires_grad_()
-        (g,) = torch.autograd.grad(world.family.loss({"x": leaf}, problem, carry["age"]).sum(), leaf)
-        updates, memory = optimizer.update({"x": g}, memory, w)
+    for i in range(2):
+        leaves = {n: v.clone().requires_grad_() for n, v in w.items()}
+        value = world.family.loss(leaves, problem, carry["age"] + i)
+        g = dict(zip(leaves, torch.autograd.grad(value.sum(), list(leaves.values()))))
+        updates, memory = optimizer.update(g, memory, w)
         w = apply_updates(w, updates)
-        losses.append(world.family.loss(w, problem, carry["age"]))
+        losses.append(world.family.loss(w, problem, carry["age"] + i + 1))
     torch.testing.assert_close(loss, torch.stack(losses).mean(0))
-    torch.testing.assert_close(after["weights"]["x"], w["x"])
+    for name, value in w.items():
+        torch.testing.assert_close(after["weights"][name], value)
     assert torch.equal(after["age"], carry["age"] + 2)
 
 
@@ -408,3 +421,21 @@ def test_evaluation_is_the_loss_at_the_horizon_of_held_out_problems():
     curve = learner.adaptation(state["params"], world, state["key"], 5, 8, split="test")
     assert torch.equal(found.returns, curve[..., 8]) and (found.lengths == 8).all()
     assert not torch.equal(curve, learner.adaptation(state["params"], world, state["key"], 5, 8, split="train"))
+
+
+def test_draws_are_fresh_problems_and_leave_no_trace():
+    learner, state, world = bound()
+    before = tree.map(torch.clone, {n: v for n, v in state.items() if n != "methods"})
+    drawn = learner.draw(state, world, 6)
+    assert drawn["target"].shape[:2] == (3, 6)
+    assert not torch.isin(drawn["target"], state["params"]["buffers"]["carry"]["problem"]["target"]).any()
+    for a, b in zip(tree.leaves(before), tree.leaves({n: v for n, v in state.items() if n != "methods"})):
+        assert torch.equal(a, b)
+
+
+def test_its_state_counts_its_steps():
+    optimizer, weights = learned_optimizer(NET, theta(1)), {"w": normal(1, 2)}
+    state = optimizer.init(weights, (1,))
+    for _ in range(3):
+        _, state = optimizer.update(weights, state, weights)
+    assert state["count"].tolist() == [3]

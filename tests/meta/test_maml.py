@@ -339,8 +339,8 @@ def test_the_task_that_loses_its_numbers_is_named(name):
     with pytest.warns(
         RuntimeWarning, match=r"inner_rate=1e\+38\) is no longer finite \(task 0 of .* 0 has loss"
     ) as said:
-        run = rl.train(settings, problem, steps=320, seeds=1)
-    assert "after 1 of 3 inner steps" in str(said[0].message) and run.scores.isfinite().tolist() == [True, False]
+        run = rl.train(settings, problem, steps=960, seeds=1)
+    assert any("after 1 of 3 inner steps" in str(one.message) for one in said) and run.scores.isfinite().tolist() == [True, False]
     assert run.agent.broken_task(run.state, run.world, 0) == ""
 
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learners import assert_close, data, keys
 from torch import Tensor
 
 from rlmeta import nn
 from rlmeta.errors import SettingError
 from rlmeta.nn.block import between
+from tests.nn.learners import assert_close, data, keys
 
 
 def build() -> torch.nn.Module:

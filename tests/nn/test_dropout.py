@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learners import keys
 
 from rlmeta import nn
 from rlmeta.errors import SettingError
+from tests.nn.learners import keys
 
 
 def drop(p: float, x: torch.Tensor, key: torch.Tensor, prefix: str = "") -> torch.Tensor:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from learners import LEARNER_SHAPES, assert_close, assert_equals_loop, data, indices, keys, scattered, take
 from torch import Tensor
 from torch import distributions as td
 
 from rlmeta import nn
 from rlmeta.errors import SettingError, SpaceError
+from tests.nn.learners import LEARNER_SHAPES, assert_close, assert_equals_loop, data, indices, keys, scattered, take
 
 FEATURES = 3
 BUILDERS: dict[str, Callable[[], Any]] = {

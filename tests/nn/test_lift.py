@@ -8,12 +8,22 @@ import gymnasium as gym
 import pytest
 import torch
 import torch.nn.functional as F
-from learners import LEARNER_SHAPES, as_torch, assert_close, assert_equals_loop, data, indices, keys, scattered, take
 from torch import Tensor
 
 from rlmeta import nn
 from rlmeta.errors import SettingError
 from rlmeta.nn.lift import Folded
+from tests.nn.learners import (
+    LEARNER_SHAPES,
+    as_torch,
+    assert_close,
+    assert_equals_loop,
+    data,
+    indices,
+    keys,
+    scattered,
+    take,
+)
 
 # ------------------------------------------------------------------------------------------------- modules of "users"
 

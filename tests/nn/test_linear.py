@@ -4,11 +4,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from learners import LEARNER_SHAPES, as_torch, assert_close, assert_equals_loop, data, keys, scattered
 
 from rlmeta import nn
 from rlmeta.errors import SettingError
 from rlmeta.nn.linear import activation_function, linear
+from tests.nn.learners import LEARNER_SHAPES, as_torch, assert_close, assert_equals_loop, data, keys, scattered
 
 
 @pytest.mark.parametrize("learner_shape", LEARNER_SHAPES)

@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from learners import LEARNER_SHAPES, as_torch, assert_close, assert_equals_loop, data, keys, scattered
 
 from rlmeta import nn
 from rlmeta.errors import SettingError
 from rlmeta.nn.initialisers import initialise
+from tests.nn.learners import LEARNER_SHAPES, as_torch, assert_close, assert_equals_loop, data, keys, scattered
 
 
 def reference(activation: type[torch.nn.Module] = torch.nn.Tanh, width: int = 3) -> torch.nn.Module:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from learners import assert_close, data, keys
 from torch import Tensor
 
 from rlmeta import nn
+from tests.nn.learners import assert_close, data, keys
 
 
 class Own(torch.nn.Module):

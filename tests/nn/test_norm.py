@@ -2,9 +2,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learners import LEARNER_SHAPES, as_torch, assert_close, assert_equals_loop, data, indices, keys, scattered, take
 
 from rlmeta import nn
+from tests.nn.learners import (
+    LEARNER_SHAPES,
+    as_torch,
+    assert_close,
+    assert_equals_loop,
+    data,
+    indices,
+    keys,
+    scattered,
+    take,
+)
 
 
 @pytest.mark.parametrize("learner_shape", LEARNER_SHAPES)

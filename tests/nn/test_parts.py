@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from learners import assert_close, data, keys
 from torch import Tensor
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from rlmeta import nn
 from rlmeta.errors import SettingError
+from tests.nn.learners import assert_close, data, keys
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "forward hook": lambda block: block.register_forward_hook(print),

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 
 import torch
-from learners import keys
 from torch import Tensor
 
 from rlmeta import nn
 from rlmeta.functional import random
+from tests.nn.learners import keys
 
 
 class Residual(torch.nn.Module):
