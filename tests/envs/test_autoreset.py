@@ -205,6 +205,24 @@ def test_unknown_autoreset_mode_is_refused(given: Any) -> None:
         GymnasiumWorld(env, (), 2)
 
 
+def test_what_was_made_for_a_refused_world_is_closed_and_what_was_given_is_not() -> None:
+    made: list[_Batched] = []
+
+    def make() -> _Batched:
+        made.append(_Batched(AutoresetMode.SAME_STEP, 3))
+        return made[-1]
+
+    for settings in ({"mode": "async"}, {}):  # refused for its mode, refused for its size
+        with pytest.raises(SettingError):
+            GymnasiumWorld(make, (), 2, **settings)
+        assert made[-1].closed
+        given = _Batched(AutoresetMode.SAME_STEP, 3)
+        with pytest.raises(SettingError):
+            GymnasiumWorld(given, (), 2, **settings)
+        assert not given.closed
+        given.close()
+
+
 def test_mode_may_be_named_by_its_value() -> None:
     env = _Batched(AutoresetMode.NEXT_STEP)
     env.metadata = {"autoreset_mode": "NextStep"}
