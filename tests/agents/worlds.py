@@ -13,14 +13,15 @@ from rlmeta.functional import random
 from rlmeta.learning.settings import hyper_tensors, merge, variants
 
 
-def start(settings: Any, problem: Task | str, seeds: int = 2) -> tuple[Any, Any, Any]:
-    """(agent, state, world) of `seeds` learners for every variant of the settings."""
+def start(settings: Any, problem: Task | str, seeds: int | list[int] = 2) -> tuple[Any, Any, Any]:
+    """(agent, state, world) of learners of these seeds, or of so many, for every variant of the settings."""
+    given = list(range(seeds)) if isinstance(seeds, int) else seeds
     problem = task(problem) if isinstance(problem, str) else problem
     made = variants(settings)
-    keys = random.make_keys(list(range(seeds)) * len(made))
+    keys = random.make_keys(given * len(made))
     world = problem.world((len(keys),), made[0].num_envs)
     agent = merge(made).bind(world.observation_space, world.action_space)
-    return agent, agent.init(keys, hyper_tensors(made, seeds), world), world
+    return agent, agent.init(keys, hyper_tensors(made, len(given)), world), world
 
 
 def train(settings: Any, problem: Task | str, iterations: int, seeds: int = 2) -> tuple[Any, Any]:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rlmeta.errors import SettingError
-from rlmeta.functional import distributions, random
-from rlmeta.functional.fisher import categorical_fisher, gaussian_fisher, score_fisher
+from rlmeta.functional import distributions, random, sample_gradients
+from rlmeta.functional.fisher import categorical_fisher, categorical_roots, gaussian_fisher, score_fisher
 from rlmeta.functional.sample_gradients import group_gradients, squared_gradients
-from rlmeta.nn import Context, Linear, lift
+from rlmeta.nn import Block, Context, Linear, lift
 
 DOUBLE = torch.float64
 KEY = random.make_keys([0])[0]
@@ -106,6 +106,10 @@ def calling(module: nn.Module):
     return lambda p, batch, ctx: functional_call(module, p["weights"], batch)
 
 
+def running(block: Block):
+    return lambda p, batch, ctx: block.run(p["weights"], batch, ctx)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_any_module_under_functional_call(name):
     module, p = built(name)
@@ -191,8 +195,8 @@ def turned_round(p, batch, ctx):
 def features_without_gradient(p, batch, ctx):
     """Nothing below the last layer is trained."""
     with torch.no_grad():
-        features = torch.tanh(layer(p, batch, ctx, 0))
-    return layer(p, features, ctx, 1)
+        features = layer(p, batch, ctx, 0)
+    return layer(p, torch.tanh(features), ctx, 1)
 
 
 def features_detached(p, batch, ctx):
@@ -225,6 +229,20 @@ def test_layers_used_in_other_ways_than_row_by_row(forward, samples):
     p, x = {"weights": LAYERS}, numbers("x", samples, 3)
     found = categorical_fisher(forward, p, x, 0, chunk=8)
     torch.testing.assert_close(found, loop(forward, p, x), rtol=1e-9, atol=1e-12)
+
+
+def test_only_what_is_not_a_linear_layers_is_differentiated_sample_by_sample(monkeypatch):
+    made = []
+    original = sample_gradients._add_single_squares
+    monkeypatch.setattr(
+        sample_gradients, "_add_single_squares", lambda *given: (made.append(given[1]), original(*given))
+    )
+    for name, left in (("mlp", []), ("group norm", [["1.bias", "1.weight"]])):
+        module, p = built(name)
+        block = lift(module)
+        made.clear()
+        squared_gradients(running(block), p, numbers("x", 5, 3), categorical_roots, 0)
+        assert made == left
 
 
 @pytest.mark.parametrize("forward", CLOSURES)
