@@ -21,8 +21,9 @@ from rlmeta.lab.digests import check_digests
 from rlmeta.lab.experiment import Budget, Experiment, Problem
 from rlmeta.lab.run_folder import CONFIG
 from rlmeta.lab.shipped import METHODS, agent_class
+from rlmeta.learning.field_types import check_values
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import check_names, check_types
+from rlmeta.learning.settings import check_names
 
 
 def from_config(
@@ -125,7 +126,7 @@ def _settings_again(
     if not training:
         table |= _left_out(table, own)
     table |= _own_again(table, own, where)
-    check_types(cls, table, said)
+    check_values(cls, table, said)
     named = table.get("demonstrations")
     if isinstance(named, str | os.PathLike) and (training or "demonstrations" in own):
         table["demonstrations"] = Demonstrations.load(named)
@@ -177,7 +178,7 @@ def _method(cls: Any, values: dict[str, Any], where: str) -> Method:
     """The lifelong method with these settings, after a check of their types."""
     if dataclasses.is_dataclass(cls):
         check_names(cls, values, where)  # type: ignore[arg-type]
-        check_types(cls, values, where)  # type: ignore[arg-type]
+        check_values(cls, values, where)  # type: ignore[arg-type]
     elif values:
         raise CheckpointError(f"{where} has settings, but takes none: restore it from a copy")
     one: Method = cls(**values)

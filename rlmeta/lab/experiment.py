@@ -23,6 +23,7 @@ from rlmeta.lab import flags
 from rlmeta.lab.digests import digest_of
 from rlmeta.lab.shipped import METHODS
 from rlmeta.learning import settings as settings_
+from rlmeta.learning.field_types import check_values, require_type
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, check_needs, checked_methods
 from rlmeta.learning.settings import require
@@ -57,13 +58,12 @@ class Budget:
     """Lines in metrics.jsonl over the whole budget, about."""
 
     def __post_init__(self) -> None:
-        settings_.check_types(Budget, vars(self), "budget")
+        check_values(Budget, vars(self), "budget")
         for name in ("steps", "log_points"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("eval_every", "eval_episodes", "final_episodes", "checkpoint_seconds"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         require(0 <= self.epochs < math.inf, f"epochs is {self.epochs:g}, expected a number of at least 0")
-        require(not math.isnan(self.target), "target is NaN, expected a number, or inf for none")
 
 
 MOST_THREADS = 4096
@@ -135,9 +135,9 @@ class Experiment:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", chosen_seeds(self.seeds))
-        settings_.require_type(self.threads, int, "threads")
+        require_type(self.threads, int, "threads")
         require(0 <= self.threads <= MOST_THREADS, f"threads is {self.threads}, expected 0 to {MOST_THREADS}")
-        settings_.require_type(self.device, str, "device")
+        require_type(self.device, str, "device")
         checked_methods(self.methods)
         for one in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
             settings_.check_choices(one)

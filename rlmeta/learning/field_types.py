@@ -7,6 +7,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,12 +22,23 @@ def check_types(settings: Any) -> None:
     Raises:
         SettingError: names the field, what it is and what is expected.
     """
-    hints = typing.get_type_hints(type(settings), include_extras=True)
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        expected = _expected(value, hints[f.name])
-        if expected:
-            raise SettingError(f"{type(settings).__name__}: {f.name} is {shown(value)}, expected {expected}")
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    check_values(type(settings), values, type(settings).__name__)
+
+
+def check_values(settings_class: type, given: Mapping[str, Any], where: str) -> None:
+    """`check_types` of values that are to become settings; what has no field of its name is not looked at."""
+    hints = typing.get_type_hints(settings_class, include_extras=True)
+    for name, value in given.items():
+        if name in hints:
+            require_type(value, hints[name], f"{where}: {name}")
+
+
+def require_type(value: Any, hint: Any, where: str) -> None:
+    """Refuse one value that is not of a type; `where` begins the sentence."""
+    expected = _expected(value, hint)
+    if expected:
+        raise SettingError(f"{where} is {shown(value)}, expected {expected}")
 
 
 def shown(value: Any) -> str:
@@ -46,10 +58,13 @@ def _expected(value: Any, hint: Any) -> str:
         none = type(None) in arguments
         return "" if not all(known) or (none and value is None) else f"{known[0]}{' or None' if none else ''}"
     if origin is typing.Literal:
-        return "" if value in arguments else f"one of {', '.join(map(str, arguments))}"
-    if origin is tuple and arguments[0] is int:
+        fits = isinstance(value, str | int) and value in arguments
+        return "" if fits else f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple and arguments[:1] == (int,):
         fits = isinstance(value, list | tuple) and all(_is_whole(size) and size >= 1 for size in value)
         return "" if fits else "a tuple of whole numbers from 1, such as (64, 64), or ()"
+    if origin is tuple:
+        return "" if isinstance(value, list | tuple) else "a tuple"
     if origin is collections.abc.Callable:
         return "" if callable(value) else "a function"
     if hint in (int, float) and isinstance(value, list | tuple):
@@ -65,7 +80,7 @@ def _expected(value: Any, hint: Any) -> str:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 1 << 63
 
 
 def _is_number(value: Any) -> bool:

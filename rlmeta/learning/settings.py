@@ -5,14 +5,12 @@ The same dataclass makes the command line's flags, the saved configuration and t
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import itertools
 import math
 import re
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.errors import SettingError, unknown_name
+from rlmeta.learning.field_types import check_types
 
 PerLearner: TypeAlias = Annotated[float | Sequence[float], "per learner"]
 """A number every learner may have its own of; a list compares its values, `--seeds` learners each."""
@@ -155,76 +154,10 @@ def require_finite(settings: Any, *names: str) -> None:
 
 def check_choices(settings: Any) -> None:
     """Refuse a value that is none of a field's choices, and what is no switch, in settings and those inside them."""
-    cls = type(settings)
-    check_types(cls, {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}, cls.__name__)
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+    check_types(settings)
+    for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
         if "learner" in getattr(hint, "__metadata__", ()) and dataclasses.is_dataclass(getattr(settings, name)):
             check_choices(getattr(settings, name))
-
-
-def check_types(settings_class: type, given: Mapping[str, Any], where: str) -> None:
-    """Refuse values of another type than the fields of their names have; what has no such field is not looked at."""
-    hints = typing.get_type_hints(settings_class, include_extras=True)
-    for name, value in given.items():
-        if name in hints:
-            require_type(value, hints[name], f"{where}: {name}")
-
-
-def require_type(value: Any, hint: Any, where: str) -> None:
-    """Refuse a value that is not of a field's type.
-
-    Numbers, switches, texts, choices and tuples of whole numbers are looked at; the user's own code and data are not.
-    """
-    forms = _forms(hint)
-    if forms and not any(fits(value) for fits, _ in forms):
-        raise SettingError(f"{where} is {value!r}, expected {' or '.join(expected for _, expected in forms)}")
-
-
-Form: TypeAlias = tuple[Callable[[Any], bool], str]
-"""Whether a value is of a form, and what the form is called."""
-
-
-def _forms(hint: Any) -> list[Form]:
-    """The forms that values of a type may have; none where anything goes."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if "per learner" in getattr(hint, "__metadata__", ()):
-        return [(_is_number, "a number"), (_are_numbers, "numbers to compare")]
-    if origin in (types.UnionType, typing.Union):
-        found = [_forms(one) for one in arguments]
-        return [form for forms in found for form in forms] if all(found) else []
-    if origin is typing.Literal:
-        choices = ", ".join(map(str, arguments))
-        return [(lambda value: isinstance(value, str | int) and value in arguments, f"one of {choices}")]
-    if origin is tuple and arguments[:1] == (int,):
-        return [(_are_whole, "whole numbers such as (64, 64)")]
-    if origin is tuple:
-        return [(lambda value: isinstance(value, list | tuple), "a tuple")]
-    if origin is collections.abc.Callable:
-        return [(callable, "a function or class")]
-    plain: dict[Any, Form] = {
-        bool: (lambda value: isinstance(value, bool), "True or False"),
-        int: (_is_whole, "a whole number"),
-        float: (_is_number, "a number"),
-        str: (lambda value: isinstance(value, str), "text"),
-        type(None): (lambda value: value is None, "None"),
-    }
-    return [plain[hint]] if hint in plain else []
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 1 << 63
-
-
-def _are_whole(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_whole, value))
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_number, value))
 
 
 def merge(batch: Sequence[S]) -> S:

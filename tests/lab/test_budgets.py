@@ -191,11 +191,11 @@ def test_what_has_no_samples_has_no_epochs():
         ({"steps": 1.5}, "expected a whole number"),
         ({"steps": True}, "expected a whole number"),
         ({"steps": 0}, "steps is 0, expected at least 1"),
-        ({"steps": [1]}, "expected a whole number"),
+        ({"steps": [1]}, "expected one number"),
         ({"epochs": -1}, "epochs is -1, expected a number of at least 0"),
         ({"epochs": float("inf")}, "epochs is inf"),
         ({"eval_episodes": -1}, "eval_episodes is -1, expected 0 or more"),
-        ({"target": float("nan")}, "target is NaN"),
+        ({"target": float("nan")}, "target is nan"),
         ({"checkpoint_seconds": None}, "checkpoint_seconds is None, expected a number"),
     ],
 )
