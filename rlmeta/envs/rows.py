@@ -126,7 +126,7 @@ class Rows:
             rewards.append(reward)
             terminated.append(ended)
             truncated.append(cut)
-            if ended or cut:
+            if self._is_over(ended, cut):
                 self._write_final(row, observation)
                 self._write_reset(row, int(next_seeds[row]))
             else:
@@ -159,6 +159,18 @@ class Rows:
             raise SettingError(f"{self.name} returned one environment twice; every row needs its own: make it inside")
         self.envs.append(env)
 
+    def _is_over(self, terminated: Any, truncated: Any) -> bool:
+        """Whether either flag is set.
+
+        Raises:
+            SpaceError: one is an array of another number of entries than one.
+        """
+        try:
+            return bool(terminated or truncated)
+        except (ValueError, RuntimeError):  # numpy's, and torch's
+            what, odd = ("terminated", terminated) if np.size(terminated) != 1 else ("truncated", truncated)
+            raise SpaceError(f"{self.name} gave {what} {odd!r} from step(), expected one number") from None
+
     def _store(self, what: str, buffer: Array, column: list[Any]) -> None:
         try:
             array = np.asarray(column)
@@ -180,7 +192,7 @@ class Rows:
         observation = self._reset(row, seed)
         for action in self.actions.rows(actions):
             observation, _, terminated, truncated, _ = env.step(action)
-            if terminated or truncated:
+            if self._is_over(terminated, truncated):
                 return False
         self._write(row, observation)
         return True

@@ -550,6 +550,36 @@ def test_episode_that_ends_early_in_its_replay_is_reported(world_of: Factory) ->
         world.restore(state)
 
 
+def test_episode_that_terminates_in_its_replay_is_reported(world_of: Factory) -> None:
+    class Dies(Toy):
+        lives = 0
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self.lives += 1
+            return super().reset(seed=seed)
+
+        def step(self, action: Any) -> Any:
+            return *super().step(action)[:2], self.lives > 1 and self.count == 5, False, {}
+
+    world = world_of(Dies)
+    state, _ = _run(world, world.reset(KEYS), range(5))
+    with pytest.raises(InexactResumeError, match="4 of 4"):
+        world.restore(state)
+
+
+def test_close_closes_every_environment(world_of: Factory) -> None:
+    closed: list[int] = []
+
+    class Closes(Toy):
+        def close(self) -> None:
+            closed.append(id(self))
+
+    world = world_of(Closes)
+    looked_at = len(closed)
+    world.close()
+    assert len(set(closed[looked_at:])) == 4
+
+
 def test_log_that_is_too_short_is_reported(world_of: Factory) -> None:
     class Endless(Toy):
         def step(self, action: Any) -> Any:
@@ -711,6 +741,23 @@ def test_masks_of_actions_that_are_not_counted_from_zero(world_of: Factory) -> N
 
 
 @pytest.mark.parametrize("vector", [None, AutoresetMode.SAME_STEP], ids=str)
+def test_a_dictionary_that_shows_no_mask_gets_that_of_the_infos(vector: Any, world_of: Factory) -> None:
+    class InDict(Masked):
+        observation_space = spaces.Dict(pos=Toy.observation_space)
+
+        def _observe(self) -> Any:
+            return {"pos": super()._observe()}
+
+    def make() -> gym.Env:
+        return InDict("info")
+
+    world = world_of(make if vector is None else SyncVectorEnv([make] * 4, autoreset_mode=vector))
+    shown = world.reset(KEYS)["observation"]
+    assert set(shown) == {"observation", "action_mask"} and set(shown["observation"]) == {"pos"}
+    assert (shown["action_mask"] == 0).any()
+
+
+@pytest.mark.parametrize("vector", [None, AutoresetMode.SAME_STEP], ids=str)
 def test_a_mask_that_is_shown_twice_is_read_once(vector: Any, world_of: Factory) -> None:
     class Twice(Masked):
         def _info(self) -> dict[str, Any]:
@@ -803,6 +850,25 @@ def test_environment_that_breaks_its_word_is_named(make: Any, match: str, world_
     world = world_of(make)
     with pytest.raises(SpaceError, match=match):
         world.step(world.reset(KEYS), _actions(world, 0))
+
+
+@pytest.mark.parametrize("odd", [None, "a", np.zeros(2), np.zeros((0,)), [1.0]])
+@pytest.mark.parametrize("column", [1, 2, 3])
+def test_the_value_of_the_row_that_is_odd_is_named(odd: Any, column: int, world_of: Factory) -> None:
+    class Odd(Toy):
+        def step(self, action: Any) -> Any:
+            result = list(super().step(action))
+            if action == 2:
+                result[column] = odd
+            elif column > 1:
+                result[column] = False
+            return tuple(result)
+
+    world = world_of(Odd)
+    with pytest.raises(SpaceError) as error:
+        world.step(world.reset(KEYS), torch.tensor([[0, 0], [2, 0]]))
+    name = ("", "reward", "terminated", "truncated")[column]
+    assert f"'Odd' gave {name} {odd!r} from step()" in str(error.value)
 
 
 def test_wrong_actions_reach_no_environment(world_of: Factory) -> None:
