@@ -116,8 +116,8 @@ def prepare(
         run_folder.check_free(out)
     run = Run(experiment, None if out is None else Path(out))
     try:
-        budgets.check_learns(run.experiment.problem, run.agent, run.iterations, run.experiment.budget)
         run.start()
+        budgets.check_learns(run.experiment.problem, run.agent, run.iterations, run.experiment.budget)
         if out is not None:
             run_folder.encoded(run.experiment.config())
         budgets.warn_of_rounding(budget, run.iterations, run.every)
