@@ -48,7 +48,8 @@ def categorical_fisher(
 
     Args:
         logits: gives `[*L, B, C]` for a batch.
-        p: parameters, evaluated without dropout and with running statistics.
+        p: `{"weights": {name: [*L, ...]}}`, and buffers if there are some; evaluated without dropout and with running
+            statistics.
         batch: samples `[*L, n, ...]`.
         learner_axes: how many learner axes there are.
         kind: what is done about the labels.

@@ -187,6 +187,8 @@ def _wanted(p: Params, names: Sequence[str] | None) -> set[str]:
 
 def _samples(p: Params, batch: tree.Tree, axes: int) -> int:
     """How many samples each learner has."""
+    if not isinstance(p.get("weights"), dict):
+        raise SettingError(f'the parameters have the keys {", ".join(p)}, expected {{"weights": {{name: [*L, ...]}}}}')
     shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(batch).items()}
     rows = next(iter(shapes.values()))[: axes + 1]
     if any(shape[: axes + 1] != rows for shape in shapes.values()) or len(rows) <= axes or not rows[axes]:

@@ -63,8 +63,6 @@ def _expected(value: Any, hint: Any) -> str:
     if origin is tuple and arguments[:1] == (int,):
         fits = isinstance(value, list | tuple) and all(_is_whole(size) and size >= 1 for size in value)
         return "" if fits else "a tuple of whole numbers from 1, such as (64, 64), or ()"
-    if origin is tuple:
-        return "" if isinstance(value, list | tuple) else "a tuple"
     if origin is collections.abc.Callable:
         return "" if callable(value) else "a function"
     if hint in (int, float) and isinstance(value, list | tuple):

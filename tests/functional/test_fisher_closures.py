@@ -405,3 +405,8 @@ def test_kinds_labels_keys_and_shapes_that_do_not_fit_are_refused():
     with pytest.raises(SettingError, match="there is no weight head; there are"):
         squared_gradients(calling(module), p, x, lambda out, batch: iter([out]), 0, ["head"])
     assert torch.equal(call("empirical", target=y.to(torch.uint8)), call("empirical", target=y))
+
+
+def test_weights_that_are_not_under_their_name_are_refused():
+    with pytest.raises(SettingError, match="the parameters have the keys w, expected"):
+        categorical_fisher(lambda p, batch, ctx: batch @ p["w"].mT, {"w": numbers("w", 2, 3)}, numbers("x", 5, 3), 0)
