@@ -25,7 +25,7 @@ from rlmeta.learning.collect import collect
 from tests.agents.worlds import start
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "envs"))
-from counter_env import CounterEnv, schedule, step_and_episode
+from tests.envs.counter_env import CounterEnv, schedule, step_and_episode
 
 GAMMA = 0.9
 

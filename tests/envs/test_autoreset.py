@@ -8,7 +8,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from counter_env import BOTH, TERMINATE, TRUNCATE, CounterEnv, schedule, step_and_episode
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from rlmeta.envs.gymnasium_world import GymnasiumWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import random
 from rlmeta.functional.returns import discounts, generalized_advantage
+from tests.envs.counter_env import BOTH, TERMINATE, TRUNCATE, CounterEnv, schedule, step_and_episode
 
 EPISODES = 5
 GAMMA, LAMBDA = 0.9, 0.8
