@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import sys
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -68,6 +69,20 @@ def require_choice(what: str, value: object, choices: Any) -> None:
     known = [choice for part in parts for choice in (get_args(part) or (None,))]
     if not (isinstance(value, str | None) and value in known):
         raise SettingError(f"{what} is {value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def require_count(what: str, value: object) -> None:
+    """Refuse a value that is no whole number of at least 1.
+
+    Args:
+        what: the caller's name for it, which the message repeats.
+        value: what was given.
+
+    Raises:
+        SettingError: it is another.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise SettingError(f"{what} is {value!r}, expected a whole number, at least 1")
 
 
 LONGEST_LIST = 600

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlmeta.errors import SettingError, require_count
 from rlmeta.functional.axes import align
 from rlmeta.functional.shapes import flags, same_shape
 
@@ -54,6 +55,7 @@ def discounted_return(reward: Tensor, discount: Tensor, bootstrap: Tensor) -> Te
         `[*L, T, N]`
     """
     same_shape(2, reward=reward, discount=discount)
+    _check_discount(discount)
     same_shape(1, bootstrap=bootstrap, row_of_reward=reward[..., 0, :])
     return _recurse_back(reward, discount, bootstrap)
 
@@ -92,8 +94,8 @@ def n_step_return(reward: Tensor, discount: Tensor, next_value: Tensor, cut: Ten
     """
     cut = flags(cut, "cut")
     same_shape(2, reward=reward, discount=discount, next_value=next_value, cut=cut)
-    if n < 1:
-        raise ValueError(f"n is {n}, expected at least 1 step")
+    require_count("n", n)
+    _check_discount(discount)
     target = reward + discount * next_value
     for _ in range(min(n, reward.shape[-2]) - 1):
         following = torch.where(cut[..., :-1, :], next_value[..., :-1, :], target[..., 1:, :])
@@ -120,6 +122,7 @@ def lambda_return(
     """
     cut = flags(cut, "cut")
     same_shape(2, reward=reward, discount=discount, next_value=next_value, cut=cut)
+    _check_discount(discount)
     mixing = (~cut).to(discount.dtype) * align(lambda_, reward)
     # Past the last row G is v' itself, which is what λ = 0 there means.
     return _recurse_back(reward + discount * (1 - mixing) * next_value, discount * mixing, next_value[..., -1, :])
@@ -148,9 +151,19 @@ def generalized_advantage(
     """
     cut = flags(cut, "cut")
     same_shape(2, reward=reward, discount=discount, value=value, next_value=next_value, cut=cut)
+    _check_discount(discount)
     delta = reward + discount * next_value - value
     decay = discount * align(lambda_, reward) * ~cut
     return _recurse_back(delta, decay, torch.zeros_like(delta[..., 0, :]))
+
+
+def _check_discount(discount: Tensor) -> None:
+    """Refuse a rollout of no rows, and flags in the place of discounts: they bootstrap just where nothing follows."""
+    if not discount.is_floating_point():
+        kind = str(discount.dtype).removeprefix("torch.")
+        raise SettingError(f"discount is {kind}, expected real numbers γ (1 - terminated): `discounts` makes them")
+    if not discount.shape[-2]:
+        raise SettingError(f"the rollout has shape {list(discount.shape)}, expected [*L, T, N] with at least one row")
 
 
 def _recurse_back(x: Tensor, decay: Tensor, last: Tensor) -> Tensor:

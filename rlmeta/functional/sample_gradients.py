@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, require_count
 from rlmeta.functional import random, tree
 from rlmeta.nn.block import Context
 from rlmeta.nn.product import product
@@ -68,9 +68,11 @@ def squared_gradients(
         `[*L, P]` in the packed order of the weights.
 
     Raises:
-        SettingError: the outputs have another shape, depend on none of the weights, or on other samples than their own.
+        SettingError: the outputs have another shape, depend on none of the weights, or on other samples than their own,
+            or `chunk` is no count.
     """
     axes, wanted = learner_axes, _wanted(p, names)
+    require_count("fisher: chunk", chunk)
     with _differentiating():
         constants, batch = _constants(p), _constants(batch)
         found = {name: torch.zeros_like(weight) for name, weight in constants["weights"].items()}

@@ -84,7 +84,7 @@ class Loop:
         run = self.run
         clock.reset()
         started = saved = time.perf_counter()
-        already = run.seconds
+        already, before = run.seconds, self.done
         with (
             self._resources(),
             Progress(self.show_progress, run.experiment, self.iterations, self.steps_per_iteration, self.done) as bar,
@@ -107,7 +107,8 @@ class Loop:
                 self._finish()
             if self.interrupted:
                 run.stopped = "interrupted"
-        self._say_what_evaluation_took()
+        if self.done > before:
+            self._say_what_evaluation_took()
         return run
 
     def _say_what_evaluation_took(self) -> None:

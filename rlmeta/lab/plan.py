@@ -427,11 +427,14 @@ def _seeds_of(text: str) -> range:
     """The seeds of `100-115`, both ends included, or of a single one.
 
     Raises:
+        SettingError: the last is below the first.
         ValueError: it is neither.
     """
     first, dash, last = text.partition("-")
     low, high = flags.whole(first), flags.whole(last if dash else first)
-    if high < low or high - low >= MOST_SEEDS:
+    if high < low:
+        raise SettingError(f"{high} is below {low}: the first seed, then the last, as in {high}-{low}")
+    if high - low >= MOST_SEEDS:
         raise ValueError(text)
     return range(low, high + 1)
 

@@ -34,7 +34,8 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
             where every seed meets the tasks in several.
     """
     score = _score_header(rows)
-    cells = [_cells(row, score) for row in rows]
+    trials = "episodes" if any(row["score"] == "return" for row in rows) else "evaluations"
+    cells = [_cells(row, score, trials) for row in rows]
     shared = [name for name in cells[0] if name != score and len({row[name] for row in cells}) == 1]
     if len(rows) == 1:
         on_stream = TRANSFER[0] in rows[0]
@@ -67,8 +68,8 @@ def _caption(rows: Sequence[dict[str, Any]]) -> Text | None:
     return Text("\n".join([EQUAL_TASKS, *([UNDEFINED] if undefined else [])]))
 
 
-def _cells(row: dict[str, Any], score: str) -> dict[str, str]:
-    """The texts of a row by column."""
+def _cells(row: dict[str, Any], score: str, trials: str) -> dict[str, str]:
+    """The texts of a row by column; `score` and `trials` are the headers of what was reached, and in how many."""
     return {
         "agent": row["agent"],
         "task": row["task"],
@@ -76,7 +77,7 @@ def _cells(row: dict[str, Any], score: str) -> dict[str, str]:
         "seeds": str(row["seeds"]),
         **({"orders": str(row["orders"])} if "orders" in row else {}),
         score: _score(row),
-        "episodes": f"{row['episodes']:,}",
+        trials: f"{row['episodes']:,}",
         "steps": f"{row['steps']:,}",
         **{name: _transfer(row, name) for name in TRANSFER if name in row},
         "seconds": f"{row['seconds']:,.1f}",

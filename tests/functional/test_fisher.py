@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlmeta import nn
+from rlmeta.errors import SettingError
 from rlmeta.functional import distributions, random
 from rlmeta.functional.fisher import categorical_fisher, gaussian_fisher, score_fisher
 from rlmeta.functional.sample_gradients import group_gradients
@@ -93,6 +94,13 @@ def test_the_chunk_changes_nothing(name):
     key = random.make_keys([0, 1])
     sampled = [categorical_fisher(logits_of(block), p, x, 1, "sample", key=key, chunk=c) for c in (2, 7)]
     torch.testing.assert_close(sampled[0], sampled[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 2.5])
+def test_a_chunk_that_is_no_count_of_samples_is_refused(chunk):
+    block, p, x = network("mlp", (2,))
+    with pytest.raises(SettingError, match=r"fisher: chunk is .*, expected a whole number, at least 1"):
+        categorical_fisher(logits_of(block), p, x, 1, chunk=chunk)
 
 
 def test_softmax_regression_in_closed_form():

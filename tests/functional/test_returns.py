@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlmeta.errors import SettingError
 from rlmeta.functional.returns import (
     discounted_return,
     discounts,
@@ -289,7 +290,7 @@ def test_other_wrong_arguments_are_refused() -> None:
         discounted_return(data["reward"], data["discount"], data["value"])
     with pytest.raises(ValueError, match="discount"):
         discounted_return(data["reward"], data["discount"][:1], data["value"][0])
-    with pytest.raises(ValueError, match="at least 1 step"):
+    with pytest.raises(ValueError, match="at least 1"):
         n_step_return(**without(data, "value"), n=0)
     with pytest.raises(ValueError, match="not a prefix"):
         generalized_advantage(**without(data), lambda_=torch.ones(2))
@@ -318,3 +319,29 @@ def test_integer_rewards_are_numbers_of_the_discounts_type(dtype: torch.dtype) -
     ]
     for one, other in zip(found, right):
         assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("n", [0, 2.0, True, "3"])
+def test_n_that_is_no_count_of_steps_is_refused(n: Any) -> None:
+    x = torch.zeros(3, 2)
+    with pytest.raises(SettingError, match=r"n is .*, expected a whole number, at least 1"):
+        n_step_return(x, x, x, x.bool(), n)
+
+
+def test_flags_in_the_place_of_the_discount_are_refused() -> None:
+    """They are what `terminated` looks like, and would bootstrap exactly where nothing follows."""
+    x, ended = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool)
+    for call in (
+        lambda: discounted_return(x, ended, x[0]),
+        lambda: n_step_return(x, ended, x, ended, 2),
+        lambda: lambda_return(x, ended, x, ended),
+        lambda: generalized_advantage(x, ended, x, x, ended),
+    ):
+        with pytest.raises(SettingError, match="discount is bool"):
+            call()
+
+
+def test_a_rollout_without_rows_is_refused() -> None:
+    x = torch.zeros(0, 2)
+    with pytest.raises(SettingError, match=r"\[0, 2\], expected \[\*L, T, N\] with at least one row"):
+        generalized_advantage(x, x, x, x, x.bool())

@@ -106,3 +106,8 @@ def test_names_are_never_read_as_markup() -> None:
     assert rendered([row(setting="activation=[bold]"), row(setting="activation=[red]")])[3].startswith(
         "activation=[bold] "
     )
+
+
+def test_what_is_no_agent_has_evaluations_not_episodes() -> None:
+    header = rendered([row(score="accuracy", agent="classifier", task="digits")])[1]
+    assert "evaluations" in header and "episodes" not in header
