@@ -10,9 +10,9 @@ import tyro
 
 import rlmeta as rl
 from rlmeta.functional import random
+from rlmeta.functional.packed import Packed
 from rlmeta.lab.stages import score_tasks, turn_to
 from rlmeta.lab.train import prepare
-from rlmeta.learning.state import Packed
 from rlmeta.learning.step import reset_optimizer, step
 from rlmeta.lifelong.ewc import add_quadratic, information
 

@@ -15,8 +15,8 @@ import tyro
 import rlmeta as rl
 from rlmeta.agents.behaviour_cloning import count_steps
 from rlmeta.functional import optim, random
+from rlmeta.functional.packed import Packed
 from rlmeta.learning.settings import hyper_tensors
-from rlmeta.learning.state import Packed
 
 
 def train(demonstrations: str, task: str = "GridWorld-v0", seeds: int = 1, steps: int = 400) -> dict:

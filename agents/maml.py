@@ -13,9 +13,9 @@ import tyro
 import rlmeta as rl
 from rlmeta.envs.families import NamedFamily
 from rlmeta.functional import optim, random
+from rlmeta.functional.packed import Packed
 from rlmeta.lab.train import resolve
 from rlmeta.learning.settings import hyper_tensors
-from rlmeta.learning.state import Packed
 from rlmeta.meta.adapt import adapt, expand_tasks
 
 

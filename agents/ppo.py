@@ -11,11 +11,11 @@ import torch
 import tyro
 
 import rlmeta as rl
+from rlmeta.engine.parts import in_parts
 from rlmeta.functional import optim, random
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import evaluate
 from rlmeta.learning.minibatch import flatten_time, minibatches
-from rlmeta.learning.parts import in_parts
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.engine import capture
 from rlmeta.functional import tree
 from rlmeta.lab.train import prepare
-from rlmeta.learning import capture
 from tests.crossings import NETWORKS, OBSERVATIONS, PROBLEMS, GymWalk, labelled, network, shown, walks
 
 WORLDS = ("native", "gymnasium")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import tyro
 
+from rlmeta.engine.capture import WARM_UP
 from rlmeta.lab.bench import USAGE, Agents
 from rlmeta.lab.bench_imitation import Imitation
 from rlmeta.lab.bench_lifelong import Lifelong
 from rlmeta.lab.bench_meta import Meta
 from rlmeta.lab.plan import from_flags
-from rlmeta.learning.capture import WARM_UP
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SMALLER = {

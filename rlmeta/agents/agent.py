@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlmeta.agents.networks import check_network
 from rlmeta.agents.rewards import Reward, distinct, first_memory, relabel
+from rlmeta.engine.capture import Capture
 from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
@@ -26,7 +27,6 @@ from rlmeta.functional.normalise import (
     running_init,
     running_update,
 )
-from rlmeta.learning.capture import Capture
 from rlmeta.learning.collect import Rollout, collect, episode_statistics
 from rlmeta.learning.evaluate import Evaluation, evaluate, evaluation_rows
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network
+from rlmeta.engine.capture import Capture
 from rlmeta.envs.demonstrations import Demonstrations, Unread
 from rlmeta.envs.world import World
 from rlmeta.errors import DemonstrationError
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning.average import Average
-from rlmeta.learning.capture import Capture
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method

@@ -17,6 +17,7 @@ from rlmeta.agents.behaviour_cloning import chosen, draw, warm_start
 from rlmeta.agents.ppo import PPO, PPOAgent
 from rlmeta.agents.rewards import distinct
 from rlmeta.agents.rewards.reward import Memory, Rewards, check_name
+from rlmeta.engine.capture import Capture
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.world import World
 from rlmeta.errors import DemonstrationError, SettingError
@@ -24,7 +25,6 @@ from rlmeta.functional import optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.normalise import normalise, running_init, running_update
 from rlmeta.learning.average import Average
-from rlmeta.learning.capture import Capture
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types, shown
 from rlmeta.learning.method import Method

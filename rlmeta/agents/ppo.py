@@ -14,6 +14,7 @@ from torch import Tensor
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
 from rlmeta.agents.rewards import Reward, distinct
+from rlmeta.engine.parts import in_parts
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
@@ -24,7 +25,6 @@ from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, minibatches
-from rlmeta.learning.parts import in_parts
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step, steps

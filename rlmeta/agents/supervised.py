@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.agents.networks import build_body, check_network
+from rlmeta.engine.capture import Capture
 from rlmeta.envs.data import EVERYTHING, DataWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning import hooks
 from rlmeta.learning.average import Average
-from rlmeta.learning.capture import Capture
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen

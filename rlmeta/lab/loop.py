@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlmeta.engine.clock import clock
 from rlmeta.envs.families import FamilyWorld
 from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
@@ -26,7 +27,6 @@ from rlmeta.lab.records import Records
 from rlmeta.lab.run import Run, per_learner
 from rlmeta.lab.stages import Stage
 from rlmeta.lab.trackers import Tracker, TrackerFactory
-from rlmeta.learning.clock import clock
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.state import State, select
 

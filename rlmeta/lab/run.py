@@ -17,6 +17,7 @@ from rlmeta.envs import spaces
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random, statistics, tree
+from rlmeta.functional.packed import Packed
 from rlmeta.lab import budgets, checkpoint, run_folder, stages
 from rlmeta.lab.configuration import from_config
 from rlmeta.lab.experiment import Experiment
@@ -28,7 +29,7 @@ from rlmeta.lab.surroundings import undisturbed
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
-from rlmeta.learning.state import Packed, State, select
+from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
 
 

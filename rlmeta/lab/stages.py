@@ -17,12 +17,13 @@ from torch import Tensor
 from rlmeta.envs.data import HIDDEN
 from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
+from rlmeta.functional.packed import Packed
 from rlmeta.lab.experiment import Problem
 from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, Task, seen
-from rlmeta.learning.state import Packed, State
+from rlmeta.learning.state import State
 from rlmeta.learning.step import reset_optimizer
 
 

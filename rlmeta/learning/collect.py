@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlmeta.engine.capture import Capture
+from rlmeta.engine.clock import clock
+from rlmeta.engine.parts import FEW_ROWS, one_core
 from rlmeta.envs.world import Transition, World
 from rlmeta.functional import random, tree
 from rlmeta.functional.shapes import flags
-from rlmeta.learning.capture import Capture
-from rlmeta.learning.clock import clock
-from rlmeta.learning.parts import FEW_ROWS, one_core
 from rlmeta.learning.state import Params, State
 
 Rollout = dict[str, Any]

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlmeta.engine.parts import FEW_ROWS, one_core
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.learning.collect import Actor, clear_memory
-from rlmeta.learning.parts import FEW_ROWS, one_core
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params
 

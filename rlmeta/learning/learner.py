@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.functional import random, tree
+from rlmeta.functional.packed import Packed
 from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import require
-from rlmeta.learning.state import Packed, Params, State
+from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import HasLosses
 from rlmeta.nn import Block, stack
 

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlmeta.engine.capture import Capture
 from rlmeta.functional import random, tree
 from rlmeta.functional.optim import Optimizer, Recipe, apply_updates, clip_by_norm
+from rlmeta.functional.packed import Packed, in_order
 from rlmeta.learning import hooks
-from rlmeta.learning.capture import Capture
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.minibatch import Minibatches, pick
-from rlmeta.learning.state import Packed, Params, State, in_order, select
+from rlmeta.learning.state import Params, State, select
 from rlmeta.nn import Context
 
 

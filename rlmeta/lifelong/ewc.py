@@ -21,9 +21,10 @@ from torch import Tensor
 from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
 from rlmeta.functional.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
+from rlmeta.functional.packed import Packed
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
-from rlmeta.learning.state import Packed, Params, State
+from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     SPREAD,
     check_distribution,

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional import tree
+from rlmeta.functional.packed import Packed
 from rlmeta.functional.projection import projection_weights
 from rlmeta.functional.sample_gradients import group_gradients
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.settings import PerLearner, require_finite, require_range
-from rlmeta.learning.state import Packed, Params, State
+from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     keep_samples,
     names_of,

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
+from rlmeta.functional.packed import Packed
 from rlmeta.learning.learner import initial_tensors
 from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
 from rlmeta.learning.settings import check_choices, require, require_finite, require_range
-from rlmeta.learning.state import Packed, Params, State, select
+from rlmeta.learning.state import Params, State, select
 from rlmeta.lifelong.recall import names_of, position_of, put_memories
 
 NOBODYS = -1

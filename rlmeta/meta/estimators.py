@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlmeta.functional import tree
 from rlmeta.functional.evolution import antithetic_noise, evolution_gradient
-from rlmeta.learning.state import Packed
+from rlmeta.functional.packed import Packed
 from rlmeta.meta.adapt import expand_tasks
 
 Unroll: TypeAlias = Callable[[dict[str, Tensor], tree.Tree], tuple[Tensor, tree.Tree]]

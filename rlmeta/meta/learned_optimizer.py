@@ -18,17 +18,18 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from rlmeta.engine.capture import Capture
 from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.families import FamilyWorld, Split, minimises
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import Optimizer, State, Tensors
-from rlmeta.learning.capture import Capture
+from rlmeta.functional.packed import Packed
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.settings import PerLearner, check_choices, require, require_range, values_of
-from rlmeta.learning.state import Packed, Params, select
+from rlmeta.learning.state import Params, select
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import adapt
 from rlmeta.meta.checks import check_problems

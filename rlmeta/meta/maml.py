@@ -29,13 +29,13 @@ from rlmeta.agents.irl import IRL
 from rlmeta.agents.networks import check_network
 from rlmeta.agents.regressor import Regressor
 from rlmeta.agents.supervised import Supervised
+from rlmeta.engine.capture import Capture
 from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.families import FamilyWorld, Split, minimises
 from rlmeta.envs.task import TaskFamily
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning.average import Average
-from rlmeta.learning.capture import Capture
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import Evaluation, evaluate
 from rlmeta.learning.learner import Metrics, initial_memories, initial_state

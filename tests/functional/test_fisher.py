@@ -174,7 +174,7 @@ def test_linear_gaussian_regression_in_closed_form():
 
 
 def nn_split(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    from rlmeta.learning.state import Packed
+    from rlmeta.functional.packed import Packed
 
     return Packed.view(flat, like, 1)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import rlmeta.functional
+from rlmeta.engine.capture import Capture
 from rlmeta.errors import SettingError
 from rlmeta.functional import axes, distributions, losses, normalise, random, returns
 from rlmeta.functional.shapes import flags, same_shape
-from rlmeta.learning.capture import Capture
 
 FLAGS = torch.tensor([[False, True, False], [True, False, False], [False, False, True]])
 X, Y, Z = random.normal(random.make_keys([0])[0], "x", 0, (3, 3, 3), torch.float64)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
+from rlmeta.functional.packed import Packed
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.run import fit
-from rlmeta.learning.state import Packed, put, select, take
+from rlmeta.learning.state import put, select, take
 from rlmeta.learning.step import step
 from rlmeta.lifelong import EWC, Method
 from tests.learning.toy import LinearRegression, data

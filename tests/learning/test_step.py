@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlmeta.engine.capture import Capture
 from rlmeta.functional import optim, random, tree
-from rlmeta.learning.capture import Capture
+from rlmeta.functional.packed import Packed
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.minibatch import minibatches
-from rlmeta.learning.state import Packed, put, select, take
+from rlmeta.learning.state import put, select, take
 from rlmeta.learning.step import step, steps
 from tests.learning.toy import LinearRegression, data
 

@@ -7,8 +7,8 @@ import torch
 
 from rlmeta.functional import random
 from rlmeta.functional.fisher import categorical_fisher
+from rlmeta.functional.packed import Packed
 from rlmeta.learning.method import Gradients
-from rlmeta.learning.state import Packed
 from rlmeta.lifelong import EWC
 from rlmeta.lifelong.ewc import add_quadratic, information, no_quadratic, quadratic_value, replace_quadratic
 from tests.lifelong.toy import trained

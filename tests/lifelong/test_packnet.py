@@ -13,8 +13,8 @@ from rlmeta.envs.data import DataTask
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
+from rlmeta.functional.packed import Packed
 from rlmeta.learning.method import StepInfo, seen
-from rlmeta.learning.state import Packed
 from rlmeta.lifelong import PackNet
 from rlmeta.lifelong.packnet import FREE, NOBODYS
 from tests.lifelong.toy import FEATURES, flat, learner, points, tasks, trained

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import rlmeta as rl
+from rlmeta.engine import capture as capture_module
+from rlmeta.engine.capture import Capture, Function
+from rlmeta.engine.tape import Tape, own_memory
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.train import prepare
-from rlmeta.learning import capture as capture_module
-from rlmeta.learning.capture import Capture, Function
-from rlmeta.learning.tape import Tape, own_memory
 from rlmeta.nn.product import layers
 
 

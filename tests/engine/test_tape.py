@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlmeta.engine.capture import Capture
+from rlmeta.engine.passes import split, without_idle, without_writes, written_over
+from rlmeta.engine.tape import record
 from rlmeta.functional import tree
-from rlmeta.learning.capture import Capture
-from rlmeta.learning.passes import split, without_idle, without_writes, written_over
-from rlmeta.learning.tape import record
 
 
 def seen_by_a_view(x: Tensor, a: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlmeta.functional import tree
-from rlmeta.learning.state import Packed
+from rlmeta.functional.packed import Packed
 
 FEW_ROWS = 1024
 """Acting in up to so many rows, a second core costs more than it gives."""

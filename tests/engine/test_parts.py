@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.engine import capture as capture_module
+from rlmeta.engine.parts import in_parts, one_core
 from rlmeta.functional import tree
+from rlmeta.functional.packed import Packed
 from rlmeta.lab.experiment import Budget
-from rlmeta.learning import capture as capture_module
-from rlmeta.learning.parts import in_parts, one_core
-from rlmeta.learning.state import Packed
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlmeta.engine.passes import split, without_idle, without_writes, written_over
+from rlmeta.engine.tape import NotRecordable, Place, Tape, own_memory, record
 from rlmeta.functional import tree
-from rlmeta.learning.passes import split, without_idle, without_writes, written_over
-from rlmeta.learning.tape import NotRecordable, Place, Tape, own_memory, record
 
 Function = Callable[[tree.Tree], tree.Tree]
 """From a nested dictionary of tensors to one. It may depend on nothing else that changes, and not on their values."""

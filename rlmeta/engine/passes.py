@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlmeta.learning.tape import Layout, Operation, Place, Tape
+from rlmeta.engine.tape import Layout, Operation, Place, Tape
 
 aten = torch.ops.aten
 

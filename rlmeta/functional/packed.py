@@ -1,0 +1,55 @@
+"""Named weights as views of one flat tensor, and their order: leaves are paired by name, never by their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def in_order(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Named weights in the order of others that have the same names; those that lie in it come back as they are."""
+    return weights if list(weights) == list(like) else {name: weights[name] for name in like}
+
+
+class Packed(dict[str, Tensor]):
+    """Named weights `[*L, ...]` that are views of one flat tensor `[*L, P]`.
+
+    Optimizers, clipping and masks are elementwise or norms, so they run once on `flat` where they would otherwise run
+    once for every weight; for small networks that is most of the time of a step.
+
+    In `flat` weights lie in the order of the names, and so do moments, gradients and masks `[*L, P]`. A run keeps the
+    order in which it began: what comes back from elsewhere is put in it by name (`in_order`).
+    """
+
+    flat: Tensor
+    shapes: list[torch.Size]
+    """Of every weight of one learner."""
+
+    @staticmethod
+    def of(weights: dict[str, Tensor], learner_axes: int) -> Packed:
+        """Pack named weights; those that are packed already come back as they are."""
+        if isinstance(weights, Packed):
+            return weights
+        learner_shape = next(iter(weights.values())).shape[:learner_axes]
+        flat = torch.cat([w.detach().reshape(*learner_shape, -1) for w in weights.values()], -1)
+        return Packed.view(flat, weights, learner_axes)
+
+    @staticmethod
+    def like(weights: dict[str, Tensor], packed: dict[str, Tensor], learner_axes: int) -> Packed:
+        """Pack named weights in the order of others that have the same names."""
+        return Packed.of(in_order(weights, packed), learner_axes)
+
+    @staticmethod
+    def view(flat: Tensor, like: dict[str, Tensor], learner_axes: int) -> Packed:
+        """The tensor `flat` seen under the names and shapes of `like`; gradients flow through.
+
+        `like` may be of other learners than `flat`.
+        """
+        packed, learner_shape = Packed(), flat.shape[:-1]
+        packed.flat = flat
+        shapes = like.shapes if isinstance(like, Packed) else [w.shape[learner_axes:] for w in like.values()]
+        packed.shapes = shapes
+        pieces = torch.split(flat, [shape.numel() for shape in shapes], -1)
+        for name, shape, piece in zip(like, shapes, pieces):
+            packed[name] = piece.view(learner_shape + shape)
+        return packed
