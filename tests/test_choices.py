@@ -22,8 +22,9 @@ from rlmeta.agents.networks import build_body
 from rlmeta.envs import data, datasets, families, gymnasium_world, names, rows, streams, task
 from rlmeta.envs.native.cartpole import CartPole
 from rlmeta.errors import SettingError, require_choice
-from rlmeta.functional import fisher, optim, random
+from rlmeta.functional import optim, random
 from rlmeta.meta import adapt
+from rlmeta.nn import fisher
 
 KEY = random.make_keys([0])[0]
 BOX = gym.spaces.Box(-1, 1, (3,))

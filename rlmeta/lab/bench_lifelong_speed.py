@@ -21,7 +21,6 @@ from rlmeta.envs.data import DataTask, Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
-from rlmeta.functional.fisher import categorical_fisher
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.train import train
 from rlmeta.learning.settings import hyper_tensors
@@ -29,6 +28,7 @@ from rlmeta.learning.state import State
 from rlmeta.learning.step import step
 from rlmeta.lifelong import EWC, GEM, Method
 from rlmeta.nn import MLP, Context
+from rlmeta.nn.fisher import categorical_fisher
 
 Side = Callable[[], float]
 """Does a piece of work and returns the seconds it took."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rlmeta.functional import random, tree
 from rlmeta.functional.projection import project_average
-from rlmeta.functional.sample_gradients import group_gradients
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, StepInfo, Task
 from rlmeta.learning.minibatch import gather
 from rlmeta.learning.settings import require_range
@@ -27,6 +26,7 @@ from rlmeta.lifelong.recall import (
     recall_loss,
     room_for_tasks,
 )
+from rlmeta.nn.sample_gradients import group_gradients
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
-from rlmeta.functional.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
 from rlmeta.functional.packed import Packed
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
@@ -36,6 +35,7 @@ from rlmeta.lifelong.recall import (
     position_of,
 )
 from rlmeta.nn import CategoricalHead, Context, GaussianHead
+from rlmeta.nn.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
 
 
 @dataclass(frozen=True)

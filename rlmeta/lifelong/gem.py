@@ -18,7 +18,6 @@ from torch import Tensor
 from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
 from rlmeta.functional.projection import projection_weights
-from rlmeta.functional.sample_gradients import group_gradients
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.settings import PerLearner, require_finite, require_range
 from rlmeta.learning.state import Params, State
@@ -30,6 +29,7 @@ from rlmeta.lifelong.recall import (
     recall_loss,
     room_for_tasks,
 )
+from rlmeta.nn.sample_gradients import group_gradients
 
 
 @dataclass(frozen=True)

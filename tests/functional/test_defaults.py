@@ -15,20 +15,9 @@ import torch
 from torch import Tensor
 
 import rlmeta.functional
-from rlmeta.functional import (
-    axes,
-    fisher,
-    normalise,
-    optim,
-    projection,
-    random,
-    sample_gradients,
-    schedules,
-    statistics,
-    tabular,
-    tree,
-)
+from rlmeta.functional import axes, normalise, optim, projection, random, schedules, statistics, tabular, tree
 from rlmeta.functional.normalise import reward_init, running_init, running_update
+from rlmeta.nn import fisher, sample_gradients
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 KEYS = random.make_keys(range(3), "cpu")

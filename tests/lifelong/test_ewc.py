@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from rlmeta.functional import random
-from rlmeta.functional.fisher import categorical_fisher
 from rlmeta.functional.packed import Packed
 from rlmeta.learning.method import Gradients
 from rlmeta.lifelong import EWC
 from rlmeta.lifelong.ewc import add_quadratic, information, no_quadratic, quadratic_value, replace_quadratic
+from rlmeta.nn.fisher import categorical_fisher
 from tests.lifelong.toy import trained
 
 DOUBLE = torch.float64

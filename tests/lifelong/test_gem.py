@@ -7,11 +7,11 @@ import torch
 
 from rlmeta.functional import tree
 from rlmeta.functional.projection import project, project_average
-from rlmeta.functional.sample_gradients import group_gradients
 from rlmeta.learning.method import Gradients
 from rlmeta.lifelong import AGEM, GEM
 from rlmeta.lifelong.recall import recall_loss
 from rlmeta.nn import Context
+from rlmeta.nn.sample_gradients import group_gradients
 from tests.lifelong.toy import tasks, trained
 
 

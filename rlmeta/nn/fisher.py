@@ -25,8 +25,8 @@ from torch import Tensor
 
 from rlmeta.errors import SettingError, require_choice
 from rlmeta.functional import random, tree
-from rlmeta.functional.sample_gradients import Forward, Params, check_outputs, squared_gradients
 from rlmeta.nn.block import Context
+from rlmeta.nn.sample_gradients import Forward, Params, check_outputs, squared_gradients
 
 FisherKind: TypeAlias = Literal["exact", "sample", "empirical"]
 """What is done about the labels."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from rlmeta import nn
 from rlmeta.errors import SettingError
 from rlmeta.functional import distributions, random
-from rlmeta.functional.fisher import categorical_fisher, gaussian_fisher, score_fisher
-from rlmeta.functional.sample_gradients import group_gradients
 from rlmeta.nn import MLP, Block, CategoricalHead, Context, GaussianHead, LayerNorm, Linear, Sequential, stack
+from rlmeta.nn.fisher import categorical_fisher, gaussian_fisher, score_fisher
+from rlmeta.nn.sample_gradients import group_gradients
 
 DOUBLE = torch.float64
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rlmeta.errors import SettingError
-from rlmeta.functional import distributions, random, sample_gradients
-from rlmeta.functional.fisher import categorical_fisher, categorical_roots, gaussian_fisher, score_fisher
-from rlmeta.functional.sample_gradients import group_gradients, squared_gradients
-from rlmeta.nn import Block, Context, Linear, lift
+from rlmeta.functional import distributions, random
+from rlmeta.nn import Block, Context, Linear, lift, sample_gradients
+from rlmeta.nn.fisher import categorical_fisher, categorical_roots, gaussian_fisher, score_fisher
+from rlmeta.nn.sample_gradients import group_gradients, squared_gradients
 
 DOUBLE = torch.float64
 KEY = random.make_keys([0])[0]
