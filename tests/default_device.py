@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 PACKAGE = str(Path(__file__).parents[1] / "rlmeta")
+BENCH = str(Path(PACKAGE) / "bench")
 BLOCKS = str(Path(PACKAGE) / "nn")
 TORCH = str(Path(torch.__file__).parent)
 
@@ -32,7 +33,7 @@ class DefaultDeviceMeta(TorchFunctionMode):
 def _called_by_rlmeta() -> bool:
     """Whether the nearest caller besides torch is the package's code, and not a block that a test makes for itself.
 
-    A block made by hand is on the default device, as every `nn.Module` is.
+    A block made by hand is on the default device, as every `nn.Module` is, and benchmarks are programs.
     """
     frame = sys._getframe(2)
     in_block = False
@@ -41,6 +42,6 @@ def _called_by_rlmeta() -> bool:
         if file.startswith(BLOCKS):
             in_block = True
         elif not file.startswith(TORCH) and file != __file__:
-            return file.startswith(PACKAGE)
+            return file.startswith(PACKAGE) and not file.startswith(BENCH)
         frame = frame.f_back  # type: ignore[assignment]
     return in_block

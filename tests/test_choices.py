@@ -69,7 +69,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "envs.streams.split scenario": lambda x: streams.split(LABELLED, [[0], [1]], x),
     "envs.data.DataTask scenario": lambda x: rl.stream([dataclasses.replace(TASKS[0], scenario=x)]),
     "envs.data.DataWorld scenario": lambda x: data.DataWorld(data.DataTable(TASKS), (), 1, scenario=x),
-    "functional.fisher.categorical_fisher kind": lambda x: fisher.categorical_fisher(
+    "nn.fisher.categorical_fisher kind": lambda x: fisher.categorical_fisher(
         logits, {"weights": WEIGHTS}, torch.ones(3, 2), 0, x
     ),
     "meta.adapt.adapt order": lambda x: adapt.adapt(lambda w, _: w["w"].sum(), WEIGHTS, optim.sgd(0.1), 1, order=x),

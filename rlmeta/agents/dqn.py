@@ -257,7 +257,7 @@ def _move(name: str, state: State, rate: Tensor) -> None:
 def _nearer(copy: Tensor, online: Tensor, rate: Tensor) -> Tensor:
     """copy + rate (online - copy); what is counted, not measured, is taken over."""
     if not online.is_floating_point():
-        return torch.where(torch.as_tensor(align(rate, online) > 0), online, copy)
+        return torch.where(torch.as_tensor(align(rate, online) > 0, device=online.device), online, copy)
     return torch.lerp(copy.to(online.dtype), online, align(rate.to(online.dtype), online))
 
 

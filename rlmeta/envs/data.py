@@ -129,7 +129,7 @@ class DataTask:
                 "or no classes= for regression"
             )
         target = target.detach().long()
-        strange = target[~torch.isin(target, torch.tensor(self.classes))]
+        strange = target[~torch.isin(target, torch.tensor(self.classes, device=target.device))]
         if len(strange):
             raise SettingError(f"{self.name}: target {strange[0].tolist()} is none of its classes {self.classes}")
         return target
@@ -176,8 +176,9 @@ def shared_classes(tasks: Sequence[DataTask]) -> list[DataTask]:
 
 
 def _placed(task: DataTask) -> DataTask:
-    places = torch.zeros(task.num_classes, dtype=torch.int64)
-    places[list(task.classes)] = torch.arange(len(task.classes))
+    device = task.train.target.device
+    places = torch.zeros(task.num_classes, dtype=torch.int64, device=device)
+    places[list(task.classes)] = torch.arange(len(task.classes), device=device)
     parts = [Samples(part.observation, places[part.target]) for part in (task.train, task.test)]
     count = len(task.classes)
     return replace(task, train=parts[0], test=parts[1], classes=tuple(range(count)), num_classes=count)
@@ -207,13 +208,13 @@ class DataTable:
         self.names = [task.name for task in tasks]
         self.train, self.train_count = _stacked([task.train for task in tasks])
         self.test, self.test_count = _stacked([task.test for task in tasks])
-        self.classes = torch.zeros(len(tasks), first.num_classes, dtype=torch.bool)
+        self.classes = torch.zeros(len(tasks), first.num_classes, dtype=torch.bool, device="cpu")
         for row, task in zip(self.classes, tasks):
             row[list(task.classes)] = True
 
 
 def _stacked(parts: Sequence[Samples]) -> tuple[Samples, Tensor]:
-    count = torch.tensor([len(part.target) for part in parts])
+    count = torch.tensor([len(part.target) for part in parts], device="cpu")
     longest = int(count.max())
 
     def pad(x: Tensor) -> Tensor:
@@ -259,7 +260,7 @@ class DataWorld:
                 f"{table.names[smallest]}: choose a smaller batch_size"
             )
         self.table, self.learner_shape, self.num_envs = table, tuple(learner_shape), num_envs
-        self.identity = torch.zeros(learner_shape, dtype=torch.int64)
+        self.identity = torch.zeros(learner_shape, dtype=torch.int64, device="cpu")
         self.scenario, self._reveals = scenario, reveals
         observation, target = table.train
         self.observation_space: gym.Space = _space(observation)
@@ -284,7 +285,7 @@ class DataWorld:
 
     def born(self) -> Tensor:
         """The classes that exist before any task has begun, `[C]` bool."""
-        return torch.full(self.table.classes.shape[1:], self.scenario != "class")
+        return torch.full(self.table.classes.shape[1:], self.scenario != "class", device="cpu")
 
     @property
     def announces(self) -> bool:
@@ -302,7 +303,7 @@ class DataWorld:
         """A permutation of every learner's samples, `[*L, n]`, the padding behind them."""
         longest = self.table.train.target.shape[1]
         draws = random.uniform(key, "samples", epoch, (longest,), torch.float64)
-        behind = torch.arange(longest) >= self.table.train_count[self.identity].unsqueeze(-1)
+        behind = torch.arange(longest, device="cpu") >= self.table.train_count[self.identity].unsqueeze(-1)
         return draws.masked_fill(behind.to(key.device), 2.0).argsort(-1)
 
     def next_batch(self, state: State) -> tuple[State, Batch]:
@@ -328,7 +329,8 @@ class DataWorld:
         """All test samples of every learner's task, with `valid` `[*L, B]`, False for padding."""
         count = self.table.test_count[self.identity]
         for start in range(0, int(count.max()), size):
-            rows = torch.arange(start, min(start + size, int(count.max()))).expand(*self.learner_shape, -1)
+            stop = min(start + size, int(count.max()))
+            rows = torch.arange(start, stop, device="cpu").expand(*self.learner_shape, -1)
             yield {**self._batch(self.table.test, rows, "test_id"), "valid": rows < count.unsqueeze(-1)}
 
     def _batch(self, samples: Samples, rows: Tensor, identified_by: str) -> Batch:

@@ -238,7 +238,7 @@ class StreamWorld:
         self._tasks, self._physics = tasks, _physics_of(tasks)
         self._worlds: list[World] = [] if self._physics else [one.world(learner_shape, num_envs) for one in tasks]
         self.records = self._physics is not None
-        self.identity = torch.zeros(learner_shape, dtype=torch.int64)
+        self.identity = torch.zeros(learner_shape, dtype=torch.int64, device="cpu")
         self._current: Any = self._with_physics() if self._physics else self._worlds[0]
         inner, self.action_space = self._current.observation_space, self._current.action_space
         for one, world in zip(tasks, self._worlds):
@@ -355,13 +355,13 @@ def _physics_of(tasks: Sequence[Task]) -> dict[str, Tensor] | None:
     if not all(alike) or any(one.ranges for one in tasks):
         return None
     free = first.constants()
-    found: dict[str, Tensor] = {"": torch.empty(0)}
+    found: dict[str, Tensor] = {"": torch.empty(0, device="cpu")}
     for constant in dataclasses.fields(first):
         values = [getattr(one.source, constant.name) for one in tasks]
         if any(not _equal(value, values[0]) for value in values):
             if constant.name not in free or free[constant.name].dim():
                 return None
-            found[constant.name] = torch.tensor(values, dtype=free[constant.name].dtype)
+            found[constant.name] = torch.tensor(values, dtype=free[constant.name].dtype, device="cpu")
     return found
 
 
@@ -408,7 +408,7 @@ def split(data: Labelled, groups: Sequence[Sequence[int]], scenario: Scenario | 
 
 
 def _of_classes(samples: Samples, group: Sequence[int]) -> Samples:
-    chosen = torch.isin(samples.target, torch.tensor(list(group)))
+    chosen = torch.isin(samples.target, torch.tensor(list(group), device=samples.target.device))
     return Samples(samples.observation[chosen], samples.target[chosen])
 
 
@@ -425,7 +425,8 @@ def permute(data: Labelled, count: int, samples: int | None = None) -> list[Data
     """
     data, count, key = _checked(data), _counted("permute", count), random.make_keys([0])[0]
     features = data.train.observation[0].numel()
-    orders = [torch.arange(features)] + [random.permutation(key, "pixels", i, features) for i in range(1, count)]
+    orders = [random.permutation(key, "pixels", i, features) for i in range(1, count)]
+    orders.insert(0, torch.arange(features, device=key.device))
 
     def shuffled(part: Samples, order: Tensor) -> Samples:
         x = part.observation
@@ -502,7 +503,8 @@ def _rotated(part: Samples, degrees: float) -> Samples:
     shape = (1, side, side) if x.dim() == 2 else (1, *x.shape[1:]) if x.dim() == 3 else tuple(x.shape[1:])
     pictures = x.reshape(-1, *shape).float()
     angle = math.radians(degrees)
-    turn = torch.tensor([[math.cos(angle), math.sin(angle), 0.0], [-math.sin(angle), math.cos(angle), 0.0]])
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = torch.tensor([[cos, sin, 0.0], [-sin, cos, 0.0]], device=pictures.device)
     grid = F.affine_grid(turn.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
     turned = F.grid_sample(pictures, grid, align_corners=False)
     if x.dtype == torch.uint8:

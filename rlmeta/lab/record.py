@@ -99,7 +99,8 @@ def _legal(action: Tensor, world: World) -> Tensor:
     """Box actions as the environment takes them, within their bounds."""
     if not action.is_floating_point():
         return action
-    low, high = (torch.as_tensor(getattr(world.action_space, name)).to(action) for name in ("low", "high"))
+    space: Any = world.action_space
+    low, high = (torch.as_tensor(bound, device=action.device).to(action) for bound in (space.low, space.high))
     return action.clamp(low, high)
 
 

@@ -79,7 +79,10 @@ class PackNet(Method):
         weights, shape, axes = state["params"]["weights"], state["key"].shape, state["key"].dim()
         names = self._names(weights, axes)[0]
         self._check_capacity({name: weights[name] for name in names}, axes, learner.num_tasks)
-        owner = [torch.full(w.shape, FREE if n in names else NOBODYS, dtype=torch.int16) for n, w in weights.items()]
+        owner = [
+            torch.full(w.shape, FREE if n in names else NOBODYS, dtype=torch.int16, device=w.device)
+            for n, w in weights.items()
+        ]
         packed = torch.cat([part.reshape(*shape, -1) for part in owner], -1).to(state["key"].device)
         return {
             "owner": packed,
@@ -97,7 +100,7 @@ class PackNet(Method):
         for name, weight in weights.items():
             size = weight.shape[axes:].numel()
             require(
-                bool(self._free(torch.tensor(size), tasks - 1, tasks) > 0),
+                bool(self._free(torch.tensor(size, device="cpu"), tasks - 1, tasks) > 0),
                 f"PackNet: {name} has {size} weights, all kept before the last of {tasks} tasks begins (keep is "
                 f"{self.keep:g}): choose a smaller keep or a larger network",
             )
@@ -201,7 +204,7 @@ class PackNet(Method):
         position, copied = position_of(task), self._copied(p, axes)
 
         def choose(now: Tensor, kept: Tensor) -> Tensor:
-            return torch.where(torch.as_tensor(align(old, now)), kept.select(axes, position), now)
+            return torch.where(torch.as_tensor(align(old, now), device=now.device), kept.select(axes, position), now)
 
         own = tree.map(choose, copied, m["copies"])
         return {**p, **{part: {**p[part], **own[part]} for part in own}}

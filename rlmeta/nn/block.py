@@ -37,7 +37,7 @@ class Context:
             **new_buffers}` is what the next step starts from. Nothing is written in place.
         learner_axes: how many learner axes there are, where a block has no parameter to tell it by. Containers fill it.
         taps: None, or what every linear layer leaves its calls in, `{place in params: [(input, output), ...]}`: with
-            the gradient at the output, the gradient of every single sample follows (`functional.sample_gradients`).
+            the gradient at the output, the gradient of every single sample follows (`nn.sample_gradients`).
     """
 
     training: bool = False
