@@ -37,7 +37,7 @@ from rlmeta.nn import (
 )
 from rlmeta.nn.block import alone
 from rlmeta.nn.encoder import ACTION_MASK, byte_bound
-from rlmeta.nn.lift import copied
+from rlmeta.nn.lifted import copied
 
 
 class Network(Block):

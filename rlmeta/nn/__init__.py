@@ -20,8 +20,9 @@ from rlmeta.nn.heads import (
     head_for,
 )
 from rlmeta.nn.initialisers import Initialiser, initialise
-from rlmeta.nn.lift import Lifted, lift
-from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear, Sequential
+from rlmeta.nn.lift import Sequential, lift
+from rlmeta.nn.lifted import Lifted
+from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear
 from rlmeta.nn.mlp import MLP
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
 from rlmeta.nn.units import ActionBounds, ActionUnits

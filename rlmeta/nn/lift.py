@@ -1,37 +1,19 @@
-"""Running a user's ordinary module on any number of learners."""
+"""An ordinary module as a block, so that it runs on stacked parameters; a sequence of modules."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlmeta.errors import SettingError
-from rlmeta.functional import random
 from rlmeta.functional.tree import Tree
-from rlmeta.nn.block import (
-    Block,
-    Context,
-    NeedsKey,
-    Params,
-    alone,
-    latest,
-    learner_axes,
-    own_tensors,
-    share_tensors,
-    with_learner_axes,
-)
-from rlmeta.nn.dropout import Dropout
-from rlmeta.nn.linear import Activation, Flatten, Linear, Sequential
-from rlmeta.nn.norm import BATCH_NORMS, BatchNorm1d, LayerNorm
-from rlmeta.nn.product import is_plain_graph
+from rlmeta.nn.block import Block, Context, Params, share_tensors, with_learner_axes
+from rlmeta.nn.lifted import Lifted, hooked, norm_or_dropout
+from rlmeta.nn.linear import Activation, Flatten, Linear
+from rlmeta.nn.norm import LayerNorm
 
 _ELEMENTWISE = (
     nn.CELU,
@@ -53,9 +35,6 @@ _ELEMENTWISE = (
     nn.Softsign,
     nn.Tanh,
 )
-
-Outcome: TypeAlias = tuple[Tree, Params]
-"""What a module returned, and its buffers afterwards."""
 
 
 def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
@@ -97,7 +76,7 @@ def _native(module: nn.Module) -> Block | None:
     """The block that does the same, sharing the module's tensors; None where there is none."""
     if isinstance(module, Block):
         return module
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if hooked(module):
         return None
     kind = type(module)
     block: Block
@@ -110,18 +89,33 @@ def _native(module: nn.Module) -> Block | None:
     elif kind is nn.LayerNorm:
         block = LayerNorm(module.normalized_shape, module.eps)  # type: ignore[arg-type]
         share_tensors(block, module)
-    elif kind in BATCH_NORMS:
-        block = BatchNorm1d.from_torch(module)  # type: ignore[arg-type]
-    elif kind is nn.Dropout:
-        block = Dropout(module.p)  # type: ignore[arg-type]
-        block.training = module.training
     elif kind is nn.Flatten:
         block = Flatten(module.start_dim, module.end_dim)  # type: ignore[arg-type]
     elif kind in _ELEMENTWISE:
         block = Activation(module)
     else:
-        return None
+        return norm_or_dropout(module)
     return block
+
+
+class Sequential(Block):
+    """Blocks one after another, named "0", "1", ... as in `nn.Sequential`; other modules are lifted."""
+
+    def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]) -> None:
+        """Create the sequence from modules, or from one ordered dictionary of named modules."""
+        super().__init__()
+        named = modules[0] if len(modules) == 1 and isinstance(modules[0], OrderedDict) else None
+        for name, module in named.items() if named is not None else enumerate(modules):
+            if not isinstance(module, nn.Module):
+                raise SettingError(f"Sequential was given {type(module).__name__}, expected modules")
+            self.add_module(str(name), lift(module))
+
+    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
+        """Each block's output is the next one's input."""
+        ctx = with_learner_axes(self, params, ctx, prefix)
+        for name, block in self._modules.items():
+            x = block.run(params, x, ctx, f"{prefix}{name}.")  # type: ignore[union-attr, operator]
+        return x
 
 
 class Folded(Block):
@@ -174,318 +168,3 @@ def _fold(x: Tree, feature_axes: Tree, axes: int, batches: list[torch.Size], pat
         )
     batches.append(x.shape[axes:end])
     return x.reshape(*x.shape[:axes], x.shape[axes:end].numel(), *x.shape[end:])
-
-
-class _Parts(NamedTuple):
-    """What a module is made of at the moment."""
-
-    modules: list[nn.Module]
-    slots: list[tuple[dict[str, Any], str, str]]
-    """Where it keeps each tensor: a dictionary, the name there, and the name in `own_tensors`; a tensor that is tied to
-    another has the name of the first."""
-    buffers: list[str]
-    dropouts: list[tuple[str, Dropout]]
-
-    @property
-    def names(self) -> list[str]:
-        """Of all tensors, each once."""
-        return list(dict.fromkeys(path for _, _, path in self.slots))
-
-
-def _parts_of(module: nn.Module) -> _Parts:
-    parts, seen, names = _Parts([], [], [], []), set[int](), dict[int, str]()
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        parts.modules.append(module)
-        if isinstance(module, Dropout):
-            parts.dropouts.append((prefix, module))
-        for tensors in (module._parameters, module._buffers):
-            for name, value in tensors.items():
-                if value is not None:
-                    if tensors is module._buffers and id(value) not in names:
-                        parts.buffers.append(prefix + name)
-                    path = names.setdefault(id(value), prefix + name)
-                    parts.slots.append((tensors, name, path))
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(child, f"{prefix}{name}.")
-
-    visit(module, "")
-    return parts
-
-
-class _Call(NamedTuple):
-    """One call of a lifted module: its parts now, where they stand in the parameters, and who draws."""
-
-    parts: _Parts
-    prefix: str
-    modes: tuple[bool, ...]
-    """Which parts train."""
-
-
-def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy of a module; `memo` as for `copy.deepcopy`.
-
-    Raises:
-        SettingError: it can't be copied.
-    """
-    try:
-        return copy.deepcopy(module, memo)
-    except Exception as error:
-        raise SettingError(
-            f"cannot lift {type(module).__name__}, which can't be copied: {error}. Of torch's tools, take "
-            "torch.nn.utils.parametrizations instead of hooks, and end a pruning by torch.nn.utils.prune.remove"
-        ) from error
-
-
-class Lifted(Block):
-    """An arbitrary module as a block; made by `lift`."""
-
-    _calls_parts = True
-
-    def __init__(self, module: nn.Module) -> None:
-        """Create the block of a copy of `module` that shares its tensors."""
-        super().__init__()
-        template = copied(module, {id(value): value for value in own_tensors(module).values()})
-        _replace(template)
-        _obey_own_modes(template)
-        self._template = (template,)
-        self._looped_modes: set[tuple[bool, ...]] = set()
-        """In which modes learners can't run at once, which spares further attempts."""
-        self._drawing_modes: set[tuple[bool, ...]] = set()
-        """In which modes it draws from torch's generator, which spares a first call without a seed."""
-        share_tensors(self, template)
-
-    def may_draw(self) -> bool:
-        """Nobody knows what the module does."""
-        return True
-
-    def keeps_ties(self) -> bool:
-        """As the module does."""
-        return True
-
-    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "", memory: Tree | None = None) -> Tree:
-        """What the module returns for every learner, `[*L, ...]`: a tensor, or a dictionary or tuple of them.
-
-        Args:
-            params: this block's tensors are those whose name starts with `prefix`.
-            x: `[*L, ...]`, a tensor or a dictionary of tensors.
-            ctx: mode, key, and where new buffers go.
-            prefix: this block's place in `params`.
-            memory: second input of the module where it takes one, `[*L, ...]`, a tensor or a dictionary or tuple.
-
-        Raises:
-            ValueError: an input does not start with the learner axes.
-            NeedsKey: the module draws random numbers and the context has no key.
-            SettingError: the module has been given a new part since `params` were made.
-        """
-        axes = learner_axes(self, params, ctx, prefix)
-        inputs = (x,) if memory is None else (x, memory)
-        with alone:  # the module holds the learners' tensors while it runs
-            parts = _parts_of(self._template[0])
-            own = {name: self._tensor(params, ctx, prefix, name) for name in parts.names}
-            with _modes(parts.modules, self.training, ctx.training) as modes:
-                out, buffers = self._outcome(own, inputs, ctx.key, axes, _Call(parts, prefix, modes))
-        if ctx.training:
-            ctx.new_buffers.update({prefix + name: value.detach() for name, value in buffers.items()})
-        return out
-
-    def _tensor(self, params: Params, ctx: Context, prefix: str, name: str) -> Tensor:
-        if prefix + name not in params:
-            raise SettingError(
-                f"{type(self._template[0]).__name__} has a part {name!r} that it did not have when its parameters were "
-                "made: change a module before it is lifted, and make the parameters from the changed one"
-            )
-        return latest(params, ctx, prefix + name)
-
-    def _outcome(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int, call: _Call) -> Outcome:
-        if axes == 0:
-            return self._alone(own, inputs, key, call)
-        shape = _learner_shape(own, inputs, key, axes)
-        if axes > 1:
-            fold = _reshaper(axes, (shape.numel(),))
-            own, inputs, key = pytree.tree_map_only(Tensor, fold, (own, inputs, key))
-        outcome = self._together(own, inputs, key, shape.numel(), call)
-        return pytree.tree_map_only(Tensor, _reshaper(1, shape), outcome) if axes > 1 else outcome
-
-    def _together(
-        self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, call: _Call
-    ) -> Outcome:
-        """All learners, axis 0 of everything, at once where every operation has a rule for it."""
-        recurrent = any(isinstance(part, nn.RNNBase) for part in call.parts.modules)
-        if recurrent or learners == 1 or call.modes in self._looped_modes:
-            return self._looped(own, inputs, key, learners, call)
-        try:
-            with _no_silent_loops():
-                return self._vmapped(own, inputs, key, call)
-        except Exception:  # whatever it was: the loop shows the user's own error, or none
-            outcome = self._looped(own, inputs, key, learners, call)
-            self._looped_modes.add(call.modes)
-            return outcome
-
-    def _vmapped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
-        def learner(own: Params, inputs: tuple[Tree, ...], key: Tensor | None) -> Outcome:
-            return self._call(own, inputs, key, call)
-
-        in_dims = (0 if own else None, 0, None if key is None else 0)
-        return torch.func.vmap(learner, in_dims=in_dims, randomness="error")(own, inputs, key)
-
-    def _looped(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, call: _Call) -> Outcome:
-        leaves, structure = pytree.tree_flatten((own, inputs, key))
-        rows = [leaf.unbind(0) if isinstance(leaf, Tensor) else (leaf,) * learners for leaf in leaves]
-        outcomes = []
-        for row in zip(*rows):
-            own, inputs, key = pytree.tree_unflatten(list(row), structure)
-            outcomes.append(pytree.tree_flatten(self._alone(own, inputs, key, call)))
-        columns = zip(*(outcome for outcome, _ in outcomes))
-        stacked = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-        return pytree.tree_unflatten(stacked, outcomes[0][1])
-
-    def _alone(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
-        """One learner, without learner axes, torch's generator under control."""
-        devices = _generator_devices(own, inputs)
-        if key is None or call.modes not in self._drawing_modes:
-            before = _generator_states(devices)
-            outcome = self._call(own, inputs, key, call)
-            if all(map(torch.equal, before, _generator_states(devices))) or not self._draws(own, inputs, key, call):
-                return outcome
-            _restore_generators(devices, before)
-            self._drawing_modes.add(call.modes)
-        if key is None:
-            raise NeedsKey(
-                f"{type(self._template[0]).__name__} draws random numbers: pass a key, Context(key=key), here too"
-            )
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(random.fold(random.fold(key, "lift"), call.prefix)))
-            return self._call(own, inputs, key, call)
-
-    def _draws(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> bool:
-        """Whether the module draws from torch's generator, and not another thread at the same time."""
-        with torch.random.fork_rng(devices=_generator_devices(own, inputs)), _Draws() as seen:  # type: ignore[no-untyped-call]
-            self._call(own, inputs, key, call)
-        return seen.any
-
-    def _call(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
-        """The module itself on one learner's tensors; it writes its buffers, if it does, into copies.
-
-        This is `torch.func.functional_call`, which takes longer than the forward pass of a small network.
-        """
-        parts = call.parts
-        state = {**own, **{name: own[name].clone() for name in parts.buffers}}
-        kept = [tensors[name] for tensors, name, _ in parts.slots]
-        for tensors, name, path in parts.slots:
-            tensors[name] = state[path]
-        for path, dropout in parts.dropouts:
-            dropout.begin(key, f"{call.prefix}{path}")
-        try:
-            with _attention_as_products() if is_plain_graph() else contextlib.nullcontext():
-                out = self._template[0](*inputs)
-        finally:
-            for (tensors, name, path), value in zip(parts.slots, kept):
-                state[path], tensors[name] = tensors[name], value
-            for path, dropout in parts.dropouts:
-                dropout.begin(None, path)
-        return out, {name: state[name] for name in parts.buffers}
-
-
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches this thread for operations that draw random numbers."""
-
-    any = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.any = self.any or torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _modes(modules: list[nn.Module], root: bool, training: bool) -> Iterator[tuple[bool, ...]]:
-    """Within, a module and its parts are in their own modes, or all in evaluation; `root` is the module's own."""
-    own = [root, *(part.training for part in modules[1:])]
-    modes = tuple(mode and training for mode in own)
-    for part, mode in zip(modules, modes):
-        part.training = mode
-    try:
-        yield modes
-    finally:
-        for part, mode in zip(modules, own):
-            part.training = mode
-
-
-def _obey_own_modes(module: nn.Module) -> None:
-    """Let parts with a `train` of their own, which keeps some of theirs in evaluation, have their way."""
-    for part in module.modules():
-        if part.training and type(part).train is not nn.Module.train:
-            before = [(one, one.training) for one in part.modules()]
-            part.train()
-            for one, mode in before:
-                one.training = one.training and mode
-
-
-def _attention_as_products() -> contextlib.AbstractContextManager[None]:
-    """Within, attention is made of ordinary operations: torch's fused ones have no second derivative."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def _replace(module: nn.Module) -> None:
-    """Replace batch normalisation and dropout inside `module`."""
-    replaced: dict[int, Block] = {}
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and type(child) in (*BATCH_NORMS, nn.Dropout):
-                block = replaced.get(id(child)) or _native(child)
-                if block is not None:
-                    replaced[id(child)] = block
-                    parent._modules[name] = block
-
-
-def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int) -> torch.Size:
-    """The learner axes, which every tensor must start with."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    shape = next((value.shape[:axes] for value in (*own.values(), *tensors)), torch.Size())
-    for value in (*own.values(), *tensors, *(() if key is None else (key,))):
-        if value.shape[:axes] != shape or len(shape) != axes:
-            raise ValueError(
-                f"an input has shape {tuple(value.shape)}, expected the learner axes {tuple(shape)} in front"
-            )
-    return shape
-
-
-def _reshaper(axes: int, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """A function that replaces the first `axes` axes by `shape`."""
-    return lambda value: value.reshape((*shape, *value.shape[axes:]))
-
-
-@contextlib.contextmanager
-def _no_silent_loops() -> Iterator[None]:
-    """Let vmap raise on an operation without a rule, where it would run that in a loop of its own, and more slowly."""
-    functorch: Any = torch._C._functorch
-    enabled = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_enabled(enabled)
-
-
-def _generator_devices(own: Params, inputs: tuple[Tree, ...]) -> list[torch.device]:
-    """The GPUs whose generators the module may draw from."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return []
-    leaves = pytree.tree_leaves((own, inputs))
-    return list({leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"})
-
-
-def _generator_states(devices: list[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-
-
-def _restore_generators(devices: list[torch.device], states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in zip(devices, states[1:]):
-        torch.cuda.set_rng_state(state, device)

@@ -1,8 +1,7 @@
-"""The affine map, and the small blocks that a sequence is made of."""
+"""The affine map, and the small blocks that stand between two of them."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlmeta.errors import SettingError
-from rlmeta.functional.tree import Tree
-from rlmeta.nn.block import Block, Context, Params, fetch, learner_axes, with_learner_axes
+from rlmeta.nn.block import Block, Context, Params, fetch, learner_axes
 from rlmeta.nn.initialisers import Initialiser, initialise, parameter
 from rlmeta.nn.product import affine, layers, learner_product
 
@@ -154,25 +152,3 @@ class Flatten(Block):
         axes = learner_axes(self, params, ctx, prefix)
         ends = [dim + axes if dim >= 0 else dim for dim in (self._start_dim, self._end_dim)]
         return x.flatten(*ends)
-
-
-class Sequential(Block):
-    """Blocks one after another, named "0", "1", ... as in `nn.Sequential`; other modules are lifted."""
-
-    def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]) -> None:
-        """Create the sequence from modules, or from one ordered dictionary of named modules."""
-        super().__init__()
-        from rlmeta.nn.lift import lift  # the two need each other
-
-        named = modules[0] if len(modules) == 1 and isinstance(modules[0], OrderedDict) else None
-        for name, module in named.items() if named is not None else enumerate(modules):
-            if not isinstance(module, nn.Module):
-                raise SettingError(f"Sequential was given {type(module).__name__}, expected modules")
-            self.add_module(str(name), lift(module))
-
-    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
-        """Each block's output is the next one's input."""
-        ctx = with_learner_axes(self, params, ctx, prefix)
-        for name, block in self._modules.items():
-            x = block.run(params, x, ctx, f"{prefix}{name}.")  # type: ignore[union-attr, operator]
-        return x

@@ -126,14 +126,15 @@ def test_initialise() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """The names of the tensor operations that run within."""
+    """The names of the tensor operations that run within; a view moves no number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
+        if not func.is_view:
+            self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
