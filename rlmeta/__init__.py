@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         Classifier,
         Regressor,
     )
-    from rlmeta.agents.rewards import EpisodicCounts, PotentialShaping
     from rlmeta.envs.demonstrations import Demonstrations
     from rlmeta.envs.streams import TaskStream, stream
     from rlmeta.envs.task import Task, TaskFamily, family, task
@@ -35,13 +34,14 @@ if TYPE_CHECKING:
     from rlmeta.lab.train import resume, train
     from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
     from rlmeta.meta import MAML, LearnedOptimizer
+    from rlmeta.rewards import EpisodicCounts, PotentialShaping
 
 _WHERE = {
     "A2C": "rlmeta.agents",
     "record": "rlmeta.lab.record",
     "Demonstrations": "rlmeta.envs.demonstrations",
-    "PotentialShaping": "rlmeta.agents.rewards",
-    "EpisodicCounts": "rlmeta.agents.rewards",
+    "PotentialShaping": "rlmeta.rewards",
+    "EpisodicCounts": "rlmeta.rewards",
     "IRL": "rlmeta.agents",
     "GAIL": "rlmeta.agents",
     "BehaviourCloning": "rlmeta.agents",

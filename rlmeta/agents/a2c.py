@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
-from rlmeta.agents.rewards import Reward, distinct
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
@@ -26,6 +25,7 @@ from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import ActionBounds, Block, bare
+from rlmeta.rewards import Reward, distinct
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.agents.networks import check_network
-from rlmeta.agents.rewards import Reward, distinct, first_memory, relabel
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.world import World
@@ -36,6 +35,7 @@ from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext
 from rlmeta.nn import Block, Context
 from rlmeta.nn.encoder import ACTION_MASK
+from rlmeta.rewards import Reward, distinct, first_memory, relabel
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
 """From an observation space to a module that turns a batch of observations into features `[B, D]`; its parameters with

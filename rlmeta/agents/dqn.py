@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import q_network
-from rlmeta.agents.rewards import Reward, distinct
 from rlmeta.envs.world import World
 from rlmeta.errors import SpaceError
 from rlmeta.functional import losses, optim, random, tree
@@ -28,6 +27,7 @@ from rlmeta.learning.settings import PerLearner, require, require_range, values_
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import Block, bare
+from rlmeta.rewards import Reward, distinct
 
 
 @dataclass(frozen=True)

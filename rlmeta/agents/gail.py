@@ -15,8 +15,6 @@ from torch.nn.functional import softplus
 
 from rlmeta.agents.behaviour_cloning import chosen, draw, warm_start
 from rlmeta.agents.ppo import PPO, PPOAgent
-from rlmeta.agents.rewards import distinct
-from rlmeta.agents.rewards.reward import Memory, Rewards, check_name
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.world import World
@@ -33,6 +31,8 @@ from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.nn import MLP, ActionUnits, Context, Encoder, bare, stack
+from rlmeta.rewards import distinct
+from rlmeta.rewards.reward import Memory, Rewards, check_name
 
 SMALLEST_VARIANCE = 1e-4
 """Of an input that the demonstrations hardly vary: less would make every other value of it infinitely far."""

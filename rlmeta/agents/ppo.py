@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
-from rlmeta.agents.rewards import Reward, distinct
 from rlmeta.engine.parts import in_parts
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
@@ -29,6 +28,7 @@ from rlmeta.learning.settings import PerLearner, require, require_range, values_
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step, steps
 from rlmeta.nn import ActionBounds, Block, Context, ValueHead, bare
+from rlmeta.rewards import Reward, distinct
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmeta.agents import GAIL, PPO
-from rlmeta.agents.rewards import PotentialShaping
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.names import folders
 from rlmeta.errors import SettingError, unknown_name
@@ -34,6 +33,7 @@ from rlmeta.lab.run import Run, load
 from rlmeta.lab.run_folder import read_config
 from rlmeta.lab.train import resume, train
 from rlmeta.learning.settings import require
+from rlmeta.rewards import PotentialShaping
 
 FIXED = "CartPole-fixed"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rlmeta.agents import A2C, DQN, GAIL, IRL, PPO, REINFORCE, BehaviourCloning
-from rlmeta.agents.rewards import EpisodicCounts, PotentialShaping
 from rlmeta.errors import SettingError
+from rlmeta.rewards import EpisodicCounts, PotentialShaping
 
 AGENTS = (PPO, A2C, REINFORCE, DQN, BehaviourCloning, GAIL, IRL)
 FIELDS = [(cls, f.name) for cls in AGENTS for f in dataclasses.fields(cls)]

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.agents.rewards import PotentialShaping
 from rlmeta.cli import main
 from rlmeta.envs.data import DataTask, Samples
 from rlmeta.envs.families import FewShot
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.lab.digests import digest_of
+from rlmeta.rewards import PotentialShaping
 
 GAIL = {"num_envs": 2, "num_steps": 8, "batch_size": 16, "num_epochs": 1, "hidden_sizes": (4,)}
 GAIL |= {"discriminator_updates": 2, "discriminator_batch_size": 4, "discriminator_hidden_sizes": (4,), "warm_start": 2}

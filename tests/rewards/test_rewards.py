@@ -14,7 +14,6 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.agents.rewards import EpisodicCounts, PotentialShaping
 from rlmeta.envs.gymnasium_world import GymnasiumWorld
 from rlmeta.envs.native import GridWorld, TabularMDP
 from rlmeta.errors import SettingError
@@ -22,6 +21,7 @@ from rlmeta.functional import random, tree
 from rlmeta.functional.returns import generalized_advantage
 from rlmeta.functional.tabular import optimal_plan
 from rlmeta.learning.collect import collect
+from rlmeta.rewards import EpisodicCounts, PotentialShaping
 from tests.agents.worlds import start
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "envs"))

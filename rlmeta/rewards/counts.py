@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmeta.agents.rewards.reward import Memory, Rewards, called, check_name
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
@@ -17,6 +16,7 @@ from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.settings import require_range
 from rlmeta.learning.state import State
+from rlmeta.rewards.reward import Memory, Rewards, called, check_name
 
 Cell = Callable[[tree.Tree], Tensor]
 """From observations `[*L, ...]` to whole numbers `[*L, ...]`: which observations count as the same."""
