@@ -13,8 +13,8 @@ import torch
 import tyro
 
 import rlmeta as rl
-from rlmeta.agents.behaviour_cloning import count_steps, draw
 from rlmeta.functional import optim, random
+from rlmeta.imitation.behaviour_cloning import count_steps, draw
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step
 

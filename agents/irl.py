@@ -13,9 +13,9 @@ import torch
 import tyro
 
 import rlmeta as rl
-from rlmeta.agents.behaviour_cloning import count_steps
 from rlmeta.functional import optim, random
 from rlmeta.functional.packed import Packed
+from rlmeta.imitation.behaviour_cloning import count_steps
 from rlmeta.learning.settings import hyper_tensors
 
 

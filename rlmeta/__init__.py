@@ -2,121 +2,79 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import random
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":  # locks, worker processes and checkpoints use POSIX calls
     raise ImportError("rlmeta runs on Linux and macOS; on Windows use it within WSL")
 
 if TYPE_CHECKING:
-    from rlmeta.agents import (
-        A2C,
-        DQN,
-        GAIL,
-        IRL,
-        PPO,
-        REINFORCE,
-        AdversarialReward,
-        BehaviourCloning,
-        Classifier,
-        Regressor,
-    )
-    from rlmeta.envs.demonstrations import Demonstrations
-    from rlmeta.envs.streams import TaskStream, stream
-    from rlmeta.envs.task import Task, TaskFamily, family, task
-    from rlmeta.errors import RlmetaError
-    from rlmeta.lab.experiment import Budget
-    from rlmeta.lab.presets import preset
-    from rlmeta.lab.record import record
-    from rlmeta.lab.run import Run, load
-    from rlmeta.lab.train import resume, train
-    from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
-    from rlmeta.meta import MAML, LearnedOptimizer
-    from rlmeta.rewards import EpisodicCounts, PotentialShaping
+    from rlmeta.agents import *  # noqa: F403
+    from rlmeta.envs.demonstrations import Demonstrations as Demonstrations
+    from rlmeta.envs.streams import TaskStream as TaskStream
+    from rlmeta.envs.streams import stream as stream
+    from rlmeta.envs.task import Task as Task
+    from rlmeta.envs.task import TaskFamily as TaskFamily
+    from rlmeta.envs.task import family as family
+    from rlmeta.envs.task import task as task
+    from rlmeta.errors import RlmetaError as RlmetaError
+    from rlmeta.imitation import *  # noqa: F403
+    from rlmeta.lab.experiment import Budget as Budget
+    from rlmeta.lab.presets import preset as preset
+    from rlmeta.lab.record import record as record
+    from rlmeta.lab.run import Run as Run
+    from rlmeta.lab.run import load as load
+    from rlmeta.lab.train import resume as resume
+    from rlmeta.lab.train import train as train
+    from rlmeta.lifelong import *  # noqa: F403
+    from rlmeta.meta import *  # noqa: F403
+    from rlmeta.rewards import *  # noqa: F403
+    from rlmeta.supervised import *  # noqa: F403
 
 _WHERE = {
-    "A2C": "rlmeta.agents",
-    "record": "rlmeta.lab.record",
-    "Demonstrations": "rlmeta.envs.demonstrations",
-    "PotentialShaping": "rlmeta.rewards",
-    "EpisodicCounts": "rlmeta.rewards",
-    "IRL": "rlmeta.agents",
-    "GAIL": "rlmeta.agents",
-    "BehaviourCloning": "rlmeta.agents",
-    "AdversarialReward": "rlmeta.agents",
-    "Classifier": "rlmeta.agents",
-    "DQN": "rlmeta.agents",
-    "PPO": "rlmeta.agents",
-    "REINFORCE": "rlmeta.agents",
-    "Regressor": "rlmeta.agents",
-    "MAML": "rlmeta.meta",
-    "LearnedOptimizer": "rlmeta.meta",
-    "Task": "rlmeta.envs.task",
-    "TaskFamily": "rlmeta.envs.task",
-    "TaskStream": "rlmeta.envs.streams",
-    "family": "rlmeta.envs.task",
-    "stream": "rlmeta.envs.streams",
-    "task": "rlmeta.envs.task",
-    "RlmetaError": "rlmeta.errors",
-    "Budget": "rlmeta.lab.experiment",
-    "preset": "rlmeta.lab.presets",
-    "Run": "rlmeta.lab.run",
-    "load": "rlmeta.lab.run",
-    "resume": "rlmeta.lab.train",
-    "train": "rlmeta.lab.train",
-    "AGEM": "rlmeta.lifelong",
-    "EWC": "rlmeta.lifelong",
-    "GEM": "rlmeta.lifelong",
-    "PackNet": "rlmeta.lifelong",
-    "Replay": "rlmeta.lifelong",
+    "Budget": "lab.experiment",
+    "Demonstrations": "envs.demonstrations",
+    "RlmetaError": "errors",
+    "Run": "lab.run",
+    "Task": "envs.task",
+    "TaskFamily": "envs.task",
+    "TaskStream": "envs.streams",
+    "family": "envs.task",
+    "load": "lab.run",
+    "preset": "lab.presets",
+    "record": "lab.record",
+    "resume": "lab.train",
+    "stream": "envs.streams",
+    "task": "envs.task",
+    "train": "lab.train",
 }
 """Imported when first used: `import rlmeta` alone loads neither torch nor an environment."""
 
-__all__ = [
-    "A2C",
-    "AGEM",
-    "DQN",
-    "EWC",
-    "GAIL",
-    "GEM",
-    "IRL",
-    "MAML",
-    "PPO",
-    "REINFORCE",
-    "AdversarialReward",
-    "BehaviourCloning",
-    "Budget",
-    "Classifier",
-    "Demonstrations",
-    "EpisodicCounts",
-    "LearnedOptimizer",
-    "PackNet",
-    "PotentialShaping",
-    "Regressor",
-    "Replay",
-    "RlmetaError",
-    "Run",
-    "Task",
-    "TaskFamily",
-    "TaskStream",
-    "family",
-    "load",
-    "preset",
-    "record",
-    "resume",
-    "stream",
-    "task",
-    "train",
-]
+_PACKAGES = ("agents", "supervised", "imitation", "rewards", "lifelong", "meta")
+"""Whose classes are `rlmeta.NAME`, too: a new algorithm is a file in one of them and a line in its `__init__`."""
+
+
+def _classes_of(package: str) -> list[str]:
+    """The classes that a package's `__init__` exports (`import NAME as NAME`), read without importing it."""
+    source = (Path(__file__).parent / package / "__init__.py").read_text()
+    imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+    names = [alias.name for node in imports for alias in node.names if alias.asname == alias.name]
+    return [name for name in names if name[0].isupper()]
+
+
+_WHERE |= {name: package for package in _PACKAGES for name in _classes_of(package)}
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'rlmeta' has no attribute {name!r}")
     numbers = random.getstate()  # a package that is imported along the way draws from Python's own generator
-    value = getattr(importlib.import_module(_WHERE[name]), name)
+    value = getattr(importlib.import_module(f"rlmeta.{_WHERE[name]}"), name)
     random.setstate(numbers)
     globals()[name] = value
     return value

@@ -87,7 +87,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 
 ELSEWHERE = {
-    "agents.gail.AdversarialReward form": "validated with the other fields of a reward, which needs demonstrations",
+    "imitation.gail.AdversarialReward form": "validated with the other fields of a reward, which needs demonstrations",
     "envs.families.Family.tasks split": "a protocol",
     "envs.families.FewShot.tasks split": "needs pictures; see tests/envs",
     "envs.families.FamilyWorld.tasks split": "hands it to its family",

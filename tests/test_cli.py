@@ -27,6 +27,7 @@ from rlmeta.errors import SettingError
 from rlmeta.lab import plan as plans
 from rlmeta.lab.records import read_records
 from rlmeta.lab.run_folder import read_config
+from rlmeta.lab.shipped import AGENTS, METHODS
 
 REPOSITORY = Path(rlmeta.__file__).parents[1]
 TINY = "--steps 64 --num-envs 2 --num-steps 16 --batch-size 32 --num-epochs 1 --final-episodes 2 --eval-episodes 2"
@@ -811,10 +812,12 @@ def test_python_m_rlmeta() -> None:
 def test_everything_exported_is_there() -> None:
     for name in rlmeta.__all__:
         assert getattr(rlmeta, name).__name__ == name
-    assert set(rlmeta.__all__) <= set(dir(rlmeta))
-    assert set(rlmeta._WHERE) == set(rlmeta.__all__)
-    with pytest.raises(AttributeError, match="module 'rlmeta' has no attribute 'trian'"):
-        rlmeta.trian  # noqa: B018
+    shipped = [*AGENTS.values(), *METHODS.values(), rlmeta.PotentialShaping, rlmeta.EpisodicCounts]
+    assert all(getattr(rlmeta, cls.__name__) is cls for cls in shipped)
+    assert {cls.__name__ for cls in shipped} <= set(rlmeta.__all__) <= set(dir(rlmeta))
+    for name in ("trian", "Trian", "__wrapped__"):
+        with pytest.raises(AttributeError, match=f"module 'rlmeta' has no attribute '{name}'"):
+            getattr(rlmeta, name)
 
 
 @pytest.mark.parametrize("name", ["my_env.py", "my_native_env.py", "my_family.py", "my_stream.py"])

@@ -1,31 +1,12 @@
-"""Agents and supervised learners: one file an algorithm."""
+"""Agents: one file a reinforcement-learning algorithm."""
 
-from rlmeta.agents.a2c import A2C
-from rlmeta.agents.agent import Agent, NetworkFactory
-from rlmeta.agents.behaviour_cloning import BehaviourCloning
-from rlmeta.agents.classifier import Classifier
-from rlmeta.agents.dqn import DQN
-from rlmeta.agents.gail import GAIL, AdversarialReward
-from rlmeta.agents.irl import IRL
-from rlmeta.agents.ppo import PPO
-from rlmeta.agents.regressor import Regressor
-from rlmeta.agents.reinforce import REINFORCE
+from rlmeta.agents.a2c import A2C as A2C
+from rlmeta.agents.agent import Agent as Agent
+from rlmeta.agents.agent import NetworkFactory as NetworkFactory
+from rlmeta.agents.dqn import DQN as DQN
+from rlmeta.agents.ppo import PPO as PPO
+from rlmeta.agents.reinforce import REINFORCE as REINFORCE
+from rlmeta.learning.settings import settings_classes
 
-ALL: tuple[type, ...] = (REINFORCE, A2C, PPO, DQN, BehaviourCloning, GAIL, IRL, Classifier, Regressor)
-"""The settings class of every learner that can be named on the command line."""
-
-__all__ = [
-    "A2C",
-    "ALL",
-    "DQN",
-    "GAIL",
-    "IRL",
-    "PPO",
-    "REINFORCE",
-    "AdversarialReward",
-    "Agent",
-    "BehaviourCloning",
-    "Classifier",
-    "NetworkFactory",
-    "Regressor",
-]
+ALL = settings_classes(globals())
+"""The settings class of every agent that can be named on the command line."""

@@ -84,6 +84,9 @@ class DQN:
     rewards: tuple[Reward, ...] = ()
     """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
+    adapts = False
+    """A meta-learner's inner loop can't take its gradient steps."""
+
     def __post_init__(self) -> None:
         check_types(self)
         distinct(self.rewards)

@@ -21,10 +21,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from rlmeta.agents import GAIL, PPO
+from rlmeta.agents import PPO
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.names import folders
 from rlmeta.errors import SettingError, unknown_name
+from rlmeta.imitation import GAIL
 from rlmeta.lab.bench_seeds import BY_HAND_SEEDS, FIRST_SEED, table_seeds
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.presets import preset

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from rlmeta.agents import PPO, Classifier
+from rlmeta.agents import PPO
 from rlmeta.envs.data import DataTable, DataTask, DataWorld, Samples
 from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.errors import SettingError, unknown_name
@@ -33,6 +33,7 @@ from rlmeta.lab.run import Run
 from rlmeta.lab.train import train
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.lifelong import AGEM, EWC, GEM, Method, PackNet, Replay, metrics
+from rlmeta.supervised import Classifier
 
 TABLES = ("rotations", "split", "control")
 

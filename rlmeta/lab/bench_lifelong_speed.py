@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from rlmeta.agents import Classifier
 from rlmeta.envs.data import DataTask, Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
@@ -29,6 +28,7 @@ from rlmeta.learning.step import step
 from rlmeta.lifelong import EWC, GEM, Method
 from rlmeta.nn import MLP, Context
 from rlmeta.nn.fisher import categorical_fisher
+from rlmeta.supervised import Classifier
 
 Side = Callable[[], float]
 """Does a piece of work and returns the seconds it took."""

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.supervised import Supervised
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import tree
 from rlmeta.functional.tree import Tree
 from rlmeta.learning.state import Params
 from rlmeta.nn import Context
+from rlmeta.supervised.learner import Supervised
 
 ACTION = "action"
 """The name of what acts: from observations to actions as `env.step` takes them."""

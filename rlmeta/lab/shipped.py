@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rlmeta import agents, lifelong, meta
+from rlmeta import agents, imitation, lifelong, meta, supervised
 from rlmeta.errors import unknown_name
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import name_of
 
-AGENTS: dict[str, type] = {name_of(cls): cls for cls in (*agents.ALL, *meta.ALL)}
+AGENTS: dict[str, type] = {name_of(cls): cls for cls in (*agents.ALL, *imitation.ALL, *supervised.ALL, *meta.ALL)}
 """The settings class of every agent, supervised learner, imitator and meta-learner."""
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in lifelong.ALL}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -174,3 +174,9 @@ def require_revealed(method: Method, needs: frozenset[str], reveals: frozenset[s
             f"{method.name} needs to know {words[need]}, which {stream} hides: choose a stream or scenario that "
             f"reveals {need!r}, or another method"
         )
+
+
+def method_classes(names: Mapping[str, Any]) -> tuple[type[Method], ...]:
+    """The lifelong methods among a package's names."""
+    classes = [value for value in names.values() if isinstance(value, type)]
+    return tuple(cls for cls in classes if issubclass(cls, Method) and cls is not Method)

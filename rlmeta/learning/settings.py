@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -32,6 +32,12 @@ S = TypeVar("S")
 def name_of(settings_class: type) -> str:
     """What the command line calls a learner: `PPO` is ppo, `LearnedOptimizer` learned_optimizer."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", settings_class.__name__).lower()
+
+
+def settings_classes(names: Mapping[str, Any]) -> tuple[type, ...]:
+    """The settings classes of learners among a package's names: the dataclasses that `bind` to spaces."""
+    classes = [value for value in names.values() if isinstance(value, type)]
+    return tuple(cls for cls in classes if dataclasses.is_dataclass(cls) and callable(getattr(cls, "bind", None)))
 
 
 def per_learner_names(settings_class: type) -> list[str]:

@@ -3,10 +3,9 @@
 `adapt` is the inner loop, `estimators` the third slot, and each further file a method: a choice of the three.
 """
 
-from rlmeta.meta.learned_optimizer import LearnedOptimizer
-from rlmeta.meta.maml import MAML
+from rlmeta.learning.settings import settings_classes
+from rlmeta.meta.learned_optimizer import LearnedOptimizer as LearnedOptimizer
+from rlmeta.meta.maml import MAML as MAML
 
-ALL: tuple[type, ...] = (MAML, LearnedOptimizer)
+ALL = settings_classes(globals())
 """The settings class of every meta-learner that can be named on the command line."""
-
-__all__ = ["ALL", "MAML", "LearnedOptimizer"]

@@ -21,14 +21,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.behaviour_cloning import BehaviourCloning
-from rlmeta.agents.classifier import Classifier
-from rlmeta.agents.dqn import DQN
-from rlmeta.agents.gail import GAIL
-from rlmeta.agents.irl import IRL
 from rlmeta.agents.networks import check_network
-from rlmeta.agents.regressor import Regressor
-from rlmeta.agents.supervised import Supervised
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.families import FamilyWorld, Split, minimises
@@ -55,6 +48,9 @@ from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext, init_optimizer, step
 from rlmeta.meta.adapt import Order, adapt, expand_tasks
 from rlmeta.meta.checks import check_samples
+from rlmeta.supervised.classifier import Classifier
+from rlmeta.supervised.learner import Supervised
+from rlmeta.supervised.regressor import Regressor
 
 TASKS_AT_ONCE = 50
 """Tasks of each learner that an evaluation adapts to at a time."""
@@ -97,9 +93,8 @@ class MAML:
             self.learner is None or (hasattr(self.learner, "bind") and not isinstance(self.learner, type)),
             f"MAML: learner is {self.learner!r}, expected the settings of one, such as Regressor()",
         )
-        others = isinstance(self.learner, DQN | BehaviourCloning | GAIL | IRL)
         require(
-            not others and not getattr(type(self.learner), "learns_from_tasks", False),
+            getattr(type(self.learner), "adapts", True) and not getattr(type(self.learner), "learns_from_tasks", False),
             f"MAML can't adapt {type(self.learner).__name__}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO",
         )
         for name in ("num_envs", "meta_epochs"):

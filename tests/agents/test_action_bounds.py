@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.agents import A2C, GAIL, PPO, REINFORCE, BehaviourCloning
-from rlmeta.agents.gail import Discriminator
+from rlmeta.agents import A2C, PPO, REINFORCE
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.task import task
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
+from rlmeta.imitation import GAIL, BehaviourCloning
+from rlmeta.imitation.gail import Discriminator
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import evaluate
 from tests.agents.worlds import start, train

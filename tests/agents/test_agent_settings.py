@@ -9,8 +9,9 @@ import typing
 import pytest
 import torch
 
-from rlmeta.agents import A2C, DQN, GAIL, IRL, PPO, REINFORCE, BehaviourCloning
+from rlmeta.agents import A2C, DQN, PPO, REINFORCE
 from rlmeta.errors import SettingError
+from rlmeta.imitation import GAIL, IRL, BehaviourCloning
 from rlmeta.rewards import EpisodicCounts, PotentialShaping
 
 AGENTS = (PPO, A2C, REINFORCE, DQN, BehaviourCloning, GAIL, IRL)

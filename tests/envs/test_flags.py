@@ -8,10 +8,10 @@ import gymnasium as gym
 import pytest
 import torch
 
-from rlmeta.agents.irl import cut_off
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.native.tabular import GridWorld
 from rlmeta.errors import SettingError
+from rlmeta.imitation.irl import cut_off
 
 
 def test_tables_of_integer_flags_have_the_same_dynamics():

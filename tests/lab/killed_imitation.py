@@ -14,8 +14,8 @@ import rlmeta as rl
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.agents.test_gail import TINY, cartpole
-from tests.agents.test_irl import walks
+from tests.imitation.test_gail import TINY, cartpole
+from tests.imitation.test_irl import walks
 
 SMALL: dict[str, Any] = {
     name: TINY[name] for name in ("num_envs", "num_steps", "batch_size", "num_epochs", "hidden_sizes")

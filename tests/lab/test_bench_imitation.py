@@ -13,7 +13,7 @@ import rlmeta as rl
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.lab import bench, bench_imitation
 from rlmeta.lab.bench_imitation import Imitation
-from tests.agents.test_gail import TINY, cartpole
+from tests.imitation.test_gail import TINY, cartpole
 
 
 @pytest.fixture

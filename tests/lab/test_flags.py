@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlmeta import agents
 from rlmeta.errors import SettingError
 from rlmeta.lab import flags
 from rlmeta.lab.experiment import Budget
+from rlmeta.lab.shipped import AGENTS
 from rlmeta.learning.settings import PerLearner, per_learner_names
 
 
@@ -76,7 +76,7 @@ def test_texts_are_read_back(rate: list[float], sizes: tuple[int, ...], on: bool
         assert flags.values(Sample, name, flags.text_of(value)) == expected
 
 
-@pytest.mark.parametrize("cls", [*agents.ALL, Budget])
+@pytest.mark.parametrize("cls", [*AGENTS.values(), Budget])
 def test_defaults_of_every_settings_class_are_read_back(cls: type) -> None:
     texts = {f.name: flags.text_of(f.default) for f in dataclasses.fields(cls)}
     assert flags.build(cls, texts) == cls()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import rlmeta as rl
-from rlmeta import agents, meta
 from rlmeta.agents import PPO
 from rlmeta.envs import names as names_module
 from rlmeta.envs import streams
@@ -19,8 +18,7 @@ from rlmeta.functional.random import make_keys
 from rlmeta.lab import plan
 from rlmeta.lab.bench_seeds import FIRST_SEED
 from rlmeta.lab.presets import NOTHING, load_preset, preset, preset_files
-from rlmeta.lab.shipped import agent_class
-from rlmeta.learning.settings import name_of
+from rlmeta.lab.shipped import AGENTS, agent_class
 
 REPOSITORY = Path(rl.__file__).parents[1]
 FILE = """
@@ -150,7 +148,7 @@ def test_preset_of_an_unknown_task_or_agent() -> None:
 
 
 def test_shipped_presets_are_settings() -> None:
-    known = {name_of(cls): cls for cls in (*agents.ALL, *meta.ALL)}
+    known = AGENTS
     for name, tables in preset_files().items():
         assert name in known, f"agents/{name}.toml is of no agent"
         assert tables

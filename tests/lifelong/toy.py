@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.agents import Classifier
 from rlmeta.envs.data import DataTask, Samples
 from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.learning.state import State
 from rlmeta.lifelong import Method
+from rlmeta.supervised import Classifier
 
 FEATURES, CLASSES, SAMPLES = 4, 3, 40
 

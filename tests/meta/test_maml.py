@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.agents import PPO, REINFORCE, Classifier, Regressor
+from rlmeta.agents import PPO, REINFORCE
 from rlmeta.envs.families import FewShot, NamedFamily, Sinusoid
 from rlmeta.envs.native import Bandit
 from rlmeta.envs.task import Task, TaskFamily
@@ -18,6 +18,7 @@ from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import StepContext
 from rlmeta.meta.maml import MAML
 from rlmeta.nn import Encoder
+from rlmeta.supervised import Classifier, Regressor
 
 S = K = 3
 SMALL = Regressor(hidden_sizes=(4,), activation="tanh")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from rlmeta.agents.agent import Agent, NetworkFactory
-from rlmeta.agents.behaviour_cloning import chosen, count_steps, draw
 from rlmeta.agents.networks import value_network
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.native import Tabular
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tabular, tree
+from rlmeta.imitation.behaviour_cloning import chosen, count_steps, draw
 from rlmeta.learning.average import Average
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.field_types import check_types
@@ -53,6 +53,9 @@ class IRL:
     """Your own features of a state: from the observation space to a module that gives features [B, D]."""
 
     num_envs = 1
+
+    adapts = False
+    """A meta-learner's inner loop can't take its gradient steps."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.agents.irl import demonstrated_visits
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError, SpaceError
 from rlmeta.functional import tabular, tree
+from rlmeta.imitation.irl import demonstrated_visits
 from rlmeta.learning.step import StepContext
 from tests.agents.worlds import start
 from tests.functional.test_tabular import grid5

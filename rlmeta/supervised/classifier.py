@@ -10,7 +10,6 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.supervised import Supervised, SupervisedSettings, require_target
 from rlmeta.envs.data import DataWorld
 from rlmeta.functional import losses, tree
 from rlmeta.learning.evaluate import Evaluation
@@ -19,6 +18,7 @@ from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import StepContext
 from rlmeta.nn import Context
+from rlmeta.supervised.learner import Supervised, SupervisedSettings, require_target
 
 
 @dataclass(frozen=True)

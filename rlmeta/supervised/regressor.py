@@ -10,12 +10,12 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor
 
-from rlmeta.agents.supervised import Supervised, SupervisedSettings, require_target
 from rlmeta.functional import losses, tree
 from rlmeta.learning.learner import Score
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params
 from rlmeta.learning.step import StepContext
+from rlmeta.supervised.learner import Supervised, SupervisedSettings, require_target
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ class BehaviourCloning:
 
     num_envs = 1
 
+    adapts = False
+    """A meta-learner's inner loop can't take its gradient steps."""
+
     def __post_init__(self) -> None:
         check_types(self)
         require_range(self, "initial_log_std", *LOG_STD_RANGE)

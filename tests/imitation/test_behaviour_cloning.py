@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.agents.behaviour_cloning import draw
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import tree
 from rlmeta.functional.random import make_keys
+from rlmeta.imitation.behaviour_cloning import draw
 from rlmeta.lab.record import joined, play
 from rlmeta.learning.step import StepContext
-from tests.agents.test_gail import cartpole
 from tests.agents.worlds import Target, start
+from tests.imitation.test_gail import cartpole
 
 
 def test_the_loss_is_the_negative_log_likelihood_and_the_entropy():

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rlmeta.agents.behaviour_cloning import chosen, draw, warm_start
 from rlmeta.agents.ppo import PPO, PPOAgent
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.demonstrations import Demonstrations
@@ -22,6 +21,7 @@ from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.normalise import normalise, running_init, running_update
+from rlmeta.imitation.behaviour_cloning import chosen, draw, warm_start
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types, shown
@@ -71,6 +71,9 @@ class GAIL(PPO):
     always positive pays for surviving, and one that is always negative for ending soon, whatever was demonstrated."""
     warm_start: int = 0
     """Gradient steps of behaviour cloning before the first rollout."""
+
+    adapts = False
+    """A meta-learner's inner loop can't take its gradient steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 import rlmeta as rl
-from rlmeta.agents.gail import Discriminator
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import random, tree
+from rlmeta.imitation.gail import Discriminator
 from rlmeta.learning.collect import collect
 from rlmeta.learning.step import StepContext
 from rlmeta.nn import stack
