@@ -389,7 +389,7 @@ def show_list(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """`rlmeta bench NAME`."""
-    from rlmeta.lab import bench as benchmarks
+    from rlmeta.bench import agents as benchmarks
 
     return benchmarks.main(arguments)
 

@@ -741,9 +741,9 @@ def test_list_runs(project: Path, trained: Path, capfd: pytest.CaptureFixture[st
 def test_bench_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import rlmeta.lab
 
-    fake = types.ModuleType("rlmeta.lab.bench")
+    fake = types.ModuleType("rlmeta.bench.agents")
     fake.main = lambda arguments: len(arguments)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rlmeta.lab.bench", fake)
+    monkeypatch.setitem(sys.modules, "rlmeta.bench.agents", fake)
     monkeypatch.setattr(rlmeta.lab, "bench", fake, raising=False)
     assert main(["bench", "agents", "--scale", "3"]) == 3
 
@@ -810,7 +810,7 @@ def test_python_m_rlmeta() -> None:
 
 
 def test_everything_exported_is_there() -> None:
-    for name in rlmeta.__all__:
+    for name in set(rlmeta.__all__) - {"NetworkFactory"}:  # a type alias
         assert getattr(rlmeta, name).__name__ == name
     shipped = [*AGENTS.values(), *METHODS.values(), rlmeta.PotentialShaping, rlmeta.EpisodicCounts]
     assert all(getattr(rlmeta, cls.__name__) is cls for cls in shipped)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import tyro
 
+from rlmeta.bench.agents import USAGE, Agents
+from rlmeta.bench.imitation import Imitation
+from rlmeta.bench.lifelong import Lifelong
+from rlmeta.bench.meta import Meta
 from rlmeta.engine.capture import WARM_UP
-from rlmeta.lab.bench import USAGE, Agents
-from rlmeta.lab.bench_imitation import Imitation
-from rlmeta.lab.bench_lifelong import Lifelong
-from rlmeta.lab.bench_meta import Meta
 from rlmeta.lab.plan import from_flags
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

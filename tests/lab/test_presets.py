@@ -9,6 +9,7 @@ import pytest
 
 import rlmeta as rl
 from rlmeta.agents import PPO
+from rlmeta.bench.seeds import FIRST_SEED
 from rlmeta.envs import names as names_module
 from rlmeta.envs import streams
 from rlmeta.envs.names import names, read_toml
@@ -16,7 +17,6 @@ from rlmeta.envs.task import Task, TaskFamily, from_table
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional.random import make_keys
 from rlmeta.lab import plan
-from rlmeta.lab.bench_seeds import FIRST_SEED
 from rlmeta.lab.presets import NOTHING, load_preset, preset, preset_files
 from rlmeta.lab.shipped import AGENTS, agent_class
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmeta.agents import PPO
+from rlmeta.bench.seeds import FIRST_SEED, table_seeds
 from rlmeta.errors import SettingError, require_extra, unknown_name
-from rlmeta.lab.bench_seeds import FIRST_SEED, table_seeds
 from rlmeta.lab.experiment import Budget
 
 ZOO = PPO(
@@ -80,17 +80,17 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(_work(json.loads(flags[0]))))
         return 0
     if name == "meta":
-        from rlmeta.lab import bench_meta
+        from rlmeta.bench import meta
 
-        return bench_meta.main(flags)
+        return meta.main(flags)
     if name == "lifelong":
-        from rlmeta.lab import bench_lifelong
+        from rlmeta.bench import lifelong
 
-        return bench_lifelong.lifelong(tyro.cli(bench_lifelong.Lifelong, prog="rlmeta bench lifelong", args=flags))
+        return lifelong.lifelong(tyro.cli(lifelong.Lifelong, prog="rlmeta bench lifelong", args=flags))
     if name == "imitation":
-        from rlmeta.lab import bench_imitation
+        from rlmeta.bench import imitation
 
-        return bench_imitation.imitation(tyro.cli(bench_imitation.Imitation, prog="rlmeta bench imitation", args=flags))
+        return imitation.imitation(tyro.cli(imitation.Imitation, prog="rlmeta bench imitation", args=flags))
     if name != "agents":
         raise unknown_name("benchmark", name, ["agents", "imitation", "lifelong", "meta"])
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
 def _work(job: dict[str, Any]) -> dict[str, Any]:
     """Train one side; seconds count training alone, from the first environment step to the last gradient step."""
     if job["side"] == "sb3":
-        from rlmeta.lab.peers import train_sb3
+        from rlmeta.bench.peers import train_sb3
 
         result = train_sb3("ppo", "CartPole-v1", job["steps"], job["seed"])
         scores, steps, seconds = [statistics.fmean(result["returns"])], result["steps"], result["seconds"]

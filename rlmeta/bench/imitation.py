@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmeta.agents import PPO
+from rlmeta.bench.seeds import BY_HAND_SEEDS, FIRST_SEED, table_seeds
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.names import folders
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.imitation import GAIL
-from rlmeta.lab.bench_seeds import BY_HAND_SEEDS, FIRST_SEED, table_seeds
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.presets import preset
 from rlmeta.lab.record import record

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
+from rlmeta.bench import lifelong, lifelong_speed
 from rlmeta.cli import main
 from rlmeta.envs.streams import stream
 from rlmeta.errors import UnknownNameError
-from rlmeta.lab import bench_lifelong, bench_lifelong_speed
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def small(monkeypatch):
         found = stream(name.replace("mnist", "digits"), **arguments)
         return dataclasses.replace(found, tasks=found.tasks[:2])
 
-    network = dataclasses.replace(bench_lifelong.NETWORK, hidden_sizes=(16,), batch_size=16, num_steps=5)
-    for module in (bench_lifelong, bench_lifelong_speed):
+    network = dataclasses.replace(lifelong.NETWORK, hidden_sizes=(16,), batch_size=16, num_steps=5)
+    for module in (lifelong, lifelong_speed):
         monkeypatch.setattr(module, "stream", digits)
-    monkeypatch.setattr(bench_lifelong, "NETWORK", network)
-    monkeypatch.setattr(bench_lifelong, "SPLIT_STEPS", 5)
+    monkeypatch.setattr(lifelong, "NETWORK", network)
+    monkeypatch.setattr(lifelong, "SPLIT_STEPS", 5)
     for rows in ("ROTATIONS", "SPLIT"):
-        value = getattr(bench_lifelong, rows)
+        value = getattr(lifelong, rows)
         tables = value.values() if isinstance(value, dict) else [value]
         for row in [row for table in tables for row in table]:
             monkeypatch.setitem(row.__dict__, "settings", dataclasses.replace(network, optimizer="sgd"))
@@ -57,13 +57,13 @@ def test_control_table(tmp_path, capsys):
 
 def test_unknown_tables_are_refused():
     with pytest.raises(UnknownNameError, match="rotations"):
-        bench_lifelong.lifelong(bench_lifelong.Lifelong(tables="rotation"))
+        lifelong.lifelong(lifelong.Lifelong(tables="rotation"))
 
 
 def test_sides_of_the_speed_table_run():
     for sides in (
-        bench_lifelong_speed.fisher(20, 2),
-        bench_lifelong_speed.ewc_steps(),
-        bench_lifelong_speed.gem_steps(),
+        lifelong_speed.fisher(20, 2),
+        lifelong_speed.ewc_steps(),
+        lifelong_speed.gem_steps(),
     ):
         assert all(side() > 0 for side in sides)

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from rlmeta.bench import meta
+from rlmeta.bench.seeds import BY_HAND_SEEDS, FIRST_SEED, SELECTION_SEEDS, table_seeds
 from rlmeta.cli import main
 from rlmeta.errors import SettingError
-from rlmeta.lab import bench_meta
-from rlmeta.lab.bench_seeds import BY_HAND_SEEDS, FIRST_SEED, SELECTION_SEEDS, table_seeds
 
 
 def test_seeds_of_tables_and_of_choices_never_meet():
@@ -19,8 +19,8 @@ def test_seeds_of_tables_and_of_choices_never_meet():
 
 def test_a_short_table_has_its_own_seeds_and_chooses_rates_on_others(tmp_path, monkeypatch, capsys):
     trained = []
-    train = bench_meta.train
-    monkeypatch.setattr(bench_meta, "train", lambda *a, **k: trained.append(tuple(k["seeds"])) or train(*a, **k))
+    train = meta.train
+    monkeypatch.setattr(meta, "train", lambda *a, **k: trained.append(tuple(k["seeds"])) or train(*a, **k))
     given = ["--parts", "sinusoid,pes", "--seeds", "2", "--budget", "0.001", "--out", str(tmp_path)]
     assert main(["bench", "meta", *given]) == 0
     assert "pre-training + fine-tuning" in capsys.readouterr().out
@@ -36,4 +36,4 @@ def test_a_short_table_has_its_own_seeds_and_chooses_rates_on_others(tmp_path, m
 def test_wrong_flags_are_refused():
     for flag in (["--budget", "0"], ["--budget", "2"], ["--seeds", "0"]):
         with pytest.raises(SettingError, match="bench meta"):
-            bench_meta.main(flag)
+            meta.main(flag)

@@ -1,6 +1,6 @@
 """Baselines: Stable-Baselines3 trained with rl-zoo's published settings and evaluated as rlmeta's agents are.
 
-`python -m rlmeta.lab.peers ppo CartPole-v1 --steps 100000 --seeds 0,1 --out runs/results/sb3` appends one JSON line
+`python -m rlmeta.bench.peers ppo CartPole-v1 --steps 100000 --seeds 0,1 --out runs/results/sb3` appends one JSON line
 per seed to `sb3.jsonl` and skips what is there already, so it can be killed and started again.
 """
 
@@ -276,7 +276,7 @@ def _seeds(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m rlmeta.lab.peers", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m rlmeta.bench.peers", description=__doc__.split("\n\n")[0])
     parser.add_argument("agent", help="a2c, dqn or ppo")
     parser.add_argument("task", help="a gymnasium id")
     parser.add_argument("--steps", type=int, help="environment steps (default: rl-zoo's budget)")

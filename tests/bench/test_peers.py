@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from rlmeta.bench import peers
 from rlmeta.errors import MissingExtraError, SettingError, UnknownNameError
-from rlmeta.lab import peers
 
 
 @pytest.fixture(scope="module")

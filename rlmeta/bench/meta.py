@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from rlmeta.bench.seeds import SELECTION_SEEDS, table_seeds
 from rlmeta.envs import datasets
 from rlmeta.envs.families import FamilyWorld, NamedFamily, Quadratics, Sinusoid
 from rlmeta.envs.task import family as family_named
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import optim, random, statistics
-from rlmeta.lab.bench_seeds import SELECTION_SEEDS, table_seeds
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.presets import load_preset
 from rlmeta.lab.run import Run

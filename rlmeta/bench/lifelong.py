@@ -21,12 +21,12 @@ from rich.table import Table
 from torch import Tensor
 
 from rlmeta.agents import PPO
+from rlmeta.bench.seeds import BY_HAND_SEEDS, table_seeds
 from rlmeta.envs.data import DataTable, DataTask, DataWorld, Samples
 from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
 from rlmeta.lab import stages
-from rlmeta.lab.bench_seeds import BY_HAND_SEEDS, table_seeds
 from rlmeta.lab.experiment import Budget
 from rlmeta.lab.presets import preset
 from rlmeta.lab.run import Run
@@ -72,7 +72,7 @@ class Row:
 def lifelong(options: Lifelong) -> int:
     """`rlmeta bench lifelong`: every wanted table, or the times."""
     if options.speed:
-        from rlmeta.lab.bench_lifelong_speed import speed
+        from rlmeta.bench.lifelong_speed import speed
 
         return speed(options.rounds, options.avalanche, options.out)
     makers: dict[str, Callable[[Lifelong], None]] = {"rotations": rotations, "split": split, "control": control}

@@ -1,0 +1,1 @@
+"""Benchmarks, `rlmeta bench NAME`, and the peers beside them."""
