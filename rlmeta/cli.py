@@ -346,8 +346,8 @@ def record(arguments: list[str]) -> int:
 
 def adapt(arguments: list[str]) -> int:
     """`rlmeta adapt RUN`."""
-    from rlmeta.lab import adapt as adaptation
     from rlmeta.lab import flags
+    from rlmeta.report import adaptation as adaptation
 
     folder, rest = _one_folder(arguments, "adapt")
     groups: dict[str, Any] = {"adaptation": (adaptation.AdaptFlags, {}), "own_code": (OwnCode, {})}
@@ -404,7 +404,7 @@ def _console() -> Any:
 
 
 def _print_results(rows: Sequence[dict[str, Any]]) -> None:
-    from rlmeta.lab.tables import result_table
+    from rlmeta.report.tables import result_table
 
     _console().print(result_table(rows))
 

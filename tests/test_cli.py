@@ -20,8 +20,8 @@ import pytest
 
 import rlmeta
 import rlmeta.lab.run
-import rlmeta.lab.tables
-import rlmeta.lab.trackers
+import rlmeta.report.tables
+import rlmeta.report.trackers
 from rlmeta.cli import main
 from rlmeta.errors import SettingError
 from rlmeta.lab import plan as plans
@@ -86,8 +86,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def tables(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
     """The rows of every table of results that is printed."""
     shown: list[list[dict[str, Any]]] = []
-    table = rlmeta.lab.tables.result_table
-    monkeypatch.setattr("rlmeta.lab.tables.result_table", lambda rows: (shown.append(rows), table(rows))[1])
+    table = rlmeta.report.tables.result_table
+    monkeypatch.setattr("rlmeta.report.tables.result_table", lambda rows: (shown.append(rows), table(rows))[1])
     return shown
 
 
@@ -241,7 +241,7 @@ def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((project, entity))
         return lambda run: Fake("wandb", run)
 
-    for module in (plans, rlmeta.lab.trackers):
+    for module in (plans, rlmeta.report.trackers):
         monkeypatch.setattr(module, "to_tensorboard", to_tensorboard)
         monkeypatch.setattr(module, "to_wandb", to_wandb)
     assert main(f"train ppo CartPole-v1 {TINY} --quiet --tensorboard --wandb --wandb-project mine --out a".split()) == 0

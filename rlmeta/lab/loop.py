@@ -20,15 +20,15 @@ from rlmeta.envs.families import FamilyWorld
 from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.lab import stages
-from rlmeta.lab.matrix_plot import write_matrix
-from rlmeta.lab.plots import write_curve
-from rlmeta.lab.progress import Progress
 from rlmeta.lab.records import Records
 from rlmeta.lab.run import Run, per_learner
 from rlmeta.lab.stages import Stage
-from rlmeta.lab.trackers import Tracker, TrackerFactory
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.state import State, select
+from rlmeta.report.curves import write_curve
+from rlmeta.report.matrices import write_matrix
+from rlmeta.report.progress import Progress
+from rlmeta.report.trackers import Tracker, TrackerFactory
 
 Callback = Callable[[Run, dict[str, Any]], bool | None]
 """Called with the run and each line of metrics; returning True stops the run."""

@@ -32,9 +32,9 @@ from rlmeta.lab.experiment import Budget, Problem, chosen_seeds
 from rlmeta.lab.files import put
 from rlmeta.lab.run import Run, load
 from rlmeta.lab.shipped import METHODS, agent_class
-from rlmeta.lab.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import check_names, per_learner_names
+from rlmeta.report.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
 
 PLAN = "plan.toml"
 MOST_SEEDS = 100_000

@@ -22,10 +22,10 @@ from rlmeta.lab.experiment import Budget, Experiment, Problem, chosen_seeds, com
 from rlmeta.lab.loop import Callback, Loop
 from rlmeta.lab.run import Run, read
 from rlmeta.lab.surroundings import undisturbed
-from rlmeta.lab.trackers import TrackerFactory
 from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
+from rlmeta.report.trackers import TrackerFactory
 
 
 @undisturbed()

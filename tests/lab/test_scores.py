@@ -13,12 +13,12 @@ from rich.console import Console
 import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional.packed import Packed
-from rlmeta.lab.adapt import Adaptation
-from rlmeta.lab.adapt import table as adaptation_table
 from rlmeta.lab.loop import Loop
-from rlmeta.lab.tables import result_table
 from rlmeta.learning.learner import Score
 from rlmeta.learning.state import put, take
+from rlmeta.report.adaptation import Adaptation
+from rlmeta.report.adaptation import table as adaptation_table
+from rlmeta.report.tables import result_table
 
 NAN = math.nan
 TINY = rl.A2C(num_envs=2, num_steps=5, hidden_sizes=(4,), learning_rate=1e-9)

@@ -13,11 +13,11 @@ from rlmeta.envs import streams
 from rlmeta.envs.datasets import labelled
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.lab import matrix_plot, plots
 from rlmeta.lab.loop import Loop
 from rlmeta.lab.records import read_records
 from rlmeta.learning.method import Method
 from rlmeta.lifelong import metrics
+from rlmeta.report import curves, matrices
 
 SMALL = rl.Classifier(hidden_sizes=(32,), batch_size=16, num_steps=5)
 BUDGET = rl.Budget(steps=160, final_episodes=1)
@@ -168,14 +168,14 @@ def test_the_pictures_of_a_stream_say_what_they_show(tmp_path):
     """Labels that hold for the figures, colours that mean the same in all panels, names that do not touch."""
     settings = rl.Classifier(hidden_sizes=(8,), batch_size=16, num_steps=5, learning_rate=[1e-3, 1e-2])
     run = rl.train(settings, rl.stream("split-digits"), budget=BUDGET, seeds=4, out=tmp_path / "run")
-    figure = matrix_plot._figure(run)
+    figure = matrices._figure(run)
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 2 and panels[0].images[0].get_clim() == panels[1].images[0].get_clim()
     assert "accuracy, mean" in {axes.get_ylabel() for axes in figure.axes}
     assert "accuracy, interquartile mean and 95 % interval" in {axes.get_ylabel() for axes in figure.axes}
     mean = run.matrix[:4].mean(0)
     assert [text.get_text() for text in panels[0].texts] == [f"{value:.3f}" for value in mean.flatten()]
-    left, _ = plots._figure(run, *plots.curves(run)).axes
+    left, _ = curves._figure(run, *curves.curves(run)).axes
     assert left.get_ylabel() == "accuracy, mean of the tasks so far"
     assert left.get_xlabel() == "samples of each learner"
 
@@ -184,11 +184,11 @@ def test_tasks_without_names_of_their_own_are_counted_and_long_names_are_turned(
     small = rl.PPO(num_steps=32, batch_size=64, num_epochs=2, hidden_sizes=(16,))
     budget = rl.Budget(steps=64, eval_episodes=1, final_episodes=1)
     run = rl.train(small, "cartpole-conflicts", budget=budget, seeds=1)
-    axes = matrix_plot._figure(run).axes[0]
+    axes = matrices._figure(run).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["task 1", "task 2", "task 3", "task 4"]
     assert {label.get_rotation() for label in axes.get_xticklabels()} == {0.0}
-    assert matrix_plot._turned(["a rather long name of a task"] * 4)["rotation"] == 45
-    assert [matrix_plot._digits(ends) for ends in ((0.0, 1.0), (-16.0, 0.0), (9.0, 1500.0))] == [".3f", ".1f", ",.0f"]
+    assert matrices._turned(["a rather long name of a task"] * 4)["rotation"] == 45
+    assert [matrices._digits(ends) for ends in ((0.0, 1.0), (-16.0, 0.0), (9.0, 1500.0))] == [".3f", ".1f", ",.0f"]
 
 
 def test_a_list_in_a_method_compares_as_one_in_the_settings_does(tmp_path):

@@ -11,7 +11,7 @@ import torch
 import rlmeta as rl
 from rlmeta.cli import main
 from rlmeta.envs.families import NamedFamily, Quadratics, Sinusoid
-from rlmeta.lab.adapt import Adaptation, AdaptFlags, adapt
+from rlmeta.report.adaptation import Adaptation, AdaptFlags, adapt
 
 TEST = {"split": "test"}
 SMALL = rl.Regressor(hidden_sizes=(4,))

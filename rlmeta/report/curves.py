@@ -18,7 +18,7 @@ from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import statistics
 from rlmeta.lab.files import put
 from rlmeta.lab.records import read_records
-from rlmeta.lab.tables import FEW_SEEDS
+from rlmeta.report.tables import FEW_SEEDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,12 +18,12 @@ from rlmeta.agents.ppo import PPO
 from rlmeta.envs.task import task
 from rlmeta.errors import SettingError
 from rlmeta.functional import statistics
-from rlmeta.lab import plots
 from rlmeta.lab.experiment import Budget, Experiment
 from rlmeta.lab.records import Records
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Score
 from rlmeta.learning.settings import variants
+from rlmeta.report import curves
 
 NAN = np.nan
 
@@ -60,7 +60,7 @@ def ended_run(folder: Path, seeds: int, rates: list[float], lines: int = 12, eva
 
 def drawn(run: Any) -> list[Any]:
     """The two panels."""
-    return list(plots._figure(run, *plots.curves(run)).axes)
+    return list(curves._figure(run, *curves.curves(run)).axes)
 
 
 def ys(axes: Any) -> list[list[float]]:
@@ -72,7 +72,7 @@ def ys(axes: Any) -> list[list[float]]:
 
 def test_curves_are_the_records_and_the_final_evaluation(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=2, rates=[1e-3, 1e-4])
-    evaluation, training = plots.curves(run)
+    evaluation, training = curves.curves(run)
     assert evaluation.steps.tolist() == [3000, 6000, 9000, 12000]
     assert evaluation.seconds.tolist() == [7.5, 15, 22.5, 31]
     assert evaluation.values.shape == (4, 4)
@@ -88,23 +88,23 @@ def test_a_learner_without_an_episode_keeps_its_last_value(tmp_path: Path) -> No
         for i, values in enumerate([[NAN, 1, NAN], [2, NAN, NAN], [NAN, 3, NAN]], start=1):
             records.write({"iteration": i, "env_steps": i, "charts/episodic_return": values})
             records.write({"iteration": i, "env_steps": i, "eval/length": [1, 1, 1]})
-    _, training = plots.curves(run)
+    _, training = curves.curves(run)
     np.testing.assert_equal(training.values, [[NAN, 1, NAN], [2, 1, NAN], [2, 3, NAN]])
-    np.testing.assert_equal(plots.centre(training.values), [NAN, 1.5, 2.5])
-    np.testing.assert_equal(plots.centre(np.full((2, 3), NAN)), [NAN, NAN])
+    np.testing.assert_equal(curves.centre(training.values), [NAN, 1.5, 2.5])
+    np.testing.assert_equal(curves.centre(np.full((2, 3), NAN)), [NAN, NAN])
 
 
 def test_centre_and_band_are_the_statistics_of_every_point() -> None:
     values = np.random.default_rng(1).normal(size=(5, 5))  # as many points as seeds
     values[2] += 100
-    np.testing.assert_allclose(plots.centre(values), [trim_mean(point, 0.25) for point in values])
-    low, high = plots.band(values)
+    np.testing.assert_allclose(curves.centre(values), [trim_mean(point, 0.25) for point in values])
+    low, high = curves.band(values)
     for i, point in enumerate(values):
         assert (low[i], high[i]) == statistics.stratified_bootstrap_interval(point)
-    assert ((low <= plots.centre(values)) & (plots.centre(values) <= high)).all()
+    assert ((low <= curves.centre(values)) & (curves.centre(values) <= high)).all()
     with_gap = values.copy()
     with_gap[0, 1] = NAN
-    low, high = plots.band(with_gap)
+    low, high = curves.band(with_gap)
     assert np.isnan([low[0], high[0]]).all() and np.isfinite([low[1:], high[1:]]).all()
 
 
@@ -113,16 +113,16 @@ def test_centre_and_band_are_the_statistics_of_every_point() -> None:
 
 def test_many_seeds_are_drawn_as_their_iqm_with_an_interval(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=8, rates=[1e-3, 1e-4])
-    evaluation, training = plots.curves(run)
+    evaluation, training = curves.curves(run)
     left, right = drawn(run)
     assert len(left.lines) == 4 and len(left.collections) == 2
     expected = [
-        plots.centre(curve.values[:, of]).tolist()
+        curves.centre(curve.values[:, of]).tolist()
         for of in (slice(0, 8), slice(8, 16))
         for curve in (training, evaluation)
     ]
     assert ys(left) == ys(right) == expected
-    low, high = plots.band(evaluation.values[:, 8:])
+    low, high = curves.band(evaluation.values[:, 8:])
     edges = left.collections[1].get_paths()[0].vertices[:, 1]
     assert {*low, *high} <= set(edges)
     assert [left.lines[i].get_marker() for i in range(4)] == ["None", "o", "None", "o"]
@@ -132,7 +132,7 @@ def test_many_seeds_are_drawn_as_their_iqm_with_an_interval(tmp_path: Path) -> N
 
 def test_up_to_three_seeds_are_drawn_one_by_one(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=3, rates=[1e-3])
-    evaluation, training = plots.curves(run)
+    evaluation, training = curves.curves(run)
     left, _ = drawn(run)
     assert len(left.collections) == 0
     each = evaluation.values.T.tolist()
@@ -148,7 +148,7 @@ def test_one_seed_is_one_line(tmp_path: Path) -> None:
 
 def test_without_evaluations_the_interval_is_of_the_training(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=4, rates=[1e-3], evaluated=False)
-    figure = plots._figure(run, *plots.curves(run))
+    figure = curves._figure(run, *curves.curves(run))
     assert [len(axes.collections) for axes in figure.axes] == [1, 1]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["95 % interval", "training"]
     (tmp_path / "two").mkdir()
@@ -158,7 +158,7 @@ def test_without_evaluations_the_interval_is_of_the_training(tmp_path: Path) -> 
 
 def test_axes_legend_and_title_say_what_is_shown(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=8, rates=[1e-3, 1e-4])
-    figure = plots._figure(run, *plots.curves(run))
+    figure = curves._figure(run, *curves.curves(run))
     left, right = figure.axes
     assert left.get_xlabel() == "environment steps of each learner"
     assert right.get_xlabel() == "wall time of all 16 learners together [s]"
@@ -190,7 +190,7 @@ def test_many_settings_have_different_colours(tmp_path: Path) -> None:
 def test_the_picture_is_written_whole_and_replaces_the_last(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=4, rates=[1e-3])
     (tmp_path / "curve.png").write_text("old")
-    assert plots.write_curve(run) == tmp_path / "curve.png"
+    assert curves.write_curve(run) == tmp_path / "curve.png"
     data = (tmp_path / "curve.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
     width, height = struct.unpack(">II", data[16:24])
@@ -202,7 +202,7 @@ def test_the_picture_is_written_whole_and_replaces_the_last(tmp_path: Path) -> N
 def test_a_run_in_memory_has_no_picture() -> None:
     run: Any = SimpleNamespace(folder=None)
     with pytest.raises(SettingError, match=r"no curve\.png: give out="):
-        plots.write_curve(run)
+        curves.write_curve(run)
 
 
 def test_without_matplotlib_one_sentence_is_printed_and_the_run_goes_on(
@@ -212,7 +212,7 @@ def test_without_matplotlib_one_sentence_is_printed_and_the_run_goes_on(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    assert plots.write_curve(run) is None
+    assert curves.write_curve(run) is None
     said = capsys.readouterr()
     assert said.err == "drawing curve.png needs matplotlib, which is not installed: pip install 'rlmeta[plot]'\n"
     assert said.out == "" and not (tmp_path / "curve.png").exists()
@@ -223,5 +223,5 @@ def test_the_users_pyplot_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it is an error
     before = list(dict.items(matplotlib.rcParams))  # as they are: reading the backend's resolves it
-    assert plots.write_curve(ended_run(tmp_path, seeds=4, rates=[1e-3, 1e-4])) is not None
+    assert curves.write_curve(ended_run(tmp_path, seeds=4, rates=[1e-3, 1e-4])) is not None
     assert list(dict.items(matplotlib.rcParams)) == before

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlmeta.lab.plots import band, centre, picture
-from rlmeta.lab.tables import FEW_SEEDS
+from rlmeta.report.curves import band, centre, picture
+from rlmeta.report.tables import FEW_SEEDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,8 @@ from rlmeta.agents.ppo import PPO
 from rlmeta.envs.task import task
 from rlmeta.errors import CheckpointError, MissingExtraError, SettingError
 from rlmeta.lab.experiment import Budget, Experiment
-from rlmeta.lab.trackers import (
+from rlmeta.learning.settings import variants
+from rlmeta.report.trackers import (
     TensorBoardTracker,
     Tracker,
     WandbTracker,
@@ -31,7 +32,6 @@ from rlmeta.lab.trackers import (
     to_wandb,
     trackers_of,
 )
-from rlmeta.learning.settings import variants
 
 NAN = math.nan
 
@@ -425,7 +425,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 
 
 def test_neither_package_is_imported_before_it_is_used() -> None:
-    code = "import sys, rlmeta.lab.trackers; print({'wandb', 'tensorboard', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, rlmeta.report.trackers; print({'wandb', 'tensorboard', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -19,7 +19,7 @@ import pytest
 from rlmeta.agents.ppo import PPO
 from rlmeta.envs.task import task
 from rlmeta.lab.experiment import Experiment
-from rlmeta.lab.progress import Progress
+from rlmeta.report.progress import Progress
 
 NAN = float("nan")
 PARTS = {"act": 20.0, "environment": 10.0, "learn": 65.0, "evaluate": 4.9, "save": 0.1}
@@ -34,7 +34,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("rlmeta.lab.progress.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("rlmeta.report.progress.time.monotonic", lambda: self.now)
 
 
 @pytest.fixture

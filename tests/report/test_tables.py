@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rlmeta.lab.tables import EQUAL_TASKS, UNDEFINED, result_table
+from rlmeta.report.tables import EQUAL_TASKS, UNDEFINED, result_table
 
 
 def row(**changes: Any) -> dict[str, Any]:

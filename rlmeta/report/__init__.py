@@ -1,0 +1,1 @@
+"""What people look at: progress, tables, curves, matrices, adaptation, trackers. Listeners of the loop in `runs`."""
