@@ -11,10 +11,10 @@ import tyro
 import rlmeta as rl
 from rlmeta.functional import random
 from rlmeta.functional.packed import Packed
-from rlmeta.lab.stages import score_tasks, turn_to
-from rlmeta.lab.train import prepare
 from rlmeta.learning.step import reset_optimizer, step
 from rlmeta.lifelong.ewc import add_quadratic, information
+from rlmeta.runs.stages import score_tasks, turn_to
+from rlmeta.runs.train import prepare
 
 
 def train(name: str = "split-digits", strength: float = 1000.0, seeds: int = 5, steps: int = 12_800) -> dict:

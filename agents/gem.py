@@ -11,10 +11,10 @@ import torch
 import tyro
 
 import rlmeta as rl
-from rlmeta.lab.stages import score_tasks, turn_to
-from rlmeta.lab.train import prepare
 from rlmeta.learning.step import reset_optimizer, step
 from rlmeta.lifelong.recall import draw_memories, put_memories
+from rlmeta.runs.stages import score_tasks, turn_to
+from rlmeta.runs.train import prepare
 
 
 def train(name: str = "split-digits", memory: int = 50, seeds: int = 5, steps: int = 12_800) -> dict:

@@ -13,10 +13,10 @@ import tyro
 import rlmeta as rl
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.packed import Packed
-from rlmeta.lab.train import resolve
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.state import select
 from rlmeta.meta.adapt import adapt
+from rlmeta.runs.train import resolve
 
 
 def train(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> dict:

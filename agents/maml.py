@@ -14,9 +14,9 @@ import rlmeta as rl
 from rlmeta.envs.families import NamedFamily
 from rlmeta.functional import optim, random
 from rlmeta.functional.packed import Packed
-from rlmeta.lab.train import resolve
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.meta.adapt import adapt, expand_tasks
+from rlmeta.runs.train import resolve
 
 
 def train(family: str = "sinusoid", seeds: int = 4, steps: int = 75_000) -> dict:

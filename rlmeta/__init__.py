@@ -23,34 +23,34 @@ if TYPE_CHECKING:
     from rlmeta.envs.task import task as task
     from rlmeta.errors import RlmetaError as RlmetaError
     from rlmeta.imitation import *  # noqa: F403
-    from rlmeta.lab.experiment import Budget as Budget
-    from rlmeta.lab.presets import preset as preset
-    from rlmeta.lab.record import record as record
-    from rlmeta.lab.run import Run as Run
-    from rlmeta.lab.run import load as load
-    from rlmeta.lab.train import resume as resume
-    from rlmeta.lab.train import train as train
     from rlmeta.lifelong import *  # noqa: F403
     from rlmeta.meta import *  # noqa: F403
     from rlmeta.rewards import *  # noqa: F403
+    from rlmeta.runs.experiment import Budget as Budget
+    from rlmeta.runs.presets import preset as preset
+    from rlmeta.runs.record import record as record
+    from rlmeta.runs.run import Run as Run
+    from rlmeta.runs.run import load as load
+    from rlmeta.runs.train import resume as resume
+    from rlmeta.runs.train import train as train
     from rlmeta.supervised import *  # noqa: F403
 
 _WHERE = {
-    "Budget": "lab.experiment",
+    "Budget": "runs.experiment",
     "Demonstrations": "envs.demonstrations",
     "RlmetaError": "errors",
-    "Run": "lab.run",
+    "Run": "runs.run",
     "Task": "envs.task",
     "TaskFamily": "envs.task",
     "TaskStream": "envs.streams",
     "family": "envs.task",
-    "load": "lab.run",
-    "preset": "lab.presets",
-    "record": "lab.record",
-    "resume": "lab.train",
+    "load": "runs.run",
+    "preset": "runs.presets",
+    "record": "runs.record",
+    "resume": "runs.train",
     "stream": "envs.streams",
     "task": "envs.task",
-    "train": "lab.train",
+    "train": "runs.train",
 }
 """Imported when first used: `import rlmeta` alone loads neither torch nor an environment."""
 

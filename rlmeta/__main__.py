@@ -2,6 +2,6 @@
 
 import sys
 
-from rlmeta.cli import main
+from rlmeta.cli.main import main
 
 sys.exit(main())

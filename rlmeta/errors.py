@@ -104,6 +104,13 @@ def nearest_names(name: str, known: Iterable[str], most: int = 4) -> list[str]:
     return [lowered[candidate] for candidate in dict.fromkeys([*near, *whole])][:most]
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`: did you mean ...?`, or nothing where nothing is near; the dashes of flags make nothing alike."""
+    bare = {candidate.removeprefix("--"): candidate for candidate in known}
+    nearest = [bare[match] for match in nearest_names(name.removeprefix("--"), bare)]
+    return f": did you mean {', '.join(nearest)}?" if nearest else ""
+
+
 def _is_near(one: str, other: str, slips: int) -> bool:
     length = max(len(one), len(other))
     return slips <= max(1, length // 4) or difflib.SequenceMatcher(None, one, other).ratio() >= 0.75

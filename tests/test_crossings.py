@@ -13,7 +13,7 @@ import torch
 import rlmeta as rl
 from rlmeta.engine import capture
 from rlmeta.functional import tree
-from rlmeta.lab.train import prepare
+from rlmeta.runs.train import prepare
 from tests.crossings import NETWORKS, OBSERVATIONS, PROBLEMS, GymWalk, labelled, network, shown, walks
 
 WORLDS = ("native", "gymnasium")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlmeta.errors import nearest_names, unknown_name
-from rlmeta.lab.shipped import AGENTS
+from rlmeta.runs.shipped import AGENTS
 
 
 @pytest.mark.parametrize(

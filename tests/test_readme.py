@@ -16,8 +16,8 @@ from rlmeta.bench.agents import USAGE, Agents
 from rlmeta.bench.imitation import Imitation
 from rlmeta.bench.lifelong import Lifelong
 from rlmeta.bench.meta import Meta
+from rlmeta.cli.plan import from_flags
 from rlmeta.engine.capture import WARM_UP
-from rlmeta.lab.plan import from_flags
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SMALLER = {

@@ -26,7 +26,7 @@ from rich.table import Table
 from rlmeta.agents import PPO
 from rlmeta.bench.seeds import FIRST_SEED, table_seeds
 from rlmeta.errors import SettingError, require_extra, unknown_name
-from rlmeta.lab.experiment import Budget
+from rlmeta.runs.experiment import Budget
 
 ZOO = PPO(
     num_envs=8,
@@ -110,7 +110,7 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
         result = train_sb3("ppo", "CartPole-v1", job["steps"], job["seed"])
         scores, steps, seconds = [statistics.fmean(result["returns"])], result["steps"], result["seconds"]
     else:
-        from rlmeta.lab.train import train
+        from rlmeta.runs.train import train
 
         final = Budget(steps=job["steps"], final_episodes=256, eval_every=10 * job["steps"])
         run = train(ZOO, "CartPole-v1", seeds=table_seeds(job["seeds"]), budget=final, threads=job["threads"])

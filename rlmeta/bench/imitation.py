@@ -27,14 +27,14 @@ from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.names import folders
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.imitation import GAIL
-from rlmeta.lab.experiment import Budget
-from rlmeta.lab.presets import preset
-from rlmeta.lab.record import record
-from rlmeta.lab.run import Run, load
-from rlmeta.lab.run_folder import read_config
-from rlmeta.lab.train import resume, train
 from rlmeta.learning.settings import require
 from rlmeta.rewards import PotentialShaping
+from rlmeta.runs.experiment import Budget
+from rlmeta.runs.folder import read_config
+from rlmeta.runs.presets import preset
+from rlmeta.runs.record import record
+from rlmeta.runs.run import Run, load
+from rlmeta.runs.train import resume, train
 
 FIXED = "CartPole-fixed"
 

@@ -26,13 +26,13 @@ from rlmeta.envs.data import DataTable, DataTask, DataWorld, Samples
 from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
-from rlmeta.lab import stages
-from rlmeta.lab.experiment import Budget
-from rlmeta.lab.presets import preset
-from rlmeta.lab.run import Run
-from rlmeta.lab.train import train
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.lifelong import AGEM, EWC, GEM, Method, PackNet, Replay, metrics
+from rlmeta.runs import stages
+from rlmeta.runs.experiment import Budget
+from rlmeta.runs.presets import preset
+from rlmeta.runs.run import Run
+from rlmeta.runs.train import train
 from rlmeta.supervised import Classifier
 
 TABLES = ("rotations", "split", "control")

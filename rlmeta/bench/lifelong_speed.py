@@ -20,14 +20,14 @@ from rlmeta.envs.data import DataTask, Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
-from rlmeta.lab.experiment import Budget
-from rlmeta.lab.train import train
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.state import State
 from rlmeta.learning.step import step
 from rlmeta.lifelong import EWC, GEM, Method
 from rlmeta.nn import MLP, Context
 from rlmeta.nn.fisher import categorical_fisher
+from rlmeta.runs.experiment import Budget
+from rlmeta.runs.train import train
 from rlmeta.supervised import Classifier
 
 Side = Callable[[], float]

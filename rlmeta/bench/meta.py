@@ -34,15 +34,15 @@ from rlmeta.envs.families import FamilyWorld, NamedFamily, Quadratics, Sinusoid
 from rlmeta.envs.task import family as family_named
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import optim, random, statistics
-from rlmeta.lab.experiment import Budget
-from rlmeta.lab.presets import load_preset
-from rlmeta.lab.run import Run
-from rlmeta.lab.train import train
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step
 from rlmeta.meta.estimators import backpropagated, evolved
 from rlmeta.meta.learned_optimizer import LearnedOptimizer, minimise
 from rlmeta.meta.maml import MAML
+from rlmeta.runs.experiment import Budget
+from rlmeta.runs.presets import load_preset
+from rlmeta.runs.run import Run
+from rlmeta.runs.train import train
 
 Row = dict[str, Any]
 

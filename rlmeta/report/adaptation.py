@@ -19,8 +19,8 @@ from rich.table import Table
 
 from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import random, tree
-from rlmeta.lab.run import Run
-from rlmeta.lab.surroundings import undisturbed
+from rlmeta.runs.run import Run
+from rlmeta.runs.surroundings import undisturbed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

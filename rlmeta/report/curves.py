@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import statistics
-from rlmeta.lab.files import put
-from rlmeta.lab.records import read_records
 from rlmeta.report.tables import FEW_SEEDS
+from rlmeta.runs.files import put
+from rlmeta.runs.records import read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rlmeta.lab.run import Run
+    from rlmeta.runs.run import Run
 
 TRAINING = "charts/episodic_return"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

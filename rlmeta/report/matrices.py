@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rlmeta.lab.run import Run
+    from rlmeta.runs.run import Run
 
 WRITTEN_UP_TO = 10
 """Tasks with so many or fewer get their scores written into the heat map."""

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rlmeta.lab.experiment import Experiment
+    from rlmeta.runs.experiment import Experiment
 
 BAR_SECONDS = 0.2
 """Between two looks of the bar."""

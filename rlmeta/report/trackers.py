@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rlmeta.errors import CheckpointError, SettingError, missing_extra, require_extra
-from rlmeta.lab.files import put
+from rlmeta.runs.files import put
 
 if TYPE_CHECKING:
-    from rlmeta.lab.experiment import Experiment
-    from rlmeta.lab.run import Run
+    from rlmeta.runs.experiment import Experiment
+    from rlmeta.runs.run import Run
 
 LONGEST_NAME = 100
 """Characters of a learner's name: a folder's may have 255, and W&B's 128 with those of the task and the agent."""

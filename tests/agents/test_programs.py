@@ -13,7 +13,7 @@ import tyro
 
 import rlmeta as rl
 from rlmeta.functional import tree
-from rlmeta.lab.shipped import AGENTS
+from rlmeta.runs.shipped import AGENTS
 
 PROGRAMS = Path(__file__).parents[2] / "agents"
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlmeta.bench import agents
-from rlmeta.cli import main
+from rlmeta.cli.main import main
 
 
 @pytest.mark.parametrize(("flags", "package"), [([], "stable_baselines3"), (["--scale"], "matplotlib")])

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from rlmeta.bench import lifelong, lifelong_speed
-from rlmeta.cli import main
+from rlmeta.cli.main import main
 from rlmeta.envs.streams import stream
 from rlmeta.errors import UnknownNameError
 

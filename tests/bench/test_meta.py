@@ -8,7 +8,7 @@ import pytest
 
 from rlmeta.bench import meta
 from rlmeta.bench.seeds import BY_HAND_SEEDS, FIRST_SEED, SELECTION_SEEDS, table_seeds
-from rlmeta.cli import main
+from rlmeta.cli.main import main
 from rlmeta.errors import SettingError
 
 

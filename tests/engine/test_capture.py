@@ -15,9 +15,9 @@ from rlmeta.engine.capture import Capture, Function
 from rlmeta.engine.tape import Tape, own_memory
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
-from rlmeta.lab.experiment import Budget
-from rlmeta.lab.train import prepare
 from rlmeta.nn.product import layers
+from rlmeta.runs.experiment import Budget
+from rlmeta.runs.train import prepare
 
 
 def gradient(inputs: tree.Tree) -> tree.Tree:

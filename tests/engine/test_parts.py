@@ -12,7 +12,7 @@ from rlmeta.engine import capture as capture_module
 from rlmeta.engine.parts import in_parts, one_core
 from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
-from rlmeta.lab.experiment import Budget
+from rlmeta.runs.experiment import Budget
 
 
 @pytest.fixture(autouse=True)

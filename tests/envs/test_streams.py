@@ -307,7 +307,7 @@ def test_wrong_tables_are_refused(table, message):
 
 
 def test_streams_say_how_to_make_them_again():
-    from rlmeta.lab.configuration import problem_again
+    from rlmeta.runs.configuration import problem_again
 
     for given in (
         rl.stream("split-digits", scenario="class", order=3),

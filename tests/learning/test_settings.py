@@ -10,7 +10,6 @@ import torch
 
 from rlmeta.agents import A2C, DQN, PPO, REINFORCE
 from rlmeta.errors import SettingError
-from rlmeta.lab.train import train
 from rlmeta.learning.settings import (
     LearnerSettings,
     check_choices,
@@ -22,6 +21,7 @@ from rlmeta.learning.settings import (
     per_learner_names,
     variants,
 )
+from rlmeta.runs.train import train
 
 
 def test_lists_multiply_and_become_tensors_variant_by_variant():

@@ -13,11 +13,11 @@ import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.packed import Packed
-from rlmeta.lab.experiment import Budget
-from rlmeta.lab.run import fit
 from rlmeta.learning.state import put, select, take
 from rlmeta.learning.step import step
 from rlmeta.lifelong import EWC, Method
+from rlmeta.runs.experiment import Budget
+from rlmeta.runs.run import fit
 from tests.learning.toy import LinearRegression, data
 from tests.lifelong.toy import learner, points
 

@@ -14,10 +14,10 @@ from rlmeta.envs.data import Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.lab import stages
 from rlmeta.learning.method import seen
 from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
 from rlmeta.lifelong.recall import per_learner
+from rlmeta.runs import stages
 from tests.lifelong.toy import flat, learner, points, tasks, trained
 
 OFF = [EWC(strength=0.0), GEM(memory=0), AGEM(memory=0), Replay(size=0), Replay(strength=0.0)]
@@ -214,7 +214,7 @@ def test_ewc_refuses_wrong_settings(wrong):
 
 
 def test_methods_are_named_on_the_command_line():
-    from rlmeta.lab.own_code import made_method, methods_named
+    from rlmeta.runs.own_code import made_method, methods_named
 
     assert methods_named("ewc, gem") == [EWC, GEM]
     assert made_method(EWC, {"strength": 5.0}) == EWC(strength=5.0)

@@ -458,13 +458,13 @@ def test_problems_of_another_kind_are_refused():
     ],
 )
 def test_a_learner_is_a_setting_in_text(text, settings):
-    from rlmeta.lab import flags
+    from rlmeta.runs import grammar
 
-    assert flags.learner(text) == settings
-    assert flags.learner(flags.text_of(settings)) == settings
+    assert grammar.learner(text) == settings
+    assert grammar.learner(grammar.text_of(settings)) == settings
     for wrong, message in (("regressor hidden", "SETTING=VALUE"), ("regressor lr=1", "lr"), ("regressr", "regressor")):
         with pytest.raises((SettingError, LookupError), match=message):
-            flags.learner(wrong)
+            grammar.learner(wrong)
 
 
 # ---------------------------------------------------------------------- one meta-update, by its parts

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.cli import main
+from rlmeta.cli.main import main
 from rlmeta.envs.families import NamedFamily, Quadratics, Sinusoid
 from rlmeta.report.adaptation import Adaptation, AdaptFlags, adapt
 

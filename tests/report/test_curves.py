@@ -18,12 +18,12 @@ from rlmeta.agents.ppo import PPO
 from rlmeta.envs.task import task
 from rlmeta.errors import SettingError
 from rlmeta.functional import statistics
-from rlmeta.lab.experiment import Budget, Experiment
-from rlmeta.lab.records import Records
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Score
 from rlmeta.learning.settings import variants
 from rlmeta.report import curves
+from rlmeta.runs.experiment import Budget, Experiment
+from rlmeta.runs.records import Records
 
 NAN = np.nan
 

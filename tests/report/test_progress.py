@@ -18,8 +18,8 @@ import pytest
 
 from rlmeta.agents.ppo import PPO
 from rlmeta.envs.task import task
-from rlmeta.lab.experiment import Experiment
 from rlmeta.report.progress import Progress
+from rlmeta.runs.experiment import Experiment
 
 NAN = float("nan")
 PARTS = {"act": 20.0, "environment": 10.0, "learn": 65.0, "evaluate": 4.9, "save": 0.1}

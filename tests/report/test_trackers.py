@@ -21,7 +21,6 @@ import pytest
 from rlmeta.agents.ppo import PPO
 from rlmeta.envs.task import task
 from rlmeta.errors import CheckpointError, MissingExtraError, SettingError
-from rlmeta.lab.experiment import Budget, Experiment
 from rlmeta.learning.settings import variants
 from rlmeta.report.trackers import (
     TensorBoardTracker,
@@ -32,6 +31,7 @@ from rlmeta.report.trackers import (
     to_wandb,
     trackers_of,
 )
+from rlmeta.runs.experiment import Budget, Experiment
 
 NAN = math.nan
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from rlmeta.functional import tree
-from rlmeta.lab import checkpoint
+from rlmeta.runs import checkpoint
 from tests.slow.configurations import CONFIGURATIONS
 
 pytestmark = pytest.mark.slow

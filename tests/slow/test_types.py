@@ -33,7 +33,7 @@ def test_a_users_type_checker_sees_run_and_wrong_settings(tmp_path: Path) -> Non
     python = str(tmp_path / "env" / "bin" / "python")
     command = [sys.executable, "-m", "mypy", "--python-executable", python, "--cache-dir", str(tmp_path), str(program)]
     said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
-    assert 'Revealed type is "rlmeta.lab.run.Run"' in said, said
+    assert 'Revealed type is "rlmeta.runs.run.Run"' in said, said
     assert 'Revealed type is "torch._tensor.Tensor"' in said, said
     assert 'incompatible type "str"; expected "int"' in said, said
 

@@ -1,0 +1,162 @@
+"""What can be named on the command line, and the runs that are there, as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from rlmeta.envs.names import names, read_toml
+from rlmeta.errors import RlmetaError
+from rlmeta.runs import folder as run_folder
+
+EXTRAS = {
+    "box2d": ("Box2D", "rlmeta[box2d]"),
+    "mujoco": ("mujoco", "gymnasium[mujoco]"),
+    "phys2d": ("jax", "gymnasium[jax]"),
+    "tabular": ("jax", "gymnasium[jax]"),
+}
+"""The package that a group of gymnasium's environments imports, and what brings it."""
+
+
+def agents_table() -> Table:
+    """Every agent and the tasks it has presets for."""
+    from rlmeta.runs.presets import preset_files
+    from rlmeta.runs.shipped import AGENTS
+
+    table, presets = _table("agents", "name", "what", "presets for"), preset_files()
+    for name, cls in AGENTS.items():
+        table.add_row(name, (cls.__doc__ or "").split(".")[0], ", ".join(presets.get(name, [])))
+    return table
+
+
+def tasks_table() -> Table:
+    """Named tasks, native environments, and gymnasium's by group."""
+    from rlmeta.envs.native import NATIVE
+
+    table = _table("tasks", "group", "names", "")
+    for name, described in _named("task"):
+        table.add_row("named", name, described)
+    table.add_row("native, batched", ", ".join(sorted(NATIVE)), "fast; --no-native takes gymnasium's")
+    for group, ids in sorted(gymnasium_groups().items()):
+        package, extra = EXTRAS.get(group, ("", ""))
+        missing = package and importlib.util.find_spec(package) is None
+        table.add_row(f"gymnasium {group}", ", ".join(ids), f"missing: pip install '{extra}'" if missing else "")
+    missing = importlib.util.find_spec("envpool") is None
+    table.add_row("EnvPool's", "envpool:NAME, as envpool:Pong-v5", "missing: pip install envpool" if missing else "")
+    table.add_row("yours", "package.module:MyEnv-v0", "gymnasium imports package.module, which registers it")
+    return table
+
+
+def gymnasium_groups() -> dict[str, list[str]]:
+    """The newest version of every registered environment that can be made, by its package."""
+    import gymnasium as gym
+
+    newest: dict[tuple[str | None, str], Any] = {}
+    for spec in gym.registry.values():
+        key = (spec.namespace, spec.name)
+        made = isinstance(spec.entry_point or spec.vector_entry_point, str)
+        if made and (key not in newest or (spec.version or 0) > (newest[key].version or 0)):
+            newest[key] = spec
+    groups: dict[str, list[str]] = {}
+    for spec in newest.values():
+        path = str(spec.entry_point or spec.vector_entry_point).split(":")[0].split(".")
+        groups.setdefault(path[2] if path[:2] == ["gymnasium", "envs"] else path[0], []).append(spec.id)
+    return {group: sorted(ids) for group, ids in groups.items()}
+
+
+def families_table() -> Table:
+    """Named families of tasks."""
+    return _described("families", "family")
+
+
+def streams_table() -> Table:
+    """Named streams of tasks."""
+    return _described("streams", "stream")
+
+
+def methods_table() -> Table:
+    """Lifelong methods and their settings: `--lifelong NAME --NAME.SETTING VALUE`."""
+    from rlmeta.runs.grammar import docs, text_of
+    from rlmeta.runs.shipped import METHODS
+
+    table = _table("methods", "name", "setting", "default", "what")
+    for cls in METHODS.values():
+        table.add_section()
+        about: Any = cls
+        for i, setting in enumerate(dataclasses.fields(about)):
+            what = docs(cls).get(setting.name, "")
+            table.add_row(
+                "" if i else cls.name, f"--{cls.name}.{setting.name.replace('_', '-')}", text_of(setting.default), what
+            )
+    return table
+
+
+def runs_table(folder: Path = Path("runs")) -> Table:
+    """The runs below a folder: what they train, how far they are, how well they did."""
+    table = _table(str(folder), "run", "agent", "task", "seeds", "steps", "state", "IQM")
+    for config in sorted([*folder.glob("*/config.toml"), *folder.glob("*/*/config.toml")]):
+        run = config.parent
+        try:
+            content = run_folder.read_config(run)
+            said = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
+            table.add_row(str(run), *map(str, said), *_outcome(run / run_folder.SUMMARY))
+        except (RlmetaError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            table.add_row(str(run), "", "", "", "", f"unreadable: {error}", "")
+    return table
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "agents": agents_table,
+    "tasks": tasks_table,
+    "families": families_table,
+    "streams": streams_table,
+    "methods": methods_table,
+    "runs": runs_table,
+}
+"""What `rlmeta list` can show."""
+
+
+def _outcome(summary: Path) -> tuple[str, str]:
+    """Whether the run has ended, and the IQM of each setting."""
+    if not summary.is_file():
+        return "unfinished", ""
+    content = json.loads(summary.read_text())
+    scores = [_iqm(row) + (f" ({row['setting']})" if row["setting"] else "") for row in content["summary"]]
+    return str(content["stopped"] or "finished"), "\n".join(scores)
+
+
+def _iqm(row: dict[str, Any]) -> str:
+    """The score, and its name where it is no return."""
+    score = row.get("score", "return")
+    return f"{row['iqm']:.1f}" if score == "return" else f"{row['iqm']:.3f} {score}"
+
+
+def _named(kind: str) -> Iterator[tuple[str, str]]:
+    """Name and description of every file in the `envs` folders that is of this kind."""
+    for name, path in sorted(names("envs").items()):
+        try:
+            content = read_toml(path)
+        except RlmetaError as error:
+            content = {"kind": kind, "description": f"unreadable: {error}"}
+        if content.get("kind", "task") == kind:
+            yield name, str(content.get("description", ""))
+
+
+def _described(title: str, kind: str) -> Table:
+    table = _table(title, "name", "what")
+    for row in _named(kind):
+        table.add_row(*row)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

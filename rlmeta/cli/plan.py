@@ -1,0 +1,484 @@
+"""What the command line was asked to train: an agent on a task, split into groups that run one after another.
+
+Learners of one batch share their static settings; a comma in one of those (`--num-steps 32,128`) makes one group for
+every value, each a run in a folder of its own below the common one, which keeps the plan so that it can be resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.cli import flags
+from rlmeta.envs import streams
+from rlmeta.envs.names import read_toml
+from rlmeta.envs.native import NativeEnv
+from rlmeta.envs.streams import TaskStream
+from rlmeta.envs.task import Mode, TaskFamily, family, is_data_family, task
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.learning.method import Method
+from rlmeta.learning.settings import check_names, per_learner_names
+from rlmeta.report.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
+from rlmeta.runs import folder as run_folder
+from rlmeta.runs import grammar, own_code, presets
+from rlmeta.runs import train as training
+from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
+from rlmeta.runs.files import put
+from rlmeta.runs.run import Run, load
+from rlmeta.runs.shipped import METHODS, agent_class
+
+PLAN = "plan.toml"
+MOST_SEEDS = 100_000
+"""In a range: more are a slip of the hand."""
+
+AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
+  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, envpool:NAME, package.module:MyEnv-v0,
+          or package.module:name of your own environment, stream or family, or of a function that makes one
+  flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""
+
+ABOUT = """Train an agent, all seeds and settings at once. A comma compares: --learning-rate 1e-4,1e-3 trains every seed
+with both; in a setting that is not per learner it makes groups that run one after another. 100k, 1M and 1e6 are
+numbers, --x and --no-x are switches, --env.KEY VALUE is an argument of the environment. Defaults are the preset's."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The run."""
+
+    seeds: str = "1"
+    """How many learners of each setting (16), or which seeds (100-115, 3,5,7, both together: 0,100-102; one seed with a
+    comma behind it)."""
+    out: str | None = None
+    """The folder of the run; runs/AGENT-TASK-N, with the first free N, unless given."""
+    preset: str = "auto"
+    """A preset's file or name, the task whose settings to take, none, or auto for the task's own."""
+    async_: bool = False
+    """Divide gymnasium's environments over worker processes."""
+    native: bool = True
+    """Use rlmeta's own batched environment where there is one for the task."""
+    threads: int = 0
+    """Threads of torch; 0 chooses."""
+    device: str = "cpu"
+    """Where tensors are: cpu, cuda, cuda:1."""
+    tensorboard: bool = False
+    """Write TensorBoard's files into the run's folder."""
+    wandb: bool = False
+    """Log to Weights & Biases, one W&B run for each learner."""
+    wandb_project: str = "rlmeta"
+    """The W&B project."""
+    quiet: bool = False
+    """No live progress and no header."""
+    lifelong: str = ""
+    """Lifelong methods that work together on a stream of tasks (ewc,replay), of those that `rlmeta list methods` shows
+    with their settings, or your own as package.module:MyMethod; --ewc.strength 100 sets one."""
+    order: str = "given"
+    """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
+    scenario: str = ""
+    """What is known of the classes of a stream of samples: task, domain or class; by default as its file says."""
+    restart_optimizer: bool = True
+    """Start the optimizer's moments at zero with every task of a stream that reveals when one ends."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train. Everything but names is kept as the text of its flag."""
+
+    agent: str
+    task: str
+    env: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the environment."""
+    lifelong: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of lifelong methods by method."""
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The flags, in the groups `run`, `budget` and `settings`."""
+    preset: presets.Preset = presets.NOTHING
+
+    @cached_property
+    def options(self) -> Options:
+        """How to run it."""
+        return grammar.build(Options, self.texts["run"])
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How long to train, how often to look."""
+        return grammar.build(Budget, self.texts["budget"])
+
+    @cached_property
+    def groups(self) -> dict[str, Any]:
+        """The settings of every group by its label; '' is the label of an only one."""
+        cls = agent_class(self.agent)
+        per_learner = per_learner_names(cls)
+        settings: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
+        compared = [n for n, text in self.texts["settings"].items() if n not in per_learner and _compares(cls, n, text)]
+        return {",".join(f"{n}={grammar.text_of(getattr(one, n))}" for n in compared): one for one in settings}
+
+    @property
+    def seeds(self) -> int | tuple[int, ...]:
+        """How many, or which.
+
+        Raises:
+            SettingError: neither a count nor seeds that differ.
+        """
+        text = self.options.seeds.strip()
+        try:
+            if "," not in text and "-" not in text[1:]:
+                return grammar.whole(text)
+            parts = [part.strip() for part in text.split(",") if part.strip()]
+            return chosen_seeds([seed for part in parts for seed in _seeds_of(part)])
+        except ValueError as error:
+            if isinstance(error, SettingError):
+                raise SettingError(f"--seeds {text}: {error}") from None
+            raise SettingError(f"--seeds is {text!r}, expected a count (16), or seeds (3,5,7 or 100-115)") from None
+
+    def methods(self) -> tuple[Method, ...]:
+        """The lifelong methods, in the order they are named.
+
+        Raises:
+            SettingError, UnknownNameError: no such method, no such setting of it, or settings of one that is not named.
+        """
+        found = own_code.methods_named(self.options.lifelong)
+        for name in self.lifelong:
+            if name not in [one.name for one in found]:
+                raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to --lifelong")
+        return tuple(own_code.made_method(one, self.lifelong.get(one.name, {})) for one in found)
+
+    @cached_property
+    def source(self) -> Any:
+        """What the task's name stands for: itself, or the user's own."""
+        return own_code.source_of(self.task, self.env)
+
+    def problem(self) -> Problem | TaskFamily:
+        """What the learner is trained on.
+
+        Raises:
+            SettingError, UnknownNameError: no such problem, or flags that are not for one of its kind.
+        """
+        source, options = self.source, self.options
+        order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")
+        if isinstance(source, str) and streams.is_stream(source):
+            if self.env:
+                raise SettingError(f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have settings")
+            scenario: Any = options.scenario or None
+            restarts = None if options.restart_optimizer else False
+            return streams.stream(source, scenario=scenario, order=order, restart_optimizer=restarts)
+        if isinstance(source, TaskStream):
+            if options.scenario:
+                raise SettingError(f"--scenario: the stream {self.task!r} is made already, with its own")
+            if not options.restart_optimizer:
+                source = dataclasses.replace(source, restart_optimizer=False)
+            return source if order == "given" else dataclasses.replace(source, order=order)
+        if options.lifelong or options.scenario or options.order != "given" or not options.restart_optimizer:
+            raise SettingError(
+                "--lifelong, --order, --scenario and --no-restart-optimizer are for streams of tasks, "
+                f"{self.task!r} is none: `rlmeta list streams` shows them"
+            )
+        meta = getattr(agent_class(self.agent), "learns_from_tasks", False)
+        if isinstance(source, str) and (is_data_family(source) or (meta and not self.env)):
+            return family(source, self.env)
+        if own_code.is_problem(source):
+            return source
+        mode: Mode = "async" if options.async_ else "sync"
+        made = task(source, name=self.task, settings=self.env, mode=mode, native=options.native)
+        if made.native and options.async_:
+            raise SettingError(
+                f"--async is for gymnasium's environments, {self.task!r} is rlmeta's own: add --no-native"
+            )
+        return made
+
+    def check(self) -> None:
+        """Find what is wrong with the task, the seeds or any of the groups before anything is written or trained."""
+        if self.options.wandb_project != Options.wandb_project and not self.options.wandb:
+            raise SettingError("--wandb-project is given without --wandb")
+        if not self.seeds or (isinstance(self.seeds, int) and self.seeds < 1):
+            raise SettingError(f"--seeds is {self.options.seeds!r}, expected at least one")
+        try:
+            torch.empty(0, device=self.options.device)
+        except (RuntimeError, AssertionError) as error:
+            raise SettingError(f"--device is {self.options.device!r}: {str(error).splitlines()[0]}") from None
+        self.trackers()
+        groups, problem, methods = self.groups, self.problem(), self.methods()
+        if len(groups) > 1:
+            for settings in groups.values():
+                training.prepare(settings, problem, self.budget, lifelong=methods).close()
+
+    # ------------------------------------------------------------------ what is printed first
+
+    def header(self, folder: Path) -> str:
+        """The task, the preset, and what differs from the agent's defaults."""
+        seeds = f"seeds {self.options.seeds.rstrip(',')}"
+        if isinstance(self.seeds, int):
+            seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        constants = ", ".join(f"{name}={grammar.text_of(value)}" for name, value in self.env.items())
+        env = f" ({constants})" if constants else ""
+        budget = self.budget
+        length = f"{budget.epochs:g} epochs" if budget.epochs else f"{budget.steps:,} steps"
+        lines = [f"{self.agent} on {self.task}{env}: {seeds}, {length} each, into {folder}"]
+        path, name = self.preset.path, agent_class(self.agent).__name__
+        seeds = ", ".join(map(str, self.preset.chosen_on_seeds))
+        chosen = f", chosen on seeds {seeds}" if seeds else ""
+        lines += [f"preset {_short(path)} [{self.preset.table}]{chosen}" if path else "no preset"]
+        differing = [
+            f"{setting}={text} ({grammar.text_of(f.default)})"
+            for f in dataclasses.fields(agent_class(self.agent))
+            for setting, text in [(f.name, self.texts["settings"][f.name])]
+            if text != grammar.text_of(f.default)
+        ]
+        lines += [f"settings ({name}'s default): {', '.join(differing)}" if differing else f"{name}'s default settings"]
+        if len(self.groups) > 1:
+            lines += [f"{len(self.groups)} groups, one after another: {' | '.join(self.groups)}"]
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------ folders
+
+    def folder(self) -> Path:
+        """Where the run goes."""
+        if self.options.out is not None:
+            return Path(self.options.out)
+        name = re.sub(r"[^\w.-]+", "-", f"{self.agent}-{self.task}")
+        n = 1
+        while os.path.lexists(f"runs/{name}-{n}"):
+            n += 1
+        return Path(f"runs/{name}-{n}")
+
+    def begin(self, folder: Path) -> None:
+        """With several groups, make the common folder and keep the plan in it."""
+        if len(self.groups) > 1:
+            run_folder.create(folder)
+            content = {
+                "agent": self.agent,
+                "task": self.task,
+                "env": self.env,
+                "lifelong": self.lifelong,
+                "flags": self.texts,
+            }
+            put(folder / PLAN, tomli_w.dumps(content))
+
+    # ------------------------------------------------------------------ training
+
+    def trackers(self) -> list[TrackerFactory]:
+        """Where metrics go besides the run's folder."""
+        options = self.options
+        chosen = [to_tensorboard()] if options.tensorboard else []
+        return [*chosen, to_wandb(options.wandb_project)] if options.wandb else chosen
+
+    def train(self, label: str, folder: Path, inexact: bool = False, header: str = "") -> Run:
+        """Train one group; one that is there already goes on, or is read if it has ended.
+
+        Args:
+            label: of the group.
+            folder: of the whole plan.
+            inexact: as for `rlmeta resume`.
+            header: printed once nothing can be wrong with the run any more.
+        """
+        settings, where, quiet = self.groups[label], group_folder(folder, label), self.options.quiet
+        if label and (where / run_folder.CONFIG).is_file():
+            return self._go_on(settings, where, inexact)
+        trackers = self.trackers()
+        run = training.prepare(
+            settings,
+            self.problem(),
+            self.budget,
+            seeds=self.seeds,
+            lifelong=self.methods(),
+            out=where,
+            device=self.options.device,
+            threads=self.options.threads,
+        )
+        for line in filter(None, (header, label if not quiet else "")):
+            print(line)
+        return training.go(run, trackers=trackers, progress=not quiet)
+
+    def _go_on(self, settings: Any, where: Path, inexact: bool) -> Run:
+        """Go on with a group that has begun, or read one that has ended."""
+        env = None if isinstance(self.source, str) else self.source
+        if isinstance(env, NativeEnv):
+            env = dataclasses.replace(env, **self.env)  # type: ignore[type-var]
+        again: dict[str, Any] = {
+            "network": getattr(settings, "network", None),
+            "env": env,
+            "lifelong": self.methods(),
+            "own": {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {},
+        }
+        if (where / run_folder.SUMMARY).is_file():
+            return load(where, **again)
+        return go_on(where, **again, progress=not self.options.quiet, inexact=inexact)
+
+
+def go_on(
+    folder: Path,
+    *,
+    network: NetworkFactory | None,
+    env: Any,
+    lifelong: Sequence[Method],
+    own: Mapping[str, Any],
+    progress: bool,
+    inexact: bool,
+) -> Run:
+    """Resume a single run, with the trackers it had.
+
+    Raises:
+        CheckpointError: nothing to resume there.
+    """
+    if not is_run(folder):
+        raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
+    return training.resume(
+        folder,
+        network=network,
+        env=env,
+        lifelong=lifelong,
+        own=own,
+        trackers=trackers_of(folder),
+        progress=progress,
+        inexact=inexact,
+    )
+
+
+def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
+    """The plan of a command line, with the preset as the flags' defaults; `--help` prints them and exits.
+
+    Raises:
+        SettingError, UnknownNameError: a name, a flag or a value that is wrong.
+    """
+    cls = agent_class(agent)
+    dotted, rest = _dotted_settings(arguments)
+    env = dotted.pop("env", {})
+    source = _peek(rest, "--preset")
+    preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
+    steps = {} if preset.steps is None else {"steps": preset.steps}
+    groups = {"run": (Options, {}), "budget": (Budget, steps), agent: (cls, preset.settings)}
+    texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
+    texts["settings"] = texts.pop(agent)
+    plan = Plan(agent, task_name, env, dotted, texts, preset)
+    plan.check()
+    return plan
+
+
+def is_plan(folder: Path) -> bool:
+    """Whether the folder holds the groups of a plan."""
+    return (folder / PLAN).is_file()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run, or the groups of a plan."""
+    return is_plan(folder) or (folder / run_folder.CONFIG).is_file()
+
+
+def from_folder(folder: Path) -> Plan:
+    """The plan that is kept in a folder.
+
+    Raises:
+        CheckpointError: the file is not one of a plan.
+    """
+    path = folder / PLAN
+    content = read_toml(path)
+    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "flags": dict}
+    groups: dict[str, Any] = {"run": Options, "budget": Budget, "settings": None}
+    fits = set(content) == set(kinds) and all(isinstance(content[name], kind) for name, kind in kinds.items())
+    fits = fits and all(isinstance(table, dict) for table in content["lifelong"].values())
+    fits = fits and set(content["flags"]) == set(groups)
+    if not fits or not all(_are_texts(table) for table in content["flags"].values()):
+        raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")
+    groups["settings"] = agent_class(content["agent"])
+    for name, cls in groups.items():
+        _check_flags(cls, content["flags"][name], f"{path} [flags.{name}]")
+    return Plan(content["agent"], content["task"], content["env"], content["lifelong"], content["flags"])
+
+
+def _are_texts(table: Any) -> bool:
+    return isinstance(table, dict) and all(isinstance(text, str) for text in table.values())
+
+
+def _check_flags(cls: Any, texts: dict[str, str], where: str) -> None:
+    """Refuse flags that are not those of a group."""
+    check_names(cls, texts, where)
+    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in texts and f.default is not None]
+    if lacking:
+        raise CheckpointError(f"{where} lacks {lacking[0]!r}: restore it from a copy")
+
+
+def group_folder(folder: Path, label: str) -> Path:
+    """The folder of a group; the common one for an only group."""
+    return folder / re.sub(r"[^\w=.,-]+", "-", label)
+
+
+def members(folder: Path) -> dict[str, Path]:
+    """The folders of single runs in a run's folder, by the group's label: itself, or its groups so far."""
+    if not is_plan(folder):
+        return {"": folder}
+    folders = {label: group_folder(folder, label) for label in from_folder(folder).groups}
+    return {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
+
+
+def _compares(cls: type, name: str, text: str) -> bool:
+    return len(grammar.values(cls, name, text)) > 1
+
+
+def _seeds_of(text: str) -> range:
+    """The seeds of `100-115`, both ends included, or of a single one.
+
+    Raises:
+        SettingError: the last is below the first.
+        ValueError: it is neither.
+    """
+    first, dash, last = text.partition("-")
+    low, high = grammar.whole(first), grammar.whole(last if dash else first)
+    if high < low:
+        raise SettingError(f"{high} is below {low}: the first seed, then the last, as in {high}-{low}")
+    if high - low >= MOST_SEEDS:
+        raise ValueError(text)
+    return range(low, high + 1)
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _whole(text: str, flag: str) -> int:
+    try:
+        return grammar.whole(text)
+    except ValueError:
+        raise SettingError(f"{flag} is {text!r}, expected given, all, or a whole number") from None
+
+
+def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Arguments of the environment (`--env.KEY VALUE`) and of lifelong methods (`--ewc.KEY VALUE`), and the rest."""
+    named = own_code.methods_named(_peek(arguments, "--lifelong") or "")
+    owners = ("env", *METHODS, *(one.name for one in named))
+    settings: dict[str, dict[str, Any]] = {}
+    others, rest = [], deque(arguments)
+    while rest:
+        token = rest.popleft()
+        flag, equals, value = token.partition("=")
+        owner, dot, key = flag.removeprefix("--").partition(".")
+        if not flag.startswith("--") or not dot or owner not in owners:
+            others.append(token)
+            continue
+        name, of = key.replace("-", "_"), settings.setdefault(owner, {})
+        if not name.isidentifier() or name in of:
+            said = "is given twice" if name in of else f"names no argument: --{owner}.KEY VALUE"
+            raise SettingError(f"{flag} {said}")
+        if not equals and (not rest or rest[0].startswith("--")):
+            raise SettingError(f"{flag} needs a value")
+        of[name] = grammar.scalar(value if equals else rest.popleft())
+    return settings, others
+
+
+def _peek(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that must be known before all flags are read."""
+    for token, following in zip(arguments, [*arguments[1:], ""]):
+        if token == flag:
+            return following
+        if token.startswith(f"{flag}="):
+            return token.removeprefix(f"{flag}=")
+    return None

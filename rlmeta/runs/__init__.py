@@ -1,0 +1,1 @@
+"""What a run is, where it is kept, and the loop that drives it."""

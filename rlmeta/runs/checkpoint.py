@@ -1,0 +1,464 @@
+"""Checkpoints: a state and a description of it in one folder, complete at every moment, checksummed, without pickle.
+
+A checkpoint is a manifest and the files it names. Tensors lie in safetensors files named by the sha256 of their bytes,
+so a file that is there already is never written again: the long tensors of a replay memory are cut along their capacity
+into segments of `SEGMENT_BYTES`, and only the segments that changed reach the disk.
+
+    state/manifest.json            the newest checkpoint: schema, leaves (dtype, shape, files), file sizes, `about`
+    state/manifest.previous.json   the one before it, used with a warning where the newest turns out damaged
+    state/<sha256>.safetensors     tensors of either
+
+Saving writes tensors first (temporary file in the same folder, fsync, rename), then fsyncs the folder, then replaces
+the manifest and fsyncs again, and only then removes files that neither manifest names. Whatever moment a process dies
+at, `manifest.json` names a complete checkpoint. One process writes a folder (`run_folder.lock`); any number may read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.functional.tree import Tree
+from rlmeta.runs.files import Buffer, Damaged, file_exists, file_signature, read_bytes, sync_folder, write_file
+from rlmeta.runs.manifest import (
+    BLOB,
+    CODES,
+    DTYPES,
+    MANIFEST,
+    MANIFEST_LIMIT,
+    PREVIOUS,
+    Leaf,
+    Manifest,
+    encode_manifest,
+    read_manifest,
+)
+
+SEGMENT_BYTES = 4 << 20
+"""Size of a replay segment over all learners; a leaf that is not longer stays in the common file."""
+
+HEADER_LIMIT = 32 << 20
+READ_ATTEMPTS = 10
+
+Pair: TypeAlias = tuple[dict[str, Tree], dict[str, Any]]
+
+_TEMPORARY = re.compile(r"([0-9a-f]{64}\.safetensors|manifest(\.previous)?\.json)\.tmp")
+_SEGMENT = "segment"
+
+
+class Saved(NamedTuple):
+    """What one `save` did to the folder: file names by fate, and the bytes it had to write."""
+
+    written: tuple[str, ...]
+    reused: tuple[str, ...]
+    removed: tuple[str, ...]
+    bytes_written: int
+
+
+class Loaded(tuple[dict[str, Tree], dict[str, Any]]):
+    """The pair `(state, about)`; `damage` is None, or why the newest checkpoint was passed over for the one before."""
+
+    damage: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    folder: str | os.PathLike[str],
+    state: dict[str, Tree],
+    about: dict[str, Any],
+    segmented: Sequence[str] = ("replay",),
+    *,
+    learner_axes: int,
+) -> Saved:
+    """Write a checkpoint into `folder` (made if missing) and make it the newest, or leave the folder as it was.
+
+    Args:
+        folder: the `state/` folder of a run.
+        state: nested dictionary of tensors `[*L, ...]` on any device; names are non-empty and hold no '/'.
+        about: what else a resume needs, in plain JSON values (NaN and infinities allowed; tuples come back as lists).
+        segmented: leaves with one of these names in their path are `[*L, C, ...]` with a capacity C, saved in segments.
+        learner_axes: number of axes in `*L`.
+
+    Returns:
+        The names of the files written, reused and removed.
+
+    Raises:
+        SettingError: something in `state` or `about` cannot be saved; nothing was written.
+        CheckpointError: the disk is full or failing (the previous checkpoint is intact), or the folder holds a
+            checkpoint of a newer schema.
+    """
+    folder = Path(folder)
+    leaves = _named_leaves(state)
+    if not isinstance(about, dict):
+        raise SettingError(f"`about` is a {type(about).__name__}, expected a dictionary: wrap it in one")
+    _check_json(about, "about")
+    try:
+        return _commit(folder, leaves, about, frozenset(segmented), learner_axes)
+    except OSError as error:
+        raise _save_error(folder, error) from error
+
+
+def _commit(
+    folder: Path, leaves: dict[str, Tensor | None], about: dict[str, Any], segmented: frozenset[str], learner_axes: int
+) -> Saved:
+    """The order of writes that makes a checkpoint appear at once."""
+    _make_folder(folder)
+    newest = _rotatable(folder)
+    _collect(folder)
+    writer = _Writer(folder)
+    try:
+        stored = _write_leaves(writer, leaves, segmented, learner_axes)
+        manifest = encode_manifest(Manifest(stored, writer.files, about))
+        sync_folder(folder)
+        if newest is not None:
+            write_file(folder / PREVIOUS, [newest])
+        write_file(folder / MANIFEST, [manifest])
+        sync_folder(folder)
+    except BaseException:
+        _collect(folder)
+        raise
+    return Saved(tuple(writer.written), tuple(writer.reused), _collect(folder), writer.bytes_written)
+
+
+class _Writer:
+    """Content-addressed writing into one folder, and the account of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, int] = {}
+        self.written: list[str] = []
+        self.reused: list[str] = []
+        self.bytes_written = 0
+
+    def store(self, tensors: dict[str, Tensor]) -> str:
+        """The name of a file that holds `tensors`, written now unless it lies there intact."""
+        buffers = _encode_tensors(tensors)
+        digest = hashlib.sha256()
+        for buffer in buffers:
+            digest.update(buffer)
+        name, size = f"{digest.hexdigest()}.safetensors", sum(map(len, buffers))
+        if name in self.files:
+            return name
+        self.files[name] = size
+        path = self.folder / name
+        if _intact(path, size):
+            self.reused.append(name)
+            return name
+        write_file(path, buffers)
+        _remember(path)
+        self.written.append(name)
+        self.bytes_written += size
+        return name
+
+
+def _write_leaves(
+    writer: _Writer, leaves: dict[str, Tensor | None], segmented: frozenset[str], axis: int
+) -> dict[str, Leaf | None]:
+    """Store every leaf, and say where; the order is that of `leaves`."""
+    stored: dict[str, Leaf | None] = dict.fromkeys(leaves)
+    common: dict[str, Tensor] = {}
+    for path, leaf in leaves.items():
+        if leaf is None:
+            continue
+        if leaf.dim() > axis and leaf.nbytes > SEGMENT_BYTES and not segmented.isdisjoint(path.split("/")):
+            rows = max(1, SEGMENT_BYTES // (leaf.nbytes // leaf.shape[axis]))
+            files = tuple(writer.store({_SEGMENT: segment}) for segment in torch.split(leaf, rows, axis))
+            stored[path] = Leaf(_dtype_name(leaf), tuple(leaf.shape), files, axis, rows)
+        else:
+            common[path] = leaf
+    if common:
+        name = writer.store(common)
+        stored.update({path: Leaf(_dtype_name(leaf), tuple(leaf.shape), (name,)) for path, leaf in common.items()})
+    return stored
+
+
+def _encode_tensors(tensors: dict[str, Tensor]) -> list[Buffer]:
+    """The bytes of a safetensors file, without copying tensors that are contiguous on the CPU.
+
+    The library's own writer refuses tensors that share memory, which a state may (a target network at its start).
+    """
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    header: dict[str, Any] = {}
+    data: list[Buffer] = []
+    offset = 0
+    for name in ordered:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+        data.append(_bytes_of(tensor))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise SettingError(f"the names of {len(tensors)} tensors take {len(text)} bytes, above {HEADER_LIMIT}")
+    return [len(text).to_bytes(8, "little") + text, *data]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The elements of a tensor in row-major order, as bytes."""
+    plain = tensor.detach().contiguous().resolve_conj().resolve_neg().cpu()
+    row = plain.as_strided((plain.numel(),), (1,))  # `reshape` keeps the odd stride of an axis of size 1
+    return row.view(torch.uint8).numpy().data
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _named_leaves(state: dict[str, Tree]) -> dict[str, Tensor | None]:
+    """Every leaf by its path 'a/b' in order, with None for an empty dictionary; refuses what cannot be saved."""
+    if not isinstance(state, dict):
+        raise SettingError(f"a state is a dictionary of tensors, not {type(state).__name__}: wrap it in one")
+    named: dict[str, Tensor | None] = {}
+
+    def visit(tree: Tree, path: str) -> None:
+        if not isinstance(tree, dict):
+            _check_leaf(tree, path)
+            named[path] = tree
+            return
+        if not tree and path:
+            named[path] = None
+        for name, value in tree.items():
+            _check_name(name, path)
+            visit(value, f"{path}/{name}" if path else name)
+
+    visit(state, "")
+    return named
+
+
+def _check_name(name: Any, parent: str) -> None:
+    good = isinstance(name, str) and name not in ("", "__metadata__") and "/" not in name
+    if good:
+        with contextlib.suppress(UnicodeEncodeError):
+            name.encode()
+            return
+    raise SettingError(f"the state has a name {name!r} in '{parent}': names are text, not empty, without '/'")
+
+
+def _check_leaf(leaf: Any, path: str) -> None:
+    if not isinstance(leaf, Tensor):
+        raise SettingError(f"state '{path}' is a {type(leaf).__name__}: keep tensors there and plain values in `about`")
+    if leaf.dtype not in CODES or leaf.layout != torch.strided or leaf.device.type == "meta":
+        raise SettingError(
+            f"state '{path}' is a {leaf.layout} tensor of {leaf.dtype} on {leaf.device}, which cannot be saved: "
+            f"use a dense tensor of {', '.join(DTYPES)}"
+        )
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON would not give back as it was (tuples aside)."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            if not isinstance(name, str):
+                raise SettingError(f"{where} has the name {name!r} ({type(name).__name__}): JSON needs text, use str()")
+            _check_json(child, f"{where}/{name}")
+    elif isinstance(value, list | tuple):
+        for index, child in enumerate(value):
+            _check_json(child, f"{where}/{index}")
+    elif value is not None and not isinstance(value, str | bool | int | float):
+        raise SettingError(f"{where} is a {type(value).__name__}: give plain numbers, text, lists and dictionaries")
+
+
+def _save_error(folder: Path, error: OSError) -> CheckpointError:
+    reason = error.strerror or str(error)
+    advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk and its permissions"
+    kept = "the previous checkpoint is intact" if file_exists(folder / MANIFEST) else "no checkpoint was there before"
+    return CheckpointError(f"cannot save a checkpoint in {folder}: {reason}; {kept}; {advice} and resume the run")
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load(folder: str | os.PathLike[str]) -> Loaded:
+    """Read the newest checkpoint of `folder`, every file checked by size and sha256 before it is used.
+
+    Where the newest is damaged the one before it is read instead: a `RuntimeWarning` says so, and so does `damage` of
+    the value returned.
+
+    Args:
+        folder: the `state/` folder of a run; it is only read.
+
+    Returns:
+        `(state, about)`, tensors on the CPU with the dtypes, shapes and order they were saved with.
+
+    Raises:
+        CheckpointError: no checkpoint, none that is whole, or one of an unknown schema.
+    """
+    pair, damage = _first_good(Path(folder), _read_state)
+    loaded = Loaded(pair)
+    loaded.damage = damage
+    return loaded
+
+
+def about(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the newest checkpoint says about itself; reads the manifest and no tensors (see `load` for errors)."""
+    found, _ = _first_good(Path(folder), lambda _, manifest: ({}, manifest.about))
+    return found[1]
+
+
+def _first_good(folder: Path, read: Callable[[Path, Manifest], Pair]) -> tuple[Pair, str | None]:
+    """`read(folder, manifest)` of the newest checkpoint, or of the one before with the reason."""
+    if not file_exists(folder / MANIFEST) and not file_exists(folder / PREVIOUS):
+        raise CheckpointError(f"no checkpoint in {folder} (no {MANIFEST}): give the folder of a run that has saved one")
+    damage = ""
+    for _ in range(READ_ATTEMPTS):  # a run that goes on saving may remove files between two reads
+        before = file_signature(folder / MANIFEST)
+        try:
+            return read(folder, read_manifest(folder / MANIFEST)), None
+        except Damaged as error:
+            damage = str(error)
+        if file_signature(folder / MANIFEST) == before:
+            break
+    try:
+        found = read(folder, read_manifest(folder / PREVIOUS))
+    except Damaged as error:
+        raise CheckpointError(
+            f"{damage}; the checkpoint before it does not help ({error}): restore {folder} from a copy"
+        ) from error
+    warnings.warn(f"{damage}; using the checkpoint before it", RuntimeWarning, stacklevel=3)
+    return found, damage
+
+
+def _read_state(folder: Path, manifest: Manifest) -> Pair:
+    state: dict[str, Tree] = {}
+    opened: dict[str, dict[str, Tensor]] = {}
+    for path, leaf in manifest.leaves.items():
+        *parents, name = path.split("/")
+        node = state
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = {} if leaf is None else _read_leaf(folder, manifest, path, leaf, opened)
+    return state, manifest.about
+
+
+def _read_leaf(folder: Path, manifest: Manifest, path: str, leaf: Leaf, opened: dict[str, dict[str, Tensor]]) -> Tensor:
+    """One tensor; `opened` remembers the files that hold whole leaves."""
+    if leaf.axis is None or leaf.rows is None:
+        (name,) = leaf.files
+        if name not in opened:
+            opened[name] = _read_tensors(folder / name, manifest.files[name])
+        return _expect(opened[name], path, leaf.dtype, leaf.shape, folder / name)
+    try:
+        whole = torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype], device="cpu")
+    except RuntimeError as error:
+        raise CheckpointError(f"no memory for '{path}' of {leaf.shape} in {folder}: use a larger machine") from error
+    for name, part in zip(leaf.files, torch.split(whole, leaf.rows, leaf.axis), strict=True):
+        tensors = _read_tensors(folder / name, manifest.files[name])
+        part.copy_(_expect(tensors, _SEGMENT, leaf.dtype, tuple(part.shape), folder / name))
+    return whole
+
+
+def _expect(tensors: dict[str, Tensor], name: str, dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
+        found = "nothing" if tensor is None else f"{_dtype_name(tensor)} {tuple(tensor.shape)}"
+        raise Damaged(f"{path} holds {found} for '{name}', the manifest says {dtype} {shape}")
+    return tensor
+
+
+def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, after its size, sha256 and header size were found right."""
+    data = read_bytes(path, size)
+    if len(data) != size:
+        raise Damaged(f"{path} has {len(data)} bytes of {size}: the file is truncated or foreign")
+    if f"{hashlib.sha256(data).hexdigest()}.safetensors" != path.name:
+        raise Damaged(f"{path} does not match its sha256: the file is corrupted")
+    if int.from_bytes(data[:8], "little") > HEADER_LIMIT:
+        raise Damaged(f"{path} declares a header above {HEADER_LIMIT} bytes: the file is foreign")
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # the library raises errors of several kinds on malformed input
+        raise Damaged(f"{path} is not a safetensors file ({error})") from error
+    _remember(path)
+    # in memory of their own: the bits of a matrix product depend on where its factors begin, and these begin anywhere
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+_verified: dict[Path, tuple[int, ...]] = {}
+"""Files whose content this process has written or checked, with their signature at that time.
+
+A name alone does not prove the content: after a fall back to the previous checkpoint an equal run makes the very hash
+of the damaged file again, and must not take that file for good.
+"""
+
+
+def _intact(path: Path, size: int) -> bool:
+    """Whether the file at `path` has the content its name promises; read only if this process has not done so yet."""
+    signature = file_signature(path)
+    if signature is None:
+        return False
+    if _verified.get(path.absolute()) == signature:
+        return True
+    try:
+        data = read_bytes(path, size)
+    except Damaged:
+        return False
+    if f"{hashlib.sha256(data).hexdigest()}.safetensors" != path.name:
+        return False
+    _remember(path)
+    return True
+
+
+def _remember(path: Path) -> None:
+    signature = file_signature(path)
+    if signature is not None:
+        _verified[path.absolute()] = signature
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def _rotatable(folder: Path) -> bytes | None:
+    """The bytes of the newest manifest if it is worth keeping as the previous one; a newer schema is refused."""
+    path = folder / MANIFEST
+    try:
+        read_manifest(path)
+        return read_bytes(path, MANIFEST_LIMIT)
+    except Damaged:
+        return None
+
+
+def _collect(folder: Path) -> tuple[str, ...]:
+    """Remove temporary files, and tensor files that neither manifest names; what cannot be removed stays for later."""
+    named: set[str] | None = set()
+    for manifest in (MANIFEST, PREVIOUS):
+        if named is not None and os.path.lexists(folder / manifest):
+            try:
+                named |= read_manifest(folder / manifest).files.keys()
+            except CheckpointError:
+                named = None  # someone may still rescue what a damaged manifest names
+    removed: list[str] = []
+    try:
+        present = sorted(os.listdir(folder))
+    except OSError:
+        return ()
+    for name in present:
+        unused = BLOB.fullmatch(name) and named is not None and name not in named
+        if unused or _TEMPORARY.fullmatch(name):
+            with contextlib.suppress(OSError):
+                os.unlink(folder / name)
+                removed.append(name)
+                _verified.pop((folder / name).absolute(), None)
+    return tuple(removed)

@@ -1,0 +1,309 @@
+"""What a run is of: settings, seeds, a task, a budget; and how that is written down in `config.toml`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmeta.envs.demonstrations import Demonstrations, Unread
+from rlmeta.envs.streams import TaskStream
+from rlmeta.errors import SettingError
+from rlmeta.functional import random
+from rlmeta.learning import settings as settings_
+from rlmeta.learning.field_types import check_values, require_type
+from rlmeta.learning.learner import Learner
+from rlmeta.learning.method import Method, check_needs, checked_methods
+from rlmeta.learning.settings import require
+from rlmeta.runs import grammar
+from rlmeta.runs.digests import digest_of
+from rlmeta.runs.shipped import METHODS
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train and how often to look."""
+
+    steps: int = 100_000
+    """Environment steps of each learner (samples, tasks or gradient steps where it does not act), on every task of a
+    stream, rounded up to a whole iteration."""
+    epochs: float = 0.0
+    """Instead of steps, passes over the training samples of every task, each over its own, rounded up to a whole
+    iteration; 0 for steps."""
+    eval_every: int = 0
+    """Environment steps between two evaluations; 0 for a tenth of the budget, or more where gymnasium's episodes may be
+    so long that evaluation would take more than a fifth of the steps. All tasks of a stream are evaluated after each of
+    them instead."""
+    eval_episodes: int = 0
+    """Episodes of each learner in a periodic evaluation, on every task of a stream; 0 for 16, or fewer (at least 4)
+    where these would take more than a fifth of the steps."""
+    final_episodes: int = 0
+    """Episodes of each learner in the evaluation at the end; 0 for 64, or fewer (at least 4) where these would take
+    more than a fifth of the steps."""
+    target: float = math.inf
+    """A learner stops early once the mean score of a periodic evaluation is this good: as high for returns and
+    accuracies, as low for losses and errors; inf for never, as always on a stream."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between two checkpoints."""
+    log_points: int = 200
+    """Lines in metrics.jsonl over the whole budget, about."""
+
+    def __post_init__(self) -> None:
+        check_values(Budget, vars(self), "budget")
+        for name in ("steps", "log_points"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("eval_every", "eval_episodes", "final_episodes", "checkpoint_seconds"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        require(0 <= self.epochs < math.inf, f"epochs is {self.epochs:g}, expected a number of at least 0")
+
+
+MOST_THREADS = 4096
+
+
+def chosen_seeds(given: Any) -> tuple[int, ...]:
+    """The seeds that a count (the first so many) or a sequence of whole numbers names.
+
+    Raises:
+        SettingError: neither, a negative or repeated seed, or none at all.
+    """
+    expected = f"seeds is {given!r}, expected how many (16), or which: whole numbers from 0 on, such as range(100, 116)"
+    if isinstance(given, bool | str | bytes):
+        raise SettingError(expected)
+    if isinstance(given, Integral):
+        require(int(given) >= 1, f"seeds is {given}, expected at least one")
+        return tuple(range(int(given)))
+    values = given.tolist() if isinstance(given, np.ndarray | Tensor) else given
+    if not isinstance(values, Iterable):
+        raise SettingError(expected)
+    found = tuple(values)
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < 1 << 63 for one in found):
+        raise SettingError(expected)
+    require(len(found) > 0, "no seeds given, expected at least one")
+    require(len(set(found)) == len(found), f"seeds repeat: {list(found)}")
+    return tuple(int(one) for one in found)
+
+
+def available_threads() -> int:
+    """As many as OMP_NUM_THREADS says, as everywhere in torch; else one a core."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else os.cpu_count() or 1
+
+
+class Problem(Protocol):
+    """What learners are trained on: a task, labelled samples, a family, or a stream of tasks."""
+
+    @property
+    def name(self) -> str:
+        """As tables, plots and folders call it."""
+        ...
+
+    @property
+    def native(self) -> bool:
+        """Whether its rows are tensors of ours, so that they cost nothing and any learner's can be put back."""
+        ...
+
+    def world(self, learner_shape: tuple[int, ...], num_envs: int) -> Any:
+        """Rows `[*L, N]` of it to learn in."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What `config.toml` says of it, enough to make it again where it is not the user's own code."""
+        ...
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Variants of settings that share their static values, by orders of a stream, by seeds: one batch of learners."""
+
+    variants: tuple[Any, ...]
+    seeds: tuple[int, ...]
+    problem: Problem
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    methods: tuple[Method, ...] = ()
+    device: str = "cpu"
+    threads: int = 0
+    """Processor cores to use; 0 takes all. Equal bits need equal threads, so a resumed run takes the same."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", chosen_seeds(self.seeds))
+        require_type(self.threads, int, "threads")
+        require(0 <= self.threads <= MOST_THREADS, f"threads is {self.threads}, expected 0 to {MOST_THREADS}")
+        require_type(self.device, str, "device")
+        checked_methods(self.methods)
+        for one in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
+            settings_.check_choices(one)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
+        if isinstance(self.problem, TaskStream):
+            check_needs(self.methods, self.problem.revealed, self.problem.name)
+            require(
+                not math.isfinite(self.budget.target),
+                f"target is {self.budget.target:g}, but every task of the stream {self.problem.name!r} is trained on "
+                "for the whole budget: leave it out",
+            )
+        elif self.methods:
+            raise SettingError(
+                f"lifelong methods are for streams of tasks, {self.problem.name!r} is none: `rlmeta list streams` "
+                "shows them"
+            )
+
+    @property
+    def learners(self) -> list[tuple[Any, int]]:
+        """(settings, seed) of every learner: variant by variant, in each order by order."""
+        return [(variant, seed) for variant in self.variants for _ in self._orders for seed in self.seeds]
+
+    @property
+    def repeats(self) -> int:
+        """Learners of each variant."""
+        return len(self._orders) * len(self.seeds)
+
+    @property
+    def _orders(self) -> tuple[tuple[int, ...], ...]:
+        return self.problem.orders() if isinstance(self.problem, TaskStream) else ((0,),)
+
+    @property
+    def orders(self) -> Tensor:
+        """The order in which every learner meets the tasks of a stream, `[S, T]`."""
+        rows = [order for _ in self.variants for order in self._orders for _ in self.seeds]
+        return torch.tensor(rows, device="cpu")
+
+    @property
+    def labels(self) -> list[str]:
+        """What sets each variant apart; [''] for a single one."""
+        own = [settings_.difference(variant, self.variants) for variant in self.variants]
+        of_methods = [self._difference_of_methods(i) for i in range(len(self.variants))]
+        return [", ".join(filter(None, parts)) for parts in zip(own, of_methods)]
+
+    def _difference_of_methods(self, variant: int) -> str:
+        """The methods' settings that differ between variants, as `ewc.strength=10`."""
+        said = []
+        for method in self.methods:
+            for name in _compared(method):
+                values = settings_.values_of(getattr(method, name))
+                if len(set(values)) > 1:
+                    said.append(f"{method.name}.{name}={values[variant]:g}")
+        return ", ".join(said)
+
+    @property
+    def learner_labels(self) -> list[str]:
+        """What sets every learner apart besides its seed, '' for nothing."""
+        orders = [f"order={i}" for i in range(len(self._orders))] if len(self._orders) > 1 else [""]
+        return [
+            ", ".join(filter(None, (label, order))) for label in self.labels for order in orders for _ in self.seeds
+        ]
+
+    @property
+    def agent_name(self) -> str:
+        """As on the command line."""
+        return settings_.name_of(type(self.variants[0]))
+
+    def keys(self) -> Tensor:
+        """The learners' random keys `[S]`: of the seed alone, so that variants meet the same luck."""
+        return random.make_keys([seed for _, seed in self.learners], device=self.device)
+
+    def hyper(self) -> dict[str, Tensor]:
+        """The per-learner settings `{name: [S]}`."""
+        return settings_.hyper_tensors(self.variants, self.repeats, self.device)
+
+    def world(self, num_envs: int | None = None) -> Any:
+        """The learners' rows, as many for each as given or as the settings say."""
+        return self.problem.world((len(self.learners),), num_envs or self.variants[0].num_envs)
+
+    def bind(self, world: Any) -> Learner:
+        """The learner on the world's spaces."""
+        merged = settings_.merge(self.variants)
+        learner: Learner = merged.bind(world.observation_space, world.action_space, self.methods)
+        if isinstance(self.problem, TaskStream):
+            learner.reveals = self.problem.revealed
+            learner.num_tasks = len(self.problem) if "boundaries" in learner.reveals else 1
+        learner.task_samples = getattr(world, "task_samples", None)
+        return learner
+
+    def use_threads(self) -> None:
+        """Set torch's threads; a few small learners gain nothing from more than one."""
+        threads = self.threads or available_threads()
+        torch.set_num_threads(threads if len(self.learners) >= 4 else 1)
+
+    def digests(self) -> dict[str, str]:
+        """Checksums of the arrays that it depends on, by what they are of: the problem, settings, methods."""
+        settings = settings_.static_values(self.variants[0])
+        found = {"data of the problem": digest_of(self.problem)}
+        found |= {name: digest_of(value) for name, value in settings.items()}
+        found |= {f"data of {method.name}": digest_of(method) for method in self.methods}
+        return {name: digest for name, digest in found.items() if digest is not None}
+
+    def config(self) -> dict[str, Any]:
+        """The table of `config.toml`."""
+        return {
+            "exp_name": self.agent_name,
+            "env_id": self.problem.name,
+            "seeds": list(self.seeds),
+            "device": self.device,
+            "threads": self.threads or available_threads(),
+            "task": self.problem.describe(),
+            "budget": dataclasses.asdict(self.budget),
+            "digests": self.digests(),
+            "methods": [_method_table(method) for method in self.methods],
+            "variants": [_settings_table(variant) for variant in self.variants],
+        }
+
+
+def compare(agents_: Sequence[Any], methods: Sequence[Method]) -> tuple[tuple[Any, ...], tuple[Method, ...]]:
+    """Every agent's settings with every combination of the values that the methods' settings compare.
+
+    Returns:
+        The variants, and the methods with one value for each variant in what is compared.
+    """
+    combinations = list(itertools.product(*(_alone(method) for method in methods)))
+    if len(combinations) == 1:
+        return tuple(agents_), tuple(methods)
+    blocks = [combination for _ in agents_ for combination in combinations]
+    merged = [settings_.merge(column) if dataclasses.is_dataclass(column[0]) else column[0] for column in zip(*blocks)]
+    return tuple(agent for agent in agents_ for _ in combinations), tuple(merged)
+
+
+def _compared(method: Method) -> list[str]:
+    """The settings in which a method has a value for every variant."""
+    if not dataclasses.is_dataclass(method):
+        return []
+    names: list[str] = settings_.per_learner_names(type(method))
+    return [name for name in names if isinstance(getattr(method, name), Sequence)]
+
+
+def _alone(method: Method) -> list[Any]:
+    return settings_.variants(method) if _compared(method) else [method]
+
+
+def _settings_table(settings: Any) -> dict[str, Any]:
+    table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    for name, value in table.items():
+        if isinstance(value, Unread):
+            table[name] = value.name
+        elif isinstance(value, Demonstrations):
+            table[name] = os.path.abspath(value.path) if value.path else f"<{value}>"
+        elif dataclasses.is_dataclass(value):
+            table[name] = grammar.text_of(value)
+        elif isinstance(value, tuple):
+            plain = all(isinstance(one, int | float | str) for one in value)
+            table[name] = list(value) if plain else f"<{', '.join(str(one) for one in value)}>"
+        elif callable(value):
+            table[name] = f"{value.__module__}:{value.__qualname__}"
+    return {name: value for name, value in table.items() if value is not None}
+
+
+def _method_table(method: Method) -> dict[str, Any]:
+    settings: dict[str, Any] = _settings_table(method) if dataclasses.is_dataclass(method) else {}
+    cls = type(method)
+    own = {} if cls in METHODS.values() else {"class": f"{cls.__module__}:{cls.__qualname__}"}
+    return {"name": method.name, **own, "settings": settings}

@@ -1,0 +1,371 @@
+"""The one training loop: iterate, record, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.engine.clock import clock
+from rlmeta.envs.families import FamilyWorld
+from rlmeta.envs.streams import TaskStream
+from rlmeta.functional import random, tree
+from rlmeta.learning.learner import Metrics
+from rlmeta.learning.state import State, select
+from rlmeta.report.curves import write_curve
+from rlmeta.report.matrices import write_matrix
+from rlmeta.report.progress import Progress
+from rlmeta.report.trackers import Tracker, TrackerFactory
+from rlmeta.runs import stages
+from rlmeta.runs.records import Records
+from rlmeta.runs.run import Run, per_learner
+from rlmeta.runs.stages import Stage
+
+Callback = Callable[[Run, dict[str, Any]], bool | None]
+"""Called with the run and each line of metrics; returning True stops the run."""
+
+REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix")
+"""What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
+WORTH_A_LINE = 0.1
+"""Of the time: what evaluation took is said from there on."""
+ACTING = ("world", "memory", "episode")
+"""What moves on with live environments, which can't be put back while their neighbours go on."""
+
+
+class Loop:
+    """Iterations until the budget is spent, every learner is done, a callback says so, or the user interrupts."""
+
+    def __init__(
+        self, run: Run, callbacks: Sequence[Callback], trackers: Sequence[TrackerFactory], progress: bool
+    ) -> None:
+        self.run, self.callbacks, self.show_progress = run, callbacks, progress
+        self.budget = run.experiment.budget
+        self.steps_per_iteration = run.every
+        self.stages = run.stages
+        self.iterations = self.stages[-1].last
+        self.log_every = max(1, self.iterations // self.budget.log_points)
+        self.eval_every = max(1, round(self.budget.eval_every / self.steps_per_iteration))
+        self.done = int(run.state["count"]["iterations"].max())
+        self.interrupted = self.at_once = False
+        self.handler = signal.getsignal(signal.SIGINT)
+        self.frozen: dict[int, State] = {}
+        self._freeze()
+        self.eval_world: Any = None
+        if self.eval_every < self.iterations or run.stream is not None:
+            self.eval_world = run.evaluation_world(self.budget.eval_episodes)
+            if isinstance(self.eval_world, FamilyWorld):
+                self.eval_world.split = "validation"
+        self.records: dict[str, Records] = {}
+        if run.folder is not None:
+            self.records = {name: Records(run.folder / f"{name}.jsonl") for name in ("metrics", "timing")}
+            for name, offset in run.offsets.items():
+                self.records[name].truncate(offset)
+        self.tracker_factories, self.trackers = trackers, list[Tracker]()
+
+    @property
+    def stream(self) -> TaskStream:
+        """The stream of a run that is on one."""
+        assert self.run.stream is not None
+        return self.run.stream
+
+    # ------------------------------------------------------------------ the loop
+
+    def go(self) -> Run:
+        """Run to the end."""
+        run = self.run
+        clock.reset()
+        started = saved = time.perf_counter()
+        already, before = run.seconds, self.done
+        with (
+            self._resources(),
+            Progress(self.show_progress, run.experiment, self.iterations, self.steps_per_iteration, self.done) as bar,
+        ):
+            if self.done == 0:
+                self._save()
+            while self.done < self.iterations and self._active() and not run.stopped and not self.interrupted:
+                line = self._advance()
+                run.seconds = already + time.perf_counter() - started
+                self._record(line)
+                bar.update(self.done, line, run.seconds, clock.seconds)
+                if time.perf_counter() - saved >= self.budget.checkpoint_seconds:
+                    self._save()
+                    saved = time.perf_counter()
+            run.seconds = already + time.perf_counter() - started
+            if self.interrupted:
+                self._save()
+            else:
+                run.stopped = run.stopped or ("" if self._active() else "every learner has stopped")
+                self._finish()
+            if self.interrupted:
+                run.stopped = "interrupted"
+        if self.done > before:
+            self._say_what_evaluation_took()
+        return run
+
+    def _say_what_evaluation_took(self) -> None:
+        """Name the flags where evaluation took much of the time."""
+        total = sum(clock.seconds.values())
+        share = clock.seconds.get("evaluate", 0.0) / max(total, 1e-9)
+        if self.show_progress and share >= WORTH_A_LINE:
+            flags = "--final-episodes" if self.run.stream or not self.eval_world else "--eval-every, --final-episodes"
+            print(f"evaluation took {share:.0%} of the time ({flags}, --eval-episodes set it)", file=sys.stderr)
+
+    def _advance(self) -> dict[str, Any]:
+        """Iterations up to the next line of metrics, and that line."""
+        run, before = self.run, self._active_learners()
+        stage = next(stage for stage in self.stages if self.done < stage.last)
+        if run.stream is not None and int(run.state["stage"].max()) == stage.number:
+            self._begin(stage)
+        last = min(self._next(self.log_every), self._next(self.eval_every), stage.last)
+        for iteration in range(self.done, last):
+            progress = torch.full_like(run.state["progress"], stage.progress(iteration))
+            run.state["progress"] = progress
+            run.state["task"] = {**run.state["task"], "progress": progress}
+            self._forget_revived()  # what stops again within the iteration is not to go back to its first end
+            clock.switch("learn")
+            run.state, metrics = run.agent.iterate(run.state, run.world)
+            clock.switch("other")
+            accumulate(run.state, metrics)
+            self._freeze()
+        self.done = last
+        self._name_frozen(before)
+        line: dict[str, Any] = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
+        if self.done % self.log_every == 0 or self.done == self.iterations:
+            line.update(_lists(take_averages(run.state)))
+        if run.stream is not None:
+            if stage.ends_task and self.done == stage.last:
+                line.update(_lists(self._end_task(stage)))
+        elif self.eval_world is not None and self.done % self.eval_every == 0 and self.done < self.iterations:
+            line.update(_lists(self._evaluate()))
+        return line
+
+    def _begin(self, stage: Stage) -> None:
+        """Begin a stage of a stream; before the very first, see how well untrained learners do."""
+        run = self.run
+        run.state = stages.begin(run.agent, run.state, run.world, self.stream, run.experiment.orders, stage)
+        if stage.number == 0:
+            self._fill_matrix(0)
+        self._freeze()
+
+    def _end_task(self, stage: Stage) -> Metrics:
+        """End a task of a stream: what the methods keep of it, then the scores on all tasks."""
+        run = self.run
+        clock.switch("learn")
+        if stage.announced:
+            run.state = stages.end_task(run.agent, run.state, run.world)
+        self._freeze()
+        self._fill_matrix(stage.position + 1)
+        scores = run.matrix[..., stage.position + 1, :]
+        metric = run.agent.score.metric
+        defined = [j for j in range(scores.shape[-1]) if not bool(scores[..., j].isnan().all())]
+        return {f"{metric}_task_{j}": scores[..., j] for j in defined} | {
+            metric: scores[..., : stage.position + 1].mean(-1)
+        }
+
+    def _fill_matrix(self, row: int) -> None:
+        clock.switch("evaluate")
+        run, orders = self.run, self.run.experiment.orders
+        # the same episodes in every row: no luck in a difference
+        key = random.fold(run.state["key"], "stream evaluation")
+        scores = stages.score_tasks(
+            run.agent, run.state, self.eval_world, self.stream, orders, key, self.budget.eval_episodes
+        )
+        matrix = run.state["matrix"].clone()
+        matrix[..., row, :] = scores
+        run.state["matrix"] = matrix
+        clock.switch("other")
+
+    def _evaluate(self) -> Metrics:
+        """A periodic evaluation: keeps the best parameters, stops the learners that reached the target."""
+        clock.switch("evaluate")
+        state, agent, target = self.run.state, self.run.agent, self.budget.target
+        key = random.fold(random.fold(state["key"], "periodic evaluation"), self.done)
+        p = agent.seen(state)
+        result = agent.evaluate(p, self.eval_world, key, self.budget.eval_episodes)
+        score = result.returns.mean(-1)
+        current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}
+        best = state.get("best", current)
+        better = agent.score.better(score, best["score"])
+        state["best"] = tree.map(torch.clone, select(better & state["active"], current, best))
+        state["active"] = state["active"] & ~agent.score.reaches(score, target)
+        self._freeze()
+        clock.switch("other")
+        return {
+            agent.score.metric: score,
+            "eval/length": result.lengths.double().mean(-1),
+        }
+
+    def _freeze(self) -> None:
+        """Keep every learner that is not active bit-identical to where it stopped."""
+        state = self.run.state
+        active = state["active"]
+        self._forget_revived()
+        if bool(active.all()):
+            return
+        moving = REPORTED if self.run.experiment.problem.native else REPORTED + ACTING
+        still = {name: part for name, part in state.items() if name not in moving}
+        for learner in (~active).nonzero().flatten().tolist():
+            kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
+            tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
+
+    def _forget_revived(self) -> None:
+        """Let go of where learners had stopped that are active again: one that stops anew stays where it is then."""
+        if self.frozen:
+            active = self._active_learners()
+            self.frozen = {learner: kept for learner, kept in self.frozen.items() if not active[learner]}
+
+    def _active(self) -> bool:
+        return any(self._active_learners())
+
+    def _active_learners(self) -> list[bool]:
+        return self.run.state["active"].tolist()
+
+    def _name_frozen(self, before: Sequence[bool]) -> None:
+        """Say which learners lost their numbers since."""
+        names = self._names()
+        broken_task = getattr(self.run.agent, "broken_task", None)
+        for i, (name, was, active) in enumerate(zip(names, before, self._active_learners())):
+            if was and not active:
+                task = broken_task(self.run.state, self.run.world, i) if broken_task else ""
+                why = f" ({task})" if task else ""
+                text = f"{name} is no longer finite{why}: frozen by iteration {self.done}, the other learners go on"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _names(self) -> list[str]:
+        """What to call every learner."""
+        experiment = self.run.experiment
+        learners = zip(experiment.learner_labels, experiment.learners)
+        return [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
+
+    def _say_what_went_wrong(self) -> None:
+        """Warn where the final scores don't mean what they seem to."""
+        run = self.run
+        names = [name for name, score in zip(self._names(), run.scores.tolist()) if not math.isfinite(score)]
+        if names:
+            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            text = f"{len(names)} of {len(run.experiment.learners)} final scores are not finite: {some}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if not bool(run.state["count"]["gradient_steps"].any()):
+            text = "no learner has taken a gradient step: the scores are those of the initial parameters"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _next(self, every: int) -> int:
+        return (self.done // every + 1) * every
+
+    @contextmanager
+    def _resources(self) -> Iterator[None]:
+        """Catch Ctrl-C, so that the iteration is finished; close everything at the end."""
+        try:
+            signal.signal(signal.SIGINT, self._interrupt)
+            caught = True
+        except ValueError:  # not in the main thread: whoever runs us handles interrupts
+            caught = False
+        try:
+            for make in self.tracker_factories:
+                self.trackers.append(make(self.run))
+            yield
+        finally:
+            if caught:
+                signal.signal(signal.SIGINT, self.handler)
+            opened: list[Any] = [*self.records.values(), *self.trackers]
+            if self.eval_world is not None:
+                opened.append(self.eval_world)
+            for one in opened:
+                one.close()
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """The first Ctrl-C waits for the iteration, or ends the final evaluation; a second is not ours any more."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler)
+        if self.at_once:
+            raise KeyboardInterrupt
+
+    # ------------------------------------------------------------------ records and files
+
+    def _record(self, line: dict[str, Any]) -> None:
+        """Append the line to the records, hand it to trackers and callbacks."""
+        if self.records:
+            self.records["metrics"].write(line)
+            rate = line["env_steps"] * len(self.run.experiment.learners) / max(self.run.seconds, 1e-9)
+            times = {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
+            timing = {"iteration": self.done, "seconds": self.run.seconds, "charts/SPS": rate, **times}
+            self.records["timing"].write(timing)
+        for tracker in self.trackers:
+            tracker.log(line["env_steps"], {name: value for name, value in line.items() if isinstance(value, list)})
+        for callback in self.callbacks:
+            if callback(self.run, line):
+                self.run.stopped = "a callback stopped it"
+
+    def _finish(self) -> None:
+        """Save, evaluate the final parameters, plot; Ctrl-C leaves the evaluation to a resume."""
+        self._save()
+        try:
+            self.at_once = True
+            if self.interrupted:
+                return
+            clock.switch("evaluate")
+            self.run.evaluation = self.run.evaluate(self.budget.final_episodes)
+            clock.switch("other")
+        except KeyboardInterrupt:
+            self.interrupted = True
+            return
+        finally:
+            self.at_once = False
+        self._say_what_went_wrong()
+        self.run.write_summary()
+        if self.run.folder is not None:
+            write_curve(self.run)
+            if self.run.stream is not None:
+                write_matrix(self.run)
+
+    def _save(self) -> None:
+        run = self.run
+        about = {
+            "agent": run.experiment.agent_name,
+            "task": run.experiment.problem.name,
+            "iteration": self.done,
+            "offsets": {name: record.offset() for name, record in self.records.items()},
+            "seconds": run.seconds,
+            "stopped": run.stopped,
+            "torch": torch.__version__,
+        }
+        run.save(about)
+
+
+def accumulate(state: State, metrics: Metrics) -> None:
+    """Add an iteration's metrics `[*L]` to the sums of the next line; they are part of the state: a resume is exact."""
+    sums, counted = dict(state.get("metrics", {})), state["active"].to(torch.float64)
+    for name, value in metrics.items():
+        entry = name.replace("/", ".")
+        new = torch.stack([torch.where(state["active"], value.to(torch.float64), 0.0), counted], -1)
+        sums[entry] = sums[entry] + new if entry in sums else new
+    state["metrics"] = sums
+
+
+def take_averages(state: State) -> dict[str, Tensor]:
+    """The averages since the last line, `[*L]`, NaN where there is nothing to average; the sums start anew."""
+    sums: dict[str, Tensor] = state["metrics"]
+    state["metrics"] = tree.map(torch.zeros_like, sums)
+    averages: dict[str, Tensor] = {}
+    if "episodes" in sums:
+        episodes = sums["episodes"][..., 0]
+        averages["charts/episodic_return"] = sums["return_sum"][..., 0] / episodes
+        averages["charts/episodic_length"] = sums["length_sum"][..., 0] / episodes
+    for entry, value in sums.items():
+        if "." in entry:
+            averages[entry.replace(".", "/", 1)] = value[..., 0] / value[..., 1]
+    return averages
+
+
+def _lists(metrics: Metrics) -> dict[str, list[float]]:
+    """Metrics `[*L]` as lists for JSON."""
+    return {name: per_learner(value) for name, value in metrics.items()}

@@ -1,0 +1,159 @@
+"""The manifest of a checkpoint: which tensors it has, where they lie, and what it says about itself.
+
+JSON with a checksum. Everything read from it is checked before it is used; file names can be nothing but hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.runs.files import Damaged, read_bytes
+
+MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
+FORMAT, SCHEMA = "rlmeta state", 1
+MANIFEST_LIMIT = 64 << 20
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+"""What safetensors calls the types that can be saved."""
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+"""The same types by torch's name."""
+BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
+"""The name of a file of tensors: the sha256 of its bytes."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Where a tensor lies: whole in one file under its own name, or in consecutive segments of `rows` along `axis`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    files: tuple[str, ...]
+    axis: int | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint: its leaves by path (None: an empty dictionary), the bytes of each file, and `about`."""
+
+    leaves: dict[str, Leaf | None]
+    files: dict[str, int]
+    about: dict[str, Any]
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """JSON with a sha256 of the rest, so that a flipped bit in a counter shows.
+
+    Raises:
+        SettingError: `about` is no JSON, or too long.
+    """
+    leaves: dict[str, Any] = dict.fromkeys(manifest.leaves)
+    for path, leaf in manifest.leaves.items():
+        if leaf is None:
+            continue
+        leaves[path] = {"dtype": leaf.dtype, "shape": list(leaf.shape), "files": list(leaf.files)}
+        if leaf.axis is not None:
+            leaves[path] |= {"axis": leaf.axis, "rows": leaf.rows}
+    body = {"format": FORMAT, "schema": SCHEMA, "leaves": leaves, "files": manifest.files, "about": manifest.about}
+    try:
+        data = json.dumps({**body, "sha256": _json_digest(body)}, indent=1).encode()
+    except (ValueError, RecursionError) as error:
+        raise SettingError(f"`about` cannot be written as JSON: {error}") from error
+    if len(data) > MANIFEST_LIMIT:
+        raise SettingError(f"{MANIFEST} would take {len(data)} bytes, above {MANIFEST_LIMIT}: shorten `about`")
+    return data
+
+
+def _json_digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        Damaged: it is missing, corrupted, foreign or malformed.
+        CheckpointError: it is whole, of a schema this version does not know.
+    """
+    data = read_bytes(path, MANIFEST_LIMIT)
+    try:
+        content = json.loads(data)
+        digest = content.pop("sha256")
+        if content["format"] != FORMAT or digest != _json_digest(content):
+            raise ValueError("the checksum does not match")
+        schema = content["schema"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path} is corrupted or not a checkpoint of rlmeta ({error})") from error
+    if schema != SCHEMA:
+        raise CheckpointError(f"{path} has schema {schema!r}, this rlmeta reads {SCHEMA}: use the rlmeta that wrote it")
+    try:
+        return _parse_manifest(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} is malformed ({error!r})") from error
+
+
+def _parse_manifest(content: dict[str, Any]) -> Manifest:
+    """Check every field that is used later; file names can be nothing but hashes, so none leads out of the folder."""
+    files = dict(content["files"])
+    for name, size in files.items():
+        if not BLOB.fullmatch(name) or not _is_count(size):
+            raise ValueError(f"file {name!r} of {size!r} bytes")
+    described = content["leaves"].items()
+    leaves = {path: None if leaf is None else _parse_leaf(path, leaf, files) for path, leaf in described}
+    _check_paths(leaves)
+    if not isinstance(content["about"], dict):
+        raise ValueError("about is not a dictionary")
+    return Manifest(leaves, files, content["about"])
+
+
+def _parse_leaf(path: str, leaf: dict[str, Any], files: dict[str, int]) -> Leaf:
+    parsed = Leaf(leaf["dtype"], tuple(leaf["shape"]), tuple(leaf["files"]), leaf.get("axis"), leaf.get("rows"))
+    if not all(map(_is_count, parsed.shape)):
+        raise ValueError(f"shape of '{path}'")
+    expected = 1
+    if parsed.axis is not None:
+        if not _is_count(parsed.axis) or not _is_count(parsed.rows) or not parsed.rows:
+            raise ValueError(f"segments of '{path}'")
+        expected = -(-parsed.shape[parsed.axis] // parsed.rows) if parsed.axis < len(parsed.shape) else 0
+    size = math.prod(parsed.shape) * DTYPES[parsed.dtype].itemsize
+    if len(parsed.files) != expected or size > sum(files[name] for name in parsed.files):
+        raise ValueError(f"files of '{path}'")
+    return parsed
+
+
+def _check_paths(paths: Iterable[str]) -> None:
+    """Refuse empty names and a path that runs through another leaf."""
+    known = set(paths)
+    for path in known:
+        parts = path.split("/")
+        if not all(parts) or any("/".join(parts[:length]) in known for length in range(1, len(parts))):
+            raise ValueError(f"leaf name '{path}'")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0

@@ -1,0 +1,167 @@
+"""What is the user's own and named as `package.module:name`: environments, streams, families, networks, methods.
+
+A run folder names such code and never loads it: whoever reads the run gives the names again.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs.data import DataTask
+from rlmeta.envs.families import NamedFamily
+from rlmeta.envs.native import NativeEnv
+from rlmeta.envs.sources import ENVPOOL
+from rlmeta.envs.streams import TaskStream
+from rlmeta.envs.task import Task, TaskFamily
+from rlmeta.errors import SettingError, unknown_name
+from rlmeta.learning.method import Method
+from rlmeta.learning.settings import check_names, per_learner_names
+from rlmeta.runs import folder as run_folder
+from rlmeta.runs import grammar
+from rlmeta.runs.configuration import methods_again
+from rlmeta.runs.shipped import METHODS
+
+# ---------------------------------------------------------------------- problems
+
+
+def source_of(name: str, settings: Mapping[str, Any]) -> Any:
+    """What a problem's name on the command line stands for: the user's object where it is one, else the name itself."""
+    return made(grammar.load_object(name), settings, name) if _is_object(name) else name
+
+
+def _is_object(name: str) -> bool:
+    """Whether it names an object in a module; else it is rlmeta's, gymnasium's, EnvPool's, or an id that the module has
+    registered with gymnasium.
+
+    Raises:
+        SettingError: there is no such module, or neither such an object in it nor such an id.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon or name.startswith(ENVPOOL):
+        return False
+    there = hasattr(grammar.load_module(module), attribute)  # importing it registers its ids
+    identifies = attribute in gym.registry or re.search(r"-v\d+$", attribute) is not None
+    return there or not identifies
+
+
+def made(found: Any, settings: Mapping[str, Any], name: str) -> Any:
+    """The user's object; a stream or family in place of the function or class that makes it.
+
+    Whether a function makes an environment, a stream or a family shows only when it is called, so it is, once.
+
+    Raises:
+        SettingError: settings for a problem that has its own, or that a family does not take.
+    """
+    if isinstance(found, type):
+        if issubclass(found, NativeEnv):
+            return found()
+        return _called(found, settings, name) if is_problem(found) else found
+    problem = found
+    if isinstance(found, types.FunctionType | functools.partial):
+        problem = _called(found, settings, name)
+        if not is_problem(problem):
+            getattr(problem, "close", lambda: None)()  # an environment
+            return found
+    if is_problem(problem) and settings:
+        raise SettingError(f"--env.{next(iter(settings))}: {name!r} has its settings made already")
+    return problem
+
+
+def _called(found: Any, settings: Mapping[str, Any], name: str) -> Any:
+    try:
+        inspect.signature(found).bind(**settings)
+    except TypeError as error:
+        raise SettingError(f"{name} takes other settings: {error}") from None
+    return found(**settings)
+
+
+def is_problem(found: Any) -> bool:
+    """Whether it is a task, a stream, or a family (`tasks` draws some), rather than an environment or what makes it."""
+    if isinstance(found, Task | DataTask | TaskFamily | NamedFamily | TaskStream):
+        return True
+    is_env = issubclass(found, gym.Env) if isinstance(found, type) else isinstance(found, gym.Env)
+    return callable(getattr(found, "tasks", None)) and not is_env
+
+
+def env_again(folder: Path, name: str | None) -> Any:
+    """The user's environment, stream or family that a run had, with the settings it had there; None for no name."""
+    if name is None:
+        return None
+    if not _is_object(name):
+        return name
+    found, had = grammar.load_object(name), run_folder.read_config(folder).get("task", {})
+    if isinstance(found, type) and issubclass(found, NativeEnv):
+        return found(**had.get("constants", {}))
+    if had.get("kind") in ("stream", "family", "data"):
+        return made(found, had.get("settings", {}) if isinstance(found, type) else {}, name)
+    return found
+
+
+def network_again(name: str | None) -> NetworkFactory | None:
+    """The network factory of a name."""
+    return None if name is None else grammar.load_object(name)
+
+
+# ---------------------------------------------------------------------- lifelong methods
+
+
+def method_named(name: str) -> Any:
+    """The class of a lifelong method, or the user's own class or instance where the name is `package.module:name`.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        SettingError: no such module or name, or what it names is no method.
+    """
+    if ":" not in name:
+        if name not in METHODS:
+            raise unknown_name("lifelong method", name, [*METHODS, "package.module:MyMethod"])
+        return METHODS[name]
+    found = grammar.load_object(name)
+    if not isinstance(found, Method) and not (isinstance(found, type) and issubclass(found, Method)):
+        raise SettingError(f"--lifelong: {name} is {found!r}, expected a class that extends rlmeta's Method")
+    return found
+
+
+def methods_named(text: str) -> list[Any]:
+    """The methods of the names joined by commas."""
+    return [method_named(name.strip()) for name in text.split(",") if name.strip()]
+
+
+def made_method(found: Any, settings: Mapping[str, Any]) -> Method:
+    """A lifelong method with these settings, given as the command line's; a comma compares, as in the agent's.
+
+    Raises:
+        SettingError: it has no such setting, or the setting no such value.
+    """
+    name = found.name
+    if isinstance(found, Method) or not hasattr(found, "__dataclass_fields__"):
+        if settings:
+            raise SettingError(f"--{name}.{next(iter(settings))}: {name} has no settings, or they are made already")
+        return found if isinstance(found, Method) else found()
+    check_names(found, dict(settings), f"--{name}")
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        given = grammar.values(found, key, grammar.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
+        if len(given) > 1 and key not in per_learner_names(found):
+            raise SettingError(f"{where} is {value!r}, expected one value: learners of one batch share it")
+        values[key] = given if len(given) > 1 else given[0]
+    one: Method = found(**values)
+    return one
+
+
+def own_methods_again(folder: Path, text: str) -> tuple[Method, ...]:
+    """The lifelong methods that a run had, with its settings, where the user's own are named again; () for no name."""
+    found = methods_named(text)
+    if not found:
+        return ()
+    tables = run_folder.read_config(folder).get("methods", [])
+    return methods_again(tables, str(folder), {one.name: one for one in found})

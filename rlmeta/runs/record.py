@@ -1,0 +1,131 @@
+"""Demonstrations from a run: whole episodes of one of its learners, played in fresh environments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.streams import TaskStream
+from rlmeta.envs.world import World
+from rlmeta.errors import SettingError
+from rlmeta.functional import random, tree
+from rlmeta.learning.collect import Actor, clear_memory
+from rlmeta.learning.evaluate import evaluation_rows
+from rlmeta.learning.state import Params
+from rlmeta.runs.run import Run
+from rlmeta.runs.surroundings import undisturbed
+
+
+@undisturbed()
+def record(
+    run: Run,
+    episodes: int,
+    *,
+    learner: int | None = None,
+    best: bool = False,
+    deterministic: bool = True,
+    seed: int = 0,
+) -> Demonstrations:
+    """Play whole episodes with a learner of a run and keep what it saw and did.
+
+    Args:
+        run: of any agent, on native or gymnasium's environments.
+        episodes: how many.
+        learner: which one; by default the best in the final evaluation.
+        best: the parameters of its best periodic evaluation instead of the final ones.
+        deterministic: the policy's mode, or a sample.
+        seed: another seed plays other episodes.
+
+    Raises:
+        SettingError: no such learner, no best parameters, or a run that acts in no single task.
+    """
+    if not hasattr(run.agent, "act") or isinstance(run.experiment.problem, TaskStream):
+        what = f"a run of {run.experiment.agent_name} on {run.experiment.problem.name}"
+        raise SettingError(f"{what} can't be recorded: give one of an agent that acts in a single task")
+    learner = run.chosen_learner(learner)
+    p = run.agent.seen(run.best_state() if best else run.state)
+    agent: Any = run.agent
+    alone = tree.map(lambda leaf: leaf[learner : learner + 1], {"p": p, "key": run.state["key"]})
+    task = run.experiment.problem
+    world = task.world((1,), evaluation_rows(episodes, task.native))
+    try:
+        key = random.fold(random.fold(alone["key"], "demonstrations"), seed)
+        rows = play(agent, alone["p"], world, key, episodes // world.num_envs, deterministic)
+    finally:
+        world.close()
+    about = {
+        "agent": run.experiment.agent_name,
+        "task": task.name,
+        "learner": learner,
+        "deterministic": deterministic,
+        "seed": seed,
+    }
+    return joined(rows, world, about)
+
+
+@torch.no_grad()
+def play(
+    agent: Actor, p: Params, world: World, key: Tensor, rounds: int, deterministic: bool
+) -> list[list[dict[str, Any]]]:
+    """The first `rounds` episodes of every row of a world of one learner, as a list of steps for each row.
+
+    A fixed number a row is what keeps short episodes from being recorded more often than long ones.
+    """
+    state = world.reset(key)
+    memory = agent.initial_memory(p, (1, world.num_envs))
+    rows: list[list[dict[str, Any]]] = [[] for _ in range(world.num_envs)]
+    finished, t = [0] * world.num_envs, 0
+    while min(finished) < rounds:
+        observation = world.observation(state)
+        step_key = random.fold(key, t // agent.noise_hold)
+        action, memory = agent.act(p, observation, memory, step_key, deterministic)
+        state, transition = world.step(state, action)
+        memory = clear_memory(memory, transition.memory_reset)
+        told = {name: value for name, value in transition._asdict().items() if name != "observation"}
+        step = {**told, "observation": observation, "action": _legal(action, world)}
+        for row in range(world.num_envs):
+            if finished[row] < rounds and bool(transition.valid[0, row]):
+                one = tree.map(lambda leaf, row=row: leaf[0, row].clone(), step)
+                rows[row].append(one)
+                finished[row] += bool(one["terminated"] | one["truncated"])
+        t += 1
+    return rows
+
+
+def _legal(action: Tensor, world: World) -> Tensor:
+    """Box actions as the environment takes them, within their bounds."""
+    if not action.is_floating_point():
+        return action
+    space: Any = world.action_space
+    low, high = (torch.as_tensor(bound, device=action.device).to(action) for bound in (space.low, space.high))
+    return action.clamp(low, high)
+
+
+def joined(rows: list[list[dict[str, Any]]], world: World, about: dict[str, Any]) -> Demonstrations:
+    """The rows' episodes, one behind the other."""
+    observations: list[tree.Tree] = []
+    steps: list[dict[str, Any]] = []
+    ends: list[tuple[int, bool]] = []
+    since = 0
+    for step in (one for row in rows for one in row):
+        observations.append(step["observation"])
+        steps.append(step)
+        if bool(step["terminated"] | step["truncated"]):
+            observations.append(step["next_observation"])
+            # losses let `terminated` win where an environment says both, and so do demonstrations
+            ends.append((len(steps) - since, bool(step["terminated"])))
+            since = len(steps)
+    return Demonstrations(
+        observation=tree.map(lambda *leaves: torch.stack(leaves), *observations),
+        action=torch.stack([step["action"] for step in steps]),
+        reward=torch.stack([step["reward"] for step in steps]).float(),
+        lengths=torch.tensor([length for length, _ in ends], device="cpu"),
+        terminated=torch.tensor([terminated for _, terminated in ends], device="cpu"),
+        truncated=torch.tensor([not terminated for _, terminated in ends], device="cpu"),
+        observation_space=world.observation_space,
+        action_space=world.action_space,
+        about=about,
+    )

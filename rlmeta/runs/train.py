@@ -1,0 +1,255 @@
+"""Train and resume: what is asked for is checked, then the one loop runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs import streams
+from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.envs.families import NamedFamily
+from rlmeta.envs.task import TaskFamily, family, is_data_family, task
+from rlmeta.errors import SettingError
+from rlmeta.functional import tree
+from rlmeta.learning.method import Method, checked_methods
+from rlmeta.learning.settings import check_choices, group, variants
+from rlmeta.learning.state import select
+from rlmeta.report.trackers import TrackerFactory
+from rlmeta.runs import budgets, own_code
+from rlmeta.runs import folder as run_folder
+from rlmeta.runs.experiment import Budget, Experiment, Problem, chosen_seeds, compare
+from rlmeta.runs.loop import Callback, Loop
+from rlmeta.runs.run import Run, read
+from rlmeta.runs.surroundings import undisturbed
+
+
+@undisturbed()
+def train(
+    agent: Any,
+    problem: Any,
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    seeds: int | Sequence[int] = 1,
+    out: str | Path | None = None,
+    budget: Budget | None = None,
+    lifelong: Sequence[Method] = (),
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[TrackerFactory] = (),
+    progress: bool = False,
+    device: str = "cpu",
+    threads: int = 0,
+) -> Run:
+    """Train every setting with every seed, all at once, and evaluate the final parameters.
+
+    Args:
+        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds.
+        problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
+            `task` makes one of, such as a function that makes an environment.
+        steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
+        epochs: instead of steps, passes over the training samples of every task.
+        seeds: how many, or which.
+        out: folder of the run; None keeps it in memory.
+        budget: steps or epochs, and the finer points, instead of these.
+        lifelong: methods that take part in every gradient step.
+        callbacks: functions of (run, metrics) that may stop the run.
+        trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
+        progress: show a live bar.
+        device: of every tensor.
+        threads: cores for torch to use; 0 takes all.
+
+    Returns:
+        The run, evaluated.
+
+    Raises:
+        SettingError, SpaceError, RunExistsError: before anything is trained or written.
+    """
+    asked: dict[str, Any] = {name: n for name, n in (("steps", steps), ("epochs", epochs)) if n is not None}
+    if len(asked) + (budget is not None) > 1:
+        raise SettingError("steps, epochs and budget each say how long to train: give one of them")
+    chosen = Budget(**asked) if budget is None else budget
+    run = prepare(agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads)
+    return go(run, callbacks=callbacks, trackers=trackers, progress=progress)
+
+
+@undisturbed()
+def prepare(
+    agent: Any,
+    problem: Any,
+    budget: Budget,
+    *,
+    seeds: int | Sequence[int] = 1,
+    out: str | Path | None = None,
+    lifelong: Sequence[Method] = (),
+    device: str = "cpu",
+    threads: int = 0,
+) -> Run:
+    """A run at its start, before anything is written: what is wrong with its arguments is found here.
+
+    Args and errors are those of `train`.
+    """
+    if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
+        example = agent.__name__ if isinstance(agent, type) else "PPO"
+        raise SettingError(f"agent is {agent!r}, expected the settings of one, such as {example}()")
+    if not isinstance(budget, Budget):
+        raise SettingError(f"budget is {budget!r}, expected one such as Budget(steps=100_000)")
+    if out is not None and not isinstance(out, str | os.PathLike):
+        raise SettingError(f"out is {out!r}, expected the folder of the run")
+    check_choices(agent)
+    agent = with_demonstrations(agent)
+    compared, methods = compare(one_batch(variants(agent)), checked_methods(lifelong))
+    experiment = Experiment(
+        variants=compared,
+        seeds=chosen_seeds(seeds),
+        problem=resolve(problem, agent),
+        budget=budget,
+        methods=methods,
+        device=device,
+        threads=threads,
+    )
+    if out is not None:
+        run_folder.check_free(out)
+    run = Run(experiment, None if out is None else Path(out))
+    try:
+        run.start()
+        budgets.check_learns(run.experiment.problem, run.agent, run.iterations, run.experiment.budget)
+        if out is not None:
+            run_folder.encoded(run.experiment.config())
+        budgets.warn_of_rounding(budget, run.iterations, run.every)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def with_demonstrations(settings: Any) -> Any:
+    """The settings with the demonstrations that the file they name holds; where there is none, the learner says so."""
+    named = getattr(settings, "demonstrations", None)
+    if not isinstance(named, str | os.PathLike) or not Path(named).is_file():
+        return settings
+    return dataclasses.replace(settings, demonstrations=Demonstrations.load(named))
+
+
+@undisturbed()
+def go(
+    run: Run, *, callbacks: Sequence[Callback] = (), trackers: Sequence[TrackerFactory] = (), progress: bool = False
+) -> Run:
+    """Make the folder of a run that is at its start, train and evaluate it; the arguments are those of `train`."""
+    try:
+        if run.folder is None:
+            return Loop(run, callbacks, trackers, progress).go()
+        run_folder.create(run.folder)
+        with run_folder.lock(run.folder):
+            run_folder.create(run.folder)  # another process may have been faster
+            run_folder.write_config(run.folder, run.experiment.config())
+            return Loop(run, callbacks, trackers, progress).go()
+    finally:
+        run.close()
+
+
+def resolve(problem: Any, settings: Any = None) -> Problem:
+    """What a run is on: the problem itself, or what its name names.
+
+    A meta-learner gets a family as it is, any other learner the task that redraws its constants.
+
+    Raises:
+        UnknownNameError: nothing has this name.
+        SettingError: a meta-learner without a family, or a family of tasks that only a meta-learner can use.
+    """
+    meta = getattr(type(settings), "learns_from_tasks", False)
+    if isinstance(problem, str):
+        if streams.is_stream(problem):
+            problem = streams.stream(problem)
+        else:
+            problem = family(problem) if meta or is_data_family(problem) else task(problem)
+    elif not own_code.is_problem(problem) and not hasattr(problem, "tasks"):
+        problem = task(problem)  # of an environment's factory; what can't be one is refused with what to give instead
+    if meta and isinstance(problem, TaskFamily):
+        return NamedFamily(problem.name, problem)
+    if hasattr(problem, "tasks") and not isinstance(problem, NamedFamily | TaskFamily | streams.TaskStream):
+        problem = NamedFamily(type(problem).__name__, problem)
+    if meta != isinstance(problem, NamedFamily):
+        what, name = type(settings).__name__, getattr(problem, "name", problem)
+        raise SettingError(
+            f"{what} learns from a family of tasks, {name!r} is none: `rlmeta list families` shows them"
+            if meta
+            else f"{name!r} is a family of tasks to learn to learn, {what} learns one: use MAML or another meta-learner"
+        )
+    return problem.task() if isinstance(problem, TaskFamily) else problem
+
+
+@undisturbed()
+def resume(
+    folder: str | Path,
+    *,
+    network: NetworkFactory | None = None,
+    env: Any = None,
+    lifelong: Sequence[Method] = (),
+    own: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[TrackerFactory] = (),
+    progress: bool = False,
+    inexact: bool = False,
+) -> Run:
+    """Go on with a run from its newest checkpoint; it ends as the one that was never stopped.
+
+    Args:
+        folder: of the run.
+        network: the user's network again, where the run had one.
+        env: the user's environment factory again, where the run had one.
+        lifelong: the lifelong methods again, where the run had some.
+        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
+        callbacks: as for `train`.
+        trackers: as for `train`.
+        progress: as for `train`.
+        inexact: begin new episodes where the environments cannot be brought back to where they were.
+
+    Raises:
+        CheckpointError: nothing to resume there.
+        InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
+    """
+    folder = Path(folder)
+    with run_folder.lock(folder):
+        run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True)
+        run.stopped = ""
+        try:
+            restore_world(run, inexact)
+            return Loop(run, callbacks, trackers, progress).go()
+        finally:
+            run.close()
+
+
+def restore_world(run: Run, inexact: bool) -> None:
+    """Bring live environments back to where the checkpoint left them; rows that can't be begin new episodes."""
+    state, saved = run.state, run.state["world"]
+    if run.stream is not None:
+        run.world.select(state["identity"])
+    if run.experiment.problem.native:
+        return
+    state["world"] = run.world.restore(saved, inexact)
+    begins = (state["world"]["episode"] != saved["episode"].cpu()).to(state["key"].device)
+    agent: Any = run.agent
+    fresh = {
+        "memory": agent.initial_memory(state["params"], tuple(begins.shape)),
+        "episode": tree.map(torch.zeros_like, state["episode"]),
+    }
+    for name, part in fresh.items():
+        state[name] = select(begins, part, state[name])
+
+
+def one_batch(settings: Sequence[Any]) -> Sequence[Any]:
+    """The settings.
+
+    Raises:
+        SettingError: they can't be one batch of learners.
+    """
+    groups = group(settings)
+    if len(groups) > 1:
+        raise SettingError("settings that differ in static values can't be one batch: train them one after another")
+    return groups[0]
