@@ -14,6 +14,9 @@ if sys.platform == "win32":  # locks, worker processes and checkpoints use POSIX
 
 if TYPE_CHECKING:
     from rlmeta.agents import *  # noqa: F403
+    from rlmeta.api import load as load
+    from rlmeta.api import resume as resume
+    from rlmeta.api import train as train
     from rlmeta.envs.demonstrations import Demonstrations as Demonstrations
     from rlmeta.envs.streams import TaskStream as TaskStream
     from rlmeta.envs.streams import stream as stream
@@ -30,9 +33,6 @@ if TYPE_CHECKING:
     from rlmeta.runs.presets import preset as preset
     from rlmeta.runs.record import record as record
     from rlmeta.runs.run import Run as Run
-    from rlmeta.runs.run import load as load
-    from rlmeta.runs.train import resume as resume
-    from rlmeta.runs.train import train as train
     from rlmeta.supervised import *  # noqa: F403
 
 _WHERE = {
@@ -44,13 +44,13 @@ _WHERE = {
     "TaskFamily": "envs.task",
     "TaskStream": "envs.streams",
     "family": "envs.task",
-    "load": "runs.run",
+    "load": "api",
     "preset": "runs.presets",
     "record": "runs.record",
-    "resume": "runs.train",
+    "resume": "api",
     "stream": "envs.streams",
     "task": "envs.task",
-    "train": "runs.train",
+    "train": "api",
 }
 """Imported when first used: `import rlmeta` alone loads neither torch nor an environment."""
 

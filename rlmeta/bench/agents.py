@@ -110,7 +110,7 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
         result = train_sb3("ppo", "CartPole-v1", job["steps"], job["seed"])
         scores, steps, seconds = [statistics.fmean(result["returns"])], result["steps"], result["seconds"]
     else:
-        from rlmeta.runs.train import train
+        from rlmeta.api import train
 
         final = Budget(steps=job["steps"], final_episodes=256, eval_every=10 * job["steps"])
         run = train(ZOO, "CartPole-v1", seeds=table_seeds(job["seeds"]), budget=final, threads=job["threads"])

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlmeta.agents import PPO
+from rlmeta.api import resume, train
 from rlmeta.bench.seeds import BY_HAND_SEEDS, FIRST_SEED, table_seeds
 from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.names import folders
@@ -34,7 +35,6 @@ from rlmeta.runs.folder import read_config
 from rlmeta.runs.presets import preset
 from rlmeta.runs.record import record
 from rlmeta.runs.run import Run, load
-from rlmeta.runs.train import resume, train
 
 FIXED = "CartPole-fixed"
 

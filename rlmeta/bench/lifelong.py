@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rlmeta.agents import PPO
+from rlmeta.api import train
 from rlmeta.bench.seeds import BY_HAND_SEEDS, table_seeds
 from rlmeta.envs.data import DataTable, DataTask, DataWorld, Samples
 from rlmeta.envs.streams import TaskStream, stream
@@ -32,7 +33,6 @@ from rlmeta.runs import stages
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.presets import preset
 from rlmeta.runs.run import Run
-from rlmeta.runs.train import train
 from rlmeta.supervised import Classifier
 
 TABLES = ("rotations", "split", "control")

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rlmeta.api import train
 from rlmeta.envs.data import DataTask, Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
@@ -27,7 +28,6 @@ from rlmeta.lifelong import EWC, GEM, Method
 from rlmeta.nn import MLP, Context
 from rlmeta.nn.fisher import categorical_fisher
 from rlmeta.runs.experiment import Budget
-from rlmeta.runs.train import train
 from rlmeta.supervised import Classifier
 
 Side = Callable[[], float]

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from rlmeta.api import train
 from rlmeta.bench.seeds import SELECTION_SEEDS, table_seeds
 from rlmeta.envs import datasets
 from rlmeta.envs.families import FamilyWorld, NamedFamily, Quadratics, Sinusoid
@@ -42,7 +43,6 @@ from rlmeta.meta.maml import MAML
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.presets import load_preset
 from rlmeta.runs.run import Run
-from rlmeta.runs.train import train
 
 Row = dict[str, Any]
 

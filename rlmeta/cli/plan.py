@@ -19,6 +19,7 @@ from typing import Any
 import tomli_w
 import torch
 
+from rlmeta import api
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.cli import flags
 from rlmeta.envs import streams
@@ -297,7 +298,7 @@ class Plan:
         )
         for line in filter(None, (header, label if not quiet else "")):
             print(line)
-        return training.go(run, trackers=trackers, progress=not quiet)
+        return training.go(run, listeners=api.listeners(trackers, progress=not quiet))
 
     def _go_on(self, settings: Any, where: Path, inexact: bool) -> Run:
         """Go on with a group that has begun, or read one that has ended."""
@@ -332,7 +333,7 @@ def go_on(
     """
     if not is_run(folder):
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
-    return training.resume(
+    return api.resume(
         folder,
         network=network,
         env=env,

@@ -7,7 +7,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -16,13 +15,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlmeta.engine.clock import clock
+from rlmeta.runs.listeners import Listener
+
 if TYPE_CHECKING:
     from rlmeta.runs.experiment import Experiment
+    from rlmeta.runs.run import Run
 
 BAR_SECONDS = 0.2
 """Between two looks of the bar."""
 LINE_SECONDS = 30.0
 """Between two lines where there is no terminal."""
+WORTH_A_LINE = 0.1
+"""Of the time: what evaluation took is said from there on."""
 WINDOW_SECONDS = 30.0
 """The rate is that of the last so many seconds."""
 RETURNS = {
@@ -34,45 +39,52 @@ RETURNS = {
 PARTS = ("act", "environment", "learn", "evaluate", "save", "other")
 
 
-class Progress:
-    """Shows on stderr how far a run is, how fast, what it achieves and where the time goes.
+class Progress(Listener):
+    """Shows on stderr how far a run is, how fast, what it achieves and where the time goes."""
 
-    Args:
-        enabled: False shows nothing.
-        experiment: what is trained.
-        iterations: of the whole run.
-        steps_per_iteration: environment steps of each learner in one.
-        done: iterations that a resumed run had done before.
-    """
+    _live: Live | None = None
+    _evaluation_flags = ""
+    """Which set what evaluation takes."""
 
-    def __init__(
-        self, enabled: bool, experiment: Experiment, iterations: int, steps_per_iteration: int, done: int = 0
-    ) -> None:
-        self._enabled, self._iterations, self._steps = enabled, iterations, steps_per_iteration
+    def open(self, run: Run, done: int) -> None:
+        """Begin to show a run that has done so many iterations before."""
+        iterations = run.stages[-1].last
+        periodic = run.stream is None and run.experiment.budget.eval_every < iterations * run.every
+        self._evaluation_flags = ("--eval-every, " if periodic else "") + "--final-episodes, --eval-episodes"
+        self.start(run.experiment, iterations, run.every, done)
+
+    def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
+        """Show a line of metrics."""
+        self.update(done, line, run.seconds, clock.seconds)
+
+    def start(self, experiment: Experiment, iterations: int, steps_per_iteration: int, done: int = 0) -> None:
+        """Begin to show.
+
+        Args:
+            experiment: what is trained.
+            iterations: of the whole run.
+            steps_per_iteration: environment steps of each learner in one.
+            done: iterations that a resumed run had done before.
+        """
+        self._iterations, self._steps = iterations, steps_per_iteration
         self._learners = len(experiment.learners)
         learners = f", {self._learners} learners" if self._learners > 1 else ""
         self._title = f"{experiment.agent_name} on {experiment.problem.name}{learners}"
-        self._done, self._seconds, self._shown = done, 0.0, done
+        self._done, self._seconds, self._shown, self._began = done, 0.0, done, done
         self._parts: Mapping[str, float] = {}
         self._returns: dict[str, float] = {}
         self._broken = 0
-        self._samples: deque[tuple[float, int]] = deque()
-        self._live: Live | None = None
-
-    def __enter__(self) -> Progress:
         self._due = time.monotonic()
-        self._samples.append((self._due, self._done))
-        if self._enabled:
-            console = Console(stderr=True)
-            if console.file.isatty() and not console.is_dumb_terminal:
-                # what is printed meanwhile appears above the bar; but what goes to a file or a pipe is not ours
-                self._live = Live(
-                    console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty(), redirect_stderr=True
-                )
-                self._live.start()
-            else:
-                self._due += LINE_SECONDS
-        return self
+        self._samples: deque[tuple[float, int]] = deque([(self._due, done)])
+        console = Console(stderr=True)
+        if console.file.isatty() and not console.is_dumb_terminal:
+            # what is printed meanwhile appears above the bar; but what goes to a file or a pipe is not ours
+            self._live = Live(
+                console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty(), redirect_stderr=True
+            )
+            self._live.start()
+        else:
+            self._due += LINE_SECONDS
 
     def update(
         self, done: int, line: Mapping[str, Any] | None, seconds: float, parts: Mapping[str, float] | None = None
@@ -85,8 +97,6 @@ class Progress:
             seconds: of the run so far, over all its resumes.
             parts: the seconds of each part of the work, as the clock measured them.
         """
-        if not self._enabled:
-            return
         self._done, self._seconds, self._parts = done, seconds, parts or {}
         if line is not None:
             self._returns.update(_mean_returns(line))
@@ -107,9 +117,8 @@ class Progress:
             self._live.update(self._picture(), refresh=True)
             self._due = time.monotonic() + BAR_SECONDS
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Leave the terminal as it was, with the last state of the bar; say where evaluation took much of the time."""
         if self._live is not None:
             try:
                 if self._shown != self._done:
@@ -117,6 +126,9 @@ class Progress:
             finally:
                 self._live.stop()
                 self._live = None
+        share = clock.seconds.get("evaluate", 0.0) / max(sum(clock.seconds.values()), 1e-9)
+        if self._evaluation_flags and self._done > self._began and share >= WORTH_A_LINE:
+            print(f"evaluation took {share:.0%} of the time ({self._evaluation_flags} set it)", file=sys.stderr)
 
     # ------------------------------------------------------------------ what is shown
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,8 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.state import State, select
-from rlmeta.report.curves import write_curve
-from rlmeta.report.matrices import write_matrix
-from rlmeta.report.progress import Progress
-from rlmeta.report.trackers import Tracker, TrackerFactory
 from rlmeta.runs import stages
+from rlmeta.runs.listeners import Listener
 from rlmeta.runs.records import Records
 from rlmeta.runs.run import Run, per_learner
 from rlmeta.runs.stages import Stage
@@ -35,8 +31,6 @@ Callback = Callable[[Run, dict[str, Any]], bool | None]
 
 REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix")
 """What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
-WORTH_A_LINE = 0.1
-"""Of the time: what evaluation took is said from there on."""
 ACTING = ("world", "memory", "episode")
 """What moves on with live environments, which can't be put back while their neighbours go on."""
 
@@ -44,10 +38,8 @@ ACTING = ("world", "memory", "episode")
 class Loop:
     """Iterations until the budget is spent, every learner is done, a callback says so, or the user interrupts."""
 
-    def __init__(
-        self, run: Run, callbacks: Sequence[Callback], trackers: Sequence[TrackerFactory], progress: bool
-    ) -> None:
-        self.run, self.callbacks, self.show_progress = run, callbacks, progress
+    def __init__(self, run: Run, callbacks: Sequence[Callback] = (), listeners: Sequence[Listener] = ()) -> None:
+        self.run, self.callbacks, self.listeners = run, callbacks, listeners
         self.budget = run.experiment.budget
         self.steps_per_iteration = run.every
         self.stages = run.stages
@@ -69,7 +61,6 @@ class Loop:
             self.records = {name: Records(run.folder / f"{name}.jsonl") for name in ("metrics", "timing")}
             for name, offset in run.offsets.items():
                 self.records[name].truncate(offset)
-        self.tracker_factories, self.trackers = trackers, list[Tracker]()
 
     @property
     def stream(self) -> TaskStream:
@@ -84,18 +75,12 @@ class Loop:
         run = self.run
         clock.reset()
         started = saved = time.perf_counter()
-        already, before = run.seconds, self.done
-        with (
-            self._resources(),
-            Progress(self.show_progress, run.experiment, self.iterations, self.steps_per_iteration, self.done) as bar,
-        ):
-            if self.done == 0:
-                self._save()
+        already = run.seconds
+        with self._resources():
             while self.done < self.iterations and self._active() and not run.stopped and not self.interrupted:
                 line = self._advance()
                 run.seconds = already + time.perf_counter() - started
                 self._record(line)
-                bar.update(self.done, line, run.seconds, clock.seconds)
                 if time.perf_counter() - saved >= self.budget.checkpoint_seconds:
                     self._save()
                     saved = time.perf_counter()
@@ -107,17 +92,7 @@ class Loop:
                 self._finish()
             if self.interrupted:
                 run.stopped = "interrupted"
-        if self.done > before:
-            self._say_what_evaluation_took()
         return run
-
-    def _say_what_evaluation_took(self) -> None:
-        """Name the flags where evaluation took much of the time."""
-        total = sum(clock.seconds.values())
-        share = clock.seconds.get("evaluate", 0.0) / max(total, 1e-9)
-        if self.show_progress and share >= WORTH_A_LINE:
-            flags = "--final-episodes" if self.run.stream or not self.eval_world else "--eval-every, --final-episodes"
-            print(f"evaluation took {share:.0%} of the time ({flags}, --eval-episodes set it)", file=sys.stderr)
 
     def _advance(self) -> dict[str, Any]:
         """Iterations up to the next line of metrics, and that line."""
@@ -270,13 +245,15 @@ class Loop:
         except ValueError:  # not in the main thread: whoever runs us handles interrupts
             caught = False
         try:
-            for make in self.tracker_factories:
-                self.trackers.append(make(self.run))
+            if self.done == 0:
+                self._save()
+            for listener in self.listeners:
+                listener.open(self.run, self.done)
             yield
         finally:
             if caught:
                 signal.signal(signal.SIGINT, self.handler)
-            opened: list[Any] = [*self.records.values(), *self.trackers]
+            opened: list[Any] = [*reversed(self.listeners), *self.records.values()]
             if self.eval_world is not None:
                 opened.append(self.eval_world)
             for one in opened:
@@ -299,8 +276,8 @@ class Loop:
             times = {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
             timing = {"iteration": self.done, "seconds": self.run.seconds, "charts/SPS": rate, **times}
             self.records["timing"].write(timing)
-        for tracker in self.trackers:
-            tracker.log(line["env_steps"], {name: value for name, value in line.items() if isinstance(value, list)})
+        for listener in self.listeners:
+            listener.line(self.run, self.done, line)
         for callback in self.callbacks:
             if callback(self.run, line):
                 self.run.stopped = "a callback stopped it"
@@ -322,10 +299,8 @@ class Loop:
             self.at_once = False
         self._say_what_went_wrong()
         self.run.write_summary()
-        if self.run.folder is not None:
-            write_curve(self.run)
-            if self.run.stream is not None:
-                write_matrix(self.run)
+        for listener in self.listeners:
+            listener.finish(self.run)
 
     def _save(self) -> None:
         run = self.run

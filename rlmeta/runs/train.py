@@ -1,4 +1,4 @@
-"""Train and resume: what is asked for is checked, then the one loop runs."""
+"""Begin a run, or go on with one: what is asked for is checked, then the one loop runs."""
 
 from __future__ import annotations
 
@@ -20,62 +20,13 @@ from rlmeta.functional import tree
 from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
-from rlmeta.report.trackers import TrackerFactory
 from rlmeta.runs import budgets, own_code
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.experiment import Budget, Experiment, Problem, chosen_seeds, compare
+from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
 from rlmeta.runs.run import Run, read
 from rlmeta.runs.surroundings import undisturbed
-
-
-@undisturbed()
-def train(
-    agent: Any,
-    problem: Any,
-    *,
-    steps: int | None = None,
-    epochs: float | None = None,
-    seeds: int | Sequence[int] = 1,
-    out: str | Path | None = None,
-    budget: Budget | None = None,
-    lifelong: Sequence[Method] = (),
-    callbacks: Sequence[Callback] = (),
-    trackers: Sequence[TrackerFactory] = (),
-    progress: bool = False,
-    device: str = "cpu",
-    threads: int = 0,
-) -> Run:
-    """Train every setting with every seed, all at once, and evaluate the final parameters.
-
-    Args:
-        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds.
-        problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
-            `task` makes one of, such as a function that makes an environment.
-        steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
-        epochs: instead of steps, passes over the training samples of every task.
-        seeds: how many, or which.
-        out: folder of the run; None keeps it in memory.
-        budget: steps or epochs, and the finer points, instead of these.
-        lifelong: methods that take part in every gradient step.
-        callbacks: functions of (run, metrics) that may stop the run.
-        trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
-        progress: show a live bar.
-        device: of every tensor.
-        threads: cores for torch to use; 0 takes all.
-
-    Returns:
-        The run, evaluated.
-
-    Raises:
-        SettingError, SpaceError, RunExistsError: before anything is trained or written.
-    """
-    asked: dict[str, Any] = {name: n for name, n in (("steps", steps), ("epochs", epochs)) if n is not None}
-    if len(asked) + (budget is not None) > 1:
-        raise SettingError("steps, epochs and budget each say how long to train: give one of them")
-    chosen = Budget(**asked) if budget is None else budget
-    run = prepare(agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads)
-    return go(run, callbacks=callbacks, trackers=trackers, progress=progress)
 
 
 @undisturbed()
@@ -92,7 +43,7 @@ def prepare(
 ) -> Run:
     """A run at its start, before anything is written: what is wrong with its arguments is found here.
 
-    Args and errors are those of `train`.
+    Args and errors are those of `rlmeta.api.train`.
     """
     if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
         example = agent.__name__ if isinstance(agent, type) else "PPO"
@@ -137,18 +88,22 @@ def with_demonstrations(settings: Any) -> Any:
 
 
 @undisturbed()
-def go(
-    run: Run, *, callbacks: Sequence[Callback] = (), trackers: Sequence[TrackerFactory] = (), progress: bool = False
-) -> Run:
-    """Make the folder of a run that is at its start, train and evaluate it; the arguments are those of `train`."""
+def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[Listener] = ()) -> Run:
+    """Make the folder of a run that is at its start, train and evaluate it.
+
+    Args:
+        run: as `prepare` gives it.
+        callbacks: functions of (run, metrics) that may stop the run.
+        listeners: what hears of it.
+    """
     try:
         if run.folder is None:
-            return Loop(run, callbacks, trackers, progress).go()
+            return Loop(run, callbacks, listeners).go()
         run_folder.create(run.folder)
         with run_folder.lock(run.folder):
             run_folder.create(run.folder)  # another process may have been faster
             run_folder.write_config(run.folder, run.experiment.config())
-            return Loop(run, callbacks, trackers, progress).go()
+            return Loop(run, callbacks, listeners).go()
     finally:
         run.close()
 
@@ -188,39 +143,22 @@ def resolve(problem: Any, settings: Any = None) -> Problem:
 def resume(
     folder: str | Path,
     *,
-    network: NetworkFactory | None = None,
-    env: Any = None,
-    lifelong: Sequence[Method] = (),
-    own: Mapping[str, Any] | None = None,
-    callbacks: Sequence[Callback] = (),
-    trackers: Sequence[TrackerFactory] = (),
-    progress: bool = False,
-    inexact: bool = False,
+    network: NetworkFactory | None,
+    env: Any,
+    lifelong: Sequence[Method],
+    own: Mapping[str, Any] | None,
+    callbacks: Sequence[Callback],
+    listeners: Sequence[Listener],
+    inexact: bool,
 ) -> Run:
-    """Go on with a run from its newest checkpoint; it ends as the one that was never stopped.
-
-    Args:
-        folder: of the run.
-        network: the user's network again, where the run had one.
-        env: the user's environment factory again, where the run had one.
-        lifelong: the lifelong methods again, where the run had some.
-        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
-        callbacks: as for `train`.
-        trackers: as for `train`.
-        progress: as for `train`.
-        inexact: begin new episodes where the environments cannot be brought back to where they were.
-
-    Raises:
-        CheckpointError: nothing to resume there.
-        InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
-    """
+    """Go on with a run from its newest checkpoint; arguments and errors are those of `rlmeta.api.resume`."""
     folder = Path(folder)
     with run_folder.lock(folder):
         run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True)
         run.stopped = ""
         try:
             restore_world(run, inexact)
-            return Loop(run, callbacks, trackers, progress).go()
+            return Loop(run, callbacks, listeners).go()
         finally:
             run.close()
 

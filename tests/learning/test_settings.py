@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlmeta.agents import A2C, DQN, PPO, REINFORCE
+from rlmeta.api import train
 from rlmeta.errors import SettingError
 from rlmeta.learning.settings import (
     LearnerSettings,
@@ -21,7 +22,6 @@ from rlmeta.learning.settings import (
     per_learner_names,
     variants,
 )
-from rlmeta.runs.train import train
 
 
 def test_lists_multiply_and_become_tensors_variant_by_variant():

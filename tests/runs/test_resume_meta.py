@@ -20,7 +20,7 @@ SCRIPT = Path(killed_meta.__file__)
 
 @pytest.mark.parametrize("name", list(killed_meta.CASES))
 def test_killed_and_resumed_equals_never_stopped(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlmeta.runs.loop.write_curve", lambda run: None)
+    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
     whole = killed_meta.train(str(tmp_path / "whole"), name)
     iterations = int(whole.state["count"]["iterations"].max())
     at = iterations // 2 + (1 - iterations // 2 % 2)  # odd

@@ -1,0 +1,117 @@
+"""Train, resume, load: the verbs of rlmeta, where runs meet what listens to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.errors import SettingError
+from rlmeta.learning.method import Method
+from rlmeta.report.listeners import Pictures, Tracking
+from rlmeta.report.progress import Progress
+from rlmeta.report.trackers import TrackerFactory
+from rlmeta.runs import train as runs
+from rlmeta.runs.experiment import Budget
+from rlmeta.runs.listeners import Listener
+from rlmeta.runs.loop import Callback
+from rlmeta.runs.run import Run
+from rlmeta.runs.run import load as load
+from rlmeta.runs.surroundings import undisturbed
+
+
+@undisturbed()
+def train(
+    agent: Any,
+    problem: Any,
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    seeds: int | Sequence[int] = 1,
+    out: str | Path | None = None,
+    budget: Budget | None = None,
+    lifelong: Sequence[Method] = (),
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[TrackerFactory] = (),
+    progress: bool = False,
+    device: str = "cpu",
+    threads: int = 0,
+) -> Run:
+    """Train every setting with every seed, all at once, and evaluate the final parameters.
+
+    Args:
+        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds.
+        problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
+            `task` makes one of, such as a function that makes an environment.
+        steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
+        epochs: instead of steps, passes over the training samples of every task.
+        seeds: how many, or which.
+        out: folder of the run; None keeps it in memory.
+        budget: steps or epochs, and the finer points, instead of these.
+        lifelong: methods that take part in every gradient step.
+        callbacks: functions of (run, metrics) that may stop the run.
+        trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
+        progress: show a live bar.
+        device: of every tensor.
+        threads: cores for torch to use; 0 takes all.
+
+    Returns:
+        The run, evaluated.
+
+    Raises:
+        SettingError, SpaceError, RunExistsError: before anything is trained or written.
+    """
+    asked: dict[str, Any] = {name: n for name, n in (("steps", steps), ("epochs", epochs)) if n is not None}
+    if len(asked) + (budget is not None) > 1:
+        raise SettingError("steps, epochs and budget each say how long to train: give one of them")
+    chosen = Budget(**asked) if budget is None else budget
+    run = runs.prepare(agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads)
+    return runs.go(run, callbacks=callbacks, listeners=listeners(trackers, progress))
+
+
+@undisturbed()
+def resume(
+    folder: str | Path,
+    *,
+    network: NetworkFactory | None = None,
+    env: Any = None,
+    lifelong: Sequence[Method] = (),
+    own: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[TrackerFactory] = (),
+    progress: bool = False,
+    inexact: bool = False,
+) -> Run:
+    """Go on with a run from its newest checkpoint; it ends as the one that was never stopped.
+
+    Args:
+        folder: of the run.
+        network: the user's network again, where the run had one.
+        env: the user's environment factory again, where the run had one.
+        lifelong: the lifelong methods again, where the run had some.
+        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
+        callbacks: as for `train`.
+        trackers: as for `train`.
+        progress: as for `train`.
+        inexact: begin new episodes where the environments cannot be brought back to where they were.
+
+    Raises:
+        CheckpointError: nothing to resume there.
+        InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
+    """
+    return runs.resume(
+        folder,
+        network=network,
+        env=env,
+        lifelong=lifelong,
+        own=own,
+        callbacks=callbacks,
+        listeners=listeners(trackers, progress),
+        inexact=inexact,
+    )
+
+
+def listeners(trackers: Sequence[TrackerFactory] = (), progress: bool = False) -> list[Listener]:
+    """What listens to a run: its trackers, a live bar, and who draws its pictures."""
+    return [*map(Tracking, trackers), *([Progress()] if progress else []), Pictures()]
