@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlmeta.engine.clock import clock
 from rlmeta.envs.families import FamilyWorld
 from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.learning.learner import Metrics
-from rlmeta.learning.state import State, select
-from rlmeta.runs import stages
+from rlmeta.learning.state import select
+from rlmeta.runs import averages, stages
+from rlmeta.runs.frozen import FrozenLearners
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.records import Records
 from rlmeta.runs.run import Run, per_learner
+from rlmeta.runs.signals import Interruption
 from rlmeta.runs.stages import Stage
 
 Callback = Callable[[Run, dict[str, Any]], bool | None]
 """Called with the run and each line of metrics; returning True stops the run."""
-
-REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix")
-"""What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
-ACTING = ("world", "memory", "episode")
-"""What moves on with live environments, which can't be put back while their neighbours go on."""
-
 
 class Loop:
     """Iterations until the budget is spent, every learner is done, a callback says so, or the user interrupts."""
@@ -47,10 +40,11 @@ class Loop:
         self.log_every = max(1, self.iterations // self.budget.log_points)
         self.eval_every = max(1, round(self.budget.eval_every / self.steps_per_iteration))
         self.done = int(run.state["count"]["iterations"].max())
-        self.interrupted = self.at_once = False
-        self.handler = signal.getsignal(signal.SIGINT)
-        self.frozen: dict[int, State] = {}
-        self._freeze()
+        self.interruption = Interruption()
+        self.frozen = FrozenLearners(run.experiment.problem.native)
+        self._started = self._saved = time.perf_counter()
+        self._already = run.seconds
+        self.frozen.hold(self.run.state)
         self.eval_world: Any = None
         if self.eval_every < self.iterations or run.stream is not None:
             self.eval_world = run.evaluation_world(self.budget.eval_episodes)
@@ -74,48 +68,67 @@ class Loop:
         """Run to the end."""
         run = self.run
         clock.reset()
-        started = saved = time.perf_counter()
-        already = run.seconds
-        with self._resources():
-            while self.done < self.iterations and self._active() and not run.stopped and not self.interrupted:
+        self._started, self._already = time.perf_counter(), run.seconds
+        with self.interruption.caught(), self._resources():
+            while self.done < self.iterations and self._active() and not run.stopped and not self.interruption:
                 line = self._advance()
-                run.seconds = already + time.perf_counter() - started
-                self._record(line)
-                if time.perf_counter() - saved >= self.budget.checkpoint_seconds:
-                    self._save()
-                    saved = time.perf_counter()
-            run.seconds = already + time.perf_counter() - started
-            if self.interrupted:
+                self._count_seconds()
+                if line is not None:
+                    self._record(line)
+                    self._save_if_due()
+            self._count_seconds()
+            if self.interruption:
                 self._save()
             else:
                 run.stopped = run.stopped or ("" if self._active() else "every learner has stopped")
                 self._finish()
-            if self.interrupted:
-                run.stopped = "interrupted"
+        if self.interruption:
+            run.stopped = "interrupted"
         return run
 
-    def _advance(self) -> dict[str, Any]:
-        """Iterations up to the next line of metrics, and that line."""
+    def _count_seconds(self) -> None:
+        self.run.seconds = self._already + time.perf_counter() - self._started
+
+    def _save_if_due(self) -> None:
+        """Save where the last time is `checkpoint_seconds` ago, whatever the rhythm of the metrics."""
+        if time.perf_counter() - self._saved >= self.budget.checkpoint_seconds:
+            self._count_seconds()
+            self._save()
+
+    def _advance(self) -> dict[str, Any] | None:
+        """Iterations up to the next line of metrics, and that line; None where a signal came before."""
         run, before = self.run, self._active_learners()
         stage = next(stage for stage in self.stages if self.done < stage.last)
         if run.stream is not None and int(run.state["stage"].max()) == stage.number:
             self._begin(stage)
         last = min(self._next(self.log_every), self._next(self.eval_every), stage.last)
-        for iteration in range(self.done, last):
-            progress = torch.full_like(run.state["progress"], stage.progress(iteration))
-            run.state["progress"] = progress
-            run.state["task"] = {**run.state["task"], "progress": progress}
-            self._forget_revived()  # what stops again within the iteration is not to go back to its first end
-            clock.switch("learn")
-            run.state, metrics = run.agent.iterate(run.state, run.world)
-            clock.switch("other")
-            accumulate(run.state, metrics)
-            self._freeze()
-        self.done = last
+        while self.done < last and not self.interruption:
+            self._iterate(stage)
+            if self.done < last:
+                self._save_if_due()
         self._name_frozen(before)
+        return self._line(stage) if self.done == last else None
+
+    def _iterate(self, stage: Stage) -> None:
+        """One iteration of every learner."""
+        run = self.run
+        progress = torch.full_like(run.state["progress"], stage.progress(self.done))
+        run.state["progress"] = progress
+        run.state["task"] = {**run.state["task"], "progress": progress}
+        self.frozen.forget_revived(run.state)  # what stops within the iteration is not to go back to its first end
+        clock.switch("learn")
+        run.state, metrics = run.agent.iterate(run.state, run.world)
+        clock.switch("other")
+        averages.accumulate(run.state, metrics)
+        self.frozen.hold(run.state)
+        self.done += 1
+
+    def _line(self, stage: Stage) -> dict[str, Any]:
+        """The line of metrics that is due, with the evaluation that is."""
+        run = self.run
         line: dict[str, Any] = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
         if self.done % self.log_every == 0 or self.done == self.iterations:
-            line.update(_lists(take_averages(run.state)))
+            line.update(_lists(averages.take_averages(run.state)))
         if run.stream is not None:
             if stage.ends_task and self.done == stage.last:
                 line.update(_lists(self._end_task(stage)))
@@ -129,7 +142,7 @@ class Loop:
         run.state = stages.begin(run.agent, run.state, run.world, self.stream, run.experiment.orders, stage)
         if stage.number == 0:
             self._fill_matrix(0)
-        self._freeze()
+        self.frozen.hold(self.run.state)
 
     def _end_task(self, stage: Stage) -> Metrics:
         """End a task of a stream: what the methods keep of it, then the scores on all tasks."""
@@ -137,7 +150,7 @@ class Loop:
         clock.switch("learn")
         if stage.announced:
             run.state = stages.end_task(run.agent, run.state, run.world)
-        self._freeze()
+        self.frozen.hold(self.run.state)
         self._fill_matrix(stage.position + 1)
         scores = run.matrix[..., stage.position + 1, :]
         metric = run.agent.score.metric
@@ -172,31 +185,12 @@ class Loop:
         better = agent.score.better(score, best["score"])
         state["best"] = tree.map(torch.clone, select(better & state["active"], current, best))
         state["active"] = state["active"] & ~agent.score.reaches(score, target)
-        self._freeze()
+        self.frozen.hold(self.run.state)
         clock.switch("other")
         return {
             agent.score.metric: score,
             "eval/length": result.lengths.double().mean(-1),
         }
-
-    def _freeze(self) -> None:
-        """Keep every learner that is not active bit-identical to where it stopped."""
-        state = self.run.state
-        active = state["active"]
-        self._forget_revived()
-        if bool(active.all()):
-            return
-        moving = REPORTED if self.run.experiment.problem.native else REPORTED + ACTING
-        still = {name: part for name, part in state.items() if name not in moving}
-        for learner in (~active).nonzero().flatten().tolist():
-            kept = self.frozen.setdefault(learner, tree.map(lambda leaf, i=learner: leaf[i].clone(), still))
-            tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
-
-    def _forget_revived(self) -> None:
-        """Let go of where learners had stopped that are active again: one that stops anew stays where it is then."""
-        if self.frozen:
-            active = self._active_learners()
-            self.frozen = {learner: kept for learner, kept in self.frozen.items() if not active[learner]}
 
     def _active(self) -> bool:
         return any(self._active_learners())
@@ -238,33 +232,15 @@ class Loop:
 
     @contextmanager
     def _resources(self) -> Iterator[None]:
-        """Catch Ctrl-C, so that the iteration is finished; close everything at the end."""
-        try:
-            signal.signal(signal.SIGINT, self._interrupt)
-            caught = True
-        except ValueError:  # not in the main thread: whoever runs us handles interrupts
-            caught = False
-        try:
+        """Save what begins, then let listeners open; close everything at the end."""
+        with ExitStack() as closing:
+            for one in (*filter(None, (self.eval_world,)), *self.records.values(), *self.listeners):
+                closing.callback(one.close)
             if self.done == 0:
                 self._save()
             for listener in self.listeners:
                 listener.open(self.run, self.done)
             yield
-        finally:
-            if caught:
-                signal.signal(signal.SIGINT, self.handler)
-            opened: list[Any] = [*reversed(self.listeners), *self.records.values()]
-            if self.eval_world is not None:
-                opened.append(self.eval_world)
-            for one in opened:
-                one.close()
-
-    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        """The first Ctrl-C waits for the iteration, or ends the final evaluation; a second is not ours any more."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.handler)
-        if self.at_once:
-            raise KeyboardInterrupt
 
     # ------------------------------------------------------------------ records and files
 
@@ -283,20 +259,19 @@ class Loop:
                 self.run.stopped = "a callback stopped it"
 
     def _finish(self) -> None:
-        """Save, evaluate the final parameters, plot; Ctrl-C leaves the evaluation to a resume."""
+        """Save, evaluate the final parameters, draw; a signal leaves the evaluation to a resume."""
         self._save()
         try:
-            self.at_once = True
-            if self.interrupted:
-                return
-            clock.switch("evaluate")
-            self.run.evaluation = self.run.evaluate(self.budget.final_episodes)
-            clock.switch("other")
+            with self.interruption.at_once():
+                if self.interruption:
+                    return
+                clock.switch("evaluate")
+                self.run.evaluation = self.run.evaluate(self.budget.final_episodes)
+                clock.switch("other")
         except KeyboardInterrupt:
-            self.interrupted = True
+            if not self.interruption:
+                raise
             return
-        finally:
-            self.at_once = False
         self._say_what_went_wrong()
         self.run.write_summary()
         for listener in self.listeners:
@@ -314,31 +289,7 @@ class Loop:
             "torch": torch.__version__,
         }
         run.save(about)
-
-
-def accumulate(state: State, metrics: Metrics) -> None:
-    """Add an iteration's metrics `[*L]` to the sums of the next line; they are part of the state: a resume is exact."""
-    sums, counted = dict(state.get("metrics", {})), state["active"].to(torch.float64)
-    for name, value in metrics.items():
-        entry = name.replace("/", ".")
-        new = torch.stack([torch.where(state["active"], value.to(torch.float64), 0.0), counted], -1)
-        sums[entry] = sums[entry] + new if entry in sums else new
-    state["metrics"] = sums
-
-
-def take_averages(state: State) -> dict[str, Tensor]:
-    """The averages since the last line, `[*L]`, NaN where there is nothing to average; the sums start anew."""
-    sums: dict[str, Tensor] = state["metrics"]
-    state["metrics"] = tree.map(torch.zeros_like, sums)
-    averages: dict[str, Tensor] = {}
-    if "episodes" in sums:
-        episodes = sums["episodes"][..., 0]
-        averages["charts/episodic_return"] = sums["return_sum"][..., 0] / episodes
-        averages["charts/episodic_length"] = sums["length_sum"][..., 0] / episodes
-    for entry, value in sums.items():
-        if "." in entry:
-            averages[entry.replace(".", "/", 1)] = value[..., 0] / value[..., 1]
-    return averages
+        self._saved = time.perf_counter()
 
 
 def _lists(metrics: Metrics) -> dict[str, list[float]]:

@@ -458,6 +458,9 @@ def test_an_error_in_own_code_is_one_line_with_its_place(project: Path, capfd: p
 # ----------------------------------------------------------------------------------------------- interrupt and resume
 
 
+SAVING = "finishing this iteration and saving; Ctrl-C again stops at once\n"
+
+
 def interrupt_at_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next run is interrupted, as by Ctrl-C, at its first line of metrics."""
     go, times = plans.training.go, [1]
@@ -478,7 +481,7 @@ def test_interrupted_run_is_resumed(monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert main(f"train ppo CartPole-v1 {flags} --seeds 2 --quiet --out whole".split()) == 0
     interrupt_at_first_line(monkeypatch)
     said, error = rlmeta_says(capfd, f"train ppo CartPole-v1 {flags} --seeds 2 --quiet --out a", 130)
-    assert error == "interrupted; resume with: rlmeta resume a\n"
+    assert error == SAVING + "interrupted; resume with: rlmeta resume a\n"
     assert said == ""
     assert not Path("a/summary.json").exists()
     assert main(["resume", "a", "--quiet"]) == 0
@@ -495,7 +498,7 @@ def test_interrupted_groups_are_resumed(
     with monkeypatch.context() as patched:
         interrupt_at_first_line(patched)
         _, error = rlmeta_says(capfd, f"train ppo CartPole-v1 {flags} --out g", 130)
-    assert error == "interrupted; resume with: rlmeta resume g\n"
+    assert error == SAVING + "interrupted; resume with: rlmeta resume g\n"
     assert not Path("g/hidden_sizes=9").exists()
     rlmeta_says(capfd, "resume g")
     assert [row["setting"] for row in tables[-1]] == ["hidden_sizes=8", "hidden_sizes=9"]
@@ -519,7 +522,7 @@ def test_ctrl_c_while_a_group_ends_leaves_the_next_to_a_resume(
     with monkeypatch.context() as patched:
         patched.setattr(rlmeta.runs.run.Run, "write_summary", pressed)
         _, error = rlmeta_says(capfd, f"train ppo CartPole-v1 {TINY} --hidden-sizes 8,9 --quiet --out g", 130)
-    assert error == "interrupted; resume with: rlmeta resume g\n"
+    assert error == SAVING + "interrupted; resume with: rlmeta resume g\n"
     assert Path("g/hidden_sizes=8/summary.json").exists()
     assert not Path("g/hidden_sizes=9").exists()
     rlmeta_says(capfd, "resume g")
@@ -532,7 +535,7 @@ def test_ctrl_c_and_kill_of_a_process(project: Path, capfd: pytest.CaptureFixtur
     wait_for(project / "a" / "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=300)
-    assert (process.returncode, error) == (130, "interrupted; resume with: rlmeta resume a\n")
+    assert (process.returncode, error) == (130, SAVING + "interrupted; resume with: rlmeta resume a\n")
 
     _, error = rlmeta_says(capfd, "train ppo CartPole-v1 --out a", 2)
     assert "a exists and holds" in error

@@ -1,4 +1,4 @@
-"""kill -9 at random moments, resumed until it ends: the run ends bit for bit as the one that was never killed."""
+"""Kills and SIGTERM at random moments, resumed until it ends: the run ends bit for bit as the one never stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.slow.configurations import CONFIGURATIONS
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-ROUNDS, KILLS = 2, 3
+ROUNDS, KILLS = 3, 4
 
 
 def start(name: str, folder: Path, seconds: float) -> subprocess.Popen[str]:
@@ -39,12 +39,15 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, said[-3000:]
 
 
-def kill_after(process: subprocess.Popen[str], wait: float) -> bool:
-    """Whether the process was still there to be killed, with its workers."""
+def kill_after(process: subprocess.Popen[str], wait: float, number: signal.Signals) -> bool:
+    """Whether the process was still there to be sent a signal: SIGKILL with its workers, or SIGTERM, which saves."""
     try:
         process.communicate(timeout=wait)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        if number is signal.SIGTERM:
+            process.terminate()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return True
     return False
@@ -71,7 +74,8 @@ def test_killed_at_random_moments(name: str, tmp_path: Path) -> None:
         kills = 0
         for _ in range(KILLS):
             process = start(name, folder, every)
-            if not kill_after(process, moments.uniform(0.2, 1.1) * seconds):
+            number = moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            if not kill_after(process, moments.uniform(0.2, 1.1) * seconds, number):
                 break
             kills += 1
             if not (folder / "state" / "manifest.json").exists():
