@@ -16,6 +16,7 @@ from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import generalized_advantage
+from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
@@ -38,8 +39,8 @@ class A2C:
     """Steps in every environment between updates."""
     learning_rate: PerLearner = 7e-4
     """The optimizer's step size."""
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the learning rate, or anneal it to 0 over the budget."""
+    learning_rate_schedule: ScheduleName = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
     """RMSProp as in the paper, or Adam."""
     rmsprop_decay: float = 0.99
@@ -174,8 +175,7 @@ class A2CAgent(Agent):
     def annealed(self, state: State) -> Tensor:
         """The learning rate `[*L]` at the learner's progress."""
         rate = state["params"]["hyper"]["learning_rate"]
-        linear = self.settings.learning_rate_schedule == "linear"
-        return rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate
+        return anneal(rate, self.settings.learning_rate_schedule, state["progress"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """One gradient step on the whole rollout."""

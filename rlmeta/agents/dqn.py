@@ -17,6 +17,7 @@ from rlmeta.envs.world import World
 from rlmeta.errors import SpaceError
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align
+from rlmeta.functional.schedules import ScheduleName, anneal, linear
 from rlmeta.learning import replay
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
@@ -48,8 +49,8 @@ class DQN:
     """Transitions collected, with random actions, before the first gradient step."""
     learning_rate: PerLearner = 1e-3
     """Adam's step size."""
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the learning rate, or anneal it to 0 over the budget."""
+    learning_rate_schedule: ScheduleName = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
     gamma: PerLearner = 0.99
     """Discount factor."""
     double: bool = True
@@ -185,8 +186,8 @@ class DQNAgent(Agent):
     def epsilon(self, state: State) -> Tensor:
         """The probability of a random action `[*L]` at the learner's progress; 1 before learning starts."""
         h = state["params"]["hyper"]
-        spent = (state["progress"].to(h["epsilon"].dtype) / h["exploration_fraction"]).clamp(max=1.0)
-        epsilon = h["epsilon_start"] + spent * (h["epsilon_end"] - h["epsilon_start"])
+        spent = state["progress"] / h["exploration_fraction"]
+        epsilon = torch.as_tensor(linear(h["epsilon_start"], h["epsilon_end"])(spent))
         warm_up = state["count"]["task_steps"] * self.settings.num_envs < self.settings.learning_starts
         return torch.where(warm_up, torch.ones_like(epsilon), epsilon)
 
@@ -239,8 +240,7 @@ class DQNAgent(Agent):
     def annealed(self, state: State) -> Tensor:
         """The learning rate `[*L]` at the learner's progress."""
         rate = state["params"]["hyper"]["learning_rate"]
-        linear = self.settings.learning_rate_schedule == "linear"
-        return rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate
+        return anneal(rate, self.settings.learning_rate_schedule, state["progress"])
 
     def follow(self, state: State) -> None:
         """Move the target network every so many gradient steps."""

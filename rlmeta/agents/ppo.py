@@ -18,6 +18,7 @@ from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import generalized_advantage
+from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
@@ -45,16 +46,16 @@ class PPO:
     """Samples in a minibatch; must divide num_envs * num_steps."""
     learning_rate: PerLearner = 3e-4
     """Adam's step size."""
-    learning_rate_schedule: Literal["constant", "linear"] = "linear"
-    """Keep the learning rate, or anneal it to 0 over the budget."""
+    learning_rate_schedule: ScheduleName = "linear"
+    """Keep the learning rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
     gamma: PerLearner = 0.99
     """Discount factor."""
     gae_lambda: PerLearner = 0.95
     """Lambda of generalized advantage estimation."""
     clip_range: PerLearner = 0.2
     """How far the probability ratio may move from 1 before its gradient stops."""
-    clip_range_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the clip range, or anneal it to 0 over the budget."""
+    clip_range_schedule: ScheduleName = "constant"
+    """Keep the clip range, or anneal it to 0 over the budget in a straight line or along a cosine."""
     penalty: Literal["clip", "kl"] = "clip"
     """The surrogate: the clipped ratio, or the ratio less an adaptive KL penalty (section 4 of the paper)."""
     kl_target: PerLearner = 0.01
@@ -295,9 +296,8 @@ class PPOAgent(Agent):
     def annealed(self, state: State) -> tuple[Tensor, Tensor]:
         """Learning rate and clip range `[*L]` at the learner's progress."""
         s, h = self.settings, state["params"]["hyper"]
-        left = (1.0 - state["progress"]).to(h["learning_rate"].dtype)
-        rate = h["learning_rate"] * (left if s.learning_rate_schedule == "linear" else 1.0)
-        return rate, h["clip_range"] * (left if s.clip_range_schedule == "linear" else 1.0)
+        rate = anneal(h["learning_rate"], s.learning_rate_schedule, state["progress"])
+        return rate, anneal(h["clip_range"], s.clip_range_schedule, state["progress"])
 
     def _steer(self, coefficient: Tensor, kl: Tensor, hyper: dict[str, Tensor]) -> Tensor:
         """Double the KL coefficient where the policy moved 1.5 times too far, halve it where 1.5 times too little."""

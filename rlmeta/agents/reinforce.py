@@ -21,6 +21,7 @@ from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.returns import monte_carlo_return
+from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
@@ -53,8 +54,8 @@ class REINFORCE:
     """Weight of the baseline's loss, mean (return - value)^2."""
     learning_rate: PerLearner = 1e-3
     """Adam's step size."""
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the learning rate, or anneal it to 0 over the budget."""
+    learning_rate_schedule: ScheduleName = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
     entropy_coefficient: PerLearner = 0.0
     """Weight of the entropy bonus."""
     action_noise: PerLearner = 0.0
@@ -200,8 +201,7 @@ class REINFORCEAgent(Agent):
     def annealed(self, state: State) -> Tensor:
         """The learning rate `[*L]` at the learner's progress."""
         rate = state["params"]["hyper"]["learning_rate"]
-        linear = self.settings.learning_rate_schedule == "linear"
-        return rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate
+        return anneal(rate, self.settings.learning_rate_schedule, state["progress"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """One gradient step on the whole rollout."""

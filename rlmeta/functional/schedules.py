@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,26 @@ from rlmeta.errors import SettingError
 
 Value: TypeAlias = float | Tensor
 Schedule: TypeAlias = Callable[[Value], Value]
+ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
+"""How a setting is annealed over the budget."""
+
+
+def anneal(value: Tensor, schedule: ScheduleName, progress: Tensor) -> Tensor:
+    """A setting annealed to 0 over the budget, or kept.
+
+    Args:
+        value: `[*L]`, what it begins with.
+        schedule: "constant", "linear" or "cosine".
+        progress: `[*L]`, the fraction of the budget that is spent.
+
+    Returns:
+        `[*L]` of the value's type.
+    """
+    if schedule == "constant":
+        return value
+    annealed = (linear if schedule == "linear" else cosine)(value, 0.0)(progress)
+    assert isinstance(annealed, Tensor)
+    return annealed
 
 
 def constant(value: Value) -> Schedule:
@@ -35,7 +55,7 @@ def constant(value: Value) -> Schedule:
 
 
 def linear(start: Value, end: Value = 0.0) -> Schedule:
-    """start + p (end - start).
+    """start (1 - p) + end p.
 
     Args:
         start: the value at progress 0.
@@ -44,7 +64,12 @@ def linear(start: Value, end: Value = 0.0) -> Schedule:
     Returns:
         A function of progress p.
     """
-    return lambda progress: start + _unit(progress) * (end - start)
+
+    def schedule(progress: Value) -> Value:
+        spent = _unit(progress)
+        return start * _typed(1 - spent, start) + end * _typed(spent, start)
+
+    return schedule
 
 
 def cosine(start: Value, end: Value = 0.0) -> Schedule:
@@ -61,7 +86,7 @@ def cosine(start: Value, end: Value = 0.0) -> Schedule:
     def schedule(progress: Value) -> Value:
         angle = math.pi * _unit(progress)
         cos = torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle)
-        return end + (start - end) * (1 + cos) / 2
+        return end + (start - end) * _typed((1 + cos) / 2, start)
 
     return schedule
 
@@ -107,3 +132,8 @@ def warm_up(schedule: Schedule, fraction: float) -> Schedule:
 
 def _unit(progress: Value) -> Value:
     return progress.clamp(0, 1) if isinstance(progress, Tensor) else min(max(progress, 0.0), 1.0)
+
+
+def _typed(fraction: Value, value: Value) -> Value:
+    """A fraction in the value's type: progress is float64, settings are float32."""
+    return fraction.to(value.dtype) if isinstance(fraction, Tensor) and isinstance(value, Tensor) else fraction

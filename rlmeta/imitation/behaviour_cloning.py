@@ -18,6 +18,7 @@ from rlmeta.envs.demonstrations import Demonstrations, Unread
 from rlmeta.envs.world import World
 from rlmeta.errors import DemonstrationError
 from rlmeta.functional import optim, random, tree
+from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.average import Average
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
@@ -42,8 +43,8 @@ class BehaviourCloning:
     """Steps of demonstrations in a minibatch, drawn with replacement."""
     learning_rate: PerLearner = 1e-3
     """Adam's step size."""
-    learning_rate_schedule: Literal["constant", "linear"] = "linear"
-    """Keep the learning rate, or anneal it to 0 over the budget."""
+    learning_rate_schedule: ScheduleName = "linear"
+    """Keep the learning rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
     entropy_coefficient: PerLearner = 1e-3
     """Weight of the entropy bonus."""
     weight_decay: PerLearner = 0.0
@@ -138,9 +139,7 @@ class BehaviourCloningAgent(Agent):
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """Gradient steps on minibatches of the demonstrations; nothing is acted."""
         s, h, average = self.settings, state["params"]["hyper"], Average()
-        rate = h["learning_rate"]
-        if s.learning_rate_schedule == "linear":
-            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
+        rate = anneal(h["learning_rate"], s.learning_rate_schedule, state["progress"])
         optimizer = optim.adamw(rate, weight_decay=h["weight_decay"])
         for i in range(s.num_steps):
             batch = draw(self.transitions, state["key"], state["count"]["iterations"] * s.num_steps + i, s.batch_size)

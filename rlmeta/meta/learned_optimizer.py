@@ -25,6 +25,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import Optimizer, State, Tensors
 from rlmeta.functional.packed import Packed
+from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
@@ -225,8 +226,8 @@ class LearnedOptimizer:
     """Begin with updates of 0 instead of random ones."""
     meta_rate: PerLearner = 1e-3
     """Adam's step size for the LSTM's weights."""
-    meta_rate_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the meta rate, or anneal it to 0 over the budget."""
+    meta_rate_schedule: ScheduleName = "constant"
+    """Keep the meta rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
     max_grad_norm: PerLearner = 1.0
     """Clip each learner's meta-gradient to this norm."""
 
@@ -321,8 +322,7 @@ class LearnedOptimizerLearner:
     def optimizer(self, state: State) -> Optimizer:
         """Adam, for the meta-parameters, at the learner's progress."""
         rate = state["params"]["hyper"]["meta_rate"]
-        linear = self.settings.meta_rate_schedule == "linear"
-        return optim.adam(rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate)
+        return optim.adam(anneal(rate, self.settings.meta_rate_schedule, state["progress"]))
 
     def learned(self, p: Params) -> Optimizer:
         """The optimizer that parameters `[*L, ...]` are, for weights `[*L, ...]` or `[*L, K, ...]`."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import torch
@@ -28,6 +28,7 @@ from rlmeta.envs.families import FamilyWorld, Split, minimises
 from rlmeta.envs.task import TaskFamily
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
+from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import Evaluation, evaluate
@@ -73,8 +74,8 @@ class MAML:
     """Take the inner gradients for constants instead of differentiating through them."""
     meta_rate: PerLearner = 1e-3
     """Adam's step size for the initial weights."""
-    meta_rate_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the meta rate, or anneal it to 0 over the budget."""
+    meta_rate_schedule: ScheduleName = "constant"
+    """Keep the meta rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
     meta_epochs: int = 1
     """Meta-gradient steps on every meta-batch; several make sense for PPO, whose ratio bounds them."""
     max_grad_norm: PerLearner = math.inf
@@ -192,8 +193,7 @@ class MAMLLearner:
     def optimizer(self, state: State) -> optim.Optimizer:
         """Adam at the learner's progress."""
         rate = state["params"]["hyper"]["meta_rate"]
-        linear = self.settings.meta_rate_schedule == "linear"
-        return optim.adam(rate * (1.0 - state["progress"]).to(rate.dtype) if linear else rate)
+        return optim.adam(anneal(rate, self.settings.meta_rate_schedule, state["progress"]))
 
     # ------------------------------------------------------------------ adapt
 

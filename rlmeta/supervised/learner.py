@@ -16,6 +16,7 @@ from rlmeta.engine.capture import Capture
 from rlmeta.envs.data import EVERYTHING, DataWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
+from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning import hooks
 from rlmeta.learning.average import Average
 from rlmeta.learning.evaluate import Evaluation
@@ -44,8 +45,9 @@ class SupervisedSettings:
     """Which optimizer."""
     learning_rate: PerLearner = 1e-3
     """The optimizer's step size."""
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the learning rate, or anneal it to 0 over the budget (of each task of a stream)."""
+    learning_rate_schedule: ScheduleName = "constant"
+    """Keep the learning rate, or anneal it to 0 over the budget (of each task of a stream): in a straight line or along
+    a cosine."""
     momentum: PerLearner = 0.0
     """Of the optimizers sgd and rmsprop."""
     weight_decay: PerLearner = 0.0
@@ -155,9 +157,7 @@ class Supervised:
     def optimizer(self, state: State) -> optim.Optimizer:
         """The optimizer at the learner's progress."""
         s, h = self.settings, state["params"]["hyper"]
-        rate = h["learning_rate"]
-        if s.learning_rate_schedule == "linear":
-            rate = rate * (1.0 - state["progress"]).to(rate.dtype)
+        rate = anneal(h["learning_rate"], s.learning_rate_schedule, state["progress"])
         if s.optimizer == "sgd":
             return optim.sgd(rate, momentum=h["momentum"], weight_decay=h["weight_decay"])
         if s.optimizer == "rmsprop":

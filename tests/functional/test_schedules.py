@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlmeta.errors import SettingError
-from rlmeta.functional.schedules import Schedule, constant, cosine, exponential, linear, warm_up
+from rlmeta.functional.schedules import Schedule, anneal, constant, cosine, exponential, linear, warm_up
 
 SHAPES: dict[str, Callable[..., Schedule]] = {"linear": linear, "cosine": cosine, "exponential": exponential}
 
@@ -84,3 +85,17 @@ def test_wrong_arguments_are_refused() -> None:
     for fraction in (-0.1, 1.0, math.nan):
         with pytest.raises(SettingError, match="warm_up fraction"):
             warm_up(constant(1.0), fraction)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_settings_are_annealed_to_zero_in_their_own_type(name: Any) -> None:
+    """One value a learner, of progress that each learner has for itself; the linear one in the bits of v (1 - p)."""
+    value = torch.tensor([3e-4, 1e-3, 0.2])
+    progress = torch.tensor([0.0, 0.37, 1.0], dtype=torch.float64)
+    found = anneal(value, name, progress)
+    left = {"constant": lambda p: 1.0, "linear": lambda p: 1 - p, "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2}
+    expected = [v * left[name](p) for v, p in zip(value.double().tolist(), progress.tolist())]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    if name == "linear":
+        assert torch.equal(found, value * (1 - progress).float())
