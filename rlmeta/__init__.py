@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rlmeta.api import load as load
     from rlmeta.api import resume as resume
     from rlmeta.api import train as train
-    from rlmeta.envs.demonstrations import Demonstrations as Demonstrations
+    from rlmeta.data.demonstrations import Demonstrations as Demonstrations
     from rlmeta.envs.streams import TaskStream as TaskStream
     from rlmeta.envs.streams import stream as stream
     from rlmeta.envs.task import Task as Task

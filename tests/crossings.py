@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import rlmeta as rl
-from rlmeta.envs.data import DataTask, Samples
+from rlmeta.data.samples import DataTask, Samples
 from rlmeta.envs.native import NativeEnv
 
 CELLS = 5

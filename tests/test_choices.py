@@ -19,7 +19,9 @@ import rlmeta
 import rlmeta as rl
 from rlmeta import nn
 from rlmeta.agents.networks import build_body
-from rlmeta.envs import data, datasets, families, gymnasium_world, names, rows, streams, task
+from rlmeta.data import samples, sets
+from rlmeta.envs import families, names, streams, task
+from rlmeta.envs.gymnasium import rows, world
 from rlmeta.envs.native.cartpole import CartPole
 from rlmeta.errors import SettingError, require_choice
 from rlmeta.functional import optim, random
@@ -28,8 +30,8 @@ from rlmeta.nn import fisher
 
 KEY = random.make_keys([0])[0]
 BOX = gym.spaces.Box(-1, 1, (3,))
-PIXELS = data.Samples(torch.zeros(2, 4), torch.arange(2))
-LABELLED = datasets.Labelled(PIXELS, PIXELS, 2)
+PIXELS = samples.Samples(torch.zeros(2, 4), torch.arange(2))
+LABELLED = sets.Labelled(PIXELS, PIXELS, 2)
 TASKS = tuple(streams.split(LABELLED, [[0], [1]], "task"))
 WEIGHTS = {"w": torch.zeros(2, requires_grad=True)}
 STREAM = {"kind": "stream", "tasks": ["CartPole-v1", "CartPole-v1"]}
@@ -51,8 +53,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     ),
     "envs.task.Task mode": lambda x: task.Task("t", "CartPole-v1", mode=x),
     "envs.task.task mode": lambda x: rl.task("CartPole-v1", mode=x),
-    "envs.gymnasium_world.GymnasiumWorld mode": lambda x: gymnasium_world.GymnasiumWorld("CartPole-v1", (), 1, x),
-    "envs.gymnasium_world.GymnasiumWorld start_method": lambda x: gymnasium_world.GymnasiumWorld(
+    "envs.gymnasium_world.GymnasiumWorld mode": lambda x: world.GymnasiumWorld("CartPole-v1", (), 1, x),
+    "envs.gymnasium_world.GymnasiumWorld start_method": lambda x: world.GymnasiumWorld(
         "CartPole-v1", (), 1, start_method=x
     ),
     "envs.names.folders kind": names.folders,
@@ -68,7 +70,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "envs.streams.from_table order": lambda x: streams.from_table("s", STREAM, order=x),
     "envs.streams.split scenario": lambda x: streams.split(LABELLED, [[0], [1]], x),
     "envs.data.DataTask scenario": lambda x: rl.stream([dataclasses.replace(TASKS[0], scenario=x)]),
-    "envs.data.DataWorld scenario": lambda x: data.DataWorld(data.DataTable(TASKS), (), 1, scenario=x),
+    "envs.data.DataWorld scenario": lambda x: samples.DataWorld(samples.DataTable(TASKS), (), 1, scenario=x),
     "nn.fisher.categorical_fisher kind": lambda x: fisher.categorical_fisher(
         logits, {"weights": WEIGHTS}, torch.ones(3, 2), 0, x
     ),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.agents.networks import check_network
+from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import random, tree

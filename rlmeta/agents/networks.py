@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlmeta.envs.spaces import to_tree
+from rlmeta.data.spaces import to_tree
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import tree
 from rlmeta.functional.tree import Tree

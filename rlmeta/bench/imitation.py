@@ -24,7 +24,7 @@ from rich.table import Table
 from rlmeta.agents import PPO
 from rlmeta.api import resume, train
 from rlmeta.bench.seeds import BY_HAND_SEEDS, FIRST_SEED, table_seeds
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.names import folders
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.imitation import GAIL

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlmeta.agents import PPO
 from rlmeta.api import train
 from rlmeta.bench.seeds import BY_HAND_SEEDS, table_seeds
-from rlmeta.envs.data import DataTable, DataTask, DataWorld, Samples
+from rlmeta.data.samples import DataTable, DataTask, DataWorld, Samples
 from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rlmeta.api import train
-from rlmeta.envs.data import DataTask, Samples
+from rlmeta.data.samples import DataTask, Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rlmeta.api import train
 from rlmeta.bench.seeds import SELECTION_SEEDS, table_seeds
-from rlmeta.envs import datasets
+from rlmeta.data import sets
 from rlmeta.envs.families import FamilyWorld, NamedFamily, Quadratics, Sinusoid
 from rlmeta.envs.task import family as family_named
 from rlmeta.errors import SettingError, unknown_name
@@ -231,7 +231,7 @@ def omniglot(options: Meta) -> list[Row]:
     further = {"before": float(percent["before"].mean()), "after 5 steps": float(percent["after 5 steps"].mean())}
     what = f"MAML, 4 convolutions of 32, 1 step, {_shorter(steps, options) // settings.num_envs} meta-batches"
     folds = {"folds": [[100 * float(score) for score in one] for one in found["MAML"]]}
-    characters = datasets.omniglot()
+    characters = sets.omniglot()
     pictures = {"pictures": len(characters.image), "copies left out": characters.dropped}
     return [
         _row(what, percent["MAML"], "its number", **further, seconds=seconds, **folds, **pictures),

@@ -251,7 +251,7 @@ class RecordFlags:
             raise SettingError("rlmeta record needs a file to write: --out FILE")
         if os.path.lexists(self.out):
             raise RunExistsError(f"{self.out} exists: record into another file, or delete it first")
-        from rlmeta.envs.demonstrations import check_writable
+        from rlmeta.data.demonstrations import check_writable
 
         check_writable(self.out)
         if self.learner < -1:

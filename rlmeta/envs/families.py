@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.datasets import equal_pictures, labelled, omniglot
+from rlmeta.data.sets import equal_pictures, labelled, omniglot
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random, tree
 from rlmeta.functional.tree import Tree

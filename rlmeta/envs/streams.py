@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlmeta.envs.data import EVERYTHING, DataTable, DataTask, DataWorld, Samples, Scenario, shared_classes
-from rlmeta.envs.datasets import Labelled, labelled
+from rlmeta.data.samples import EVERYTHING, DataTable, DataTask, DataWorld, Samples, Scenario, shared_classes
+from rlmeta.data.sets import Labelled, labelled
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NativeEnv, NativeWorld
 from rlmeta.envs.task import Task, require_named, task

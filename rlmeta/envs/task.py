@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rlmeta.envs.families import NamedFamily, Split, task_keys
 from rlmeta.envs.families import from_table as named_family
+from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, several_agents
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
-from rlmeta.envs.sources import ENVPOOL, is_envpool, several_agents
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, require_choice, unknown_name
 from rlmeta.functional import random
@@ -54,7 +54,7 @@ class Task:
         """The environments `[*L, N]`."""
         if isinstance(self.source, NativeEnv):
             return NativeWorld(self.source, learner_shape, num_envs, self._redraw if self.ranges else None)
-        from rlmeta.envs.gymnasium_world import GymnasiumWorld
+        from rlmeta.envs.gymnasium.world import GymnasiumWorld
 
         return GymnasiumWorld(self.source, learner_shape, num_envs, mode=self.mode, settings=self.settings)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network
+from rlmeta.data.demonstrations import Demonstrations, Unread
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.demonstrations import Demonstrations, Unread
 from rlmeta.envs.world import World
 from rlmeta.errors import DemonstrationError
 from rlmeta.functional import optim, random, tree

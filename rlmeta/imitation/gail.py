@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from rlmeta.agents.ppo import PPO, PPOAgent
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.world import World
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import optim, random, tree

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import value_network
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.native import Tabular
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError

@@ -16,7 +16,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.envs.spaces import to_tree
+from rlmeta.data.spaces import to_tree
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import Draw

@@ -18,8 +18,8 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.families import FamilyWorld, Split, minimises
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from rlmeta.agents.networks import check_network
+from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.data import EVERYTHING
 from rlmeta.envs.families import FamilyWorld, Split, minimises
 from rlmeta.envs.task import TaskFamily
 from rlmeta.errors import SettingError

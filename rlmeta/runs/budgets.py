@@ -11,7 +11,7 @@ import math
 import warnings
 from typing import Any
 
-from rlmeta.envs.data import DataTask
+from rlmeta.data.samples import DataTask
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.learning.learner import Learner

@@ -9,8 +9,8 @@ from numbers import Real
 from typing import Any, get_args
 
 from rlmeta.agents.agent import NetworkFactory
+from rlmeta.data.demonstrations import Demonstrations, Unread
 from rlmeta.envs import families, native, streams
-from rlmeta.envs.demonstrations import Demonstrations, Unread
 from rlmeta.envs.names import check_problem
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.errors import SettingError
 
 HOLDS_DATA = (Tensor, np.ndarray, tuple, list, Mapping, Demonstrations)

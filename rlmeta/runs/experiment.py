@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.demonstrations import Demonstrations, Unread
+from rlmeta.data.demonstrations import Demonstrations, Unread
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random

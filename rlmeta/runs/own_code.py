@@ -16,10 +16,10 @@ from typing import Any
 import gymnasium as gym
 
 from rlmeta.agents.agent import NetworkFactory
-from rlmeta.envs.data import DataTask
+from rlmeta.data.samples import DataTask
 from rlmeta.envs.families import NamedFamily
+from rlmeta.envs.gymnasium.sources import ENVPOOL
 from rlmeta.envs.native import NativeEnv
-from rlmeta.envs.sources import ENVPOOL
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Task, TaskFamily
 from rlmeta.errors import SettingError, unknown_name

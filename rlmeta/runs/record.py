@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.agents.agent import NetworkFactory
-from rlmeta.envs import spaces
+from rlmeta.data import spaces
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random, statistics, tree

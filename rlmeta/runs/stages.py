@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlmeta.envs.data import HIDDEN
+from rlmeta.data.samples import HIDDEN
 from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.functional.packed import Packed

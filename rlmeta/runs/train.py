@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from rlmeta.agents.agent import NetworkFactory
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs import streams
-from rlmeta.envs.demonstrations import Demonstrations
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.task import TaskFamily, family, is_data_family, task
 from rlmeta.errors import SettingError

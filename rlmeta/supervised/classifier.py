@@ -10,7 +10,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.envs.data import DataWorld
+from rlmeta.data.samples import DataWorld
 from rlmeta.functional import losses, tree
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Score

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.agents.networks import build_body, check_network
+from rlmeta.data.samples import EVERYTHING, DataWorld
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.data import EVERYTHING, DataWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.schedules import ScheduleName, anneal

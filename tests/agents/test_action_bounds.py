@@ -13,7 +13,7 @@ import torch
 
 import rlmeta as rl
 from rlmeta.agents import A2C, PPO, REINFORCE
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.task import task
 from rlmeta.errors import SettingError
 from rlmeta.functional import random

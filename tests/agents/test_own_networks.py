@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rlmeta as rl
-from rlmeta.envs.data import DataTask, Samples
+from rlmeta.data.samples import DataTask, Samples
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.learning.learner import initial_state

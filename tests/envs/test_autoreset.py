@@ -11,7 +11,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from rlmeta.envs.gymnasium_world import GymnasiumWorld
+from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import random
 from rlmeta.functional.returns import discounts, generalized_advantage

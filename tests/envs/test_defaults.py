@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import rlmeta.envs.native.register  # noqa: F401 - registers the ids
-from rlmeta.envs.demonstrations import Demonstrations, join
-from rlmeta.envs.gymnasium_world import GymnasiumWorld
+from rlmeta.data.demonstrations import Demonstrations, join
+from rlmeta.data.spaces import to_numpy, to_tree
+from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.envs.native import NATIVE, CartPole, GridWorld, MountainCar, NativeWorld, Pendulum, TabularMDP
-from rlmeta.envs.spaces import to_numpy, to_tree
 from rlmeta.envs.task import Task, TaskFamily
 from rlmeta.functional import tree
 from rlmeta.functional.random import make_keys

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.envs.datasets import data_folder
+from rlmeta.data.sets import data_folder
 from rlmeta.envs.families import DigitMLPs, FewShot, NamedFamily, Quadratics, Sinusoid, split_classes
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional import random, tree

@@ -8,7 +8,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.native.tabular import GridWorld
 from rlmeta.errors import SettingError
 from rlmeta.imitation.irl import cut_off

@@ -19,7 +19,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
-from rlmeta.envs.gymnasium_world import GymnasiumWorld, episode_seed
+from rlmeta.envs.gymnasium.world import GymnasiumWorld, episode_seed
 from rlmeta.envs.world import Transition
 from rlmeta.errors import (
     CheckpointError,
@@ -378,7 +378,7 @@ _SCRIPT = """
 import signal
 
 import torch
-from rlmeta.envs.gymnasium_world import GymnasiumWorld
+from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.functional import random
 
 def step_forever():

@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from rlmeta.envs.gymnasium_world import GymnasiumWorld
+from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.functional.random import make_keys
 
 

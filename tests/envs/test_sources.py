@@ -15,9 +15,9 @@ from gymnasium import spaces
 from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.envs.gymnasium_world import GymnasiumWorld
+from rlmeta.envs.gymnasium.sources import is_envpool
+from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.envs.native import NativeEnv, Physics
-from rlmeta.envs.sources import is_envpool
 from rlmeta.envs.world import State
 from rlmeta.errors import (
     EnvironmentFailedError,

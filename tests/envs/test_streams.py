@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.data.samples import EVERYTHING, DataTask, DataWorld, Samples, shared_classes
+from rlmeta.data.sets import Labelled, labelled
 from rlmeta.envs import streams
-from rlmeta.envs.data import EVERYTHING, DataTask, DataWorld, Samples, shared_classes
-from rlmeta.envs.datasets import Labelled, labelled
 from rlmeta.envs.names import names, read_toml
 from rlmeta.errors import RlmetaError, SettingError
 from rlmeta.functional.random import make_keys

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import tree
 from rlmeta.functional.random import make_keys

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 import rlmeta as rl
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import random, tree

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError, SpaceError
 from rlmeta.functional import tabular, tree

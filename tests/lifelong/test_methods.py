@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.envs.data import Samples
+from rlmeta.data.samples import Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.envs.data import DataTask
+from rlmeta.data.samples import DataTask
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree

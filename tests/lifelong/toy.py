@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.envs.data import DataTask, Samples
+from rlmeta.data.samples import DataTask, Samples
 from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.learning.state import State
 from rlmeta.lifelong import Method

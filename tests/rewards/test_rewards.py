@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.envs.gymnasium_world import GymnasiumWorld
+from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.envs.native import GridWorld, TabularMDP
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree

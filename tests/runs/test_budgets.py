@@ -10,7 +10,7 @@ from gymnasium.wrappers import TimeLimit
 
 import rlmeta as rl
 from rlmeta.agents.a2c import A2CAgent
-from rlmeta.envs.data import DataTask, Samples
+from rlmeta.data.samples import DataTask, Samples
 from rlmeta.errors import SettingError
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.runs.experiment import chosen_seeds

@@ -10,7 +10,7 @@ import torch
 
 import rlmeta as rl
 from rlmeta.cli.main import main
-from rlmeta.envs.data import DataTask, Samples
+from rlmeta.data.samples import DataTask, Samples
 from rlmeta.envs.families import FewShot
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError
@@ -172,12 +172,12 @@ def test_a_digest_is_of_arrays_by_place_type_and_shape_alone():
 
 
 def test_the_same_named_data_from_another_folder_are_refused(tmp_path, monkeypatch):
-    from rlmeta.envs import datasets
+    from rlmeta.data import sets
 
     settings = rl.Classifier(hidden_sizes=(4,))
     rl.train(settings, "split-digits", budget=rl.Budget(steps=320, log_points=1), out=tmp_path / "run")
-    found = datasets.labelled("digits")
+    found = sets.labelled("digits")
     changed = found._replace(train=Samples(255 - found.train.observation, found.train.target))
-    monkeypatch.setattr(datasets, "_digits", lambda: changed)
+    monkeypatch.setattr(sets, "_digits", lambda: changed)
     with pytest.raises(SettingError, match="the data of the problem are not those the run began with"):
         rl.load(tmp_path / "run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlmeta.cli.main import main
-from rlmeta.envs.demonstrations import Demonstrations
+from rlmeta.data.demonstrations import Demonstrations
 
 TINY = "--steps 64 --num-envs 2 --num-steps 16 --batch-size 32 --num-epochs 1 --final-episodes 2 --eval-episodes 2"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.data.sets import labelled
 from rlmeta.envs import streams
-from rlmeta.envs.datasets import labelled
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import Method

@@ -12,7 +12,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.envs.spaces import Layout
+from rlmeta.data.spaces import Layout
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, unknown_name
 from rlmeta.functional import random, tree

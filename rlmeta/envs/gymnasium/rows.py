@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from rlmeta.envs.spaces import Array, Layout
+from rlmeta.data.spaces import Array, Layout
 from rlmeta.errors import SettingError, SpaceError, require_choice
 
 MaskSource: TypeAlias = Literal["method", "info"] | None

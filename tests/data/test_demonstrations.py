@@ -17,7 +17,7 @@ from safetensors.torch import load as decode
 from safetensors.torch import save_file
 
 import rlmeta as rl
-from rlmeta.envs.demonstrations import Demonstrations, join
+from rlmeta.data.demonstrations import Demonstrations, join
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import tree
 from rlmeta.runs.record import record

@@ -12,7 +12,7 @@ from gymnasium.vector.utils import batch_space
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlmeta.envs.spaces import Layout, check_space, to_numpy, to_tree
+from rlmeta.data.spaces import Layout, check_space, to_numpy, to_tree
 from rlmeta.errors import SpaceError
 from rlmeta.functional import tree
 

@@ -16,8 +16,8 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
-from rlmeta.envs.rows import Buffers, Rows, Template
-from rlmeta.envs.spaces import Array, Layout
+from rlmeta.data.spaces import Array, Layout
+from rlmeta.envs.gymnasium.rows import Buffers, Rows, Template
 from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
 
 _PATIENCE = 2.0

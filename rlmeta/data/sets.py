@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlmeta.envs.data import Samples
+from rlmeta.data.samples import Samples
 from rlmeta.errors import SettingError, missing_extra, unknown_name
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"

@@ -16,8 +16,8 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from rlmeta.envs.rows import MaskSource, Template, first_of, has_own_mask, with_mask
-from rlmeta.envs.spaces import Layout
+from rlmeta.data.spaces import Layout
+from rlmeta.envs.gymnasium.rows import MaskSource, Template, first_of, has_own_mask, with_mask
 from rlmeta.errors import (
     EnvironmentFailedError,
     MissingExtraError,

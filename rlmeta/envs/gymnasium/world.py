@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.envs.reports import Reports
-from rlmeta.envs.rows import Rows, Template
-from rlmeta.envs.sources import resolve
-from rlmeta.envs.spaces import Array, Layout
-from rlmeta.envs.vector_rows import VectorRows
-from rlmeta.envs.workers import WorkerRows
+from rlmeta.data.spaces import Array, Layout
+from rlmeta.envs.gymnasium.reports import Reports
+from rlmeta.envs.gymnasium.rows import Rows, Template
+from rlmeta.envs.gymnasium.sources import resolve
+from rlmeta.envs.gymnasium.vector_rows import VectorRows
+from rlmeta.envs.gymnasium.workers import WorkerRows
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import CheckpointError, InexactResumeError, SettingError, require_choice
 from rlmeta.functional import random, tree

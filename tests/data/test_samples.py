@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlmeta.envs.data import HIDDEN, DataTable, DataTask, DataWorld, Samples, shared_classes
+from rlmeta.data.samples import HIDDEN, DataTable, DataTask, DataWorld, Samples, shared_classes
 from rlmeta.errors import SettingError
 from rlmeta.functional.random import make_keys
 

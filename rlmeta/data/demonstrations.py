@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import Tensor
 
-from rlmeta.envs.spaces import parts
+from rlmeta.data.spaces import parts
 from rlmeta.errors import DemonstrationError
 from rlmeta.functional import random, tree
 from rlmeta.functional.shapes import flags

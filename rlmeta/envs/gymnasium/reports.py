@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlmeta.envs.rows import Buffers
-from rlmeta.envs.spaces import Array, Leaf
+from rlmeta.data.spaces import Array, Leaf
+from rlmeta.envs.gymnasium.rows import Buffers
 
 _SLACK = 1e-6
 """Relative to a bound: what rounding to float32 may take an observation beyond it."""

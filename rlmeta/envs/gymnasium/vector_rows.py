@@ -11,9 +11,9 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from rlmeta.envs.rows import Buffers, MaskSource, has_own_mask, mask_length, masked_space
-from rlmeta.envs.sources import VectorSource
-from rlmeta.envs.spaces import Array, Layout, pick
+from rlmeta.data.spaces import Array, Layout, pick
+from rlmeta.envs.gymnasium.rows import Buffers, MaskSource, has_own_mask, mask_length, masked_space
+from rlmeta.envs.gymnasium.sources import VectorSource
 from rlmeta.errors import SettingError, SpaceError
 
 

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from rlmeta.envs import datasets
+from rlmeta.data import sets
 from rlmeta.errors import SettingError
 
 
@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def omniglot():
-    return datasets.omniglot.__wrapped__()
+    return sets.omniglot.__wrapped__()
 
 
 def test_characters_of_several_files_are_counted_over_all(folder):
@@ -74,7 +74,7 @@ def test_files_of_something_else_are_refused(folder, change, message):
 def test_broken_files_are_refused(folder, content):
     np.savez_compressed(folder / "whole.npz", **characters(x=np.zeros((4, 9)), y=np.zeros(4)))
     content = (folder / "whole.npz").read_bytes()[:900] if content is None else content
-    for file, read in (("omniglot-a.npz", omniglot), ("mnist-10k.npz", datasets._mnist.__wrapped__)):
+    for file, read in (("omniglot-a.npz", omniglot), ("mnist-10k.npz", sets._mnist.__wrapped__)):
         (folder / file).write_bytes(content)
         with pytest.raises(SettingError, match=f"{file} can't be read .* put a whole copy there"):
             read()
@@ -101,7 +101,7 @@ def test_without_a_file_it_says_which_to_put_where(folder, monkeypatch):
         omniglot()
     monkeypatch.delenv("RLMETA_DATA")
     with pytest.raises(SettingError, match=r"holds mnist-10k\.npz by RLMETA_DATA \(it is not set\)"):
-        datasets._mnist.__wrapped__()
+        sets._mnist.__wrapped__()
     monkeypatch.setenv("RLMETA_DATA", str(folder / "missing"))
     with pytest.raises(SettingError, match=r"RLMETA_DATA is .*missing', which is no folder"):
         omniglot()

@@ -1,0 +1,1 @@
+"""The Gymnasium adapter: many environments of one kind as a world, in this process or in workers."""
