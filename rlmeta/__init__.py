@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Budget": "runs.experiment",
-    "Demonstrations": "envs.demonstrations",
+    "Demonstrations": "data.demonstrations",
     "RlmetaError": "errors",
     "Run": "runs.run",
     "Task": "envs.task",

@@ -24,7 +24,7 @@ from rlmeta.envs import families, names, streams, task
 from rlmeta.envs.gymnasium import rows, world
 from rlmeta.envs.native.cartpole import CartPole
 from rlmeta.errors import SettingError, require_choice
-from rlmeta.functional import optim, random
+from rlmeta.functional import optim, random, schedules
 from rlmeta.meta import adapt
 from rlmeta.nn import fisher
 
@@ -53,15 +53,17 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     ),
     "envs.task.Task mode": lambda x: task.Task("t", "CartPole-v1", mode=x),
     "envs.task.task mode": lambda x: rl.task("CartPole-v1", mode=x),
-    "envs.gymnasium_world.GymnasiumWorld mode": lambda x: world.GymnasiumWorld("CartPole-v1", (), 1, x),
-    "envs.gymnasium_world.GymnasiumWorld start_method": lambda x: world.GymnasiumWorld(
+    "envs.gymnasium.world.GymnasiumWorld mode": lambda x: world.GymnasiumWorld("CartPole-v1", (), 1, x),
+    "envs.gymnasium.world.GymnasiumWorld start_method": lambda x: world.GymnasiumWorld(
         "CartPole-v1", (), 1, start_method=x
     ),
     "envs.names.folders kind": names.folders,
     "envs.names.names kind": names.names,
     "envs.names.read_named kind": lambda x: names.read_named(x, "pole"),
-    "envs.rows.with_mask source": lambda x: rows.with_mask(gym.make("CartPole-v1"), x),
-    "envs.rows.ActionMaskObservation source": lambda x: rows.ActionMaskObservation(gym.make("CartPole-v1"), x),
+    "envs.gymnasium.rows.with_mask source": lambda x: rows.with_mask(gym.make("CartPole-v1"), x),
+    "envs.gymnasium.rows.ActionMaskObservation source": lambda x: rows.ActionMaskObservation(
+        gym.make("CartPole-v1"), x
+    ),
     "envs.streams.TaskStream scenario": lambda x: streams.TaskStream("s", TASKS, scenario=x),
     "envs.streams.TaskStream order": lambda x: streams.TaskStream("s", TASKS, order=x),
     "envs.streams.stream scenario": lambda x: rl.stream(list(TASKS), scenario=x),
@@ -69,8 +71,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "envs.streams.from_table scenario": lambda x: streams.from_table("s", STREAM, scenario=x),
     "envs.streams.from_table order": lambda x: streams.from_table("s", STREAM, order=x),
     "envs.streams.split scenario": lambda x: streams.split(LABELLED, [[0], [1]], x),
-    "envs.data.DataTask scenario": lambda x: rl.stream([dataclasses.replace(TASKS[0], scenario=x)]),
-    "envs.data.DataWorld scenario": lambda x: samples.DataWorld(samples.DataTable(TASKS), (), 1, scenario=x),
+    "data.samples.DataTask scenario": lambda x: rl.stream([dataclasses.replace(TASKS[0], scenario=x)]),
+    "data.samples.DataWorld scenario": lambda x: samples.DataWorld(samples.DataTable(TASKS), (), 1, scenario=x),
     "nn.fisher.categorical_fisher kind": lambda x: fisher.categorical_fisher(
         logits, {"weights": WEIGHTS}, torch.ones(3, 2), 0, x
     ),
@@ -85,6 +87,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "nn.linear.Linear initialiser": lambda x: nn.Linear(3, 2, initialiser=x),
     "nn.mlp.MLP activation": lambda x: nn.MLP(3, (2,), activation=x),
     "nn.mlp.MLP final_activation": lambda x: nn.MLP(3, (2,), 2, final_activation=x),
+    "functional.schedules.anneal schedule": lambda x: schedules.anneal(torch.ones(2), x, torch.zeros(2)),
     "nn.mlp.MLP initialiser": lambda x: nn.MLP(3, (2,), initialiser=x),
 }
 
@@ -93,7 +96,7 @@ ELSEWHERE = {
     "envs.families.Family.tasks split": "a protocol",
     "envs.families.FewShot.tasks split": "needs pictures; see tests/envs",
     "envs.families.FamilyWorld.tasks split": "hands it to its family",
-    "envs.rows.Template mask": "is made by resolve, which makes it of one of its own",
+    "envs.gymnasium.rows.Template mask": "is made by resolve, which makes it of one of its own",
     "lifelong.ewc.information kind": "hands it to categorical_fisher, or gets it from EWC",
     "meta.learned_optimizer.LearnedOptimizerLearner.adaptation split": "hands it to its family",
     "meta.maml.MAMLLearner.adapted order": "hands it to adapt",

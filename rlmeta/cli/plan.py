@@ -23,6 +23,7 @@ from rlmeta import api
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.cli import flags
 from rlmeta.envs import streams
+from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.names import read_toml
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
@@ -187,7 +188,7 @@ class Plan:
         meta = getattr(agent_class(self.agent), "learns_from_tasks", False)
         if isinstance(source, str) and (is_data_family(source) or (meta and not self.env)):
             return family(source, self.env)
-        if own_code.is_problem(source):
+        if is_problem(source):
             return source
         mode: Mode = "async" if options.async_ else "sync"
         made = task(source, name=self.task, settings=self.env, mode=mode, native=options.native)

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, require_choice
 
 Value: TypeAlias = float | Tensor
 Schedule: TypeAlias = Callable[[Value], Value]
@@ -34,7 +34,11 @@ def anneal(value: Tensor, schedule: ScheduleName, progress: Tensor) -> Tensor:
 
     Returns:
         `[*L]` of the value's type.
+
+    Raises:
+        SettingError: no such schedule.
     """
+    require_choice("schedule", schedule, ScheduleName)
     if schedule == "constant":
         return value
     annealed = (linear if schedule == "linear" else cosine)(value, 0.0)(progress)

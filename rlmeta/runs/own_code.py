@@ -16,12 +16,9 @@ from typing import Any
 import gymnasium as gym
 
 from rlmeta.agents.agent import NetworkFactory
-from rlmeta.data.samples import DataTask
-from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.gymnasium.sources import ENVPOOL
+from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.native import NativeEnv
-from rlmeta.envs.streams import TaskStream
-from rlmeta.envs.task import Task, TaskFamily
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import check_names, per_learner_names
@@ -82,14 +79,6 @@ def _called(found: Any, settings: Mapping[str, Any], name: str) -> Any:
     except TypeError as error:
         raise SettingError(f"{name} takes other settings: {error}") from None
     return found(**settings)
-
-
-def is_problem(found: Any) -> bool:
-    """Whether it is a task, a stream, or a family (`tasks` draws some), rather than an environment or what makes it."""
-    if isinstance(found, Task | DataTask | TaskFamily | NamedFamily | TaskStream):
-        return True
-    is_env = issubclass(found, gym.Env) if isinstance(found, type) else isinstance(found, gym.Env)
-    return callable(getattr(found, "tasks", None)) and not is_env
 
 
 def env_again(folder: Path, name: str | None) -> Any:

@@ -12,17 +12,15 @@ import torch
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.data.demonstrations import Demonstrations
-from rlmeta.envs import streams
-from rlmeta.envs.families import NamedFamily
-from rlmeta.envs.task import TaskFamily, family, is_data_family, task
+from rlmeta.envs.kinds import problem_of
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
-from rlmeta.runs import budgets, own_code
+from rlmeta.runs import budgets
 from rlmeta.runs import folder as run_folder
-from rlmeta.runs.experiment import Budget, Experiment, Problem, chosen_seeds, compare
+from rlmeta.runs.experiment import Budget, Experiment, chosen_seeds, compare
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
 from rlmeta.runs.run import Run, read
@@ -58,7 +56,7 @@ def prepare(
     experiment = Experiment(
         variants=compared,
         seeds=chosen_seeds(seeds),
-        problem=resolve(problem, agent),
+        problem=problem_of(problem, type(agent).__name__, getattr(type(agent), "learns_from_tasks", False)),
         budget=budget,
         methods=methods,
         device=device,
@@ -106,37 +104,6 @@ def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[List
             return Loop(run, callbacks, listeners).go()
     finally:
         run.close()
-
-
-def resolve(problem: Any, settings: Any = None) -> Problem:
-    """What a run is on: the problem itself, or what its name names.
-
-    A meta-learner gets a family as it is, any other learner the task that redraws its constants.
-
-    Raises:
-        UnknownNameError: nothing has this name.
-        SettingError: a meta-learner without a family, or a family of tasks that only a meta-learner can use.
-    """
-    meta = getattr(type(settings), "learns_from_tasks", False)
-    if isinstance(problem, str):
-        if streams.is_stream(problem):
-            problem = streams.stream(problem)
-        else:
-            problem = family(problem) if meta or is_data_family(problem) else task(problem)
-    elif not own_code.is_problem(problem) and not hasattr(problem, "tasks"):
-        problem = task(problem)  # of an environment's factory; what can't be one is refused with what to give instead
-    if meta and isinstance(problem, TaskFamily):
-        return NamedFamily(problem.name, problem)
-    if hasattr(problem, "tasks") and not isinstance(problem, NamedFamily | TaskFamily | streams.TaskStream):
-        problem = NamedFamily(type(problem).__name__, problem)
-    if meta != isinstance(problem, NamedFamily):
-        what, name = type(settings).__name__, getattr(problem, "name", problem)
-        raise SettingError(
-            f"{what} learns from a family of tasks, {name!r} is none: `rlmeta list families` shows them"
-            if meta
-            else f"{name!r} is a family of tasks to learn to learn, {what} learns one: use MAML or another meta-learner"
-        )
-    return problem.task() if isinstance(problem, TaskFamily) else problem
 
 
 @undisturbed()
