@@ -5,20 +5,12 @@ from rlmeta.nn.checks import check_block
 from rlmeta.nn.convolutional import strided_convolutions
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.encoder import Encoder, feature_axes
-from rlmeta.nn.heads import (
-    BernoulliHead,
-    CategoricalHead,
-    Distribution,
-    GaussianHead,
-    MultiDiscreteHead,
-    PolicyHead,
-    QHead,
-    StateDependentNoiseHead,
-    TanhGaussianHead,
-    ValueHead,
-    allowed,
-    head_for,
-)
+from rlmeta.nn.heads.choose import PolicyHead, head_for
+from rlmeta.nn.heads.common import Distribution
+from rlmeta.nn.heads.discrete import BernoulliHead, CategoricalHead, MultiDiscreteHead, allowed
+from rlmeta.nn.heads.gaussian import GaussianHead, TanhGaussianHead
+from rlmeta.nn.heads.noise import StateDependentNoiseHead
+from rlmeta.nn.heads.values import QHead, ValueHead
 from rlmeta.nn.initialisers import Initialiser, initialise
 from rlmeta.nn.lift import Sequential, lift
 from rlmeta.nn.lifted import Lifted
