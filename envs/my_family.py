@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from rlmeta.envs.families import task_keys
+from rlmeta.envs.task_families import task_keys
 from rlmeta.functional.random import make_keys, normal, uniform
 
 

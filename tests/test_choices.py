@@ -20,7 +20,7 @@ import rlmeta as rl
 from rlmeta import nn
 from rlmeta.agents.networks import build_body
 from rlmeta.data import samples, sets
-from rlmeta.envs import families, names, streams, task
+from rlmeta.envs import families, minimisation, names, regression, streams, task
 from rlmeta.envs.gymnasium import rows, world
 from rlmeta.envs.native.cartpole import CartPole
 from rlmeta.errors import SettingError, require_choice
@@ -45,9 +45,9 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "agents.networks.build_body activation": lambda x: build_body(None, BOX, (4,), x, "torch"),
     "agents.networks.build_body initialiser": lambda x: build_body(None, BOX, (4,), "tanh", x),
     "envs.families.task_keys split": lambda x: families.task_keys(KEY, 0, 2, x),
-    "envs.families.Sinusoid.tasks split": lambda x: families.Sinusoid().tasks(KEY, 0, 2, x),
-    "envs.families.Quadratics.tasks split": lambda x: families.Quadratics().tasks(KEY, 0, 2, x),
-    "envs.families.DigitMLPs.tasks split": lambda x: families.DigitMLPs().tasks(KEY, 0, 2, x),
+    "envs.regression.Sinusoid.tasks split": lambda x: regression.Sinusoid().tasks(KEY, 0, 2, x),
+    "envs.minimisation.Quadratics.tasks split": lambda x: minimisation.Quadratics().tasks(KEY, 0, 2, x),
+    "envs.minimisation.DigitMLPs.tasks split": lambda x: minimisation.DigitMLPs().tasks(KEY, 0, 2, x),
     "envs.task.TaskFamily.tasks split": lambda x: task.TaskFamily("f", CartPole(), {"length": (0.1, 0.2)}).tasks(
         KEY, 0, 2, x
     ),
@@ -93,8 +93,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 
 ELSEWHERE = {
     "imitation.gail.AdversarialReward form": "validated with the other fields of a reward, which needs demonstrations",
-    "envs.families.Family.tasks split": "a protocol",
-    "envs.families.FewShot.tasks split": "needs pictures; see tests/envs",
+    "envs.task_families.Family.tasks split": "a protocol",
+    "envs.few_shot.FewShot.tasks split": "needs pictures; see tests/envs",
     "envs.families.FamilyWorld.tasks split": "hands it to its family",
     "envs.gymnasium.rows.Template mask": "is made by resolve, which makes it of one of its own",
     "lifelong.ewc.information kind": "hands it to categorical_fisher, or gets it from EWC",

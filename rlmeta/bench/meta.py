@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from rlmeta.api import train
 from rlmeta.bench.seeds import SELECTION_SEEDS, table_seeds
 from rlmeta.data import sets
-from rlmeta.envs.families import FamilyWorld, NamedFamily, Quadratics, Sinusoid
+from rlmeta.envs.families import FamilyWorld, NamedFamily
+from rlmeta.envs.minimisation import Quadratics
+from rlmeta.envs.regression import Sinusoid
 from rlmeta.envs.task import family as family_named
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import optim, random, statistics

@@ -15,11 +15,12 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.envs.families import NamedFamily, Split, task_keys
+from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.families import from_table as named_family
 from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, several_agents
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
+from rlmeta.envs.task_families import Split, task_keys
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, require_choice, unknown_name
 from rlmeta.functional import random

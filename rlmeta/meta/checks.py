@@ -11,7 +11,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.envs.families import Split, as_tensors
+from rlmeta.envs.task_families import Split, as_tensors
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning.settings import require

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.families import FamilyWorld, Split, minimises
+from rlmeta.envs.families import FamilyWorld
+from rlmeta.envs.task_families import Split, minimises
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import Optimizer, State, Tensors

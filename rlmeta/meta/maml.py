@@ -24,8 +24,9 @@ from torch import Tensor
 from rlmeta.agents.networks import check_network
 from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.families import FamilyWorld, Split, minimises
+from rlmeta.envs.families import FamilyWorld
 from rlmeta.envs.task import TaskFamily
+from rlmeta.envs.task_families import Split, minimises
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.schedules import ScheduleName, anneal

@@ -11,7 +11,10 @@ import torch
 
 import rlmeta as rl
 from rlmeta.data.sets import data_folder
-from rlmeta.envs.families import DigitMLPs, FewShot, NamedFamily, Quadratics, Sinusoid, split_classes
+from rlmeta.envs.families import NamedFamily
+from rlmeta.envs.few_shot import FewShot, split_classes
+from rlmeta.envs.minimisation import DigitMLPs, Quadratics
+from rlmeta.envs.regression import Sinusoid
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional import random, tree
 

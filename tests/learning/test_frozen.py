@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rlmeta as rl
-from rlmeta.envs.families import FewShot
+from rlmeta.envs.few_shot import FewShot
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional import random
 from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay

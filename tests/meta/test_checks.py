@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.envs.families import FewShot, Quadratics, task_keys
+from rlmeta.envs.few_shot import FewShot
+from rlmeta.envs.minimisation import Quadratics
+from rlmeta.envs.task_families import task_keys
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.envs.families import DigitMLPs, NamedFamily, Quadratics
+from rlmeta.envs.families import NamedFamily
+from rlmeta.envs.minimisation import DigitMLPs, Quadratics
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import apply_updates

@@ -9,8 +9,10 @@ import torch
 
 import rlmeta as rl
 from rlmeta.agents import PPO, REINFORCE
-from rlmeta.envs.families import FewShot, NamedFamily, Sinusoid
+from rlmeta.envs.families import NamedFamily
+from rlmeta.envs.few_shot import FewShot
 from rlmeta.envs.native import Bandit
+from rlmeta.envs.regression import Sinusoid
 from rlmeta.envs.task import Task, TaskFamily
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree

@@ -10,7 +10,9 @@ import torch
 
 import rlmeta as rl
 from rlmeta.cli.main import main
-from rlmeta.envs.families import NamedFamily, Quadratics, Sinusoid
+from rlmeta.envs.families import NamedFamily
+from rlmeta.envs.minimisation import Quadratics
+from rlmeta.envs.regression import Sinusoid
 from rlmeta.report.adaptation import Adaptation, AdaptFlags, adapt
 
 TEST = {"split": "test"}

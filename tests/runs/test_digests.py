@@ -11,7 +11,7 @@ import torch
 import rlmeta as rl
 from rlmeta.cli.main import main
 from rlmeta.data.samples import DataTask, Samples
-from rlmeta.envs.families import FewShot
+from rlmeta.envs.few_shot import FewShot
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.rewards import PotentialShaping
