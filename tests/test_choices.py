@@ -19,8 +19,8 @@ import rlmeta
 import rlmeta as rl
 from rlmeta import nn
 from rlmeta.agents.networks import build_body
-from rlmeta.data import samples, sets
-from rlmeta.envs import families, minimisation, names, regression, streams, task
+from rlmeta.data import samples, sets, splits
+from rlmeta.envs import minimisation, names, regression, streams, task, task_families
 from rlmeta.envs.gymnasium import rows, world
 from rlmeta.envs.native.cartpole import CartPole
 from rlmeta.errors import SettingError, require_choice
@@ -32,7 +32,7 @@ KEY = random.make_keys([0])[0]
 BOX = gym.spaces.Box(-1, 1, (3,))
 PIXELS = samples.Samples(torch.zeros(2, 4), torch.arange(2))
 LABELLED = sets.Labelled(PIXELS, PIXELS, 2)
-TASKS = tuple(streams.split(LABELLED, [[0], [1]], "task"))
+TASKS = tuple(splits.split(LABELLED, [[0], [1]], "task"))
 WEIGHTS = {"w": torch.zeros(2, requires_grad=True)}
 STREAM = {"kind": "stream", "tasks": ["CartPole-v1", "CartPole-v1"]}
 
@@ -44,7 +44,7 @@ def logits(p: Any, batch: Any, ctx: Any) -> Any:
 CALLS: dict[str, Callable[[Any], Any]] = {
     "agents.networks.build_body activation": lambda x: build_body(None, BOX, (4,), x, "torch"),
     "agents.networks.build_body initialiser": lambda x: build_body(None, BOX, (4,), "tanh", x),
-    "envs.families.task_keys split": lambda x: families.task_keys(KEY, 0, 2, x),
+    "envs.task_families.task_keys split": lambda x: task_families.task_keys(KEY, 0, 2, x),
     "envs.regression.Sinusoid.tasks split": lambda x: regression.Sinusoid().tasks(KEY, 0, 2, x),
     "envs.minimisation.Quadratics.tasks split": lambda x: minimisation.Quadratics().tasks(KEY, 0, 2, x),
     "envs.minimisation.DigitMLPs.tasks split": lambda x: minimisation.DigitMLPs().tasks(KEY, 0, 2, x),
@@ -70,7 +70,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "envs.streams.stream order": lambda x: rl.stream(list(TASKS), order=x),
     "envs.streams.from_table scenario": lambda x: streams.from_table("s", STREAM, scenario=x),
     "envs.streams.from_table order": lambda x: streams.from_table("s", STREAM, order=x),
-    "envs.streams.split scenario": lambda x: streams.split(LABELLED, [[0], [1]], x),
+    "data.splits.split scenario": lambda x: splits.split(LABELLED, [[0], [1]], x),
     "data.samples.DataTask scenario": lambda x: rl.stream([dataclasses.replace(TASKS[0], scenario=x)]),
     "data.samples.DataWorld scenario": lambda x: samples.DataWorld(samples.DataTable(TASKS), (), 1, scenario=x),
     "nn.fisher.categorical_fisher kind": lambda x: fisher.categorical_fisher(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.data import splits
 from rlmeta.data.samples import EVERYTHING, DataTask, DataWorld, Samples, shared_classes
 from rlmeta.data.sets import Labelled, labelled
 from rlmeta.envs import streams
@@ -45,17 +46,17 @@ def test_permutations_keep_the_pixels_and_the_first_task_as_it_is():
 
 def test_rotations_turn_pictures_by_their_angle():
     data = labelled("digits")
-    quarter = streams.rotate(data, 2, 180.0)[1]
+    quarter = splits.rotate(data, 2, 180.0)[1]
     picture = data.test.observation[0].reshape(8, 8).numpy()
     turned = quarter.test.observation[0].reshape(8, 8).numpy().astype(int)
     gap = min(np.abs(turned - np.rot90(picture, k).astype(int)).max() for k in (1, 3))
     assert gap <= 1, "a quarter turn needs no interpolation"
-    assert torch.equal(streams.rotate(data, 3)[0].test.observation, data.test.observation)
+    assert torch.equal(splits.rotate(data, 3)[0].test.observation, data.test.observation)
 
 
 def test_a_task_can_have_samples_of_its_own():
     data = labelled("digits")
-    first, second = (one.train.observation for one in streams.permute(data, 2, samples=100))
+    first, second = (one.train.observation for one in splits.permute(data, 2, samples=100))
     assert first.shape == (100, 64)
     assert not torch.equal(first.sort(-1).values, second.sort(-1).values), "other samples, not only other pixels"
 
@@ -98,11 +99,11 @@ def test_one_place_says_the_scenario():
     """What `split` says the stream need not say again, and can't say otherwise."""
     data, scenarios = labelled("digits"), ("task", "domain", "class")
     for said in (None, *scenarios):
-        tasks = streams.split(data, GROUPS, said)
+        tasks = splits.split(data, GROUPS, said)
         assert rl.stream(tasks).scenario == (said or "task")
         for other in scenarios:
             if said in (None, other):
-                made, plain = rl.stream(tasks, scenario=other), rl.stream(streams.split(data, GROUPS), scenario=other)
+                made, plain = rl.stream(tasks, scenario=other), rl.stream(splits.split(data, GROUPS), scenario=other)
                 assert made.reveals == plain.reveals == (EVERYTHING if other == "task" else EVERYTHING - {"test_id"})
                 worlds = [one.world((1,), 4) for one in (made, plain)]
                 assert worlds[0].action_space == worlds[1].action_space
@@ -123,7 +124,7 @@ def test_one_place_says_the_scenario():
     ],
 )
 def test_a_scenario_and_what_is_revealed_may_not_contradict(scenario, reveals, words):
-    tasks = streams.split(labelled("digits"), GROUPS)
+    tasks = splits.split(labelled("digits"), GROUPS)
     for source in ("split-digits", tasks):
         with pytest.raises(SettingError, match=words):
             rl.stream(source, scenario=scenario, reveals=reveals)
@@ -158,22 +159,22 @@ def test_what_can_be_no_stream_is_refused_by_a_sentence():
         ([[True, False]], "expected groups of different classes of 0 to 9"),
     ):
         with pytest.raises(SettingError, match=words):
-            streams.split(data, groups)
+            splits.split(data, groups)
     with pytest.raises(SettingError, match="scenario is 'klass', expected one of task, domain, class"):
-        streams.split(data, GROUPS, "klass")
+        splits.split(data, GROUPS, "klass")
     with pytest.raises(SettingError, match="groups of one size, these have 1 to 2"):
-        streams.split(data, [[0, 1], [2]], "domain")
+        splits.split(data, [[0, 1], [2]], "domain")
     oblong = Samples(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
     for make, words in (
-        (lambda: streams.permute(data, 0), "permute is 0, expected how many tasks"),
-        (lambda: streams.permute(data, "3"), "permute is '3', expected how many tasks"),
-        (lambda: streams.rotate(data, -1), "rotate is -1, expected how many tasks"),
-        (lambda: streams.rotate(data, 2, float("nan")), "degrees is nan, expected a number"),
-        (lambda: streams.permute(data, 2, samples=2.5), "samples is 2.5, expected 1 to the 1438"),
-        (lambda: streams.split(tuple(data), GROUPS), r"data is a tuple, expected labelled\(NAME\)"),
-        (lambda: streams.split(data._replace(num_classes=0), GROUPS), "num_classes is 0, expected how many"),
-        (lambda: streams.split(data._replace(num_classes=9), [[0, 1]]), "target 9 is none of its classes"),
-        (lambda: streams.rotate(Labelled(oblong, oblong, 10), 2), "are no pictures"),
+        (lambda: splits.permute(data, 0), "permute is 0, expected how many tasks"),
+        (lambda: splits.permute(data, "3"), "permute is '3', expected how many tasks"),
+        (lambda: splits.rotate(data, -1), "rotate is -1, expected how many tasks"),
+        (lambda: splits.rotate(data, 2, float("nan")), "degrees is nan, expected a number"),
+        (lambda: splits.permute(data, 2, samples=2.5), "samples is 2.5, expected 1 to the 1438"),
+        (lambda: splits.split(tuple(data), GROUPS), r"data is a tuple, expected labelled\(NAME\)"),
+        (lambda: splits.split(data._replace(num_classes=0), GROUPS), "num_classes is 0, expected how many"),
+        (lambda: splits.split(data._replace(num_classes=9), [[0, 1]]), "target 9 is none of its classes"),
+        (lambda: splits.rotate(Labelled(oblong, oblong, 10), 2), "are no pictures"),
     ):
         with pytest.raises(SettingError, match=words):
             make()
@@ -182,14 +183,14 @@ def test_what_can_be_no_stream_is_refused_by_a_sentence():
 def test_pictures_of_any_shape_are_permuted_and_rotated_as_flat_ones_are():
     flat = labelled("digits")
     flat = Labelled(*(Samples(part.observation[:20], part.target[:20]) for part in flat[:2]), 10)
-    for make in (streams.permute, streams.rotate):
+    for make in (splits.permute, splits.rotate):
         expected = make(flat, 3)[2].train.observation
         for shape in ((8, 8), (1, 8, 8)):
             shaped = Labelled(*(Samples(x.reshape(-1, *shape), y) for x, y in flat[:2]), 10)
             found = make(shaped, 3)[2].train.observation
             assert found.shape == (20, *shape) and torch.equal(found.flatten(1), expected)
     small = Labelled(*(Samples(x.float() / 255, y) for x, y in flat[:2]), 10)
-    turned = streams.rotate(small, 3)[2].train.observation
+    turned = splits.rotate(small, 3)[2].train.observation
     assert turned.dtype == torch.float32 and ((turned > 0.01) & (turned < 0.99)).any(), "floats are not rounded"
 
 

@@ -10,7 +10,6 @@ import torch
 
 import rlmeta as rl
 from rlmeta.data.sets import labelled
-from rlmeta.envs import streams
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import Method
@@ -469,7 +468,7 @@ def test_what_are_no_methods_is_said(given, words):
 
 
 def test_scores_of_tasks_count_the_same_and_samples_may():
-    stream = rl.stream(streams.split(labelled("digits"), [[0, 1, 2, 3, 4, 5], [6, 7]]), scenario="class")
+    stream = rl.stream(splits.split(labelled("digits"), [[0, 1, 2, 3, 4, 5], [6, 7]]), scenario="class")
     run = rl.train(SMALL, stream, steps=800)
     final, counts = run.matrix[:, -1], run.evaluation.lengths
     assert torch.equal(run.scores, final.mean(-1))

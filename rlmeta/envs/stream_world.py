@@ -1,0 +1,186 @@
+"""Environments of a stream of tasks to act in: every learner is in the task it has been set to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlmeta.data.samples import EVERYTHING
+from rlmeta.envs.native import NativeEnv, NativeWorld
+from rlmeta.envs.task import Task
+from rlmeta.envs.world import State, Transition, World
+from rlmeta.errors import SettingError
+from rlmeta.functional.tree import Tree
+
+IDENTITY = EVERYTHING - {"boundaries"}
+
+
+ONE_ORDER = (
+    "orders of tasks as learners need native tasks of one environment that differ in its constants: give these tasks "
+    'in one order (order="given")'
+)
+
+
+class StreamWorld:
+    """The environments of a stream's tasks with equal spaces; every learner is in the task it has been set to.
+
+    Native tasks that differ in constants alone may differ from learner to learner, each with its own physics. Other
+    environments stand side by side, and all learners are in the same one. The state is that of the current
+    environments, which know nothing of the others, and `identity` `[*L, N]`.
+
+    Raises:
+        SettingError: the tasks' spaces differ, or observations that nothing can be put behind.
+    """
+
+    records: bool
+    """Whether steps with numbers drawn `ahead` may be recorded: of native tasks, whose constants are in the state."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        learner_shape: tuple[int, ...],
+        num_envs: int,
+        observe_identity: bool = False,
+    ) -> None:
+        self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
+        self._observe_identity = observe_identity
+        self._tasks, self._physics = tasks, physics_of(tasks)
+        self._worlds: list[World] = [] if self._physics else [one.world(learner_shape, num_envs) for one in tasks]
+        self.records = self._physics is not None
+        self.identity = torch.zeros(learner_shape, dtype=torch.int64, device="cpu")
+        self._current: Any = self._with_physics() if self._physics else self._worlds[0]
+        inner, self.action_space = self._current.observation_space, self._current.action_space
+        for one, world in zip(tasks, self._worlds):
+            if (world.observation_space, world.action_space) != (inner, self.action_space):
+                raise SettingError(
+                    f"{one.name} has spaces {world.observation_space}, {world.action_space}, {tasks[0].name} has "
+                    f"{inner}, {self.action_space}: the tasks of a stream need the same"
+                )
+        self.observation_space = _with_identity(inner, len(tasks)) if observe_identity else inner
+
+    @property
+    def episode_limit(self) -> int | None:
+        """Steps of the longest episodes of gymnasium's tasks, where all of these declare a limit."""
+        foreign: list[Any] = [world for task, world in zip(self._tasks, self._worlds) if not task.native]
+        limits = [world.episode_limit for world in foreign]
+        return None if None in limits else max(limits, default=None)
+
+    @property
+    def exact_resume(self) -> bool:
+        """Whether `restore` always brings every environment back to exactly where the state says."""
+        return bool(self._current.exact_resume)
+
+    def select(self, identity: Tensor) -> None:
+        """Set every learner to a task, `[*L]` int64; `reset` begins it.
+
+        Raises:
+            SettingError: learners in different tasks that can't stand in one batch.
+        """
+        self.identity = identity.cpu()
+        if self._physics:
+            self._current = self._with_physics()
+            return
+        chosen = set(self.identity.flatten().tolist())
+        if len(chosen) > 1:
+            raise SettingError(ONE_ORDER)
+        self._current = self._worlds[chosen.pop()]
+
+    def _with_physics(self) -> NativeWorld:
+        identity, shape = self.identity, (*self.learner_shape, self.num_envs)
+        physics = {
+            name: values[identity].unsqueeze(-1).expand(shape) for name, values in (self._physics or {}).items() if name
+        }
+        return NativeWorld(self._tasks[0].source, self.learner_shape, self.num_envs, physics)
+
+    def reset(self, key: Tensor) -> State:
+        """Episode 0 of every learner's task."""
+        state: State = self._current.reset(key)
+        shape = (*self.learner_shape, self.num_envs)
+        return {**state, "identity": self.identity.to(key.device).unsqueeze(-1).expand(shape).clone()}
+
+    def observation(self, state: State) -> Tree:
+        """The current observation."""
+        return self._shown(self._current.observation(_inner(state)), state)
+
+    def step(self, state: State, action: Tensor, ahead: Tree | None = None) -> tuple[State, Transition]:
+        """Act once in every row."""
+        given = (action,) if ahead is None else (action, ahead)
+        new, transition = self._current.step(_inner(state), *given)
+        shown = transition._replace(
+            observation=self._shown(transition.observation, state),
+            next_observation=self._shown(transition.next_observation, state),
+        )
+        return {**new, "identity": state["identity"]}, shown
+
+    def ahead(self, state: State) -> tuple[Tree, int]:
+        """Random numbers for `step`, and for how many steps from `state` on they last."""
+        found: tuple[Tree, int] = self._current.ahead(_inner(state))
+        return found
+
+    def restore(self, state: State, inexact: bool = False) -> State:
+        """Put what is hidden where a loaded `state` of the selected task says."""
+        if self._physics:
+            return state
+        current: Any = self._current
+        inner = _inner(state)
+        found: State = current.restore(inner) if isinstance(current, NativeWorld) else current.restore(inner, inexact)
+        return {**found, "identity": state["identity"]}
+
+    def _shown(self, observation: Any, state: State) -> Any:
+        if not self._observe_identity:
+            return observation
+        places = torch.arange(len(self._tasks), device=observation.device)
+        one_hot = state["identity"].unsqueeze(-1) == places
+        return torch.cat([observation, one_hot.to(observation.dtype)], -1)
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+        for world in self._worlds:
+            world.close()
+
+
+def _inner(state: State) -> State:
+    return {name: value for name, value in state.items() if name != "identity"}
+
+
+def _with_identity(space: gym.Space, tasks: int) -> gym.Space:
+    """The space of observations with a one-hot vector behind them."""
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+        raise SettingError(
+            f"observe_identity needs observations that are vectors of floats, not {space}: leave it out and let "
+            "a network of your own see what the tasks need"
+        )
+    low, high = (np.concatenate([bound, np.full(tasks, end)]) for bound, end in ((space.low, 0), (space.high, 1)))
+    return gym.spaces.Box(low.astype(space.dtype), high.astype(space.dtype))
+
+
+def physics_of(tasks: Sequence[Task]) -> dict[str, Tensor] | None:
+    """Constants `[K]` in which native tasks of one environment differ; None where they differ in anything else.
+
+    The name '' stands for no constant, so that equal tasks have physics too.
+    """
+    first = tasks[0].source
+    alike = (isinstance(one.source, NativeEnv) and type(one.source) is type(first) for one in tasks)
+    if not all(alike) or any(one.ranges for one in tasks):
+        return None
+    free = first.constants()
+    found: dict[str, Tensor] = {"": torch.empty(0, device="cpu")}
+    for constant in dataclasses.fields(first):
+        values = [getattr(one.source, constant.name) for one in tasks]
+        if any(not _equal(value, values[0]) for value in values):
+            if constant.name not in free or free[constant.name].dim():
+                return None
+            found[constant.name] = torch.tensor(values, dtype=free[constant.name].dtype, device="cpu")
+    return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
