@@ -13,8 +13,9 @@ import tyro
 
 import rlmeta as rl
 from rlmeta.functional import random
+from rlmeta.learning.optimizer_state import reset_optimizer
 from rlmeta.learning.settings import hyper_tensors
-from rlmeta.learning.step import reset_optimizer, step
+from rlmeta.learning.step import step
 
 
 def train(name: str = "split-digits", scenario: str = "task", seeds: int = 5, steps: int = 12_800) -> dict:

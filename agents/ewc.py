@@ -11,7 +11,8 @@ import tyro
 import rlmeta as rl
 from rlmeta.functional import random
 from rlmeta.functional.packed import Packed
-from rlmeta.learning.step import reset_optimizer, step
+from rlmeta.learning.optimizer_state import reset_optimizer
+from rlmeta.learning.step import step
 from rlmeta.lifelong.ewc import add_quadratic, information
 from rlmeta.runs.stages import score_tasks, turn_to
 from rlmeta.runs.train import prepare

@@ -11,7 +11,8 @@ import torch
 import tyro
 
 import rlmeta as rl
-from rlmeta.learning.step import reset_optimizer, step
+from rlmeta.learning.optimizer_state import reset_optimizer
+from rlmeta.learning.step import step
 from rlmeta.lifelong.recall import draw_memories, put_memories
 from rlmeta.runs.stages import score_tasks, turn_to
 from rlmeta.runs.train import prepare

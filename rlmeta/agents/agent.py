@@ -28,11 +28,11 @@ from rlmeta.functional.normalise import (
 )
 from rlmeta.learning.collect import Rollout, collect, episode_statistics
 from rlmeta.learning.evaluate import Evaluation, evaluate, evaluation_rows
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext
 from rlmeta.nn import Block, Context
 from rlmeta.nn.encoder import ACTION_MASK
 from rlmeta.rewards import Reward, distinct, first_memory, relabel

@@ -22,12 +22,14 @@ from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, minibatches
+from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext, init_optimizer, step, steps
+from rlmeta.learning.step import step, steps
 from rlmeta.nn import ActionBounds, Block, Context, ValueHead, bare
 from rlmeta.rewards import Reward, distinct
 

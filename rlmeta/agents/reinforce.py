@@ -24,12 +24,14 @@ from rlmeta.functional.returns import monte_carlo_return
 from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time
+from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.learning.step import step
 from rlmeta.nn import ActionBounds, Block, bare
 from rlmeta.rewards import Reward, distinct
 

@@ -25,11 +25,13 @@ from rlmeta.imitation.behaviour_cloning import chosen, draw, warm_start
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types, shown
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, gather
+from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.learning.step import step
 from rlmeta.nn import MLP, ActionUnits, Context, Encoder, bare, stack
 from rlmeta.rewards import distinct
 from rlmeta.rewards.reward import Memory, Rewards, check_name

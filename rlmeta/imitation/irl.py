@@ -21,11 +21,13 @@ from rlmeta.imitation.behaviour_cloning import chosen, count_steps, draw
 from rlmeta.learning.average import Average
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.field_types import check_types
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
+from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.learning.step import step
 from rlmeta.nn import Block, Context, bare
 
 

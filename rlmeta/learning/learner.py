@@ -13,10 +13,10 @@ from rlmeta.functional import random, tree
 from rlmeta.functional.packed import Packed
 from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.gradients import HasLosses
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import HasLosses
 from rlmeta.nn import Block, stack
 
 Metrics = dict[str, Tensor]

@@ -28,11 +28,13 @@ from rlmeta.functional.optim import Optimizer, State, Tensors
 from rlmeta.functional.packed import Packed
 from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
+from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, check_choices, require, require_range, values_of
 from rlmeta.learning.state import Params, select
-from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.learning.step import step
 from rlmeta.meta.adapt import adapt
 from rlmeta.meta.checks import check_problems
 from rlmeta.meta.estimators import backpropagated, evolved

@@ -33,9 +33,11 @@ from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.average import Average
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import Evaluation, evaluate
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.minibatch import flatten_time
+from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import (
     LearnerSettings,
     PerLearner,
@@ -47,7 +49,7 @@ from rlmeta.learning.settings import (
     variants,
 )
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.learning.step import step
 from rlmeta.meta.adapt import Order, adapt, expand_tasks
 from rlmeta.meta.checks import check_samples
 from rlmeta.supervised.classifier import Classifier

@@ -22,8 +22,8 @@ from rlmeta.learning import hooks
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, Task, seen
+from rlmeta.learning.optimizer_state import reset_optimizer
 from rlmeta.learning.state import State
-from rlmeta.learning.step import reset_optimizer
 from rlmeta.runs.experiment import Problem
 
 

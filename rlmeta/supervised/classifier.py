@@ -13,10 +13,10 @@ from torch import Tensor
 from rlmeta.data.samples import DataWorld
 from rlmeta.functional import losses, tree
 from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Score
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext
 from rlmeta.nn import Context
 from rlmeta.supervised.learner import Supervised, SupervisedSettings, require_target
 

@@ -20,11 +20,13 @@ from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning import hooks
 from rlmeta.learning.average import Average
 from rlmeta.learning.evaluate import Evaluation
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
+from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext, init_optimizer, step
+from rlmeta.learning.step import step
 from rlmeta.nn import Block, Context, Linear, Sequential, bare
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]

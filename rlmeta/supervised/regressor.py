@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from rlmeta.functional import losses, tree
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Score
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params
-from rlmeta.learning.step import StepContext
 from rlmeta.supervised.learner import Supervised, SupervisedSettings, require_target
 
 

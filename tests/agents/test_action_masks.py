@@ -17,8 +17,8 @@ from rlmeta.envs.task import task
 from rlmeta.errors import SpaceError
 from rlmeta.functional import tree
 from rlmeta.learning.collect import collect
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.minibatch import flatten_time
-from rlmeta.learning.step import StepContext
 from tests.agents.worlds import Target, start, train
 
 LEARNERS = {

@@ -20,7 +20,7 @@ from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import random, tree
 from rlmeta.imitation.gail import Discriminator
 from rlmeta.learning.collect import collect
-from rlmeta.learning.step import StepContext
+from rlmeta.learning.gradients import StepContext
 from rlmeta.nn import stack
 from tests.agents.worlds import start
 

@@ -16,7 +16,7 @@ from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError, SpaceError
 from rlmeta.functional import tabular, tree
 from rlmeta.imitation.irl import demonstrated_visits
-from rlmeta.learning.step import StepContext
+from rlmeta.learning.gradients import StepContext
 from tests.agents.worlds import start
 from tests.functional.test_tabular import grid5
 

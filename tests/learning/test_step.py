@@ -203,7 +203,7 @@ def test_the_params_hook_changes_the_forward_pass_and_gradients_flow_through_it(
 
 def test_an_inner_gradient_step_differentiates_through_losses_and_optimizer():
     """MAML's stand-in: the outer gradient of one inner step equals finite differences."""
-    from rlmeta.learning.step import StepContext
+    from rlmeta.learning.gradients import StepContext
 
     keys = random.make_keys(range(S))
     learner, (support, query) = LinearRegression(), (data(keys, B, F), data(random.fold(keys, 1), B, F))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional import optim, random
+from rlmeta.learning.gradients import StepContext
+from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import StepContext, init_optimizer
 
 
 class LinearRegression:

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 
 import rlmeta as rl
 from rlmeta.functional import random, tree
-from rlmeta.learning.step import StepContext
+from rlmeta.learning.gradients import StepContext
 from rlmeta.lifelong import EWC, Replay
 from rlmeta.lifelong.recall import distribution, recall_loss
 from rlmeta.lifelong.replay import reservoir

@@ -13,8 +13,8 @@ from rlmeta.envs.minimisation import DigitMLPs, Quadratics
 from rlmeta.errors import SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.optim import apply_updates
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.settings import hyper_tensors
-from rlmeta.learning.step import StepContext
 from rlmeta.meta.adapt import adapt, expand_tasks
 from rlmeta.meta.learned_optimizer import (
     CoordinateLSTM,

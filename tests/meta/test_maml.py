@@ -16,8 +16,8 @@ from rlmeta.envs.regression import Sinusoid
 from rlmeta.envs.task import Task, TaskFamily
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.settings import hyper_tensors
-from rlmeta.learning.step import StepContext
 from rlmeta.meta.maml import MAML
 from rlmeta.nn import Encoder
 from rlmeta.supervised import Classifier, Regressor

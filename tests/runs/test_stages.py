@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.data import splits
 from rlmeta.data.sets import labelled
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
