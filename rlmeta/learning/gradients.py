@@ -14,7 +14,6 @@ from rlmeta.functional.packed import in_order
 from rlmeta.learning import hooks
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import method_key
 from rlmeta.nn import Context
 
 
@@ -112,3 +111,8 @@ def _gradient(loss: Tensor, leaves: dict[str, Tensor], retain_graph: bool = Fals
         materialize_grads=True,
     )
     return torch.cat([gradient.reshape(*loss.shape, -1) for gradient in found], -1)
+
+
+def method_key(state: State, method: Method) -> Tensor:
+    """The random key `[*L]` of a method in this step: adding a method changes no other consumer's numbers."""
+    return random.fold(random.fold(state["key"], f"method/{method.name}"), state["count"]["gradient_steps"])

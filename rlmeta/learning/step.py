@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rlmeta.engine.capture import Capture
-from rlmeta.functional import random, tree
+from rlmeta.functional import tree
 from rlmeta.functional.optim import Optimizer
 from rlmeta.functional.packed import Packed
 from rlmeta.learning import hooks
-from rlmeta.learning.gradients import HasLosses, StepContext, all_gradients
+from rlmeta.learning.gradients import HasLosses, StepContext, all_gradients, method_key
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.minibatch import Minibatches
 from rlmeta.learning.optimizer_state import move
@@ -167,10 +167,6 @@ def _after_step(learner: Any, state: State, info: StepInfo, methods: Sequence[Me
     }
     state["methods"] = {**memories, **(after if bool(keep.all()) else select(keep, after, memories))}
 
-
-def method_key(state: State, method: Method) -> Tensor:
-    """The random key `[*L]` of a method in this step: adding a method changes no other consumer's numbers."""
-    return random.fold(random.fold(state["key"], f"method/{method.name}"), state["count"]["gradient_steps"])
 
 
 def _union(masks: Sequence[Tensor | None]) -> Tensor | None:
