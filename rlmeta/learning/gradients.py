@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlmeta.functional import tree
+from rlmeta.functional import random, tree
 from rlmeta.functional.packed import in_order
 from rlmeta.learning import hooks
 from rlmeta.learning.method import Method

@@ -79,8 +79,8 @@ def _one_of_many(descend: Callable[[tree.Tree], tree.Tree], held: bool) -> Calla
 def _descend(
     learner: HasLosses, weights: Packed, axes: int, recipe: Recipe, max_norm: float | Tensor, report: bool
 ) -> tuple[Callable[[tree.Tree], tree.Tree], dict[str, Any], dict[str, Tensor]]:
-    """A gradient step where there are no methods and no key, as a function of tensors alone; the optimizer's settings that
-    are numbers, and those that are among the tensors."""
+    """A gradient step without methods and key, as a function of tensors alone; the optimizer's settings that are
+    numbers, and those that are among the tensors."""
     settings = {**recipe.settings, "max_norm": max_norm}
     tensors = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in settings.items() if name not in tensors}
