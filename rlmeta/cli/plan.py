@@ -443,7 +443,8 @@ def from_folder(folder: Path) -> Plan:
     groups["settings"] = agent_class(content["agent"])
     for name, cls in groups.items():
         _check_flags(cls, content["flags"][name], f"{path} [flags.{name}]")
-    return Plan(**{**content, "texts": content.pop("flags")}, file=str(path))
+    texts = content.pop("flags")
+    return Plan(**content, texts=texts, file=str(path))
 
 
 def _are_texts(table: Any) -> bool:

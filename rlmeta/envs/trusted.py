@@ -75,13 +75,17 @@ def from_file() -> bool:
     return bool(_file.get())
 
 
-def check_module(module: str) -> None:
+def check_module(module: str, *, for_id: bool = True) -> None:
     """Refuse to import a module that only a file names.
+
+    Args:
+        module: its name.
+        for_id: whether an environment's id follows, for which a known extra may be imported, or another name.
 
     Raises:
         SettingError: it is none of rlmeta's, no known extra, and the user has not allowed it.
     """
-    known = module in EXTRAS or f"{module}.".startswith(tuple(f"{one}." for one in OWN))
+    known = (for_id and module in EXTRAS) or f"{module}.".startswith(tuple(f"{one}." for one in OWN))
     if not from_file() or known or is_allowed(module):
         return
     raise SettingError(refusal(module))
@@ -99,7 +103,7 @@ def check_object(found: Any, module: str) -> None:
     """Refuse what a file names in a module of rlmeta's and is not rlmeta's own, such as a module that it imports.
 
     Raises:
-        SettingError: it is something else, or the module only registers environments.
+        SettingError: it is something else.
     """
     home = getattr(found, "__module__", None)
     owned = isinstance(home, str) and f"{home}.".startswith(tuple(f"{one}." for one in OWN))

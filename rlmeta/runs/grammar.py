@@ -89,6 +89,7 @@ def load_object(text: str) -> Any:
     module, _, name = text.partition(":")
     if not module or not name:
         raise SettingError(f"got {text!r}, expected package.module:Name")
+    trusted.check_module(module, for_id=False)
     loaded = load_module(module)
     if not hasattr(loaded, name):
         known = [candidate for candidate in vars(loaded) if not candidate.startswith("_")]
