@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs import trusted
 from rlmeta.errors import SettingError
 from rlmeta.learning.method import Method
 from rlmeta.report.listeners import Pictures, Tracking
 from rlmeta.report.progress import Progress
 from rlmeta.report.trackers import TrackerFactory
+from rlmeta.runs import run as kept
 from rlmeta.runs import train as runs
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback
 from rlmeta.runs.run import Run
-from rlmeta.runs.run import load as load
 from rlmeta.runs.surroundings import undisturbed
 
 
@@ -37,6 +38,7 @@ def train(
     progress: bool = False,
     device: str = "cpu",
     threads: int = 0,
+    code: Sequence[str] = (),
 ) -> Run:
     """Train every setting with every seed, all at once, and evaluate the final parameters.
 
@@ -55,6 +57,7 @@ def train(
         progress: show a live bar.
         device: of every tensor.
         threads: cores for torch to use; 0 takes all.
+        code: modules of your own that a file of the `envs` folders may name and so import.
 
     Returns:
         The run, evaluated.
@@ -66,7 +69,10 @@ def train(
     if len(asked) + (budget is not None) > 1:
         raise SettingError("steps, epochs and budget each say how long to train: give one of them")
     chosen = Budget(**asked) if budget is None else budget
-    run = runs.prepare(agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads)
+    with trusted.allowing(code):
+        run = runs.prepare(
+            agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads
+        )
     return runs.go(run, callbacks=callbacks, listeners=listeners(trackers, progress))
 
 
@@ -82,6 +88,7 @@ def resume(
     trackers: Sequence[TrackerFactory] = (),
     progress: bool = False,
     inexact: bool = False,
+    code: Sequence[str] = (),
 ) -> Run:
     """Go on with a run from its newest checkpoint; it ends as the one that was never stopped.
 
@@ -95,21 +102,53 @@ def resume(
         trackers: as for `train`.
         progress: as for `train`.
         inexact: begin new episodes where the environments cannot be brought back to where they were.
+        code: as for `load`.
 
     Raises:
         CheckpointError: nothing to resume there.
         InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
     """
-    return runs.resume(
-        folder,
-        network=network,
-        env=env,
-        lifelong=lifelong,
-        own=own,
-        callbacks=callbacks,
-        listeners=listeners(trackers, progress),
-        inexact=inexact,
-    )
+    with trusted.allowing(code):
+        return runs.resume(
+            folder,
+            network=network,
+            env=env,
+            lifelong=lifelong,
+            own=own,
+            callbacks=callbacks,
+            listeners=listeners(trackers, progress),
+            inexact=inexact,
+        )
+
+
+def load(
+    folder: str | Path,
+    *,
+    network: NetworkFactory | None = None,
+    env: Any = None,
+    lifelong: Sequence[Method] = (),
+    own: Mapping[str, Any] | None = None,
+    code: Sequence[str] = (),
+) -> Run:
+    """Read a run back to look at it, act with it or evaluate it: its settings, its state, its final evaluation.
+
+    What only training needs, demonstrations and rewards, is not asked for; `resume` does.
+
+    Args:
+        folder: as given to `train(out=...)`.
+        network: the user's network again, where it had one; a run folder names code but never loads any by itself.
+        env: the user's environment factory again, where it had one.
+        lifelong: the lifelong methods again, where it had some of your own.
+        own: other settings that are code or data, by name, again, where it had some that acting needs.
+        code: modules, such as `["package.module"]`, that the folder may name and so import: what it names in them need
+            not be given again. Give those alone that you would run.
+
+    Raises:
+        CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
+        SettingError: the user's own code or data were not given again, or are others than the run began with.
+    """
+    with trusted.allowing(code):
+        return kept.load(folder, network=network, env=env, lifelong=lifelong, own=own)
 
 
 def listeners(trackers: Sequence[TrackerFactory] = (), progress: bool = False) -> list[Listener]:

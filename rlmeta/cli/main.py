@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ from rlmeta.errors import RlmetaError, RunExistsError, SettingError, unknown_nam
 
 if TYPE_CHECKING:
     from rlmeta.cli.plan import Plan
+    from rlmeta.report.adaptation import AdaptFlags
     from rlmeta.runs.run import Run
 
 USAGE = """usage: rlmeta COMMAND ...
@@ -96,11 +100,6 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in commands:
         raise unknown_name("command", arguments[0], commands)
-    from rlmeta.envs.names import folders
-
-    for folder in (Path.cwd(), *folders("envs")):  # the user's modules, after everything that is installed
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
     return commands[arguments[0]](arguments[1:])
 
 
@@ -134,14 +133,23 @@ def train(arguments: list[str]) -> int:
     if not names:
         print(USAGE.split("\n\n")[0], "", plans.AGENT_AND_TASK, sep="\n")
         return 0
-    plan = plans.from_flags(names[0], names[1] if len(names) > 1 else "TASK", rest)
-    folder = plan.folder()
-    plan.begin(folder)
-    return _run_groups(plan, folder, header="" if plan.options.quiet else plan.header(folder))
+    with plans.code_of(rest):
+        plan = plans.from_flags(names[0], names[1] if len(names) > 1 else "TASK", rest)
+        folder = plan.folder()
+        plan.begin(folder)
+        return _run_groups(plan, folder, plan.again(), header="" if plan.options.quiet else plan.header(folder))
 
 
-def _run_groups(plan: Plan, folder: Path, inexact: bool = False, header: str = "") -> int:
-    """Train, or go on with, every group of the plan; the header stands before the first."""
+def _run_groups(plan: Plan, folder: Path, again: str, inexact: bool = False, header: str = "") -> int:
+    """Train, or go on with, every group of the plan; the header stands before the first.
+
+    Args:
+        plan: what to train.
+        folder: of the whole plan.
+        again: the flags that a resume needs for the user's own code.
+        inexact: as for `rlmeta resume`.
+        header: '' for none.
+    """
     rows: list[dict[str, Any]] = []
     runs: list[Run] = []
     try:
@@ -151,7 +159,7 @@ def _run_groups(plan: Plan, folder: Path, inexact: bool = False, header: str = "
                 raise KeyboardInterrupt
             rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
     except KeyboardInterrupt:
-        return _interrupted(folder)
+        return _interrupted(folder, again)
     _print_results(rows)
     for run in runs:
         _print_ends(run)
@@ -159,10 +167,11 @@ def _run_groups(plan: Plan, folder: Path, inexact: bool = False, header: str = "
     return 0
 
 
-def _interrupted(folder: Path) -> int:
+def _interrupted(folder: Path, again: str) -> int:
     from rlmeta.cli.plan import is_run
 
-    print(f"interrupted; resume with: rlmeta resume {folder}" if is_run(folder) else "interrupted", file=sys.stderr)
+    command = " ".join(filter(None, (f"rlmeta resume {folder}", again)))
+    print(f"interrupted; resume with: {command}" if is_run(folder) else "interrupted", file=sys.stderr)
     return 130
 
 
@@ -171,8 +180,10 @@ def _interrupted(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class OwnCode:
-    """Your own code, where the run had some: a run folder names it but never loads it."""
+    """Your own code, where the run had some: a run folder names it but never loads it by itself."""
 
+    code: str = ""
+    """Modules that the folder may name and so import, package.module, joined by commas."""
     network: str | None = None
     """The network again, as package.module:Name."""
     env: str | None = None
@@ -183,6 +194,15 @@ class OwnCode:
     """To go on: the rewards again, as package.module:Name, joined by +."""
     demonstrations: str | None = None
     """To go on: the file of the demonstrations again, where it is no longer where it was."""
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Within, a folder may name the modules that these flags name, and those may come from the current folder."""
+        from rlmeta.runs.own_code import allowed_here, modules_of, names_in
+
+        texts = (self.network, self.env, self.lifelong, self.rewards)
+        with allowed_here([*names_in(self.code), *(module for text in texts for module in modules_of(text))]):
+            yield
 
     def again(self, folder: Path) -> dict[str, Any]:
         """What `load` and `resume` are given of it for the run in a folder."""
@@ -199,6 +219,11 @@ class OwnCode:
             "lifelong": own_code.own_methods_again(folder, self.lifelong),
             "own": own,
         }
+
+    def words(self) -> str:
+        """The flags that were given, to be given again."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -227,6 +252,8 @@ class ResumeFlags:
     """Go on even where the environments cannot be brought back to where they were."""
     quiet: bool = False
     """No live progress."""
+    wandb: str = ""
+    """Log on to this project of Weights & Biases, or ENTITY/PROJECT: a run folder alone never sends anything there."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +294,11 @@ def evaluate(arguments: list[str]) -> int:
     groups: dict[str, Any] = {"evaluation": (EvaluateFlags, {}), "own_code": (OwnCode, {})}
     texts = flags.read(f"rlmeta eval {folder}", "Play fresh episodes with a run's learners.", groups, rest)
     chosen, own = grammar.build(EvaluateFlags, texts["evaluation"]), grammar.build(OwnCode, texts["own_code"])
+    with own.allowed():
+        return _evaluate(folder, chosen, own)
+
+
+def _evaluate(folder: Path, chosen: EvaluateFlags, own: OwnCode) -> int:
     from rlmeta.cli.plan import members
     from rlmeta.runs.run import load
 
@@ -293,13 +325,20 @@ def resume(arguments: list[str]) -> int:
     groups: dict[str, Any] = {"run": (ResumeFlags, {}), "own_code": (OwnCode, {})}
     texts = flags.read(f"rlmeta resume {folder}", "Go on with a run; it ends as if never stopped.", groups, rest)
     chosen, own = grammar.build(ResumeFlags, texts["run"]), grammar.build(OwnCode, texts["own_code"])
+    with own.allowed():
+        return _resume(folder, chosen, own)
+
+
+def _resume(folder: Path, chosen: ResumeFlags, own: OwnCode) -> int:
     from rlmeta.cli import plan as plans
 
     if plans.is_plan(folder):
-        return _run_groups(plans.from_folder(folder), folder, chosen.inexact)
-    run = plans.go_on(folder, **own.again(folder), progress=not chosen.quiet, inexact=chosen.inexact)
+        plan = dataclasses.replace(plans.from_folder(folder), wandb=chosen.wandb)
+        return _run_groups(plan, folder, own.words(), chosen.inexact)
+    again = own.again(folder)
+    run = plans.go_on(folder, **again, wandb=chosen.wandb, progress=not chosen.quiet, inexact=chosen.inexact)
     if run.stopped == "interrupted":
-        return _interrupted(folder)
+        return _interrupted(folder, own.words())
     _print_results(run.summary())
     _print_ends(run)
     return 0
@@ -315,6 +354,11 @@ def record(arguments: list[str]) -> int:
     about = "Write demonstrations: whole episodes of one of a run's learners."
     texts = flags.read(f"rlmeta record {folder}", about, groups, rest)
     chosen, own = grammar.build(RecordFlags, texts["episodes"]), grammar.build(OwnCode, texts["own_code"])
+    with own.allowed():
+        return _record(folder, chosen, own)
+
+
+def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
     from rlmeta.cli import plan as plans
     from rlmeta.runs.record import record as play
     from rlmeta.runs.run import load
@@ -350,7 +394,7 @@ def record(arguments: list[str]) -> int:
 def adapt(arguments: list[str]) -> int:
     """`rlmeta adapt RUN`."""
     from rlmeta.cli import flags
-    from rlmeta.report import adaptation as adaptation
+    from rlmeta.report import adaptation
     from rlmeta.runs import grammar
 
     folder, rest = _one_folder(arguments, "adapt")
@@ -358,7 +402,13 @@ def adapt(arguments: list[str]) -> int:
     about = "Adapt a meta-learner to held-out tasks: the score against inner steps, as a table and a picture."
     texts = flags.read(f"rlmeta adapt {folder}", about, groups, rest)
     chosen, own = grammar.build(adaptation.AdaptFlags, texts["adaptation"]), grammar.build(OwnCode, texts["own_code"])
+    with own.allowed():
+        return _adapt(folder, chosen, own)
+
+
+def _adapt(folder: Path, chosen: AdaptFlags, own: OwnCode) -> int:
     from rlmeta.cli.plan import members
+    from rlmeta.report import adaptation
     from rlmeta.runs.run import load
 
     for label, member in members(folder).items():

@@ -6,9 +6,12 @@ every value, each a run in a folder of its own below the common one, which keeps
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import shlex
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +25,7 @@ import torch
 from rlmeta import api
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.cli import flags
-from rlmeta.envs import streams
+from rlmeta.envs import streams, trusted
 from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.names import read_toml
 from rlmeta.envs.native import NativeEnv
@@ -31,7 +34,7 @@ from rlmeta.envs.task import Mode, TaskFamily, family, is_data_family, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import check_names, per_learner_names
-from rlmeta.report.trackers import TrackerFactory, to_tensorboard, to_wandb, trackers_of
+from rlmeta.report.trackers import TrackerFactory, logged_to_wandb, to_tensorboard, to_wandb, trackers_of, wandb_of
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs import grammar, own_code, presets
 from rlmeta.runs import train as training
@@ -93,6 +96,14 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Your own code."""
+
+    code: str = ""
+    """Modules that a preset or a file of the envs folders may name and so import: package.module, joined by commas."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to train. Everything but names is kept as the text of its flag."""
 
@@ -105,6 +116,10 @@ class Plan:
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """The flags, in the groups `run`, `budget` and `settings`."""
     preset: presets.Preset = presets.NOTHING
+    file: str = ""
+    """The file that it was read from; '' for one of a command's own words."""
+    wandb: str = ""
+    """The project of W&B that the resume of a saved plan logs to; its own flags decide where it is a command's."""
 
     @cached_property
     def options(self) -> Options:
@@ -121,7 +136,8 @@ class Plan:
         """The settings of every group by its label; '' is the label of an only one."""
         cls = agent_class(self.agent)
         per_learner = per_learner_names(cls)
-        settings: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
+        with trusted.reading(self.file):
+            settings: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
         compared = [n for n, text in self.texts["settings"].items() if n not in per_learner and _compares(cls, n, text)]
         return {",".join(f"{n}={grammar.text_of(getattr(one, n))}" for n in compared): one for one in settings}
 
@@ -149,7 +165,8 @@ class Plan:
         Raises:
             SettingError, UnknownNameError: no such method, no such setting of it, or settings of one that is not named.
         """
-        found = own_code.methods_named(self.options.lifelong)
+        with trusted.reading(self.file):
+            found = own_code.methods_named(self.options.lifelong)
         for name in self.lifelong:
             if name not in [one.name for one in found]:
                 raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to --lifelong")
@@ -158,7 +175,9 @@ class Plan:
     @cached_property
     def source(self) -> Any:
         """What the task's name stands for: itself, or the user's own."""
-        return own_code.source_of(self.task, self.env)
+        with trusted.reading(self.file):
+            trusted.check_settings(self.env)
+            return own_code.source_of(self.task, self.env)
 
     def problem(self) -> Problem | TaskFamily:
         """What the learner is trained on.
@@ -241,6 +260,18 @@ class Plan:
             lines += [f"{len(self.groups)} groups, one after another: {' | '.join(self.groups)}"]
         return "\n".join(lines)
 
+    def again(self) -> str:
+        """The flags by which a resume is told again of the user's own code; a saved plan needs only its modules."""
+        texts = self.texts["settings"]
+        within = [word.removeprefix("network=") for word in texts.get("learner", "").split() if "network=" in word]
+        network = ",".join([text for text in (texts.get("network", "none"), *within) if text != "none"])
+        methods = ",".join(one for one in self.options.lifelong.split(",") if ":" in one)
+        named = {"network": network, "env": self.task, "lifelong": methods, "rewards": texts.get("rewards", "")}
+        found = {flag: modules for flag, text in named.items() if (modules := own_code.modules_of(text))}
+        if found and len(self.groups) > 1:
+            return "--code " + ",".join(dict.fromkeys(one for modules in found.values() for one in modules))
+        return " ".join(f"--{flag} {shlex.quote(named[flag])}" for flag in found)
+
     # ------------------------------------------------------------------ folders
 
     def folder(self) -> Path:
@@ -269,9 +300,10 @@ class Plan:
     # ------------------------------------------------------------------ training
 
     def trackers(self) -> list[TrackerFactory]:
-        """Where metrics go besides the run's folder."""
-        options = self.options
-        chosen = [to_tensorboard()] if options.tensorboard else []
+        """Where metrics go besides the run's folder; to W&B only if the command says so, whatever a saved plan says."""
+        options, chosen = self.options, [to_tensorboard()] if self.options.tensorboard else []
+        if self.file:
+            return [*chosen, *wandb_of(self.wandb)]
         return [*chosen, to_wandb(options.wandb_project)] if options.wandb else chosen
 
     def train(self, label: str, folder: Path, inexact: bool = False, header: str = "") -> Run:
@@ -287,6 +319,8 @@ class Plan:
         if label and (where / run_folder.CONFIG).is_file():
             return self._go_on(settings, where, inexact)
         trackers = self.trackers()
+        if self.file and self.options.wandb and not self.wandb:
+            say_wandb(self.file, self.options.wandb_project)
         run = training.prepare(
             settings,
             self.problem(),
@@ -314,7 +348,7 @@ class Plan:
         }
         if (where / run_folder.SUMMARY).is_file():
             return load(where, **again)
-        return go_on(where, **again, progress=not self.options.quiet, inexact=inexact)
+        return go_on(where, **again, wandb=self.wandb, progress=not self.options.quiet, inexact=inexact)
 
 
 def go_on(
@@ -324,26 +358,41 @@ def go_on(
     env: Any,
     lifelong: Sequence[Method],
     own: Mapping[str, Any],
+    wandb: str,
     progress: bool,
     inexact: bool,
 ) -> Run:
-    """Resume a single run, with the trackers it had.
+    """Resume a single run, with TensorBoard where it had it, and with W&B where the command says so.
 
     Raises:
         CheckpointError: nothing to resume there.
     """
     if not is_run(folder):
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
+    trackers = trackers_of(folder, wandb)
+    if not wandb and (had := logged_to_wandb(folder)):
+        say_wandb(str(folder), had)
     return api.resume(
         folder,
         network=network,
         env=env,
         lifelong=lifelong,
         own=own,
-        trackers=trackers_of(folder),
+        trackers=trackers,
         progress=progress,
         inexact=inexact,
     )
+
+
+def say_wandb(where: str, had: str) -> None:
+    """Say that a run was logged to W&B, that this resume is not, and how it would be."""
+    text = shlex.quote(had)
+    print(f"note: {where} says it is logged to W&B as {text}; not now: resume with --wandb {text}", file=sys.stderr)
+
+
+def code_of(arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """Within, presets and files of the `envs` folders may name the modules that the flag --code names."""
+    return own_code.allowed_here(own_code.names_in(_peek(arguments, "--code") or ""))
 
 
 def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
@@ -358,9 +407,10 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     source = _peek(rest, "--preset")
     preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
     steps = {} if preset.steps is None else {"steps": preset.steps}
-    groups = {"run": (Options, {}), "budget": (Budget, steps), agent: (cls, preset.settings)}
+    groups = {"run": (Options, {}), "budget": (Budget, steps), agent: (cls, preset.settings), "own_code": (Code, {})}
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
     texts["settings"] = texts.pop(agent)
+    del texts["own_code"]  # for this command alone
     plan = Plan(agent, task_name, env, dotted, texts, preset)
     plan.check()
     return plan
@@ -394,7 +444,8 @@ def from_folder(folder: Path) -> Plan:
     groups["settings"] = agent_class(content["agent"])
     for name, cls in groups.items():
         _check_flags(cls, content["flags"][name], f"{path} [flags.{name}]")
-    return Plan(content["agent"], content["task"], content["env"], content["lifelong"], content["flags"])
+    texts = content.pop("flags")
+    return Plan(**content, texts=texts, file=str(path))
 
 
 def _are_texts(table: Any) -> bool:

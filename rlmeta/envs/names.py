@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from rlmeta.envs import trusted
 from rlmeta.errors import SettingError, require_choice
 
 Kind = Literal["agents", "envs"]
@@ -87,7 +88,7 @@ NEEDED = {"task": "env", "family": "env or family", "stream": "tasks or data"}
 
 
 def check_problem(table: dict[str, Any], where: str) -> None:
-    """Refuse the table of a task, family or stream in which an entry is missing or of another type.
+    """Refuse the table of a task, family or stream in which an entry is missing, of another type, or names code.
 
     Raises:
         SettingError: with the entry's name.
@@ -101,6 +102,16 @@ def check_problem(table: dict[str, Any], where: str) -> None:
         raise SettingError(f"{where}: a {table.get('kind', 'task')} needs {needed}")
     if table.get("kind") == "family" and "env" in table and "ranges" not in table:
         raise SettingError(f"{where}: a family of an env needs ranges")
+    with trusted.reading(where):
+        _check_code(table)
+
+
+def _check_code(table: dict[str, Any]) -> None:
+    """Refuse environments that only code which the file names would make."""
+    for entry in (table, *table.get("tasks", [])):
+        named, settings = (entry, {}) if isinstance(entry, str) else (entry.get("env", ""), entry.get("settings", {}))
+        trusted.check_id(named)
+        trusted.check_settings(settings)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

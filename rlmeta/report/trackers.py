@@ -67,18 +67,43 @@ def to_wandb(project: str, *, group: str | None = None, entity: str | None = Non
     )
 
 
-def trackers_of(folder: str | os.PathLike[str]) -> list[TrackerFactory]:
-    """The trackers that the run in a folder was logged to, for its resume.
+def trackers_of(folder: str | os.PathLike[str], wandb: str = "") -> list[TrackerFactory]:
+    """The trackers of a resumed run: TensorBoard where its folder has such files, W&B only where the user says so.
 
-    Raises:
-        CheckpointError: what a tracker left in the folder can't be read.
+    A folder may be somebody else's, so what it says of W&B sends nothing anywhere.
+
+    Args:
+        folder: of the run.
+        wandb: the project of W&B, or `ENTITY/PROJECT`, as the user gives it; '' for none.
     """
     chosen = [to_tensorboard()] if (Path(folder) / TENSORBOARD).is_file() else []
+    return [*chosen, *wandb_of(wandb)]
+
+
+def wandb_of(named: str) -> list[TrackerFactory]:
+    """The tracker of a W&B project that is named as `PROJECT` or `ENTITY/PROJECT`; none for ''.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    entity, slash, project = named.rpartition("/")
+    if named and (not project or "/" in entity or (slash and not entity)):
+        raise SettingError(f"W&B project {named!r}: expected PROJECT, or ENTITY/PROJECT")
+    return [to_wandb(project, entity=entity or None)] if named else []
+
+
+def logged_to_wandb(folder: str | os.PathLike[str]) -> str:
+    """The project of W&B, or `ENTITY/PROJECT`, that the run in a folder was logged to; '' for none.
+
+    Raises:
+        CheckpointError: what the tracker left in the folder can't be read.
+    """
     journal = _Journal(Path(folder) / WANDB)
-    if journal.path.is_file():
-        journal.open({"project": "", "entity": None})
-        chosen.append(to_wandb(journal.content["project"], entity=journal.content["entity"]))
-    return chosen
+    if not journal.path.is_file():
+        return ""
+    journal.open({"project": "", "entity": None})
+    entity, project = journal.content["entity"], journal.content["project"]
+    return f"{entity}/{project}" if entity else str(project)
 
 
 class TensorBoardTracker:

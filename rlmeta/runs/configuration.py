@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.data.demonstrations import Demonstrations, Unread
-from rlmeta.envs import families, native, streams
+from rlmeta.envs import families, native, streams, trusted
 from rlmeta.envs.names import check_problem
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
@@ -41,7 +41,8 @@ def from_config(
     Args:
         config: as `Experiment.config` gave it.
         where: for error messages.
-        network: the user's network again, where the run had one: a configuration names code but never loads it.
+        network: the user's network again, where the run had one: a configuration names code and loads none that the
+            user has not allowed (`trusted.allowing`).
         source: the user's environment factory again, where the run had one.
         methods: the lifelong methods again, where the run had some.
         own: other settings that no configuration can hold (rewards, demonstrations that are no file), by name, again.
@@ -51,11 +52,24 @@ def from_config(
         CheckpointError: it is not the configuration of a run.
         SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
+    with trusted.reading(f"{where}/{CONFIG}"):
+        return _from_config(config, where, network, source, methods, own or {}, training)
+
+
+def _from_config(
+    config: dict[str, Any],
+    where: str,
+    network: NetworkFactory | None,
+    source: Any,
+    methods: tuple[Method, ...],
+    own: Mapping[str, Any],
+    training: bool,
+) -> Experiment:
     said = f"{where}/{CONFIG}"
     check_table(config, CONFIGURATION, said)
     check_table(config["budget"], {}, said)
     cls = agent_class(config["exp_name"])
-    tables = [_settings_again(cls, table, network, own or {}, where, training) for table in config["variants"]]
+    tables = [_settings_again(cls, table, network, own, where, training) for table in config["variants"]]
     check_names(Budget, config["budget"], f"{said}: budget")
     for method in config["methods"]:
         check_table(method, METHOD, f"{said}: methods")
@@ -156,13 +170,13 @@ def methods_again(
     Raises:
         SettingError: some of the user's own are missing.
     """
-    given = own or {}
+    given = {**_allowed_methods(tables), **(own or {})}
     asked = [table for table in tables if table["name"] not in given]
     strange = [table.get("class", table["name"]) for table in asked if "class" in table or table["name"] not in METHODS]
     if strange:
         raise SettingError(
             f"{where} had lifelong methods of your own: pass them again as lifelong= (on the command line --lifelong "
-            f"{','.join(strange)})"
+            f"{','.join(strange)}){_or_allow(strange[0])}"
         )
     made: list[Method] = []
     for table in tables:
@@ -172,6 +186,26 @@ def methods_again(
             found if isinstance(found, Method) else _method(found, values, f"{where}/{CONFIG}: {table['name']}")
         )
     return tuple(made)
+
+
+def _allowed_methods(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The user's own methods that a configuration names in modules which the user has allowed."""
+    named = {table["name"]: table["class"] for table in tables if isinstance(table.get("class"), str)}
+    return {name: grammar.load_object(text) for name, text in named.items() if _is_allowed(text)}
+
+
+def _is_allowed(named: str) -> bool:
+    """Whether the user has allowed the module of `package.module:Name`."""
+    return trusted.is_allowed(named.partition(":")[0])
+
+
+def _or_allow(named: str) -> str:
+    """The other way to have again what a configuration names as `package.module:Name`, where there is one."""
+    module = named.partition(":")[0]
+    can_be_imported = all(part.isidentifier() for part in module.split(".")) and module != "__main__"
+    if "<" in named or not can_be_imported:
+        return ""
+    return f", or allow the module as code=[{module!r}] (on the command line --code {module})"
 
 
 def _method(cls: Any, values: dict[str, Any], where: str) -> Method:
@@ -187,11 +221,14 @@ def _method(cls: Any, values: dict[str, Any], where: str) -> Method:
 
 def _network_again(name: str, given: NetworkFactory | None, where: str) -> NetworkFactory:
     """The network of this name: rlmeta's own, or the user's, given again."""
-    if name.startswith("rlmeta.nn."):
+    if name.startswith("rlmeta.nn.") or (given is None and _is_allowed(name)):
         own: NetworkFactory = grammar.load_object(name)
         return own
     if given is None:
-        raise SettingError(f"{where} had the network {name}: pass it again as network= (on the command line --network)")
+        raise SettingError(
+            f"{where}/{CONFIG} had the network {name}: pass it again as network= (on the command line --network)"
+            f"{_or_allow(name)}"
+        )
     return given
 
 
@@ -315,6 +352,16 @@ NATIVE_CLASSES: dict[str, type[NativeEnv]] = {type(env).__name__: type(env) for 
 """Native environments that their constants alone make again."""
 
 
+def _allowed_source(described: dict[str, Any], where: str) -> Any:
+    """The user's own environment, or what makes it, in a module that the user has allowed."""
+    named = described["source"]
+    if not _is_allowed(named):
+        raise SettingError(f"{where}/{CONFIG} had environments of {named}: {ENV_AGAIN}{_or_allow(named)}")
+    found = grammar.load_object(named)
+    made = isinstance(found, type) and issubclass(found, NativeEnv)
+    return found(**described.get("constants", {})) if made else found
+
+
 def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     """The task of a saved configuration; a user's own code has to be given again."""
     if isinstance(source, Task):
@@ -325,17 +372,21 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     _check_ranges(described["ranges"], f"{where}/{CONFIG}: task")
     ranges = {constant: (low, high) for constant, (low, high) in described["ranges"].items()}
     module, _, cls = described["source"].partition(":")
+    shipped = module.startswith("rlmeta.envs.native.") and cls in NATIVE_CLASSES
+    is_object = not shipped and ("constants" in described or "<" in cls or (cls != "" and "-v" not in cls))
+    if source is None and is_object:
+        source = _allowed_source(described, where)
     if source is not None:
         made = (
             task(source, name=name, mode=mode)
             if isinstance(source, NativeEnv)
             else task(source, name=name, settings=settings, mode=mode)
         )
-    elif module.startswith("rlmeta.envs.native.") and cls in NATIVE_CLASSES:
+    elif shipped:
         made = task(NATIVE_CLASSES[cls](), name=name, settings=described.get("constants", {}))
         made = dataclasses.replace(made, settings=settings)
-    elif "constants" in described or "<" in cls or (cls and "-v" not in cls):
-        raise SettingError(f"{where} had environments of {described['source']}: {ENV_AGAIN}")
     else:
+        trusted.check_id(described["source"])
+        trusted.check_settings(settings)
         made = task(described["source"], name=name, settings=settings, mode=mode, native=False)
     return dataclasses.replace(made, ranges=ranges)

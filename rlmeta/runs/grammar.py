@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, TypeVar
 
+from rlmeta.envs import own_folders, trusted
 from rlmeta.errors import SettingError, did_you_mean
 from rlmeta.learning.settings import check_names, name_of
 from rlmeta.runs.shipped import agent_class
@@ -83,24 +84,30 @@ def load_object(text: str) -> Any:
     """What `package.module:Name` names, imported.
 
     Raises:
-        SettingError: there is no such module, or no such name in it.
+        SettingError: there is no such module, or no such name in it; or a file names it, and it is not rlmeta's.
     """
     module, _, name = text.partition(":")
     if not module or not name:
         raise SettingError(f"got {text!r}, expected package.module:Name")
+    trusted.check_module(module, for_id=False)
     loaded = load_module(module)
     if not hasattr(loaded, name):
         known = [candidate for candidate in vars(loaded) if not candidate.startswith("_")]
         raise SettingError(f"{module} has no {name!r}{did_you_mean(name, known)}")
-    return getattr(loaded, name)
+    found = getattr(loaded, name)
+    trusted.check_object(found, module)
+    return found
 
 
 def load_module(name: str) -> types.ModuleType:
-    """The user's module; an error inside it is shown as it is.
+    """The user's module, of the current folder, too; an error inside it is shown as it is.
 
     Raises:
-        SettingError: there is no such module.
+        SettingError: there is no such module; or a file names it, and it is neither rlmeta's nor a known extra.
     """
+    trusted.check_module(name)
+    if not trusted.from_file():
+        own_folders.allow(name)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,21 +1,24 @@
 """What is the user's own and named as `package.module:name`: environments, streams, families, networks, methods.
 
-A run folder names such code and never loads it: whoever reads the run gives the names again.
+A run folder names such code and never loads it by itself: whoever reads the run gives the names again, or allows the
+modules (`rlmeta.envs.trusted`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 
 from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs import own_folders, trusted
 from rlmeta.envs.gymnasium.sources import ENVPOOL
 from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.native import NativeEnv
@@ -26,6 +29,34 @@ from rlmeta.runs import folder as run_folder
 from rlmeta.runs import grammar
 from rlmeta.runs.configuration import methods_again
 from rlmeta.runs.shipped import METHODS
+
+# ---------------------------------------------------------------------- modules
+
+
+def modules_of(names: str | None) -> list[str]:
+    """The user's modules in names such as `package.module:Name`, joined by commas or +; none of rlmeta's or extras."""
+    found = [one.strip().rpartition(":")[0] for one in re.split(r"[,+]", names or "")]
+    return [one for one in found if one and one not in trusted.EXTRAS and not one.startswith("rlmeta.")]
+
+
+def names_in(text: str) -> list[str]:
+    """The names joined by commas."""
+    return [one.strip() for one in text.split(",") if one.strip()]
+
+
+@contextlib.contextmanager
+def allowed_here(modules: Iterable[str]) -> Iterator[None]:
+    """Within, files may name these modules, which may come from the current folder: the words of a command name them.
+
+    Raises:
+        SettingError: what is given are no names of modules.
+    """
+    given = list(modules)
+    with trusted.allowing(given):
+        for module in given:
+            own_folders.allow(module)
+        yield
+
 
 # ---------------------------------------------------------------------- problems
 
@@ -122,7 +153,7 @@ def method_named(name: str) -> Any:
 
 def methods_named(text: str) -> list[Any]:
     """The methods of the names joined by commas."""
-    return [method_named(name.strip()) for name in text.split(",") if name.strip()]
+    return [method_named(name) for name in names_in(text)]
 
 
 def made_method(found: Any, settings: Mapping[str, Any]) -> Method:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlmeta.envs import trusted
 from rlmeta.envs.names import names, read_named, read_toml
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.learning.settings import check_names, name_of, per_learner_names
@@ -134,8 +135,6 @@ def _names_of(task: str) -> list[str]:
 def _checked(agent: type, table: dict[str, Any], where: str) -> dict[str, Any]:
     """The table's values as the settings have them."""
     check_names(agent, {name: value for name, value in table.items() if name not in ("steps", SEEDS)}, where)
-    if "network" in table:
-        raise SettingError(f"{where}: a preset can't name code: give --network on the command line")
     compared = per_learner_names(agent)
     checked: dict[str, Any] = {}
     for name, value in table.items():
@@ -144,7 +143,8 @@ def _checked(agent: type, table: dict[str, Any], where: str) -> dict[str, Any]:
             checked[name] = _steps(value, said) if name == "steps" else _seeds(value, said)
             continue
         joined = isinstance(value, list) and name not in compared
-        found = grammar.values(agent, name, grammar.text_of(tuple(value) if joined else value), said)
+        with trusted.reading(where):
+            found = grammar.values(agent, name, grammar.text_of(tuple(value) if joined else value), said)
         if len(found) > 1 and name not in compared:
             raise SettingError(
                 f"{said} has {len(found)} values, expected one: compare such settings on the command line"

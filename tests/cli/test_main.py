@@ -24,6 +24,7 @@ import rlmeta.report.trackers
 import rlmeta.runs.run
 from rlmeta.cli import plan as plans
 from rlmeta.cli.main import main
+from rlmeta.envs import trusted
 from rlmeta.errors import SettingError
 from rlmeta.runs.folder import read_config
 from rlmeta.runs.records import read_records
@@ -217,14 +218,13 @@ def test_learners_that_diverge_are_named(capfd: pytest.CaptureFixture[str]) -> N
     assert warned.count("\n") == 2
 
 
-def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     logged: dict[str, list[int]] = {}
 
     class Fake:
         def __init__(self, name: str, run: Any) -> None:
             self.name, logged[name] = name, []
-            journal = {"last_step": 64, "project": "mine", "entity": "me"}
-            (run.folder / f"{name}.json").write_text(json.dumps(journal))
+            (run.folder / f"{name}.json").write_text(json.dumps({"last_step": 64, "project": "my own", "entity": "me"}))
 
         def log(self, step: int, metrics: dict[str, list[float]]) -> None:
             logged[self.name].append(step)
@@ -248,9 +248,43 @@ def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert logged == {"tensorboard": [32, 64, -1], "wandb": [32, 64, -1]}
     assert main(f"train ppo CartPole-v1 {TINY} --quiet --no-tensorboard --out b".split()) == 0
     logged.clear()
-    assert main(["resume", "a", "--quiet"]) == 0
-    assert set(logged) == {"tensorboard", "wandb"}, "a resumed run goes on with its trackers"
-    assert (set(asked), asked[-1]) == ({("mine", None), ("mine", "me")}, ("mine", "me"))
+    _, error = rlmeta_says(capfd, "resume a --quiet")
+    assert set(logged) == {"tensorboard"}, "a folder sends nothing to W&B"
+    assert error == "note: a says it is logged to W&B as 'me/my own'; not now: resume with --wandb 'me/my own'\n"
+    assert asked == [("mine", None)] * 2
+    assert rlmeta_says(capfd, "resume a --quiet --wandb me/other")[1] == ""
+    assert set(logged) == {"tensorboard", "wandb"} and asked[2:] == [("other", "me")]
+    assert "W&B project 'me/': expected PROJECT" in rlmeta_says(capfd, "resume a --wandb me/", 2)[1]
+
+
+def test_a_saved_plan_sends_nothing_to_wandb(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    class Fake:
+        def log(self, step: int, metrics: dict[str, list[float]]) -> None:
+            asked.append(step)
+
+        def close(self) -> None:
+            pass
+
+    def to_wandb(project: str, entity: str | None = None) -> Any:
+        asked.append((project, entity))
+        return lambda run: Fake()
+
+    for module in (plans, rlmeta.report.trackers):
+        monkeypatch.setattr(module, "to_wandb", to_wandb)
+    flags = f"{TINY} --hidden-sizes 8,9 --quiet --wandb --wandb-project mine"
+    plans.from_flags("ppo", "CartPole-v1", flags.split()).begin(Path("g"))
+    asked.clear()
+    _, error = rlmeta_says(capfd, "resume g")
+    assert asked == []
+    note = "note: g/plan.toml says it is logged to W&B as mine; not now: resume with --wandb mine\n"
+    assert error == note * 2
+    shutil.rmtree("g/hidden_sizes=9")
+    assert rlmeta_says(capfd, "resume g --wandb me/mine")[1] == ""
+    assert asked[0] == ("mine", "me") and 64 in asked
 
 
 # ------------------------------------------------------------------------------------------------- the user's own code
@@ -266,8 +300,10 @@ def test_own_environment_with_arguments(
     folder = "runs/ppo-own_code-Line-v0-1"
     assert set(sys.modules["own_code"].Line.made) == {(4, "b", True)}
     assert read_config(folder)["task"]["settings"] == {"size": 4, "name": "b", "slow": True}
-    rlmeta_says(capfd, f"eval {folder} --episodes 2")
+    rlmeta_says(capfd, f"eval {folder} --episodes 2 --code own_code")
     assert tables[-1][0]["scores"] == [4.0]
+    _, error = rlmeta_says(capfd, f"eval {folder} --episodes 2", 2)
+    assert f"{folder}/config.toml names code in the module 'own_code'" in error
 
 
 def test_environment_and_network_by_name_are_given_again(
@@ -286,23 +322,23 @@ def test_environment_and_network_by_name_are_given_again(
     own = "--network own_code:network --env own_code:make"
     rlmeta_says(capfd, f"eval a --episodes 2 {own}")
     rlmeta_says(capfd, f"resume a {own}")
-    assert [rows[0]["scores"] for rows in tables] == [[5.0]] * 3
+    rlmeta_says(capfd, "eval a --episodes 2 --code own_code")
+    assert [rows[0]["scores"] for rows in tables] == [[5.0]] * 4
 
 
-@pytest.mark.parametrize("again", ["own_code:Line-v0", "own_code:Line", ""])
+@pytest.mark.parametrize("again", ["--env own_code:Line-v0", "--env own_code:Line", "--code own_code"])
 def test_every_command_takes_the_name_that_train_took(
     again: str, project: Path, tables: list[list[dict[str, Any]]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """An id that a module registers, as it was trained on, or the class behind it; with the settings it had."""
     (project / "own_code.py").write_text(OWN_CODE)
     rlmeta_says(capfd, f"train ppo own_code:Line-v0 --env.size 4 {TINY} --quiet --out a")
-    flag = f"--env {again}" if again else ""
-    rlmeta_says(capfd, f"eval a --episodes 2 {flag}")
-    rlmeta_says(capfd, f"resume a --quiet {flag}")
+    rlmeta_says(capfd, f"eval a --episodes 2 {again}")
+    rlmeta_says(capfd, f"resume a --quiet {again}")
     assert [rows[0]["scores"] for rows in tables] == [[4.0]] * 3
-    said, _ = rlmeta_says(capfd, f"record a --out demo --episodes 2 {flag}")
+    said, _ = rlmeta_says(capfd, f"record a --out demo --episodes 2 {again}")
     assert "returns 4 (4 to 4)" in said
-    _, error = rlmeta_says(capfd, f"adapt a {flag}", 2)
+    _, error = rlmeta_says(capfd, f"adapt a {again}", 2)
     assert "a run of ppo does not adapt" in error
     _, error = rlmeta_says(capfd, "eval a --env own_code:Lime", 2)
     assert "own_code has no 'Lime': did you mean Line?" in error
@@ -358,7 +394,8 @@ def test_native_environment_by_name(
     assert tables[-1][0]["scores"] == expected
     groups = f"train ppo my_native_env:MyNativeEnv --env.drag 0.5 {flags} --hidden-sizes 8,9 --quiet --out g"
     assert main(groups.split()) == 0
-    again = plans.from_folder(Path("g")).train("hidden_sizes=9", Path("g"))
+    with trusted.allowing(["my_native_env"]):
+        again = plans.from_folder(Path("g")).train("hidden_sizes=9", Path("g"))
     assert again.experiment.problem.source == dragged
 
 
@@ -395,7 +432,8 @@ def test_own_stream_and_methods_by_name_are_given_again(
     rlmeta_says(capfd, f"{train} --order 2 --quiet --out a")
     assert read_config("a")["methods"][0] == {"name": "slow", "class": "own_methods:Slow", "settings": {"part": 0.5}}
     rlmeta_says(capfd, f"{train} --quiet --hidden-sizes 4,5 --out g")
-    assert rlmeta_says(capfd, "resume g")[1] == "", "a plan names what it needs"
+    assert rlmeta_says(capfd, "resume g --code own_methods")[1] == "", "a plan names what it needs"
+    assert "names code in the module 'own_methods'" in rlmeta_says(capfd, "resume g", 2)[1]
     for given, message in (
         (
             "--env own_methods:stream",

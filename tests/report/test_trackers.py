@@ -27,6 +27,7 @@ from rlmeta.report.trackers import (
     Tracker,
     WandbTracker,
     learner_names,
+    logged_to_wandb,
     to_tensorboard,
     to_wandb,
     trackers_of,
@@ -456,7 +457,14 @@ def test_a_folder_tells_which_trackers_its_run_had(tmp_path: Path, monkeypatch: 
         return SimpleNamespace(offline=True)
 
     monkeypatch.setattr(WandbTracker, "_start", start)
-    assert isinstance(trackers_of(tmp_path)[1](run), WandbTracker) and asked == saved
+    assert len(trackers_of(tmp_path)) == 1 and asked == {}, "a folder alone sends nothing to W&B"
+    assert logged_to_wandb(tmp_path) == "team/old"
+    assert isinstance(trackers_of(tmp_path, "team/old")[1](run), WandbTracker) and asked == saved
+    with pytest.raises(SettingError, match="was logged to W&B project 'old', entity 'team'"):
+        trackers_of(tmp_path, "old")[1](run)
+    for named in ("team/", "/old", "a/b/c"):
+        with pytest.raises(SettingError, match="expected PROJECT, or ENTITY/PROJECT"):
+            trackers_of(tmp_path, named)
     (tmp_path / "wandb.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"wandb\.json can't be read"):
-        trackers_of(tmp_path)
+        logged_to_wandb(tmp_path)

@@ -114,7 +114,7 @@ def test_sources(ppo_file: Path) -> None:
         ("activation = 'gelu'", "activation is 'gelu', expected one of tanh, relu"),
         ("num_steps = '32,64'", "num_steps has 2 values, expected one"),
         ("steps = 'many'", "steps is 'many', expected a whole number"),
-        ("network = 'os:system'", "a preset can't name code"),
+        ("network = 'os:system'", "names code in the module 'os', and a file alone never makes rlmeta import any"),
         ("learning_rate = -1", "learning_rate is -1, expected above 0"),
         ("batch_size = 100", "batch_size 100 does not divide"),
         ("num_steps = ", "not valid TOML"),
