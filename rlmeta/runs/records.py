@@ -104,16 +104,7 @@ class Records:
         Raises:
             CheckpointError: the file is shorter, or was changed before the mark; it is left as it is.
         """
-        if not 0 <= mark.length <= self._size:
-            raise CheckpointError(
-                f"{self.path} has {self._size} bytes, the checkpoint was taken at {mark.length}: restore it from a copy"
-            )
-        digest = digest_of_start(self._file, mark.length)
-        if digest.hexdigest() != mark.sha256:
-            raise CheckpointError(
-                f"the first {mark.length} bytes of {self.path} are not those it had at the checkpoint: restore it from "
-                "a copy"
-            )
+        digest = _checked_start(self._file, self.path, mark)
         os.ftruncate(self._file, mark.length)
         self._size, self._digest = mark.length, digest
 
@@ -130,6 +121,37 @@ class Records:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_start(path: Path, mark: Mark) -> None:
+    """Make sure that a file of records begins with what it had at a checkpoint; it is only read.
+
+    Raises:
+        CheckpointError: it is missing, a link, shorter, or was changed before the mark.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(f"cannot open {path}: {error.strerror}; restore it from a copy") from error
+    try:
+        _checked_start(file, path, mark)
+    finally:
+        os.close(file)
+
+
+def _checked_start(file: int, path: Path, mark: Mark) -> Any:
+    """The digest of what an open file begins with, after a check that it is what the mark says."""
+    size = os.fstat(file).st_size
+    if not 0 <= mark.length <= size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, the checkpoint was taken at {mark.length}: restore it from a copy"
+        )
+    digest = digest_of_start(file, mark.length)
+    if digest.hexdigest() != mark.sha256:
+        raise CheckpointError(
+            f"the first {mark.length} bytes of {path} are not those it had at the checkpoint: restore it from a copy"
+        )
+    return digest
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -31,9 +31,12 @@ from rlmeta.runs.configuration import from_config
 from rlmeta.runs.experiment import Experiment
 from rlmeta.runs.memory import keep_freed_memory
 from rlmeta.runs.module import TrainedModule, names_of
-from rlmeta.runs.records import NAMES, Mark
+from rlmeta.runs.records import NAMES, Mark, check_start
 from rlmeta.runs.stages import Stage
 from rlmeta.runs.surroundings import undisturbed
+
+SAID = ("seconds", "stopped", "offsets", "run", "config")
+"""What the checkpoint of a run says of itself and a reader relies on."""
 
 
 class Run:
@@ -389,6 +392,9 @@ def read(
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
     run_folder.check_plain(folder)
     state, about = _saved(folder)
+    if training:
+        for name, mark in about["offsets"].items():
+            check_start(folder / f"{name}.jsonl", mark)
     config = run_folder.read_config(folder)
     experiment = from_config(
         config,
@@ -402,7 +408,7 @@ def read(
     run = Run(experiment, folder)
     try:
         run.id, run.config_digest = about["run"], about["config"]
-        run.seconds, run.stopped, run.offsets = about["seconds"], about["stopped"], about["offsets"]
+        run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
         run.start()
         run.state = fit(run.state, state, str(folder))
         run.evaluation = _final_evaluation(folder, run.id, len(experiment.learners))
@@ -426,20 +432,21 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
     state, said = checkpoint.load(where)
     about = dict(said)
     try:
-        about["seconds"], offsets = float(said["seconds"]), said["offsets"]
-        if not (math.isfinite(about["seconds"]) and isinstance(said["stopped"], str) and set(offsets) == set(NAMES)):
-            raise ValueError("of another form")
+        seconds, stopped, offsets, run, digest = (said[name] for name in SAID)
+        if type(seconds) not in (int, float) or not math.isfinite(seconds) or not isinstance(stopped, str):
+            raise ValueError(f"seconds {seconds!r}, stopped {stopped!r}")
+        if set(offsets) != set(NAMES):
+            raise ValueError(f"records {offsets!r}")
         about["offsets"] = {name: Mark.of(mark) for name, mark in offsets.items()}
-        same = said["config"] == run_folder.config_digest(folder)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"what the checkpoint in {where} says of itself is not of a run ({error!r}): restore it from a copy"
         ) from error
-    if not same:
+    if digest != run_folder.config_digest(folder):
         raise CheckpointError(
             f"{config} is not the one the run began with: restore it from a copy, or train another run with the change"
         )
-    if said["run"] != run_folder.run_id(run_folder.read_config(folder), folder):
+    if run != run_folder.run_id(run_folder.read_config(folder), folder):
         raise CheckpointError(f"the checkpoint in {where} is of another run than {config}: restore both from one copy")
     return state, about
 

@@ -282,6 +282,16 @@ def content_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_a_resume_needs_its_records(name, crashed, tmp_path):
+    shutil.copytree(crashed, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"cannot open .*{name}: No such file or directory; restore it"):
+        rl.resume(tmp_path / "run")
+    assert not (tmp_path / "run" / name).exists()
+    assert rl.load(tmp_path / "run").env_steps > 0, "which nobody needs to look at it"
+
+
 @pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "timing.jsonl"])
 def test_a_resume_goes_on_from_no_file_that_was_changed(name, crashed, tmp_path):
     folder = tmp_path / "run"
@@ -304,7 +314,6 @@ def test_files_of_two_runs_are_not_taken_for_one(crashed, ended, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(ended.folder, folder)
     summary = (folder / "summary.json").read_bytes()
-    shutil.copy(crashed / "summary.json", folder) if (crashed / "summary.json").exists() else None
     reseal(folder / "summary.json", lambda content: content.update(run="0" * 16))
     with pytest.raises(CheckpointError, match=r"summary\.json is damaged \(it is of run 0000"):
         rl.load(folder)
@@ -387,7 +396,7 @@ def test_a_run_whose_folder_was_made_anew_leaves_the_new_one_alone(at, tmp_path)
 
     with pytest.raises(CheckpointError, match="moved, deleted or made anew: the run ends here and leaves"):
         rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, callbacks=[make_anew], threads=1)
-    assert content_of(folder) == found and len(found) > 5
+    assert content_of(folder) == found and len(found) >= 5
     assert rl.resume(folder).env_steps == killed.STEPS["a2c"]
 
 
@@ -395,17 +404,18 @@ def test_a_run_whose_folder_was_made_anew_leaves_the_new_one_alone(at, tmp_path)
 
 
 def test_a_tracker_that_cannot_be_opened_leaves_a_run_to_resume_and_says_so(ended, tmp_path):
-    def fails(run):
-        raise error
+    def refuses(run):
+        raise SettingError("no key")
 
-    folder = tmp_path / "run"
-    for error in (SettingError("no key"), PermissionError(errno.EACCES, "Permission denied", "there")):
-        shutil.rmtree(folder, ignore_errors=True)
+    def breaks(run):
+        raise PermissionError(errno.EACCES, "Permission denied", "there")
+
+    for tracker, folder in ((refuses, tmp_path / "a"), (breaks, tmp_path / "b")):
         with pytest.raises(SettingError, match=rf"the run is saved, `rlmeta resume {folder}` goes on with it"):
-            rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, trackers=[fails], threads=1)
-    assert_same_run(ended, rl.resume(folder))
-    with pytest.raises(PermissionError):
-        rl.train(SETTINGS, "CartPole-v1", budget=BUDGET, trackers=[fails], threads=1)
+            rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, trackers=[tracker], threads=1)
+        assert_same_run(ended, rl.resume(folder))
+    with pytest.raises(SettingError, match=r"^no key$"):
+        rl.train(SETTINGS, "CartPole-v1", budget=BUDGET, trackers=[refuses], threads=1)
 
 
 def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_the_folder_to_use_again(ended, tmp_path, monkeypatch):
@@ -421,7 +431,7 @@ def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_the_folder_to_us
         with pytest.raises(CheckpointError, match="No space left"):
             rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, threads=1)
     assert {"config.toml", "state", "metrics.jsonl"} <= set(os.listdir(folder))
-    with pytest.raises(CheckpointError, match="holds no checkpoint.*train it again with the same --out"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint.*train it again with the same --out"):
         rl.resume(folder)
     assert_same_run(ended, rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, threads=1))
 
