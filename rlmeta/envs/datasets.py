@@ -168,6 +168,8 @@ def _arrays(path: Path, samples: Sequence[str], others: Sequence[str] = ()) -> d
         SettingError: the file is broken, lacks one of them, or they disagree on how many samples there are.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no archive")
         with np.load(path, allow_pickle=False) as content:
             for name in (*samples, *others):
                 _check_size(content.zip, f"{name}.npy")
@@ -177,7 +179,6 @@ def _arrays(path: Path, samples: Sequence[str], others: Sequence[str] = ()) -> d
         ValueError,
         KeyError,
         TypeError,
-        AttributeError,
         EOFError,
         zipfile.BadZipFile,
         zlib.error,
