@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, Literal, get_args, get_origin
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it, and halves of letters, which can't be written; not tab and newline."""
+
+
+def printable(text: str) -> str:
+    """A text as a terminal may show it, with control characters escaped (`\\x1b`): names, messages, folders, cells."""
+    return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
 
 class RlmetaError(Exception):
     """Base of every error a user of rlmeta can cause; the command line prints it as one line and exits with 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SettingError(RlmetaError, ValueError):

@@ -1,10 +1,10 @@
-"""Messages that suggest a name."""
+"""Messages that suggest a name, and that no terminal obeys."""
 
 from __future__ import annotations
 
 import pytest
 
-from rlmeta.errors import nearest_names, unknown_name
+from rlmeta.errors import CheckpointError, RlmetaError, RunExistsError, nearest_names, printable, unknown_name
 from rlmeta.runs.shipped import AGENTS
 
 
@@ -41,3 +41,24 @@ def test_many_names_are_left_to_what_lists_them() -> None:
     assert str(unknown_name("thing", "zz", many)).endswith("`rlmeta list` shows what can be named")
     assert str(unknown_name("thing", "zz", many, "the manual")).endswith("the manual shows what can be named")
     assert str(unknown_name("thing", "zz", [])).endswith("there is none")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("a\rb\x00\x07\x08\x7f", "a\\rb\\x00\\x07\\x08\\x7f"),
+        ("\x9b2J", "\\x9b2J"),  # what some terminals take for an ESC and [
+        ("\u202egnp.exe\u2066", "\\u202egnp.exe\\u2066"),
+        ("a\u2028b", "a\\u2028b"),
+        ("run-\udcff", "run-\\udcff"),  # a byte of a folder's name that is no UTF-8
+        ("two\nlines\tand a tab", "two\nlines\tand a tab"),
+        ("größe 手 𝛼 │ 1e-3 [bold]", "größe 手 𝛼 │ 1e-3 [bold]"),
+    ],
+)
+def test_no_terminal_obeys_what_is_printed(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(shown) == shown
+    for kind in (RlmetaError, CheckpointError, RunExistsError):
+        assert str(kind(f"{text}: give another")) == f"{shown}: give another"
+    shown.encode()

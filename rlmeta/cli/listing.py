@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from rlmeta.envs.names import names, read_toml
-from rlmeta.errors import RlmetaError
+from rlmeta.errors import RlmetaError, printable
 from rlmeta.runs import folder as run_folder
 
 EXTRAS = {
@@ -105,9 +105,10 @@ def runs_table(folder: Path = Path("runs")) -> Table:
         try:
             content = run_folder.read_config(run)
             said = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
-            table.add_row(str(run), *map(str, said), *_outcome(run / run_folder.SUMMARY))
-        except (RlmetaError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            table.add_row(str(run), "", "", "", "", f"unreadable: {error}", "")
+            row = [*map(str, said), *_outcome(run, run_folder.run_id(content, run))]
+        except Exception as error:  # whatever a file says, the others are shown
+            row = ["", "", "", "", f"unreadable: {error}", ""]
+        table.add_row(*(Text(printable(cell)) for cell in (str(run), *row)))
     return table
 
 
@@ -122,11 +123,11 @@ TABLES: dict[str, Callable[[], Table]] = {
 """What `rlmeta list` can show."""
 
 
-def _outcome(summary: Path) -> tuple[str, str]:
-    """Whether the run has ended, and the IQM of each setting."""
-    if not summary.is_file():
+def _outcome(run: Path, name: str) -> tuple[str, str]:
+    """Whether the run of this id has ended, and the IQM of each setting."""
+    content = run_folder.read_summary(run, name)
+    if content is None:
         return "unfinished", ""
-    content = json.loads(summary.read_text())
     scores = [_iqm(row) + (f" ({row['setting']})" if row["setting"] else "") for row in content["summary"]]
     return str(content["stopped"] or "finished"), "\n".join(scores)
 

@@ -70,6 +70,7 @@ class Demonstrations:
 
     def __post_init__(self) -> None:
         self._check_tensors()
+        self._check_rows()
         for name in ("terminated", "truncated"):
             object.__setattr__(self, name, flags(getattr(self, name), name))
         self._check_bounds()
@@ -194,7 +195,9 @@ class Demonstrations:
         data, written = encode(tensors, {"demonstrations": json.dumps(header)}), path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            written.write_bytes(data)
+            written.unlink(missing_ok=True)
+            with open(written, "xb") as file:  # a file of its own: through a link that lies there nothing is written
+                file.write(data)
             os.replace(written, path)
         except OSError as error:
             raise _not_writable(path, error) from error
@@ -216,7 +219,7 @@ class Demonstrations:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("demonstrations", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-        except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        except (SafetensorError, ValueError, OSError, RecursionError, MemoryError) as error:
             raise DemonstrationError(f"{path} is damaged or no file of demonstrations: {error}") from None
         said = header.get("format", "no demonstrations") if isinstance(header, dict) else "no demonstrations"
         if said != FORMAT:
@@ -229,7 +232,15 @@ class Demonstrations:
             found = Demonstrations(**tree.unflatten(tensors), **spaces, about=header["about"], path=str(path))
         except DemonstrationError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RecursionError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            AssertionError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise DemonstrationError(f"{path} is damaged: {error}; record the demonstrations again") from None
         if header.get("digest", found.digest) != found.digest:
             raise DemonstrationError(f"{path} is damaged: its checksum is wrong; record the demonstrations again")
@@ -257,9 +268,24 @@ class Demonstrations:
                     "torch.as_tensor makes one"
                 )
 
+    def _check_rows(self) -> None:
+        """Every step and episode takes room: rows of no numbers would cost a file nothing, and there could be any."""
+        for name in ("reward", "lengths", "terminated", "truncated"):
+            shape = tuple(getattr(self, name).shape)
+            if len(shape) != 1:
+                raise DemonstrationError(
+                    f"{name} of the demonstrations{self._where()} has shape {shape}, expected one number for every "
+                    f"{'step' if name == 'reward' else 'episode'}"
+                )
+        for name, leaf in tree.flatten({"observation": self.observation, "action": self.action}).items():
+            if leaf.dim() == 0:
+                raise DemonstrationError(
+                    f"{name} of the demonstrations{self._where()} is a single number, expected one for every step"
+                )
+
     def _check_bounds(self) -> None:
         episodes, where = self.lengths.numel(), self._where()
-        if self.lengths.dim() != 1 or episodes == 0:
+        if episodes == 0:
             raise DemonstrationError(f"demonstrations{where} without an episode: record at least one")
         empty = (self.lengths < 1).nonzero().flatten().tolist()
         if empty:

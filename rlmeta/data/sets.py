@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import math
 import os
 import zipfile
 import zlib
@@ -27,6 +28,8 @@ MNIST_FILES = {
     "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c",
 }
+MOST_PACKED = 1100
+"""Bytes that one byte of a zip file can hold at most, about."""
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 OMNIGLOT_FILES = {"images_background.zip": "md5:68d2efa1b9178cc56df9314c21c6e718"}
 
@@ -165,9 +168,21 @@ def _arrays(path: Path, samples: Sequence[str], others: Sequence[str] = ()) -> d
         SettingError: the file is broken, lacks one of them, or they disagree on how many samples there are.
     """
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no archive")
         with np.load(path, allow_pickle=False) as content:
+            for name in (*samples, *others):
+                _check_size(content.zip, f"{name}.npy")
             found = {name: content[name] for name in (*samples, *others)}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise SettingError(
             f"{path} can't be read ({error}): expected numpy's .npz with {', '.join((*samples, *others))}; put a whole "
             "copy there"
@@ -176,6 +191,21 @@ def _arrays(path: Path, samples: Sequence[str], others: Sequence[str] = ()) -> d
     if len(set(sizes.values())) > 1:
         raise SettingError(f"{path}: {', '.join(f'{n} {size}' for n, size in sizes.items())} samples, expected as many")
     return found
+
+
+def _check_size(archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse an array that claims more room than its bytes fill: numpy takes the room first and reads then.
+
+    Raises:
+        ValueError, KeyError: it does, or is none.
+    """
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    entry = archive.getinfo(name)
+    with archive.open(entry) as file:
+        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    size = math.prod(shape) * dtype.itemsize
+    if size > entry.file_size or entry.file_size > MOST_PACKED * (entry.compress_size + 1):
+        raise ValueError(f"{name} claims {dtype} {shape} in {entry.compress_size} bytes")
 
 
 def _downloaded_omniglot() -> Part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rlmeta.errors import RlmetaError, SettingError
 from rlmeta.report.curves import write_curve
 from rlmeta.report.matrices import write_matrix
 from rlmeta.report.trackers import Tracker, TrackerFactory
@@ -20,8 +21,21 @@ class Tracking(Listener):
         self._tracker: Tracker | None = None
 
     def open(self, run: Run, done: int) -> None:
-        """Open the tracker."""
-        self._tracker = self._factory(run)
+        """Open the tracker.
+
+        Raises:
+            RlmetaError: it can't be opened; the run is saved by now, and the message says so.
+        """
+        try:
+            self._tracker = self._factory(run)
+        except RlmetaError as error:
+            if run.folder is None:
+                raise
+            saved = f"the run is saved, `rlmeta resume {run.folder}` goes on with it"
+            raise type(error)(f"{error}; {saved}") from error
+        except OSError as error:
+            why = f"a tracker can't be opened ({error})"
+            raise SettingError(f"{why}; the run is saved, `rlmeta resume {run.folder}` goes on with it") from error
 
     def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
         """Log what has a number for every learner."""

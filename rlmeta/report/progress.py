@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlmeta.engine.clock import clock
+from rlmeta.errors import printable
 from rlmeta.runs.listeners import Listener
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Progress(Listener):
         self._iterations, self._steps = iterations, steps_per_iteration
         self._learners = len(experiment.learners)
         learners = f", {self._learners} learners" if self._learners > 1 else ""
-        self._title = f"{experiment.agent_name} on {experiment.problem.name}{learners}"
+        self._title = printable(f"{experiment.agent_name} on {experiment.problem.name}{learners}")
         self._done, self._seconds, self._shown, self._began = done, 0.0, done, done
         self._parts: Mapping[str, float] = {}
         self._returns: dict[str, float] = {}

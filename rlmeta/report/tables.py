@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from rlmeta.errors import printable
 from rlmeta.functional import statistics
 
 FEW_SEEDS = 3
@@ -44,7 +45,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=Text(title),
+        title=Text(printable(title)),
         title_justify="left",
         caption=_caption(rows),
         caption_justify="left",
@@ -55,7 +56,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
         text = name in TEXTS
         table.add_column(Text(name), justify="left" if text else "right", overflow="fold", no_wrap=not text)
     for row in cells:
-        table.add_row(*(Text(row[name]) for name in names))
+        table.add_row(*(Text(printable(row[name])) for name in names))
     return table
 
 

@@ -313,9 +313,22 @@ def about(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return found[1]
 
 
+def is_saved(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint was ever completed in `folder`, damaged or not."""
+    return any(file_exists(Path(folder) / manifest) for manifest in (MANIFEST, PREVIOUS))
+
+
+def is_unfinished(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` holds nothing but what a save leaves that ended before the first checkpoint was complete."""
+    path = Path(folder)
+    if path.is_symlink() or not path.is_dir() or is_saved(path):
+        return False
+    return all(BLOB.fullmatch(name) or _TEMPORARY.fullmatch(name) for name in os.listdir(path))
+
+
 def _first_good(folder: Path, read: Callable[[Path, Manifest], Pair]) -> tuple[Pair, str | None]:
     """`read(folder, manifest)` of the newest checkpoint, or of the one before with the reason."""
-    if not file_exists(folder / MANIFEST) and not file_exists(folder / PREVIOUS):
+    if not is_saved(folder):
         raise CheckpointError(f"no checkpoint in {folder} (no {MANIFEST}): give the folder of a run that has saved one")
     damage = ""
     for _ in range(READ_ATTEMPTS):  # a run that goes on saving may remove files between two reads

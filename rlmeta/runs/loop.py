@@ -283,7 +283,7 @@ class Loop:
             "agent": run.experiment.agent_name,
             "task": run.experiment.problem.name,
             "iteration": self.done,
-            "offsets": {name: record.offset() for name, record in self.records.items()},
+            "offsets": {name: record.mark() for name, record in self.records.items()},
             "seconds": run.seconds,
             "stopped": run.stopped,
             "torch": torch.__version__,

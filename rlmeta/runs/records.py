@@ -2,19 +2,45 @@
 
 Numbers are written as Python's shortest text that reads back as the same float64. JSON has no NaN and no infinities:
 every number that is not finite is written `null`, and every `null` is read back as NaN.
+
+A checkpoint keeps a mark of each file, its length and a sha256, so that a resume goes on from no other lines.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.runs.files import is_at, open_in_place
+
+NAMES = ("metrics", "timing")
+"""The records that a run has."""
+BLOCK = 1 << 20
+
+
+class Mark(NamedTuple):
+    """Where a file of records was at a checkpoint: its length in bytes, and the sha256 of them."""
+
+    length: int
+    sha256: str
+
+    @staticmethod
+    def of(saved: Any) -> Mark:
+        """The mark that a checkpoint has kept as JSON.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if isinstance(saved, list) and len(saved) == 2 and type(saved[0]) is int and isinstance(saved[1], str):
+            return Mark(*saved)
+        raise ValueError(f"{saved!r} is no mark of records")
 
 
 class Records:
@@ -26,21 +52,28 @@ class Records:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = open_in_place(self.path, os.O_RDWR | os.O_APPEND)
         except OSError as error:
             raise CheckpointError(f"cannot open {self.path}: {error.strerror}; check the folder") from error
         self._size = end_of_last_line(self._file)
         os.ftruncate(self._file, self._size)
+        self._digest = digest_of_start(self._file, self._size)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record: names to numbers, text, booleans, lists (one entry a learner), tensors or arrays.
 
         Raises:
             SettingError: a value is none of these.
-            CheckpointError: the disk is full or failing; the file ends with the record before.
+            CheckpointError: the disk is full or failing (the file ends with the record before), or the path leads to
+                another file now.
         """
-        rest = memoryview(_encode(record))
-        added = len(rest)
+        line = _encode(record)
+        rest = memoryview(line)
+        if not is_at(self._file, self.path):
+            raise CheckpointError(
+                f"{self.path} is not the file this run writes any more, the folder was moved, deleted or made anew: "
+                "the run ends here and leaves what is there alone"
+            )
         try:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
@@ -50,10 +83,11 @@ class Records:
             raise CheckpointError(
                 f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact, resume from it"
             ) from error
-        self._size += added
+        self._size += len(line)
+        self._digest.update(line)
 
-    def offset(self) -> int:
-        """The length in bytes, after making sure that the disk has them: keep it in the checkpoint.
+    def mark(self) -> Mark:
+        """Where the file ends, after making sure that the disk has it: keep it in the checkpoint.
 
         Raises:
             CheckpointError: the disk is failing.
@@ -62,24 +96,17 @@ class Records:
             os.fsync(self._file)
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror}; check the disk") from error
-        return self._size
+        return Mark(self._size, self._digest.hexdigest())
 
-    def truncate(self, offset: int) -> None:
-        """Drop every record written after `offset()` returned `offset`.
+    def truncate(self, mark: Mark) -> None:
+        """Drop every record written after `mark()` returned `mark`.
 
         Raises:
-            CheckpointError: the file is shorter, or `offset` is not the end of a line in it; it is left as it is.
+            CheckpointError: the file is shorter, or was changed before the mark; it is left as it is.
         """
-        if not 0 <= offset <= self._size:
-            raise CheckpointError(
-                f"{self.path} has {self._size} bytes, the checkpoint was taken at {offset}: restore it from a copy"
-            )
-        if offset and os.pread(self._file, 1, offset - 1) != b"\n":
-            raise CheckpointError(
-                f"no line of {self.path} ends at byte {offset}, where the checkpoint was taken: restore it from a copy"
-            )
-        os.ftruncate(self._file, offset)
-        self._size = offset
+        digest = _checked_start(self._file, self.path, mark)
+        os.ftruncate(self._file, mark.length)
+        self._size, self._digest = mark.length, digest
 
     def close(self) -> None:
         """Close the file; calling it again does nothing."""
@@ -94,6 +121,37 @@ class Records:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_start(path: Path, mark: Mark) -> None:
+    """Make sure that a file of records begins with what it had at a checkpoint; it is only read.
+
+    Raises:
+        CheckpointError: it is missing, a link, shorter, or was changed before the mark.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(f"cannot open {path}: {error.strerror}; restore it from a copy") from error
+    try:
+        _checked_start(file, path, mark)
+    finally:
+        os.close(file)
+
+
+def _checked_start(file: int, path: Path, mark: Mark) -> Any:
+    """The digest of what an open file begins with, after a check that it is what the mark says."""
+    size = os.fstat(file).st_size
+    if not 0 <= mark.length <= size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, the checkpoint was taken at {mark.length}: restore it from a copy"
+        )
+    digest = digest_of_start(file, mark.length)
+    if digest.hexdigest() != mark.sha256:
+        raise CheckpointError(
+            f"the first {mark.length} bytes of {path} are not those it had at the checkpoint: restore it from a copy"
+        )
+    return digest
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -149,6 +207,15 @@ def _null_to_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _null_to_nan(child) for name, child in value.items()}
     return [_null_to_nan(child) for child in value] if isinstance(value, list) else value
+
+
+def digest_of_start(file: int, length: int) -> Any:
+    """The sha256 of the first `length` bytes of an open file, to be gone on with."""
+    digest, done = hashlib.sha256(), 0
+    while done < length and (block := os.pread(file, min(BLOCK, length - done), done)):
+        digest.update(block)
+        done += len(block)
+    return digest
 
 
 def end_of_last_line(file: int, block: int = 1 << 16) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,14 @@ from rlmeta.runs import budgets, checkpoint, stages
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.configuration import from_config
 from rlmeta.runs.experiment import Experiment
-from rlmeta.runs.files import put
 from rlmeta.runs.memory import keep_freed_memory
 from rlmeta.runs.module import TrainedModule, names_of
+from rlmeta.runs.records import NAMES, Mark, check_start
 from rlmeta.runs.stages import Stage
 from rlmeta.runs.surroundings import undisturbed
+
+SAID = ("seconds", "stopped", "offsets", "run", "config")
+"""What the checkpoint of a run says of itself and a reader relies on."""
 
 
 class Run:
@@ -47,11 +52,16 @@ class Run:
         evaluation: of the final parameters, once it has ended.
         seconds: of wall time it trained, over all its resumes.
         stopped: why it ended before its budget, or ''.
-        offsets: how long each of its records was at the checkpoint it was read from.
+        offsets: where each of its records was at the checkpoint it was read from.
+        id: what it is told apart by.
+        config_digest: the sha256 of its `config.toml`, once that is written.
+        held: the lock on its folder, while this process writes it.
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
         self.folder = folder
+        self.id, self.config_digest = secrets.token_hex(8), ""
+        self.held: run_folder.Hold | None = None
         experiment.use_threads()
         keep_freed_memory()
         self.world = experiment.world()
@@ -67,7 +77,7 @@ class Run:
         self.evaluation: Evaluation | None = None
         self.seconds = 0.0
         self.stopped = ""
-        self.offsets: dict[str, int] = {}
+        self.offsets: dict[str, Mark] = {}
         self._actions = 0
 
     @property
@@ -291,24 +301,52 @@ class Run:
 
     # ------------------------------------------------------------------ files
 
+    def begin_folder(self) -> None:
+        """Write what the run is into its folder, which it holds, for all that follows.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self.folder is not None and self.held is not None:
+            run_folder.clear(self.folder)
+            self.held.sign(self.id)
+            self.config_digest = run_folder.write_config(self.folder, {"run": self.id, **self.experiment.config()})
+
     def save(self, about: dict[str, Any]) -> None:
-        """Write the state into the folder, atomically."""
+        """Write the state into the folder, atomically.
+
+        Raises:
+            CheckpointError: the disk is full or failing, or the folder is not that of this run any more.
+        """
         if self.folder is not None:
-            checkpoint.save(self.folder / "state", self.state, about, learner_axes=1)
+            self._check_held()
+            about = {**about, "run": self.id, "config": self.config_digest}
+            checkpoint.save(self.folder / run_folder.STATE, self.state, about, learner_axes=1)
+
+    def _check_held(self) -> None:
+        if self.held is not None:
+            self.held.check()
 
     def write_summary(self) -> None:
-        """Write the final evaluation into the folder."""
+        """Write the final evaluation into the folder.
+
+        Raises:
+            CheckpointError: it cannot be written, or the folder is not that of this run any more.
+        """
         if self.folder is not None and self.evaluation is not None:
+            self._check_held()
             content = {
+                "run": self.id,
                 "summary": self.summary(),
                 "returns": self.evaluation.returns.tolist(),
                 "lengths": self.evaluation.lengths.tolist(),
                 "stopped": self.stopped,
             }
-            put(self.folder / run_folder.SUMMARY, json.dumps(content))
+            run_folder.write_summary(self.folder, content)
 
     def close(self) -> None:
-        """End worker processes and environments."""
+        """End worker processes and environments, and write no more."""
+        self.held = None
         self.world.close()
 
 
@@ -350,8 +388,13 @@ def read(
 ) -> Run:
     """What `load` gives, with all that `training` needs where it goes on; the other arguments and errors are load's."""
     folder = Path(folder)
-    if not (folder / "config.toml").is_file():
-        raise CheckpointError(f"{folder} is not the folder of a run: it has no config.toml")
+    if not os.path.lexists(folder / run_folder.CONFIG):
+        raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
+    run_folder.check_plain(folder)
+    state, about = _saved(folder)
+    if training:
+        for name, mark in about["offsets"].items():
+            check_start(folder / f"{name}.jsonl", mark)
     config = run_folder.read_config(folder)
     experiment = from_config(
         config,
@@ -363,26 +406,61 @@ def read(
         training=training,
     )
     run = Run(experiment, folder)
-    state, about = checkpoint.load(folder / "state")
-    run.start()
-    run.state = fit(run.state, state, str(folder))
-    run.seconds = float(about.get("seconds", 0.0))
-    run.stopped = str(about.get("stopped", ""))
-    run.offsets = dict(about.get("offsets", {}))
-    run.evaluation = _final_evaluation(folder / run_folder.SUMMARY, len(experiment.learners))
+    try:
+        run.id, run.config_digest = about["run"], about["config"]
+        run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
+        run.start()
+        run.state = fit(run.state, state, str(folder))
+        run.evaluation = _final_evaluation(folder, run.id, len(experiment.learners))
+    except BaseException:
+        run.close()
+        raise
     return run
 
 
-def _final_evaluation(path: Path, learners: int) -> Evaluation | None:
+def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
+    """The newest checkpoint of a run, and what it says, once it is sure that it is of this very run.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or of another run, or config.toml was changed since the run began.
+    """
+    config, where = folder / run_folder.CONFIG, folder / run_folder.STATE
+    if not checkpoint.is_saved(where):
+        raise CheckpointError(
+            f"{folder} holds no checkpoint, its run did not come to the first one: train it again with the same --out"
+        )
+    state, said = checkpoint.load(where)
+    about = dict(said)
+    try:
+        seconds, stopped, offsets, run, digest = (said[name] for name in SAID)
+        if type(seconds) not in (int, float) or not math.isfinite(seconds) or not isinstance(stopped, str):
+            raise ValueError(f"seconds {seconds!r}, stopped {stopped!r}")
+        if set(offsets) != set(NAMES):
+            raise ValueError(f"records {offsets!r}")
+        about["offsets"] = {name: Mark.of(mark) for name, mark in offsets.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"what the checkpoint in {where} says of itself is not of a run ({error!r}): restore it from a copy"
+        ) from error
+    if digest != run_folder.config_digest(folder):
+        raise CheckpointError(
+            f"{config} is not the one the run began with: restore it from a copy, or train another run with the change"
+        )
+    if run != run_folder.run_id(run_folder.read_config(folder), folder):
+        raise CheckpointError(f"the checkpoint in {where} is of another run than {config}: restore both from one copy")
+    return state, about
+
+
+def _final_evaluation(folder: Path, run: str, learners: int) -> Evaluation | None:
     """What a run's summary says of its final evaluation; None where the run has not ended.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    if not path.is_file():
+    content = run_folder.read_summary(folder, run)
+    if content is None:
         return None
     try:
-        content = json.loads(path.read_bytes())
         returns = torch.tensor(content["returns"], dtype=torch.float64, device="cpu")
         lengths = torch.tensor(content["lengths"], dtype=torch.int64, device="cpu")
         if returns.dim() != 2 or len(returns) != learners or not returns.shape[1] or lengths.shape != returns.shape:
@@ -390,10 +468,8 @@ def _final_evaluation(path: Path, learners: int) -> Evaluation | None:
                 f"returns {tuple(returns.shape)} and lengths {tuple(lengths.shape)} of {learners} learners"
             )
         return Evaluation(returns, lengths)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}): remove it, `rlmeta resume {path.parent}` evaluates the run again"
-        ) from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise run_folder.damaged_summary(folder, error) from error
 
 
 def fit(fresh: State, saved: State, where: str) -> State:

@@ -98,9 +98,8 @@ def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[List
         if run.folder is None:
             return Loop(run, callbacks, listeners).go()
         run_folder.create(run.folder)
-        with run_folder.lock(run.folder):
-            run_folder.create(run.folder)  # another process may have been faster
-            run_folder.write_config(run.folder, run.experiment.config())
+        with run_folder.lock(run.folder) as run.held:
+            run.begin_folder()
             return Loop(run, callbacks, listeners).go()
     finally:
         run.close()
@@ -120,10 +119,13 @@ def resume(
 ) -> Run:
     """Go on with a run from its newest checkpoint; arguments and errors are those of `rlmeta.api.resume`."""
     folder = Path(folder)
-    with run_folder.lock(folder):
+    if os.path.lexists(folder / run_folder.CONFIG):
+        run_folder.check_plain(folder)
+    with run_folder.lock(folder) as held:
         run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True)
-        run.stopped = ""
+        run.stopped, run.held = "", held
         try:
+            held.sign(run.id)
             restore_world(run, inexact)
             return Loop(run, callbacks, listeners).go()
         finally:

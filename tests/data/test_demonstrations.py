@@ -162,6 +162,12 @@ NAN = torch.full((9, 2), float("nan"))
         ({"action": torch.full((6,), 3)}, r"action of the demonstrations holds int64 from 3 to 3.*Discrete\(3\)"),
         ({"action": torch.zeros(6)}, "action of the demonstrations holds float32"),
         ({"observation": {"a": torch.zeros(9, 2)}}, "observation of the demonstrations has shape missing"),
+        ({"action": torch.tensor(0)}, "action of the demonstrations is a single number"),
+        (
+            {"reward": torch.zeros(6, 1)},
+            r"reward of the demonstrations has shape \(6, 1\), expected one number for every step",
+        ),
+        ({"terminated": torch.ones(3, 1) > 0}, r"terminated .* shape \(3, 1\), expected one number for every episode"),
         ({"lengths": np.array([3, 1, 2])}, "lengths of the demonstrations is ndarray, expected a tensor"),
         ({"reward": [0.0] * 6}, "reward of the demonstrations is list, expected a tensor"),
     ],
@@ -237,6 +243,9 @@ def test_a_header_that_says_something_else_is_refused(old, new, message, tmp_pat
         ("observation", {"kind": "Box", "shape": [2], "dtype": "V999999999999", "low": "-1.0", "high": "1.0"}),
         ("observation", {"kind": "MultiBinary", "n": [10**9, 10**9]}),
         ("action", {"kind": "MultiBinary", "n": 10**15}),
+        ("action", {"kind": "Discrete", "n": 10**30, "start": 0}),
+        ("action", {"kind": "Discrete", "n": 3, "start": 10**30}),
+        ("action", {"kind": "MultiDiscrete", "nvec": [10**30], "start": [0]}),
         ("action", {"kind": "MultiDiscrete", "nvec": [10**18] * 2, "start": [0, 0]}),
         ("action", {"kind": "Dict", "spaces": {"a": {"kind": "MultiBinary", "n": 10**15}}}),
         ("action", {"kind": "Tuple", "spaces": [{"kind": "MultiBinary", "n": 10**15}]}),
@@ -251,6 +260,31 @@ def test_a_header_cannot_claim_a_size_that_the_tensors_have_not(role, space, tmp
         save_file(tensors, path, {"demonstrations": json.dumps({**header, f"{role}_space": nested})})
         with pytest.raises(DemonstrationError):
             Demonstrations.load(path)
+
+
+def test_rows_of_no_numbers_cannot_claim_any_number_of_steps(tmp_path):
+    """They take no room in the file, and everything that is made of them afterwards would."""
+    none, steps = {"kind": "Box", "shape": [0], "dtype": "float32", "low": "-1.0", "high": "1.0"}, 10**11
+    header = {"format": "rlmeta demonstrations 1", "observation_space": none, "action_space": none, "about": {}}
+    empty = {"observation": [steps + 1, 0], "action": [steps, 0], "reward": [steps, 0]}
+    entries = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in empty.items()}
+    entries["lengths"] = {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}
+    for at, name in enumerate(("terminated", "truncated"), 8):
+        entries[name] = {"dtype": "BOOL", "shape": [1], "data_offsets": [at, at + 1]}
+    text = json.dumps({"__metadata__": {"demonstrations": json.dumps(header)}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "demo"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + steps.to_bytes(8, "little") + b"\1\0")
+    with pytest.raises(DemonstrationError, match=r"reward of the demonstrations.* has shape \(100000000000, 0\)"):
+        Demonstrations.load(path)
+
+
+def test_nothing_is_written_through_a_link_beside_the_file(tmp_path):
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "demo.tmp").symlink_to(tmp_path / "outside")
+    assert_equal(Demonstrations.load(make().save(tmp_path / "demo")), make())
+    assert (tmp_path / "outside").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "outside"]
 
 
 def test_a_header_of_endless_depth_and_lengths_that_overflow_are_refused(tmp_path):

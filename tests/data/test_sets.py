@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -87,6 +89,44 @@ def test_a_flipped_bit_is_found(folder):
     content[2000] ^= 1
     file.write_bytes(bytes(content))
     with pytest.raises(SettingError, match=r"omniglot-a\.npz can't be read"):
+        omniglot()
+
+
+def header_of(shape, dtype="|u1"):
+    """An array of numpy's format that has no numbers."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [header_of((10**15,)), header_of((10**9, 28, 28)), header_of((8,), "<U99999999")])
+@pytest.mark.parametrize("packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_array_cannot_claim_more_than_its_bytes(folder, content, packed):
+    file = folder / "omniglot-a.npz"
+    np.savez(file, **characters(image=None))
+    with zipfile.ZipFile(file, "a", packed) as archive:
+        archive.writestr("image.npy", content)
+    with pytest.raises(SettingError, match=r"omniglot-a\.npz can't be read \(image\.npy claims"):
+        omniglot()
+
+
+def test_an_archive_cannot_claim_that_its_bytes_are_more(folder):
+    file = folder / "omniglot-a.npz"
+    np.savez(file, **characters(image=None))
+    content = header_of((10**9,))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("image.npy", content)
+    raw, size = file.read_bytes(), len(content).to_bytes(4, "little")
+    at = raw.rindex(b"image.npy") - 46  # of the entry in the list at the end
+    assert raw[at : at + 4] == b"PK\1\2" and raw[at + 24 : at + 28] == size
+    file.write_bytes(raw[: at + 24] + (2 * 10**9).to_bytes(4, "little") + raw[at + 28 :])
+    with pytest.raises(SettingError, match=r"omniglot-a\.npz can't be read \(image\.npy claims"):
+        omniglot()
+
+
+def test_an_array_in_place_of_an_archive_is_refused_unread(folder):
+    (folder / "omniglot-a.npz").write_bytes(header_of((10**15,)))
+    with pytest.raises(SettingError, match=r"can't be read \(no archive\)"):
         omniglot()
 
 

@@ -76,6 +76,14 @@ def test_without_a_terminal_there_is_a_line_every_half_minute(clock: Clock, caps
     ]
 
 
+def test_a_name_is_never_obeyed_by_a_terminal(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    named = Experiment((PPO(),), (0,), task("CartPole-v1", name="\x1b[2Jmine"))
+    with progress(named, iterations=10, steps_per_iteration=1) as bar:
+        clock.now += 31
+        bar.update(1, None, 31.0)
+    assert capsys.readouterr().err.startswith("ppo on \\x1b[2Jmine: 10%")
+
+
 def test_the_rate_is_that_of_late_and_counts_no_iterations_before_a_resume(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:

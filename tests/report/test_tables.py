@@ -108,6 +108,14 @@ def test_names_are_never_read_as_markup() -> None:
     )
 
 
+def test_names_are_never_obeyed_by_a_terminal() -> None:
+    bad = "\x1b[2J\x07"
+    for rows in ([row(agent=bad, task=bad, setting=bad)], [row(setting=bad), row(setting="b")]):
+        lines = rendered(rows)
+        assert all(line.isprintable() for line in lines)
+        assert "\\x1b[2J\\x07" in "".join(lines)
+
+
 def test_what_is_no_agent_has_evaluations_not_episodes() -> None:
     header = rendered([row(score="accuracy", agent="classifier", task="digits")])[1]
     assert "evaluations" in header and "episodes" not in header

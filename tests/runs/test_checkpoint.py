@@ -691,6 +691,34 @@ def test_a_foreign_file_with_a_right_hash_is_refused(tmp_path: Path, data: bytes
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.parametrize("which", ["manifest.json", "manifest.previous.json", "tensors"])
+@pytest.mark.parametrize("temporary", [False, True])
+def test_a_link_is_neither_read_nor_written_through(tmp_path: Path, which: str, temporary: bool) -> None:
+    folder, outside = tmp_path / "state", tmp_path / "outside"
+    two_checkpoints(folder)
+    tensors = manifest_of(folder)["leaves"]["params/w"]["files"][0]
+    name = tensors if which == "tensors" else which
+    if temporary:
+        outside.write_text("mine")
+        (folder / f"{name}.tmp").symlink_to(outside)
+    else:
+        (folder / name).rename(outside)
+        (folder / name).symlink_to(outside)
+    before = outside.read_bytes()
+    checkpoint._verified.clear()
+    if temporary or which == "manifest.previous.json":
+        assert is_step(checkpoint.load(folder), 8)
+    else:
+        with pytest.warns(RuntimeWarning, match=f"{name} is not a regular file but a link"):
+            assert is_step(checkpoint.load(folder), 7)
+    save_step(folder, 8)  # whose tensors have the name of those that are there
+    assert is_step(checkpoint.load(folder), 8)
+    save_step(folder, 9)
+    assert is_step(checkpoint.load(folder), 9)
+    assert outside.read_bytes() == before
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
 # ------------------------------------------------------------------------------------------- every moment of a failure
 
 CALLS = ("open", "write", "fsync", "close", "replace", "unlink", "listdir")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +18,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlmeta.errors import CheckpointError, SettingError
-from rlmeta.runs.records import Records, end_of_last_line, read_records
+from rlmeta.runs import records
+from rlmeta.runs.records import Mark, Records, end_of_last_line, read_records
 
 
 def write_all(path: Path, *records: dict[str, Any]) -> None:
     with Records(path) as file:
         for record in records:
             file.write(record)
+
+
+def mark_of(content: bytes) -> Mark:
+    return Mark(len(content), hashlib.sha256(content).hexdigest())
 
 
 values = st.recursive(
@@ -89,41 +96,110 @@ def test_records_after_the_checkpoint_are_dropped_and_rewritten_equal(tmp_path: 
     path = tmp_path / "metrics.jsonl"
     records = [{"step": step, "loss": [step / 7, math.nan]} for step in range(6)]
     with Records(path) as file:
-        assert file.offset() == 0
+        assert file.mark() == mark_of(b"")
         for record in records[:3]:
             file.write(record)
-        offset = file.offset()
-        assert offset == path.stat().st_size
+        mark = file.mark()
+        assert mark == mark_of(path.read_bytes())
         for record in records[3:]:
             file.write(record)
     straight = path.read_bytes()
     with open(path, "ab") as torn:
         torn.write(b'{"step":6,"lo')
     with Records(path) as file:
-        file.truncate(offset)
+        file.truncate(mark)
         assert [record["step"] for record in read_records(path)] == [0, 1, 2]
-        assert file.offset() == offset
+        assert file.mark() == mark
         for record in records[3:]:
             file.write(record)
-        assert file.offset() == len(straight)
+        assert file.mark() == mark_of(straight)
     assert path.read_bytes() == straight
     with Records(path) as file:
-        file.truncate(0)
+        file.truncate(mark_of(b""))
     assert read_records(path) == []
 
 
-@pytest.mark.parametrize("offset", [-1, 3, 17, 1000])
-def test_an_offset_that_was_never_one_is_refused(tmp_path: Path, offset: int) -> None:
+@pytest.mark.parametrize("length", [-1, 3, 17, 1000])
+def test_a_mark_that_was_never_one_is_refused(tmp_path: Path, length: int) -> None:
     path = tmp_path / "metrics.jsonl"
     write_all(path, {"step": 1}, {"step": 2})
     before = path.read_bytes()
     with Records(path) as file, pytest.raises(CheckpointError, match=r"metrics\.jsonl") as caught:
-        file.truncate(offset)
-    assert str(offset) in str(caught.value)
+        file.truncate(Mark(length, mark_of(before).sha256))
+    assert str(length) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
     with Records(path) as file, pytest.raises(CheckpointError, match=r"has 22 bytes, .* at 23"):
-        file.truncate(23)
+        file.truncate(Mark(23, mark_of(before).sha256))
+
+
+def test_lines_that_were_changed_before_the_mark_are_not_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Records(path) as file:
+        for step in range(2):
+            file.write({"step": step})
+        mark = file.mark()
+        for step in range(2, 4):
+            file.write({"step": step})
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with Records(path) as file:
+            if place < mark.length:
+                with pytest.raises(CheckpointError, match=r"metrics\.jsonl are not those it had .*: restore it"):
+                    file.truncate(mark)
+            else:
+                file.truncate(mark)
+                assert file.mark() == mark
+
+
+def test_a_digest_of_a_long_file_takes_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "BLOCK", 7)
+    write_all(tmp_path / "metrics.jsonl", {"step": 1}, {"step": 2})
+    with Records(tmp_path / "metrics.jsonl") as file:
+        assert file.mark() == mark_of((tmp_path / "metrics.jsonl").read_bytes())
+
+
+@pytest.mark.parametrize("saved", [None, 3, [], [1], [1, 2], ["1", "x"], [True, "x"], [1, "x", 2], {"length": 1}])
+def test_what_is_no_mark_is_refused(saved: Any) -> None:
+    with pytest.raises(ValueError, match="is no mark"):
+        Mark.of(saved)
+
+
+@pytest.mark.parametrize("change", ["deleted", "moved", "made anew"])
+def test_a_file_that_is_not_its_own_any_more_is_left_alone(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    with Records(path) as file:
+        file.write({"step": 1})
+        shutil.move(path.parent, tmp_path / "moved")
+        if change != "moved":
+            shutil.rmtree(tmp_path / "moved")
+        if change == "made anew":
+            path.parent.mkdir()
+            path.write_bytes(b"theirs")
+        with pytest.raises(CheckpointError, match=r"moved, deleted or made anew: the run ends here") as caught:
+            file.write({"step": 2})
+        assert "\n" not in str(caught.value)
+    if change == "made anew":
+        assert path.read_bytes() == b"theirs"
+    if change == "moved":
+        assert read_records(tmp_path / "moved" / "metrics.jsonl") == [{"step": 1}]
+
+
+def second_name(path: Path, target: Path) -> None:
+    path.hardlink_to(target)
+
+
+@pytest.mark.parametrize("lead", [Path.symlink_to, second_name, lambda path, target: os.mkfifo(path)])
+def test_records_are_written_into_no_other_file(tmp_path: Path, lead: Any) -> None:
+    (tmp_path / "outside").write_bytes(b"mine, without an end of line")
+    lead(tmp_path / "metrics.jsonl", tmp_path / "outside")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is .*, expected a file of its own"):
+        Records(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "outside").read_bytes() == b"mine, without an end of line"
 
 
 def test_a_torn_last_line_is_left_out_and_written_over(tmp_path: Path) -> None:
@@ -186,20 +262,20 @@ def test_a_failed_write_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.
     assert read_records(path) == [{"step": 1}, {"step": 2}, {"step": 4}]
 
 
-def test_the_offset_is_of_what_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mark_is_of_what_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
     with Records(tmp_path / "metrics.jsonl") as file:
         file.write({"a": 1})
         assert synced == []
-        assert synced == [file.offset()] == [8]
+        assert [file.mark().length] == synced == [8]
 
         def fail(file: int) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
         monkeypatch.setattr(os, "fsync", fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
-            file.offset()
+            file.mark()
 
 
 def test_a_record_survives_the_death_of_its_writer(tmp_path: Path) -> None:

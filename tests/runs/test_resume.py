@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from rlmeta.agents.agent import Agent
 from rlmeta.errors import CheckpointError, InexactResumeError, RunExistsError, SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.evaluate import evaluate
+from rlmeta.runs import checkpoint
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.experiment import Experiment
 from rlmeta.runs.run import Run
 from rlmeta.runs.train import restore_world
 from tests.agents.worlds import Target
 from tests.runs import killed
+from tests.runs.forging import accept_config, reseal
 
 SCRIPT = Path(killed.__file__)
 
@@ -181,9 +184,11 @@ def test_wrong_folders_and_wrong_checkpoints_are_refused_and_nothing_is_overwrit
     config = (tmp_path / "a" / "config.toml").read_text()
     wider = config.replace("hidden_sizes = [\n    8,\n]", "hidden_sizes = [\n    9,\n]")
     (tmp_path / "a" / "config.toml").write_text(wider)
+    accept_config(tmp_path / "a")
     with pytest.raises(CheckpointError, match="another agent"):
         rl.load(tmp_path / "a")
     (tmp_path / "a" / "config.toml").write_text(config)
+    accept_config(tmp_path / "a")
     for path in (tmp_path / "a" / "state").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError):
@@ -252,6 +257,216 @@ def test_a_folder_that_another_process_has_used_meanwhile_is_left_alone(tmp_path
     with pytest.raises(RunExistsError):
         rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET)
     assert (folder / "config.toml").read_text() == "theirs"
+
+
+# --------------------------------------------------------------------------------------- what a resume depends on
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory):
+    """A run that died in the middle."""
+    folder = tmp_path_factory.mktemp("runs") / "crashed"
+    with pytest.raises(Dies):
+        rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, callbacks=[crash(8)], threads=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The same run, never stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "ended"
+    return rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, threads=1)
+
+
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_a_resume_needs_its_records(name, crashed, tmp_path):
+    shutil.copytree(crashed, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"cannot open .*{name}: No such file or directory; restore it"):
+        rl.resume(tmp_path / "run")
+    assert not (tmp_path / "run" / name).exists()
+    assert rl.load(tmp_path / "run").env_steps > 0, "which nobody needs to look at it"
+
+
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "timing.jsonl"])
+def test_a_resume_goes_on_from_no_file_that_was_changed(name, crashed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(crashed, folder)
+    path = folder / name
+    text = path.read_text()
+    path.write_text(text.replace("1", "2", 1))
+    before = content_of(folder)
+    with pytest.raises(
+        CheckpointError, match=rf"{name} .*not .*(had at|began with).*: restore it from a copy"
+    ) as caught:
+        rl.resume(folder)
+    assert "\n" not in str(caught.value)
+    assert content_of(folder) == before
+    path.write_text(text)
+    assert rl.resume(folder).env_steps == 256
+
+
+def test_files_of_two_runs_are_not_taken_for_one(crashed, ended, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(ended.folder, folder)
+    summary = (folder / "summary.json").read_bytes()
+    reseal(folder / "summary.json", lambda content: content.update(run="0" * 16))
+    with pytest.raises(CheckpointError, match=r"summary\.json is damaged \(it is of run 0000"):
+        rl.load(folder)
+    (folder / "summary.json").write_bytes(summary.replace(b"[[", b"[[1", 1))
+    with pytest.raises(CheckpointError, match=r"summary\.json is damaged .*: remove it, `rlmeta resume"):
+        rl.load(folder)
+    (folder / "summary.json").unlink()
+    shutil.copy(crashed / "config.toml", folder)
+    with pytest.raises(CheckpointError, match=r"config\.toml is not the one the run began with"):
+        rl.load(folder)
+    accept_config(folder)
+    with pytest.raises(CheckpointError, match=r"is of another run than .*config\.toml: restore both"):
+        rl.load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seconds": "3"},
+        {"seconds": None},
+        {"seconds": float("nan")},
+        {"stopped": 3},
+        {"offsets": []},
+        {"offsets": ["metrics", "timing"]},
+        {"offsets": {"metrics": [0, ""]}},
+        {"offsets": {"metrics": 0, "timing": 0}},
+        {"offsets": {"metrics": [0, ""], "timing": [0, ""], "../outside": [0, ""]}},
+        {"run": 3},
+        {"config": None},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_says_something_else_of_itself_is_refused(changes, crashed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(crashed, folder)
+    reseal(folder / "state" / "manifest.json", lambda content: content["about"].update(changes))
+    before = content_of(folder)
+    with pytest.raises(CheckpointError) as caught:
+        rl.resume(folder)
+    assert "\n" not in str(caught.value) and "copy" in str(caught.value)
+    assert content_of(folder) == before
+    reseal(folder / "state" / "manifest.json", lambda content: content["about"].pop(next(iter(changes))))
+    with pytest.raises(CheckpointError, match="says of itself is not of a run"):
+        rl.resume(folder)
+
+
+FILES = ["config.toml", "run.lock", "metrics.jsonl", "timing.jsonl", "summary.json", "learning_curve.png", "x.tmp"]
+INSIDE = ["state", "tensorboard", "wandb", "state/manifest.json", "state/manifest.json.tmp", "tensorboard/seed=0"]
+
+
+@pytest.mark.parametrize("name", FILES + INSIDE)
+def test_a_resume_writes_nothing_outside_of_the_folder(name, crashed, tmp_path):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(crashed, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    if (folder / name).exists():
+        (folder / name).rename(outside)
+    elif name in FILES or name.endswith(".tmp"):
+        outside.write_text("mine")
+    else:
+        outside.mkdir()
+    (folder / name).symlink_to(outside)
+    before = content_of(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{Path(name).name} is a link"):
+        rl.resume(folder)
+    assert content_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("at", [3, 16], ids=["at the next record", "at the last checkpoint"])
+def test_a_run_whose_folder_was_made_anew_leaves_the_new_one_alone(at, tmp_path):
+    folder, found = tmp_path / "run", {}
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+
+    def make_anew(run, line):
+        if line["iteration"] == at:
+            shutil.rmtree(folder)
+            command = [sys.executable, str(SCRIPT), str(folder), "a2c", "CartPole-v1", "4"]
+            assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+            found.update(content_of(folder))
+
+    with pytest.raises(CheckpointError, match="moved, deleted or made anew: the run ends here and leaves"):
+        rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, callbacks=[make_anew], threads=1)
+    assert content_of(folder) == found and len(found) >= 5
+    assert rl.resume(folder).env_steps == killed.STEPS["a2c"]
+
+
+# ------------------------------------------------------------------------------------------------- starts that fail
+
+
+def test_a_tracker_that_cannot_be_opened_leaves_a_run_to_resume_and_says_so(ended, tmp_path):
+    def refuses(run):
+        raise SettingError("no key")
+
+    def breaks(run):
+        raise PermissionError(errno.EACCES, "Permission denied", "there")
+
+    for tracker, folder in ((refuses, tmp_path / "a"), (breaks, tmp_path / "b")):
+        with pytest.raises(SettingError, match=rf"the run is saved, `rlmeta resume {folder}` goes on with it"):
+            rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, trackers=[tracker], threads=1)
+        assert_same_run(ended, rl.resume(folder))
+    with pytest.raises(SettingError, match=r"^no key$"):
+        rl.train(SETTINGS, "CartPole-v1", budget=BUDGET, trackers=[refuses], threads=1)
+
+
+def test_a_disk_that_is_full_before_the_first_checkpoint_leaves_the_folder_to_use_again(ended, tmp_path, monkeypatch):
+    folder, write = tmp_path / "run", os.write
+
+    def full(file, data):
+        if b"manifest" in os.readlink(f"/proc/self/fd/{file}").encode():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, threads=1)
+    assert {"config.toml", "state", "metrics.jsonl"} <= set(os.listdir(folder))
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint.*train it again with the same --out"):
+        rl.resume(folder)
+    assert_same_run(ended, rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, threads=1))
+
+
+def test_a_start_that_dies_at_any_moment_leaves_a_folder_to_use_again_or_to_resume(ended, tmp_path, monkeypatch):
+    folder, shots, ours = tmp_path / "run", tmp_path / "shots", os.getpid()
+    shots.mkdir()
+
+    def shooting(name, real):
+        def call(*arguments, **named):
+            with monkeypatch.context() as patched:
+                for one, original in reals.items():
+                    patched.setattr(os, one, original)
+                if folder.is_dir():
+                    shutil.copytree(folder, shots / f"{len(os.listdir(shots))} {name}")
+            return real(*arguments, **named)
+
+        return call
+
+    reals = {name: getattr(os, name) for name in ("open", "write", "pwrite", "replace", "fsync", "ftruncate")}
+    with monkeypatch.context() as patched:
+        for name, real in reals.items():
+            patched.setattr(os, name, shooting(name, real))
+        with pytest.raises(Dies):
+            rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, callbacks=[crash(1)], threads=1)
+    assert ours == os.getpid()
+    saved = {shot: checkpoint.is_saved(shot / "state") for shot in shots.iterdir()}
+    assert set(saved.values()) == {True, False} and len(saved) > 20
+    for shot, resumes in saved.items():
+        if resumes:
+            assert rl.load(shot).env_steps == 0
+        else:
+            run_folder.check_free(shot)
+    last = max((shot for shot in saved if not saved[shot]), key=lambda shot: int(shot.name.split()[0]))
+    assert_same_run(ended, rl.train(SETTINGS, "CartPole-v1", out=last, budget=BUDGET, threads=1))
 
 
 @pytest.mark.parametrize("native", [True, False])

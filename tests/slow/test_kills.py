@@ -54,9 +54,10 @@ def kill_after(process: subprocess.Popen[str], wait: float, number: signal.Signa
 
 
 def ended(folder: Path) -> tuple[dict[str, Any], bytes, Any]:
-    """State, records and summary of a run, without what it says of times."""
+    """State, records and summary of a run, without what it says of times and which run it is."""
     state, _ = checkpoint.load(folder / "state")
     summary = json.loads((folder / "summary.json").read_text())
+    del summary["run"], summary["sha256"]
     for row in summary["summary"]:
         del row["seconds"], row["steps_per_second"]
     return tree.flatten(state), (folder / "metrics.jsonl").read_bytes(), summary

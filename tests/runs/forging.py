@@ -1,0 +1,24 @@
+"""Changes to a run's folder that its checksums agree with, as somebody makes them who knows how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlmeta.runs import folder as run_folder
+from rlmeta.runs.files import sealed, unsealed
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a file of JSON with a checksum."""
+    content = unsealed(path.read_bytes())
+    change(content)
+    path.write_bytes(sealed(content, indent=1))
+
+
+def accept_config(folder: Path) -> None:
+    """Make the checkpoints in a run's folder those of the `config.toml` that is there now."""
+    digest = run_folder.config_digest(folder)
+    for path in (folder / "state").glob("manifest*.json"):
+        reseal(path, lambda content: content["about"].update(config=digest))
