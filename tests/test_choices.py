@@ -52,9 +52,6 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "envs.task.Task mode": lambda x: task.Task("t", "CartPole-v1", mode=x),
     "envs.task.task mode": lambda x: rl.task("CartPole-v1", mode=x),
     "envs.gymnasium_world.GymnasiumWorld mode": lambda x: gymnasium_world.GymnasiumWorld("CartPole-v1", (), 1, x),
-    "envs.gymnasium_world.GymnasiumWorld start_method": lambda x: gymnasium_world.GymnasiumWorld(
-        "CartPole-v1", (), 1, start_method=x
-    ),
     "envs.names.folders kind": names.folders,
     "envs.names.names kind": names.names,
     "envs.names.read_named kind": lambda x: names.read_named(x, "pole"),
