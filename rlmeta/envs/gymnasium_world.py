@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.reports import Reports
-from rlmeta.envs.rows import Rows, Template
+from rlmeta.envs.rows import WORKER_TIMEOUT, Rows, Template
 from rlmeta.envs.sources import VectorSource, resolve
 from rlmeta.envs.spaces import Array, Layout
 from rlmeta.envs.vector_rows import VectorRows
-from rlmeta.envs.workers import TIMEOUT, WorkerRows
+from rlmeta.envs.workers import WorkerRows
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import CheckpointError, InexactResumeError, SettingError
 from rlmeta.functional import random, tree
@@ -101,7 +101,7 @@ class GymnasiumWorld:
         settings: dict[str, Any] | None = None,
         max_log: int = 10_000,
         max_episode_steps: int | None = None,
-        worker_timeout: float = TIMEOUT,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
         self._batch = (*self.learner_shape, num_envs)
@@ -139,6 +139,11 @@ class GymnasiumWorld:
         self._seed, self._episode, self._elapsed = self._key.copy(), self._key - 1, self._key.copy()
         self._next_seed = self._key.copy()
         self._latest: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def cuts_after(self) -> int | None:
+        """Steps after which the environments cut an episode, where they declare it."""
+        return self.episode_limit
 
     def reset(self, key: Tensor) -> State:
         """Start the first episode of every row.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
@@ -13,10 +15,23 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 
 from rlmeta.envs.spaces import Array, Layout
-from rlmeta.errors import SettingError, SpaceError, require_choice
+from rlmeta.errors import SettingError, SpaceError, require_choice, require_count
 
 MaskSource: TypeAlias = Literal["method", "info"] | None
 """Where an environment says which actions are allowed: `action_masks()`, `info["action_mask"]`, or not at all."""
+
+WORKER_TIMEOUT = 600.0
+"""Seconds that one call of an environment, its `step`, `reset` or making, may take in a worker process."""
+
+
+def require_timeout(value: object) -> None:
+    """Refuse what is no finite number of seconds above 0.
+
+    Raises:
+        SettingError: it is another.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise SettingError(f"worker_timeout is {value!r}, expected seconds, a finite number above 0")
 
 
 @dataclass
@@ -86,8 +101,9 @@ class Template:
         """Environments that cut their episodes after so many steps, by gymnasium's TimeLimit.
 
         Raises:
-            SettingError: they cut them sooner by themselves.
+            SettingError: no count, or they cut them sooner by themselves.
         """
+        require_count("max_episode_steps", steps)
         own = self.max_episode_steps
         if own is not None and own < steps:
             raise SettingError(

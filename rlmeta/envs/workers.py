@@ -10,8 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import select
@@ -25,7 +25,6 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from numbers import Real
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -34,12 +33,9 @@ import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from rlmeta.envs.rows import Buffers, Rows, Template
+from rlmeta.envs.rows import WORKER_TIMEOUT, Buffers, Rows, Template, require_timeout
 from rlmeta.envs.spaces import Array, Layout
 from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
-
-TIMEOUT = 600.0
-"""Seconds that one call of an environment, its `step`, `reset` or making, may take in a worker."""
 
 _FIRST_WORD = 30.0
 """Seconds of waiting after which it is said at the latest, and again after twice as many, four times, ..."""
@@ -49,6 +45,9 @@ _PATIENCE = 2.0
 
 _SHORT_PATIENCE = 0.5
 """The same, after Ctrl-C."""
+
+_ORPHANED = 1.0
+"""Seconds that a worker without a parent gets to close its environments."""
 
 
 class WorkerRows:
@@ -69,10 +68,13 @@ class WorkerRows:
         EnvironmentFailedError: an environment could not be made in a worker.
     """
 
-    def __init__(self, template: Template, count: int, workers: int | None = None, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self, template: Template, count: int, workers: int | None = None, timeout: float = WORKER_TIMEOUT
+    ) -> None:
         if workers is not None and workers < 1:
             raise SettingError(f"workers is {workers}, expected at least 1")
-        self._timeout = checked_timeout(timeout)
+        require_timeout(timeout)
+        self._timeout = float(timeout)
         workers = min(count, workers or _cores())
         self.observations, self.actions = Layout(template.observation_space), Layout(template.action_space, "action")
         like = [
@@ -218,8 +220,7 @@ class WorkerRows:
                     "it waits with mode='sync', or give it more time by worker_timeout="
                 )
             elif waited >= due:
-                limit = "" if math.isinf(self._timeout) else f" up to {self._timeout:.5g} s"
-                text = f"{self._place(worker)} has not answered for {waited:.3g} s: waiting on{limit}; Ctrl-C ends it"
+                text = f"{self._place(worker)} has not answered for {waited:.3g} s: waiting up to {self._timeout:.5g} s"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
                 due *= 2
             until = begun + min(due, self._timeout) - time.monotonic()
@@ -240,17 +241,6 @@ class WorkerRows:
             f"the worker process of {self._name}, rows {start} to {stop - 1}, died with exit code {process.exitcode}"
             f"{f' in row {start + row}' if calls else ''}: run with mode='sync' to see where"
         )
-
-
-def checked_timeout(timeout: Any) -> float:
-    """The seconds that one call of an environment may take.
-
-    Raises:
-        SettingError: no number, or none above 0.
-    """
-    if isinstance(timeout, bool) or not isinstance(timeout, Real) or not float(timeout) > 0:
-        raise SettingError(f"worker_timeout is {timeout!r}, expected seconds, a number above 0")
-    return float(timeout)
 
 
 def _cores() -> int:
@@ -342,6 +332,14 @@ def _whole(spec: EnvSpec) -> EnvSpec:
     return spec
 
 
+def _forget_server() -> None:
+    """In a forked copy of this process the server is not a child, which multiprocessing takes for an error."""
+    multiprocessing.forkserver._forkserver.__init__()  # type: ignore[misc]
+
+
+os.register_at_fork(after_in_child=_forget_server)
+
+
 @contextlib.contextmanager
 def _fresh_start() -> Iterator[None]:
     """Within, processes start without the main program, and what they import is searched for where this process does.
@@ -431,7 +429,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    time.sleep(_PATIENCE)  # in which one that waits for a command sees the end of its pipe, and closes its environments
+    time.sleep(_ORPHANED)  # in which one that waits for a command sees the end of its pipe, and closes its environments
     os._exit(1)
 
 
