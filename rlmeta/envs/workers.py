@@ -40,6 +40,9 @@ from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
 _FIRST_WORD = 30.0
 """Seconds of waiting after which it is said at the latest, and again after twice as many, four times, ..."""
 
+_QUICK = 3.0
+"""Seconds of waiting after which Ctrl-C ends it at once."""
+
 _PATIENCE = 2.0
 """Seconds that workers get to close their environments before they are killed."""
 
@@ -188,43 +191,53 @@ class WorkerRows:
 
     def _answer(self, worker: int) -> Any:
         """What a worker sends, or the error that says why nothing comes."""
-        first = min(_FIRST_WORD, self._timeout / 20)
         try:
-            if not self._polls[worker].poll(1000 * first):
+            quick = min(_QUICK, self._first_word(worker))
+            if not self._polls[worker].poll(1000 * quick):
                 with _ctrl_c_at_once():
-                    self._wait(worker, first)
+                    self._wait(worker, quick)
             return self._pipes[worker].recv()
         except (EOFError, OSError):
             return self._death(worker)
         except EnvironmentFailedError as error:
             return error
 
-    def _wait(self, worker: int, first: float) -> None:
+    def _limit(self, worker: int) -> float:
+        """Seconds that a worker may take for what it is at; until it first calls an environment it imports modules."""
+        return self._timeout if self._progress[worker, 1] else max(self._timeout, WORKER_TIMEOUT)
+
+    def _first_word(self, worker: int) -> float:
+        """Seconds after which it is said that a worker is waited for."""
+        return min(_FIRST_WORD, self._limit(worker) / 20)
+
+    def _wait(self, worker: int, waited: float) -> None:
         """Wait until a worker sends something, and name the environment that is waited for.
 
         Args:
-            worker: whose answer has not come yet.
-            first: seconds that it was waited for already.
+            worker: whose answer has not come.
+            waited: seconds that it was waited for already.
 
         Raises:
             EnvironmentFailedError: a call has taken longer than the timeout.
         """
-        begun, due, calls = time.monotonic() - first, first, int(self._progress[worker, 1])
+        calls = int(self._progress[worker, 1])
+        begun, due = time.monotonic() - waited, self._first_word(worker)
         while True:
-            waited = time.monotonic() - begun
+            waited, limit = time.monotonic() - begun, self._limit(worker)
             if int(self._progress[worker, 1]) != calls:  # slow perhaps, but it goes on
-                begun, due, calls = time.monotonic(), first, int(self._progress[worker, 1])
-            elif waited >= self._timeout:
+                calls = int(self._progress[worker, 1])
+                begun, waited, due = time.monotonic(), 0.0, self._first_word(worker)
+            elif waited >= limit:
                 raise EnvironmentFailedError(
                     f"{self._place(worker)} has not answered for {waited:.3g} s and was ended: correct it, find where "
                     "it waits with mode='sync', or give it more time by worker_timeout="
                 )
             elif waited >= due:
-                text = f"{self._place(worker)} has not answered for {waited:.3g} s: waiting up to {self._timeout:.5g} s"
+                text = f"{self._place(worker)} has not answered for {waited:.3g} s: waiting up to {limit:.5g} s"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
                 due *= 2
-            until = begun + min(due, self._timeout) - time.monotonic()
-            if self._polls[worker].poll(1000 * max(0.001, min(until, first))):
+            pause = min(min(due, limit) - waited, self._first_word(worker))
+            if self._polls[worker].poll(1000 * max(0.001, pause)):
                 return
 
     def _place(self, worker: int) -> str:
@@ -401,7 +414,9 @@ def _work(sent: bytes, worker: int, part: tuple[int, int], memory: list[Any], pi
                 pipe.send(getattr(rows, command)(*arguments))
     except EOFError:
         pass
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         with contextlib.suppress(OSError):
             pipe.send(_report(error, name, start, stop))
     finally:
@@ -433,10 +448,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _report(error: Exception, name: str, start: int, stop: int) -> RlmetaError:
+def _report(error: BaseException, name: str, start: int, stop: int) -> RlmetaError:
     if isinstance(error, RlmetaError):
         return error
+    try:
+        text = str(error)
+    except Exception:  # of the user's own, too
+        text = "(which can't be shown)"
     return EnvironmentFailedError(
-        f"{name} failed in the worker process of rows {start} to {stop - 1} with {type(error).__name__}: {error}\n"
+        f"{name} failed in the worker process of rows {start} to {stop - 1} with {type(error).__name__}: {text}\n"
         f"{traceback.format_exc()}"
     )

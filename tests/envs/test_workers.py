@@ -184,8 +184,8 @@ def test_what_can_not_be_sent_is_refused() -> None:
 
 
 def _hangs(row: int, how: Callable[[], Any]) -> Callable[[], gym.Env[Any, Any]]:
-    """Walks, of which the one that is made as number `row` of its process does something at its third step."""
-    made = [0]
+    """Walks, of which that in a worker's given row does something at its third step."""
+    made = [-1]  # the first is made here, and only looked at
 
     class Hangs(Walk):
         def __init__(self) -> None:
@@ -234,6 +234,23 @@ def test_slow_environments_that_go_on_are_waited_for() -> None:
         state, _ = world.step(state, ACTIONS)
     assert all("has not answered" in str(one.message) for one in caught)
     world.close()
+
+
+class Odd(BaseException):
+    """What no `except Exception` catches, and has no text."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Odd])
+def test_whatever_a_worker_raises_is_told(error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error
+
+    world = GymnasiumWorld(lambda: Walk(fail), (2,), 2, mode="async", workers=1)
+    with pytest.raises(EnvironmentFailedError, match=f"Walk(.|\n)*rows 0 to 3 with {error.__name__}(.|\n)*in fail"):
+        world.step(world.reset(KEYS), ACTIONS)
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), True, "60", None])
@@ -298,7 +315,7 @@ def test_a_hanging_worker_ends_when_training_is_killed(does: str, tmp_path: Path
 
 
 def test_ctrl_c_ends_training_that_waits(tmp_path: Path) -> None:
-    """At once after the first line about it: training's own handler would wait for an iteration that never ends."""
+    """At once when it has waited a while: training's own handler would wait for an iteration that never ends."""
     process, workers = _stuck(tmp_path, "time.sleep(1000)", 40.0)
     assert process.stderr is not None
     while "has not answered" not in (line := process.stderr.readline()):
