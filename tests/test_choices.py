@@ -54,9 +54,6 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "envs.task.Task mode": lambda x: task.Task("t", "CartPole-v1", mode=x),
     "envs.task.task mode": lambda x: rl.task("CartPole-v1", mode=x),
     "envs.gymnasium.world.GymnasiumWorld mode": lambda x: world.GymnasiumWorld("CartPole-v1", (), 1, x),
-    "envs.gymnasium.world.GymnasiumWorld start_method": lambda x: world.GymnasiumWorld(
-        "CartPole-v1", (), 1, start_method=x
-    ),
     "envs.names.folders kind": names.folders,
     "envs.names.names kind": names.names,
     "envs.names.read_named kind": lambda x: names.read_named(x, "pole"),

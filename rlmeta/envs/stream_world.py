@@ -52,6 +52,9 @@ class StreamWorld:
         self._observe_identity = observe_identity
         self._tasks, self._physics = tasks, physics_of(tasks)
         self._worlds: list[World] = [] if self._physics else [one.world(learner_shape, num_envs) for one in tasks]
+        if self._physics:
+            for one in tasks:
+                one.warn_of_endless(one.source.endless)
         self.records = self._physics is not None
         self.identity = torch.zeros(learner_shape, dtype=torch.int64, device="cpu")
         self._current: Any = self._with_physics() if self._physics else self._worlds[0]
@@ -70,6 +73,17 @@ class StreamWorld:
         foreign: list[Any] = [world for task, world in zip(self._tasks, self._worlds) if not task.native]
         limits = [world.episode_limit for world in foreign]
         return None if None in limits else max(limits, default=None)
+
+    @property
+    def name(self) -> str:
+        """Of the environments of the task that the learners are in."""
+        return str(self._current.name)
+
+    @property
+    def cuts_after(self) -> int | None:
+        """Steps after which the episodes of that task are cut, as far as its environments declare it."""
+        found: int | None = self._current.cuts_after
+        return found
 
     @property
     def exact_resume(self) -> bool:

@@ -6,6 +6,7 @@ import collections.abc
 import dataclasses
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.families import from_table as named_family
+from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, require_timeout
 from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, several_agents
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
 from rlmeta.envs.task_families import Split, task_keys
-from rlmeta.envs.world import World
-from rlmeta.errors import SettingError, require_choice, unknown_name
+from rlmeta.envs.world import EVALUATION_LIMIT, World
+from rlmeta.errors import SettingError, require_choice, require_count, unknown_name
 from rlmeta.functional import random
 
 Mode = Literal["sync", "async"]
@@ -45,19 +47,51 @@ class Task:
     """Foreign environments in this process, or divided over worker processes."""
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Constants of a native environment drawn uniformly, for every row, at every reset."""
+    max_episode_steps: int | None = None
+    """Where to cut the episodes that a factory's environments don't end; others take their limit as a setting."""
+    worker_timeout: float = WORKER_TIMEOUT
+    """Seconds that one call of an environment may take in a worker process, before the run fails and names it."""
+    _warned: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, Mode)
         if self.ranges:
             check_ranges(f"task {self.name!r}", self.source, self.ranges)
+        if self.max_episode_steps is not None:
+            require_count("max_episode_steps", self.max_episode_steps)
+        require_timeout(self.worker_timeout)
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> World:
-        """The environments `[*L, N]`."""
+        """The environments `[*L, N]`; a warning says so where nothing ends an episode that does not end by itself."""
         if isinstance(self.source, NativeEnv):
+            self.warn_of_endless(self.source.endless)
             return NativeWorld(self.source, learner_shape, num_envs, self._redraw if self.ranges else None)
         from rlmeta.envs.gymnasium.world import GymnasiumWorld
 
-        return GymnasiumWorld(self.source, learner_shape, num_envs, mode=self.mode, settings=self.settings)
+        world = GymnasiumWorld(
+            self.source,
+            learner_shape,
+            num_envs,
+            mode=self.mode,
+            settings=self.settings,
+            max_episode_steps=self.max_episode_steps,
+            worker_timeout=self.worker_timeout,
+        )
+        # a VectorEnv may have limits within
+        self.warn_of_endless(world.episode_limit is None and world.exact_resume)
+        return world
+
+    def warn_of_endless(self, endless: bool) -> None:
+        """Warn once, of all worlds of the task, where its environments may never end an episode."""
+        if not endless or self._warned:
+            return
+        object.__setattr__(self, "_warned", True)
+        warnings.warn(
+            f"task {self.name!r} declares no limit of its episodes: one that does not end by itself goes on for ever "
+            f"in training, and evaluation cuts it after {EVALUATION_LIMIT} steps; give it max_episode_steps=",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _redraw(self, key: Tensor) -> dict[str, Tensor]:
         draws = random.uniform(key, "physics", 0, (len(self.ranges),), torch.float64)
@@ -81,6 +115,10 @@ class Task:
         }
         if self.native:
             described["constants"] = _plain_constants(self.source)
+        if self.max_episode_steps is not None:
+            described["max_episode_steps"] = self.max_episode_steps
+        if self.worker_timeout != WORKER_TIMEOUT:
+            described["worker_timeout"] = self.worker_timeout
         return described
 
 
@@ -147,6 +185,7 @@ class TaskFamily:
 
     def world(self, physics: dict[str, Tensor], learner_shape: tuple[int, ...], num_envs: int) -> World:
         """Environments `[*L, N]` in which each learner has the constants that `sample` drew for it."""
+        self.base.warn_of_endless(self.base.source.endless)
         rows = {name: value.unsqueeze(-1).expand(*learner_shape, num_envs) for name, value in physics.items()}
         return NativeWorld(self.base.source, learner_shape, num_envs, rows)
 
@@ -176,6 +215,8 @@ def task(
     settings: dict[str, Any] | None = None,
     mode: Mode = "sync",
     native: bool = True,
+    max_episode_steps: int | None = None,
+    worker_timeout: float = WORKER_TIMEOUT,
 ) -> Task:
     """A task from a name, a gymnasium id, an EnvSpec, a factory, or a native environment.
 
@@ -186,6 +227,10 @@ def task(
         settings: constants of a native environment, or keyword arguments of a gymnasium one.
         mode: "async" divides foreign environments over worker processes.
         native: use rlmeta's own batched environment where there is one for the id; False takes gymnasium's.
+        max_episode_steps: cut episodes after so many steps; None leaves it to the environment. One that declares no
+            limit may never end an episode: training goes on with it, evaluation cuts it after 10,000 steps.
+        worker_timeout: with "async", seconds that one call of an environment may take before the run fails; a warning
+            names the environment that is waited for long before, after 30 s or a twentieth of it.
 
     Raises:
         UnknownNameError: nothing has this name; the nearest names are listed.
@@ -196,14 +241,31 @@ def task(
     settings = dict(settings or {})
     if isinstance(source, type) and issubclass(source, NativeEnv):
         source = source()
+    if isinstance(source, NativeEnv | str | gym.envs.registration.EnvSpec):
+        settings = _with_limit(settings, max_episode_steps)
+    else:
+        _check_source(source)
+        name = name or getattr(source, "__name__", "env").replace("<lambda>", "custom")
+        return Task(name, source, settings, mode, {}, max_episode_steps, worker_timeout)
     if isinstance(source, NativeEnv):
         return Task(name or type(source).__name__, _with_constants(source, settings), settings)
-    if isinstance(source, gym.envs.registration.EnvSpec):
-        return Task(name or source.id, source, settings, mode)
-    if not isinstance(source, str):
-        _check_source(source)
-        return Task(name or getattr(source, "__name__", "env").replace("<lambda>", "custom"), source, settings, mode)
-    return _named(source, name or source, settings, mode, native)
+    if isinstance(source, str):
+        return dataclasses.replace(
+            _named(source, name or source, settings, mode, native), worker_timeout=worker_timeout
+        )
+    return Task(name or source.id, source, settings, mode, worker_timeout=worker_timeout)
+
+
+def _with_limit(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    """The settings with the limit of episodes, which native environments, ids and EnvPool's names take as one."""
+    if steps is None:
+        return settings
+    require_count("max_episode_steps", steps)
+    if settings.get("max_episode_steps", steps) != steps:
+        raise SettingError(
+            f"max_episode_steps is {steps}, and {settings['max_episode_steps']!r} in the settings: give it once"
+        )
+    return {**settings, "max_episode_steps": steps}
 
 
 def _check_source(source: Any) -> None:

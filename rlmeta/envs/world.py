@@ -9,6 +9,9 @@ from torch import Tensor
 
 from rlmeta.functional.tree import Tree
 
+EVALUATION_LIMIT = 10_000
+"""Steps after which an evaluation cuts the episodes of environments that declare no limit."""
+
 State: TypeAlias = dict[str, Any]
 """A nested dictionary of tensors; every leaf of a world's state is `[*L, N, ...]`."""
 
@@ -35,6 +38,8 @@ class Transition(NamedTuple):
 class World(Protocol):
     """`N` environments for each of `*L` learners, with everything that changes in an explicit state."""
 
+    name: str
+    """Of its environments, for messages."""
     observation_space: gym.Space
     """Of a single environment."""
     action_space: gym.Space
@@ -43,6 +48,11 @@ class World(Protocol):
     num_envs: int
     exact_resume: bool
     """Whether `restore` always brings every environment back to exactly where the state says."""
+
+    @property
+    def cuts_after(self) -> int | None:
+        """Steps after which the environments cut an episode, as far as they declare it."""
+        ...
 
     def reset(self, key: Tensor) -> State:
         """The state at the start of every row's first episode; `key` is `[*L]`."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlmeta.engine.parts import FEW_ROWS, one_core
-from rlmeta.envs.world import World
+from rlmeta.envs.world import EVALUATION_LIMIT, Transition, World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.learning.collect import Actor, clear_memory
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params
-
-MAX_STEPS = 1_000_000
 
 
 class Evaluation(NamedTuple):
@@ -33,7 +32,9 @@ def evaluate(
 ) -> Evaluation:
     """Play `episodes` episodes with every learner, the same number in each of the world's rows.
 
-    A fixed number a row is what keeps short episodes from being counted more often than long ones.
+    A fixed number a row is what keeps short episodes from being counted more often than long ones. An episode that does
+    not end within `EVALUATION_LIMIT` steps, or the longer limit that its environment declares, is cut there: its return
+    counts up to the cut, and a warning says in which rows.
 
     Args:
         agent: acts.
@@ -44,39 +45,95 @@ def evaluate(
         deterministic: the policy's mode, or a sample.
 
     Raises:
-        SettingError: N does not divide E, or an episode has no end.
+        SettingError: N does not divide E.
     """
     require(episodes >= 1, f"episodes is {episodes}, expected at least 1")
     if episodes % world.num_envs:
         raise SettingError(f"{episodes} evaluation episodes don't divide over {world.num_envs} environments")
-    rounds, rows = episodes // world.num_envs, (*key.shape, world.num_envs)
-    state = world.reset(key)
-    memory = agent.initial_memory(p, rows)
-    running = torch.zeros(rows, dtype=torch.float64, device=key.device)
-    length = torch.zeros(rows, dtype=torch.int64, device=key.device)
-    finished = torch.zeros(rows, dtype=torch.int64, device=key.device)
-    returns = torch.zeros(*rows, rounds, dtype=torch.float64, device=key.device)
-    lengths = torch.zeros(*rows, rounds, dtype=torch.int64, device=key.device)
-    for t in range(MAX_STEPS):
-        step_key = random.fold(key, t // agent.noise_hold)
-        with one_core(length.numel() <= FEW_ROWS):
-            action, memory = agent.act(p, world.observation(state), memory, step_key, deterministic)
-            state, transition = world.step(state, action)
-        memory = clear_memory(memory, transition.memory_reset)
-        running = running + transition.reward * transition.valid
-        length = length + transition.valid
+    rows = (*key.shape, world.num_envs)
+    score = _Score(rows, episodes // world.num_envs, max(EVALUATION_LIMIT, world.cuts_after or 0), key.device)
+    begun = 0
+    while not score.complete():  # once, but where an episode was cut
+        state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))
+        memory = agent.initial_memory(p, rows)
+        score.begin()
+        while not score.idle():
+            step_key = random.fold(key, score.steps // agent.noise_hold)
+            with one_core(score.finished.numel() <= FEW_ROWS):
+                action, memory = agent.act(p, world.observation(state), memory, step_key, deterministic)
+                state, transition = world.step(state, action)
+            memory = clear_memory(memory, transition.memory_reset)
+            score.add(transition)
+        begun += 1
+    score.warn_of_cuts(world.name)
+    return Evaluation(score.returns.flatten(-2), score.lengths.flatten(-2))
+
+
+class _Score:
+    """Returns and lengths of the episodes so far, `[*rows, rounds]`.
+
+    A row whose episode was cut can't begin another by itself: it waits until all rows are done or wait, too.
+    """
+
+    def __init__(self, rows: tuple[int, ...], rounds: int, limit: int, device: torch.device) -> None:
+        self.limit, self.steps = limit, 0
+        self.finished = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.returns = torch.zeros(*rows, rounds, dtype=torch.float64, device=device)
+        self.lengths = torch.zeros(*rows, rounds, dtype=torch.int64, device=device)
+        self._cuts, self._slots = torch.zeros_like(self.finished), torch.arange(rounds, device=device)
+        self._idle = False
+
+    def complete(self) -> bool:
+        """Whether every row has played its episodes."""
+        return bool((self.finished >= len(self._slots)).all())
+
+    def idle(self) -> bool:
+        """Whether no row has an episode to go on with."""
+        return self._idle
+
+    def begin(self) -> None:
+        """Every row is at the start of an episode."""
+        self._running = torch.zeros_like(self.finished, dtype=torch.float64)
+        self._length = torch.zeros_like(self.finished)
+        self._waits = torch.zeros_like(self.finished, dtype=torch.bool)
+        self._since, self._idle = 0, False
+
+    def add(self, transition: Transition) -> None:
+        """Count a step of every row."""
+        self.steps, self._since = self.steps + 1, self._since + 1
+        self._running = self._running + transition.reward * transition.valid
+        self._length = self._length + transition.valid
         ended = (transition.terminated | transition.truncated) & transition.valid
-        if bool(ended.any()):
-            counted = ended & (finished < rounds)
-            slot = finished.clamp(max=rounds - 1).unsqueeze(-1)
-            write = counted.unsqueeze(-1) & (torch.arange(rounds, device=key.device) == slot)
-            returns = torch.where(write, running.unsqueeze(-1), returns)
-            lengths = torch.where(write, length.unsqueeze(-1), lengths)
-            finished = finished + counted
-            running, length = running.masked_fill(ended, 0.0), length.masked_fill(ended, 0)
-            if bool((finished >= rounds).all()):
-                return Evaluation(returns.flatten(-2), lengths.flatten(-2))
-    raise SettingError(f"an evaluation episode did not end within {MAX_STEPS} steps: give the task a time limit")
+        if self._since >= self.limit:  # no episode can be longer before
+            cut = (self._length >= self.limit) & ~ended & ~self._waits & (self.finished < len(self._slots))
+            self._count(ended & ~self._waits, cut)
+        elif bool(ended.any()):
+            self._count(ended, torch.zeros_like(ended))
+
+    def _count(self, ended: Tensor, cut: Tensor) -> None:
+        counted = (ended | cut) & (self.finished < len(self._slots))
+        slot = self.finished.clamp(max=len(self._slots) - 1).unsqueeze(-1)
+        write = counted.unsqueeze(-1) & (self._slots == slot)
+        self.returns = torch.where(write, self._running.unsqueeze(-1), self.returns)
+        self.lengths = torch.where(write, self._length.unsqueeze(-1), self.lengths)
+        self.finished, self._cuts, self._waits = self.finished + counted, self._cuts + cut, self._waits | cut
+        done = ended | cut
+        self._running, self._length = self._running.masked_fill(done, 0.0), self._length.masked_fill(done, 0)
+        self._idle = bool((self._waits | (self.finished >= len(self._slots))).all())
+
+    def warn_of_cuts(self, name: str) -> None:
+        """Say how many episodes were cut, and in which rows."""
+        if not bool(self._cuts.any()):
+            return
+        rows = self._cuts.flatten().nonzero().flatten().tolist()
+        some = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        warnings.warn(
+            f"{name}: {int(self._cuts.sum())} of {self.returns.numel()} evaluation episodes did not end within "
+            f"{self.limit} steps and were cut there, in {'row' if len(rows) == 1 else 'rows'} {some}; their returns "
+            "count up to the cut: give the task max_episode_steps=",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def evaluation_rows(episodes: int, native: bool) -> int:

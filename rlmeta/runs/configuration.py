@@ -92,7 +92,7 @@ Kinds = Mapping[str, tuple[type, ...]]
 """The types of a table's entries by name."""
 
 TEXT, WHOLE, SWITCH, TABLE, LIST = (str,), (int,), (bool,), (dict,), (list,)
-WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a table", list: "a list"}
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table", list: "a list"}
 CONFIGURATION: Kinds = {
     "exp_name": TEXT,
     "env_id": TEXT,
@@ -369,6 +369,9 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     name, settings, mode = described["name"], described["settings"], described["mode"]
     if mode not in get_args(Mode):
         raise CheckpointError(f"{where}/{CONFIG}: mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    limits: Any = {name: described[name] for name in ("max_episode_steps", "worker_timeout") if name in described}
+    kinds: Kinds = {"max_episode_steps": WHOLE, "worker_timeout": (int, float)}
+    check_table(limits, {name: kinds[name] for name in limits}, f"{where}/{CONFIG}: task")
     _check_ranges(described["ranges"], f"{where}/{CONFIG}: task")
     ranges = {constant: (low, high) for constant, (low, high) in described["ranges"].items()}
     module, _, cls = described["source"].partition(":")
@@ -380,7 +383,7 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
         made = (
             task(source, name=name, mode=mode)
             if isinstance(source, NativeEnv)
-            else task(source, name=name, settings=settings, mode=mode)
+            else task(source, name=name, settings=settings, mode=mode, **limits)
         )
     elif shipped:
         made = task(NATIVE_CLASSES[cls](), name=name, settings=described.get("constants", {}))
@@ -388,5 +391,5 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     else:
         trusted.check_id(described["source"])
         trusted.check_settings(settings)
-        made = task(described["source"], name=name, settings=settings, mode=mode, native=False)
+        made = task(described["source"], name=name, settings=settings, mode=mode, native=False, **limits)
     return dataclasses.replace(made, ranges=ranges)

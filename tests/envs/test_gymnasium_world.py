@@ -272,11 +272,9 @@ def _nested_actions(t: int) -> dict[str, Tensor]:
     return {"0": random.integers(KEYS, "a", t, (3,), 2), "1": random.normal(KEYS, "b", t, (3, 2))}
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_workers_tell_the_same_story(start_method: str, world_of: Factory) -> None:
+def test_workers_tell_the_same_story(world_of: Factory) -> None:
     stories, states = [], []
-    workers = 2 if start_method == "fork" else 1  # spawned ones import torch
-    for settings in ({}, {"mode": "async", "workers": workers, "start_method": start_method}):
+    for settings in ({}, {"mode": "async", "workers": 2}):
         world = world_of(Nested, (2,), 3, max_log=30, **settings)
         state, story = world.reset(KEYS), []
         for t in range(40):
@@ -346,7 +344,7 @@ def test_failure_while_starting_closes_the_others() -> None:
 
     before = set(_children())
     with pytest.raises(EnvironmentFailedError, match="no display"):
-        GymnasiumWorld(Broken, (2,), 2, mode="async", workers=2, start_method="fork")
+        GymnasiumWorld(Broken, (2,), 2, mode="async", workers=2)
     assert set(_children()) <= before
 
 

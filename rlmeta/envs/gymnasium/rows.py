@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, MutableSequence, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 
 from rlmeta.data.spaces import Array, Layout
-from rlmeta.errors import SettingError, SpaceError, require_choice
+from rlmeta.errors import SettingError, SpaceError, require_choice, require_count
 
 MaskSource: TypeAlias = Literal["method", "info"] | None
 """Where an environment says which actions are allowed: `action_masks()`, `info["action_mask"]`, or not at all."""
+
+WORKER_TIMEOUT = 600.0
+"""Seconds that one call of an environment, its `step`, `reset` or making, may take in a worker process."""
+
+
+def require_timeout(value: object) -> None:
+    """Refuse what is no finite number of seconds above 0.
+
+    Raises:
+        SettingError: it is another.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise SettingError(f"worker_timeout is {value!r}, expected seconds, a finite number above 0")
 
 
 @dataclass
@@ -80,6 +97,25 @@ class Template:
             )
         return env
 
+    def limited(self, steps: int) -> Template:
+        """Environments that cut their episodes after so many steps, by gymnasium's TimeLimit.
+
+        Raises:
+            SettingError: no count, or they cut them sooner by themselves.
+        """
+        require_count("max_episode_steps", steps)
+        own = self.max_episode_steps
+        if own is not None and own < steps:
+            raise SettingError(
+                f"max_episode_steps is {steps}, but {self.name} ends its episodes after {own} steps by itself: give at "
+                "most as many, or let the function that makes it give it more"
+            )
+        return replace(self, make=partial(_limited, self.make, steps), max_episode_steps=steps)
+
+
+def _limited(make: Callable[[], gym.Env[Any, Any]], steps: int) -> gym.Env[Any, Any]:
+    return TimeLimit(make(), steps)
+
 
 class Rows:
     """R live environments.
@@ -88,14 +124,23 @@ class Rows:
         template: how to make one.
         count: R.
         buffers: where to write; by default memory of its own.
+        progress: `[2]`, where the row whose environment is called is written, and how many calls there were.
     """
 
-    def __init__(self, template: Template, count: int, buffers: Buffers | None = None) -> None:
+    def __init__(
+        self,
+        template: Template,
+        count: int,
+        buffers: Buffers | None = None,
+        progress: MutableSequence[int] | memoryview | None = None,
+    ) -> None:
         self.name = template.name
+        self._progress: MutableSequence[int] | memoryview = [0, 0] if progress is None else progress
         self.observations, self.actions = Layout(template.observation_space), Layout(template.action_space, "action")
         self.envs: list[gym.Env[Any, Any]] = []
         try:
-            for _ in range(count):
+            for row in range(count):
+                self._call(row)
                 self._add(template.environment())
         except BaseException:
             self.close()
@@ -119,6 +164,7 @@ class Rows:
         """
         write, rewards, terminated, truncated = self._write, [], [], []
         for row, (env, action) in enumerate(zip(self.envs, self.actions.rows(actions))):
+            self._call(row)
             result = env.step(action)
             if len(result) != 5:
                 raise SpaceError(f"{self.name} gave {len(result)} values from step(), expected gymnasium's 5")
@@ -154,6 +200,11 @@ class Rows:
         while self.envs:
             self.envs.pop().close()
 
+    def _call(self, row: int) -> None:
+        """Note that the row's environment is called now, for whoever waits."""
+        self._progress[0] = row
+        self._progress[1] += 1
+
     def _add(self, env: gym.Env[Any, Any]) -> None:
         if any(env.unwrapped is other.unwrapped for other in self.envs):
             raise SettingError(f"{self.name} returned one environment twice; every row needs its own: make it inside")
@@ -182,6 +233,7 @@ class Rows:
         buffer[:] = array
 
     def _reset(self, row: int, seed: int) -> Any:
+        self._call(row)
         return first_of(self.envs[row], seed, self.name)[0]
 
     def _write_reset(self, row: int, seed: int) -> None:
@@ -191,6 +243,7 @@ class Rows:
         env = self.envs[row]
         observation = self._reset(row, seed)
         for action in self.actions.rows(actions):
+            self._call(row)
             observation, _, terminated, truncated, _ = env.step(action)
             if self._is_over(terminated, truncated):
                 return False

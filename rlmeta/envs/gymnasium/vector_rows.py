@@ -56,6 +56,8 @@ class VectorRows:
         self.seeds_rows = True
         """Whether reset() takes a list of seeds, one a row."""
         self._pending = np.zeros(count, np.bool_)
+        self.episode_limit: int | None = getattr(env.spec, "max_episode_steps", None)
+        """Steps of the longest episodes, where the VectorEnv declares a limit."""
 
     @property
     def reseeds(self) -> bool:

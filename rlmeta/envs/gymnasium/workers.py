@@ -1,57 +1,94 @@
-"""Live gymnasium environments divided over worker processes, with observations and actions in shared memory."""
+"""Live gymnasium environments divided over worker processes, with observations and actions in shared memory.
+
+Workers are forked from a server process that has imported what they need and run none of it, never from this one: a
+copy of a process that has used torch's threads waits forever for threads that were not copied.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import multiprocessing
+import multiprocessing.forkserver
 import os
+import pickle
+import select
 import signal
+import sys
+import threading
+import time
 import traceback
+import types
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
+import gymnasium as gym
 import numpy as np
+import torch
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from rlmeta.data.spaces import Array, Layout
-from rlmeta.envs.gymnasium.rows import Buffers, Rows, Template
+from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, Buffers, Rows, Template, require_timeout
 from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
 
+_FIRST_WORD = 30.0
+"""Seconds of waiting after which it is said at the latest, and again after twice as many, four times, ..."""
+
+_QUICK = 3.0
+"""Seconds of waiting after which Ctrl-C ends it at once."""
+
 _PATIENCE = 2.0
-"""Seconds that a worker gets to close its environments before it is killed."""
+"""Seconds that workers get to close their environments before they are killed."""
+
+_SHORT_PATIENCE = 0.5
+"""The same, after Ctrl-C."""
+
+_ORPHANED = 1.0
+"""Seconds that a worker without a parent gets to close its environments."""
 
 
 class WorkerRows:
     """R live environments in worker processes; the same as `Rows` otherwise.
 
-    A program whose platform starts processes afresh (Windows, macOS, any from Python 3.14 on) must guard its top level
-    with `if __name__ == "__main__":`, as always with multiprocessing.
+    What makes an environment is sent by cloudpickle: what stands in the main program travels whole, and it is not
+    imported again; what stands in a module is imported in the worker. torch has one thread there.
 
     Args:
         template: how to make one.
         count: R.
         workers: how many processes; None takes one a core. Never more than R.
-        start_method: "fork", "spawn" or "forkserver"; None takes the platform's.
+        timeout: seconds that one call of an environment may take before its world fails. Long before (after 30 s, or
+            a twentieth of it) a warning names the environment that is waited for, and again in growing intervals.
+
+    Raises:
+        SettingError: a wrong count or time, or environments that can't be sent.
+        EnvironmentFailedError: an environment could not be made in a worker.
     """
 
     def __init__(
-        self, template: Template, count: int, workers: int | None = None, start_method: str | None = None
+        self, template: Template, count: int, workers: int | None = None, timeout: float = WORKER_TIMEOUT
     ) -> None:
         if workers is not None and workers < 1:
             raise SettingError(f"workers is {workers}, expected at least 1")
-        context: Any = multiprocessing.get_context(start_method)
+        require_timeout(timeout)
+        self._timeout = float(timeout)
         workers = min(count, workers or _cores())
         self.observations, self.actions = Layout(template.observation_space), Layout(template.action_space, "action")
         like = [
             *Buffers.allocate(self.observations, count).arrays(),
             *(np.zeros((count, *leaf.shape), leaf.dtype) for leaf in self.actions.leaves),
             np.zeros(count, np.int64),
+            np.zeros((workers, 2), np.int64),
         ]
+        context = multiprocessing.get_context("forkserver")
         memory = [(context.RawArray("b", max(array.nbytes, 1)), array.shape, array.dtype) for array in like]
-        arrays = [_view(*block) for block in memory]
+        *arrays, self._progress = [_view(*block) for block in memory]
         leaves = len(self.actions.leaves)
         self.buffers = Buffers.of(arrays[: -leaves - 1])
         self._actions, self._seeds = arrays[-leaves - 1 : -1], arrays[-1]
@@ -61,16 +98,14 @@ class WorkerRows:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._finalizer = weakref.finalize(self, _stop, os.getpid(), self._processes, self._pipes)
-        pickled = cloudpickle.dumps(template)
+        sent = _packed(template)
         try:
-            for start, stop in self._slices:
-                ours, theirs = context.Pipe()
-                arguments = (pickled, start, stop, memory, theirs, ours)
-                process = context.Process(target=_work, args=arguments, daemon=True, name=f"rows {start}-{stop - 1}")
-                self._pipes.append(ours)
-                process.start()
-                self._processes.append(process)
-                theirs.close()
+            with _fresh_start():
+                for worker in range(workers):
+                    self._start(context, (sent, worker, self._slices[worker], memory))
+            self._polls = [select.poll() for _ in self._pipes]
+            for poll, pipe in zip(self._polls, self._pipes):
+                poll.register(pipe, select.POLLIN)
             self._busy = True
             self._receive(range(workers))
         except BaseException:
@@ -95,6 +130,17 @@ class WorkerRows:
     def close(self) -> None:
         """Close the environments and end the processes; those that do not end are killed."""
         self._finalizer()
+
+    def _start(self, context: Any, arguments: tuple[Any, ...]) -> None:
+        ours, theirs = context.Pipe()
+        _, worker, (start, stop), _ = arguments
+        process = context.Process(
+            target=_work, args=(*arguments, theirs), daemon=True, name=f"worker {worker}, rows {start}-{stop - 1}"
+        )
+        self._pipes.append(ours)
+        process.start()
+        self._processes.append(process)
+        theirs.close()
 
     def _divide(self, command: str, rows: Sequence[int], *columns: Sequence[Any]) -> list[Any]:
         """Send each row's arguments to its worker, and return the answers in the order of `rows`."""
@@ -128,25 +174,85 @@ class WorkerRows:
             RlmetaError: the first that a worker raised; all are closed then.
         """
         answers, failure = [], None
-        for worker in workers:
-            try:
-                answer = self._pipes[worker].recv()
-            except (EOFError, OSError):
-                answer = self._death(worker)
-            failure = failure or (answer if isinstance(answer, RlmetaError) else None)
-            answers.append(answer)
+        try:
+            for worker in workers:
+                answer = self._answer(worker) if failure is None else failure
+                failure = failure or (answer if isinstance(answer, RlmetaError) else None)
+                answers.append(answer)
+        except BaseException:  # Ctrl-C: whoever was waited for may never answer
+            if self._finalizer.detach():
+                _stop(os.getpid(), self._processes, self._pipes, _SHORT_PATIENCE)
+            raise
         self._busy = False
         if failure is not None:
             self.close()
             raise failure
         return answers
 
+    def _answer(self, worker: int) -> Any:
+        """What a worker sends, or the error that says why nothing comes."""
+        try:
+            quick = min(_QUICK, self._first_word(worker))
+            if not self._polls[worker].poll(1000 * quick):
+                with _ctrl_c_at_once():
+                    self._wait(worker, quick)
+            return self._pipes[worker].recv()
+        except (EOFError, OSError):
+            return self._death(worker)
+        except EnvironmentFailedError as error:
+            return error
+
+    def _limit(self, worker: int) -> float:
+        """Seconds that a worker may take for what it is at; until it first calls an environment it imports modules."""
+        return self._timeout if self._progress[worker, 1] else max(self._timeout, WORKER_TIMEOUT)
+
+    def _first_word(self, worker: int) -> float:
+        """Seconds after which it is said that a worker is waited for."""
+        return min(_FIRST_WORD, self._limit(worker) / 20)
+
+    def _wait(self, worker: int, waited: float) -> None:
+        """Wait until a worker sends something, and name the environment that is waited for.
+
+        Args:
+            worker: whose answer has not come.
+            waited: seconds that it was waited for already.
+
+        Raises:
+            EnvironmentFailedError: a call has taken longer than the timeout.
+        """
+        calls = int(self._progress[worker, 1])
+        begun, due = time.monotonic() - waited, self._first_word(worker)
+        while True:
+            waited, limit = time.monotonic() - begun, self._limit(worker)
+            if int(self._progress[worker, 1]) != calls:  # slow perhaps, but it goes on
+                calls = int(self._progress[worker, 1])
+                begun, waited, due = time.monotonic(), 0.0, self._first_word(worker)
+            elif waited >= limit:
+                raise EnvironmentFailedError(
+                    f"{self._place(worker)} has not answered for {waited:.3g} s and was ended: correct it, find where "
+                    "it waits with mode='sync', or give it more time by worker_timeout="
+                )
+            elif waited >= due:
+                text = f"{self._place(worker)} has not answered for {waited:.3g} s: waiting up to {limit:.5g} s"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+                due *= 2
+            pause = min(min(due, limit) - waited, self._first_word(worker))
+            if self._polls[worker].poll(1000 * max(0.001, pause)):
+                return
+
+    def _place(self, worker: int) -> str:
+        """The environment that a worker is at, in words."""
+        (start, _), (row, calls) = self._slices[worker], self._progress[worker].tolist()
+        process = f"worker process {worker} of {len(self._slices)} (pid {self._processes[worker].pid})"
+        return f"{self._name} in row {start + row}, {process}," if calls else f"{process} of {self._name}"
+
     def _death(self, worker: int) -> EnvironmentFailedError:
         process, (start, stop) = self._processes[worker], self._slices[worker]
         process.join(1.0)
+        row, calls = self._progress[worker].tolist()
         return EnvironmentFailedError(
-            f"the worker process of {self._name}, rows {start} to {stop - 1}, died with exit code {process.exitcode}: "
-            f"run with mode='sync' to see where"
+            f"the worker process of {self._name}, rows {start} to {stop - 1}, died with exit code {process.exitcode}"
+            f"{f' in row {start + row}' if calls else ''}: run with mode='sync' to see where"
         )
 
 
@@ -160,14 +266,15 @@ def _view(block: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return np.frombuffer(block, dtype, size).reshape(shape)
 
 
-def _stop(owner: int, processes: list[Any], pipes: list[Connection]) -> None:
+def _stop(owner: int, processes: list[Any], pipes: list[Connection], patience: float = _PATIENCE) -> None:
     if os.getpid() != owner:  # a forked copy that is collected must not close the original's workers
         return
     for pipe in pipes:
         with contextlib.suppress(OSError, ValueError):
             pipe.send(("close",))
+    deadline = time.monotonic() + patience
     for process in processes:
-        process.join(_PATIENCE)
+        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()
@@ -175,17 +282,125 @@ def _stop(owner: int, processes: list[Any], pipes: list[Connection]) -> None:
         pipe.close()
 
 
-def _work(template: bytes, start: int, stop: int, memory: list[Any], pipe: Connection, other_end: Connection) -> None:
-    """What a worker process runs: rows `start` to `stop` - 1, until it is told to close or its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes us
-    other_end.close()  # else a dead parent would never be noticed
-    rows: Rows | None = None
+@contextlib.contextmanager
+def _ctrl_c_at_once() -> Iterator[None]:
+    """Within, Ctrl-C raises KeyboardInterrupt, whatever it does elsewhere: who waits here would see no flag."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        arrays = [_view(*block)[start:stop] for block in memory]
-        made: Template = cloudpickle.loads(template)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------------------ start-up, here
+
+
+class _Sent(NamedTuple):
+    """What a worker needs of this process."""
+
+    environment: dict[str, str]
+    """Of the process: its server may have been started in another."""
+    specs: dict[str, bytes]
+    """What is registered with gymnasium and not its own, pickled."""
+    filters: list[Any]
+    """Of warnings."""
+    template: bytes
+    """How to make an environment, pickled: it is read when the others are in place."""
+
+
+def _packed(template: Template) -> bytes:
+    """What is sent to every worker.
+
+    Raises:
+        SettingError: something that makes the environments can't be sent.
+    """
+    make: Any = template.make
+    if isinstance(make, functools.partial) and make.args and isinstance(make.args[0], EnvSpec):
+        make = functools.partial(make.func, _whole(make.args[0]), *make.args[1:], **make.keywords)
+    specs: dict[str, bytes] = {}
+    for name, spec in gym.registry.items():
+        if not str(spec.entry_point).startswith("gymnasium."):
+            with contextlib.suppress(Exception):  # what can't be sent may not be needed
+                specs[name] = cloudpickle.dumps(_whole(spec))
+    try:
+        pickled = cloudpickle.dumps(dataclasses.replace(template, make=make))
+        return cloudpickle.dumps(_Sent(dict(os.environ), specs, list(warnings.filters), pickled))
+    except Exception as error:
+        raise SettingError(
+            f"{template.name} can't be sent to worker processes ({type(error).__name__}: {error}): put what makes it "
+            "into a module, let it refer to nothing that is open or running, or use mode='sync'"
+        ) from error
+
+
+def _whole(spec: EnvSpec) -> EnvSpec:
+    """A spec that holds a class of the main program itself, for no worker can import it."""
+    point = spec.entry_point
+    if isinstance(point, str) and point.startswith("__main__:"):
+        own: Any = load_env_creator(point)
+        return dataclasses.replace(spec, entry_point=own)
+    return spec
+
+
+def _forget_server() -> None:
+    """In a forked copy of this process the server is not a child, which multiprocessing takes for an error."""
+    multiprocessing.forkserver._forkserver.__init__()  # type: ignore[misc]
+
+
+os.register_at_fork(after_in_child=_forget_server)
+
+
+@contextlib.contextmanager
+def _fresh_start() -> Iterator[None]:
+    """Within, processes start without the main program, and what they import is searched for where this process does.
+
+    A main program that is imported again would train again, where nothing guards its top level; and a server that is
+    started by `python -c` would look for modules in the current folder first, whoever's files lie there.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    main = sys.modules["__main__"]
+    shown = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    before = {name: os.environ.get(name) for name in shown}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # else Ctrl-C ends the server as it imports
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    os.environ.update(shown)
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+# ------------------------------------------------------------------------------------------------ in a worker's process
+
+
+def _work(sent: bytes, worker: int, part: tuple[int, int], memory: list[Any], pipe: Connection) -> None:
+    """What a worker process runs: its rows, until it is told to close or its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `_fresh_start` blocked it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    start, stop = part
+    rows: Rows | None = None
+    name = "an environment"
+    try:
+        *arrays, progress = [_view(*block) for block in memory]
+        arrays = [array[start:stop] for array in arrays]
+        made = _unpacked(sent)
+        name = made.name
         leaves = len(Layout(made.action_space, "action").leaves)
         actions, seeds = arrays[-leaves - 1 : -1], arrays[-1]
-        rows = Rows(made, stop - start, Buffers.of(arrays[: -leaves - 1]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parent has made one, and shown what it warns of
+            rows = Rows(made, stop - start, Buffers.of(arrays[: -leaves - 1]), memoryview(progress[worker]))
         pipe.send(None)
         while True:
             command, *arguments = pipe.recv()
@@ -199,19 +414,48 @@ def _work(template: bytes, start: int, stop: int, memory: list[Any], pipe: Conne
                 pipe.send(getattr(rows, command)(*arguments))
     except EOFError:
         pass
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            pipe.send(_report(error, made.name if "made" in locals() else "an environment", start, stop))
+            pipe.send(_report(error, name, start, stop))
     finally:
         if rows is not None:
             with contextlib.suppress(Exception):
                 rows.close()
 
 
-def _report(error: Exception, name: str, start: int, stop: int) -> RlmetaError:
+def _unpacked(sent: bytes) -> Template:
+    """How to make an environment, in a process that is made like the parent."""
+    given: _Sent = pickle.loads(sent)
+    os.environ.clear()
+    os.environ.update(given.environment)
+    warnings.filters[:] = given.filters  # type: ignore[index]
+    for name, spec in given.specs.items():
+        if name not in gym.registry:
+            with contextlib.suppress(Exception):
+                gym.registry[name] = pickle.loads(spec)
+    made: Template = pickle.loads(given.template)
+    return made
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, even where an environment never returns."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    time.sleep(_ORPHANED)  # in which one that waits for a command sees the end of its pipe, and closes its environments
+    os._exit(1)
+
+
+def _report(error: BaseException, name: str, start: int, stop: int) -> RlmetaError:
     if isinstance(error, RlmetaError):
         return error
+    try:
+        text = str(error)
+    except Exception:  # of the user's own, too
+        text = "(which can't be shown)"
     return EnvironmentFailedError(
-        f"{name} failed in the worker process of rows {start} to {stop - 1} with {type(error).__name__}: {error}\n"
+        f"{name} failed in the worker process of rows {start} to {stop - 1} with {type(error).__name__}: {text}\n"
         f"{traceback.format_exc()}"
     )

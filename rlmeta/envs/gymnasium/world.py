@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,16 +12,14 @@ from torch import Tensor
 
 from rlmeta.data.spaces import Array, Layout
 from rlmeta.envs.gymnasium.reports import Reports
-from rlmeta.envs.gymnasium.rows import Rows, Template
-from rlmeta.envs.gymnasium.sources import resolve
+from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, Rows, Template
+from rlmeta.envs.gymnasium.sources import VectorSource, resolve
 from rlmeta.envs.gymnasium.vector_rows import VectorRows
 from rlmeta.envs.gymnasium.workers import WorkerRows
 from rlmeta.envs.world import State, Transition
-from rlmeta.errors import CheckpointError, InexactResumeError, SettingError, require_choice
+from rlmeta.errors import CheckpointError, InexactResumeError, SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.tree import Tree
-
-StartMethod: TypeAlias = Literal["fork", "spawn", "forkserver"] | None
 
 _SEED_MASK = (1 << 31) - 1  # what every random generator takes as a seed
 
@@ -29,6 +27,30 @@ _SEED_MASK = (1 << 31) - 1  # what every random generator takes as a seed
 def episode_seed(row_key: Tensor, episode: int | Tensor) -> Tensor:
     """The seed in [0, 2^31) of an episode of a row, of the shape of `row_key`."""
     return random.fold(row_key, episode) & _SEED_MASK
+
+
+def _vector_rows(source: VectorSource, count: int, mode: str, limit: int | None, ours: bool) -> VectorRows:
+    """The rows of a VectorEnv, which is closed where that fails and it is `ours`.
+
+    Raises:
+        SettingError: it is asked for what only single environments can.
+    """
+    try:
+        if mode == "async":
+            raise SettingError(
+                f"{source.name} is a VectorEnv, which runs its environments itself: use mode='sync' (on the command "
+                "line no --async)"
+            )
+        if limit is not None:
+            raise SettingError(
+                f"max_episode_steps is {limit}, but {source.name} is a VectorEnv, whose episodes can't be cut from "
+                "outside: let the function that makes it give its environments a limit"
+            )
+        return VectorRows(source, count)
+    except BaseException:
+        if ours:
+            source.env.close()
+        raise
 
 
 class GymnasiumWorld:
@@ -59,7 +81,8 @@ class GymnasiumWorld:
         workers: how many processes, with "async"; None takes one a core.
         settings: keyword arguments of the environment.
         max_log: for how many steps actions are kept where episodes have no limit; longer ones can't be resumed exactly.
-        start_method: of the processes, "fork", "spawn" or "forkserver"; None takes the platform's.
+        max_episode_steps: cut episodes there, by gymnasium's TimeLimit around every environment.
+        worker_timeout: with "async", seconds that one call of an environment may take; see `WorkerRows`.
 
     Raises:
         SettingError, UnknownNameError, MissingExtraError: `make` does not make environments.
@@ -77,45 +100,34 @@ class GymnasiumWorld:
         *,
         settings: dict[str, Any] | None = None,
         max_log: int = 10_000,
-        start_method: StartMethod = None,
+        max_episode_steps: int | None = None,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
         self._batch = (*self.learner_shape, num_envs)
         self._count = math.prod(self._batch)
         if mode not in ("sync", "async"):
             raise SettingError(f"mode is {mode!r}, expected 'sync' or 'async'")
-        require_choice("start_method", start_method, StartMethod)
         if mode == "sync" and workers is not None:
             raise SettingError(f"workers is {workers}, but mode='sync' has none: use mode='async'")
         if self._count < 1 or max_log < 1:
             raise SettingError(f"num_envs is {num_envs} and max_log {max_log}, expected at least 1")
-        made = resolve(make, dict(settings or {}), self._count)
+        made: Template | VectorRows
+        found = resolve(make, dict(settings or {}), self._count)
         self.episode_limit: int | None
         """Steps of the longest episodes, where the environment declares a limit."""
         self._rows: Rows | WorkerRows | VectorRows
-        if isinstance(made, Template):
-            self.name, self.observation_space, self.action_space = made.name, made.observation_space, made.action_space
-            self._capacity = made.max_episode_steps or max_log
-            self.episode_limit = made.max_episode_steps
-            parallel = mode == "async"
-            self._rows = WorkerRows(made, self._count, workers, start_method) if parallel else Rows(made, self._count)
+        if isinstance(found, Template):
+            made = found if max_episode_steps is None else found.limited(max_episode_steps)
+            self._rows = (
+                Rows(made, self._count) if mode == "sync" else WorkerRows(made, self._count, workers, worker_timeout)
+            )
+            self._capacity, self.episode_limit = made.max_episode_steps or max_log, made.max_episode_steps
         else:
-            if mode == "async":
-                if made.env is not make:
-                    made.env.close()
-                raise SettingError(
-                    f"{made.name} is a VectorEnv, which runs its environments itself: use mode='sync' (on the command "
-                    "line no --async)"
-                )
-            try:
-                self._rows = VectorRows(made, self._count)
-            except BaseException:
-                if made.env is not make:
-                    made.env.close()
-                raise
-            self.name, self.observation_space = self._rows.name, self._rows.observation_space
-            self.action_space, self._capacity = self._rows.action_space, 0
-            self.episode_limit = getattr(made.env.spec, "max_episode_steps", None)
+            ours = found.env is not make
+            made = self._rows = _vector_rows(found, self._count, mode, max_episode_steps, ours)
+            self._capacity, self.episode_limit = 0, made.episode_limit
+        self.name, self.observation_space, self.action_space = made.name, made.observation_space, made.action_space
         self._observations, self._actions = Layout(self.observation_space), Layout(self.action_space, "action")
         self.exact_resume = not isinstance(self._rows, VectorRows)
         """Whether `restore` replays episodes; a difference that it sees is reported."""
@@ -127,6 +139,11 @@ class GymnasiumWorld:
         self._seed, self._episode, self._elapsed = self._key.copy(), self._key - 1, self._key.copy()
         self._next_seed = self._key.copy()
         self._latest: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def cuts_after(self) -> int | None:
+        """Steps after which the environments cut an episode, where they declare it."""
+        return self.episode_limit
 
     def reset(self, key: Tensor) -> State:
         """Start the first episode of every row.

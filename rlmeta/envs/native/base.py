@@ -39,6 +39,14 @@ class NativeEnv(ABC):
     max_episode_steps: int | None
     """Episodes are truncated after so many steps; None: never."""
 
+    always_ends: bool = False
+    """Whether every episode ends by itself, whatever the actions, so that it needs no limit."""
+
+    @property
+    def endless(self) -> bool:
+        """Whether an episode may never end."""
+        return self.max_episode_steps is None and not self.always_ends
+
     @property
     def reset_noise(self) -> int:
         """How many uniform numbers `reset` needs; a subclass sets a class attribute."""
@@ -176,7 +184,7 @@ class NativeWorld:
                 f"num_envs={num_envs} and learner_shape={learner_shape}: expected positive counts of environments and "
                 "learners; leave the learner shape () for one learner"
             )
-        self.env = env
+        self.env, self.name = env, f"environment {type(env).__name__!r}"
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
         self._rows = (*self.learner_shape, num_envs)
@@ -188,6 +196,11 @@ class NativeWorld:
         self._observations, self._unseen = Layout(env.observation_space), True
         self._reset_noise = _Ahead("environment/reset", env.reset_noise, math.prod(self._rows))
         self._step_noise = _Ahead("environment/step", env.step_noise, math.prod(self._rows))
+
+    @property
+    def cuts_after(self) -> int | None:
+        """Steps after which episodes are cut; None: never."""
+        return self.env.max_episode_steps
 
     def reset(self, key: Tensor) -> State:
         """The start of episode 0 in every row; `key` is `[*L]` int64."""
