@@ -53,6 +53,16 @@ def _vector_rows(source: VectorSource, count: int, mode: str, limit: int | None,
         raise
 
 
+def _check(mode: str, workers: int | None, num_envs: int, rows: int, max_log: int) -> None:
+    """Refuse settings of a world that contradict each other."""
+    if mode not in ("sync", "async"):
+        raise SettingError(f"mode is {mode!r}, expected 'sync' or 'async'")
+    if mode == "sync" and workers is not None:
+        raise SettingError(f"workers is {workers}, but mode='sync' has none: use mode='async'")
+    if rows < 1 or max_log < 1:
+        raise SettingError(f"num_envs is {num_envs} and max_log {max_log}, expected at least 1")
+
+
 class GymnasiumWorld:
     """Gymnasium environments; row r = l N + n of prod(*L) N is environment n of learner l.
 
@@ -106,22 +116,16 @@ class GymnasiumWorld:
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
         self._batch = (*self.learner_shape, num_envs)
         self._count = math.prod(self._batch)
-        if mode not in ("sync", "async"):
-            raise SettingError(f"mode is {mode!r}, expected 'sync' or 'async'")
-        if mode == "sync" and workers is not None:
-            raise SettingError(f"workers is {workers}, but mode='sync' has none: use mode='async'")
-        if self._count < 1 or max_log < 1:
-            raise SettingError(f"num_envs is {num_envs} and max_log {max_log}, expected at least 1")
-        made: Template | VectorRows
+        _check(mode, workers, num_envs, self._count, max_log)
         found = resolve(make, dict(settings or {}), self._count)
         self.episode_limit: int | None
         """Steps of the longest episodes, where the environment declares a limit."""
         self._rows: Rows | WorkerRows | VectorRows
+        made: Template | VectorRows
         if isinstance(found, Template):
             made = found if max_episode_steps is None else found.limited(max_episode_steps)
-            self._rows = (
-                Rows(made, self._count) if mode == "sync" else WorkerRows(made, self._count, workers, worker_timeout)
-            )
+            alone = mode == "sync"
+            self._rows = Rows(made, self._count) if alone else WorkerRows(made, self._count, workers, worker_timeout)
             self._capacity, self.episode_limit = made.max_episode_steps or max_log, made.max_episode_steps
         else:
             ours = found.env is not make
@@ -132,9 +136,12 @@ class GymnasiumWorld:
         self.exact_resume = not isinstance(self._rows, VectorRows)
         """Whether `restore` replays episodes; a difference that it sees is reported."""
         self._reports = Reports(self.name, self._observations.leaves, self._batch)
+        self._stand_still()
+
+    def _stand_still(self) -> None:
+        """Where the live environments are before any reset; a state that says otherwise needs `restore`."""
         self._all = np.arange(self._count)
         self._device = torch.device("cpu")
-        # Where the live environments are; a state that says otherwise needs restore().
         self._key = np.zeros(self._count, np.int64)
         self._seed, self._episode, self._elapsed = self._key.copy(), self._key - 1, self._key.copy()
         self._next_seed = self._key.copy()
