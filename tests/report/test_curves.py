@@ -83,8 +83,8 @@ def test_curves_are_the_records_and_the_final_evaluation(tmp_path: Path) -> None
 
 def test_a_learner_without_an_episode_keeps_its_last_value(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=3, rates=[1e-3], evaluated=False)
+    (tmp_path / "metrics.jsonl").unlink()
     with Records(tmp_path / "metrics.jsonl") as records:
-        records.truncate(0)
         for i, values in enumerate([[NAN, 1, NAN], [2, NAN, NAN], [NAN, 3, NAN]], start=1):
             records.write({"iteration": i, "env_steps": i, "charts/episodic_return": values})
             records.write({"iteration": i, "env_steps": i, "eval/length": [1, 1, 1]})

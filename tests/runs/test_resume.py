@@ -253,7 +253,7 @@ def test_a_folder_that_another_process_has_used_meanwhile_is_left_alone(tmp_path
         (folder / "config.toml").write_text("theirs")
         return lock(path)
 
-    monkeypatch.setattr(folder, "lock", late)
+    monkeypatch.setattr(run_folder, "lock", late)
     with pytest.raises(RunExistsError):
         rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET)
     assert (folder / "config.toml").read_text() == "theirs"
