@@ -230,6 +230,7 @@ def test_code_allows_what_a_run_folder_names(trained: Path, marker: Path, capfd:
         assert main(["eval", str(folder), "--episodes", "2", "--code", "planted"]) == 0
         assert rl.load(folder, code=["planted"]).scores.isfinite().all()
         assert main(["eval", str(folder), "--episodes", "2", "--env", str(task["source"])]) == 0
+        refused_after(capfd, f"eval {folder} --network planted:network", "--code planted")
         refused_after(capfd, f"eval {folder}", "--code planted")
         refused_after(capfd, f"eval {folder} --code plant,planted.more", "--code planted")
     folder = forged(trained, {"variants": [{**variants[0], "network": "planted:network"}]})
@@ -255,7 +256,8 @@ def test_code_allows_what_other_files_name(marker: Path) -> None:
     assert "code" not in json.dumps(tomllib.loads(Path("a/plan.toml").read_text())["flags"]["run"])
     assert main(["resume", "a"]) == 2
     shutil.rmtree("a/hidden_sizes=9")
-    for again in ("--code planted", "--network planted:network"):
+    assert main(["resume", "a", "--network", "planted:network"]) == 2, "a name allows itself, not its module"
+    for again in ("--code planted", "--network planted:network --env planted:Planted-v0"):
         assert main(f"resume a {again}".split()) == 0
     assert rl.train(rl.PPO(num_envs=2, num_steps=16, batch_size=32), "mine", steps=32, code=["planted"]).env_steps == 32
 
@@ -273,9 +275,9 @@ def test_an_interrupted_run_says_how_its_code_is_named_again() -> None:
         texts = {**plan.texts, **change}
         made = plans.Plan("ppo", "own:make", texts=texts)
         made.__dict__["groups"] = {"": None}
-        assert made.again() == said
+        assert (made.again(), made.again(["more"])) == (said, f"{said} --code more")
         made.__dict__["groups"] = {"a": None, "b": None}
-        assert made.again().startswith("--code own")
+        assert made.again(["more"]).startswith("--code more,own")
     made = plans.Plan("ppo", "minigrid:MiniGrid-Empty-v0", texts=plan.texts)
     made.__dict__["groups"] = {"": None}
     assert made.again() == ""
