@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import rlmeta as rl
+from rlmeta.bench import imitation as benchmarks
 from rlmeta.cli import plan as plans
 from rlmeta.cli.main import main
 from rlmeta.envs import own_folders, trusted
@@ -229,6 +230,7 @@ def test_code_allows_what_a_run_folder_names(trained: Path, marker: Path, capfd:
         folder = forged(trained, {"task": task}).rename(f"copy-{number}")
         assert main(["eval", str(folder), "--episodes", "2", "--code", "planted"]) == 0
         assert rl.load(folder, code=["planted"]).scores.isfinite().all()
+        assert rl.resume(folder, code=["planted"]).scores.isfinite().all()
         assert main(["eval", str(folder), "--episodes", "2", "--env", str(task["source"])]) == 0
         refused_after(capfd, f"eval {folder} --network planted:network", "--code planted")
         refused_after(capfd, f"eval {folder}", "--code planted")
@@ -238,6 +240,24 @@ def test_code_allows_what_a_run_folder_names(trained: Path, marker: Path, capfd:
     assert main(["eval", str(folder), "--code", "planted"]) == 2
     assert "of another agent, task" in capfd.readouterr().err, "the network is made; the weights are of another"
     assert marker.exists()
+
+
+def test_a_name_allows_itself_and_not_its_module(marker: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for task, networks in (("planted:Planted-v0", "none"), ("planted:make", "planted:network")):
+        folder = saved_plan("ppo", {"task": task, "settings": {"network": networks}})
+        for other in ("--env planted:Mine", "--lifelong planted:Mine"):
+            capfd.readouterr()
+            assert main(f"resume {folder} {other}".split()) == 2
+            assert "g/plan.toml names code in the module 'planted'" in capfd.readouterr().err
+        shutil.rmtree(folder)
+    assert marker.exists(), "the module is imported, for the command names it"
+
+
+def test_a_benchmark_takes_the_program_that_is_shipped(marker: Path) -> None:
+    Path("agents").mkdir()
+    shutil.copy("planted.py", "agents/reward_shaping.py")
+    assert isinstance(benchmarks._energy(), rl.PotentialShaping)
+    assert not marker.exists()
 
 
 def refused_after(capfd: pytest.CaptureFixture[str], arguments: str, part: str) -> None:
