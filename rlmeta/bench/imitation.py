@@ -25,7 +25,7 @@ from rlmeta.agents import PPO
 from rlmeta.api import resume, train
 from rlmeta.bench.seeds import BY_HAND_SEEDS, FIRST_SEED, table_seeds
 from rlmeta.data.demonstrations import Demonstrations
-from rlmeta.envs.names import folders
+from rlmeta.envs.names import shipped
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.imitation import GAIL
 from rlmeta.learning.settings import require
@@ -118,9 +118,9 @@ def _energy() -> PotentialShaping:
     """The potential of the program agents/reward_shaping.py."""
     import importlib.util
 
-    for folder in folders("agents"):
-        spec = importlib.util.spec_from_file_location("reward_shaping", folder / "reward_shaping.py")
-        if spec is not None and spec.loader is not None and (folder / "reward_shaping.py").is_file():
+    for path in (folder / "agents" / "reward_shaping.py" for folder in shipped()):
+        spec = importlib.util.spec_from_file_location("reward_shaping", path)
+        if spec is not None and spec.loader is not None and path.is_file():
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             found: PotentialShaping = module.ENERGY

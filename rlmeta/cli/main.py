@@ -133,11 +133,14 @@ def train(arguments: list[str]) -> int:
     if not names:
         print(USAGE.split("\n\n")[0], "", plans.AGENT_AND_TASK, sep="\n")
         return 0
-    with plans.code_of(rest):
+    from rlmeta.runs.own_code import allowed_here
+
+    code = plans.code_of(rest)
+    with allowed_here(code):
         plan = plans.from_flags(names[0], names[1] if len(names) > 1 else "TASK", rest)
         folder = plan.folder()
         plan.begin(folder)
-        return _run_groups(plan, folder, plan.again(), header="" if plan.options.quiet else plan.header(folder))
+        return _run_groups(plan, folder, plan.again(code), header="" if plan.options.quiet else plan.header(folder))
 
 
 def _run_groups(plan: Plan, folder: Path, again: str, inexact: bool = False, header: str = "") -> int:
@@ -197,11 +200,11 @@ class OwnCode:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Within, a folder may name the modules that these flags name, and those may come from the current folder."""
-        from rlmeta.runs.own_code import allowed_here, modules_of, names_in
+        """Within, a folder may name what these flags name, and that may come from the current folder."""
+        from rlmeta.runs.own_code import allowed_here, names_in, own_names
 
         texts = (self.network, self.env, self.lifelong, self.rewards)
-        with allowed_here([*names_in(self.code), *(module for text in texts for module in modules_of(text))]):
+        with allowed_here(names_in(self.code), [name for text in texts for name in own_names(text)]):
             yield
 
     def again(self, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ every value, each a run in a folder of its own below the common one, which keeps
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -177,7 +176,10 @@ class Plan:
         """What the task's name stands for: itself, or the user's own."""
         with trusted.reading(self.file):
             trusted.check_settings(self.env)
-            return own_code.source_of(self.task, self.env)
+            found = own_code.source_of(self.task, self.env)
+            if isinstance(found, str):
+                trusted.check_id(found)
+            return found
 
     def problem(self) -> Problem | TaskFamily:
         """What the learner is trained on.
@@ -260,17 +262,22 @@ class Plan:
             lines += [f"{len(self.groups)} groups, one after another: {' | '.join(self.groups)}"]
         return "\n".join(lines)
 
-    def again(self) -> str:
-        """The flags by which a resume is told again of the user's own code; a saved plan needs only its modules."""
+    def again(self, code: Sequence[str] = ()) -> str:
+        """The flags by which a resume is told again of the user's own code; a saved plan needs only its modules.
+
+        Args:
+            code: modules that the command allows besides.
+        """
         texts = self.texts["settings"]
         within = [word.removeprefix("network=") for word in texts.get("learner", "").split() if "network=" in word]
         network = ",".join([text for text in (texts.get("network", "none"), *within) if text != "none"])
         methods = ",".join(one for one in self.options.lifelong.split(",") if ":" in one)
         named = {"network": network, "env": self.task, "lifelong": methods, "rewards": texts.get("rewards", "")}
         found = {flag: modules for flag, text in named.items() if (modules := own_code.modules_of(text))}
-        if found and len(self.groups) > 1:
-            return "--code " + ",".join(dict.fromkeys(one for modules in found.values() for one in modules))
-        return " ".join(f"--{flag} {shlex.quote(named[flag])}" for flag in found)
+        flags = [f"--{flag} {shlex.quote(named[flag])}" for flag in found]
+        if len(self.groups) > 1:
+            code, flags = [*code, *(one for modules in found.values() for one in modules)], []
+        return " ".join([*flags, *([f"--code {','.join(dict.fromkeys(code))}"] if code else [])])
 
     # ------------------------------------------------------------------ folders
 
@@ -390,9 +397,9 @@ def say_wandb(where: str, had: str) -> None:
     print(f"note: {where} says it is logged to W&B as {text}; not now: resume with --wandb {text}", file=sys.stderr)
 
 
-def code_of(arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
-    """Within, presets and files of the `envs` folders may name the modules that the flag --code names."""
-    return own_code.allowed_here(own_code.names_in(_peek(arguments, "--code") or ""))
+def code_of(arguments: Sequence[str]) -> list[str]:
+    """The modules that the flag --code names."""
+    return own_code.names_in(_peek(arguments, "--code") or "")
 
 
 def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:

@@ -19,11 +19,14 @@ def folders(kind: Kind) -> list[Path]:
     """Where names of this kind are looked up, first come first served."""
     require_choice("kind", kind, Kind)
     roots = [Path.cwd(), *(Path(root) for root in os.environ.get("RLMETA_PATH", "").split(os.pathsep) if root)]
-    return [root / kind for root in dict.fromkeys([*roots, *_shipped()]) if (root / kind).is_dir()]
+    return [root / kind for root in dict.fromkeys([*roots, *shipped()]) if (root / kind).is_dir()]
 
 
-def _shipped() -> list[Path]:
-    """The checkout, or where pip puts the copies: into the environment, the user's folder, or beside a --target."""
+def shipped() -> list[Path]:
+    """Where rlmeta's own `agents` and `envs` are: the checkout, or where pip puts the copies.
+
+    That is into the environment, the user's folder, or beside a --target.
+    """
     beside = Path(__file__).parents[2]
     prefixes = [Path(sysconfig.get_path("data")), Path(sysconfig.get_path("data", f"{os.name}_user")), beside]
     checkout = [beside] if (beside / "pyproject.toml").is_file() else []

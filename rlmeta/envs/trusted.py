@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -34,7 +34,8 @@ OWN = ("rlmeta.nn", "rlmeta.rewards")
 """Packages of rlmeta's whose classes and functions a file may name."""
 
 _file: ContextVar[str] = ContextVar("file", default="")
-_allowed: ContextVar[tuple[str, ...]] = ContextVar("allowed", default=())
+_modules: ContextVar[tuple[str, ...]] = ContextVar("modules", default=())
+_names: ContextVar[frozenset[str]] = ContextVar("names", default=frozenset())
 
 
 @contextlib.contextmanager
@@ -48,8 +49,12 @@ def reading(file: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def allowing(code: Sequence[str]) -> Iterator[None]:
-    """Within, files may name these modules, and modules in these packages.
+def allowing(code: Sequence[str], names: Iterable[str] = ()) -> Iterator[None]:
+    """Within, files may name whatever is in some modules, or some names alone.
+
+    Args:
+        code: modules, or packages with all modules in them.
+        names: of single things, as `package.module:Name`.
 
     Raises:
         SettingError: what is given are no names of modules.
@@ -58,16 +63,18 @@ def allowing(code: Sequence[str]) -> Iterator[None]:
     for name in given:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise SettingError(f"code is {name!r}, expected the names of modules, such as package.module")
-    before = _allowed.set((*_allowed.get(), *given))
+    before = _modules.set((*_modules.get(), *given)), _names.set(_names.get() | frozenset(names))
     try:
         yield
     finally:
-        _allowed.reset(before)
+        _modules.reset(before[0])
+        _names.reset(before[1])
 
 
-def is_allowed(module: str) -> bool:
-    """Whether the user has allowed the module."""
-    return any(f"{module}.".startswith(f"{one}.") for one in _allowed.get())
+def is_allowed(named: str) -> bool:
+    """Whether the user has allowed `package.module:Name`, by itself or with its module."""
+    module = named.rpartition(":")[0]
+    return named in _names.get() or any(f"{module}.".startswith(f"{one}.") for one in _modules.get())
 
 
 def from_file() -> bool:
@@ -83,50 +90,57 @@ def check_module(module: str, *, for_id: bool = True) -> None:
         for_id: whether an environment's id follows, for which a known extra may be imported, or another name.
 
     Raises:
-        SettingError: it is none of rlmeta's, no known extra, and the user has not allowed it.
+        SettingError: it is none of rlmeta's, no known extra, and the user has allowed nothing in it.
     """
-    known = (for_id and module in EXTRAS) or f"{module}.".startswith(tuple(f"{one}." for one in OWN))
-    if not from_file() or known or is_allowed(module):
-        return
-    raise SettingError(refusal(module))
+    known = (for_id and module in EXTRAS) or _within_own(module)
+    named = any(one.rpartition(":")[0] == module for one in _names.get())
+    if from_file() and not known and not named and not is_allowed(f"{module}:"):
+        raise SettingError(_refusal(module))
 
 
-def refusal(module: str) -> str:
-    """What is said of a module that only a file names."""
-    return (
-        f"{_file.get()} names code in the module {module!r}, and a file alone never makes rlmeta import any: if you "
-        f"trust it, add --code {module} to the command (in Python code=[{module!r}])"
-    )
-
-
-def check_object(found: Any, module: str) -> None:
+def check_object(found: Any, named: str) -> None:
     """Refuse what a file names in a module of rlmeta's and is not rlmeta's own, such as a module that it imports.
 
+    Args:
+        found: the object.
+        named: as `package.module:Name`.
+
     Raises:
-        SettingError: it is something else.
+        SettingError: it is something else, and the user has not allowed it.
     """
     home = getattr(found, "__module__", None)
-    owned = isinstance(home, str) and f"{home}.".startswith(tuple(f"{one}." for one in OWN))
-    if from_file() and not owned and not is_allowed(module):
-        raise SettingError(refusal(module))
+    owned = isinstance(home, str) and _within_own(home)
+    if from_file() and not owned and not is_allowed(named):
+        raise SettingError(_refusal(named.rpartition(":")[0]))
 
 
 def check_id(identifier: str) -> None:
     """Refuse an environment's id from a file whose module may not be imported.
 
     Raises:
-        SettingError: as `check_module`.
+        SettingError: the module is no known extra, and the user has not allowed it.
     """
     module, colon, _ = identifier.rpartition(":")
-    if colon:
-        check_module(module)
+    if from_file() and colon and module not in EXTRAS and not is_allowed(identifier):
+        raise SettingError(_refusal(module))
+
+
+def _within_own(module: str) -> bool:
+    return f"{module}.".startswith(tuple(f"{one}." for one in OWN))
+
+
+def _refusal(module: str) -> str:
+    return (
+        f"{_file.get()} names code in the module {module!r}, and a file alone never makes rlmeta import any: if you "
+        f"trust it, add --code {module} to the command (in Python code=[{module!r}])"
+    )
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings from a file that name an environment of another package, which gymnasium would import.
 
     Raises:
-        SettingError: as `check_module`.
+        SettingError: as `check_id`.
     """
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -191,12 +191,7 @@ def methods_again(
 def _allowed_methods(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The user's own methods that a configuration names in modules which the user has allowed."""
     named = {table["name"]: table["class"] for table in tables if isinstance(table.get("class"), str)}
-    return {name: grammar.load_object(text) for name, text in named.items() if _is_allowed(text)}
-
-
-def _is_allowed(named: str) -> bool:
-    """Whether the user has allowed the module of `package.module:Name`."""
-    return trusted.is_allowed(named.partition(":")[0])
+    return {name: grammar.load_object(text) for name, text in named.items() if trusted.is_allowed(text)}
 
 
 def _or_allow(named: str) -> str:
@@ -221,7 +216,7 @@ def _method(cls: Any, values: dict[str, Any], where: str) -> Method:
 
 def _network_again(name: str, given: NetworkFactory | None, where: str) -> NetworkFactory:
     """The network of this name: rlmeta's own, or the user's, given again."""
-    if name.startswith("rlmeta.nn.") or (given is None and _is_allowed(name)):
+    if name.startswith("rlmeta.nn.") or (given is None and trusted.is_allowed(name)):
         own: NetworkFactory = grammar.load_object(name)
         return own
     if given is None:
@@ -355,7 +350,7 @@ NATIVE_CLASSES: dict[str, type[NativeEnv]] = {type(env).__name__: type(env) for 
 def _allowed_source(described: dict[str, Any], where: str) -> Any:
     """The user's own environment, or what makes it, in a module that the user has allowed."""
     named = described["source"]
-    if not _is_allowed(named):
+    if not trusted.is_allowed(named):
         raise SettingError(f"{where}/{CONFIG} had environments of {named}: {ENV_AGAIN}{_or_allow(named)}")
     found = grammar.load_object(named)
     made = isinstance(found, type) and issubclass(found, NativeEnv)

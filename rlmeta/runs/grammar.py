@@ -95,7 +95,7 @@ def load_object(text: str) -> Any:
         known = [candidate for candidate in vars(loaded) if not candidate.startswith("_")]
         raise SettingError(f"{module} has no {name!r}{did_you_mean(name, known)}")
     found = getattr(loaded, name)
-    trusted.check_object(found, module)
+    trusted.check_object(found, text)
     return found
 
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,19 @@ from rlmeta.runs.shipped import METHODS
 # ---------------------------------------------------------------------- modules
 
 
-def modules_of(names: str | None) -> list[str]:
-    """The user's modules in names such as `package.module:Name`, joined by commas or +; none of rlmeta's or extras."""
-    found = [one.strip().rpartition(":")[0] for one in re.split(r"[,+]", names or "")]
-    return [one for one in found if one and one not in trusted.EXTRAS and not one.startswith("rlmeta.")]
+def own_names(text: str | None) -> list[str]:
+    """The user's names, `package.module:Name`, in a text that joins them by commas or +; none of rlmeta's or extras."""
+    found = [one.strip() for one in re.split(r"[,+]", text or "")]
+    return [one for one in found if ":" in one and not one.startswith("rlmeta.") and _module(one) not in trusted.EXTRAS]
+
+
+def modules_of(text: str | None) -> list[str]:
+    """The modules of the user's names in a text."""
+    return [_module(one) for one in own_names(text)]
+
+
+def _module(name: str) -> str:
+    return name.rpartition(":")[0]
 
 
 def names_in(text: str) -> list[str]:
@@ -45,15 +54,16 @@ def names_in(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def allowed_here(modules: Iterable[str]) -> Iterator[None]:
-    """Within, files may name these modules, which may come from the current folder: the words of a command name them.
+def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[None]:
+    """Within, files may name what the words of a command name: modules, and single names; the current folder may have
+    them.
 
     Raises:
         SettingError: what is given are no names of modules.
     """
     given = list(modules)
-    with trusted.allowing(given):
-        for module in given:
+    with trusted.allowing(given, names):
+        for module in (*given, *map(_module, names)):
             own_folders.allow(module)
         yield
 

@@ -20,11 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 import rlmeta as rl
+from rlmeta.bench import imitation as benchmarks
 from rlmeta.cli import plan as plans
 from rlmeta.cli.main import main
 from rlmeta.envs import own_folders, trusted
 from rlmeta.errors import SettingError
 from rlmeta.runs import grammar
+from tests.runs.forging import accept_config
 
 REPOSITORY = Path(rl.__file__).parents[1]
 TINY = "--steps 32 --num-envs 2 --num-steps 16 --batch-size 32 --num-epochs 1 --final-episodes 2 --eval-episodes 2"
@@ -106,10 +108,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def forged(trained: Path, changes: dict[str, Any]) -> Path:
-    """A copy of the run with another configuration."""
+    """A copy of the run with another configuration, whose checksums agree with it."""
     folder = Path(shutil.copytree(trained, "forged"))
     config = tomllib.loads((folder / "config.toml").read_text()) | changes
     (folder / "config.toml").write_text(tomli_w.dumps(config))
+    accept_config(folder)
     return folder
 
 
@@ -229,7 +232,9 @@ def test_code_allows_what_a_run_folder_names(trained: Path, marker: Path, capfd:
         folder = forged(trained, {"task": task}).rename(f"copy-{number}")
         assert main(["eval", str(folder), "--episodes", "2", "--code", "planted"]) == 0
         assert rl.load(folder, code=["planted"]).scores.isfinite().all()
+        assert rl.resume(folder, code=["planted"]).scores.isfinite().all()
         assert main(["eval", str(folder), "--episodes", "2", "--env", str(task["source"])]) == 0
+        refused_after(capfd, f"eval {folder} --network planted:network", "--code planted")
         refused_after(capfd, f"eval {folder}", "--code planted")
         refused_after(capfd, f"eval {folder} --code plant,planted.more", "--code planted")
     folder = forged(trained, {"variants": [{**variants[0], "network": "planted:network"}]})
@@ -237,6 +242,24 @@ def test_code_allows_what_a_run_folder_names(trained: Path, marker: Path, capfd:
     assert main(["eval", str(folder), "--code", "planted"]) == 2
     assert "of another agent, task" in capfd.readouterr().err, "the network is made; the weights are of another"
     assert marker.exists()
+
+
+def test_a_name_allows_itself_and_not_its_module(marker: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for task, networks in (("planted:Planted-v0", "none"), ("planted:make", "planted:network")):
+        folder = saved_plan("ppo", {"task": task, "settings": {"network": networks}})
+        for other in ("--env planted:Mine", "--lifelong planted:Mine"):
+            capfd.readouterr()
+            assert main(f"resume {folder} {other}".split()) == 2
+            assert "g/plan.toml names code in the module 'planted'" in capfd.readouterr().err
+        shutil.rmtree(folder)
+    assert marker.exists(), "the module is imported, for the command names it"
+
+
+def test_a_benchmark_takes_the_program_that_is_shipped(marker: Path) -> None:
+    Path("agents").mkdir()
+    shutil.copy("planted.py", "agents/reward_shaping.py")
+    assert isinstance(benchmarks._energy(), rl.PotentialShaping)
+    assert not marker.exists()
 
 
 def refused_after(capfd: pytest.CaptureFixture[str], arguments: str, part: str) -> None:
@@ -255,7 +278,8 @@ def test_code_allows_what_other_files_name(marker: Path) -> None:
     assert "code" not in json.dumps(tomllib.loads(Path("a/plan.toml").read_text())["flags"]["run"])
     assert main(["resume", "a"]) == 2
     shutil.rmtree("a/hidden_sizes=9")
-    for again in ("--code planted", "--network planted:network"):
+    assert main(["resume", "a", "--network", "planted:network"]) == 2, "a name allows itself, not its module"
+    for again in ("--code planted", "--network planted:network --env planted:Planted-v0"):
         assert main(f"resume a {again}".split()) == 0
     assert rl.train(rl.PPO(num_envs=2, num_steps=16, batch_size=32), "mine", steps=32, code=["planted"]).env_steps == 32
 
@@ -273,9 +297,9 @@ def test_an_interrupted_run_says_how_its_code_is_named_again() -> None:
         texts = {**plan.texts, **change}
         made = plans.Plan("ppo", "own:make", texts=texts)
         made.__dict__["groups"] = {"": None}
-        assert made.again() == said
+        assert (made.again(), made.again(["more"])) == (said, f"{said} --code more")
         made.__dict__["groups"] = {"a": None, "b": None}
-        assert made.again().startswith("--code own")
+        assert made.again(["more"]).startswith("--code more,own")
     made = plans.Plan("ppo", "minigrid:MiniGrid-Empty-v0", texts=plan.texts)
     made.__dict__["groups"] = {"": None}
     assert made.again() == ""
