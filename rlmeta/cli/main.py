@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlmeta.cli.terminal import say
 from rlmeta.errors import RlmetaError, RunExistsError, SettingError, unknown_name
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("RLMETA_DEBUG") == "1"
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: say(f"warning: {message}", error=True)
             return _dispatch(arguments)
     except RlmetaError as error:
         if debug:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # of tyro: 0 after its help
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         return 130
     except BrokenPipeError:  # `rlmeta list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     return status
 
 
@@ -166,7 +167,7 @@ def _run_groups(plan: Plan, folder: Path, again: str, inexact: bool = False, hea
     _print_results(rows)
     for run in runs:
         _print_ends(run)
-    print(f"saved in {folder}")
+    say(f"saved in {folder}")
     return 0
 
 
@@ -174,7 +175,7 @@ def _interrupted(folder: Path, again: str) -> int:
     from rlmeta.cli.plan import is_run
 
     command = " ".join(filter(None, (f"rlmeta resume {folder}", again)))
-    print(f"interrupted; resume with: {command}" if is_run(folder) else "interrupted", file=sys.stderr)
+    say(f"interrupted; resume with: {command}" if is_run(folder) else "interrupted", error=True)
     return 130
 
 
@@ -384,7 +385,7 @@ def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
         run.close()
     made.save(chosen.out)
     returns = made.returns
-    print(
+    say(
         f"{len(made)} episodes of learner {made.about['learner']}, {made.steps:,} steps, returns "
         f"{returns.mean():g} ({returns.min():g} to {returns.max():g}), saved in {chosen.out}"
     )
@@ -423,7 +424,7 @@ def _adapt(folder: Path, chosen: AdaptFlags, own: OwnCode) -> int:
             learners = f"{seeds} learner{'s' if seeds > 1 else ''}"
             title = f"{title}: {learners}, {tasks} held-out task{'s' if tasks > 1 else ''} each"
             _console().print(adaptation.table(found, title))
-            print("saved " + " and ".join(map(str, adaptation.write(run, found, member, chosen.seed))))
+            say("saved " + " and ".join(map(str, adaptation.write(run, found, member, chosen.seed))))
         finally:
             run.close()
     return 0
@@ -434,7 +435,7 @@ def show_list(arguments: list[str]) -> int:
     from rlmeta.cli.listing import TABLES
 
     if {"-h", "--help"} & set(arguments):
-        print(f"usage: rlmeta list [{'|'.join(TABLES)}]")
+        say(f"usage: rlmeta list [{'|'.join(TABLES)}]")
         return 0
     for kind in arguments:
         if kind not in TABLES:
@@ -475,9 +476,9 @@ def _print_ends(run: Run) -> None:
             reached = "best" in state and bool(score.reaches(state["best"]["score"][i], target))
             why = f"reached {target:g}" if reached else "turned NaN and was frozen"
             name = f"learner {i} (seed {seed}{', ' + label if label else ''})"
-            print(f"{name} {why} after {int(state['count']['env_steps'][i]):,} steps")
+            say(f"{name} {why} after {int(state['count']['env_steps'][i]):,} steps")
     if run.stopped:
-        print(f"stopped: {run.stopped}")
+        say(f"stopped: {run.stopped}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import re
 import shlex
-import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import torch
 from rlmeta import api
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.cli import flags
+from rlmeta.cli.terminal import say
 from rlmeta.envs import streams, trusted
 from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.names import read_toml
@@ -34,8 +34,8 @@ from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import check_names, per_learner_names
 from rlmeta.report.trackers import TrackerFactory, logged_to_wandb, to_tensorboard, to_wandb, trackers_of, wandb_of
+from rlmeta.runs import checkpoint, grammar, own_code, presets
 from rlmeta.runs import folder as run_folder
-from rlmeta.runs import grammar, own_code, presets
 from rlmeta.runs import train as training
 from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
 from rlmeta.runs.files import put
@@ -323,7 +323,7 @@ class Plan:
             header: printed once nothing can be wrong with the run any more.
         """
         settings, where, quiet = self.groups[label], group_folder(folder, label), self.options.quiet
-        if label and (where / run_folder.CONFIG).is_file():
+        if label and checkpoint.is_saved(where / "state"):
             return self._go_on(settings, where, inexact)
         trackers = self.trackers()
         if self.file and self.options.wandb and not self.wandb:
@@ -339,7 +339,7 @@ class Plan:
             threads=self.options.threads,
         )
         for line in filter(None, (header, label if not quiet else "")):
-            print(line)
+            say(line)
         return training.go(run, listeners=api.listeners(trackers, progress=not quiet))
 
     def _go_on(self, settings: Any, where: Path, inexact: bool) -> Run:
@@ -394,7 +394,7 @@ def go_on(
 def say_wandb(where: str, had: str) -> None:
     """Say that a run was logged to W&B, that this resume is not, and how it would be."""
     text = shlex.quote(had)
-    print(f"note: {where} says it is logged to W&B as {text}; not now: resume with --wandb {text}", file=sys.stderr)
+    say(f"note: {where} says it is logged to W&B as {text}; not now: resume with --wandb {text}", error=True)
 
 
 def code_of(arguments: Sequence[str]) -> list[str]:
