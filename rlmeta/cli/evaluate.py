@@ -1,0 +1,61 @@
+"""`rlmeta eval RUN`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlmeta.cli.arguments import one_folder
+from rlmeta.cli.own_code import OwnCode
+from rlmeta.cli.results import print_results
+from rlmeta.errors import SettingError
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """The episodes."""
+
+    episodes: int = 256
+    """Episodes of each learner."""
+    best: bool = False
+    """The parameters of each learner's best periodic evaluation instead of the final ones."""
+    sampled: bool = False
+    """Sample actions instead of taking the policy's mode."""
+    seed: int = 1
+    """Another seed plays other episodes."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise SettingError(f"--episodes is {self.episodes}, expected at least 1")
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`rlmeta eval RUN`."""
+    from rlmeta.cli import flags
+    from rlmeta.runs import grammar
+
+    folder, rest = one_folder(arguments, "eval")
+    groups: dict[str, Any] = {"evaluation": (EvaluateFlags, {}), "own_code": (OwnCode, {})}
+    texts = flags.read(f"rlmeta eval {folder}", "Play fresh episodes with a run's learners.", groups, rest)
+    chosen, own = grammar.build(EvaluateFlags, texts["evaluation"]), grammar.build(OwnCode, texts["own_code"])
+    with own.allowed():
+        return _evaluate(folder, chosen, own)
+
+
+def _evaluate(folder: Path, chosen: EvaluateFlags, own: OwnCode) -> int:
+    from rlmeta.cli.plan import members
+    from rlmeta.runs.run import load
+
+    rows: list[dict[str, Any]] = []
+    for label, member in members(folder).items():
+        run = load(member, **own.again(member))
+        try:
+            run.evaluation = run.evaluate(
+                chosen.episodes, deterministic=not chosen.sampled, best=chosen.best, seed=chosen.seed
+            )
+        finally:
+            run.close()
+        rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
+    print_results(rows)
+    return 0

@@ -1,0 +1,59 @@
+"""The flags that give a user's own code again, which a run folder names and never loads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """Your own code, where the run had some: a run folder names it but never loads it by itself."""
+
+    code: str = ""
+    """Modules that the folder may name and so import, package.module, joined by commas."""
+    network: str | None = None
+    """The network again, as package.module:Name."""
+    env: str | None = None
+    """The environment's factory again, or the stream or family, as package.module:name."""
+    lifelong: str = ""
+    """The lifelong methods again, as package.module:MyMethod, joined by commas."""
+    rewards: str = "none"
+    """To go on: the rewards again, as package.module:Name, joined by +."""
+    demonstrations: str | None = None
+    """To go on: the file of the demonstrations again, where it is no longer where it was."""
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Within, a folder may name what these flags name, and that may come from the current folder."""
+        from rlmeta.runs.own_code import allowed_here, names_in, own_names
+
+        texts = (self.network, self.env, self.lifelong, self.rewards)
+        with allowed_here(names_in(self.code), [name for text in texts for name in own_names(text)]):
+            yield
+
+    def again(self, folder: Path) -> dict[str, Any]:
+        """What `load` and `resume` are given of it for the run in a folder."""
+        from rlmeta.runs import own_code
+        from rlmeta.runs.grammar import load_objects
+
+        rewards = load_objects(self.rewards)
+        own: dict[str, Any] = {"rewards": rewards} if rewards else {}
+        if self.demonstrations is not None:
+            own["demonstrations"] = self.demonstrations
+        return {
+            "network": own_code.network_again(self.network),
+            "env": own_code.env_again(folder, self.env),
+            "lifelong": own_code.own_methods_again(folder, self.lifelong),
+            "own": own,
+        }
+
+    def words(self) -> str:
+        """The flags that were given, to be given again."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in values.items())

@@ -1,0 +1,86 @@
+"""`rlmeta record RUN`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlmeta.cli.arguments import one_folder
+from rlmeta.cli.own_code import OwnCode
+from rlmeta.cli.terminal import say
+from rlmeta.errors import RunExistsError, SettingError
+
+
+@dataclass(frozen=True)
+class RecordFlags:
+    """The episodes."""
+
+    out: str = ""
+    """The file to write; needed."""
+    episodes: int = 60
+    """How many."""
+    learner: int = -1
+    """Which learner plays; -1 for the best in the final evaluation."""
+    best: bool = False
+    """The parameters of its best periodic evaluation instead of the final ones."""
+    sampled: bool = False
+    """Sample actions instead of taking the policy's mode."""
+    seed: int = 0
+    """Another seed plays other episodes."""
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise SettingError("rlmeta record needs a file to write: --out FILE")
+        if os.path.lexists(self.out):
+            raise RunExistsError(f"{self.out} exists: record into another file, or delete it first")
+        from rlmeta.data.demonstrations import check_writable
+
+        check_writable(self.out)
+        if self.learner < -1:
+            raise SettingError(f"--learner is {self.learner}, expected 0 or more, or -1 for the best")
+
+
+def record(arguments: list[str]) -> int:
+    """`rlmeta record RUN --out FILE`."""
+    from rlmeta.cli import flags
+    from rlmeta.runs import grammar
+
+    folder, rest = one_folder(arguments, "record")
+    groups: dict[str, Any] = {"episodes": (RecordFlags, {}), "own_code": (OwnCode, {})}
+    about = "Write demonstrations: whole episodes of one of a run's learners."
+    texts = flags.read(f"rlmeta record {folder}", about, groups, rest)
+    chosen, own = grammar.build(RecordFlags, texts["episodes"]), grammar.build(OwnCode, texts["own_code"])
+    with own.allowed():
+        return _record(folder, chosen, own)
+
+
+def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
+    from rlmeta.cli import plan as plans
+    from rlmeta.runs.record import record as play
+    from rlmeta.runs.run import load
+
+    if plans.is_plan(folder):
+        raise SettingError(
+            f"{folder} holds several runs: record one of {', '.join(map(str, plans.members(folder).values()))}"
+        )
+    run = load(folder, **own.again(folder))
+    try:
+        made = play(
+            run,
+            chosen.episodes,
+            learner=None if chosen.learner < 0 else chosen.learner,
+            best=chosen.best,
+            deterministic=not chosen.sampled,
+            seed=chosen.seed,
+        )
+    finally:
+        run.close()
+    made.save(chosen.out)
+    returns = made.returns
+    say(
+        f"{len(made)} episodes of learner {made.about['learner']}, {made.steps:,} steps, returns "
+        f"{returns.mean():g} ({returns.min():g} to {returns.max():g}), saved in {chosen.out}"
+    )
+    return 0

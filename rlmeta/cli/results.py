@@ -1,0 +1,40 @@
+"""What a command says of its runs: tables, and how they ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlmeta.cli.terminal import say
+
+if TYPE_CHECKING:
+    from rlmeta.runs.run import Run
+
+
+def console() -> Any:
+    """The terminal for tables."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_results(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table of results, if there are some."""
+    from rlmeta.report.tables import result_table
+
+    console().print(result_table(rows))
+
+
+def print_ends(run: Run) -> None:
+    """Name the learners that ended early, and say why the run did."""
+    state, target, score = run.state, run.experiment.budget.target, run.agent.score
+    learners = zip(run.experiment.learner_labels, run.experiment.learners)
+    for i, (label, (_, seed)) in enumerate(learners):
+        if not bool(state["active"][i]):
+            reached = "best" in state and bool(score.reaches(state["best"]["score"][i], target))
+            why = f"reached {target:g}" if reached else "turned NaN and was frozen"
+            name = f"learner {i} (seed {seed}{', ' + label if label else ''})"
+            say(f"{name} {why} after {int(state['count']['env_steps'][i]):,} steps")
+    if run.stopped:
+        say(f"stopped: {run.stopped}")

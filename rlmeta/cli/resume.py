@@ -1,0 +1,53 @@
+"""`rlmeta resume RUN`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlmeta.cli.arguments import one_folder
+from rlmeta.cli.own_code import OwnCode
+from rlmeta.cli.results import print_ends, print_results
+from rlmeta.cli.train import interrupted, run_groups
+
+
+@dataclass(frozen=True)
+class ResumeFlags:
+    """The run."""
+
+    inexact: bool = False
+    """Go on even where the environments cannot be brought back to where they were."""
+    quiet: bool = False
+    """No live progress."""
+    wandb: str = ""
+    """Log on to this project of Weights & Biases, or ENTITY/PROJECT: a run folder alone never sends anything there."""
+
+
+def resume(arguments: list[str]) -> int:
+    """`rlmeta resume RUN`."""
+    from rlmeta.cli import flags
+    from rlmeta.runs import grammar
+
+    folder, rest = one_folder(arguments, "resume")
+    groups: dict[str, Any] = {"run": (ResumeFlags, {}), "own_code": (OwnCode, {})}
+    texts = flags.read(f"rlmeta resume {folder}", "Go on with a run; it ends as if never stopped.", groups, rest)
+    chosen, own = grammar.build(ResumeFlags, texts["run"]), grammar.build(OwnCode, texts["own_code"])
+    with own.allowed():
+        return _resume(folder, chosen, own)
+
+
+def _resume(folder: Path, chosen: ResumeFlags, own: OwnCode) -> int:
+    from rlmeta.cli import plan as plans
+
+    if plans.is_plan(folder):
+        plan = dataclasses.replace(plans.from_folder(folder), wandb=chosen.wandb)
+        return run_groups(plan, folder, own.words(), chosen.inexact)
+    again = own.again(folder)
+    run = plans.go_on(folder, **again, wandb=chosen.wandb, progress=not chosen.quiet, inexact=chosen.inexact)
+    if run.stopped == "interrupted":
+        return interrupted(folder, own.words())
+    print_results(run.summary())
+    print_ends(run)
+    return 0
