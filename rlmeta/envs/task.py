@@ -89,7 +89,6 @@ class Task:
         warnings.warn(
             f"task {self.name!r} declares no limit of its episodes: one that does not end by itself goes on for ever "
             f"in training, and evaluation cuts it after {EVALUATION_LIMIT} steps; give it max_episode_steps=",
-            RuntimeWarning,
             stacklevel=2,
         )
 

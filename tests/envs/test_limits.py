@@ -74,7 +74,7 @@ LIMITED: dict[str, Any] = {
 def test_a_task_takes_the_limit_of_its_episodes(kind: str) -> None:
     task = LIMITED[kind](7)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("error", UserWarning)
         assert _first_cut(task) == 7
         again = _again(task, task.source if callable(task.source) else None)
         assert again.describe() == task.describe() and _first_cut(again) == 7

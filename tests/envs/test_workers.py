@@ -67,8 +67,8 @@ def _until_gone(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
-def _script(tmp_path: Path, text: str) -> subprocess.Popen[str]:
-    """A started program, with the warnings of its main process in its error output."""
+def _script(tmp_path: Path, text: str, folder: str = ".") -> subprocess.Popen[str]:
+    """A started program, in a folder within that of its file."""
     script = tmp_path / "script.py"
     script.write_text(text)
     return subprocess.Popen(
@@ -77,7 +77,7 @@ def _script(tmp_path: Path, text: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        cwd=tmp_path,
+        cwd=tmp_path / folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "2"},
     )
 
@@ -131,6 +131,10 @@ def test_environments_that_use_torch_do_not_wait_for_threads_of_their_parent(tmp
 
 
 def test_a_forked_copy_starts_workers_of_its_own(tmp_path: Path) -> None:
+    """Neither these nor the program's own take modules from the current folder, which others may have filled."""
+    (tmp_path / "data").mkdir()
+    for name in ("torch", "numpy", "gymnasium"):
+        (tmp_path / "data" / f"{name}.py").write_text("open('imported', 'w'); raise SystemExit('imported')")
     text = """
 import os
 from rlmeta.envs.gymnasium.world import GymnasiumWorld
@@ -149,9 +153,10 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 run()
 """
-    process = _script(tmp_path, text)
+    process = _script(tmp_path, text, "data")
     out, err = process.communicate(timeout=200)
     assert (process.returncode, out) == (0, "3\n"), err
+    assert not (tmp_path / "data" / "imported").exists()
 
 
 def test_workers_see_the_surroundings_of_now(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
