@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlmeta.cli.arguments import one_folder
+from rlmeta.cli.own_code import OwnCode
+from rlmeta.cli.results import console
 from rlmeta.cli.terminal import say
 
 if TYPE_CHECKING:
     from rlmeta.report.adaptation import AdaptFlags
-from rlmeta.cli.arguments import one_folder
-from rlmeta.cli.own_code import OwnCode
-from rlmeta.cli.results import console
 
 
 def adapt(arguments: list[str]) -> int:

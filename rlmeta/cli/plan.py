@@ -25,6 +25,7 @@ from rlmeta.agents.agent import NetworkFactory
 from rlmeta.cli import flags
 from rlmeta.cli.terminal import say
 from rlmeta.envs import streams, trusted
+from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT
 from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.names import read_toml
 from rlmeta.envs.native import NativeEnv
@@ -69,6 +70,10 @@ class Options:
     """A preset's file or name, the task whose settings to take, none, or auto for the task's own."""
     async_: bool = False
     """Divide gymnasium's environments over worker processes."""
+    worker_timeout: float = WORKER_TIMEOUT
+    """With --async, seconds that one call of an environment may take."""
+    max_episode_steps: int | None = None
+    """Cut episodes after so many steps, where the environment declares no limit, or a longer one."""
     native: bool = True
     """Use rlmeta's own batched environment where there is one for the task."""
     threads: int = 0
@@ -212,7 +217,15 @@ class Plan:
         if is_problem(source):
             return source
         mode: Mode = "async" if options.async_ else "sync"
-        made = task(source, name=self.task, settings=self.env, mode=mode, native=options.native)
+        made = task(
+            source,
+            name=self.task,
+            settings=self.env,
+            mode=mode,
+            native=options.native,
+            max_episode_steps=options.max_episode_steps,
+            worker_timeout=options.worker_timeout,
+        )
         if made.native and options.async_:
             raise SettingError(
                 f"--async is for gymnasium's environments, {self.task!r} is rlmeta's own: add --no-native"

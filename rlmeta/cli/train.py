@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlmeta.cli.arguments import USAGE, names_before_flags
+from rlmeta.cli.results import print_ends, print_results
 from rlmeta.cli.terminal import say
 from rlmeta.errors import SettingError
 
 if TYPE_CHECKING:
     from rlmeta.cli.plan import Plan
     from rlmeta.runs.run import Run
-from rlmeta.cli.arguments import USAGE, names_before_flags
-from rlmeta.cli.results import print_ends, print_results
 
 
 def train(arguments: list[str]) -> int:

@@ -81,6 +81,12 @@ def _install() -> None:
         sys.path_hooks.insert(0, _hook)
 
 
-if any(entry.startswith(PREFIX) for entry in sys.path):  # a process that was started by one that had allowed some
-    _install()
-    sys.path_importer_cache.clear()
+def inherit(path: list[str]) -> None:
+    """Search for modules where another process does: a worker takes over what its parent had allowed."""
+    sys.path[:] = path
+    if any(entry.startswith(PREFIX) for entry in path):
+        _install()
+        sys.path_importer_cache.clear()
+
+
+inherit(list(sys.path))  # of a process that was started by one that had allowed some

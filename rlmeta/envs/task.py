@@ -88,7 +88,8 @@ class Task:
         object.__setattr__(self, "_warned", True)
         warnings.warn(
             f"task {self.name!r} declares no limit of its episodes: one that does not end by itself goes on for ever "
-            f"in training, and evaluation cuts it after {EVALUATION_LIMIT} steps; give it max_episode_steps=",
+            f"in training, and evaluation cuts it after {EVALUATION_LIMIT} steps; give it max_episode_steps= "
+            "(--max-episode-steps)",
             stacklevel=2,
         )
 

@@ -34,6 +34,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from rlmeta.data.spaces import Array, Layout
+from rlmeta.envs import own_folders
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, Buffers, Rows, Template, require_timeout
 from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
 
@@ -308,6 +309,8 @@ class _Sent(NamedTuple):
     """What is registered with gymnasium and not its own, pickled."""
     filters: list[Any]
     """Of warnings."""
+    path: list[str]
+    """Where modules are searched for, those of the current folder that a command names among them."""
     template: bytes
     """How to make an environment, pickled: it is read when the others are in place."""
 
@@ -328,7 +331,7 @@ def _packed(template: Template) -> bytes:
                 specs[name] = cloudpickle.dumps(_whole(spec))
     try:
         pickled = cloudpickle.dumps(dataclasses.replace(template, make=make))
-        return cloudpickle.dumps(_Sent(dict(os.environ), specs, list(warnings.filters), pickled))
+        return cloudpickle.dumps(_Sent(dict(os.environ), specs, list(warnings.filters), [*filter(None, sys.path)], pickled))
     except Exception as error:
         raise SettingError(
             f"{template.name} can't be sent to worker processes ({type(error).__name__}: {error}): put what makes it "
@@ -362,7 +365,8 @@ def _fresh_start() -> Iterator[None]:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     main = sys.modules["__main__"]
-    shown = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    folders = [entry for entry in sys.path if entry and not entry.startswith(own_folders.PREFIX)]
+    shown = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(folders)}
     before = {name: os.environ.get(name) for name in shown}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # else Ctrl-C ends the server as it imports
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -431,6 +435,7 @@ def _unpacked(sent: bytes) -> Template:
     os.environ.clear()
     os.environ.update(given.environment)
     warnings.filters[:] = given.filters  # type: ignore[index]
+    own_folders.inherit(given.path)
     for name, spec in given.specs.items():
         if name not in gym.registry:
             with contextlib.suppress(Exception):
