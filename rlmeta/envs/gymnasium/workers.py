@@ -331,7 +331,8 @@ def _packed(template: Template) -> bytes:
                 specs[name] = cloudpickle.dumps(_whole(spec))
     try:
         pickled = cloudpickle.dumps(dataclasses.replace(template, make=make))
-        return cloudpickle.dumps(_Sent(dict(os.environ), specs, list(warnings.filters), [*filter(None, sys.path)], pickled))
+        path = [entry for entry in sys.path if entry]
+        return cloudpickle.dumps(_Sent(dict(os.environ), specs, list(warnings.filters), path, pickled))
     except Exception as error:
         raise SettingError(
             f"{template.name} can't be sent to worker processes ({type(error).__name__}: {error}): put what makes it "
