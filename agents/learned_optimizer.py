@@ -11,18 +11,18 @@ import torch
 import tyro
 
 import rlmeta as rl
+from rlmeta.envs.kinds import problem_of
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.packed import Packed
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.state import select
 from rlmeta.meta.adapt import adapt
-from rlmeta.runs.train import resolve
 
 
 def train(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> dict:
     """Meta-train `seeds` optimizers at once, each on many problems; returns their state."""
     settings = rl.preset("learned_optimizer", family)
-    world = resolve(family, settings).world((seeds,), settings.num_envs)
+    world = problem_of(family, "LearnedOptimizer", True).world((seeds,), settings.num_envs)
     learner = settings.bind(world.observation_space, world.action_space)
     state = learner.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
     iterations, bound = math.ceil(steps / (settings.num_envs * settings.unroll)), settings.max_grad_norm
@@ -63,7 +63,7 @@ def train(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> d
 def main(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> None:
     """Meta-train, minimise 256 held-out problems, print the mean loss after 0, 20, ... 100 steps."""
     state, settings = train(family, seeds, steps), rl.preset("learned_optimizer", family)
-    world = resolve(family, settings).world((seeds,), settings.num_envs)
+    world = problem_of(family, "LearnedOptimizer", True).world((seeds,), settings.num_envs)
     learner = settings.bind(world.observation_space, world.action_space)
     print(learner.adaptation(state["params"], world, state["key"], 256, 100)[..., ::20].mean(1))
 

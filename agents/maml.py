@@ -12,17 +12,17 @@ import tyro
 
 import rlmeta as rl
 from rlmeta.envs.families import NamedFamily
+from rlmeta.envs.kinds import problem_of
 from rlmeta.functional import optim, random
 from rlmeta.functional.packed import Packed
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.meta.adapt import adapt, expand_tasks
-from rlmeta.runs.train import resolve
 
 
 def train(family: str = "sinusoid", seeds: int = 4, steps: int = 75_000) -> dict:
     """Meta-train `seeds` learners at once; returns their state."""
     settings = rl.preset("maml", family)
-    problem: NamedFamily = resolve(family, settings)
+    problem: NamedFamily = problem_of(family, "MAML", True)
     world = problem.world((seeds,), settings.num_envs)
     maml = settings.bind(world.observation_space, world.action_space)
     state = maml.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
@@ -59,7 +59,7 @@ def train(family: str = "sinusoid", seeds: int = 4, steps: int = 75_000) -> dict
 def main(family: str = "sinusoid", seeds: int = 4, steps: int = 75_000) -> None:
     """Meta-train, adapt to 600 held-out tasks, print the mean score against the inner steps."""
     state, settings = train(family, seeds, steps), rl.preset("maml", family)
-    world = resolve(family, settings).world((seeds,), settings.num_envs)
+    world = problem_of(family, "MAML", True).world((seeds,), settings.num_envs)
     maml = settings.bind(world.observation_space, world.action_space)
     print(maml.adaptation(state["params"], world, state["key"], 600, 10).mean(1))
 

@@ -36,8 +36,11 @@ def is_problem(value: Any) -> bool:
     """Whether it is a task, a stream, or a family (`tasks` draws some), rather than an environment or what makes it."""
     if isinstance(value, Task | DataTask | TaskFamily | NamedFamily | TaskStream):
         return True
-    is_env = issubclass(value, gym.Env) if isinstance(value, type) else isinstance(value, gym.Env)
-    return callable(getattr(value, "tasks", None)) and not is_env
+    return callable(getattr(value, "tasks", None)) and not _is_env(value)
+
+
+def _is_env(value: Any) -> bool:
+    return issubclass(value, gym.Env) if isinstance(value, type) else isinstance(value, gym.Env)
 
 
 def problem_of(value: Any, learner: str, learns_from_tasks: bool) -> Task | DataTask | NamedFamily | TaskStream:
@@ -78,6 +81,6 @@ def _made(value: Any, learns_from_tasks: bool) -> Any:
         return NamedFamily(value.name, value) if learns_from_tasks else value.task()
     if isinstance(value, Task | DataTask | NamedFamily | TaskStream):
         return value
-    if callable(getattr(value, "tasks", None)) and is_problem(value):
+    if getattr(value, "tasks", None) is not None and not _is_env(value):
         return NamedFamily(type(value).__name__, value)
     return task(value)  # of an environment's factory; what can't be one is refused with what to give instead

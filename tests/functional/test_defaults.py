@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rlmeta.functional
-from rlmeta.functional import axes, normalise, optim, projection, random, schedules, statistics, tabular, tree
+from rlmeta.functional import axes, normalise, optim, packed, projection, random, schedules, statistics, tabular, tree
 from rlmeta.functional.normalise import reward_init, running_init, running_update
 from rlmeta.nn import fisher, sample_gradients
 
@@ -157,6 +157,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "projection.nonnegative_quadratic": lambda: projection.nonnegative_quadratic(
         torch.ones(3, 3, 3, dtype=DOUBLE, device="cpu"), -SQUARE["x"][..., 0].double().abs()
     ),
+    "packed.in_order": lambda: packed.in_order({"b": RATES, "a": ENDS}, {"a": ENDS, "b": RATES}),
+    "schedules.anneal": lambda: [schedules.anneal(ENDS, name, DECAYS.double()) for name in ("linear", "cosine")],
     "schedules.constant": lambda: scheduled(schedules.constant(0.1)),
     "schedules.linear": lambda: [scheduled(schedules.linear(0.3, 0.1)), scheduled(schedules.linear(ENDS, 0.1))],
     "schedules.cosine": lambda: [scheduled(schedules.cosine(0.3, 0.1)), scheduled(schedules.cosine(ENDS, 0.1))],

@@ -86,8 +86,8 @@ class Inside:
     ("make", "words"),
     [
         (
-            lambda: PPO(learning_rate_schedule="cosine"),
-            "PPO: learning_rate_schedule is 'cosine', expected one of constant, lin",
+            lambda: PPO(learning_rate_schedule="cosinus"),
+            "PPO: learning_rate_schedule is 'cosinus', expected one of constant, lin",
         ),
         (lambda: Inside(switch="yes"), "Inside: switch is 'yes', expected True or False"),
         (lambda: Inside(learner=Inside(switch="no")), "Inside: switch is 'no', expected True or False"),
@@ -120,6 +120,6 @@ def test_what_is_no_agents_settings_is_refused(strange):
 
 
 def test_choices_are_looked_at_before_a_run(tmp_path):
-    with pytest.raises(SettingError, match="learning_rate_schedule is 'cosine'"):
-        train(PPO(learning_rate_schedule="cosine"), "CartPole-v1", steps=8, out=tmp_path / "run")
+    with pytest.raises(SettingError, match="learning_rate_schedule is 'cosinus'"):
+        train(PPO(learning_rate_schedule="cosinus"), "CartPole-v1", steps=8, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlmeta.cli import flags
 from rlmeta.errors import SettingError
 from rlmeta.learning.settings import PerLearner, per_learner_names
 from rlmeta.runs import grammar
@@ -123,7 +124,7 @@ def test_only_settings_compare() -> None:
 
 
 def read(*arguments: str, replaced: dict[str, Any] | None = None) -> dict[str, str]:
-    return grammar.read("prog", "What it does.", {"group": (Sample, replaced or {})}, arguments)["group"]
+    return flags.read("prog", "What it does.", {"group": (Sample, replaced or {})}, arguments)["group"]
 
 
 def test_flags_of_every_form() -> None:
@@ -179,7 +180,7 @@ def test_underscores_are_dashes() -> None:
         async_: bool = False
         batch_size: int = 1
 
-    found = grammar.read("prog", "", {"group": (Async, {})}, ["--async", "--batch_size", "4"])
+    found = flags.read("prog", "", {"group": (Async, {})}, ["--async", "--batch_size", "4"])
     assert found == {"group": {"async_": "true", "batch_size": "4"}}
 
 

@@ -36,7 +36,7 @@ def send_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: int) -> Non
 
     def interrupted(self: Any, state: Any, world: Any) -> Any:
         if int(state["count"]["iterations"].max()) == iteration:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return iterate(self, state, world)
 
     monkeypatch.setattr(A2CAgent, "iterate", interrupted)
@@ -57,8 +57,8 @@ def test_control_c_between_two_lines_ends_the_iteration_and_says_so(
 
 def test_a_second_control_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(self: Any, state: Any, world: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:
         patched.setattr(A2CAgent, "iterate", twice)
