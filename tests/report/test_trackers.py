@@ -49,6 +49,20 @@ def forked(function: Callable[[], None], exit_code: int = 0) -> None:
     assert process.exitcode == exit_code
 
 
+def written(folder: Path, index: int) -> WandbRun:
+    """A W&B run once its service, which outlives the process a little, has written how it ended."""
+    run_id, deadline = json.loads((folder / "wandb.json").read_text())["ids"][index], time.monotonic() + 120
+
+    def ended() -> bool:
+        files = (folder / "wandb").glob(f"offline-run-*-{run_id}/*.wandb")
+        return any(record.HasField("exit") for path in files for record in wandb_records(path))
+
+    while not ended():
+        assert time.monotonic() < deadline, "W&B's service has written no end of the run"
+        time.sleep(0.1)
+    return WandbRun(folder, index)
+
+
 def kill_myself(*arguments: Any, **settings: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -231,7 +245,7 @@ def test_wandb_has_a_run_for_every_learner_with_its_own_configuration(tmp_path: 
         tracker.close()
 
     forked(child)
-    runs = [WandbRun(tmp_path, index) for index in range(4)]
+    runs = [written(tmp_path, index) for index in range(4)]
     assert len({run.id for run in runs}) == 4 == len(list((tmp_path / "wandb").glob("offline-run-*")))
     names = [f"CartPole-v1__ppo__learning_rate={rate}__seed={seed}" for rate in ("0.001", "0.0001") for seed in (0, 7)]
     for index, run in enumerate(runs):
@@ -315,7 +329,7 @@ def test_wandb_goes_on_with_the_same_runs_after_a_kill_and_never_repeats_a_step(
     time.sleep(0.1)  # the service notices that its process has died
     forked(resume)
     for index in range(2):
-        run = WandbRun(tmp_path, index)
+        run = written(tmp_path, index)
         assert run.id == ids[index] and len(run.parts) == 2
         steps = [line["_step"] for line in run.lines]
         lost = [] if index == 0 else [3000]
@@ -363,8 +377,8 @@ def test_a_run_that_ends_by_an_exception_has_failed(tmp_path: Path) -> None:
     for name in ("well", "badly"):
         (tmp_path / name).mkdir()
     forked(child)
-    assert WandbRun(tmp_path / "well", 0).exits == [0]
-    assert WandbRun(tmp_path / "badly", 0).exits == [1]
+    assert written(tmp_path / "well", 0).exits == [0]
+    assert written(tmp_path / "badly", 0).exits == [1]
 
 
 def test_wandb_without_a_key_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
