@@ -61,12 +61,6 @@ def test_python_blocks_run(folder):
         run([sys.executable, "-c", block], folder)
 
 
-def test_commands_run(folder):
-    (commands,) = blocks("sh")
-    for command in commands.splitlines():
-        run(command.split(), folder)
-
-
 def test_what_is_said_to_train_or_measure_can_be_asked_for(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "envs")
     trained = re.findall(r"`rlmeta train (\w+) ([^- `][^ `]*)([^`;]*)", README)
