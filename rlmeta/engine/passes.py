@@ -69,7 +69,7 @@ def _in_new_memory(operation: Operation) -> Any:
 
 
 def without_idle(tape: Tape) -> Tape:
-    """Without operations whose results nobody uses."""
+    """Dead code elimination: the tape without operations whose results nobody uses."""
     used = {place for place in tape.outputs if isinstance(place, Place)}
     kept: list[Operation] = []
     for operation in reversed(tape.operations):
@@ -132,7 +132,7 @@ _ELEMENTWISE += ["log", "masked_fill", "mul", "neg", "pow", "relu", "reciprocal"
 
 
 def written_over(tape: Tape, spare: Iterable[Place] = ()) -> Tape:
-    """Elementwise operations in place, where nobody needs their argument any more.
+    """In-place operations: elementwise ones write over an argument that nobody needs any more.
 
     Args:
         tape: any.

@@ -55,7 +55,7 @@ def minimises(family: Any) -> bool:
 
 
 def check_family(family: Any) -> None:
-    """Refuse what is no `Family`: its spaces and how its `tasks` are asked for are looked at, nothing is drawn.
+    """Validate a family of tasks: its spaces and the arguments of its `tasks`; nothing is drawn.
 
     Raises:
         SettingError: it is a class, lacks a space, or its `tasks` take other arguments.

@@ -27,7 +27,10 @@ def recorded_descents(
     recipe: Recipe,
     max_norm: float | Tensor,
 ) -> tree.Tree:
-    """Where the steps lead. To hold learners back costs time, so it is first hoped that nobody need be."""
+    """Several recorded gradient steps: the weights, moments and buffers after them, and which learners are finite.
+
+    To hold back learners that stop costs time, so the steps are taken without first, and again where one stopped.
+    """
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
     descend, numbers, tensors = _descend(learner, weights, axes, recipe, max_norm, report=False)

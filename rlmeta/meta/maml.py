@@ -265,13 +265,13 @@ class MAMLLearner:
         return state, {**average.result(), **metrics}
 
     def draw(self, state: State, world: FamilyWorld, n: int) -> tree.Tree:
-        """n fresh training tasks, to adapt to and to be asked about; the state stays as it is."""
+        """A meta-batch of n fresh training tasks, support and query; the state stays as it is."""
         key = random.fold(state["key"], "draw")
         tasks = world.tasks(key, 0, n, "train")
         return self.experience({**state, "key": key}, world, tasks)[0] if self.acts else tasks
 
     def broken_task(self, state: State, world: FamilyWorld, learner: int) -> str:
-        """Which task lost its numbers where a learner is frozen, and after how many inner steps; '' if none did.
+        """NaN in the inner loop: which task of a frozen learner is not finite, after how many steps; '' if none is.
 
         A frozen learner has the weights and the counters of the meta-batch that froze it.
         """

@@ -118,7 +118,7 @@ class Lifted(Block):
         share_tensors(self, template)
 
     def may_draw(self) -> bool:
-        """Nobody knows what the module does."""
+        """Random numbers may be drawn: what a module does is not known before it runs."""
         return True
 
     def keeps_ties(self) -> bool:
