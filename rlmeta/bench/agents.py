@@ -63,6 +63,7 @@ class Agents:
 USAGE = """usage: rlmeta bench NAME [flags]
 
   agents      PPO on CartPole-v1 against Stable-Baselines3; --scale: against the number of learners
+  checkout    training seconds of this checkout against another one's
   imitation   imitation and shaping; --speed: against the package imitation
   lifelong    lifelong methods on three streams; --speed: against loops and Avalanche
   meta        meta-learners on their families; --speed: against learn2learn
@@ -83,6 +84,10 @@ def main(arguments: Sequence[str]) -> int:
         from rlmeta.bench import meta
 
         return meta.main(flags)
+    if name == "checkout":
+        from rlmeta.bench import checkout
+
+        return checkout.main(tyro.cli(checkout.Checkout, prog="rlmeta bench checkout", args=flags))
     if name == "lifelong":
         from rlmeta.bench import lifelong
 
@@ -92,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return imitation.imitation(tyro.cli(imitation.Imitation, prog="rlmeta bench imitation", args=flags))
     if name != "agents":
-        raise unknown_name("benchmark", name, ["agents", "imitation", "lifelong", "meta"])
+        raise unknown_name("benchmark", name, ["agents", "checkout", "imitation", "lifelong", "meta"])
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
     if options.steps < 1 or options.rounds < 1 or options.seeds < 1:
         raise SettingError("bench: steps, rounds and seeds are at least 1")
