@@ -11,12 +11,14 @@ import torch
 import tyro
 
 import rlmeta as rl
+from rlmeta.agents.dqn import AVERAGE, TARGET
 from rlmeta.functional import optim, random
 from rlmeta.learning import replay
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import evaluate
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step
+from rlmeta.learning.targets import follow
 
 
 def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 50_000) -> dict:
@@ -29,26 +31,26 @@ def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 50_000) -> dic
 
     for i in range(iterations):
         state["progress"] = torch.full_like(state["progress"], i / iterations)
-        p = state["params"]
 
         # act
-        p["hyper"]["epsilon"] = agent.epsilon(state)
+        state["params"]["hyper"]["epsilon"] = agent.epsilon(state)
         state, rollout = collect(agent, state, world, settings.num_steps)
 
         # remember
-        reward, end = rollout["reward"], (i + 1) * settings.num_steps
-        state["replay"] = replay.insert(state["replay"], rollout, reward, end - settings.num_steps, 1)
+        state["replay"] = replay.insert(state["replay"], rollout, rollout["reward"], 1)
 
         # learn
+        h, end = state["params"]["hyper"], (i + 1) * settings.num_steps
         if end * settings.num_envs >= max(settings.learning_starts, settings.n_steps * settings.num_envs):
             optimizer = optim.adam(agent.annealed(state))
             for _ in range(settings.gradient_steps):
                 key = random.fold(state["key"], state["count"]["gradient_steps"])
-                gamma, max_norm = p["hyper"]["gamma"], p["hyper"]["max_grad_norm"]
-                batch = replay.sample(state["replay"], key, settings.batch_size, end, gamma, settings.n_steps)
-                state, _ = step(agent, state, batch, optimizer, max_grad_norm=max_norm)
-                agent.follow(state)
-            agent.average_weights(state)
+                batch = replay.sample(state["replay"], key, settings.batch_size, h["gamma"], settings.n_steps)
+                state, _ = step(agent, state, batch, optimizer, max_grad_norm=h["max_grad_norm"], key=key)
+                if int(state["count"]["gradient_steps"].max()) % settings.target_every == 0:
+                    follow(state, TARGET, h["target_rate"])
+            if agent.averaged:
+                follow(state, AVERAGE, h["average_rate"])
         state = agent.end_iteration(state, rollout)
     return state
 

@@ -43,7 +43,7 @@ def train(demonstrations: str, task: str = "GridWorld-v0", seeds: int = 1, steps
             gradient = torch.autograd.grad(loss, list(theta.values()))
             flat = torch.cat([g.reshape(seeds, -1) for g in gradient], -1)
             before = {"weights": weights.flat}
-            moved, state["optimizer"] = adam.update({"weights": flat}, state["optimizer"], before)
+            moved, state["optimizer"]["all"] = adam.update({"weights": flat}, state["optimizer"]["all"], before)
             state["params"]["weights"] = Packed.view(weights.flat + moved["weights"], weights, 1)
         state = count_steps(state, settings.num_steps)
     return state

@@ -52,7 +52,7 @@ def train(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> d
         flat = torch.cat([g.reshape(seeds, -1) for g in gradient], -1)
         clipped, _ = optim.clip_by_norm({"weights": flat}, bound, 1)
         optimizer, before = learner.optimizer(state), {"weights": weights.flat}
-        moved, state["optimizer"] = optimizer.update(clipped, state["optimizer"], before)
+        moved, state["optimizer"]["all"] = optimizer.update(clipped, state["optimizer"]["all"], before)
         state["params"]["weights"] = Packed.view(weights.flat + moved["weights"], weights, 1)
         end = {"weights": found.weights, "memory": found.state, "age": carry["age"] + settings.unroll}
         carry = tree.map(torch.Tensor.detach, {"problem": carry["problem"], **end})

@@ -18,19 +18,22 @@ from rlmeta.errors import SpaceError
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align
 from rlmeta.functional.schedules import ScheduleName, anneal, linear
-from rlmeta.learning import replay
-from rlmeta.learning.average import Average
+from rlmeta.learning import off_policy, replay
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
+from rlmeta.learning.groups import Group, whole
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
-from rlmeta.learning.settings import PerLearner, require, require_range, values_of
+from rlmeta.learning.settings import PerLearner, require_range, values_of
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import step
+from rlmeta.learning.targets import Copy, follow, with_copy
 from rlmeta.nn import Block, bare
 from rlmeta.rewards import Reward, distinct
+
+TARGET = Copy("target", "q")
+AVERAGE = Copy("average", "q")
 
 
 @dataclass(frozen=True)
@@ -99,19 +102,9 @@ class DQN:
             require_range(self, name, 0.0, 1.0)
         for name in ("target_rate", "average_rate", "exploration_fraction"):
             require_range(self, name, 0.0, 1.0, above=True)
-        for name in ("num_envs", "num_steps", "gradient_steps", "batch_size", "n_steps", "target_every"):
+        for name in ("n_steps", "target_every"):
             require_range(self, name, 1)
-        require_range(self, "learning_starts", 0)
-        rows = self.capacity // self.num_envs
-        require(
-            rows >= self.num_steps + self.n_steps,
-            f"DQN: capacity {self.capacity} holds {rows} steps of {self.num_envs} environments, expected at least "
-            f"num_steps + n_steps = {self.num_steps + self.n_steps}",
-        )
-        require(
-            self.learning_starts <= self.capacity,
-            f"DQN: learning_starts {self.learning_starts} is more than capacity {self.capacity}",
-        )
+        off_policy.check_settings(self, self.n_steps)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> DQNAgent:
         """The agent for environments of these spaces."""
@@ -130,7 +123,7 @@ class DQNAgent(Agent):
             raise SpaceError(f"DQN chooses among Discrete actions, the task has {action_space}: use PPO or A2C")
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
-        self.idle_steps = max(-(-settings.learning_starts // settings.num_envs), settings.n_steps)
+        self.idle_steps = off_policy.idle_steps(settings, settings.n_steps)
         self.averaged = min(values_of(settings.average_rate)) < 1.0 and not self.methods
         self.acting_network = "average" if self.averaged else "q"
         self.q: Any = bare(self.networks)["q"]
@@ -142,27 +135,23 @@ class DQNAgent(Agent):
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """The state at the start of a run: the target network is the online one, the memory is empty."""
         state = super().init(key, hyper, world)
-        p = state["params"]
-        average = _online_as("average", p) if self.averaged else {}
-        p["buffers"] = {**p["buffers"], **_online_as("target", p), **average}
-        p["hyper"] = {**hyper, "epsilon": hyper["epsilon_start"].clone()}
+        p = with_copy(state["params"], TARGET)
+        p = with_copy(p, AVERAGE) if self.averaged else p
+        state["params"] = {**p, "hyper": {**hyper, "epsilon": hyper["epsilon_start"].clone()}}
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
-        state["replay"] = replay.init(world, state["world"], self.settings.capacity // self.settings.num_envs)
+        state["replay"] = off_policy.first_memory(self.settings, world, state)
         return state
 
     def begin_task(self, state: State, world: World, key: Tensor) -> State:
         """Begin the task with an empty replay memory: its steps are counted from here."""
         state = super().begin_task(state, world, key)
-        state["replay"] = tree.map(torch.zeros_like, state["replay"])
+        off_policy.forget(state)
         return state
 
     def enter(self, state: State, world: World, key: Tensor) -> State:
         """Go on in the world's task with the memory as it is: the newest steps in it are the last of their episodes."""
         state = super().enter(state, world, key)
-        ends, axes, steps = state["replay"]["truncated"], key.dim(), int(state["count"]["task_steps"].max())
-        if steps:
-            row = torch.tensor([(steps - 1) % ends.shape[axes]], device=ends.device)
-            state["replay"] = {**state["replay"], "truncated": ends.index_fill(axes, row, True)}
+        state["replay"] = replay.cut(state["replay"], key.dim())
         return state
 
     # ------------------------------------------------------------------ act
@@ -190,8 +179,7 @@ class DQNAgent(Agent):
         h = state["params"]["hyper"]
         spent = state["progress"] / h["exploration_fraction"]
         epsilon = torch.as_tensor(linear(h["epsilon_start"], h["epsilon_end"])(spent))
-        warm_up = state["count"]["task_steps"] * self.settings.num_envs < self.settings.learning_starts
-        return torch.where(warm_up, torch.ones_like(epsilon), epsilon)
+        return torch.where(off_policy.warms_up(self, state), torch.ones_like(epsilon), epsilon)
 
     # ------------------------------------------------------------------ learn
 
@@ -216,57 +204,29 @@ class DQNAgent(Agent):
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Remember the rollout; once there is enough, take gradient steps on random transitions."""
-        s, axes = self.settings, state["key"].dim()
-        reward = torch.stack(list(rewards.values())).sum(0)
-        end = int(state["count"]["task_steps"].max()) + s.num_steps
-        state["replay"] = replay.insert(state["replay"], rollout, reward, end - s.num_steps, axes)
-        rate, h = self.annealed(state), state["params"]["hyper"]
-        metrics = {"charts/learning_rate": rate, "charts/epsilon": h["epsilon"]}
-        if end * s.num_envs < s.learning_starts or end < s.n_steps:
+        s, h = self.settings, state["params"]["hyper"]
+        off_policy.remember(self, state, rollout, rewards)
+        metrics = {"charts/learning_rate": self.annealed(state), "charts/epsilon": h["epsilon"]}
+        if not off_policy.ready(self, state, s.n_steps):
             return state, metrics
-        average, optimizer = Average(), optim.adam(rate)
-        for _ in range(s.gradient_steps):
-            key = random.fold(state["key"], state["count"]["gradient_steps"])
-            batch = replay.sample(state["replay"], key, s.batch_size, end, h["gamma"], s.n_steps)
-            state, info = step(self, state, batch, optimizer, max_grad_norm=h["max_grad_norm"], methods=self.methods)
-            self.follow(state)
-            average.add(info)
-        self.average_weights(state)
-        return state, {**average.result(), **metrics}
-
-    def average_weights(self, state: State) -> None:
-        """Move the average of the weights on, where there is one (Polyak and Juditsky, 1992)."""
+        state, info = off_policy.learn(self, state, self.groups, self.copies(state), s.n_steps)
         if self.averaged:
-            _move("average", state, state["params"]["hyper"]["average_rate"])
+            follow(state, AVERAGE, h["average_rate"])
+        return state, {**info, **metrics}
+
+    def groups(self, state: State) -> Sequence[Sequence[Group]]:
+        """All weights move in every step."""
+        return [whole(optim.adam(self.annealed(state)), state["params"]["hyper"]["max_grad_norm"])]
+
+    def copies(self, state: State) -> dict[Copy, Tensor]:
+        """How far the target network moves after each gradient step of this update, `[gradient_steps, *L]`; nothing
+        where it stays through all of them."""
+        done, every = int(state["count"]["gradient_steps"].max()), self.settings.target_every
+        moves = [(done + number) % every == 0 for number in range(1, self.settings.gradient_steps + 1)]
+        rate = state["params"]["hyper"]["target_rate"]
+        return {TARGET: torch.stack([rate * move for move in moves])} if any(moves) else {}
 
     def annealed(self, state: State) -> Tensor:
         """The learning rate `[*L]` at the learner's progress."""
         rate = state["params"]["hyper"]["learning_rate"]
         return anneal(rate, self.settings.learning_rate_schedule, state["progress"])
-
-    def follow(self, state: State) -> None:
-        """Move the target network every so many gradient steps."""
-        if int(state["count"]["gradient_steps"].max()) % self.settings.target_every == 0:
-            _move("target", state, state["params"]["hyper"]["target_rate"])
-
-
-@torch.no_grad()
-def _move(name: str, state: State, rate: Tensor) -> None:
-    """copy += rate (online - copy), for the learners that are active."""
-    p = state["params"]
-    rate = rate * state["active"]
-    moved = {name: _nearer(p["buffers"][name], value, rate) for name, value in _online_as(name, p).items()}
-    p["buffers"] = {**p["buffers"], **moved}
-
-
-def _nearer(copy: Tensor, online: Tensor, rate: Tensor) -> Tensor:
-    """copy + rate (online - copy); what is counted, not measured, is taken over."""
-    if not online.is_floating_point():
-        return torch.where(torch.as_tensor(align(rate, online) > 0, device=online.device), online, copy)
-    return torch.lerp(copy.to(online.dtype), online, align(rate.to(online.dtype), online))
-
-
-def _online_as(name: str, p: Params) -> dict[str, Tensor]:
-    """The online network's weights and buffers under another name."""
-    online = {**p["weights"], **p["buffers"]}
-    return {f"{name}.{n.removeprefix('q.')}": t.detach().clone() for n, t in online.items() if n.startswith("q.")}

@@ -273,6 +273,23 @@ def double_q_target(reward: Tensor, discount: Tensor, next_q: Tensor, next_q_onl
     return td_target(reward, discount, next_q.gather(-1, best).squeeze(-1))
 
 
+def soft_value(q: Tensor, log_prob: Tensor, temperature: float | Tensor) -> Tensor:
+    """Soft value of a sampled action: Q(s, a) - alpha log pi(a | s), whose mean over actions is V(s).
+
+    Args:
+        q: value of the action, `[*L, B]`.
+        log_prob: its log density.
+        temperature: alpha, what a nat of entropy is worth; a number, or broadcasts against `q`.
+
+    Returns:
+        `[*L, B]`
+
+    Source: Haarnoja et al., "Soft Actor-Critic", 2018, equation 3.
+    """
+    same_shape(q=q, log_prob=log_prob)
+    return q - temperature * log_prob
+
+
 def explained_variance(value: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
     """How much of the targets' variance the values explain, 1 - Var[G - v] / Var[G].
 

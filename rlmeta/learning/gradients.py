@@ -12,6 +12,7 @@ from torch import Tensor
 from rlmeta.functional import random, tree
 from rlmeta.functional.packed import in_order
 from rlmeta.learning import hooks
+from rlmeta.learning.groups import Group
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
 from rlmeta.nn import Context
@@ -24,10 +25,17 @@ class StepContext(Context):
     Attributes:
         report: whether diagnostics are wanted; computing them for every minibatch would cost as much as a small loss.
         info: where they go, `{name: [*L]}`.
+        moving: None where every loss is differentiated, or the names of the groups that move: a loss that only others
+            need may be left out.
     """
 
     report: bool = True
     info: dict[str, Tensor] = field(default_factory=dict)
+    moving: frozenset[str] | None = None
+
+    def moves(self, group: str) -> bool:
+        """Whether a group's losses are differentiated."""
+        return self.moving is None or group in self.moving
 
 
 class HasLosses(Protocol):
@@ -42,23 +50,27 @@ def _leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
 
-def _total(losses: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(losses.values())).sum(0) if len(losses) > 1 else next(iter(losses.values()))
-
-
-def losses_and_gradient(learner: HasLosses, p: Params, batch: tree.Tree, report: bool) -> tree.Tree:
-    """What `all_gradients` finds where there are no methods and no key: a pure function of tensors."""
-    leaves, ctx = _leaves(p["weights"]), StepContext(training=True, report=report)
+def losses_and_gradients(
+    learner: HasLosses, p: Params, batch: tree.Tree, groups: Sequence[Group], ctx: StepContext
+) -> tree.Tree:
+    """What `all_gradients` finds where there are no methods: a pure function of tensors."""
+    leaves = _leaves(p["weights"])
     with torch.enable_grad():
         losses = learner.losses({**p, "weights": leaves}, batch, ctx)
-        total = _total(losses)
-    return {**_found(losses, ctx), "gradient": _gradient(total, leaves)}
+        totals = [group.total(losses) for group in groups]
+    return {**_outputs(losses, ctx), "gradients": _gradients(totals, groups, leaves)}
 
 
 def all_gradients(
-    learner: HasLosses, state: State, batch: tree.Tree, methods: Sequence[Method], ctx: StepContext
+    learner: HasLosses,
+    state: State,
+    batch: tree.Tree,
+    groups: Sequence[Group],
+    methods: Sequence[Method],
+    ctx: StepContext,
 ) -> dict[str, Any]:
-    """The packed `gradient` of the losses, the methods' `penalty`, the parameters `seen`, `reported`, `buffers`."""
+    """Gradients of the losses, and of what the methods add to them: `gradients` and `penalties` by group, with the
+    parameters `seen`, `reported` values and new `buffers`."""
     params, memories, task = state["params"], state.get("methods", {}), state.get("task", {})
     leaves = _leaves(params["weights"])
     seen = {**params, "weights": leaves}
@@ -66,11 +78,14 @@ def all_gradients(
         seen = method.params(seen, memories[method.name], task)
         seen = {**seen, "weights": in_order(seen["weights"], leaves)}
     losses = learner.losses(seen, batch, ctx)
-    total = _total(losses)
-    extra = _further_losses(learner, state, seen, batch, methods, ctx, total)
-    gradient = _gradient(total, leaves, retain_graph=bool(extra))
-    penalty = {"penalty": _gradient(torch.stack(extra).sum(0), leaves)} if extra else {}
-    return {**_found(losses, ctx), "gradient": gradient, **penalty, "seen": seen}
+    totals = [group.total(losses) for group in groups]
+    extra = _further_losses(learner, state, seen, batch, groups, methods, ctx, totals[0])
+    gradients = _gradients(totals, groups, leaves, retain_graph=bool(extra))
+    found = {**_outputs(losses, ctx), "gradients": gradients, "seen": seen}
+    if extra:
+        added = [torch.stack([losses[number] for losses in extra]).sum(0) for number in range(len(groups))]
+        found["penalties"] = _gradients(added, groups, leaves)
+    return found
 
 
 def _further_losses(
@@ -78,39 +93,46 @@ def _further_losses(
     state: State,
     seen: Params,
     batch: tree.Tree,
+    groups: Sequence[Group],
     methods: Sequence[Method],
     ctx: StepContext,
     like: Tensor,
-) -> list[Tensor]:
-    """What the methods add to the losses, `[*L]` each like the losses: of further minibatches, then their own."""
-    found: list[Tensor] = []
+) -> list[list[Tensor]]:
+    """What the methods add to every group's loss, `[*L]` each like it: of further minibatches, then their own."""
+    further: list[list[Tensor]] = []
     for method in methods:
         memory, task = state["methods"][method.name], state["task"]
-        quiet = StepContext(training=True, key=ctx.key, report=False)
+        quiet = StepContext(training=True, key=ctx.key, report=False, moving=ctx.moving)
         given = method.batches(learner, seen, memory, batch, task, method_key(state, method))
-        for further, weight in hooks.further_batches(method, given):
-            found.append(weight * _total(learner.losses(seen, further, quiet)))
+        for more, weight in hooks.further_batches(method, given):
+            losses = learner.losses(seen, more, quiet)
+            further.append([weight * group.total(losses) for group in groups])
         own = method.loss(learner, seen, memory, batch, task)
         if own is not None:
-            found.append(hooks.further_loss(method, own, like))
-    return found
+            further.append([hooks.further_loss(method, own, like)] * len(groups))
+    return further
 
 
-def _found(losses: dict[str, Tensor], ctx: StepContext) -> dict[str, dict[str, Tensor]]:
+def _outputs(losses: dict[str, Tensor], ctx: StepContext) -> dict[str, dict[str, Tensor]]:
     values = {**losses, **ctx.info} if ctx.report else {}
     return {"reported": {name: value.detach() for name, value in values.items()}, "buffers": dict(ctx.new_buffers)}
 
 
-def _gradient(loss: Tensor, leaves: dict[str, Tensor], retain_graph: bool = False) -> Tensor:
-    """The gradient of a loss `[*L]` of named weights, packed `[*L, P]`."""
-    found = torch.autograd.grad(
-        loss.sum(),  # for a sum torch.autograd need not import a second of symbolic mathematics
-        list(leaves.values()),
-        retain_graph=retain_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return torch.cat([gradient.reshape(*loss.shape, -1) for gradient in found], -1)
+def _gradients(
+    totals: Sequence[Tensor], groups: Sequence[Group], leaves: dict[str, Tensor], retain_graph: bool = False
+) -> dict[str, Tensor]:
+    """The gradient of every group's loss `[*L]` of its own weights, packed `[*L, G]`."""
+    gradients = {}
+    for number, (total, group) in enumerate(zip(totals, groups)):
+        found = torch.autograd.grad(
+            total.sum(),  # for a sum torch.autograd need not import a second of symbolic mathematics
+            [leaves[name] for name in group.own(leaves)],
+            retain_graph=retain_graph or number + 1 < len(groups),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        gradients[group.name] = torch.cat([gradient.reshape(*total.shape, -1) for gradient in found], -1)
+    return gradients
 
 
 def method_key(state: State, method: Method) -> Tensor:

@@ -1,6 +1,8 @@
-"""The optimizer's moments in a state: their start, and one step along a gradient."""
+"""The optimizer's moments in a state: their start, and one step along gradients."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from rlmeta.functional import tree
 from rlmeta.functional.optim import Optimizer, apply_updates, clip_by_norm
 from rlmeta.functional.packed import Packed
+from rlmeta.learning.groups import Group, check_partition, entries, spans, whole, with_entries
 from rlmeta.learning.state import State
 
 
@@ -16,24 +19,72 @@ def reset_optimizer(state: State) -> State:
     return {**state, "optimizer": tree.map(torch.zeros_like, state["optimizer"])}
 
 
-def init_optimizer(optimizer: Optimizer, state: State) -> State:
-    """The optimizer's moments for the packed weights of a state."""
+def init_optimizer(optimizer: Optimizer | Sequence[Group], state: State) -> State:
+    """The moments of every group `{name: moments}` for the packed weights of a state; one optimizer is one group.
+
+    Raises:
+        SettingError: the groups are not each weight's only one.
+    """
     packed = Packed.of(state["params"]["weights"], state["key"].dim())
-    return optimizer.init({"weights": packed.flat}, state["key"].shape)
+    groups = as_groups(optimizer)
+    check_partition(groups, packed)
+    return {
+        group.name: group.optimizer.init(
+            {"weights": entries(packed.flat, spans(group, packed)).contiguous()}, state["key"].shape
+        )
+        for group in groups
+    }
+
+
+def as_groups(optimizer: Optimizer | Sequence[Group], max_norm: float | Tensor | None = None) -> tuple[Group, ...]:
+    """The groups themselves, or all weights as one group of an optimizer."""
+    return whole(optimizer, max_norm) if isinstance(optimizer, Optimizer) else tuple(optimizer)
 
 
 def move(
-    flat: Tensor,
+    weights: Packed,
     moments: State,
-    gradient: Tensor,
-    max_norm: float | Tensor,
+    gradients: dict[str, Tensor],
+    groups: Sequence[Group],
     axes: int,
-    optimizer: Optimizer,
     frozen: Tensor | None = None,
 ) -> tree.Tree:
+    """One step of every group along its gradient; the weights of other groups, and their moments, stay.
+
+    Args:
+        weights: packed, `[*L, P]`.
+        moments: of every group by name.
+        gradients: of the groups that move, by name, each `[*L, G]`.
+        groups: those that move.
+        axes: how many leading axes are learner axes.
+        frozen: None, or entries `[*L, P]` (bool) that are written back, with the moments under them.
+
+    Returns:
+        `flat` `[*L, P]`, `moments`, the `norm` of the gradients before they were clipped and whether all is `finite`.
+    """
+    changed, new_moments, norms, finite = [], dict(moments), [], []
+    for group in groups:
+        places = spans(group, weights)
+        held = None if frozen is None else entries(frozen, places)
+        moved = _move_group(
+            entries(weights.flat, places), moments[group.name], gradients[group.name], group, axes, held
+        )
+        changed.append((places, moved["flat"]))
+        new_moments[group.name] = moved["moments"]
+        norms.append(moved["norm"])
+        finite.append(moved["finite"])
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
+    all_finite = finite[0] if len(finite) == 1 else torch.stack(finite).all(0)
+    flat = with_entries(weights.flat, changed)
+    return {"flat": flat, "moments": new_moments, "norm": norm, "finite": all_finite}
+
+
+def _move_group(
+    flat: Tensor, moments: State, gradient: Tensor, group: Group, axes: int, frozen: Tensor | None
+) -> tree.Tree:
     """Clip, then the optimizer's move; frozen entries, and the moments under them, are written back."""
-    clipped, norm = clip_by_norm({"weights": gradient}, max_norm, axes)
-    updates, new_moments = optimizer.update(clipped, moments, {"weights": flat})
+    clipped, norm = clip_by_norm({"weights": gradient}, group.max_norm, axes)
+    updates, new_moments = group.optimizer.update(clipped, moments, {"weights": flat})
     new_flat = apply_updates({"weights": flat}, updates)["weights"]
     if frozen is not None:
         new_flat = torch.where(frozen, flat, new_flat)

@@ -2,101 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlmeta.engine.capture import Capture
 from rlmeta.functional import tree
-from rlmeta.functional.optim import Recipe
 from rlmeta.functional.packed import Packed
-from rlmeta.learning.gradients import HasLosses, losses_and_gradient
-from rlmeta.learning.minibatch import Minibatches, pick
+from rlmeta.learning.gradients import HasLosses, StepContext, losses_and_gradients
+from rlmeta.learning.groups import Group, moving
+from rlmeta.learning.minibatch import pick
 from rlmeta.learning.optimizer_state import move
 from rlmeta.learning.state import State, select
+from rlmeta.learning.targets import Copy, moved
+
+
+class Steps(NamedTuple):
+    """Gradient steps to take in a row."""
+
+    batch: tree.Tree
+    """Samples `[*L, M, ...]` of which `each["index"]` picks minibatches, all of them where there is none."""
+    constants: tree.Tree
+    """What every minibatch contains besides, every leaf `[*L, ...]`."""
+    each: tree.Tree
+    """What every step has of its own, every leaf `[count, ...]`: `index` or `batch`, `key`, the copies' `rates`."""
+    count: int
+    """How many steps; a multiple of the cycle's length."""
+    cycle: tuple[tuple[Group, ...], ...]
+    """The groups that move in the first step, the second, ..., and again from the start."""
+    copies: tuple[Copy, ...] = ()
+    """Target networks that move after every step."""
+    keep: Tensor | None = None
+    """`[*L]`: the learners that are to move; None for all."""
+    report: bool = False
+    """Whether the last step of every cycle reports."""
 
 
 def recorded_descents(
-    capture: Capture,
-    learner: HasLosses,
-    state: State,
-    batches: Minibatches,
-    constants: tree.Tree,
-    keep: Tensor,
-    recipe: Recipe,
-    max_norm: float | Tensor,
-) -> tree.Tree:
-    """Several recorded gradient steps: the weights, moments and buffers after them, and which learners are finite.
+    capture: Capture, learner: HasLosses, state: State, work: Steps
+) -> tuple[State, dict[str, Tensor]]:
+    """Several recorded gradient steps: the state after them, and their reports, `[cycles, *L]` each.
 
     To hold back learners that stop costs time, so the steps are taken without first, and again where one stopped.
     """
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
-    descend, numbers, tensors = _descend(learner, weights, axes, recipe, max_norm, report=False)
+    descents = [
+        _descent(learner, weights, axes, groups, work.report and number == len(work.cycle) - 1)
+        for number, groups in enumerate(work.cycle)
+    ]
     carried = {
         "flat": weights.flat,
         "moments": state["optimizer"],
         "buffers": params["buffers"],
         "active": state["active"],
     }
+    keep = torch.ones_like(state["active"]) if work.keep is None else work.keep
     fixed = {
         "params": {**params, "weights": {}, "buffers": {}},
-        "batch": batches.batch,
-        "constants": constants,
-        "settings": tensors,
+        "batch": work.batch,
+        "constants": work.constants,
+        "settings": {str(number): descent.tensors for number, descent in enumerate(descents)},
         "keep": keep,
     }
-    each = {} if batches.order is None else {"index": batches.order}
+    length = len(work.cycle)
+    each = work.each if length == 1 else tree.map(lambda x: x.unflatten(0, (-1, length)), work.each)
+    name = ("gradient steps", *weights, work.copies, *(descent.name for descent in descents))
 
-    def follow(held: bool) -> tree.Tree:
-        name = ("gradient steps", held, *weights, recipe.make, *numbers.items())
-        return capture.scan(name, _one_of_many(descend, held), carried, fixed, each, batches.count)[0]
+    def follow(held: bool) -> tuple[tree.Tree, tree.Tree]:
+        body = _cycle(descents, weights, axes, work.copies, held)
+        return capture.scan((*name, held), body, carried, fixed, each, work.count // length)
 
-    if bool((state["active"] & keep).all()):
-        found = follow(held=False)
-        if bool(found["active"].all()):
-            return found
-    return follow(held=True)
+    everyone = bool((state["active"] & keep).all())
+    found, reports = follow(held=not everyone)
+    if everyone and not bool(found["active"].all()):
+        found, reports = follow(held=True)
+    new = {"weights": Packed.view(found["flat"], weights, axes), "buffers": found["buffers"]}
+    state["params"] = {**params, **new}
+    state["active"], state["optimizer"] = found["active"], found["moments"]
+    return state, reports
 
 
-def _one_of_many(descend: Callable[[tree.Tree], tree.Tree], held: bool) -> Callable[[tree.Tree], tree.Tree]:
-    """A step for `Capture.scan`; where learners are `held` back, those that are not to move keep what they had."""
+class _Descent(NamedTuple):
+    """A gradient step without methods, as a function of tensors alone."""
+
+    call: Callable[[tree.Tree], tree.Tree]
+    tensors: dict[str, dict[str, Tensor]]
+    """The settings of every group's optimizer that are tensors."""
+    name: Hashable
+    """Tells it apart from others, with the settings that are numbers."""
+
+
+def _cycle(
+    descents: Sequence[_Descent], weights: Packed, axes: int, copies: Sequence[Copy], held: bool
+) -> Callable[[tree.Tree], tree.Tree]:
+    """Steps for `Capture.scan`; where learners are `held` back, those that are not to move keep what they had."""
+
+    def one(number: int, old: tree.Tree, fixed: tree.Tree, each: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+        batch = each["batch"] if "batch" in each else pick(fixed["batch"], each.get("index"))
+        now = {
+            "params": {**fixed["params"], "buffers": old["buffers"]},
+            "batch": {**batch, **fixed["constants"]},
+            "settings": fixed["settings"][str(number)],
+            "flat": old["flat"],
+            "moments": old["moments"],
+            **({"key": each["key"]} if "key" in each else {}),
+        }
+        found = descents[number].call(now)
+        active = old["active"] & found["finite"]
+        buffers = {**old["buffers"], **found["buffers"]}
+        for copy in copies:
+            online = Packed.view(found["flat"], weights, axes)
+            buffers = {**buffers, **moved(copy, each["rates"][copy.name], online, buffers)}
+        new = {"flat": found["flat"], "moments": found["moments"], "buffers": buffers}
+        if held:
+            new = select(active & fixed["keep"], new, {name: old[name] for name in new})
+        return {**new, "active": active}, _reported(found)
 
     def call(inputs: tree.Tree) -> tree.Tree:
-        old, given = inputs["carried"], inputs["fixed"]
-        batch = {**pick(given["batch"], inputs["each"].get("index")), **given["constants"]}
-        seen = {**given["params"], "buffers": old["buffers"]}
-        now = {"params": seen, "batch": batch, "settings": given["settings"]}
-        found = descend({**now, "flat": old["flat"], "moments": old["moments"]})
-        active = old["active"] & found["finite"]
-        new = {"flat": found["flat"], "moments": found["moments"]}
-        new["buffers"] = {**old["buffers"], **found["buffers"]}
-        if held:
-            new = select(active & given["keep"], new, {name: old[name] for name in new})
-        return {"carried": {**new, "active": active}, "row": {}}
+        carried, report = inputs["carried"], {}
+        for number in range(len(descents)):
+            each = inputs["each"]
+            each = each if len(descents) == 1 else tree.map(lambda x: x[number], each)  # noqa: B023 - used at once
+            carried, report = one(number, carried, inputs["fixed"], each)
+        return {"carried": carried, "row": report}
 
     return call
 
 
-def _descend(
-    learner: HasLosses, weights: Packed, axes: int, recipe: Recipe, max_norm: float | Tensor, report: bool
-) -> tuple[Callable[[tree.Tree], tree.Tree], dict[str, Any], dict[str, Tensor]]:
-    """A gradient step without methods and key, as a function of tensors alone; the optimizer's settings that are
-    numbers, and those that are among the tensors."""
-    settings = {**recipe.settings, "max_norm": max_norm}
-    tensors = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in settings.items() if name not in tensors}
+def _reported(found: tree.Tree) -> dict[str, Tensor]:
+    return {**found["reported"], "losses/grad_norm": found["norm"]} if found["reported"] else {}
+
+
+def _descent(learner: HasLosses, weights: Packed, axes: int, groups: Sequence[Group], report: bool) -> _Descent:
+    """A gradient step without methods, its settings apart."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        assert group.optimizer.recipe is not None
+        settings = {**group.optimizer.recipe.settings, "max_norm": group.max_norm}
+        tensors[group.name] = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
+        numbers[group.name] = {name: value for name, value in settings.items() if not isinstance(value, Tensor)}
 
     def descend(inputs: tree.Tree) -> tree.Tree:
-        given = {**numbers, **inputs["settings"]}
-        max_norm = given.pop("max_norm")
+        now = [_with_settings(group, {**numbers[group.name], **inputs["settings"][group.name]}) for group in groups]
         seen = {**inputs["params"], "weights": Packed.view(inputs["flat"], weights, axes)}
-        found = losses_and_gradient(learner, seen, inputs["batch"], report)
-        gradient, optimizer = found.pop("gradient"), recipe.make(**given)
-        return {**found, **move(inputs["flat"], inputs["moments"], gradient, max_norm, axes, optimizer)}
+        ctx = StepContext(training=True, key=inputs.get("key"), report=report, moving=moving(now))
+        found = losses_and_gradients(learner, seen, inputs["batch"], now, ctx)
+        gradients = found.pop("gradients")
+        return {**found, **move(seen["weights"], inputs["moments"], gradients, now, axes)}
 
-    return descend, numbers, tensors
+    apart = [
+        (group.name, group.weights, group.losses, _recipe(group), *numbers[group.name].items()) for group in groups
+    ]
+    return _Descent(descend, tensors, (report, *apart))
+
+
+def _recipe(group: Group) -> Callable[..., Any]:
+    assert group.optimizer.recipe is not None
+    return group.optimizer.recipe.make
+
+
+def _with_settings(group: Group, settings: dict[str, Any]) -> Group:
+    """The group with another optimizer of its kind, and another bound."""
+    settings = dict(settings)
+    max_norm = settings.pop("max_norm")
+    return group._replace(optimizer=_recipe(group)(**settings), max_norm=max_norm)
 
 
 def recorded_descent(
@@ -105,17 +178,18 @@ def recorded_descent(
     state: State,
     weights: Packed,
     batch: tree.Tree,
-    recipe: Recipe,
-    max_norm: float | Tensor,
+    groups: Sequence[Group],
+    key: Tensor | None,
     report: bool,
 ) -> tree.Tree:
-    """A gradient step where there are no methods and no key, for `capture` to replay."""
-    descend, numbers, tensors = _descend(learner, weights, state["key"].dim(), recipe, max_norm, report)
+    """A gradient step where there are no methods, for `capture` to replay."""
+    descent = _descent(learner, weights, state["key"].dim(), groups, report)
     inputs = {
         "params": {**state["params"], "weights": {}},
         "batch": batch,
         "flat": weights.flat,
         "moments": state["optimizer"],
-        "settings": tensors,
+        "settings": descent.tensors,
+        **({"key": key} if key is not None else {}),
     }
-    return capture(("a gradient step", report, *weights, recipe.make, *numbers.items()), descend, inputs)
+    return capture(("a gradient step", *weights, descent.name), descent.call, inputs)

@@ -1,7 +1,9 @@
 """Replay memory on the learner axis: every learner has its own transitions and draws its own minibatches.
 
-A memory is a ring of C time steps of N environments, `[*L, C, N, ...]`. The time order is kept, so n-step returns are
-added up when a minibatch is drawn, never across the end of an episode.
+A memory is a ring of C rows for each of N environments, `[*L, C, N, ...]`. A row holds an observation, and what was
+done there; its successor is the observation of the next row, so no observation is stored twice. The final observation
+of an episode has a row of its own, in which nothing was done. Because the order is kept, n-step returns are added up
+when a minibatch is drawn, never across the end of an episode.
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ from torch import Tensor
 
 from rlmeta.envs.world import World
 from rlmeta.functional import random, tree
-from rlmeta.functional.axes import align
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.state import State
 
-FIELDS = ("observation", "next_observation", "action", "terminated", "truncated", "valid")
+FLAGS = ("terminated", "truncated", "valid")
+
+_TRIES = 4
+"""Rows drawn for a transition; the first in which something was done is taken. Only every so many episodes' length to
+the power of this is none found, and then a loss does not count it."""
 
 
 def init(world: World, world_state: State, capacity: int) -> State:
-    """An empty memory of `capacity` time steps for the environments of a world."""
+    """An empty memory of `capacity` rows for each of the environments of a world."""
     axes = len(world.learner_shape)
     observation = world.observation(world_state)
     rows = (*world.learner_shape, capacity, world.num_envs)
@@ -30,83 +35,124 @@ def init(world: World, world_state: State, capacity: int) -> State:
     def like(x: Tensor) -> Tensor:
         return torch.zeros(*rows, *x.shape[axes + 1 :], dtype=x.dtype, device=device)
 
-    flags = {name: torch.zeros(rows, dtype=torch.bool, device=device) for name in ("terminated", "truncated", "valid")}
     return {
         "observation": tree.map(like, observation),
-        "next_observation": tree.map(like, observation),
         "action": torch.zeros(*rows, *shape, dtype=torch.float32 if continuous else torch.int64, device=device),
         "reward": torch.zeros(rows, dtype=torch.float32, device=device),
-        **flags,
+        **{name: torch.zeros(rows, dtype=torch.bool, device=device) for name in FLAGS},
+        "written": torch.zeros(*world.learner_shape, world.num_envs, dtype=torch.int64, device=device),
     }
 
 
 @torch.no_grad()
-def insert(memory: State, rollout: Rollout, reward: Tensor, start: int, learner_axes: int) -> State:
-    """Write a rollout `[*L, T, N, ...]` behind what is there, over the oldest; `start` counts all time steps so far."""
-    capacity, length = memory["reward"].shape[learner_axes], reward.shape[learner_axes]
-    rows = (torch.arange(length, device=reward.device) + start) % capacity
-    written = {**{name: rollout[name] for name in FIELDS}, "reward": reward}
-    return tree.map(
-        lambda ring, new: ring.index_copy_(learner_axes, rows, new), memory, {n: written[n] for n in memory}
-    )
+def insert(memory: State, rollout: Rollout, reward: Tensor, learner_axes: int) -> State:
+    """Write a rollout `[*L, T, N, ...]` behind what is there, over the oldest. Written in place."""
+    axes, written = learner_axes, memory["written"]
+    capacity, length = memory["reward"].shape[axes], reward.shape[axes]
+    ended = rollout["terminated"] | rollout["truncated"]
+    finals = ended.long().cumsum(axes) - ended.long()  # rows of final observations before each step
+    steps = torch.arange(length, device=reward.device).reshape(length, 1)
+    row = written.unsqueeze(axes) + steps + finals
+    done = {name: rollout[name] for name in ("action", *FLAGS)} | {"reward": reward}
+    _write(memory["observation"], rollout["next_observation"], (row + 1) % capacity, axes)
+    _write(memory["observation"], rollout["observation"], row % capacity, axes)
+    _write(memory["valid"], torch.zeros_like(ended), (row + 1) % capacity, axes)
+    _write({name: memory[name] for name in done}, done, row % capacity, axes)
+    memory["written"] = written + length + ended.long().sum(axes)
+    return memory
+
+
+def _write(ring: tree.Tree, values: tree.Tree, row: Tensor, axes: int) -> None:
+    """`ring[l, row[l, t, n], n] = values[l, t, n]`, in place."""
+
+    def put(ring: Tensor, value: Tensor) -> Tensor:
+        index = row.reshape(*row.shape, *(1,) * (value.dim() - row.dim())).expand(value.shape)
+        return ring.scatter_(axes, index, value.to(ring.dtype))
+
+    tree.map(put, ring, values)
 
 
 @torch.no_grad()
-def sample(memory: State, key: Tensor, batch_size: int, end: int, gamma: Tensor, n_steps: int = 1) -> tree.Tree:
+def cut(memory: State, learner_axes: int) -> State:
+    """End the running episodes at the newest step: the next that is written is of other episodes. Written in place."""
+    axes, written = learner_axes, memory["written"]
+    capacity = memory["reward"].shape[axes]
+    begun = (written > 0).unsqueeze(axes)
+    newest = ((written - 1).unsqueeze(axes)) % capacity
+    last = memory["truncated"].gather(axes, newest)
+    already = memory["terminated"].gather(axes, newest) | last | ~memory["valid"].gather(axes, newest)
+    memory["truncated"].scatter_(axes, newest, last | (begun & ~already))
+    memory["written"] = written + (begun & ~already).squeeze(axes).long()
+    return memory
+
+
+@torch.no_grad()
+def sample(memory: State, key: Tensor, batch_size: int, gamma: Tensor, n_steps: int = 1) -> tree.Tree:
     """Draw transitions uniformly, with n-step returns.
 
     reward = sum of gamma^k r_{t+k} for k < m, discount = gamma^m (1 - terminated), with m = n_steps or where the
     episode ended before; `next_observation` is the true successor after these m steps.
 
     Args:
-        memory: of `init` and `insert`.
-        key: `[*L]`, another one for every minibatch.
+        memory: of `init` and `insert`, with at least `n_steps` steps in every environment.
+        key: `[*K, *L]`: a minibatch for every one of them.
         batch_size: B.
-        end: time steps inserted so far; at least `n_steps`.
         gamma: `[*L]`.
         n_steps: n.
 
     Returns:
-        `observation, action, reward, discount, next_observation, valid`, `[*L, B, ...]`
+        `observation, action, reward, discount, next_observation, valid`, `[*K, *L, B, ...]`
     """
-    axes = key.dim()
-    capacity, num_envs = memory["reward"].shape[axes : axes + 2]
-    oldest = max(0, end - capacity)
-    draw = random.integers(key, "replay", 0, (batch_size,), (end - n_steps + 1 - oldest) * num_envs)
-    t, env = oldest + draw // num_envs, draw % num_envs
-    pick = _Picker(memory, axes, capacity, num_envs)
-    first = pick.rows(t, env)
-    reward = pick("reward", first)
-    last, alive = first, torch.ones_like(first, dtype=torch.bool)
-    discount = align(gamma, reward) * ~pick("terminated", first)
+    pick = _Picker(memory, gamma.dim(), key.dim())
+    t, env = _draw(memory, key, batch_size, n_steps, pick)
+    gamma = gamma.unsqueeze(-1)
+    first = last = pick.rows(t, env)
+    reward, after = pick("reward", first), t + 1
+    alive, discount = torch.ones_like(first, dtype=torch.bool), gamma * ~pick("terminated", first)
     for k in range(1, n_steps):
         alive = alive & ~(pick("terminated", last) | pick("truncated", last))
         row = pick.rows(t + k, env)
         reward = reward + torch.where(alive, discount * pick("reward", row), 0.0)
-        discount = torch.where(alive, discount * align(gamma, reward) * ~pick("terminated", row), discount)
-        last = torch.where(alive, row, last)
+        discount = torch.where(alive, discount * gamma * ~pick("terminated", row), discount)
+        last, after = torch.where(alive, row, last), torch.where(alive, t + k + 1, after)
     return {
         "observation": pick("observation", first),
         "action": pick("action", first),
         "reward": reward,
         "discount": discount,
-        "next_observation": pick("next_observation", last),
+        "next_observation": pick("observation", pick.rows(after, env)),
         "valid": pick("valid", first),
     }
 
 
-class _Picker:
-    """Reads transitions `[*L, B]` by their rows in the memory folded to `[L * C * N, ...]`."""
+def _draw(memory: State, key: Tensor, batch_size: int, n_steps: int, pick: _Picker) -> tuple[Tensor, Tensor]:
+    """Rows of transitions and their environments, `[*K, *L, B]` each, every stored transition equally likely."""
+    written = memory["written"]
+    oldest = (written - (pick.capacity - 1)).clamp(min=0)
+    rows = (written - n_steps + 1 - oldest).clamp(min=0)
+    ends = rows.cumsum(-1)
+    number = random.integers(key, "replay", 0, (batch_size * _TRIES,), ends[..., -1:])
+    env = torch.searchsorted(ends.expand(*key.shape, -1).contiguous(), number, right=True)
+    t = number + (oldest - (ends - rows)).expand(*key.shape, -1).gather(-1, env)
+    t, env = t.unflatten(-1, (batch_size, _TRIES)), env.unflatten(-1, (batch_size, _TRIES))
+    acted = pick("valid", pick.rows(t, env))
+    chosen = acted.long().argmax(-1, keepdim=True)  # the first that is set, or the first of all
+    return t.gather(-1, chosen).squeeze(-1), env.gather(-1, chosen).squeeze(-1)
 
-    def __init__(self, memory: State, axes: int, capacity: int, num_envs: int) -> None:
-        self.memory, self.axes, self.capacity, self.num_envs = memory, axes, capacity, num_envs
+
+class _Picker:
+    """Reads rows `[*K, *L, ...]` of the memory folded to `[L * C * N, ...]`."""
+
+    def __init__(self, memory: State, axes: int, leading: int) -> None:
+        self.memory, self.axes, self.leading = memory, axes, leading
+        self.capacity, self.num_envs = memory["reward"].shape[axes : axes + 2]
         learners = memory["reward"].shape[:axes]
-        base = torch.arange(learners.numel(), device=memory["reward"].device) * capacity * num_envs
-        self.base = base.reshape(*learners, 1)
+        self.base = torch.arange(learners.numel(), device=memory["reward"].device).reshape(learners)
 
     def rows(self, t: Tensor, env: Tensor) -> Tensor:
-        """Folded rows of time steps `t` and environments `env`."""
-        return self.base + (t % self.capacity) * self.num_envs + env
+        """Folded rows of the rows `t` of environments `env`."""
+        base = self.base.reshape(*self.base.shape, *(1,) * (t.dim() - self.leading))
+        return (base * self.capacity + t % self.capacity) * self.num_envs + env
 
     def __call__(self, name: str, rows: Tensor) -> tree.Tree:
         """The field at these rows."""

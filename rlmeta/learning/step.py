@@ -5,7 +5,7 @@ losses -> penalties -> projection -> mask -> clip -> optimizer -> restore frozen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +17,20 @@ from rlmeta.functional.optim import Optimizer
 from rlmeta.functional.packed import Packed
 from rlmeta.learning import hooks
 from rlmeta.learning.gradients import HasLosses, StepContext, all_gradients, method_key
+from rlmeta.learning.groups import Group, entries, moving, spans, with_entries
 from rlmeta.learning.method import Gradients, Method, StepInfo
 from rlmeta.learning.minibatch import Minibatches
-from rlmeta.learning.optimizer_state import move
-from rlmeta.learning.recorded_steps import recorded_descent, recorded_descents
+from rlmeta.learning.optimizer_state import as_groups, move
+from rlmeta.learning.recorded_steps import Steps, recorded_descent, recorded_descents
 from rlmeta.learning.state import State, select
+from rlmeta.learning.targets import Copy, follow
 
 
 def step(
     learner: HasLosses,
     state: State,
     batch: tree.Tree,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Group],
     *,
     active: Tensor | None = None,
     max_grad_norm: float | Tensor | None = None,
@@ -44,9 +46,9 @@ def step(
         learner: gives the losses.
         state: with `params` and `optimizer`; consumed.
         batch: a minibatch `[*L, B, ...]`.
-        optimizer: an `(init, update)` pair.
+        optimizer: an `(init, update)` pair for all weights, or the groups that move.
         active: `[*L]` bool, or None when all are; combined with the state's own.
-        max_grad_norm: clip each learner's gradient to this norm.
+        max_grad_norm: clip each learner's gradient to this norm; groups have their own.
         methods: lifelong methods, in order; their memories are `state["methods"]`.
         key: `[*L]`, for dropout and the like.
         report: whether diagnostics are wanted.
@@ -57,13 +59,12 @@ def step(
     """
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
-    max_norm = torch.inf if max_grad_norm is None else max_grad_norm
-    capture: Capture | None = getattr(learner, "capture", None)
-    if capture is None or methods or key is not None or optimizer.recipe is None:
-        ctx = StepContext(training=True, key=key, report=report)
-        found = _descent(learner, state, weights, batch, optimizer, max_norm, methods, ctx)
+    groups = as_groups(optimizer, max_grad_norm)
+    capture = _capture(learner, groups, methods)
+    if capture is None:
+        found = _descent(learner, state, weights, batch, groups, methods, key, report)
     else:
-        found = recorded_descent(capture, learner, state, weights, batch, optimizer.recipe, max_norm, report)
+        found = recorded_descent(capture, learner, state, weights, batch, groups, key, report)
     with torch.no_grad():
         flat, moments = found["flat"], found["moments"]
         state["active"] = state["active"] & found["finite"]
@@ -78,8 +79,7 @@ def step(
         state["optimizer"] = moments
         if methods:
             _after_step(learner, state, StepInfo(found["gradient"], flat - weights.flat, batch), methods, keep)
-    count = state["count"]
-    state["count"] = {**count, "gradient_steps": count["gradient_steps"] + 1}
+    _count_steps(state, 1)
     return state, {**found["reported"], "losses/grad_norm": found["norm"]} if report else {}
 
 
@@ -103,27 +103,76 @@ def steps(
         constants: what every one of them contains besides, every leaf `[*L, ...]`.
         optimizer, active, max_grad_norm, methods: as for `step`.
     """
-    capture: Capture | None = getattr(learner, "capture", None)
-    if capture is None or methods or optimizer.recipe is None:
+    groups = as_groups(optimizer, max_grad_norm)
+    capture = _capture(learner, groups, methods)
+    if capture is None:
         for batch in batches:
             full = {**batch, **constants}
-            given: dict[str, Any] = {"active": active, "max_grad_norm": max_grad_norm, "methods": methods}
-            state, _ = step(learner, state, full, optimizer, **given, report=False)
+            state, _ = step(learner, state, full, groups, active=active, methods=methods, report=False)
         return state
     if batches.count:
-        max_norm = torch.inf if max_grad_norm is None else max_grad_norm
         keep = torch.ones_like(state["active"]) if active is None else active
-        found = recorded_descents(capture, learner, state, batches, constants, keep, optimizer.recipe, max_norm)
-        weights, axes = state["params"]["weights"], state["key"].dim()
-        state["params"] = {
-            **state["params"],
-            "weights": Packed.view(found["flat"], weights, axes),
-            "buffers": found["buffers"],
-        }
-        state["active"], state["optimizer"] = found["active"], found["moments"]
-        count = state["count"]
-        state["count"] = {**count, "gradient_steps": count["gradient_steps"] + batches.count}
+        each = {} if batches.order is None else {"index": batches.order}
+        work = Steps(batches.batch, constants, each, batches.count, (groups,), keep=keep)
+        state, _ = recorded_descents(capture, learner, state, work)
+        _count_steps(state, batches.count)
     return state
+
+
+def replay_steps(
+    learner: HasLosses,
+    state: State,
+    batches: tree.Tree,
+    keys: Tensor,
+    cycle: Sequence[Sequence[Group]],
+    *,
+    copies: Mapping[Copy, Tensor] | None = None,
+    methods: Sequence[Method] = (),
+) -> tuple[State, dict[str, Tensor]]:
+    """`step` on minibatches that were drawn from a replay memory, moving target networks after each.
+
+    Args:
+        learner: gives the losses.
+        state: with `params` and `optimizer`; consumed.
+        batches: minibatches, every leaf `[K, *L, B, ...]`; K is a multiple of the cycle's length.
+        keys: `[K, *L]`, what the losses draw from.
+        cycle: the groups that move in the first step, the second, ..., and again from the start.
+        copies: which copies move after each step, and how far, `[K, *L]` each.
+        methods: lifelong methods, in order.
+
+    Returns:
+        The new state, and the means of the reports of the cycles' last steps, `{name: [*L]}`.
+    """
+    copies, count = copies or {}, len(keys)
+    capture = _capture(learner, [group for groups in cycle for group in groups], methods)
+    if capture is not None:
+        rates = {copy.name: rate for copy, rate in copies.items()}
+        each = {"batch": batches, "key": keys, "rates": rates}
+        work = Steps({}, {}, each, count, tuple(map(tuple, cycle)), tuple(copies), report=True)
+        state, reports = recorded_descents(capture, learner, state, work)
+        _count_steps(state, count)
+    else:
+        rows = []
+        for number in range(count):
+            batch, last = tree.map(lambda x: x[number], batches), number % len(cycle) == len(cycle) - 1  # noqa: B023
+            groups = cycle[number % len(cycle)]
+            state, info = step(learner, state, batch, groups, methods=methods, key=keys[number], report=last)
+            for copy, rate in copies.items():
+                follow(state, copy, rate[number])
+            rows += [info] if last else []
+        reports = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return state, {name: values.mean(0) for name, values in reports.items()}
+
+
+def _capture(learner: HasLosses, groups: Sequence[Group], methods: Sequence[Method]) -> Capture | None:
+    """What records the learner's steps; None where they can't be recorded."""
+    capture: Capture | None = getattr(learner, "capture", None)
+    recorded = not methods and all(group.optimizer.recipe is not None for group in groups)
+    return capture if recorded else None
+
+
+def _count_steps(state: State, steps: int) -> None:
+    state["count"] = {**state["count"], "gradient_steps": state["count"]["gradient_steps"] + steps}
 
 
 def _descent(
@@ -131,27 +180,44 @@ def _descent(
     state: State,
     weights: Packed,
     batch: tree.Tree,
-    optimizer: Optimizer,
-    max_norm: float | Tensor,
+    groups: Sequence[Group],
     methods: Sequence[Method],
-    ctx: StepContext,
+    key: Tensor | None,
+    report: bool,
 ) -> tree.Tree:
-    """Where the step leads: `flat` and `moments`, whether they are `finite`, the `norm` and the task's `gradient`."""
-    memories, task = state.get("methods", {}), state.get("task", {})
-    found = all_gradients(learner, state, batch, methods, ctx)
+    """Weights and moments after the step, `flat` and `moments`, whether they are `finite`, the `norm` and the task's
+    `gradient` `[*L, P]`, 0 where nothing moves."""
+    memories, task, axes = state.get("methods", {}), state.get("task", {}), state["key"].dim()
+    ctx = StepContext(training=True, key=key, report=report, moving=moving(groups))
+    found = all_gradients(learner, state, batch, groups, methods, ctx)
     with torch.no_grad():
-        task_gradient, seen = found["gradient"], found.pop("seen")
-        total = task_gradient + found["penalty"] if "penalty" in found else task_gradient
+        gradients, seen = found.pop("gradients"), found.pop("seen")
+        task_gradient = _packed(gradients, groups, weights)
+        if not methods:
+            return {**found, "gradient": task_gradient, **move(weights, state["optimizer"], gradients, groups, axes)}
+        added = found.pop("penalties", None)
+        total = task_gradient if added is None else task_gradient + _packed(added, groups, weights)
         for method in methods:
-            found_total = method.grads(learner, Gradients(task_gradient, total), seen, memories[method.name], task)
-            total = hooks.tensor_like(method, "grads", found_total, task_gradient)
+            changed = method.grads(learner, Gradients(task_gradient, total), seen, memories[method.name], task)
+            total = hooks.tensor_like(method, "grads", changed, task_gradient)
         frozen = _union(
             [hooks.mask(method, method.frozen(seen, memories[method.name], task), total) for method in methods]
         )
         if frozen is not None:
             total = total.masked_fill(frozen, 0.0)
-        axes = state["key"].dim()
-        return {**found, **move(weights.flat, state["optimizer"], total, max_norm, axes, optimizer, frozen)}
+        totals = {group.name: entries(total, spans(group, weights)) for group in groups}
+        return {
+            **found,
+            "gradient": task_gradient,
+            **move(weights, state["optimizer"], totals, groups, axes, frozen),
+        }
+
+
+def _packed(gradients: dict[str, Tensor], groups: Sequence[Group], weights: Packed) -> Tensor:
+    """The gradients of groups as one over all weights `[*L, P]`, 0 where nothing moves."""
+    return with_entries(
+        torch.zeros_like(weights.flat), [(spans(group, weights), gradients[group.name]) for group in groups]
+    )
 
 
 def _after_step(learner: Any, state: State, info: StepInfo, methods: Sequence[Method], keep: Tensor) -> None:
@@ -166,7 +232,6 @@ def _after_step(learner: Any, state: State, info: StepInfo, methods: Sequence[Me
         for m in methods
     }
     state["methods"] = {**memories, **(after if bool(keep.all()) else select(keep, after, memories))}
-
 
 
 def _union(masks: Sequence[Tensor | None]) -> Tensor | None:

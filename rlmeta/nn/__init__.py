@@ -5,8 +5,10 @@ from rlmeta.nn.checks import check_block
 from rlmeta.nn.convolutional import strided_convolutions
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.encoder import Encoder, feature_axes
+from rlmeta.nn.ensemble import Ensemble
 from rlmeta.nn.heads.choose import PolicyHead, head_for
 from rlmeta.nn.heads.common import Distribution
+from rlmeta.nn.heads.deterministic import DeterministicHead
 from rlmeta.nn.heads.discrete import BernoulliHead, CategoricalHead, MultiDiscreteHead, allowed
 from rlmeta.nn.heads.gaussian import GaussianHead, TanhGaussianHead
 from rlmeta.nn.heads.noise import StateDependentNoiseHead
@@ -30,9 +32,11 @@ __all__ = [
     "Block",
     "CategoricalHead",
     "Context",
+    "DeterministicHead",
     "Distribution",
     "Dropout",
     "Encoder",
+    "Ensemble",
     "Flatten",
     "GaussianHead",
     "Initialiser",

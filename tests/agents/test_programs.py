@@ -18,11 +18,15 @@ from rlmeta.runs.shipped import AGENTS
 PROGRAMS = Path(__file__).parents[2] / "agents"
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ppo", 1024), ("a2c", 400), ("dqn", 1600), ("reinforce", 4096)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("ppo", 1024), ("a2c", 400), ("dqn", 1600), ("reinforce", 4096), ("sac", 1200), ("td3", 1200)],
+)
 def test_program_equals_train(name, steps):
-    by_hand = load(name).train("CartPole-v1", seeds=2, steps=steps)
+    task = "Pendulum-v1" if name in ("sac", "td3") else "CartPole-v1"
+    by_hand = load(name).train(task, seeds=2, steps=steps)
     budget = rl.Budget(steps=steps, eval_every=10 * steps, final_episodes=1)
-    run = rl.train(rl.preset(name, "CartPole-v1"), "CartPole-v1", seeds=2, budget=budget, threads=1)
+    run = rl.train(rl.preset(name, task), task, seeds=2, budget=budget, threads=1)
     ours = tree.flatten(run.state["params"])
     for path, leaf in tree.flatten(by_hand["params"]).items():
         assert torch.equal(leaf, ours[path]), path

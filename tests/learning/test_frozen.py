@@ -155,7 +155,7 @@ def test_no_lifelong_method_touches_frozen_layers(method, optimizer):
     run = trained(settings, points(2), 80, lifelong=METHODS[method])
     kept_and_moved(run)
     weights = sum(w[0].numel() for w in run.state["params"]["weights"].values())
-    sizes = {name: leaf.shape for name, leaf in run.state["optimizer"].items() if hasattr(leaf, "shape")}
+    sizes = {name: leaf.shape for name, leaf in run.state["optimizer"]["all"].items() if hasattr(leaf, "shape")}
     assert all(shape[-1] == weights for shape in sizes.values() if len(shape) == 2)
 
 

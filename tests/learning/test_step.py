@@ -67,7 +67,7 @@ def test_a_learner_with_a_nan_is_frozen_and_the_others_never_notice():
     state, _ = run(state, poisoned, optimizer)
     assert state["active"].tolist() == [True, False, True, True]
     assert torch.equal(state["params"]["weights"]["net.weight"][1], before)
-    assert torch.isfinite(state["optimizer"]["mean"]["weights"]).all()
+    assert torch.isfinite(state["optimizer"]["all"]["mean"]["weights"]).all()
     for s in (0, 2, 3):
         for a, b in zip(tree.leaves(take(state, s)["params"]), tree.leaves(take(clean, s)["params"])):
             assert torch.equal(a, b)
@@ -90,7 +90,7 @@ def test_inactive_learners_stay_bit_identical():
         same = torch.equal(state["params"]["weights"]["net.weight"][s], old["params"]["weights"]["net.weight"][s])
         assert same is not is_active
         assert (
-            torch.equal(state["optimizer"]["mean"]["weights"][s], old["optimizer"]["mean"]["weights"][s])
+            torch.equal(state["optimizer"]["all"]["mean"]["weights"][s], old["optimizer"]["all"]["mean"]["weights"][s])
             is not is_active
         )
 

@@ -1,0 +1,231 @@
+"""Twin delayed deep deterministic policy gradient (Fujimoto, van Hoof and Meger, 2018).
+
+Two critics learn the value of an action against the lesser of two target critics, whose next action is blurred; the
+deterministic policy climbs the first critic, and moves, with all targets, only after every other step of the critics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.critics import box_units, critic_ensemble
+from rlmeta.agents.networks import Network, build_body, whitens
+from rlmeta.envs.world import World
+from rlmeta.functional import distributions, losses, optim, random, tree
+from rlmeta.functional.axes import align, masked_mean
+from rlmeta.learning import off_policy, replay
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
+from rlmeta.learning.gradients import StepContext
+from rlmeta.learning.groups import Group
+from rlmeta.learning.learner import Metrics
+from rlmeta.learning.method import Method
+from rlmeta.learning.optimizer_state import init_optimizer
+from rlmeta.learning.settings import PerLearner, require, require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.targets import Copy, with_copy
+from rlmeta.nn import Block, Context, DeterministicHead, bare
+from rlmeta.rewards import Reward, distinct
+
+TARGET_POLICY, TARGET_Q = Copy("target_policy", "policy"), Copy("target_q", "q")
+
+
+@dataclass(frozen=True)
+class TD3:
+    """Settings of TD3. A list for a number marked per learner compares its values."""
+
+    num_envs: int = 4
+    """Environments of each learner."""
+    num_steps: int = 4
+    """Steps in every environment between updates."""
+    gradient_steps: int = 16
+    """Gradient steps of the critics in each update, a multiple of `policy_delay`."""
+    policy_delay: int = 2
+    """The policy and the target networks move in every so many gradient steps."""
+    batch_size: int = 256
+    """Transitions in a minibatch."""
+    capacity: int = 100_000
+    """Transitions that each learner's replay memory holds."""
+    learning_starts: int = 1_000
+    """Transitions collected, with uniformly random actions, before the first gradient step."""
+    actor_learning_rate: PerLearner = 1e-3
+    """Adam's step size of the policy."""
+    critic_learning_rate: PerLearner = 1e-3
+    """Adam's step size of the critics."""
+    gamma: PerLearner = 0.99
+    """Discount factor."""
+    target_rate: PerLearner = 0.005
+    """How far the target networks move towards the others each time."""
+    exploration_noise: PerLearner = 0.1
+    """Deviation of the noise that acting adds, in units of the actions' bounds."""
+    target_noise: PerLearner = 0.2
+    """Deviation of the noise that blurs the next action in the critics' target."""
+    target_noise_clip: PerLearner = 0.5
+    """That noise is clipped to this."""
+    critics: int = 2
+    """Critics, of which the least value is the target."""
+    max_grad_norm: PerLearner = float("inf")
+    """Clip each learner's gradients, those of policy and critics apart, to this norm."""
+    normalise_observation: bool = False
+    """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers of the default network, and of the critics behind any."""
+    activation: Literal["tanh", "relu"] = "relu"
+    """Activation of the default network."""
+    network: NetworkFactory | None = None
+    """Your own network: from an observation space to a module that gives features [B, D]."""
+    rewards: tuple[Reward, ...] = ()
+    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
+
+    adapts = False
+    """A meta-learner's inner loop can't take its gradient steps."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        distinct(self.rewards)
+        for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "exploration_noise"):
+            require_range(self, name, 0.0, above=True)
+        for name in ("target_noise", "target_noise_clip"):
+            require_range(self, name, 0.0)
+        require_range(self, "gamma", 0.0, 1.0)
+        require_range(self, "target_rate", 0.0, 1.0, above=True)
+        for name in ("critics", "policy_delay", "hidden_sizes"):
+            require_range(self, name, 1)
+        off_policy.check_settings(self)
+        require(
+            self.gradient_steps % self.policy_delay == 0,
+            f"TD3: gradient_steps {self.gradient_steps} is no multiple of policy_delay {self.policy_delay}",
+        )
+
+    def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> TD3Agent:
+        """The agent for environments of these spaces."""
+        return TD3Agent(self, observation_space, action_space, methods)
+
+
+class TD3Agent(Agent):
+    """TD3 on given spaces: act, remember, learn."""
+
+    settings: TD3
+
+    def __init__(
+        self, settings: TD3, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> None:
+        self.units = box_units("TD3", action_space)
+        super().__init__(settings, observation_space, action_space, methods)
+        self.steps_per_iteration = settings.num_steps
+        self.idle_steps = off_policy.idle_steps(settings)
+        blocks: dict[str, Any] = bare(self.networks)
+        self.policy, self.q = blocks["policy"], blocks["q"]
+
+    def networks(self) -> dict[str, Block]:
+        """`policy` gives an action in units of its bounds, `q` the values of all critics."""
+        s, space, units = self.settings, self.observation_space, self.units
+        body, features = build_body(s.network, space, s.hidden_sizes, s.activation, "torch", whitens(s))
+        head = DeterministicHead(features, units.centre.numel(), initial_scale=1.0)
+        return {"policy": Network(body, head, features), "q": critic_ensemble(s, space, units, s.critics)}
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
+        """The state at the start of a run: targets equal the networks, the memory is empty."""
+        state = super().init(key, hyper, world)
+        p = with_copy(with_copy(state["params"], TARGET_POLICY), TARGET_Q)
+        state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
+        state["optimizer"] = init_optimizer(self.groups(state)[-1], state)
+        state["replay"] = off_policy.first_memory(self.settings, world, state)
+        return state
+
+    def begin_task(self, state: State, world: World, key: Tensor) -> State:
+        """Begin the task with an empty replay memory: its steps are counted from here."""
+        state = super().begin_task(state, world, key)
+        off_policy.forget(state)
+        return state
+
+    def enter(self, state: State, world: World, key: Tensor) -> State:
+        """Go on in the world's task with the memory as it is: the newest steps in it are the last of their episodes."""
+        state = super().enter(state, world, key)
+        state["replay"] = replay.cut(state["replay"], key.dim())
+        return state
+
+    # ------------------------------------------------------------------ act
+
+    def act(
+        self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, tree.Tree]:
+        """The policy's action with noise, uniformly random before learning starts; or without any."""
+        mean = self.forward(self.policy, "policy", p, observation)
+        if deterministic:
+            return self.units.to_environment(mean), memory
+        shape = mean.shape[key.dim() :]
+        noise = random.normal(key, "exploration noise", 0, shape) * align(p["hyper"]["exploration_noise"], mean)
+        uniform = random.uniform(key, "exploration", 0, shape) * 2.0 - 1.0
+        action = torch.where(align(p["hyper"]["warms_up"], mean), uniform, (mean + noise).clamp(-1.0, 1.0))
+        return self.units.to_environment(action), memory
+
+    def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
+        """Act, at random at first, remember, learn."""
+        state["params"]["hyper"]["warms_up"] = off_policy.warms_up(self, state)
+        return super().iterate(state, world)
+
+    # ------------------------------------------------------------------ learn
+
+    def values(self, p: Params, name: str, observation: tree.Tree, action: Tensor, ctx: Context) -> Tensor:
+        """The values of the critics `name` for actions `[*L, B, ...]`, `[*L, critics, B]`."""
+        x = {"observation": self.view(p, observation), "action": action}
+        return self.q.run({**p["weights"], **p["buffers"]}, x, ctx, f"{name}.")
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """The losses `[*L]` of critics and, where it moves, policy for transitions `[*L, B, ...]`; needs a key."""
+        assert ctx.key is not None
+        axes, valid, h = ctx.key.dim(), batch["valid"], p["hyper"]
+        observation, next_observation = batch["observation"], batch["next_observation"]
+
+        # critics: (Q(s, a) - y)^2 with y = r + gamma min Q'(s', mu'(s') + clipped noise)
+        with torch.no_grad():
+            after = self.forward(self.policy, "target_policy", p, next_observation)
+            noise = random.normal(ctx.key, "target noise", 0, after.shape[axes:]) * align(h["target_noise"], after)
+            bound = align(h["target_noise_clip"], after)
+            blurred = (after + torch.clamp(noise, -bound, bound)).clamp(-1.0, 1.0)
+            next_action = self.units.to_environment(blurred)
+            next_q = self.values(p, "target_q", next_observation, next_action, Context()).amin(axes)
+            target = losses.td_target(batch["reward"], batch["discount"], next_q)
+        q = self.values(p, "q", observation, batch["action"], ctx)
+        error = (q - target.unsqueeze(axes)).square()
+        found = {"critic": masked_mean(error, valid.unsqueeze(axes).expand_as(error)).sum(-1)}
+
+        # policy: -Q(s, mu(s)), by the first critic
+        if ctx.moves("actor"):
+            action = self.units.to_environment(self.forward(self.policy, "policy", p, observation, ctx))
+            first = self.values(p, "q", observation, action, Context()).select(axes, 0)
+            found["actor"] = -masked_mean(first, valid)
+        if ctx.report:
+            ctx.info["losses/q_values"] = q.mean((-2, -1))
+        return found
+
+    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
+        """log density `[*L, B]` of actions around the policy's, with the exploration's deviation: what Fisher
+        information and distillation are taken of."""
+        mean = self.forward(self.policy, "policy", p, batch["observation"])
+        log_std = torch.as_tensor(align(p["hyper"]["exploration_noise"].log(), mean)).expand_as(mean)
+        return distributions.normal_log_prob(mean, log_std, self.units.to_policy(batch["action"]))
+
+    def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
+        """Remember the rollout; once there is enough, take gradient steps on random transitions."""
+        s, rate = self.settings, state["params"]["hyper"]["target_rate"]
+        off_policy.remember(self, state, rollout, rewards)
+        if not off_policy.ready(self, state):
+            return state, {}
+        moves = torch.stack([rate * (number % s.policy_delay == 0) for number in range(1, s.gradient_steps + 1)])
+        return off_policy.learn(self, state, self.groups, {TARGET_POLICY: moves, TARGET_Q: moves})
+
+    def groups(self, state: State) -> Sequence[Sequence[Group]]:
+        """The critics move in every step, the policy in the last of every `policy_delay`."""
+        h = state["params"]["hyper"]
+        critic = Group("critic", ("q.",), ("critic",), optim.adam(h["critic_learning_rate"]), h["max_grad_norm"])
+        actor = Group("actor", ("policy.",), ("actor",), optim.adam(h["actor_learning_rate"]), h["max_grad_norm"])
+        return [(critic,)] * (self.settings.policy_delay - 1) + [(critic, actor)]

@@ -1,0 +1,145 @@
+"""Off-policy learning: remember what happened, take gradient steps on minibatches of it, move target networks.
+
+What DQN, SAC and TD3 share. Their settings have `num_envs, num_steps, gradient_steps, batch_size, capacity,
+learning_starts`, and `gamma` is among their settings per learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlmeta.engine.parts import in_parts
+from rlmeta.envs.world import World
+from rlmeta.functional import random, tree
+from rlmeta.learning import replay
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.gradients import HasLosses
+from rlmeta.learning.groups import Group
+from rlmeta.learning.method import Method
+from rlmeta.learning.settings import require, require_range
+from rlmeta.learning.state import State
+from rlmeta.learning.step import replay_steps
+from rlmeta.learning.targets import Copy
+
+
+class OffPolicySettings(Protocol):
+    """Settings of an algorithm that learns from a replay memory."""
+
+    num_envs: int
+    num_steps: int
+    gradient_steps: int
+    batch_size: int
+    capacity: int
+    learning_starts: int
+
+
+class OffPolicyLearner(HasLosses, Protocol):
+    """An algorithm that learns from a replay memory."""
+
+    settings: Any
+    methods: tuple[Method, ...]
+    capture: Any
+
+
+def check_settings(settings: OffPolicySettings, n_steps: int = 1) -> None:
+    """Refuse numbers that leave nothing to learn from.
+
+    Raises:
+        SettingError: with what to change.
+    """
+    name = type(settings).__name__
+    for field in ("num_envs", "num_steps", "gradient_steps", "batch_size", "capacity"):
+        require_range(settings, field, 1)
+    require_range(settings, "learning_starts", 0)
+    rows, least = settings.capacity // settings.num_envs, 2 * settings.num_steps + n_steps
+    require(
+        rows >= least,
+        f"{name}: capacity {settings.capacity} holds {rows} steps of {settings.num_envs} environments, expected at "
+        f"least 2 num_steps + n_steps = {least}",
+    )
+    require(
+        settings.learning_starts <= settings.capacity,
+        f"{name}: learning_starts {settings.learning_starts} is more than capacity {settings.capacity}",
+    )
+
+
+def idle_steps(settings: OffPolicySettings, n_steps: int = 1) -> int:
+    """Steps of every environment before the first gradient step."""
+    return max(-(-settings.learning_starts // settings.num_envs), n_steps)
+
+
+def first_memory(settings: OffPolicySettings, world: World, state: State) -> State:
+    """An empty replay memory, for `state["replay"]`."""
+    return replay.init(world, state["world"], settings.capacity // settings.num_envs)
+
+
+def forget(state: State) -> None:
+    """Empty the replay memory: what is in it is of another task."""
+    state["replay"] = tree.map(torch.zeros_like, state["replay"])
+
+
+def remember(learner: OffPolicyLearner, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> None:
+    """Write a rollout, with the sum of its streams of reward, into the replay memory."""
+    reward = torch.stack(list(rewards.values())).sum(0)
+    state["replay"] = replay.insert(state["replay"], rollout, reward, state["key"].dim())
+
+
+def ready(learner: OffPolicyLearner, state: State, n_steps: int = 1) -> bool:
+    """Whether enough is remembered to learn from, the rollout of this iteration counted in."""
+    s = learner.settings
+    steps = int(state["count"]["task_steps"].max()) + s.num_steps
+    return steps * s.num_envs >= s.learning_starts and steps >= n_steps
+
+
+def warms_up(learner: OffPolicyLearner, state: State) -> Tensor:
+    """Whether a learner `[*L]` still acts at random, before its first gradient step."""
+    return state["count"]["task_steps"] * learner.settings.num_envs < learner.settings.learning_starts
+
+
+def learn(
+    learner: OffPolicyLearner,
+    state: State,
+    cycle: Callable[[State], Sequence[Sequence[Group]]],
+    copies: Mapping[Copy, Tensor],
+    n_steps: int = 1,
+) -> tuple[State, dict[str, Tensor]]:
+    """`gradient_steps` steps on minibatches from the replay memory, some of the learners on every core.
+
+    Args:
+        learner: gives the losses.
+        state: consumed.
+        cycle: from a state to the groups that move in the first step, the second, ..., and again from the start.
+        copies: which target networks move after each step, and how far, `[gradient_steps, *L]` each.
+        n_steps: rewards that are added up before a target network's value takes over.
+
+    Returns:
+        The new state, and the means of the reports of the cycles' last steps, `{name: [*L]}`.
+    """
+    s, gamma, axes = learner.settings, state["params"]["hyper"]["gamma"], state["key"].dim()
+    first = state["count"]["gradient_steps"]
+    numbers = first + torch.arange(s.gradient_steps, device=first.device).reshape(-1, *(1,) * axes)
+    keys = random.fold(state["key"], numbers)
+    batches = replay.sample(state["replay"], keys, s.batch_size, gamma, n_steps)
+    rates = {copy.name: rate for copy, rate in copies.items()}
+
+    def steps(state: State, drawn: tree.Tree) -> tuple[State, dict[str, Tensor]]:
+        moved = {copy: drawn["rates"][copy.name] for copy in copies}
+        return replay_steps(
+            learner, state, drawn["batches"], drawn["keys"], cycle(state), copies=moved, methods=learner.methods
+        )
+
+    def some(state: State, drawn: tree.Tree) -> tuple[State, dict[str, Tensor]]:
+        return steps(state, tree.map(lambda x: x.movedim(axes, 0).contiguous(), drawn))
+
+    drawn: tree.Tree = {"batches": batches, "keys": keys, "rates": rates}
+    memory = state.pop("replay")  # not copied to the cores
+    if learner.capture is None or learner.methods or not axes:
+        state, info = steps(state, drawn)
+    else:
+        state, info = in_parts(some, state, tree.map(lambda x: x.movedim(0, axes), drawn))
+    state["replay"] = memory
+    return state, info

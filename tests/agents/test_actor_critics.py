@@ -1,0 +1,192 @@
+"""SAC and TD3: their losses against plain torch, what their gradients reach, delays, targets, learning."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from rlmeta.agents import SAC, TD3
+from rlmeta.envs.task import task
+from rlmeta.errors import SettingError, SpaceError
+from rlmeta.functional import random, tree
+from rlmeta.learning.evaluate import evaluate
+from rlmeta.learning.gradients import StepContext
+from rlmeta.learning.state import take
+from rlmeta.learning.step import step
+from rlmeta.nn import Context
+from tests.agents.worlds import Target, start, train
+
+COMMON = {"num_envs": 4, "num_steps": 4, "gradient_steps": 4, "batch_size": 32, "capacity": 2_000,
+          "learning_starts": 32, "hidden_sizes": (16,), "critic_learning_rate": 5e-3, "target_rate": 0.05}  # fmt: skip
+SMALL = {
+    "sac": SAC(**COMMON, actor_learning_rate=5e-3, temperature_learning_rate=1e-2, target_entropy=-2.0),
+    "td3": TD3(**COMMON, actor_learning_rate=1e-3, exploration_noise=0.3),
+}
+NAMES = list(SMALL)
+
+
+class Weights(gym.Env):
+    """Two numbers in bounds that are far from [-1, 1]; the reward falls with the distance from 2 and -30."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(np.array([0.0, -40.0], np.float32), np.array([4.0, 0.0], np.float32))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        distance = abs(action[0] - 2.0) / 4 + abs(action[1] + 30.0) / 40
+        return np.ones(2, np.float32), 1.0 - distance, True, False, {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learns_an_action_in_bounds_of_any_size(name):
+    problem = task(Weights, name="weights")
+    agent, state = train(SMALL[name], problem, 80 if name == "sac" else 160)
+    world = problem.world((2,), 1)
+    assert (evaluate(agent, state["params"], world, state["key"], 4).returns.mean(-1) > 0.85).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_crosses_from_a_groups_loss_into_the_weights_of_another(name):
+    agent, state, world = start(SMALL[name], "Pendulum-v1", 2)
+    for _ in range(3):
+        state, _ = agent.iterate(state, world)
+    alone = {}
+    for moving in agent.groups(state)[-1]:
+        copied = tree.map(torch.clone, state)
+        batch = {
+            "observation": torch.randn(2, 8, 3),
+            "next_observation": torch.randn(2, 8, 3),
+            "action": torch.rand(2, 8, 1),
+            "reward": torch.randn(2, 8),
+            "discount": torch.full((2, 8), 0.9),
+            "valid": torch.ones(2, 8, dtype=torch.bool),
+        }
+        after, _ = step(agent, copied, batch, [moving], key=state["key"])
+        moved = {
+            weight
+            for weight, value in after["params"]["weights"].items()
+            if not torch.equal(value, state["params"]["weights"][weight])
+        }
+        alone[moving.name] = moved
+        assert moved and all(weight.startswith(moving.weights) for weight in moved)
+    assert set().union(*alone.values()) == set(state["params"]["weights"])
+
+
+def test_td3s_policy_and_targets_move_in_every_other_step():
+    settings = dataclasses.replace(SMALL["td3"], gradient_steps=2, learning_starts=16)
+    agent, state, world = start(settings, "Pendulum-v1", 2)
+    agent.capture = None
+    seen = []
+    inner = agent.losses
+
+    def losses(p, batch, ctx):
+        seen.append((ctx.moves("actor"), p["weights"]["policy.head.linear.weight"].detach().clone(),
+                     p["buffers"]["target_q.member.head.linear.weight"].clone()))  # fmt: skip
+        return inner(p, batch, ctx)
+
+    agent.losses = losses
+    for _ in range(3):
+        state, _ = agent.iterate(state, world)
+    moves, policies, targets = zip(*seen)
+    assert moves == (False, True) * 3
+    for i in range(0, 6, 2):
+        assert torch.equal(policies[i], policies[i + 1]) and torch.equal(targets[i], targets[i + 1])
+    assert not torch.equal(policies[1], policies[2]) and not torch.equal(targets[1], targets[2])
+    assert state["optimizer"]["critic"]["count"].tolist() == [6, 6]
+    assert state["optimizer"]["actor"]["count"].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_iterations_equal_unrecorded_ones(name):
+    ends = []
+    for recorded in (True, False):
+        agent, state, world = start(SMALL[name], "Pendulum-v1", 3)
+        agent.capture = agent.capture if recorded else None
+        for _ in range(40):
+            state, _ = agent.iterate(state, world)
+        assert bool(state["active"].all()) and int(state["count"]["gradient_steps"].max()) > 100
+        ends.append(state)
+    for part in ("params", "optimizer", "replay", "world"):
+        ours, theirs = (tree.flatten(state[part]) for state in ends)
+        assert ours.keys() == theirs.keys()
+        for leaf, value in ours.items():
+            torch.testing.assert_close(value, theirs[leaf], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_learners_numbers_do_not_depend_on_its_company(name):
+    agent, state = train(SMALL[name], "Pendulum-v1", 6, seeds=3)
+    _, alone = train(SMALL[name], "Pendulum-v1", 6, seeds=1)
+    for leaf, value in tree.flatten(take(state, slice(0, 1))["params"]["weights"]).items():
+        torch.testing.assert_close(value, alone["params"]["weights"][leaf], rtol=1e-4, atol=1e-5)
+
+
+def test_sacs_losses_are_those_of_the_paper():
+    agent, state, world = start(dataclasses.replace(SMALL["sac"], target_entropy=-1.0), "Pendulum-v1", 1)
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "observation": torch.randn(1, 6, 3, generator=g),
+        "next_observation": torch.randn(1, 6, 3, generator=g),
+        "action": torch.rand(1, 6, 1, generator=g) * 4 - 2,
+        "reward": torch.randn(1, 6, generator=g),
+        "discount": torch.tensor([[0.9, 0.0, 0.9, 0.9, 0.9, 0.9]]),
+        "valid": torch.ones(1, 6, dtype=torch.bool),
+    }
+    p, key = state["params"], state["key"]
+    p["weights"]["temperature.log"] = torch.tensor([-0.7])
+    found = agent.losses(p, batch, StepContext(training=True, key=key))
+    alpha = torch.tensor(-0.7).exp()
+
+    def sample(observation, name):
+        d = agent.forward(agent.policy, "policy", p, observation)
+        return agent.head.sample_log_prob(d, random.fold(key, name))
+
+    def q(name, observation, action):
+        return agent.values(p, name, observation, action, Context())[0]
+
+    next_action, next_log_prob = sample(batch["next_observation"], "next action")
+    target = batch["reward"] + batch["discount"] * (
+        q("target", batch["next_observation"], next_action).min(0).values - alpha * next_log_prob
+    )
+    critic = sum((q("q", batch["observation"], batch["action"])[i] - target).square().mean() for i in range(2))
+    action, log_prob = sample(batch["observation"], "action")
+    actor = (alpha * log_prob - q("q", batch["observation"], action).min(0).values).mean()
+    in_units = log_prob + float(np.log(2.0))  # density of the action in units of [-1, 1]
+    temperature = -(torch.tensor(-0.7) * (in_units.detach() - 1.0)).mean()
+    torch.testing.assert_close(found["critic"], critic.reshape(1))
+    torch.testing.assert_close(found["actor"], actor.reshape(1))
+    torch.testing.assert_close(found["temperature"], temperature.reshape(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("space", ["discrete", "unbounded", "multibinary"])
+def test_actions_without_finite_bounds_are_refused(name, space):
+    class Unbounded(Target):
+        action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    problem = task(Weights, name="weights")
+    if space != "unbounded":
+        problem = task(partial(Target, space), name="target")
+        with pytest.raises(SpaceError, match="finite bounds"):
+            start(SMALL[name], problem)
+    else:
+        with pytest.raises(SpaceError, match="finite bounds"):
+            SMALL[name].bind(problem.world((1,), 1).observation_space, Unbounded.action_space)
+
+
+def test_settings_that_leave_nothing_to_learn_are_refused():
+    with pytest.raises(SettingError, match="capacity"):
+        SAC(capacity=16, num_envs=4, num_steps=4)
+    with pytest.raises(SettingError, match="policy_delay"):
+        TD3(gradient_steps=3, policy_delay=2)
+    with pytest.raises(SettingError, match="hidden_sizes"):
+        SAC(hidden_sizes=())
