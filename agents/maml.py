@@ -51,7 +51,8 @@ def train(family: str = "sinusoid", seeds: int = 4, steps: int = 75_000) -> dict
         # learn
         flat = torch.cat([g.reshape(seeds, -1) for g in gradient], -1)
         clipped, _ = optim.clip_by_norm({"weights": flat}, hyper["max_grad_norm"], 1)
-        moved, state["optimizer"]["all"] = maml.optimizer(state).update(clipped, state["optimizer"]["all"], {"weights": weights.flat})
+        moments, before = state["optimizer"]["all"], {"weights": weights.flat}
+        moved, state["optimizer"]["all"] = maml.optimizer(state).update(clipped, moments, before)
         state["params"]["weights"] = Packed.view(weights.flat + moved["weights"], weights, 1)
     return state
 

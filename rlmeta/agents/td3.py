@@ -211,7 +211,7 @@ class TD3Agent(Agent):
         """log density `[*L, B]` of actions around the policy's, with the exploration's deviation: what Fisher
         information and distillation are taken of."""
         mean = self.forward(self.policy, "policy", p, batch["observation"])
-        log_std = torch.as_tensor(align(p["hyper"]["exploration_noise"].log(), mean)).expand_as(mean)
+        log_std = align(p["hyper"]["exploration_noise"].log(), mean).expand_as(mean)
         return distributions.normal_log_prob(mean, log_std, self.units.to_policy(batch["action"]))
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:

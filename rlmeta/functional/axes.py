@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from rlmeta.functional.shapes import flags
 
 
+@overload
+def align(setting: float, x: Tensor) -> float: ...
+@overload
+def align(setting: Tensor, x: Tensor) -> Tensor: ...
 def align(setting: float | Tensor, x: Tensor) -> float | Tensor:
     """Reshape a per-learner setting so that it broadcasts against data of the same learners.
 

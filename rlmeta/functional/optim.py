@@ -20,7 +20,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeAlias, cast, overload
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -400,7 +400,7 @@ def _fit(setting: Setting, x: Tensor) -> Setting:
     """`setting` so that it broadcasts against `x`, in `x`'s type (torch.lerp takes no other)."""
     if not isinstance(setting, Tensor):
         return setting
-    return cast(Tensor, align(setting, x)).to(x.dtype)
+    return align(setting, x).to(x.dtype)
 
 
 def _add_scaled(x: Tensor, scale: Setting, y: Tensor) -> Tensor:
@@ -419,7 +419,7 @@ def _one_minus_power(base: Setting, exponent: Tensor) -> Tensor:
     """1 − baseᵗ for t ≥ 1; written −expm1(t log base), since 1 − 0.999 has only four correct digits in float32."""
     if not isinstance(base, Tensor):
         return -torch.expm1(exponent * (math.log(base) if base > 0 else -math.inf))
-    base = cast(Tensor, align(base, exponent))  # in its own type: 0.999 is 1 in half precision
+    base = align(base, exponent)  # in its own type: 0.999 is 1 in half precision
     positive = base > 0  # the logarithm has no derivative at 0
     by_logarithm = -torch.expm1(exponent * torch.where(positive, base, 1.0).log())
     return torch.where(positive, by_logarithm, 1.0 - torch.where(positive, 0.0, base) ** exponent)

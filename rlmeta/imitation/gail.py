@@ -346,7 +346,7 @@ def _shuffled(shown: tree.Tree, own: tree.Tree, swap: Tensor) -> tuple[tree.Tree
     """Two minibatches `[*L, B, ...]` whose rows change sides where `swap` `[*L, B]` is set."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(align(swap, a), a, b)  # type: ignore[arg-type]
+        return torch.where(align(swap, a), a, b)
 
     sides = {name: own[name] for name in shown}
     return tree.map(choose, sides, shown), {**own, **tree.map(choose, shown, sides)}

@@ -29,12 +29,35 @@ from rlmeta.learning.targets import Copy
 class OffPolicySettings(Protocol):
     """Settings of an algorithm that learns from a replay memory."""
 
-    num_envs: int
-    num_steps: int
-    gradient_steps: int
-    batch_size: int
-    capacity: int
-    learning_starts: int
+    @property
+    def num_envs(self) -> int:
+        """Environments of each learner."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in every environment between updates."""
+        ...
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradient steps in each update."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Transitions in a minibatch."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Transitions that each learner's memory holds."""
+        ...
+
+    @property
+    def learning_starts(self) -> int:
+        """Transitions collected before the first gradient step."""
+        ...
 
 
 class OffPolicyLearner(HasLosses, Protocol):

@@ -27,8 +27,8 @@ class Steps(NamedTuple):
     constants: tree.Tree
     """What every minibatch contains besides, every leaf `[*L, ...]`."""
     each: tree.Tree
-    """What every step has of its own, every leaf `[count, ...]`: `index` or `batch`, `key`, the copies' `rates`."""
-    count: int
+    """What every step has of its own, every leaf `[number, ...]`: `index` or `batch`, `key`, the copies' `rates`."""
+    number: int
     """How many steps; a multiple of the cycle's length."""
     cycle: tuple[tuple[Group, ...], ...]
     """The groups that move in the first step, the second, ..., and again from the start."""
@@ -68,12 +68,12 @@ def recorded_descents(
         "keep": keep,
     }
     length = len(work.cycle)
-    each = work.each if length == 1 else tree.map(lambda x: x.unflatten(0, (-1, length)), work.each)
+    each = work.each if length == 1 else tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), work.each)
     name = ("gradient steps", *weights, work.copies, *(descent.name for descent in descents))
 
     def follow(held: bool) -> tuple[tree.Tree, tree.Tree]:
         body = _cycle(descents, weights, axes, work.copies, held)
-        return capture.scan((*name, held), body, carried, fixed, each, work.count // length)
+        return capture.scan((*name, held), body, carried, fixed, each, work.number // length)
 
     everyone = bool((state["active"] & keep).all())
     found, reports = follow(held=not everyone)
@@ -122,7 +122,8 @@ def _cycle(
         return {**new, "active": active}, _reported(found)
 
     def call(inputs: tree.Tree) -> tree.Tree:
-        carried, report = inputs["carried"], {}
+        carried = inputs["carried"]
+        report: tree.Tree = {}
         for number in range(len(descents)):
             each = inputs["each"]
             each = each if len(descents) == 1 else tree.map(lambda x: x[number], each)  # noqa: B023 - used at once

@@ -134,7 +134,7 @@ def _draw(memory: State, key: Tensor, batch_size: int, n_steps: int, pick: _Pick
     number = random.integers(key, "replay", 0, (batch_size * _TRIES,), ends[..., -1:])
     env = torch.searchsorted(ends.expand(*key.shape, -1).contiguous(), number, right=True)
     t = number + (oldest - (ends - rows)).expand(*key.shape, -1).gather(-1, env)
-    t, env = t.unflatten(-1, (batch_size, _TRIES)), env.unflatten(-1, (batch_size, _TRIES))
+    t, env = (x.reshape(*x.shape[:-1], batch_size, _TRIES) for x in (t, env))
     acted = pick("valid", pick.rows(t, env))
     chosen = acted.long().argmax(-1, keepdim=True)  # the first that is set, or the first of all
     return t.gather(-1, chosen).squeeze(-1), env.gather(-1, chosen).squeeze(-1)

@@ -48,5 +48,5 @@ def follow(state: State, copy: Copy, rate: Tensor) -> None:
 def _nearer(copy: Tensor, source: Tensor, rate: Tensor) -> Tensor:
     """copy + rate (source - copy), in the copy's type; what is counted, not measured, is taken over."""
     if not source.is_floating_point():
-        return torch.where(torch.as_tensor(align(rate, source) > 0, device=source.device), source, copy)
+        return torch.where(align(rate, source) > 0, source, copy)
     return torch.lerp(copy.to(source.dtype), source, align(rate.to(source.dtype), source))

@@ -204,7 +204,7 @@ class PackNet(Method):
         position, copied = position_of(task), self._copied(p, axes)
 
         def choose(now: Tensor, kept: Tensor) -> Tensor:
-            return torch.where(torch.as_tensor(align(old, now), device=now.device), kept.select(axes, position), now)
+            return torch.where(align(old, now), kept.select(axes, position), now)
 
         own = tree.map(choose, copied, m["copies"])
         return {**p, **{part: {**p[part], **own[part]} for part in own}}

@@ -161,6 +161,6 @@ def reservoir(samples: tree.Tree, met: Tensor, new: tree.Tree, group: Tensor, ke
     chosen = gather(new, winner.clamp(min=0))
 
     def write(new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(torch.as_tensor(align(taken, new), device=new.device), new, old)
+        return torch.where(align(taken, new), new, old)
 
     return tree.map(write, chosen, samples), met + member.sum(-2)

@@ -124,14 +124,14 @@ def test_recorded_iterations_equal_unrecorded_ones(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_learners_numbers_do_not_depend_on_its_company(name):
-    agent, state = train(SMALL[name], "Pendulum-v1", 6, seeds=3)
+    _, state = train(SMALL[name], "Pendulum-v1", 6, seeds=3)
     _, alone = train(SMALL[name], "Pendulum-v1", 6, seeds=1)
     for leaf, value in tree.flatten(take(state, slice(0, 1))["params"]["weights"]).items():
         torch.testing.assert_close(value, alone["params"]["weights"][leaf], rtol=1e-4, atol=1e-5)
 
 
 def test_sacs_losses_are_those_of_the_paper():
-    agent, state, world = start(dataclasses.replace(SMALL["sac"], target_entropy=-1.0), "Pendulum-v1", 1)
+    agent, state, _ = start(dataclasses.replace(SMALL["sac"], target_entropy=-1.0), "Pendulum-v1", 1)
     g = torch.Generator().manual_seed(0)
     batch = {
         "observation": torch.randn(1, 6, 3, generator=g),

@@ -125,7 +125,7 @@ def test_nothing_crosses_a_cut():
     first, second = history_of(8, ends=0.0), history_of(8, seed=1, ends=0.0)
     memory = replay.insert(empty(first, 40), first, first["reward"], 1)
     memory = replay.cut(replay.cut(memory, 1), 1)  # a second one finds nothing to end
-    second = {**second, "observation": second["observation"] + 1000, "next_observation": second["next_observation"] + 1000}
+    second |= {name: second[name] + 1000 for name in ("observation", "next_observation")}
     memory = replay.insert(memory, second, second["reward"], 1)
     batch = replay.sample(memory, random.make_keys(range(S)), 400, GAMMA, 3)
     old = (batch["observation"] < 1000) & batch["valid"].unsqueeze(-1)
