@@ -197,7 +197,7 @@ class SACAgent(Agent):
             after = self.forward(self.policy, "policy", p, next_observation)
             next_action, next_log_prob = self.head.sample_log_prob(after, random.fold(ctx.key, "next action"))
             next_q = self.values(p, "target", next_observation, next_action, Context()).amin(axes)
-            soft = losses.soft_value(next_q, next_log_prob, align(alpha, next_q))
+            soft = losses.soft_value(next_q, next_log_prob, alpha)
             target = losses.td_target(batch["reward"], batch["discount"], soft)
         q = self.values(p, "q", observation, batch["action"], ctx)
         error = (q - target.unsqueeze(axes)).square()
@@ -207,7 +207,7 @@ class SACAgent(Agent):
         now = self.forward(self.policy, "policy", p, observation, ctx)
         action, log_prob = self.head.sample_log_prob(now, random.fold(ctx.key, "action"))
         best = self.values(p, "q", observation, action, Context()).amin(axes)
-        actor = -masked_mean(losses.soft_value(best, log_prob, align(alpha, log_prob)), valid)
+        actor = -masked_mean(losses.soft_value(best, log_prob, alpha), valid)
 
         # temperature: -log alpha (log pi(a | s) + wanted entropy)
         wanted = p["hyper"]["target_entropy"] * self.units.centre.numel() + self.head.log_half_width

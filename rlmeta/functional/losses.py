@@ -278,8 +278,8 @@ def soft_value(q: Tensor, log_prob: Tensor, temperature: float | Tensor) -> Tens
 
     Args:
         q: value of the action, `[*L, B]`.
-        log_prob: its log density.
-        temperature: alpha, what a nat of entropy is worth; a number, or broadcasts against `q`.
+        log_prob: its log density, `[*L, B]`.
+        temperature: alpha, what a nat of entropy is worth; a number or `[*L]`.
 
     Returns:
         `[*L, B]`
@@ -287,7 +287,7 @@ def soft_value(q: Tensor, log_prob: Tensor, temperature: float | Tensor) -> Tens
     Source: Haarnoja et al., "Soft Actor-Critic", 2018, equation 3.
     """
     same_shape(q=q, log_prob=log_prob)
-    return q - temperature * log_prob
+    return q - align(temperature, q) * log_prob
 
 
 def explained_variance(value: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -112,6 +112,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "distributions.categorical_log_prob": lambda: called("distributions.categorical_log_prob", action=CHOSEN),
     "losses.cross_entropy_loss": lambda: called("losses.cross_entropy_loss", target=CHOSEN, valid=FLAGS[..., 0]),
     "losses.squared_loss": lambda: called("losses.squared_loss", valid=FLAGS[..., 0]),
+    "losses.soft_value": lambda: called(
+        "losses.soft_value", q=SQUARE["reward"][..., 0], log_prob=SQUARE["reward"][..., 0], temperature=0.2
+    ),
     "losses.q_target": lambda: called(
         "losses.q_target", reward=SQUARE["reward"][..., 0], discount=SQUARE["discount"][..., 0]
     ),

@@ -21,6 +21,7 @@ from rlmeta.functional.losses import (
     ppo_clip_loss,
     ppo_kl_loss,
     q_target,
+    soft_value,
     td_target,
     twice_differentiable_policy_gradient_loss,
     value_loss,
@@ -40,6 +41,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], int, bool, bool]] = {
     "huber_loss": (huber_loss, 2, True, True),
     "explained_variance": (explained_variance, 2, False, True),
     "td_target": (td_target, 3, False, False),
+    "soft_value": (soft_value, 2, True, False),
 }
 MASKED = [name for name, (_, _, _, masked) in FUNCTIONS.items() if masked]
 
