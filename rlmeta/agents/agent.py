@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import check_network
+from rlmeta.agents.networks import capture_for, check_network
 from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.world import World
@@ -65,7 +65,7 @@ class Agent:
 
     capture: Capture | None
     """Replays `act` and `losses` once they are warm: both depend on their tensors alone. None calls them every time, as
-    a user's network needs, which may do anything."""
+    a network of a user's own class needs, which may do anything (`nn.lifted.recordable`)."""
 
     steps_per_iteration: int
     """Steps every environment takes in one iteration."""
@@ -88,7 +88,7 @@ class Agent:
         self.methods = tuple(methods)
         self.rewards: tuple[Reward, ...] = distinct(getattr(settings, "rewards", ()))
         self.pretrain: Callable[[State], State] | None = None
-        self.capture = Capture() if getattr(settings, "network", None) is None else None
+        self.capture = capture_for(settings, observation_space)
 
     # ------------------------------------------------------------------ what an algorithm provides
 

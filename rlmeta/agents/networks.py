@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.data.spaces import to_tree
+from rlmeta.engine.capture import Capture
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import tree
 from rlmeta.functional.tree import Tree
@@ -37,7 +38,7 @@ from rlmeta.nn import (
 )
 from rlmeta.nn.block import alone
 from rlmeta.nn.encoder import ACTION_MASK, byte_bound
-from rlmeta.nn.lifted import copied
+from rlmeta.nn.lifted import copied, recordable
 
 
 class Network(Block):
@@ -281,6 +282,16 @@ def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, ke
             check_block(lift(module, feature_axes(observation_space)), x, other, key=key)
         except SettingError as error:
             raise SettingError(f"network= ({type(module).__name__}) can't be trained: {error}") from None
+
+
+def capture_for(settings: Any, observation_space: gym.Space) -> Capture | None:
+    """What records a learner's steps; None for a user's network that may depend on more than tensors."""
+    network = getattr(settings, "network", None)
+    if network is None:
+        return Capture()
+    with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        module = _own_module(network, observation_space)
+    return Capture() if recordable(module) else None
 
 
 def _warn_of_pictures(space: gym.Space) -> None:

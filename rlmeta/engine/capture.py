@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlmeta.engine.backends import Backend, chosen
 from rlmeta.engine.passes import split, without_idle, without_writes, written_over
 from rlmeta.engine.tape import NotRecordable, Place, Tape, own_memory, record
 from rlmeta.functional import tree
@@ -42,8 +43,15 @@ _RECORDING = threading.Lock()
 class Capture:
     """Calls functions, and replays those that were called often with tensors of the same names and layouts."""
 
-    def __init__(self, warm_up: int | None = None) -> None:
+    def __init__(self, warm_up: int | None = None, backends: Sequence[Backend] | None = None) -> None:
+        """Create it with nothing recorded.
+
+        Args:
+            warm_up: calls before a function is recorded.
+            backends: what plays recordings, in the order in which they are tried; `backends.chosen()` by default.
+        """
         self._warm_up = WARM_UP if warm_up is None else warm_up
+        self._backends = chosen() if backends is None else tuple(backends)
         self._calls: Counter[Hashable] = Counter()
         self._programs: dict[Hashable, _Program | None] = {}
         self._said: set[tuple[Hashable, str]] = set()
@@ -67,7 +75,7 @@ class Capture:
             )
         expected = function(inputs)
         if program is not None:
-            self._tried(name, key, partial(program.check, leaves, expected), lambda: None)
+            self._check(name, key, leaves, expected)
         return expected
 
     def scan(
@@ -110,7 +118,7 @@ class Capture:
         program = self._programs.get(key)
         if program is not None and program.checks < _CHECKS:
             few = min(times, 2)
-            self._tried(name, key, partial(program.check, [*leaves, few], in_turn(few)), lambda: None)
+            self._check(name, key, [*leaves, few], in_turn(few))
             program = self._programs[key]
         if program is None:
             found = in_turn()
@@ -120,16 +128,15 @@ class Capture:
 
     def _ready(self, key: Hashable, calls: int) -> bool:
         self._calls[key] += calls
-        return self._calls[key] >= self._warm_up
+        return bool(self._backends) and self._calls[key] >= self._warm_up
 
     def _record(self, key: Hashable, function: Function, inputs: tree.Tree, build: _Build) -> tree.Tree:
         """What the function gives; its program is kept."""
         with _RECORDING:
             found, tape = record(function, inputs)
-            examples = tree.map(own_memory, inputs)
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the tracer about itself
-                self._programs[key] = _Program(build(without_idle(without_writes(tape)), examples, found), found)
+            short, examples = without_idle(without_writes(tape)), tree.map(own_memory, inputs)
+            builds = [partial(build, backend, short, examples, found) for backend in self._backends]
+            self._programs[key] = _first_program(builds, found)
         return found
 
     def _tried(self, name: Hashable, key: Hashable, work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
@@ -142,11 +149,32 @@ class Capture:
         except Exception as error:
             self._programs[key], reason = None, _reason(error)
         found = instead()
+        self._say(name, reason)
+        return found
+
+    def _check(self, name: Hashable, key: Hashable, given: Sequence[Any], expected: tree.Tree) -> None:
+        """Compare a program with what the function gave; where they differ, the next backend's takes its place."""
+        program = self._programs[key]
+        while program is not None:
+            try:
+                program.check(given, expected)
+                return
+            except Exception as error:
+                reason = _reason(error)
+            try:
+                with _RECORDING:
+                    program = _first_program(program.others, program.outputs)
+            except Exception:
+                program = None
+            self._programs[key] = program
+        self._say(name, reason)
+
+    def _say(self, name: Hashable, reason: str) -> None:
+        """Warn once that something is not recorded."""
         what = name[0] if isinstance(name, tuple) else name
         if (what, reason) not in self._said:
             self._said.add((what, reason))
-            warnings.warn(_UNRECORDED.format(what, reason), RuntimeWarning, stacklevel=3)
-        return found
+            warnings.warn(_UNRECORDED.format(what, reason), RuntimeWarning, stacklevel=4)
 
 
 def _reason(error: Exception) -> str:
@@ -196,15 +224,17 @@ def _in_turn(
 # ---------------------------------------------------------------------- the programs
 
 _Run = Callable[[Sequence[Any]], Sequence[Tensor]]
-_Build = Callable[[Tape, tree.Tree, tree.Tree], _Run]
-"""From a tape, copies of its inputs and what it gave."""
+_Build = Callable[[Backend, Tape, tree.Tree, tree.Tree], _Run]
+"""From a backend, a tape, copies of its inputs and what it gave."""
 
 
 class _Program:
     """A recorded function."""
 
-    def __init__(self, run: _Run, outputs: tree.Tree) -> None:
+    def __init__(self, run: _Run, outputs: tree.Tree, others: Sequence[Callable[[], _Run]] = ()) -> None:
         self._run, self._numbers = run, tree.rebuild(outputs, itertools.count())
+        self.outputs, self.others = outputs, others
+        """What the function gave, and how other backends make a program: kept until this one has been checked."""
         self.checks = 0
         """How often it gave what the function gave."""
 
@@ -222,6 +252,25 @@ class _Program:
         if not all(_equal(a, b) for a, b in zip(tree.leaves(self(given)), tree.leaves(expected), strict=True)):
             raise NotRecordable("what was recorded gives other numbers when it is called again")
         self.checks += 1
+        if self.checks == _CHECKS:
+            self.outputs, self.others = {}, ()
+
+
+def _first_program(builds: Sequence[Callable[[], _Run]], outputs: tree.Tree) -> _Program:
+    """The program of the first backend that makes one.
+
+    Raises:
+        Exception: none does; what the last one said.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer about itself, and of torch about the tracer
+        for number, build in enumerate(builds):
+            try:
+                return _Program(build(), outputs, builds[number + 1 :])
+            except Exception:
+                if number + 1 == len(builds):
+                    raise
+    raise NotRecordable("there is no backend")
 
 
 _AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -230,20 +279,16 @@ for _key_of_autograd in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.
     _AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(_key_of_autograd)
 
 
-def _traced(tape: Tape, examples: Sequence[Tensor]) -> Any:
-    """The tape as a program from the list of its inputs to that of its outputs."""
-    return torch.jit.trace(tape.play, (list(examples),), check_trace=False)  # type: ignore[no-untyped-call]
-
-
-def _once(tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
+def _once(backend: Backend, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
     """A call of the function."""
     leaves = list(tree.leaves(examples))
     constants, rest = split(tape, ())
     rest = rest.with_constants(constants.play(leaves))
-    return _traced(written_over(rest), leaves)
+    program = backend.compile(written_over(rest), leaves)
+    return lambda given: program(list(given))
 
 
-def _scan(axis: int, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
+def _scan(axis: int, backend: Backend, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
     """A loop of calls; inputs come as `tree.leaves` has them: carried, each, fixed.
 
     What depends on fixed inputs alone is computed before the loop, carried tensors are written over where the call that
@@ -264,8 +309,8 @@ def _scan(axis: int, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
     operations = (*before.operations, *views.operations)
     outputs = body.inputs[len(tape.inputs) :] or tape.inputs[:1]  # a program has to give something
     start = replace(before, operations=operations, outputs=outputs)
-    start_program = _traced(start, leaves)
-    program = _looped(start_program, _traced(body, [*leaves, *start_program(leaves)]))
+    start_program = backend.compile(start, leaves)
+    program = backend.loop(start_program, backend.compile(body, [*leaves, *start_program(leaves)]))
 
     def run(given: Sequence[Any]) -> Sequence[Tensor]:
         *found, times = given
@@ -273,25 +318,3 @@ def _scan(axis: int, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
         return program(*lists, times, len(tape.outputs) - carried, axis)
 
     return run
-
-
-def _looped(start: Any, body: Any) -> Any:
-    """The loop around a body, which gets the carried tensors, its own, the fixed ones, and what `start` computed."""
-
-    def loop(
-        carried: list[Tensor], each: list[Tensor], fixed: list[Tensor], times: int, width: int, axis: int
-    ) -> list[Tensor]:
-        carried = [x.clone() for x in carried]
-        known = start(carried + [x[0] for x in each] + fixed)
-        rows: list[Tensor] = []
-        for i in range(times):
-            found = body(carried + [x[i] for x in each] + fixed + known)
-            carried = found[: len(carried)]
-            rows += found[len(carried) :]
-        return carried + [torch.stack(rows[row::width], axis) for row in range(width)]
-
-    try:
-        return torch.jit.script(loop)
-    except (OSError, torch.jit.frontend.FrontendError) as error:  # it reads the source, which may be late in a run
-        reason = str(error).splitlines()[0]
-        raise NotRecordable(f"rlmeta's own source has changed or is not there ({reason})") from error

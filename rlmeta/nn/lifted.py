@@ -322,6 +322,19 @@ def hooked(module: nn.Module) -> bool:
     return any(hooks)
 
 
+def recordable(module: nn.Module) -> bool:
+    """Whether a module depends on its tensors alone, so that its operations may be recorded and replayed.
+
+    It does where it is made of torch's and rlmeta's own classes without hooks; a class of somebody's own may count its
+    calls, or look at the clock, and does where it says so: `recordable = True`.
+    """
+    for part in module.modules():
+        known = type(part).__module__.startswith(("torch.nn.modules.", "rlmeta.nn."))
+        if hooked(part) or not (known or getattr(type(part), "recordable", False) is True):
+            return False
+    return True
+
+
 def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int) -> torch.Size:
     """The learner axes, which every tensor must start with."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]

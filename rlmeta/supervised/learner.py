@@ -106,7 +106,7 @@ class Supervised:
         self.observation_space, self.target_space = observation_space, target_space
         self.methods = tuple(methods)
         self.steps_per_iteration: int = settings.num_steps
-        self.capture = Capture() if settings.network is None else None
+        self.capture = capture_for(settings, observation_space)
         self.net: Any = bare(self.networks)["net"]
         self._draws = any(isinstance(m, Block) and m.may_draw() for m in self.net.modules())
 

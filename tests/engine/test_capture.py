@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import rlmeta as rl
 from rlmeta.engine import capture as capture_module
+from rlmeta.engine.backends import Python, TorchScript, chosen
 from rlmeta.engine.capture import Capture, Function
 from rlmeta.engine.tape import Tape, own_memory
 from rlmeta.errors import SettingError
@@ -18,6 +20,13 @@ from rlmeta.functional import random, tree
 from rlmeta.nn.product import layers
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.train import prepare
+
+
+@pytest.fixture(params=["torchscript", "python"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test with either backend."""
+    monkeypatch.setenv("RLMETA_BACKEND", request.param)
+    return request.param
 
 
 def gradient(inputs: tree.Tree) -> tree.Tree:
@@ -269,9 +278,9 @@ def no_loop(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("script", [not_there, of_another_function])
-def test_without_its_own_source_a_scan_is_never_a_program(script: object, monkeypatch: pytest.MonkeyPatch):
+def test_without_its_own_source_torchscript_makes_no_loop(script: object, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.jit, "script", script)
-    capture = Capture(warm_up=1)
+    capture = Capture(warm_up=1, backends=[TorchScript()])
     given = scanned(0, 3)
     with pytest.warns(RuntimeWarning, match="rlmeta.s own source has changed or is not there"):
         carried, rows = capture.scan("descent", descent, *given, 3)
@@ -431,43 +440,29 @@ def test_what_python_makes_of_numbers_in_a_call_is_a_constant():
 # ---------------------------------------------------------------------- errors
 
 
-def broken(times: int) -> Callable[..., object]:
-    """A tracer whose programs work for so many calls."""
-    traced, done = capture_module._traced, [0]
+class Breaks(Python):
+    """Its programs work for so many calls, together or each."""
 
-    def program(tape: Tape, examples: list[torch.Tensor]) -> object:
-        real = traced(tape, examples)
+    def __init__(self, times: int, together: bool) -> None:
+        self.times, self.together, self.done = times, together, [0]
+
+    def compile(self, tape: Tape, examples: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        real, done = super().compile(tape, examples), self.done if self.together else [0]
 
         def play(given: list[torch.Tensor]) -> list[torch.Tensor]:
             done[0] += 1
-            if done[0] > times:
-                given[0].add_(1.0)  # whatever it has half done
+            if done[0] > self.times:
+                if self.together:
+                    given[0].add_(1.0)  # whatever a loop has half done to what it carries
                 raise RuntimeError("first line\nthe machine broke")
             return real(given)
 
         return play
 
-    return program
-
-
-def python_loop(start: Callable, body: Callable) -> Callable:
-    def loop(carried: list, each: list, fixed: list, times: int, width: int, axis: int) -> list[torch.Tensor]:
-        carried, rows = [x.clone() for x in carried], []
-        known = start(carried + [x[0] for x in each] + fixed)
-        for i in range(times):
-            found = body(carried + [x[i] for x in each] + fixed + known)
-            carried = found[: len(carried)]
-            rows += found[len(carried) :]
-        return carried + [torch.stack(rows[row::width], axis) for row in range(width)]
-
-    return loop
-
 
 @pytest.mark.parametrize("times", [0, 1, 3, 5, 8, 20, 40])
-def test_an_error_in_a_program_is_said_once_and_the_run_goes_on_without(times: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(capture_module, "_traced", broken(times))
-    monkeypatch.setattr(capture_module, "_looped", python_loop)
-    capture = Capture(warm_up=2)
+def test_an_error_in_a_program_is_said_once_and_the_run_goes_on_without(times: int):
+    capture = Capture(warm_up=2, backends=[Breaks(times, together=True)])
     with pytest.warns(RuntimeWarning, match="descent: not recorded.*RuntimeError: the machine broke") as said:
         for seed in range(12):
             given = scanned(seed, 4)
@@ -478,26 +473,58 @@ def test_an_error_in_a_program_is_said_once_and_the_run_goes_on_without(times: i
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("times", [0, 1, 2, 20])
+def test_an_error_in_the_first_backend_leaves_the_work_to_the_next(times: int):
+    breaks = Breaks(times, together=True)
+    capture = Capture(warm_up=2, backends=[breaks, Python()])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(12):
+            given = scanned(seed, 4)
+            carried, rows = capture.scan("descent", descent, *given, 4)
+            assert same([*tree.leaves(carried), *tree.leaves(rows)], one_by_one(descent, scanned(seed, 4), 4))
+    late = times == 20  # it was checked and taken; then it broke
+    assert len(said) == late and (None in capture._programs.values()) == late
+    assert late or breaks.done[0] == times + 1
+
+
 @pytest.mark.parametrize("times", [0, 1, 3, 5])
-def test_an_error_in_the_program_of_single_calls_is_said_once(times: int, monkeypatch: pytest.MonkeyPatch):
-    def breaks(tape: Tape, examples: list[torch.Tensor]) -> object:
-        done = [0]
-
-        def play(given: list[torch.Tensor]) -> list[torch.Tensor]:
-            done[0] += 1
-            if done[0] > times:
-                raise IndexError("no such place")
-            return tape.play(given)
-
-        return play
-
-    monkeypatch.setattr(capture_module, "_traced", breaks)
-    capture = Capture(warm_up=2)
-    with pytest.warns(RuntimeWarning, match="loss: not recorded.*IndexError: no such place") as said:
+def test_an_error_in_the_program_of_single_calls_is_said_once(times: int):
+    capture = Capture(warm_up=2, backends=[Breaks(times, together=False)])
+    with pytest.warns(RuntimeWarning, match="loss: not recorded.*the machine broke") as said:
         for seed in range(9):
             found, expected = capture(("loss", 3), gradient, inputs(seed)), gradient(inputs(seed))
             assert same(tree.leaves(found), tree.leaves(expected))
     assert len(said) == 1
+
+
+def test_what_torchscript_refuses_is_generated_python_and_nobody_is_told():
+    def normalises(given: tree.Tree) -> tree.Tree:
+        weight = given["weight"].detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.group_norm(given["x"], 2, weight).square().mean()
+        return {"gradient": torch.autograd.grad(loss, weight)[0]}
+
+    class Refuses(TorchScript):
+        def compile(self, tape: Tape, examples: Sequence[torch.Tensor]) -> Any:
+            raise RuntimeError("unsupported")
+
+    capture = Capture(warm_up=1, backends=[Refuses(), Python()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(6):
+            given = {"x": torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)), "weight": torch.ones(4)}
+            assert torch.equal(capture("norm", normalises, given)["gradient"], normalises(given)["gradient"])
+    assert all(program is not None for program in capture._programs.values())
+
+
+def test_the_environment_variable_names_the_backend(monkeypatch: pytest.MonkeyPatch):
+    for name, expected in (("python", ["python"]), ("none", []), ("", ["torchscript", "python"])):
+        monkeypatch.setenv("RLMETA_BACKEND", name)
+        assert [backend.name for backend in chosen()] == expected
+    monkeypatch.setenv("RLMETA_BACKEND", "cuda")
+    with pytest.raises(SettingError, match="RLMETA_BACKEND is 'cuda', expected torchscript, python or none"):
+        chosen()
 
 
 def test_an_error_while_recording_is_said_once(monkeypatch: pytest.MonkeyPatch):
