@@ -21,6 +21,7 @@ NETWORKS = ("mlp", "convolution", "group norm, frozen layer", "batch norm")
 PROBLEMS = ("task", "family", "stream")
 
 WHERE = gym.spaces.Box(-1, 1, (3,), np.float32)
+FORCE = gym.spaces.Box(0, 2, (1,), np.float32)
 SPACES: dict[str, gym.Space] = {
     "box": WHERE,
     "bytes": gym.spaces.Box(0, 255, (1, 4, CELLS), np.uint8),
@@ -37,6 +38,7 @@ class Walk(NativeEnv):
     kind: str = "box"
     pay: float = 1.0
     slip: float = 0.1
+    continuous: bool = False
     max_episode_steps: int | None = 8
     step_noise = 1
 
@@ -46,14 +48,15 @@ class Walk(NativeEnv):
 
     @property
     def action_space(self) -> gym.Space:
-        return gym.spaces.Discrete(2)
+        return FORCE if self.continuous else gym.spaces.Discrete(2)
 
     def reset(self, noise: Tensor, physics: Any) -> dict[str, Tensor]:
         return {"cell": torch.zeros(noise.shape[:-1], dtype=torch.int64, device=noise.device)}
 
     def step(self, state: Any, action: Tensor, noise: Tensor, physics: Any) -> tuple[Any, Tensor, Tensor]:
         slips = noise[..., 0] < physics.get("slip", self.slip)
-        move = torch.where(slips, -1, 2 * action - 1)
+        right = (action[..., 0] > 1).long() if self.continuous else action
+        move = torch.where(slips, -1, 2 * right - 1)
         cell = (state["cell"] + move).clamp(0, CELLS - 1)
         ended = cell == CELLS - 1
         pay = physics.get("pay", torch.full_like(noise[..., 0], self.pay))
@@ -76,10 +79,9 @@ class Walk(NativeEnv):
 class GymWalk(gym.Env):
     """The same as a gymnasium environment."""
 
-    action_space = gym.spaces.Discrete(2)
-
-    def __init__(self, kind: str = "box", pay: float = 1.0) -> None:
+    def __init__(self, kind: str = "box", pay: float = 1.0, continuous: bool = False) -> None:
         self.observation_space, self.kind, self.pay = SPACES[kind], kind, pay
+        self.continuous, self.action_space = continuous, FORCE if continuous else gym.spaces.Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -89,7 +91,8 @@ class GymWalk(gym.Env):
     def step(self, action: Any) -> Any:
         slips = self.np_random.random() < 0.1
         assert self.kind != "masked" or self.cell > 0 or action == 1, "a masked action was taken"
-        self.cell = int(np.clip(self.cell + (-1 if slips else 2 * int(action) - 1), 0, CELLS - 1))
+        right = int(action[0] > 1) if self.continuous else int(action)
+        self.cell = int(np.clip(self.cell + (-1 if slips else 2 * right - 1), 0, CELLS - 1))
         self.steps += 1
         ended = self.cell == CELLS - 1
         return self._observation(), float(ended) * self.pay, ended, self.steps >= 8, {}
@@ -112,6 +115,8 @@ class GymWalk(gym.Env):
 
 class Body(nn.Module):
     """A user's network for any of the observations."""
+
+    recordable = True
 
     def __init__(self, space: gym.Space, network: str) -> None:
         super().__init__()
@@ -154,20 +159,21 @@ def network(name: str) -> Any:
 # ---------------------------------------------------------------------- problems
 
 
-def walk(kind: str, native: bool, pay: float = 1.0) -> rl.Task:
-    """A task to act in."""
+def walk(kind: str, native: bool, pay: float = 1.0, continuous: bool = False) -> rl.Task:
+    """A task to act in, with two actions or a force."""
     if native:
-        return rl.task(Walk(kind, pay), name=f"walk for {pay:g}")
-    return rl.task(partial(GymWalk, kind, pay), name=f"gymnasium's walk for {pay:g}")
+        return rl.task(Walk(kind, pay, continuous=continuous), name=f"walk for {pay:g}")
+    return rl.task(partial(GymWalk, kind, pay, continuous), name=f"gymnasium's walk for {pay:g}")
 
 
-def walks(problem: str, kind: str, native: bool) -> Any:
+def walks(problem: str, kind: str, native: bool, continuous: bool = False) -> Any:
     """The task, family or stream of two tasks."""
+    one = walk(kind, native, continuous=continuous)
     if problem == "family":
-        return rl.TaskFamily("walks", walk(kind, native), {"pay": (0.5, 1.5), "slip": (0.0, 0.2)})
+        return rl.TaskFamily("walks", one, {"pay": (0.5, 1.5), "slip": (0.0, 0.2)})
     if problem == "stream":
-        return rl.stream([walk(kind, native), walk(kind, native, 2.0)], "walks")
-    return walk(kind, native)
+        return rl.stream([one, walk(kind, native, 2.0, continuous)], "walks")
+    return one
 
 
 @cache

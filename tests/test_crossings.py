@@ -17,7 +17,8 @@ from rlmeta.runs.train import prepare
 from tests.crossings import NETWORKS, OBSERVATIONS, PROBLEMS, GymWalk, labelled, network, shown, walks
 
 WORLDS = ("native", "gymnasium")
-AGENTS = ("ppo", "a2c", "reinforce", "dqn", "behaviour cloning", "gail")
+AGENTS = ("ppo", "a2c", "reinforce", "dqn", "sac", "td3", "behaviour cloning", "gail")
+CONTINUOUS = ("sac", "td3")
 LEARNERS = ("classifier", "regressor")
 
 
@@ -55,6 +56,7 @@ def settings(cell: Crossing) -> Any:
     """The agent, small."""
     own = {"network": network(cell.network)} | ({"hidden_sizes": (8,)} if cell.network == "mlp" else {})
     few = {"num_envs": 2, "num_steps": 4, **own}
+    replayed = {"learning_starts": 8, "batch_size": 4, "capacity": 32}
     if cell.agent in ("behaviour cloning", "gail"):
         given = shown(cell.observation, cell.world == "native")
         if cell.agent == "gail":
@@ -65,7 +67,9 @@ def settings(cell: Crossing) -> Any:
         "ppo": lambda: rl.PPO(batch_size=4, num_epochs=2, **few),
         "a2c": lambda: rl.A2C(**few),
         "reinforce": lambda: rl.REINFORCE(**few),
-        "dqn": lambda: rl.DQN(learning_starts=8, gradient_steps=1, batch_size=4, capacity=32, **few),
+        "dqn": lambda: rl.DQN(gradient_steps=1, **few, **replayed),
+        "sac": lambda: rl.SAC(gradient_steps=1, **few, **replayed),
+        "td3": lambda: rl.TD3(gradient_steps=2, **few, **replayed),
         "classifier": lambda: rl.Classifier(batch_size=4, num_steps=4, **own),
         "regressor": lambda: rl.Regressor(batch_size=4, num_steps=4, **own),
     }[cell.agent]()
@@ -74,7 +78,7 @@ def settings(cell: Crossing) -> Any:
 def problem_of(cell: Crossing) -> Any:
     """What it learns."""
     if cell.agent not in LEARNERS:
-        return walks(cell.problem, cell.observation, cell.world == "native")
+        return walks(cell.problem, cell.observation, cell.world == "native", cell.agent in CONTINUOUS)
     tasks = [labelled(cell.observation, 2 if cell.agent == "classifier" else 0, i) for i in range(2)]
     return rl.stream(tasks, "points", scenario="task") if cell.problem == "stream" else tasks[0]
 
@@ -100,7 +104,7 @@ def cross(cell: Crossing) -> str:
     assert all(bool(leaf.isfinite().all()) for leaf in tree.leaves(learned)) and bool(run.state["active"].all())
     if cell.agent not in LEARNERS:
         for deterministic in (True, False):
-            observation, _ = GymWalk(cell.observation).reset(seed=0)
+            observation, _ = GymWalk(cell.observation, continuous=cell.agent in CONTINUOUS).reset(seed=0)
             action = run.act(observation, deterministic=deterministic, learner=1)
             assert action in run.world.action_space
             assert cell.observation != "masked" or action == 1, "a masked action was taken"
@@ -108,10 +112,11 @@ def cross(cell: Crossing) -> str:
 
 
 def expected_to_be_refused(cell: Crossing) -> bool:
-    """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions."""
-    return (cell.problem == "family" and cell.world == "gymnasium") or (
-        cell.agent == "dqn" and cell.problem == "stream"
-    )
+    """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions; a
+    force can't be masked."""
+    foreign = cell.problem == "family" and cell.world == "gymnasium"
+    values_alone = cell.agent == "dqn" and cell.problem == "stream"
+    return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
 
 
 def check(cell: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.critics import box_units, critic_ensemble
 from rlmeta.agents.networks import Network, build_body, whitens
 from rlmeta.envs.world import World
-from rlmeta.functional import distributions, losses, optim, random, tree
+from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.learning import off_policy, replay
 from rlmeta.learning.collect import Rollout
@@ -123,12 +123,13 @@ class TD3Agent(Agent):
         self.idle_steps = off_policy.idle_steps(settings)
         blocks: dict[str, Any] = bare(self.networks)
         self.policy, self.q = blocks["policy"], blocks["q"]
+        self.head = self.policy.head
 
     def networks(self) -> dict[str, Block]:
         """`policy` gives an action in units of its bounds, `q` the values of all critics."""
         s, space, units = self.settings, self.observation_space, self.units
         body, features = build_body(s.network, space, s.hidden_sizes, s.activation, "torch", whitens(s))
-        head = DeterministicHead(features, units.centre.numel(), initial_scale=1.0)
+        head = DeterministicHead(features, units, initial_scale=1.0)
         return {"policy": Network(body, head, features), "q": critic_ensemble(s, space, units, s.critics)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
@@ -158,7 +159,7 @@ class TD3Agent(Agent):
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
         """The policy's action with noise, uniformly random before learning starts; or without any."""
-        mean = self.forward(self.policy, "policy", p, observation)
+        mean = self.forward(self.policy, "policy", p, observation)["mean"]
         if deterministic:
             return self.units.to_environment(mean), memory
         shape = mean.shape[key.dim() :]
@@ -187,7 +188,7 @@ class TD3Agent(Agent):
 
         # critics: (Q(s, a) - y)^2 with y = r + gamma min Q'(s', mu'(s') + clipped noise)
         with torch.no_grad():
-            after = self.forward(self.policy, "target_policy", p, next_observation)
+            after = self.forward(self.policy, "target_policy", p, next_observation)["mean"]
             noise = random.normal(ctx.key, "target noise", 0, after.shape[axes:]) * align(h["target_noise"], after)
             bound = align(h["target_noise_clip"], after)
             blurred = (after + torch.clamp(noise, -bound, bound)).clamp(-1.0, 1.0)
@@ -200,7 +201,7 @@ class TD3Agent(Agent):
 
         # policy: -Q(s, mu(s)), by the first critic
         if ctx.moves("actor"):
-            action = self.units.to_environment(self.forward(self.policy, "policy", p, observation, ctx))
+            action = self.head.mode(self.forward(self.policy, "policy", p, observation, ctx))
             first = self.values(p, "q", observation, action, Context()).select(axes, 0)
             found["actor"] = -masked_mean(first, valid)
         if ctx.report:
@@ -208,11 +209,8 @@ class TD3Agent(Agent):
         return found
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log density `[*L, B]` of actions around the policy's, with the exploration's deviation: what Fisher
-        information and distillation are taken of."""
-        mean = self.forward(self.policy, "policy", p, batch["observation"])
-        log_std = align(p["hyper"]["exploration_noise"].log(), mean).expand_as(mean)
-        return distributions.normal_log_prob(mean, log_std, self.units.to_policy(batch["action"]))
+        """Log density `[*L, B]` of actions around the policy's: what Fisher information is taken of."""
+        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Remember the rollout; once there is enough, take gradient steps on random transitions."""

@@ -85,7 +85,7 @@ def squared_gradients(
             _add_tapped_squares(found, tapped, forward, constants, part, roots, axes)
         if reached - tapped:
             _add_single_squares(found, sorted(reached - tapped), forward, constants, batch, roots, axes, chunk)
-        return torch.cat([value.flatten(axes) for value in found.values()], -1)
+        return torch.cat([value.reshape(*value.shape[:axes], -1) for value in found.values()], -1)
 
 
 def group_gradients(

@@ -11,9 +11,8 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import build_body, check_network
+from rlmeta.agents.networks import build_body, capture_for, check_network
 from rlmeta.data.samples import EVERYTHING, DataWorld
-from rlmeta.engine.capture import Capture
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.schedules import ScheduleName, anneal

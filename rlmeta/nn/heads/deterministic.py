@@ -1,55 +1,56 @@
-"""Policy head of continuous actions without chance: one action a state, squashed into the bounds by a tanh."""
+"""Deterministic policy head of continuous actions: one action a state, squashed into the bounds by a tanh."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
 from rlmeta.errors import SettingError
+from rlmeta.functional import distributions
 from rlmeta.nn.block import Block, Context, Params
-from rlmeta.nn.heads.common import project
+from rlmeta.nn.heads.common import Distribution, project
 from rlmeta.nn.linear import Linear
 from rlmeta.nn.units import ActionUnits
 
 
 class DeterministicHead(Block):
-    """An action u in (-1, 1) for every state, in the policy's units, `[*L, ..., D]` -> `[*L, ..., A]`.
+    """An action for every state: `{"mean": [*L, ..., A]}` in (-1, 1), the policy's units.
+
+    Where a density is asked for (lifelong methods ask), it is that of a Gaussian around it with a deviation of 1 in
+    these units, so the divergence of two policies is half the squared distance of their actions.
 
     Source: Lillicrap et al., "Continuous control with deep reinforcement learning", 2016.
     """
 
-    def __init__(
-        self,
-        features: int,
-        actions: int,
-        initial_scale: float = 0.01,
-        low: Sequence[float] | None = None,
-        high: Sequence[float] | None = None,
-        shape: tuple[int, ...] | None = None,
-    ) -> None:
+    def __init__(self, features: int, units: ActionUnits, initial_scale: float = 0.01) -> None:
         """Create the head.
 
         Args:
             features: D.
-            actions: A.
+            units: of the A components of an action.
             initial_scale: gain of the orthogonal initial weights.
-            low: lower bounds, -1 where left out.
-            high: upper bounds, 1 where left out.
-            shape: of an action, `(A,)` where left out.
 
         Raises:
-            SettingError: a bound is infinite, or not below its upper one.
+            SettingError: a component has no two different bounds.
         """
         super().__init__()
-        lower, upper = [-1.0] * actions if low is None else low, [1.0] * actions if high is None else high
-        self.units = ActionUnits((actions,) if shape is None else shape, lower, upper)
-        if not self.units.bounded:
-            raise SettingError(
-                f"bounds {list(lower)} and {list(upper)} are infinite or equal, so nothing can be squashed into them"
-            )
-        self.linear = Linear(features, actions, initialiser="orthogonal", gain=initial_scale)
+        if not units.bounded:
+            raise SettingError("a component of the actions has no two different bounds to be squashed into")
+        self.units = units
+        self.linear = Linear(features, units.centre.numel(), initialiser="orthogonal", gain=initial_scale)
 
-    def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """Features to actions in the policy's units."""
-        return project(params, x, ctx, prefix).tanh()
+    def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:
+        """Features `[*L, ..., D]` to the action in the policy's units."""
+        return {"mean": project(params, x, ctx, prefix).tanh()}
+
+    def mode(self, d: Distribution) -> Tensor:
+        """The action in the environment's units."""
+        return self.units.to_environment(d["mean"])
+
+    def log_prob(self, d: Distribution, action: Tensor) -> Tensor:
+        """Log density of a Gaussian of deviation 1 around the action."""
+        return distributions.normal_log_prob(d["mean"], torch.zeros_like(d["mean"]), self.units.to_policy(action))
+
+    def kl(self, d: Distribution, other: Distribution) -> Tensor:
+        """Half the squared distance of the actions."""
+        return 0.5 * (d["mean"] - other["mean"]).square().sum(-1)
