@@ -31,7 +31,14 @@ def train(
     epochs: float | None = None,
     seeds: int | Sequence[int] = 1,
     out: str | Path | None = None,
+    eval_every: int | None = None,
+    eval_episodes: int | None = None,
+    final_episodes: int | None = None,
+    target: float | None = None,
+    checkpoint_seconds: float | None = None,
+    log_points: int | None = None,
     budget: Budget | None = None,
+    init: Run | str | Path | None = None,
     lifelong: Sequence[Method] = (),
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[TrackerFactory] = (),
@@ -50,7 +57,10 @@ def train(
         epochs: instead of steps, passes over the training samples of every task.
         seeds: how many, or which.
         out: folder of the run; None keeps it in memory.
+        eval_every, eval_episodes, final_episodes, target, checkpoint_seconds, log_points: as in `Budget`.
         budget: steps or epochs, and the finer points, instead of these.
+        init: a run, or its folder, whose weights and running statistics it begins with: each learner with those of its
+            counterpart where there are as many, else all with the best.
         lifelong: methods that take part in every gradient step.
         callbacks: functions of (run, metrics) that may stop the run.
         trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
@@ -65,15 +75,34 @@ def train(
     Raises:
         SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
-    asked: dict[str, Any] = {name: n for name, n in (("steps", steps), ("epochs", epochs)) if n is not None}
-    if len(asked) + (budget is not None) > 1:
-        raise SettingError("steps, epochs and budget each say how long to train: give one of them")
-    chosen = Budget(**asked) if budget is None else budget
+    asked: dict[str, Any] = {
+        "steps": steps,
+        "epochs": epochs,
+        "eval_every": eval_every,
+        "eval_episodes": eval_episodes,
+        "final_episodes": final_episodes,
+        "target": target,
+        "checkpoint_seconds": checkpoint_seconds,
+        "log_points": log_points,
+    }
+    chosen = _budget({name: value for name, value in asked.items() if value is not None}, budget)
     with trusted.allowing(code):
         run = runs.prepare(
-            agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads
+            agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads, init=init
         )
     return runs.go(run, callbacks=callbacks, listeners=listeners(trackers, progress))
+
+
+def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:
+    """The budget that was given, or one of the arguments beside it.
+
+    Raises:
+        SettingError: it is said twice.
+    """
+    if {"steps", "epochs"} <= asked.keys() or (budget is not None and asked):
+        names = ", ".join([*asked, *(["budget"] if budget is not None else [])])
+        raise SettingError(f"{names} say the same twice: give steps or epochs, and the rest beside it or in a budget")
+    return Budget(**asked) if budget is None else budget
 
 
 @undisturbed()

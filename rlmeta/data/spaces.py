@@ -408,6 +408,13 @@ def to_tree(space: gym.Space[Any], value: Any, batch: tuple[int, ...] = (), sour
     return layout.tree(layout.read(value, leading, source), batch)
 
 
+def batch_size(space: gym.Space[Any], value: Any) -> int | None:
+    """How many observations a batch holds, by its first array; None for a single observation."""
+    leaf = Layout(space).leaves[0]
+    shape = np.shape(pick(value, leaf.path, "the caller"))
+    return int(shape[0]) if len(shape) == len(leaf.shape) + 1 else None
+
+
 def to_numpy(space: gym.Space[Any], action: Tree, batch: tuple[int, ...] = ()) -> Any:
     """An agent's action as an environment takes it: Boxes clipped to their bounds, `start` added, in the space's dtype.
 

@@ -191,10 +191,11 @@ class Run:
     @undisturbed()
     @torch.no_grad()
     def act(self, observation: Any, *, deterministic: bool = True, learner: int | None = None) -> Any:
-        """The action for one observation of the task, ready for `env.step`.
+        """The action for one observation of the task, ready for `env.step`, or those for a batch of them.
 
         Args:
-            observation: as the environment gives it.
+            observation: as the environment gives it, or as a vector environment gives a batch: with one axis more in
+                front.
             deterministic: the policy's mode, or a sample.
             learner: which one acts; by default the best in the final evaluation.
 
@@ -206,12 +207,16 @@ class Run:
             raise SettingError(f"a run of {self.experiment.agent_name} does not act: only agents do")
         learner, state = self.chosen_learner(learner), self.state
         p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
-        given = tree.map(lambda x: x.unsqueeze(0), spaces.to_tree(self.world.observation_space, observation))
+        batch = spaces.batch_size(self.world.observation_space, observation)
+        rows = () if batch is None else (batch,)
+        given = spaces.to_tree(self.world.observation_space, observation, rows)
+        if batch is None:
+            given = tree.map(lambda x: x.unsqueeze(0), given)
         self._actions += 1
         key = random.fold(random.fold(state["key"][learner], "act"), self._actions)
         agent: Any = self.agent
-        action, _ = agent.act(p, given, agent.initial_memory(p, (1,)), key, deterministic)
-        return spaces.to_numpy(self.world.action_space, action[0])
+        action, _ = agent.act(p, given, agent.initial_memory(p, (batch or 1,)), key, deterministic)
+        return spaces.to_numpy(self.world.action_space, action[0] if batch is None else action, rows)
 
     def module(self, learner: int | None = None, name: str | None = None, *, best: bool = False) -> TrainedModule:
         """A trained network of one learner as an `nn.Module` on batches of observations, ready for `torch.export`.

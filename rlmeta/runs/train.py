@@ -21,9 +21,10 @@ from rlmeta.learning.state import select
 from rlmeta.runs import budgets
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.experiment import Budget, Experiment, chosen_seeds, compare
+from rlmeta.runs.initial import take_weights
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
-from rlmeta.runs.run import Run, read
+from rlmeta.runs.run import Run, load, read
 from rlmeta.runs.surroundings import undisturbed
 
 
@@ -38,6 +39,7 @@ def prepare(
     lifelong: Sequence[Method] = (),
     device: str = "cpu",
     threads: int = 0,
+    init: Run | str | Path | None = None,
 ) -> Run:
     """A run at its start, before anything is written: what is wrong with its arguments is found here.
 
@@ -67,6 +69,8 @@ def prepare(
     run = Run(experiment, None if out is None else Path(out))
     try:
         run.start()
+        if init is not None:
+            take_weights(run, init if isinstance(init, Run) else load(init))
         budgets.check_learns(run.experiment.problem, run.agent, run.iterations, run.experiment.budget)
         if out is not None:
             run_folder.encoded(run.experiment.config())

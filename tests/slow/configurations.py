@@ -39,6 +39,7 @@ def _stream(settings: Any, name: str, steps: int, methods: list[Any], **about: A
 
 _GAIL = {"num_steps": 128, "batch_size": 256, "num_envs": 8}
 _PPO = {"num_envs": 4, "num_steps": 64, "batch_size": 64}
+_REPLAYED = {"capacity": 2_000, "learning_starts": 200, "batch_size": 32, "hidden_sizes": (32, 32)}
 _CLASSIFIER = rl.Classifier(hidden_sizes=(50, 50))
 _CONTROL = rl.PPO(num_steps=64, batch_size=128)
 
@@ -54,6 +55,8 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
     ),
     "ppo-async": _agent(lambda: rl.PPO(**_PPO), lambda: rl.task("Pendulum-v1", native=False, mode="async"), 4_096),
     "dqn": _agent(lambda: rl.preset("dqn", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 6_000),
+    "sac": _agent(lambda: rl.SAC(**_REPLAYED), lambda: rl.task("Pendulum-v1"), 3_000),
+    "td3": _agent(lambda: rl.TD3(**_REPLAYED), lambda: rl.task("Pendulum-v1", native=False), 3_000),
     "a2c": _agent(lambda: rl.A2C(learning_rate=[3e-4, 1e-3]), lambda: rl.task("CartPole-v1"), 20_000),
     "reinforce": _agent(lambda: rl.preset("reinforce", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 20_000),
     "gail": _agent(lambda: rl.GAIL(demonstrations=_demonstrations(), **_GAIL), lambda: rl.task("CartPole-v1"), 8_192),
