@@ -117,12 +117,15 @@ def resume(
     trackers: Sequence[TrackerFactory] = (),
     progress: bool = False,
     inexact: bool = False,
+    steps: int | None = None,
     code: Sequence[str] = (),
 ) -> Run:
     """Go on with a run from its newest checkpoint; it ends as the one that was never stopped.
 
     Args:
-        folder: of the run.
+        folder: of the run, which may have ended where `steps` are given.
+        steps: train to so many steps of each learner, more than it was begun with. It then ends as the one that was
+            asked for them at once, but for schedules that go over the budget, which a warning names.
         network: the user's network again, where the run had one.
         env: the user's environment factory again, where the run had one.
         lifelong: the lifelong methods again, where the run had some.
@@ -147,6 +150,7 @@ def resume(
             callbacks=callbacks,
             listeners=listeners(trackers, progress),
             inexact=inexact,
+            steps=0 if steps is None else steps,
         )
 
 

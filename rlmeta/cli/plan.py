@@ -381,6 +381,7 @@ def go_on(
     wandb: str,
     progress: bool,
     inexact: bool,
+    steps: int = 0,
 ) -> Run:
     """Resume a single run, with TensorBoard where it had it, and with W&B where the command says so.
 
@@ -401,6 +402,7 @@ def go_on(
         trackers=trackers,
         progress=progress,
         inexact=inexact,
+        steps=steps or None,
     )
 
 

@@ -11,12 +11,15 @@ from rlmeta.cli.arguments import one_folder
 from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.results import print_ends, print_results
 from rlmeta.cli.train import interrupted, run_groups
+from rlmeta.errors import SettingError
 
 
 @dataclass(frozen=True)
 class ResumeFlags:
     """The run."""
 
+    steps: int = 0
+    """Train to so many steps of each learner, more than it was begun with; 0 for those."""
     inexact: bool = False
     """Go on even where the environments cannot be brought back to where they were."""
     quiet: bool = False
@@ -42,10 +45,12 @@ def _resume(folder: Path, chosen: ResumeFlags, own: OwnCode) -> int:
     from rlmeta.cli import plan as plans
 
     if plans.is_plan(folder):
+        if chosen.steps:
+            raise SettingError(f"{folder} holds several groups: resume them one by one with --steps, {folder}/GROUP")
         plan = dataclasses.replace(plans.from_folder(folder), wandb=chosen.wandb)
         return run_groups(plan, folder, own.words(), chosen.inexact)
-    again = own.again(folder)
-    run = plans.go_on(folder, **again, wandb=chosen.wandb, progress=not chosen.quiet, inexact=chosen.inexact)
+    asked = {"wandb": chosen.wandb, "progress": not chosen.quiet, "inexact": chosen.inexact, "steps": chosen.steps}
+    run = plans.go_on(folder, **own.again(folder), **asked)
     if run.stopped == "interrupted":
         return interrupted(folder, own.words())
     print_results(run.summary())

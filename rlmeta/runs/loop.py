@@ -236,7 +236,7 @@ class Loop:
         with ExitStack() as closing:
             for one in (*filter(None, (self.eval_world,)), *self.records.values(), *self.listeners):
                 closing.callback(one.close)
-            if self.done == 0:
+            if self.done == 0 or self.run.extended_to:
                 self._save()
             for listener in self.listeners:
                 listener.open(self.run, self.done)

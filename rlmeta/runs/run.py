@@ -25,7 +25,7 @@ from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
-from rlmeta.runs import budgets, checkpoint, stages
+from rlmeta.runs import budgets, checkpoint, extension, stages
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.configuration import from_config
 from rlmeta.runs.experiment import Experiment
@@ -56,6 +56,7 @@ class Run:
         id: what it is told apart by.
         config_digest: the sha256 of its `config.toml`, once that is written.
         held: the lock on its folder, while this process writes it.
+        extended_to: the steps it is trained for where it was given more than config.toml says, else 0.
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
@@ -78,6 +79,7 @@ class Run:
         self.seconds = 0.0
         self.stopped = ""
         self.offsets: dict[str, Mark] = {}
+        self.extended_to = 0
         self._actions = 0
 
     @property
@@ -326,6 +328,8 @@ class Run:
         if self.folder is not None:
             self._check_held()
             about = {**about, "run": self.id, "config": self.config_digest}
+            if self.extended_to:
+                about["extended_to"] = self.extended_to
             checkpoint.save(self.folder / run_folder.STATE, self.state, about, learner_axes=1)
 
     def _check_held(self) -> None:
@@ -390,8 +394,10 @@ def read(
     lifelong: Sequence[Method],
     own: Mapping[str, Any] | None,
     training: bool,
+    steps: int = 0,
 ) -> Run:
-    """What `load` gives, with all that `training` needs where it goes on; the other arguments and errors are load's."""
+    """What `load` gives, with all that `training` needs where it goes on, to `steps` if they are given; the other
+    arguments and errors are load's."""
     folder = Path(folder)
     if not os.path.lexists(folder / run_folder.CONFIG):
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
@@ -410,7 +416,9 @@ def read(
         own=own,
         training=training,
     )
-    run = Run(experiment, folder)
+    longer = steps or about["extended_to"]
+    run = Run(extension.extended(experiment, longer) if longer else experiment, folder)
+    run.extended_to = longer
     try:
         run.id, run.config_digest = about["run"], about["config"]
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
@@ -443,6 +451,9 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
         if set(offsets) != set(NAMES):
             raise ValueError(f"records {offsets!r}")
         about["offsets"] = {name: Mark.of(mark) for name, mark in offsets.items()}
+        about["extended_to"] = said.get("extended_to", 0)
+        if type(about["extended_to"]) is not int or about["extended_to"] < 0:
+            raise ValueError(f"extended_to {about['extended_to']!r}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"what the checkpoint in {where} says of itself is not of a run ({error!r}): restore it from a copy"

@@ -18,7 +18,7 @@ from rlmeta.functional import tree
 from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
-from rlmeta.runs import budgets
+from rlmeta.runs import budgets, extension
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.experiment import Budget, Experiment, chosen_seeds, compare
 from rlmeta.runs.initial import take_weights
@@ -120,17 +120,20 @@ def resume(
     callbacks: Sequence[Callback],
     listeners: Sequence[Listener],
     inexact: bool,
+    steps: int = 0,
 ) -> Run:
     """Go on with a run from its newest checkpoint; arguments and errors are those of `rlmeta.api.resume`."""
     folder = Path(folder)
     if os.path.lexists(folder / run_folder.CONFIG):
         run_folder.check_plain(folder)
     with run_folder.lock(folder) as held:
-        run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True)
+        run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=steps)
         run.stopped, run.held = "", held
         try:
             held.sign(run.id)
             restore_world(run, inexact)
+            if steps:
+                extension.begin(run)
             return Loop(run, callbacks, listeners).go()
         finally:
             run.close()

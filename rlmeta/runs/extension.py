@@ -1,0 +1,64 @@
+"""More steps for a run that was begun with fewer, or that has ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from rlmeta.envs.streams import TaskStream
+from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.runs import folder as run_folder
+from rlmeta.runs.experiment import Experiment
+
+if TYPE_CHECKING:
+    from rlmeta.runs.run import Run
+
+
+def extended(experiment: Experiment, steps: int) -> Experiment:
+    """The experiment with a budget of so many steps; evaluations keep their rhythm.
+
+    Raises:
+        SettingError: it can't be trained for longer.
+    """
+    if isinstance(experiment.problem, TaskStream):
+        raise SettingError(
+            f"steps is {steps:,}, but the tasks of the stream {experiment.problem.name!r} come one after another, each "
+            "for the budget that the run was begun with: train a new run"
+        )
+    if experiment.budget.epochs:
+        raise SettingError(f"steps is {steps:,}, but the run counts epochs: train a new run")
+    if steps < experiment.budget.steps:
+        raise SettingError(
+            f"steps is {steps:,}, fewer than the {experiment.budget.steps:,} that the run was begun with: give more"
+        )
+    return dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, steps=steps))
+
+
+def begin(run: Run) -> None:
+    """Keep the new budget in the folder, and drop what was said of the old end.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    over_budget = scheduled(run.experiment.variants[0])
+    if over_budget:
+        warnings.warn(
+            f"{', '.join(over_budget)} go over the budget: from here on as if it had been "
+            f"{run.experiment.budget.steps:,} steps from the start",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    run.evaluation = None
+    if run.folder is not None:
+        try:
+            (run.folder / run_folder.SUMMARY).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{run.folder / run_folder.SUMMARY} can't be removed: {error.strerror}") from error
+
+
+def scheduled(settings: Any) -> list[str]:
+    """The settings that follow the part of the budget that is spent."""
+    names = [f.name for f in dataclasses.fields(settings)]
+    annealed = [name for name in names if name.endswith("_schedule") and getattr(settings, name) != "constant"]
+    return annealed + [name for name in names if name == "exploration_fraction"]

@@ -1,0 +1,67 @@
+"""More steps for a run that has ended, or was stopped: as if they had been asked for at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+import rlmeta as rl
+from rlmeta.cli.main import main
+from rlmeta.errors import SettingError
+from rlmeta.functional import tree
+
+SMALL = rl.PPO(num_envs=2, num_steps=16, batch_size=32, num_epochs=1, hidden_sizes=(8,),
+               learning_rate_schedule="constant")  # fmt: skip
+
+
+def train(folder, steps, settings=SMALL, **others):
+    budget = rl.Budget(steps=steps, eval_every=64, final_episodes=2, eval_episodes=2)
+    return rl.train(settings, "CartPole-v1", seeds=2, budget=budget, out=folder, threads=1, **others)
+
+
+def test_an_ended_run_goes_on_as_if_asked_at_once(tmp_path):
+    at_once = train(tmp_path / "whole", 256)
+    train(tmp_path / "run", 96)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        longer = rl.resume(tmp_path / "run", steps=256)
+    for part in ("params", "optimizer", "world", "count", "key", "best", "progress"):
+        ours, theirs = tree.flatten({"x": longer.state[part]}), tree.flatten({"x": at_once.state[part]})
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), part
+    assert torch.equal(longer.evaluation.returns, at_once.evaluation.returns)
+    again = rl.load(tmp_path / "run")
+    assert again.experiment.budget.steps == 256 and torch.equal(again.scores, longer.scores)
+
+
+def test_it_is_remembered_when_the_longer_run_is_stopped(tmp_path):
+    train(tmp_path / "run", 96)
+    stopped = rl.resume(tmp_path / "run", steps=256, callbacks=[lambda run, line: line["iteration"] >= 5])
+    assert stopped.env_steps == 160
+    ended = rl.resume(tmp_path / "run")
+    assert ended.env_steps == 256
+
+
+def test_what_goes_over_the_budget_is_named(tmp_path):
+    train(tmp_path / "run", 64, dataclasses.replace(SMALL, learning_rate_schedule="linear"))
+    with pytest.warns(RuntimeWarning, match="learning_rate_schedule go over the budget: from here on as if it had"):
+        rl.resume(tmp_path / "run", steps=128)
+
+
+def test_fewer_steps_and_streams_are_refused_and_nothing_is_lost(tmp_path):
+    run = train(tmp_path / "run", 96)
+    with pytest.raises(SettingError, match="steps is 32, fewer than the 96"):
+        rl.resume(tmp_path / "run", steps=32)
+    assert torch.equal(rl.load(tmp_path / "run").scores, run.scores)
+    stream = rl.stream(["CartPole-v1"] * 2)
+    rl.train(SMALL, stream, steps=32, final_episodes=2, eval_episodes=2, out=tmp_path / "stream")
+    with pytest.raises(SettingError, match="come one after another"):
+        rl.resume(tmp_path / "stream", steps=64)
+
+
+def test_the_command_takes_steps(tmp_path, capsys):
+    train(tmp_path / "run", 64)
+    assert main(["resume", str(tmp_path / "run"), "--steps", "128", "--quiet"]) == 0
+    assert rl.load(tmp_path / "run").env_steps == 128
