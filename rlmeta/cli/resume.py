@@ -49,8 +49,10 @@ def _resume(folder: Path, chosen: ResumeFlags, own: OwnCode) -> int:
             raise SettingError(f"{folder} holds several groups: resume them one by one with --steps, {folder}/GROUP")
         plan = dataclasses.replace(plans.from_folder(folder), wandb=chosen.wandb)
         return run_groups(plan, folder, own.words(), chosen.inexact)
-    asked = {"wandb": chosen.wandb, "progress": not chosen.quiet, "inexact": chosen.inexact, "steps": chosen.steps}
-    run = plans.go_on(folder, **own.again(folder), **asked)
+    again, live = own.again(folder), not chosen.quiet
+    run = plans.go_on(
+        folder, **again, wandb=chosen.wandb, progress=live, inexact=chosen.inexact, steps=chosen.steps
+    )
     if run.stopped == "interrupted":
         return interrupted(folder, own.words())
     print_results(run.summary())
