@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 import shlex
+import tomllib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
 from rlmeta import api
@@ -27,7 +27,6 @@ from rlmeta.cli.terminal import say
 from rlmeta.envs import streams, trusted
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT
 from rlmeta.envs.kinds import is_problem
-from rlmeta.envs.names import read_toml
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Mode, TaskFamily, family, is_data_family, task
@@ -39,11 +38,11 @@ from rlmeta.runs import checkpoint, grammar, own_code, presets
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs import train as training
 from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
-from rlmeta.runs.files import put
+from rlmeta.runs.files import put, read_bytes, sealed_lines, unsealed_lines
 from rlmeta.runs.run import Run, load
 from rlmeta.runs.shipped import METHODS, agent_class
 
-PLAN = "plan.toml"
+PLAN, PLAN_LIMIT = run_folder.PLAN, 64 << 20
 MOST_SEEDS = 100_000
 """In a range: more are a slip of the hand."""
 
@@ -307,15 +306,19 @@ class Plan:
     def begin(self, folder: Path) -> None:
         """With several groups, make the common folder and keep the plan in it."""
         if len(self.groups) > 1:
+            content = run_folder.encoded(
+                {
+                    "agent": self.agent,
+                    "task": self.task,
+                    "env": self.env,
+                    "lifelong": self.lifelong,
+                    "flags": self.texts,
+                }
+            )
             run_folder.create(folder)
-            content = {
-                "agent": self.agent,
-                "task": self.task,
-                "env": self.env,
-                "lifelong": self.lifelong,
-                "flags": self.texts,
-            }
-            put(folder / PLAN, tomli_w.dumps(content))
+            with run_folder.lock(folder):
+                run_folder.clear(folder)
+                put(folder / PLAN, sealed_lines(content))
 
     # ------------------------------------------------------------------ training
 
@@ -334,8 +337,13 @@ class Plan:
             folder: of the whole plan.
             inexact: as for `rlmeta resume`.
             header: printed once nothing can be wrong with the run any more.
+
+        Raises:
+            CheckpointError: a group's folder is a link, or what is there can't be read.
         """
         settings, where, quiet = self.groups[label], group_folder(folder, label), self.options.quiet
+        if label:
+            run_folder.check_plain(folder)
         if label and checkpoint.is_saved(where / "state"):
             return self._go_on(settings, where, inexact)
         trackers = self.trackers()
@@ -438,7 +446,7 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
 
 def is_plan(folder: Path) -> bool:
     """Whether the folder holds the groups of a plan."""
-    return (folder / PLAN).is_file()
+    return os.path.lexists(folder / PLAN)
 
 
 def is_run(folder: Path) -> bool:
@@ -450,10 +458,17 @@ def from_folder(folder: Path) -> Plan:
     """The plan that is kept in a folder.
 
     Raises:
-        CheckpointError: the file is not one of a plan.
+        CheckpointError: the file is not one of a plan, or was changed, or something in the folder leads out of it.
     """
     path = folder / PLAN
-    content = read_toml(path)
+    run_folder.check_plain(folder)
+    try:
+        content = tomllib.loads(unsealed_lines(read_bytes(path, PLAN_LIMIT)).decode())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged, or not as the command wrote it ({error}): restore it from a copy, or train anew with "
+            "the change"
+        ) from error
     kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "flags": dict}
     groups: dict[str, Any] = {"run": Options, "budget": Budget, "settings": None}
     fits = set(content) == set(kinds) and all(isinstance(content[name], kind) for name, kind in kinds.items())
