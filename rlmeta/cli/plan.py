@@ -345,6 +345,7 @@ class Plan:
         if label:
             run_folder.check_plain(folder)
         if label and checkpoint.is_saved(where / "state"):
+            _check_settings(where, settings)
             return self._go_on(settings, where, inexact)
         trackers = self.trackers()
         if self.file and self.options.wandb and not self.wandb:
@@ -504,8 +505,33 @@ def members(folder: Path) -> dict[str, Path]:
     """The folders of single runs in a run's folder, by the group's label: itself, or its groups so far."""
     if not is_plan(folder):
         return {"": folder}
-    folders = {label: group_folder(folder, label) for label in from_folder(folder).groups}
-    return {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
+    groups = from_folder(folder).groups
+    folders = {label: group_folder(folder, label) for label in groups}
+    found = {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
+    for label, where in found.items():
+        _check_settings(where, groups[label])
+    return found
+
+
+def _check_settings(folder: Path, settings: Any) -> None:
+    """Refuse a group's folder that holds a run of other settings than the plan says, as after two were exchanged.
+
+    Settings that are code or data are left to whoever is given them again, those that learners compare to their labels.
+    """
+    tables = run_folder.read_config(folder).get("variants")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        return  # reading the run says so
+    left_out = {*per_learner_names(type(settings)), "demonstrations"}
+    for name in (f.name for f in dataclasses.fields(settings) if f.name not in left_out):
+        said = getattr(settings, name)
+        values = said if isinstance(said, tuple) else (said,)
+        there = [tuple(value) if isinstance(value, list) else value for value in (table.get(name) for table in tables)]
+        others = [value for value in there if value != said]
+        if others and all(isinstance(value, bool | int | float | str) for value in values):
+            raise CheckpointError(
+                f"{folder} holds a run with {name}={grammar.text_of(others[0])}, the plan above it says "
+                f"{grammar.text_of(said)}: put the folder of the group back"
+            )
 
 
 def _compares(cls: type, name: str, text: str) -> bool:

@@ -126,6 +126,17 @@ def test_two_commands_make_no_plan_in_one_folder() -> None:
         begun()
 
 
+def test_groups_that_were_exchanged_are_not_taken_for_one_another(capfd: pytest.CaptureFixture[str]) -> None:
+    begun("--hidden-sizes 8,9x8 --learning-rate 1e-3,1e-4")
+    assert main(["resume", "g"]) == 0
+    for source, target in (("hidden_sizes=8", "away"), ("hidden_sizes=9x8", "hidden_sizes=8")):
+        Path("g", source).rename(Path("g", target))
+    refused(capfd, "g/hidden_sizes=8 holds a run with hidden_sizes=9x8, the plan above it says 8", "put the folder")
+    Path("g/hidden_sizes=8").rename("g/hidden_sizes=9x8")
+    Path("g/away").rename("g/hidden_sizes=8")
+    assert main(["eval", "g", "--episodes", "2"]) == 0
+
+
 # ------------------------------------------------------------------------------------------------------- where it leads
 
 

@@ -19,7 +19,9 @@ import tomli_w
 
 import rlmeta as rl
 from rlmeta import api
+from rlmeta.cli import plan as plans
 from rlmeta.data.demonstrations import Demonstrations
+from rlmeta.runs.files import sealed_lines
 from tests.runs.forging import accept_config
 from tests.runs.forked import ENDED, REFUSED, forked
 from tests.runs.write_faults import fingerprint, resumed
@@ -96,6 +98,17 @@ def loaded(folder: Path) -> dict[str, Any]:
     return said
 
 
+def planned(folder: Path) -> dict[str, Any]:
+    """What a plan of several runs is to a command that goes on with it."""
+    plan = plans.from_folder(folder)
+    plan.check()
+    return {
+        "plan": repr((plan.agent, plan.task, plan.env, plan.lifelong, plan.texts)),
+        "groups": repr(plan.groups),
+        "seeds": repr(plan.seeds),
+    }
+
+
 READERS: dict[str, Callable[[Path], dict[str, Any]]] = {"load": loaded, "resume": resumed}
 
 
@@ -154,7 +167,8 @@ def whole_outcome(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[st
 def files_of(folder: Path) -> list[str]:
     """The files of a run's folder; those that a reader depends on most stand there more than once."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    newest = list(json.loads((folder / "state" / "manifest.json").read_bytes())["files"])
+    manifest = folder / "state" / "manifest.json"
+    newest = list(json.loads(manifest.read_bytes())["files"]) if manifest.exists() else []
     often = ["config.toml", "config.toml", "metrics.jsonl", "summary.json", *(f"state/{name}" for name in newest[:1])]
     return [*names, *(name for name in often if name in names)]
 
@@ -163,13 +177,13 @@ def damaged_runs(reader: str, whole: Path, folder: Path, cases: int, seed: str) 
     """Damage a file of a copy of a run at random, and read it.
 
     Args:
-        reader: `load` or `resume`.
-        whole: the folder of a run that has ended, or has not for a resume; only copied.
+        reader: `load`, `resume` or `plan`.
+        whole: the folder of a run that has ended, or has not for a resume, or of a plan; only copied.
         folder: where the copies go.
         cases: how many.
         seed: of the choices.
     """
-    chance, read, account = random.Random(seed), READERS[reader], Account()
+    chance, read, account = random.Random(seed), {**READERS, "plan": planned}[reader], Account()
     shutil.copytree(whole, folder)
     expected = whole_outcome(read, folder)
     shutil.rmtree(folder)
@@ -234,6 +248,47 @@ def forged_runs(reader: str, whole: Path, folder: Path, cases: int, seed: str, a
         accept_config(folder)
         case = f"{reader} with {'.'.join(map(str, path))} = {value!r}"
         account.add(case, verdict(read, folder, expected))
+        shutil.rmtree(folder)
+    return account
+
+
+# ------------------------------------------------------------------------------------------------------- plans
+
+TEXTS = (
+    "", " ", ",", "x", "-1", "0", "nan", "inf", "1e400", "9" * 30, "1,2", "1-3", "x,x", "../..", "[", "=", "\x07",
+    "none", "1x2", "a:b", "a b=c",
+)  # fmt: skip
+"""What may stand in the place of a flag's text."""
+
+
+def plan_of_groups(folder: Path) -> Path:
+    """The folder of two runs that have not begun."""
+    small = "--steps 32 --num-envs 2 --num-steps 16 --batch-size 32 --quiet"
+    plans.from_flags("ppo", "CartPole-v1", [*small.split(), "--hidden-sizes", "8,9", "--env.gravity", "9"]).begin(
+        folder
+    )
+    return folder
+
+
+def forged_plans(whole: Path, folder: Path, cases: int, seed: str) -> Account:
+    """Replace an entry of the plan in a copy of a folder, with a checksum that agrees, and read it.
+
+    Args:
+        whole: of a plan, only copied.
+        folder: where the copies go.
+        cases: how many.
+        seed: of the choices.
+    """
+    chance, account = random.Random(seed), Account((EQUAL, REFUSED, CHANGED))
+    expected = whole_outcome(planned, whole)
+    content = tomllib.loads((whole / "plan.toml").read_text())
+    del content["sha256"]
+    forgeries = [(path, value) for path in entries(content) for value in (*WRONG, *TEXTS)]
+    for path, value in chance.sample(forgeries, min(cases, len(forgeries))):
+        shutil.copytree(whole, folder)
+        forged = tomli_w.dumps(replaced(content, path, value)).encode()
+        (folder / "plan.toml").write_bytes(sealed_lines(forged))
+        account.add(f"plan with {'.'.join(map(str, path))} = {value!r}", verdict(planned, folder, expected))
         shutil.rmtree(folder)
     return account
 

@@ -25,9 +25,12 @@ from tests.runs.forked import ENDED, HUNG, RAISED, Outcome, forked
 
 CALLS = ("open", "write", "pwrite", "fsync", "ftruncate", "replace", "unlink")
 """Those of `os` that change a file; `open` only where it is for writing."""
-MODES = ("killed", "killed in the middle", "killed after", "EIO", "ENOSPC")
-"""What happens at the call: the process dies before it, once half is written, or after it, or the call fails."""
-ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
+NEED_ROOM = ("open", "write", "pwrite", "replace")
+FULL = "full from then on"
+MODES = ("killed", "killed in the middle", "killed after", "EIO", "ENOSPC", FULL)
+"""What happens at the call: the process dies before it, once half is written, or after it; or the call fails, or it and
+all that follow and need room on the disk."""
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, FULL: errno.ENOSPC}
 DEAD = 9
 """The status of a process that was killed."""
 
@@ -59,7 +62,8 @@ class Writes:
             reads = name == "open" and not rest[0] & (os.O_WRONLY | os.O_RDWR)
             if path and not reads:
                 self.seen.append(f"{name} {_kind(Path(path))}")
-                if len(self.seen) == self.at:
+                later = self.mode == FULL and 0 < self.at < len(self.seen) and name in NEED_ROOM
+                if len(self.seen) == self.at or later:
                     self._go_wrong(name, real, target, *rest, **named)
             found = real(target, *rest, **named)
             if name == "open" and path:

@@ -38,6 +38,17 @@ def test_forged_configurations(reader: str, tmp_path: Path) -> None:
     assert account.failed == []
 
 
+def test_damaged_and_forged_plans(tmp_path: Path) -> None:
+    """What is forged may be another plan that a command could have written."""
+    whole = damage.plan_of_groups(tmp_path / "whole")
+    for account in (
+        damage.damaged_runs("plan", whole, tmp_path / "g", 60, "plan"),
+        damage.forged_plans(whole, tmp_path / "g", 250, "plan"),
+    ):
+        print(f"plan: {account}")
+        assert account.failed == []
+
+
 def test_damaged_and_forged_demonstrations(tmp_path: Path) -> None:
     account = damage.damaged_demonstrations(damage.demonstrations(tmp_path / "demo"), 150, None, "demonstrations")
     print(account)
