@@ -10,7 +10,6 @@ from typing import Any
 from rlmeta.cli.arguments import one_folder
 from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.results import print_ends, print_results
-from rlmeta.cli.train import interrupted, run_groups
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,14 @@ def resume(arguments: list[str]) -> int:
 
 
 def _resume(folder: Path, chosen: ResumeFlags, own: OwnCode) -> int:
-    from rlmeta.cli import plan as plans
+    from rlmeta.cli.groups import go_on, interrupted, run_groups
+    from rlmeta.cli.plan_folder import from_folder, is_plan
 
-    if plans.is_plan(folder):
-        plan = dataclasses.replace(plans.from_folder(folder), wandb=chosen.wandb)
+    if is_plan(folder):
+        plan = dataclasses.replace(from_folder(folder), wandb=chosen.wandb)
         return run_groups(plan, folder, own.words(), chosen.inexact)
     again = own.again(folder)
-    run = plans.go_on(folder, **again, wandb=chosen.wandb, progress=not chosen.quiet, inexact=chosen.inexact)
+    run = go_on(folder, **again, wandb=chosen.wandb, progress=not chosen.quiet, inexact=chosen.inexact)
     if run.stopped == "interrupted":
         return interrupted(folder, own.words())
     print_results(run.summary())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import rlmeta as rl
+from rlmeta.cli import groups, plan_folder
 from rlmeta.cli import plan as plans
 from rlmeta.cli.main import main
 from rlmeta.errors import CheckpointError, RlmetaError, RunExistsError, SettingError
@@ -30,7 +31,7 @@ def current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def begun(flags: str = "--hidden-sizes 8,9") -> plans.Plan:
     """A plan of groups of which none has begun, with its folder `g`."""
     plan = plans.from_flags("ppo", "CartPole-v1", f"{TINY} --quiet {flags}".split())
-    plan.begin(Path("g"))
+    plan_folder.begin(plan, Path("g"))
     return plan
 
 
@@ -48,7 +49,7 @@ def refused(capfd: pytest.CaptureFixture[str], *parts: str) -> None:
 
 def test_a_plan_comes_back(capfd: pytest.CaptureFixture[str]) -> None:
     plan = begun("--hidden-sizes 8,9 --seeds 2 --learning-rate 1e-3,1e-4")
-    again = plans.from_folder(Path("g"))
+    again = plan_folder.from_folder(Path("g"))
     assert (again.agent, again.task, again.texts) == (plan.agent, plan.task, plan.texts)
     assert again.groups == plan.groups
     assert main(["resume", "g"]) == 0
@@ -59,14 +60,14 @@ def test_no_changed_byte_of_a_plan_goes_unnoticed() -> None:
     begun()
     path = Path("g/plan.toml")
     whole = path.read_bytes()
-    for place in range(0, len(whole), 3):
+    for place in range(0, len(whole), 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(CheckpointError, match=r"plan\.toml is damaged, or not as the command wrote it"):
-            plans.from_folder(Path("g"))
+            plan_folder.from_folder(Path("g"))
     for content in (b"", whole[:-1], whole + b"\n", whole.partition(b"\n")[2], whole.replace(b"\n", b"\r\n")):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="the checksum does not match"):
-            plans.from_folder(Path("g"))
+            plan_folder.from_folder(Path("g"))
 
 
 def test_a_plan_that_was_changed_is_not_gone_on_with(capfd: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +91,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "an unknown agent": lambda content: content.update(agent="nobody"),
     "an unknown task": lambda content: content.update(task="nothing"),
     "a setting that is no number": lambda content: content["flags"]["settings"].update(gamma="x"),
+    "seeds that fill the memory": lambda content: content["flags"]["run"].update(seeds="9" * 12),
     "no seeds": lambda content: content["flags"]["run"].update(seeds="0"),
 }
 
@@ -99,7 +101,7 @@ def test_a_plan_that_nobody_wrote_is_refused(forgery: str) -> None:
     begun()
     change_plan(Path("g/plan.toml"), FORGED[forgery])
     with pytest.raises(RlmetaError) as caught:
-        plans.from_folder(Path("g")).check()
+        plan_folder.from_folder(Path("g")).check()
     assert "\n" not in str(caught.value)
 
 
@@ -107,7 +109,7 @@ def test_what_a_command_cannot_write_again_is_refused_before_a_folder_is_made() 
     plan = plans.from_flags("ppo", "CartPole-v1", [*TINY.split(), "--hidden-sizes", "8,9"])
     plan.env["name"] = "\udcff"  # what Python makes of a byte that is no text
     with pytest.raises(SettingError, match="not unicode"):
-        plan.begin(Path("g"))
+        plan_folder.begin(plan, Path("g"))
     assert not Path("g").exists()
 
 
@@ -155,7 +157,7 @@ def test_a_group_that_is_a_link_is_neither_read_nor_written_through(
     Path("g/hidden_sizes=9").symlink_to("../outside")
     refused(capfd, "g/hidden_sizes=9 is a link", "remove it")
     with pytest.raises(CheckpointError, match="hidden_sizes=9 is a link"):
-        plan.train("hidden_sizes=9", Path("g"))
+        groups.train(plan, "hidden_sizes=9", Path("g"))
     assert {path: path.stat().st_mtime_ns for path in [outside, *outside.rglob("*")]} == before
     assert not Path("g/hidden_sizes=8").exists()
 
@@ -169,6 +171,17 @@ def test_a_plan_behind_a_link_or_in_a_pipe_is_not_read(capfd: pytest.CaptureFixt
         Path("g/plan.toml").unlink()
     Path("g/plan.toml").symlink_to("nowhere")
     refused(capfd, "g/plan.toml is a link")
+
+
+@pytest.mark.parametrize("name", ["wandb.json", "tensorboard.json"])
+def test_what_a_tracker_keeps_is_not_read_behind_a_link(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(f"train ppo CartPole-v1 {TINY} --quiet --out a".split()) == 0
+    Path("outside.json").write_text('{"last_step": -1, "project": "p", "entity": null}')
+    Path("a", name).symlink_to("../outside.json")
+    capfd.readouterr()
+    assert main(["resume", "a"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: a/{name} is a link"), error
 
 
 def test_a_user_may_name_a_folder_by_a_link() -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 import rlmeta as rl
 from rlmeta.bench import imitation as benchmarks
 from rlmeta.cli import plan as plans
+from rlmeta.cli import plan_folder
 from rlmeta.cli.main import main
 from rlmeta.envs import own_folders, trusted
 from rlmeta.errors import SettingError
@@ -164,7 +165,7 @@ def saved_plan(agent: str, changes: dict[str, Any]) -> Path:
     small = TINY.split() if agent == "ppo" else []
     problem = "CartPole-v1" if agent == "ppo" else "sinusoid"
     plan = plans.from_flags(agent, problem, [*small, compared])
-    plan.begin(Path("g"))
+    plan_folder.begin(plan, Path("g"))
     flags = {name: changes.pop(name) for name in ("settings", "run") if name in changes}
 
     def change(content: dict[str, Any]) -> None:
