@@ -27,7 +27,7 @@ from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
 from rlmeta.runs import budgets, checkpoint, stages
 from rlmeta.runs import folder as run_folder
-from rlmeta.runs.configuration import from_config
+from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
 from rlmeta.runs.memory import keep_freed_memory
 from rlmeta.runs.module import TrainedModule, names_of
@@ -405,11 +405,13 @@ def read(
         own=own,
         training=training,
     )
-    run = Run(experiment, folder)
+    with within_memory(str(folder)):
+        run = Run(experiment, folder)
     try:
         run.id, run.config_digest = about["run"], about["config"]
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
-        run.start()
+        with within_memory(str(folder)):
+            run.start()
         run.state = fit(run.state, state, str(folder))
         run.evaluation = _final_evaluation(folder, run.id, len(experiment.learners))
     except BaseException:
