@@ -115,7 +115,8 @@ def test_what_a_command_cannot_write_again_is_refused_before_a_folder_is_made() 
 
 def test_what_a_command_has_left_that_died_over_its_plan_is_used_again() -> None:
     Path("g").mkdir()
-    Path("g/plan.toml.tmp").write_text("sha256 =")
+    for name in ("plan.toml.tmp", "config.toml.tmp"):
+        Path("g", name).write_text("sha256 =")
     begun()
     assert sorted(set(os.listdir("g")) - {"run.lock"}) == ["plan.toml"]
     with pytest.raises(RunExistsError, match=r"'plan\.toml'.*rlmeta resume g"):
