@@ -30,7 +30,7 @@ def adapt(arguments: list[str]) -> int:
 
 
 def _adapt(folder: Path, chosen: AdaptFlags, own: OwnCode) -> int:
-    from rlmeta.cli.plan import members
+    from rlmeta.cli.plan_folder import members
     from rlmeta.report import adaptation
     from rlmeta.runs.run import load
 

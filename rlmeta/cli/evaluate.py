@@ -44,7 +44,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def _evaluate(folder: Path, chosen: EvaluateFlags, own: OwnCode) -> int:
-    from rlmeta.cli.plan import members
+    from rlmeta.cli.plan_folder import members
     from rlmeta.runs.run import load
 
     rows: list[dict[str, Any]] = []

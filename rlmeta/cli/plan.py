@@ -11,100 +11,31 @@ import os
 import re
 import shlex
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
-from rlmeta import api
-from rlmeta.agents.agent import NetworkFactory
 from rlmeta.cli import flags
-from rlmeta.cli.terminal import say
+from rlmeta.cli.options import ABOUT, Code, Options
 from rlmeta.envs import streams, trusted
-from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT
 from rlmeta.envs.kinds import is_problem
-from rlmeta.envs.names import read_toml
-from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Mode, TaskFamily, family, is_data_family, task
-from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.errors import SettingError
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import check_names, per_learner_names
-from rlmeta.report.trackers import TrackerFactory, logged_to_wandb, to_tensorboard, to_wandb, trackers_of, wandb_of
-from rlmeta.runs import checkpoint, grammar, own_code, presets
-from rlmeta.runs import folder as run_folder
+from rlmeta.learning.settings import per_learner_names
+from rlmeta.report.trackers import TrackerFactory, to_tensorboard, to_wandb, wandb_of
+from rlmeta.runs import grammar, own_code, presets
 from rlmeta.runs import train as training
 from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
-from rlmeta.runs.files import put
-from rlmeta.runs.run import Run, load
 from rlmeta.runs.shipped import METHODS, agent_class
 
-PLAN = "plan.toml"
 MOST_SEEDS = 100_000
-"""In a range: more are a slip of the hand."""
-
-AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
-  TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, envpool:NAME, package.module:MyEnv-v0,
-          or package.module:name of your own environment, stream or family, or of a function that makes one
-  flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""
-
-ABOUT = """Train an agent, all seeds and settings at once. A comma compares: --learning-rate 1e-4,1e-3 trains every seed
-with both; in a setting that is not per learner it makes groups that run one after another. 100k, 1M and 1e6 are
-numbers, --x and --no-x are switches, --env.KEY VALUE is an argument of the environment. Defaults are the preset's."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The run."""
-
-    seeds: str = "1"
-    """How many learners of each setting (16), or which seeds (100-115, 3,5,7, both together: 0,100-102; one seed with a
-    comma behind it)."""
-    out: str | None = None
-    """The folder of the run; runs/AGENT-TASK-N, with the first free N, unless given."""
-    preset: str = "auto"
-    """A preset's file or name, the task whose settings to take, none, or auto for the task's own."""
-    async_: bool = False
-    """Divide gymnasium's environments over worker processes."""
-    worker_timeout: float = WORKER_TIMEOUT
-    """With --async, seconds that one call of an environment may take."""
-    max_episode_steps: int | None = None
-    """Cut episodes after so many steps, where the environment declares no limit, or a longer one."""
-    native: bool = True
-    """Use rlmeta's own batched environment where there is one for the task."""
-    threads: int = 0
-    """Threads of torch; 0 chooses."""
-    device: str = "cpu"
-    """Where tensors are: cpu, cuda, cuda:1."""
-    tensorboard: bool = False
-    """Write TensorBoard's files into the run's folder."""
-    wandb: bool = False
-    """Log to Weights & Biases, one W&B run for each learner."""
-    wandb_project: str = "rlmeta"
-    """The W&B project."""
-    quiet: bool = False
-    """No live progress and no header."""
-    lifelong: str = ""
-    """Lifelong methods that work together on a stream of tasks (ewc,replay), of those that `rlmeta list methods` shows
-    with their settings, or your own as package.module:MyMethod; --ewc.strength 100 sets one."""
-    order: str = "given"
-    """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
-    scenario: str = ""
-    """What is known of the classes of a stream of samples: task, domain or class; by default as its file says."""
-    restart_optimizer: bool = True
-    """Start the optimizer's moments at zero with every task of a stream that reveals when one ends."""
-
-
-@dataclass(frozen=True)
-class Code:
-    """Your own code."""
-
-    code: str = ""
-    """Modules that a preset or a file of the envs folders may name and so import: package.module, joined by commas."""
+"""More are a slip of the hand."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +86,7 @@ class Plan:
         text = self.options.seeds.strip()
         try:
             if "," not in text and "-" not in text[1:]:
-                return grammar.whole(text)
+                return _count_of(text)
             parts = [part.strip() for part in text.split(",") if part.strip()]
             return chosen_seeds([seed for part in parts for seed in _seeds_of(part)])
         except ValueError as error:
@@ -292,7 +223,7 @@ class Plan:
             code, flags = [*code, *(one for modules in found.values() for one in modules)], []
         return " ".join([*flags, *([f"--code {','.join(dict.fromkeys(code))}"] if code else [])])
 
-    # ------------------------------------------------------------------ folders
+    # ------------------------------------------------------------------ where it goes
 
     def folder(self) -> Path:
         """Where the run goes."""
@@ -304,112 +235,12 @@ class Plan:
             n += 1
         return Path(f"runs/{name}-{n}")
 
-    def begin(self, folder: Path) -> None:
-        """With several groups, make the common folder and keep the plan in it."""
-        if len(self.groups) > 1:
-            run_folder.create(folder)
-            content = {
-                "agent": self.agent,
-                "task": self.task,
-                "env": self.env,
-                "lifelong": self.lifelong,
-                "flags": self.texts,
-            }
-            put(folder / PLAN, tomli_w.dumps(content))
-
-    # ------------------------------------------------------------------ training
-
     def trackers(self) -> list[TrackerFactory]:
         """Where metrics go besides the run's folder; to W&B only if the command says so, whatever a saved plan says."""
         options, chosen = self.options, [to_tensorboard()] if self.options.tensorboard else []
         if self.file:
             return [*chosen, *wandb_of(self.wandb)]
         return [*chosen, to_wandb(options.wandb_project)] if options.wandb else chosen
-
-    def train(self, label: str, folder: Path, inexact: bool = False, header: str = "") -> Run:
-        """Train one group; one that is there already goes on, or is read if it has ended.
-
-        Args:
-            label: of the group.
-            folder: of the whole plan.
-            inexact: as for `rlmeta resume`.
-            header: printed once nothing can be wrong with the run any more.
-        """
-        settings, where, quiet = self.groups[label], group_folder(folder, label), self.options.quiet
-        if label and checkpoint.is_saved(where / "state"):
-            return self._go_on(settings, where, inexact)
-        trackers = self.trackers()
-        if self.file and self.options.wandb and not self.wandb:
-            say_wandb(self.file, self.options.wandb_project)
-        run = training.prepare(
-            settings,
-            self.problem(),
-            self.budget,
-            seeds=self.seeds,
-            lifelong=self.methods(),
-            out=where,
-            device=self.options.device,
-            threads=self.options.threads,
-        )
-        for line in filter(None, (header, label if not quiet else "")):
-            say(line)
-        return training.go(run, listeners=api.listeners(trackers, progress=not quiet))
-
-    def _go_on(self, settings: Any, where: Path, inexact: bool) -> Run:
-        """Go on with a group that has begun, or read one that has ended."""
-        env = None if isinstance(self.source, str) else self.source
-        if isinstance(env, NativeEnv):
-            env = dataclasses.replace(env, **self.env)  # type: ignore[type-var]
-        again: dict[str, Any] = {
-            "network": getattr(settings, "network", None),
-            "env": env,
-            "lifelong": self.methods(),
-            "own": {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {},
-        }
-        if (where / run_folder.SUMMARY).is_file():
-            return load(where, **again)
-        return go_on(where, **again, wandb=self.wandb, progress=not self.options.quiet, inexact=inexact)
-
-
-def go_on(
-    folder: Path,
-    *,
-    network: NetworkFactory | None,
-    env: Any,
-    lifelong: Sequence[Method],
-    own: Mapping[str, Any],
-    wandb: str,
-    progress: bool,
-    inexact: bool,
-    steps: int = 0,
-) -> Run:
-    """Resume a single run, with TensorBoard where it had it, and with W&B where the command says so.
-
-    Raises:
-        CheckpointError: nothing to resume there.
-    """
-    if not is_run(folder):
-        raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
-    trackers = trackers_of(folder, wandb)
-    if not wandb and (had := logged_to_wandb(folder)):
-        say_wandb(str(folder), had)
-    return api.resume(
-        folder,
-        network=network,
-        env=env,
-        lifelong=lifelong,
-        own=own,
-        trackers=trackers,
-        progress=progress,
-        inexact=inexact,
-        steps=steps or None,
-    )
-
-
-def say_wandb(where: str, had: str) -> None:
-    """Say that a run was logged to W&B, that this resume is not, and how it would be."""
-    text = shlex.quote(had)
-    say(f"note: {where} says it is logged to W&B as {text}; not now: resume with --wandb {text}", error=True)
 
 
 def code_of(arguments: Sequence[str]) -> list[str]:
@@ -438,65 +269,20 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     return plan
 
 
-def is_plan(folder: Path) -> bool:
-    """Whether the folder holds the groups of a plan."""
-    return (folder / PLAN).is_file()
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder holds a run, or the groups of a plan."""
-    return is_plan(folder) or (folder / run_folder.CONFIG).is_file()
-
-
-def from_folder(folder: Path) -> Plan:
-    """The plan that is kept in a folder.
-
-    Raises:
-        CheckpointError: the file is not one of a plan.
-    """
-    path = folder / PLAN
-    content = read_toml(path)
-    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "flags": dict}
-    groups: dict[str, Any] = {"run": Options, "budget": Budget, "settings": None}
-    fits = set(content) == set(kinds) and all(isinstance(content[name], kind) for name, kind in kinds.items())
-    fits = fits and all(isinstance(table, dict) for table in content["lifelong"].values())
-    fits = fits and set(content["flags"]) == set(groups)
-    if not fits or not all(_are_texts(table) for table in content["flags"].values()):
-        raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")
-    groups["settings"] = agent_class(content["agent"])
-    for name, cls in groups.items():
-        _check_flags(cls, content["flags"][name], f"{path} [flags.{name}]")
-    texts = content.pop("flags")
-    return Plan(**content, texts=texts, file=str(path))
-
-
-def _are_texts(table: Any) -> bool:
-    return isinstance(table, dict) and all(isinstance(text, str) for text in table.values())
-
-
-def _check_flags(cls: Any, texts: dict[str, str], where: str) -> None:
-    """Refuse flags that are not those of a group."""
-    check_names(cls, texts, where)
-    lacking = [f.name for f in dataclasses.fields(cls) if f.name not in texts and f.default is not None]
-    if lacking:
-        raise CheckpointError(f"{where} lacks {lacking[0]!r}: restore it from a copy")
-
-
-def group_folder(folder: Path, label: str) -> Path:
-    """The folder of a group; the common one for an only group."""
-    return folder / re.sub(r"[^\w=.,-]+", "-", label)
-
-
-def members(folder: Path) -> dict[str, Path]:
-    """The folders of single runs in a run's folder, by the group's label: itself, or its groups so far."""
-    if not is_plan(folder):
-        return {"": folder}
-    folders = {label: group_folder(folder, label) for label in from_folder(folder).groups}
-    return {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
-
-
 def _compares(cls: type, name: str, text: str) -> bool:
     return len(grammar.values(cls, name, text)) > 1
+
+
+def _count_of(text: str) -> int:
+    """A number of seeds.
+
+    Raises:
+        ValueError: it is none, or there would be too many.
+    """
+    count = grammar.whole(text)
+    if count > MOST_SEEDS:
+        raise ValueError(text)
+    return count
 
 
 def _seeds_of(text: str) -> range:

@@ -57,13 +57,13 @@ def record(arguments: list[str]) -> int:
 
 
 def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
-    from rlmeta.cli import plan as plans
+    from rlmeta.cli.plan_folder import is_plan, members
     from rlmeta.runs.record import record as play
     from rlmeta.runs.run import load
 
-    if plans.is_plan(folder):
+    if is_plan(folder):
         raise SettingError(
-            f"{folder} holds several runs: record one of {', '.join(map(str, plans.members(folder).values()))}"
+            f"{folder} holds several runs: record one of {', '.join(map(str, members(folder).values()))}"
         )
     run = load(folder, **own.again(folder))
     try:

@@ -10,7 +10,6 @@ from typing import Any
 from rlmeta.cli.arguments import one_folder
 from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.results import print_ends, print_results
-from rlmeta.cli.train import interrupted, run_groups
 from rlmeta.errors import SettingError
 
 
@@ -42,17 +41,16 @@ def resume(arguments: list[str]) -> int:
 
 
 def _resume(folder: Path, chosen: ResumeFlags, own: OwnCode) -> int:
-    from rlmeta.cli import plan as plans
+    from rlmeta.cli.groups import go_on, interrupted, run_groups
+    from rlmeta.cli.plan_folder import from_folder, is_plan
 
-    if plans.is_plan(folder):
+    if is_plan(folder):
         if chosen.steps:
             raise SettingError(f"{folder} holds several groups: resume them one by one with --steps, {folder}/GROUP")
-        plan = dataclasses.replace(plans.from_folder(folder), wandb=chosen.wandb)
+        plan = dataclasses.replace(from_folder(folder), wandb=chosen.wandb)
         return run_groups(plan, folder, own.words(), chosen.inexact)
     again, live = own.again(folder), not chosen.quiet
-    run = plans.go_on(
-        folder, **again, wandb=chosen.wandb, progress=live, inexact=chosen.inexact, steps=chosen.steps
-    )
+    run = go_on(folder, **again, wandb=chosen.wandb, progress=live, inexact=chosen.inexact, steps=chosen.steps)
     if run.stopped == "interrupted":
         return interrupted(folder, own.words())
     print_results(run.summary())

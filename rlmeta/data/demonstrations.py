@@ -191,6 +191,7 @@ class Demonstrations:
             "about": self.about,
             "digest": self.digest,
         }
+        header["sha256"] = _checksum(header)
         tensors = {name: leaf.contiguous() for name, leaf in tree.flatten(self._tensors()).items()}
         data, written = encode(tensors, {"demonstrations": json.dumps(header)}), path.with_name(path.name + ".tmp")
         try:
@@ -242,7 +243,7 @@ class Demonstrations:
             RecursionError,
         ) as error:
             raise DemonstrationError(f"{path} is damaged: {error}; record the demonstrations again") from None
-        if header.get("digest", found.digest) != found.digest:
+        if header.get("digest") != found.digest or header.get("sha256") != _checksum(header):
             raise DemonstrationError(f"{path} is damaged: its checksum is wrong; record the demonstrations again")
         return found
 
@@ -412,6 +413,12 @@ def _same(one: gym.Space, other: gym.Space) -> bool:
 def _are_bytes(space: gym.Space) -> bool:
     """Whether it is a Box whose values are kept, and encoded, as bytes."""
     return isinstance(space, gym.spaces.Box) and space.dtype == np.uint8
+
+
+def _checksum(header: dict[str, Any]) -> str:
+    """The sha256 of all that a header says, the digest of the tensors included."""
+    said = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _space_to_json(space: gym.Space) -> dict[str, Any]:

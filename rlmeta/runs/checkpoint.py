@@ -2,7 +2,9 @@
 
 A checkpoint is a manifest and the files it names. Tensors lie in safetensors files named by the sha256 of their bytes,
 so a file that is there already is never written again: the long tensors of a replay memory are cut along their capacity
-into segments of `SEGMENT_BYTES`, and only the segments that changed reach the disk.
+into segments of `SEGMENT_BYTES`, and only the segments that changed reach the disk. A segment of zeros, as a memory
+that is not full has, takes no file, and no memory until something is written there; any other has a file of its own.
+So nothing that a manifest says makes a reader use more memory than the files take on the disk.
 
     state/manifest.json            the newest checkpoint: schema, leaves (dtype, shape, files), file sizes, `about`
     state/manifest.previous.json   the one before it, used with a warning where the newest turns out damaged
@@ -16,9 +18,9 @@ at, `manifest.json` names a complete checkpoint. One process writes a folder (`r
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
+import math
 import os
 import re
 import warnings
@@ -26,13 +28,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.functional.tree import Tree
-from rlmeta.runs.files import Buffer, Damaged, file_exists, file_signature, read_bytes, sync_folder, write_file
+from rlmeta.runs.files import FULL, Buffer, Damaged, file_exists, file_signature, read_bytes, sync_folder, write_file
 from rlmeta.runs.manifest import (
     BLOB,
     CODES,
@@ -55,7 +58,8 @@ READ_ATTEMPTS = 10
 Pair: TypeAlias = tuple[dict[str, Tree], dict[str, Any]]
 
 _TEMPORARY = re.compile(r"([0-9a-f]{64}\.safetensors|manifest(\.previous)?\.json)\.tmp")
-_SEGMENT = "segment"
+_ALIGNMENT = 64
+"""Bytes on which torch begins its tensors."""
 
 
 class Saved(NamedTuple):
@@ -176,7 +180,8 @@ def _write_leaves(
             continue
         if leaf.dim() > axis and leaf.nbytes > SEGMENT_BYTES and not segmented.isdisjoint(path.split("/")):
             rows = max(1, SEGMENT_BYTES // (leaf.nbytes // leaf.shape[axis]))
-            files = tuple(writer.store({_SEGMENT: segment}) for segment in torch.split(leaf, rows, axis))
+            segments = enumerate(torch.split(leaf, rows, axis))
+            files = tuple(_store_segment(writer, path, number, segment) for number, segment in segments)
             stored[path] = Leaf(_dtype_name(leaf), tuple(leaf.shape), files, axis, rows)
         else:
             common[path] = leaf
@@ -184,6 +189,19 @@ def _write_leaves(
         name = writer.store(common)
         stored.update({path: Leaf(_dtype_name(leaf), tuple(leaf.shape), (name,)) for path, leaf in common.items()})
     return stored
+
+
+def _store_segment(writer: _Writer, path: str, number: int, segment: Tensor) -> str | None:
+    """The name of the segment's file; None where all its bytes are zero."""
+    segment = segment.detach().contiguous().cpu()
+    if not np.frombuffer(_bytes_of(segment), np.uint8).any():
+        return None
+    return writer.store({_segment_name(path, number): segment})
+
+
+def _segment_name(path: str, number: int) -> str:
+    """What a segment is called in its file: no two have the same name, so that none can stand for another."""
+    return f"{path}/{number}"
 
 
 def _encode_tensors(tensors: dict[str, Tensor]) -> list[Buffer]:
@@ -278,7 +296,7 @@ def _check_json(value: Any, where: str) -> None:
 
 def _save_error(folder: Path, error: OSError) -> CheckpointError:
     reason = error.strerror or str(error)
-    advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk and its permissions"
+    advice = "free some space" if error.errno in FULL else "check the disk and its permissions"
     kept = "the previous checkpoint is intact" if file_exists(folder / MANIFEST) else "no checkpoint was there before"
     return CheckpointError(f"cannot save a checkpoint in {folder}: {reason}; {kept}; {advice} and resume the run")
 
@@ -364,18 +382,27 @@ def _read_state(folder: Path, manifest: Manifest) -> Pair:
 def _read_leaf(folder: Path, manifest: Manifest, path: str, leaf: Leaf, opened: dict[str, dict[str, Tensor]]) -> Tensor:
     """One tensor; `opened` remembers the files that hold whole leaves."""
     if leaf.axis is None or leaf.rows is None:
-        (name,) = leaf.files
-        if name not in opened:
-            opened[name] = _read_tensors(folder / name, manifest.files[name])
-        return _expect(opened[name], path, leaf.dtype, leaf.shape, folder / name)
-    try:
-        whole = torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype], device="cpu")
-    except RuntimeError as error:
-        raise CheckpointError(f"no memory for '{path}' of {leaf.shape} in {folder}: use a larger machine") from error
-    for name, part in zip(leaf.files, torch.split(whole, leaf.rows, leaf.axis), strict=True):
-        tensors = _read_tensors(folder / name, manifest.files[name])
-        part.copy_(_expect(tensors, _SEGMENT, leaf.dtype, tuple(part.shape), folder / name))
+        (common,) = filter(None, leaf.files)
+        if common not in opened:
+            opened[common] = _read_tensors(folder / common, manifest.files[common])
+        return _expect(opened[common], path, leaf.dtype, leaf.shape, folder / common)
+    whole = _zeros(folder, path, leaf)
+    for number, (name, part) in enumerate(zip(leaf.files, torch.split(whole, leaf.rows, leaf.axis), strict=True)):
+        if name is not None:
+            tensors = _read_tensors(folder / name, manifest.files[name])
+            part.copy_(_expect(tensors, _segment_name(path, number), leaf.dtype, tuple(part.shape), folder / name))
     return whole
+
+
+def _zeros(folder: Path, path: str, leaf: Leaf) -> Tensor:
+    """A tensor of zeros that takes memory only where it is written to."""
+    try:
+        size = math.prod(leaf.shape) * DTYPES[leaf.dtype].itemsize
+        raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    except (MemoryError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"no memory for '{path}' of {leaf.shape} in {folder}: use a larger machine") from error
+    start = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[start : start + size]).view(DTYPES[leaf.dtype]).view(leaf.shape)
 
 
 def _expect(tensors: dict[str, Tensor], name: str, dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, get_args
 
@@ -88,6 +90,29 @@ def _from_config(
     return experiment
 
 
+@contextlib.contextmanager
+def within_memory(where: str) -> Iterator[None]:
+    """Within, what a saved configuration describes is made, of a size that nothing has checked.
+
+    Args:
+        where: for error messages.
+
+    Raises:
+        CheckpointError: there is not so much memory, or not so large a number.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TOO_LARGE.search(str(error)):
+            raise
+        raise CheckpointError(
+            f"{where}/{CONFIG} describes a run that needs more memory than there is: restore it from a copy, or use a "
+            "larger machine"
+        ) from error
+
+
+TOO_LARGE = re.compile("allocate memory|out of memory|not enough memory|overflow")
+"""What torch's errors say of a tensor that cannot be so large."""
 Kinds = Mapping[str, tuple[type, ...]]
 """The types of a table's entries by name."""
 

@@ -19,6 +19,9 @@ from rlmeta.errors import CheckpointError
 
 Buffer: TypeAlias = bytes | memoryview
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The errors of a disk that has no room, for all or for this user."""
+
 
 class Damaged(CheckpointError):
     """A checkpoint that is not whole, so that the one before it is worth a try."""
@@ -135,8 +138,30 @@ def _json_digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, separators=(",", ":")).encode()).hexdigest()
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)  # a pipe in place of a file must not block
+def sealed_lines(content: bytes) -> bytes:
+    """Lines of TOML behind one with a sha256 of them, so that a changed one shows."""
+    return _seal_of(content) + content
+
+
+def unsealed_lines(data: bytes) -> bytes:
+    """What `sealed_lines` was given.
+
+    Raises:
+        ValueError: it has no checksum, or was changed.
+    """
+    first, newline, content = data.partition(b"\n")
+    if first + newline != _seal_of(content):
+        raise ValueError("the checksum does not match")
+    return content
+
+
+def _seal_of(content: bytes) -> bytes:
+    return f'sha256 = "{hashlib.sha256(content).hexdigest()}"\n'.encode()
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """Open a file to read it, as `opener` of `open`: no link is followed, and a pipe in its place does not block."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -146,7 +171,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         Damaged: there is no such file, or it is none that a checkpoint would have.
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Damaged(f"{path} is not a regular file: the checkpoint is foreign")

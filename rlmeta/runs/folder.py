@@ -32,9 +32,13 @@ from rlmeta.runs.records import NAMES
 CONFIG, LOCK, STATE = "config.toml", "run.lock", "state"
 SUMMARY = "summary.json"
 """The final evaluation, there once the run has ended."""
+PLAN = "plan.toml"
+"""What a command trains in groups, in the folder above theirs."""
 RECORDS = tuple(f"{name}.jsonl" for name in NAMES)
 ID = re.compile(r"[0-9a-f]{16}")
 """What every run is told apart by, `run` in its config.toml."""
+UNFINISHED = (f"{CONFIG}.tmp", f"{PLAN}.tmp")
+"""What a process leaves that dies while it writes them."""
 SUBFOLDERS = (STATE, "tensorboard", "wandb")
 """What is written into below a run's folder."""
 OWN_LINKS = "wandb"
@@ -98,7 +102,7 @@ def _is_failed_start(folder: Path, content: list[str]) -> bool:
         elif name == CONFIG:
             ours = _has_id(folder)
         else:
-            ours = name == f"{CONFIG}.tmp" or (name in RECORDS and not path.stat().st_size)
+            ours = name in UNFINISHED or (name in RECORDS and not path.stat().st_size)
         if not ours:
             return False
     return True
@@ -196,7 +200,11 @@ class Hold:
             )
 
     def sign(self, run: str) -> None:
-        """Leave the id of the run in the file."""
+        """Leave the id of the run in the file.
+
+        Raises:
+            CheckpointError: the disk is full or failing.
+        """
         self._write(f"run {run}\n")
 
     def announce(self) -> None:
@@ -206,8 +214,13 @@ class Hold:
 
     def _write(self, rest: str) -> None:
         data = f"pid {os.getpid()} on {socket.gethostname()}\n{rest}".encode()
-        os.pwrite(self.file, data, 0)
-        os.ftruncate(self.file, len(data))
+        try:
+            os.pwrite(self.file, data, 0)
+            os.ftruncate(self.file, len(data))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.folder / LOCK}: {error.strerror}; check the disk and its permissions"
+            ) from error
 
 
 def _text_of(file: int) -> str:

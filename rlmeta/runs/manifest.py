@@ -46,11 +46,14 @@ BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 @dataclass(frozen=True)
 class Leaf:
-    """Where a tensor lies: whole in one file under its own name, or in consecutive segments of `rows` along `axis`."""
+    """Where a tensor lies: whole in one file under its own name, or in consecutive segments of `rows` along `axis`.
+
+    A segment has a file of its own, or None where all its bytes are zero.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    files: tuple[str, ...]
+    files: tuple[str | None, ...]
     axis: int | None = None
     rows: int | None = None
 
@@ -119,6 +122,7 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
     described = content["leaves"].items()
     leaves = {path: None if leaf is None else _parse_leaf(path, leaf, files) for path, leaf in described}
     _check_paths(leaves)
+    _check_segments(leaves)
     if not isinstance(content["about"], dict):
         raise ValueError("about is not a dictionary")
     return Manifest(leaves, files, content["about"])
@@ -128,15 +132,34 @@ def _parse_leaf(path: str, leaf: dict[str, Any], files: dict[str, int]) -> Leaf:
     parsed = Leaf(leaf["dtype"], tuple(leaf["shape"]), tuple(leaf["files"]), leaf.get("axis"), leaf.get("rows"))
     if not all(map(_is_count, parsed.shape)):
         raise ValueError(f"shape of '{path}'")
-    expected = 1
-    if parsed.axis is not None:
-        if not _is_count(parsed.axis) or not _is_count(parsed.rows) or not parsed.rows:
-            raise ValueError(f"segments of '{path}'")
-        expected = -(-parsed.shape[parsed.axis] // parsed.rows) if parsed.axis < len(parsed.shape) else 0
-    size = math.prod(parsed.shape) * DTYPES[parsed.dtype].itemsize
-    if len(parsed.files) != expected or size > sum(files[name] for name in parsed.files):
+    rows = [1] if parsed.axis is None else _segment_rows(path, parsed)
+    if len(parsed.files) != len(rows) or (parsed.axis is None and None in parsed.files):
         raise ValueError(f"files of '{path}'")
+    row = math.prod(parsed.shape) // max(1, sum(rows)) * DTYPES[parsed.dtype].itemsize
+    if any(name is not None and count * row > files[name] for name, count in zip(parsed.files, rows)):
+        raise ValueError(f"files of '{path}', which are shorter")
     return parsed
+
+
+def _segment_rows(path: str, leaf: Leaf) -> list[int]:
+    """The rows of every segment of a leaf that is cut."""
+    axis, rows = leaf.axis, leaf.rows
+    if axis is None or rows is None or not _is_count(axis) or not _is_count(rows) or axis >= len(leaf.shape):
+        raise ValueError(f"segments of '{path}'")
+    length = leaf.shape[axis]
+    if not math.prod(leaf.shape) or not 1 <= rows <= length or -(-length // rows) != len(leaf.files):
+        raise ValueError(f"segments of '{path}'")
+    return [min(rows, length - start) for start in range(0, length, rows)]
+
+
+def _check_segments(leaves: dict[str, Leaf | None]) -> None:
+    """Refuse a file that is named for several segments: it would be read into memory as often."""
+    known: set[str] = set()
+    for path, leaf in leaves.items():
+        for name in () if leaf is None or leaf.axis is None else leaf.files:
+            if name in known:
+                raise ValueError(f"'{path}' names the file {name} of another segment")
+            known |= set() if name is None else {name}
 
 
 def _check_paths(paths: Iterable[str]) -> None:

@@ -13,12 +13,13 @@ import hashlib
 import json
 import math
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from rlmeta.errors import CheckpointError, SettingError
-from rlmeta.runs.files import is_at, open_in_place
+from rlmeta.runs.files import FULL, is_at, open_at_once, open_in_place
 
 NAMES = ("metrics", "timing")
 """The records that a run has."""
@@ -55,9 +56,13 @@ class Records:
             self._file = open_in_place(self.path, os.O_RDWR | os.O_APPEND)
         except OSError as error:
             raise CheckpointError(f"cannot open {self.path}: {error.strerror}; check the folder") from error
-        self._size = end_of_last_line(self._file)
-        os.ftruncate(self._file, self._size)
-        self._digest = digest_of_start(self._file, self._size)
+        try:
+            self._size = end_of_last_line(self._file)
+            os.ftruncate(self._file, self._size)
+            self._digest = digest_of_start(self._file, self._size)
+        except OSError as error:
+            self.close()
+            raise self._failed(error) from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record: names to numbers, text, booleans, lists (one entry a learner), tensors or arrays.
@@ -80,9 +85,7 @@ class Records:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._size)
-            raise CheckpointError(
-                f"cannot write {self.path}: {error.strerror}; the last checkpoint is intact, resume from it"
-            ) from error
+            raise self._failed(error) from error
         self._size += len(line)
         self._digest.update(line)
 
@@ -95,18 +98,28 @@ class Records:
         try:
             os.fsync(self._file)
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}; check the disk") from error
+            raise self._failed(error) from error
         return Mark(self._size, self._digest.hexdigest())
 
     def truncate(self, mark: Mark) -> None:
         """Drop every record written after `mark()` returned `mark`.
 
         Raises:
-            CheckpointError: the file is shorter, or was changed before the mark; it is left as it is.
+            CheckpointError: the file is shorter, or was changed before the mark, or the disk is failing; it is left as
+                it is.
         """
-        digest = _checked_start(self._file, self.path, mark)
-        os.ftruncate(self._file, mark.length)
+        try:
+            digest = _checked_start(self._file, self.path, mark)
+            os.ftruncate(self._file, mark.length)
+        except OSError as error:
+            raise self._failed(error) from error
         self._size, self._digest = mark.length, digest
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        """What to say of a disk that is full or failing."""
+        advice = "free some space" if error.errno in FULL else "check the disk"
+        said = f"cannot write {self.path}: {error.strerror}; the checkpoints so far are intact"
+        return CheckpointError(f"{said}, {advice} and resume the run")
 
     def close(self) -> None:
         """Close the file; calling it again does nothing."""
@@ -127,16 +140,27 @@ def check_start(path: Path, mark: Mark) -> None:
     """Make sure that a file of records begins with what it had at a checkpoint; it is only read.
 
     Raises:
-        CheckpointError: it is missing, a link, shorter, or was changed before the mark.
+        CheckpointError: it is missing, no regular file, shorter, or was changed before the mark.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with _opened(path) as file:
+            _checked_start(file.fileno(), path, mark)
     except OSError as error:
-        raise CheckpointError(f"cannot open {path}: {error.strerror}; restore it from a copy") from error
-    try:
-        _checked_start(file, path, mark)
-    finally:
-        os.close(file)
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; restore it from a copy") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file of records to read.
+
+    Raises:
+        CheckpointError: it is a folder, a pipe or the like.
+        OSError: it cannot be opened, or is a link.
+    """
+    file = open(path, "rb", opener=open_at_once)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"{path} is not a regular file: restore it from a copy")
+    return file
 
 
 def _checked_start(file: int, path: Path, mark: Mark) -> Any:
@@ -162,7 +186,8 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        with _opened(path) as file:
+            data = file.read()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; give the file of a run") from error
     records = []

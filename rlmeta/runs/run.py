@@ -27,7 +27,7 @@ from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
 from rlmeta.runs import budgets, checkpoint, extension, stages
 from rlmeta.runs import folder as run_folder
-from rlmeta.runs.configuration import from_config
+from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
 from rlmeta.runs.memory import keep_freed_memory
 from rlmeta.runs.module import TrainedModule, names_of
@@ -417,12 +417,14 @@ def read(
         training=training,
     )
     longer = steps or about["extended_to"]
-    run = Run(extension.extended(experiment, longer) if longer else experiment, folder)
+    with within_memory(str(folder)):
+        run = Run(extension.extended(experiment, longer) if longer else experiment, folder)
     run.extended_to = longer
     try:
         run.id, run.config_digest = about["run"], about["config"]
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
-        run.start()
+        with within_memory(str(folder)):
+            run.start()
         run.state = fit(run.state, state, str(folder))
         run.evaluation = _final_evaluation(folder, run.id, len(experiment.learners))
     except BaseException:

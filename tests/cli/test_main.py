@@ -23,6 +23,8 @@ import rlmeta.report.tables
 import rlmeta.report.trackers
 import rlmeta.runs.run
 from rlmeta.cli import plan as plans
+from rlmeta.cli import plan_folder
+from rlmeta.cli.groups import train, training
 from rlmeta.cli.main import main
 from rlmeta.envs import trusted
 from rlmeta.errors import SettingError
@@ -276,7 +278,7 @@ def test_a_saved_plan_sends_nothing_to_wandb(
     for module in (plans, rlmeta.report.trackers):
         monkeypatch.setattr(module, "to_wandb", to_wandb)
     flags = f"{TINY} --hidden-sizes 8,9 --quiet --wandb --wandb-project mine"
-    plans.from_flags("ppo", "CartPole-v1", flags.split()).begin(Path("g"))
+    plan_folder.begin(plans.from_flags("ppo", "CartPole-v1", flags.split()), Path("g"))
     asked.clear()
     _, error = rlmeta_says(capfd, "resume g")
     assert asked == []
@@ -395,7 +397,7 @@ def test_native_environment_by_name(
     groups = f"train ppo my_native_env:MyNativeEnv --env.drag 0.5 {flags} --hidden-sizes 8,9 --quiet --out g"
     assert main(groups.split()) == 0
     with trusted.allowing(["my_native_env"]):
-        again = plans.from_folder(Path("g")).train("hidden_sizes=9", Path("g"))
+        again = train(plan_folder.from_folder(Path("g")), "hidden_sizes=9", Path("g"))
     assert again.experiment.problem.source == dragged
 
 
@@ -501,7 +503,7 @@ SAVING = "finishing this iteration and saving; Ctrl-C again stops at once\n"
 
 def interrupt_at_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next run is interrupted, as by Ctrl-C, at its first line of metrics."""
-    go, times = plans.training.go, [1]
+    go, times = training.go, [1]
 
     def interrupted(*args: Any, **settings: Any) -> Any:
         def press(run: Any, line: dict[str, Any]) -> None:
@@ -511,7 +513,7 @@ def interrupt_at_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return go(*args, callbacks=[press], **settings)
 
-    monkeypatch.setattr(plans.training, "go", interrupted)
+    monkeypatch.setattr(training, "go", interrupted)
 
 
 def test_interrupted_run_is_resumed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -682,7 +684,7 @@ def environment() -> dict[str, str]:
 def test_bad_input(
     arguments: str, message: str, project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plans.training.Loop, "go", lambda loop: pytest.fail("it trains"))
+    monkeypatch.setattr(training.Loop, "go", lambda loop: pytest.fail("it trains"))
     said, error = rlmeta_says(capfd, arguments, 2)
     assert error.startswith("error: ")
     assert message in error

@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 import rlmeta as rl
 from rlmeta.bench import imitation as benchmarks
 from rlmeta.cli import plan as plans
+from rlmeta.cli import plan_folder
 from rlmeta.cli.main import main
 from rlmeta.envs import own_folders, trusted
 from rlmeta.errors import SettingError
 from rlmeta.runs import grammar
-from tests.runs.forging import accept_config
+from tests.runs.forging import accept_config, change_plan
 
 REPOSITORY = Path(rl.__file__).parents[1]
 TINY = "--steps 32 --num-envs 2 --num-steps 16 --batch-size 32 --num-epochs 1 --final-episodes 2 --eval-episodes 2"
@@ -164,11 +165,15 @@ def saved_plan(agent: str, changes: dict[str, Any]) -> Path:
     small = TINY.split() if agent == "ppo" else []
     problem = "CartPole-v1" if agent == "ppo" else "sinusoid"
     plan = plans.from_flags(agent, problem, [*small, compared])
-    plan.begin(Path("g"))
-    content = tomllib.loads(Path("g/plan.toml").read_text())
-    for name in ("settings", "run"):
-        content["flags"][name] |= changes.pop(name, {}) if name in changes else {}
-    Path("g/plan.toml").write_text(tomli_w.dumps(content | changes))
+    plan_folder.begin(plan, Path("g"))
+    flags = {name: changes.pop(name) for name in ("settings", "run") if name in changes}
+
+    def change(content: dict[str, Any]) -> None:
+        for name, texts in flags.items():
+            content["flags"][name] |= texts
+        content.update(changes)
+
+    change_plan(Path("g/plan.toml"), change)
     return Path("g")
 
 

@@ -235,6 +235,22 @@ def test_a_header_that_says_something_else_is_refused(old, new, message, tmp_pat
         Demonstrations.load(path)
 
 
+@pytest.mark.parametrize("name", ["about", "observation_space", "digest", "sha256"])
+def test_no_changed_word_of_a_header_goes_unnoticed(name, tmp_path):
+    path = make(about={"agent": "ppo", 3: (1.5, float("inf"))}).save(tmp_path / "demo")
+    assert Demonstrations.load(path).about == {"agent": "ppo", "3": [1.5, float("inf")]}
+    tensors = decode(path.read_bytes())
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["demonstrations"])
+    bounds = {**header["observation_space"], "high": "0.5"}
+    others = {"about": {"agent": "dqn"}, "observation_space": bounds, "digest": "0" * 16, "sha256": "0" * 64}
+    without = {other: value for other, value in header.items() if other != name}
+    for changed in ({**header, name: others[name]}, without):
+        save_file(tensors, path, {"demonstrations": json.dumps(changed)})
+        with pytest.raises(DemonstrationError, match="damaged"):
+            Demonstrations.load(path)
+
+
 @pytest.mark.parametrize(
     ("role", "space"),
     [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from rlmeta.runs import folder as run_folder
-from rlmeta.runs.files import sealed, unsealed
+from rlmeta.runs.files import sealed, sealed_lines, unsealed, unsealed_lines
 
 
 def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -22,3 +25,10 @@ def accept_config(folder: Path) -> None:
     digest = run_folder.config_digest(folder)
     for path in (folder / "state").glob("manifest*.json"):
         reseal(path, lambda content: content["about"].update(config=digest))
+
+
+def change_plan(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the plan of a folder of several runs, with a checksum that agrees."""
+    content = tomllib.loads(unsealed_lines(path.read_bytes()).decode())
+    change(content)
+    path.write_bytes(sealed_lines(tomli_w.dumps(content).encode()))

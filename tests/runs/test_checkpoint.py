@@ -309,19 +309,27 @@ def test_which_leaves_are_cut(tmp_path: Path) -> None:
         "memory/replay",
         "buffer/x",
     }
-    assert leaves["buffer/x"]["files"] == leaves["memory/replay"]["files"]
+    named = [name for leaf in leaves.values() if "axis" in leaf for name in leaf["files"]]
+    assert len(set(named)) == len(named) == 3 * 8, "equal segments have files of their own"
     assert same(checkpoint.load(tmp_path)[0], state)
     one_row = {"replay": torch.randn(3, 2 * SEGMENT)}
     assert len(checkpoint.save(tmp_path, one_row, {}, learner_axes=0).written) == 3
     assert same(checkpoint.load(tmp_path)[0], one_row)
 
 
-def test_equal_segments_take_one_file(tmp_path: Path) -> None:
-    state = {"replay": {"x": torch.zeros(SEGMENT * 8)}}
+def test_segments_of_zeros_take_no_file_and_no_memory(tmp_path: Path) -> None:
+    memory = torch.zeros(SEGMENT * 8)
+    memory[-1], memory[SEGMENT] = 1.0, -0.0  # which is zero, but not all of its bits are
+    state = {"replay": {"x": memory, "none": torch.zeros(2 * SEGMENT, dtype=torch.bool)}}
     saved = checkpoint.save(tmp_path, state, {}, learner_axes=0)
-    assert len(saved.written) == 1
-    assert saved.reused == ()
-    assert same(checkpoint.load(tmp_path)[0], state)
+    assert len(saved.written) == 2
+    leaves = manifest_of(tmp_path)["leaves"]
+    assert [name for name in leaves["replay/x"]["files"] if name] == list(saved.written)
+    assert leaves["replay/none"]["files"] == [None, None]
+    loaded = checkpoint.load(tmp_path)[0]
+    assert same(loaded, state)
+    loaded["replay"]["none"][:] = True
+    assert loaded["replay"]["x"].data_ptr() % 64 == 0 == loaded["replay"]["none"].data_ptr() % 64
 
 
 def test_segments_of_another_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,6 +581,13 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no rows": set_leaf(axis=0, rows=0),
     "axis without rows": set_leaf(axis=0),
     "segment of a whole file": set_leaf(axis=0, rows=3),
+    "no file of a whole leaf": set_leaf(files=[None]),
+    "a cut leaf of nothing": set_leaf(shape=[0], files=[], axis=0, rows=1),
+    "a cut leaf of nothing, and long": set_leaf(shape=[1, 0, 10**30], files=[None], axis=0, rows=1),
+    "an axis that there is not, and no files": set_leaf(files=[], axis=1, rows=1),
+    "rows above all numbers": set_leaf(files=[None], axis=0, rows=10**30),
+    "zeros above all numbers": set_leaf(shape=[3, 10**30], files=[None], axis=0, rows=3),
+    "zeros above all memory": set_leaf(shape=[3, 10**17], files=[None], axis=0, rows=3),
     "leaf that is a number": lambda content: content["leaves"].update(w=3),
     "leaf below a leaf": lambda content: content["leaves"].update({"w/x": content["leaves"]["w"]}),
     "leaf below an empty one": lambda content: content["leaves"].update({"e": None, "e/x": content["leaves"]["w"]}),
@@ -598,6 +613,49 @@ def test_a_manifest_cannot_ask_for_more_memory_than_its_files_fill(tmp_path: Pat
     forge(tmp_path, set_leaf(shape=[10**12], axis=0, rows=10**12))
     with pytest.raises(CheckpointError, match="malformed"):
         checkpoint.load(tmp_path)
+
+
+SEGMENTS: dict[str, Callable[[list[str]], list[str | None]]] = {
+    "one file for all": lambda names: names[:1] * 4,
+    "two segments exchanged": lambda names: [names[1], names[0], *names[2:]],
+    "one less": lambda names: names[:3],
+    "one more": lambda names: [*names, None],
+    "a file that is not listed": lambda names: [*names[:3], "0" * 64 + ".safetensors"],
+    "a number": lambda names: [*names[:3], 3],  # type: ignore[list-item]
+}
+
+
+@pytest.mark.parametrize("forgery", SEGMENTS)
+def test_no_file_stands_for_another_segment(tmp_path: Path, forgery: str) -> None:
+    """Also where both hold the same numbers: a file that could be named often would be read into memory as often."""
+    memory = torch.ones(SEGMENT)
+    checkpoint.save(tmp_path, {"replay": memory}, {}, learner_axes=0)
+    names = manifest_of(tmp_path)["leaves"]["replay"]["files"]
+    assert len(set(names)) == 4
+    forge(tmp_path, lambda content: content["leaves"]["replay"].update(files=SEGMENTS[forgery](names)))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_leaves_share_no_segment(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"replay": {"a": torch.ones(SEGMENT), "b": torch.ones(SEGMENT)}}, {}, learner_axes=0)
+    leaves = manifest_of(tmp_path)["leaves"]
+    forge(tmp_path, lambda content: content["leaves"].update({"replay/b": leaves["replay/a"]}))
+    with pytest.raises(CheckpointError, match="of another segment"):
+        checkpoint.load(tmp_path)
+
+
+def test_zeros_that_only_a_manifest_claims_take_no_memory(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    checkpoint.save(tmp_path, {"w": torch.zeros(3)}, {}, learner_axes=0)
+    forge(tmp_path, set_leaf(shape=[256, 1 << 20], files=[None] * 256, axis=0, rows=1))
+    before = resident()
+    claimed = checkpoint.load(tmp_path)[0]["w"]
+    assert claimed.nbytes == 1 << 30
+    assert resident() - before < 1 << 26
 
 
 def test_a_whole_file_outside_the_folder_is_refused(tmp_path: Path) -> None:

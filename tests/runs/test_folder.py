@@ -218,6 +218,21 @@ def test_a_worker_left_behind_does_not_keep_the_lock(tmp_path: Path) -> None:
             os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("call", ["pwrite", "ftruncate"])
+def test_a_disk_that_fails_under_a_lock_is_said_so(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(CheckpointError, match=r"cannot write .*run\.lock: No space left"), run_folder.lock(tmp_path):
+        raise AssertionError("locked")
+    monkeypatch.undo()
+    with run_folder.lock(tmp_path) as held:
+        monkeypatch.setattr(os, call, fail)
+        with pytest.raises(CheckpointError, match=r"cannot write .*run\.lock: No space left"):
+            held.sign(ID)
+
+
 def test_a_folder_that_is_not_there_cannot_be_locked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot lock"), run_folder.lock(tmp_path / "none"):
         pass
@@ -350,7 +365,8 @@ def failed_start(folder: Path) -> None:
     """What is there at most before the first checkpoint."""
     (folder / "state").mkdir(parents=True)
     run_folder.write_config(folder, {"run": ID, "a": 1})
-    (folder / "config.toml.tmp").write_text("[a")
+    for name in ("config.toml.tmp", "plan.toml.tmp"):
+        (folder / name).write_text("[a")
     for name in ("metrics.jsonl", "timing.jsonl"):
         (folder / name).touch()
     (folder / "state" / ("0" * 64 + ".safetensors")).write_bytes(b"x")
@@ -378,6 +394,7 @@ KEPT: dict[str, Callable[[Path], Any]] = {
     "another file": lambda folder: (folder / "notes.txt").touch(),
     "another file in state": lambda folder: (folder / "state" / "mine.safetensors").touch(),
     "another config": lambda folder: (folder / "config.toml").write_text("a = 1\n"),
+    "a plan": lambda folder: (folder / "plan.toml").write_text("sha256"),
     "a broken config": lambda folder: (folder / "config.toml").write_text("a ="),
     "a link": lambda folder: (folder / "config.toml.tmp").unlink() or (folder / "config.toml.tmp").symlink_to("x"),
     "a folder": lambda folder: (folder / "metrics.jsonl").unlink() or (folder / "metrics.jsonl").mkdir(),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.runs import records
-from rlmeta.runs.records import Mark, Records, end_of_last_line, read_records
+from rlmeta.runs.records import Mark, Records, check_start, end_of_last_line, read_records
 
 
 def write_all(path: Path, *records: dict[str, Any]) -> None:
@@ -260,6 +260,43 @@ def test_a_failed_write_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.
         assert path.read_text() == '{"step":1}\n{"step":2}\n'
         file.write({"step": 4})
     assert read_records(path) == [{"step": 1}, {"step": 2}, {"step": 4}]
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pread"])
+def test_a_disk_that_fails_while_records_are_opened_or_cut_back_is_said_so(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def fail(*arguments: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Records(path) as file:
+        file.write({"a": 1})
+        mark = file.mark()
+        file.write({"b": 2})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            opened = len(os.listdir("/proc/self/fd"))
+            for attempt in (lambda: Records(path), lambda: file.truncate(mark)):
+                with pytest.raises(CheckpointError, match=r"metrics\.jsonl: Input/output error; .* are intact"):
+                    attempt()
+            assert len(os.listdir("/proc/self/fd")) == opened, "a file was left open"
+        file.truncate(mark)
+        file.write({"c": 3})
+    assert read_records(path) == [{"a": 1}, {"c": 3}]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("elsewhere")])
+def test_what_is_no_regular_file_is_neither_read_nor_waited_for(tmp_path: Path, make: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "elsewhere").write_text("{}\n")
+    make(path)
+    for read in (lambda: read_records(path), lambda: check_start(path, Mark(0, hashlib.sha256().hexdigest()))):
+        with pytest.raises(
+            CheckpointError, match=r"metrics\.jsonl( is not a regular file|: Too many levels|: Is a directory)"
+        ):
+            read()
 
 
 def test_the_mark_is_of_what_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,7 +286,7 @@ def content_of(folder):
 def test_a_resume_needs_its_records(name, crashed, tmp_path):
     shutil.copytree(crashed, tmp_path / "run")
     (tmp_path / "run" / name).unlink()
-    with pytest.raises(CheckpointError, match=rf"cannot open .*{name}: No such file or directory; restore it"):
+    with pytest.raises(CheckpointError, match=rf"cannot read .*{name}: No such file or directory; restore it"):
         rl.resume(tmp_path / "run")
     assert not (tmp_path / "run" / name).exists()
     assert rl.load(tmp_path / "run").env_steps > 0, "which nobody needs to look at it"

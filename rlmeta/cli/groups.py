@@ -1,0 +1,153 @@
+"""Train, or go on with, the groups of a plan one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlmeta import api
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.cli.plan import Plan
+from rlmeta.cli.plan_folder import check_settings, group_folder, is_run
+from rlmeta.cli.results import print_ends, print_results
+from rlmeta.cli.terminal import say
+from rlmeta.envs.native import NativeEnv
+from rlmeta.errors import CheckpointError
+from rlmeta.learning.method import Method
+from rlmeta.report.trackers import logged_to_wandb, trackers_of
+from rlmeta.runs import checkpoint
+from rlmeta.runs import folder as run_folder
+from rlmeta.runs import train as training
+from rlmeta.runs.run import Run, load
+
+
+def run_groups(plan: Plan, folder: Path, again: str, inexact: bool = False, header: str = "") -> int:
+    """Train, or go on with, every group of the plan; the header stands before the first.
+
+    Args:
+        plan: what to train.
+        folder: of the whole plan.
+        again: the flags that a resume needs for the user's own code.
+        inexact: as for `rlmeta resume`.
+        header: '' for none.
+    """
+    rows: list[dict[str, Any]] = []
+    runs: list[Run] = []
+    try:
+        for label in plan.groups:
+            runs.append(run := train(plan, label, folder, inexact, "" if runs else header))
+            if run.stopped == "interrupted":
+                raise KeyboardInterrupt
+            rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
+    except KeyboardInterrupt:
+        return interrupted(folder, again)
+    print_results(rows)
+    for run in runs:
+        print_ends(run)
+    say(f"saved in {folder}")
+    return 0
+
+
+def train(plan: Plan, label: str, folder: Path, inexact: bool = False, header: str = "") -> Run:
+    """Train one group; one that is there already goes on, or is read if it has ended.
+
+    Args:
+        plan: of all.
+        label: of the group.
+        folder: of the whole plan.
+        inexact: as for `rlmeta resume`.
+        header: printed once nothing can be wrong with the run any more.
+
+    Raises:
+        CheckpointError: a group's folder is a link, or what is there can't be read.
+    """
+    settings, where, quiet = plan.groups[label], group_folder(folder, label), plan.options.quiet
+    if label:
+        run_folder.check_plain(folder)
+    if label and checkpoint.is_saved(where / "state"):
+        check_settings(where, settings)
+        return _go_on(plan, settings, where, inexact)
+    trackers = plan.trackers()
+    if plan.file and plan.options.wandb and not plan.wandb:
+        say_wandb(plan.file, plan.options.wandb_project)
+    run = training.prepare(
+        settings,
+        plan.problem(),
+        plan.budget,
+        seeds=plan.seeds,
+        lifelong=plan.methods(),
+        out=where,
+        device=plan.options.device,
+        threads=plan.options.threads,
+    )
+    for line in filter(None, (header, label if not quiet else "")):
+        say(line)
+    return training.go(run, listeners=api.listeners(trackers, progress=not quiet))
+
+
+def _go_on(plan: Plan, settings: Any, where: Path, inexact: bool) -> Run:
+    """Go on with a group that has begun, or read one that has ended."""
+    env = None if isinstance(plan.source, str) else plan.source
+    if isinstance(env, NativeEnv):
+        env = dataclasses.replace(env, **plan.env)  # type: ignore[type-var]
+    again: dict[str, Any] = {
+        "network": getattr(settings, "network", None),
+        "env": env,
+        "lifelong": plan.methods(),
+        "own": {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {},
+    }
+    if (where / run_folder.SUMMARY).is_file():
+        return load(where, **again)
+    return go_on(where, **again, wandb=plan.wandb, progress=not plan.options.quiet, inexact=inexact)
+
+
+def go_on(
+    folder: Path,
+    *,
+    network: NetworkFactory | None,
+    env: Any,
+    lifelong: Sequence[Method],
+    own: Mapping[str, Any],
+    wandb: str,
+    progress: bool,
+    inexact: bool,
+    steps: int = 0,
+) -> Run:
+    """Resume a single run, with TensorBoard where it had it, and with W&B where the command says so.
+
+    Raises:
+        CheckpointError: nothing to resume there, or what leads out of the folder.
+    """
+    if not is_run(folder):
+        raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
+    run_folder.check_plain(folder)
+    trackers = trackers_of(folder, wandb)
+    if not wandb and (had := logged_to_wandb(folder)):
+        say_wandb(str(folder), had)
+    return api.resume(
+        folder,
+        network=network,
+        env=env,
+        lifelong=lifelong,
+        own=own,
+        trackers=trackers,
+        progress=progress,
+        inexact=inexact,
+        steps=steps or None,
+    )
+
+
+def say_wandb(where: str, had: str) -> None:
+    """Say that a run was logged to W&B, that this resume is not, and how it would be."""
+    text = shlex.quote(had)
+    say(f"note: {where} says it is logged to W&B as {text}; not now: resume with --wandb {text}", error=True)
+
+
+def interrupted(folder: Path, again: str) -> int:
+    """Say how to go on with a run that was interrupted; the exit status."""
+    command = " ".join(filter(None, (f"rlmeta resume {folder}", again)))
+    say(f"interrupted; resume with: {command}" if is_run(folder) else "interrupted", error=True)
+    return 130
