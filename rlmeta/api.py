@@ -68,6 +68,7 @@ def train(
     asked: dict[str, Any] = {name: n for name, n in (("steps", steps), ("epochs", epochs)) if n is not None}
     if len(asked) + (budget is not None) > 1:
         raise SettingError("steps, epochs and budget each say how long to train: give one of them")
+    _check_functions(callbacks=callbacks, trackers=trackers)
     chosen = Budget(**asked) if budget is None else budget
     with trusted.allowing(code):
         run = runs.prepare(
@@ -108,6 +109,7 @@ def resume(
         CheckpointError: nothing to resume there.
         InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
     """
+    _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
         return runs.resume(
             folder,
@@ -154,3 +156,14 @@ def load(
 def listeners(trackers: Sequence[TrackerFactory] = (), progress: bool = False) -> list[Listener]:
     """What listens to a run: its trackers, a live bar, and who draws its pictures."""
     return [*map(Tracking, trackers), *([Progress()] if progress else []), Pictures()]
+
+
+def _check_functions(**given: Any) -> None:
+    """Refuse what a run could not call once it has begun.
+
+    Raises:
+        SettingError: no list, or not of functions.
+    """
+    for name, functions in given.items():
+        if not isinstance(functions, Sequence) or not all(map(callable, functions)):
+            raise SettingError(f"{name} is {functions!r}, expected a list of functions")

@@ -84,6 +84,30 @@ def test_ctrl_c_ends_a_call_that_has_lasted(hangs: bool, tmp_path: Path, monkeyp
     assert came_back == [True] * (not hangs)
 
 
+def test_an_environment_may_change_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
+
+    def leave(run: rl.Run, line: dict[str, Any]) -> bool:
+        return run.env_steps == 80
+
+    (tmp_path / "else").mkdir()
+
+    class Moves(Bad):
+        def step(self, action: Any) -> Any:
+            if self.steps == 15:
+                os.chdir(tmp_path / "else")
+            return super().step(action)
+
+    budget = rl.Budget(steps=160, eval_every=80, eval_episodes=2, final_episodes=2, checkpoint_seconds=0.0)
+    run = rl.train(PPO, rl.task(Moves), budget=budget, out="run", threads=1, callbacks=[leave])
+    assert run.folder == tmp_path / "run" and run.env_steps == 80
+    monkeypatch.chdir(tmp_path)
+    assert rl.resume("run", env=Moves).env_steps == 160
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "run"]
+    assert list((tmp_path / "else").iterdir()) == []
+
+
 def test_no_call_is_on_between_steps() -> None:
     from rlmeta.envs.gymnasium.rows import seconds_in_call
 

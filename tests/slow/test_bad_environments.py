@@ -30,8 +30,8 @@ UNTRAINED = ("reset without info",)
 """Kinds that are refused before a folder is made."""
 
 
-def start(kind: str, mode: str, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.slow.test_bad_environments", kind, mode]
+def start(kind: str, mode: str, folder: Path, steps: str = "200") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.slow.test_bad_environments", kind, mode, steps]
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -101,10 +101,36 @@ def test_a_bad_environment(kind: str, mode: str, tmp_path: Path) -> None:
         assert state and about["iteration"] >= (0 if kind == "NaN in reset" else 1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("kind", ["fine", *HANGING])
+def test_a_run_that_is_ended_leaves_no_process(kind: str, number: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM waits for the iteration, so that the run is saved: not where that never ends."""
+    if number is signal.SIGTERM and kind in HANGING:
+        number = signal.SIGQUIT
+    process, ready = start(kind, "async", tmp_path, "2000000"), tmp_path / "run" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "hanging" if kind in HANGING else ready).exists() or not ready.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        _, err = process.communicate(timeout=60)
+        deadline = time.monotonic() + 20
+        while session(process.pid):
+            assert time.monotonic() < deadline, "processes are left over"
+            time.sleep(0.1)
+    finally:
+        for pid in session(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert process.returncode == -number and "Traceback" not in err, err
+    _, about = checkpoint.load(tmp_path / "run" / "state")
+    assert about["iteration"] >= 1
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     try:
-        train(sys.argv[1], sys.argv[2], "run", Path("hanging").absolute())
+        train(sys.argv[1], sys.argv[2], "run", Path("hanging").absolute(), steps=int(sys.argv[3]))
         print("trained")
     except RlmetaError as error:
         print(error)
