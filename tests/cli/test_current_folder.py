@@ -51,9 +51,11 @@ def test_other_programs_keep_their_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
 
 
-def test_rlmeta_that_is_here_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setenv("PYTHONPATH", "")
-    command = [sys.executable, "-m", "rlmeta", "list", "agents"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "ppo" in done.stdout, done.stderr
+def test_rlmeta_that_is_here_is_found_by_processes_that_it_starts(tmp_path: Path) -> None:
+    """It is searched for last: whatever else lies there is served for nothing."""
+    (tmp_path / "rlmeta").symlink_to(REPOSITORY / "rlmeta")
+    code = (
+        "import sys; sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'rlmeta']; "
+        f"sys.path.insert(0, {str(tmp_path)!r}); import rlmeta; print(sys.path[-1], len(sys.path) > 1)"
+    )
+    assert run("-c", code).stdout == f"{tmp_path} True\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import warnings
 from pathlib import Path
@@ -77,13 +78,17 @@ def test_the_row_that_raised_is_named_and_what_it_raised_is_the_cause() -> None:
 
 
 def test_a_worker_names_the_row_of_all_and_sends_its_traceback() -> None:
-    world = GymnasiumWorld(lambda: Bad("raises", begins=2), (2,), 2, mode="async", workers=2)
+    def make() -> Bad:
+        second = multiprocessing.current_process().name.startswith("worker 1")
+        return Bad("raises" if second else "fine", begins=2)
+
+    world = GymnasiumWorld(make, (2,), 2, mode="async", workers=2)
     state, _ = world.step(world.reset(KEYS), ACTIONS)
     with pytest.raises(EnvironmentFailedError) as error:
         world.step(state, ACTIONS)
-    assert str(error.value).startswith("environment 'Bad' in row 0 failed with RuntimeError: the wheel came off (")
+    assert str(error.value).startswith("environment 'Bad' in row 2 failed with RuntimeError: the wheel came off (")
     (note,) = error.value.__notes__
-    assert note.startswith("in the worker process of rows 0 to 1:\nTraceback") and "in _raise\n" in note
+    assert note.startswith("in the worker process of rows 2 to 3:\nTraceback") and "in _raise\n" in note
 
 
 @pytest.mark.parametrize("where", ["reset", "step"])
