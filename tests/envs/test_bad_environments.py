@@ -164,11 +164,6 @@ def test_all_are_closed_where_one_raises_and_it_is_said_once() -> None:
     )
 
 
-def test_workers_say_nothing_more(capfd: pytest.CaptureFixture[str]) -> None:
-    assert len(_closing(lambda: GymnasiumWorld(Stuck, (2,), 3, mode="async", workers=2))) == 1
-    assert capfd.readouterr().err == ""
-
-
 def test_a_vector_env_whose_close_raises() -> None:
     class Vector(SyncVectorEnv):
         def close(self, **kwargs: Any) -> None:
