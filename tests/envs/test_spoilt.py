@@ -85,6 +85,31 @@ def test_the_row_and_the_step_are_named_once(env: NativeEnv, what: str, when: st
     )
 
 
+@dataclass(frozen=True)
+class Sours(Counts):
+    """Every tenth episode begins with NaN."""
+
+    reset_noise = 1
+
+    def reset(self, noise: Tensor, physics: Physics) -> dict[str, Tensor]:
+        return {"time": torch.where(noise[..., 0] < 0.1, torch.nan, 0.0).double()}
+
+
+def test_an_episode_that_begins_so_after_another_is_named() -> None:
+    """Not as the end of the one before it."""
+    world = NativeWorld(Sours(), (2,), 3)
+    state = world.reset(KEYS)
+    assert world.observation(state).isfinite().all()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        while not caught:
+            state, transition = world.step(state, ACTIONS)
+            assert transition.next_observation.isfinite().all()
+    assert "at its reset" in str(caught[0].message)
+    row = int((~transition.observation.isfinite()).any(-1).flatten().nonzero()[0])
+    assert f"in row {row}, environment {row % 3} of learner {row // 3}" in str(caught[0].message)
+
+
 def test_nothing_is_said_of_finite_numbers_and_nothing_is_kept_of_rlmetas_own() -> None:
     assert _said(Counts(), 12) == []
     assert "spoilt" not in NativeWorld(CartPole(), (2,), 3).reset(KEYS)

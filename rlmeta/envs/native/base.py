@@ -293,8 +293,7 @@ class NativeWorld:
 
     def _spoilt(self, state: State, transition: Transition) -> Tensor:
         """`spoilt` after a step, `[*L, N]`: the step of the episode times `len(_SPOILT)`, and what was not finite."""
-        first = ~_finite(transition.observation, self._rows) & transition.memory_reset
-        codes = first * _FIRST_OBSERVATION
+        codes = ~_finite(transition.observation, self._rows) * _FIRST_OBSERVATION  # if not the successor's, below
         step = (state["elapsed"] + 1) * len(_SPOILT)
         codes = torch.where(_finite(transition.next_observation, self._rows), codes, step + _OBSERVATION)
         codes = torch.where(transition.reward.isfinite(), codes, step + _REWARD)
