@@ -1,13 +1,33 @@
 """Reinforcement learning, meta-learning and lifelong learning in PyTorch, where learners are an axis."""
 
-from __future__ import annotations
-
-import ast
-import importlib
-import random
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+
+def _leave_current_folder() -> None:
+    """Drop the current folder from `sys.path` where this is `python -m rlmeta`.
+
+    That command searches it before the standard library, and anybody's `random.py` may lie there. So nothing but `sys`,
+    which is no file, is imported before.
+    """
+    if sys.argv[:1] != ["-m"] or sys.flags.safe_path:  # "-m" while the module that is to be run is searched for
+        return
+    for flag, following in zip(sys.orig_argv[1:], [*sys.orig_argv[2:], ""]):
+        others, found, module = flag[1:].partition("m")
+        if flag[:1] == "-" and found and not others.strip("bBdEiIOPqsSuvx"):
+            if (module or following).partition(".")[0] == "rlmeta":
+                here = sys.path.pop(0)
+                if __file__ == f"{here}/rlmeta/__init__.py":  # rlmeta itself is here
+                    sys.path.append(here)
+            return
+
+
+_leave_current_folder()
+
+import ast  # noqa: E402
+import importlib  # noqa: E402
+import random  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if sys.platform == "win32":  # locks, worker processes and checkpoints use POSIX calls
     raise ImportError("rlmeta runs on Linux and macOS; on Windows use it within WSL")

@@ -86,6 +86,7 @@ def train(
         "log_points": log_points,
     }
     chosen = _budget({name: value for name, value in asked.items() if value is not None}, budget)
+    _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
         run = runs.prepare(
             agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads, init=init
@@ -140,6 +141,7 @@ def resume(
         CheckpointError: nothing to resume there.
         InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
     """
+    _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
         return runs.resume(
             folder,
@@ -187,3 +189,14 @@ def load(
 def listeners(trackers: Sequence[TrackerFactory] = (), progress: bool = False) -> list[Listener]:
     """What listens to a run: its trackers, a live bar, and who draws its pictures."""
     return [*map(Tracking, trackers), *([Progress()] if progress else []), Pictures()]
+
+
+def _check_functions(**given: Any) -> None:
+    """Refuse what a run could not call once it has begun.
+
+    Raises:
+        SettingError: no list, or not of functions.
+    """
+    for name, functions in given.items():
+        if not isinstance(functions, Sequence) or not all(map(callable, functions)):
+            raise SettingError(f"{name} is {functions!r}, expected a list of functions")

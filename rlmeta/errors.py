@@ -59,7 +59,8 @@ class HookError(RlmetaError, TypeError):
 
 
 class EnvironmentFailedError(RlmetaError):
-    """An environment raised, or its worker process died; the message holds its error, or the worker's traceback."""
+    """An environment raised, or its worker process died; the message holds its error and where, a note the traceback of
+    a worker."""
 
 
 class InexactResumeError(RlmetaError):

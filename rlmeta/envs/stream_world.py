@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import gymnasium as gym
@@ -51,12 +52,20 @@ class StreamWorld:
         self.learner_shape, self.num_envs = tuple(learner_shape), num_envs
         self._observe_identity = observe_identity
         self._tasks, self._physics = tasks, physics_of(tasks)
-        self._worlds: list[World] = [] if self._physics else [one.world(learner_shape, num_envs) for one in tasks]
-        if self._physics:
-            for one in tasks:
-                one.warn_of_endless(one.source.endless)
+        self._worlds: list[World] = []
+        with ExitStack() as closing:
+            if not self._physics:
+                for one in tasks:
+                    self._worlds.append(one.world(learner_shape, num_envs))
+                    closing.callback(self._worlds[-1].close)
+            self._begin(observe_identity)
+            closing.pop_all()
+
+    def _begin(self, observe_identity: bool) -> None:
+        """Stand in the first task, after a check that all have the same spaces."""
+        tasks = self._tasks
         self.records = self._physics is not None
-        self.identity = torch.zeros(learner_shape, dtype=torch.int64, device="cpu")
+        self.identity = torch.zeros(self.learner_shape, dtype=torch.int64, device="cpu")
         self._current: Any = self._with_physics() if self._physics else self._worlds[0]
         inner, self.action_space = self._current.observation_space, self._current.action_space
         for one, world in zip(tasks, self._worlds):
@@ -137,6 +146,12 @@ class StreamWorld:
         found: tuple[Tree, int] = self._current.ahead(_inner(state))
         return found
 
+    def look(self, state: State) -> None:
+        """Warn of numbers that are not finite, as native worlds do."""
+        look = getattr(self._current, "look", None)
+        if look is not None:
+            look(_inner(state))
+
     def restore(self, state: State, inexact: bool = False) -> State:
         """Put what is hidden where a loaded `state` of the selected task says."""
         if self._physics:
@@ -155,8 +170,9 @@ class StreamWorld:
 
     def close(self) -> None:
         """Release what the environments hold."""
-        for world in self._worlds:
-            world.close()
+        with ExitStack() as closing:
+            for world in self._worlds:
+                closing.callback(world.close)
 
 
 def _inner(state: State) -> State:

@@ -6,7 +6,6 @@ import collections.abc
 import dataclasses
 import math
 import types
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -23,7 +22,7 @@ from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, several_agents
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
 from rlmeta.envs.task_families import Split, task_keys
-from rlmeta.envs.world import EVALUATION_LIMIT, World
+from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, require_choice, require_count, unknown_name
 from rlmeta.functional import random
 
@@ -51,7 +50,6 @@ class Task:
     """Where to cut the episodes that a factory's environments don't end; others take their limit as a setting."""
     worker_timeout: float = WORKER_TIMEOUT
     """Seconds that one call of an environment may take in a worker process, before the run fails and names it."""
-    _warned: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, Mode)
@@ -62,13 +60,12 @@ class Task:
         require_timeout(self.worker_timeout)
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> World:
-        """The environments `[*L, N]`; a warning says so where nothing ends an episode that does not end by itself."""
+        """The environments `[*L, N]`."""
         if isinstance(self.source, NativeEnv):
-            self.warn_of_endless(self.source.endless)
             return NativeWorld(self.source, learner_shape, num_envs, self._redraw if self.ranges else None)
         from rlmeta.envs.gymnasium.world import GymnasiumWorld
 
-        world = GymnasiumWorld(
+        return GymnasiumWorld(
             self.source,
             learner_shape,
             num_envs,
@@ -76,21 +73,6 @@ class Task:
             settings=self.settings,
             max_episode_steps=self.max_episode_steps,
             worker_timeout=self.worker_timeout,
-        )
-        # a VectorEnv may have limits within
-        self.warn_of_endless(world.episode_limit is None and world.exact_resume)
-        return world
-
-    def warn_of_endless(self, endless: bool) -> None:
-        """Warn once, of all worlds of the task, where its environments may never end an episode."""
-        if not endless or self._warned:
-            return
-        object.__setattr__(self, "_warned", True)
-        warnings.warn(
-            f"task {self.name!r} declares no limit of its episodes: one that does not end by itself goes on for ever "
-            f"in training, and evaluation cuts it after {EVALUATION_LIMIT} steps; give it max_episode_steps= "
-            "(--max-episode-steps)",
-            stacklevel=2,
         )
 
     def _redraw(self, key: Tensor) -> dict[str, Tensor]:
@@ -185,7 +167,6 @@ class TaskFamily:
 
     def world(self, physics: dict[str, Tensor], learner_shape: tuple[int, ...], num_envs: int) -> World:
         """Environments `[*L, N]` in which each learner has the constants that `sample` drew for it."""
-        self.base.warn_of_endless(self.base.source.endless)
         rows = {name: value.unsqueeze(-1).expand(*learner_shape, num_envs) for name, value in physics.items()}
         return NativeWorld(self.base.source, learner_shape, num_envs, rows)
 
@@ -227,8 +208,8 @@ def task(
         settings: constants of a native environment, or keyword arguments of a gymnasium one.
         mode: "async" divides foreign environments over worker processes.
         native: use rlmeta's own batched environment where there is one for the id; False takes gymnasium's.
-        max_episode_steps: cut episodes after so many steps; None leaves it to the environment. One that declares no
-            limit may never end an episode: training goes on with it, evaluation cuts it after 10,000 steps.
+        max_episode_steps: cut episodes after so many steps; None leaves it to the environment. An episode that never
+            ends goes on for ever in training; evaluation and `record` cut it after 10,000 steps, and say so.
         worker_timeout: with "async", seconds that one call of an environment may take before the run fails; a warning
             names the environment that is waited for long before, after 30 s or a twentieth of it.
 

@@ -67,6 +67,7 @@ class Budget:
 
 
 MOST_THREADS = 4096
+MOST_SEEDS = 1_000_000
 
 
 def chosen_seeds(given: Any) -> tuple[int, ...]:
@@ -79,12 +80,13 @@ def chosen_seeds(given: Any) -> tuple[int, ...]:
     if isinstance(given, bool | str | bytes):
         raise SettingError(expected)
     if isinstance(given, Integral):
-        require(int(given) >= 1, f"seeds is {given}, expected at least one")
+        require(1 <= int(given) <= MOST_SEEDS, f"seeds is {given}, expected 1 to {MOST_SEEDS:,} of them")
         return tuple(range(int(given)))
     values = given.tolist() if isinstance(given, np.ndarray | Tensor) else given
     if not isinstance(values, Iterable):
         raise SettingError(expected)
-    found = tuple(values)
+    found = tuple(itertools.islice(values, MOST_SEEDS + 1))
+    require(len(found) <= MOST_SEEDS, f"seeds are more than {MOST_SEEDS:,}, expected as many at most")
     if not all(isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < 1 << 63 for one in found):
         raise SettingError(expected)
     require(len(found) > 0, "no seeds given, expected at least one")
@@ -142,7 +144,7 @@ class Experiment:
         for one in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
             settings_.check_choices(one)
         try:
-            torch.empty(0, device=self.device)
+            torch.empty(0, device=self.device).cpu()  # of "meta" there are no numbers
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
         if isinstance(self.problem, TaskStream):

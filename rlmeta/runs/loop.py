@@ -46,13 +46,22 @@ class Loop:
         self._already = run.seconds
         self.frozen.hold(self.run.state)
         self.eval_world: Any = None
+        self.records: dict[str, Records] = {}
+        with ExitStack() as closing:
+            self._open(closing)
+            self._closing = closing.pop_all()
+
+    def _open(self, closing: ExitStack) -> None:
+        """Open what a run needs besides its own world; `closing` closes it, where one of them fails, too."""
+        run = self.run
         if self.eval_every < self.iterations or run.stream is not None:
             self.eval_world = run.evaluation_world(self.budget.eval_episodes)
+            closing.callback(self.eval_world.close)
             if isinstance(self.eval_world, FamilyWorld):
                 self.eval_world.split = "validation"
-        self.records: dict[str, Records] = {}
         if run.folder is not None:
-            self.records = {name: Records(run.folder / f"{name}.jsonl") for name in ("metrics", "timing")}
+            for name in ("metrics", "timing"):
+                self.records[name] = closing.enter_context(Records(run.folder / f"{name}.jsonl"))
             for name, offset in run.offsets.items():
                 self.records[name].truncate(offset)
 
@@ -199,8 +208,10 @@ class Loop:
         return self.run.state["active"].tolist()
 
     def _name_frozen(self, before: Sequence[bool]) -> None:
-        """Say which learners lost their numbers since."""
-        names = self._names()
+        """Say which learners lost their numbers since, after what their environments gave that are none."""
+        names, look = self._names(), getattr(self.run.world, "look", None)
+        if look is not None:
+            look(self.run.state["world"])
         broken_task = getattr(self.run.agent, "broken_task", None)
         for i, (name, was, active) in enumerate(zip(names, before, self._active_learners())):
             if was and not active:
@@ -233,9 +244,9 @@ class Loop:
     @contextmanager
     def _resources(self) -> Iterator[None]:
         """Save what begins, then let listeners open; close everything at the end."""
-        with ExitStack() as closing:
-            for one in (*filter(None, (self.eval_world,)), *self.records.values(), *self.listeners):
-                closing.callback(one.close)
+        with self._closing as closing:
+            for listener in self.listeners:
+                closing.callback(listener.close)
             if self.done == 0 or self.run.extended_to:
                 self._save()
             for listener in self.listeners:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.streams import TaskStream
-from rlmeta.envs.world import World
+from rlmeta.envs.world import EVALUATION_LIMIT, World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning.collect import Actor, clear_memory
@@ -72,27 +73,83 @@ def play(
 ) -> list[list[dict[str, Any]]]:
     """The first `rounds` episodes of every row of a world of one learner, as a list of steps for each row.
 
-    A fixed number a row is what keeps short episodes from being recorded more often than long ones.
+    A fixed number a row is what keeps short episodes from being recorded more often than long ones. An episode that
+    does not end within `EVALUATION_LIMIT` steps, or the longer limit that its environment declares, is cut there, as by
+    a time limit; a warning says so.
     """
-    state = world.reset(key)
-    memory = agent.initial_memory(p, (1, world.num_envs))
-    rows: list[list[dict[str, Any]]] = [[] for _ in range(world.num_envs)]
-    finished, t = [0] * world.num_envs, 0
-    while min(finished) < rounds:
-        observation = world.observation(state)
-        step_key = random.fold(key, t // agent.noise_hold)
-        action, memory = agent.act(p, observation, memory, step_key, deterministic)
-        state, transition = world.step(state, action)
-        memory = clear_memory(memory, transition.memory_reset)
-        told = {name: value for name, value in transition._asdict().items() if name != "observation"}
-        step = {**told, "observation": observation, "action": _legal(action, world)}
-        for row in range(world.num_envs):
-            if finished[row] < rounds and bool(transition.valid[0, row]):
-                one = tree.map(lambda leaf, row=row: leaf[0, row].clone(), step)
-                rows[row].append(one)
-                finished[row] += bool(one["terminated"] | one["truncated"])
-        t += 1
-    return rows
+    played = _Played(world.num_envs, rounds, max(EVALUATION_LIMIT, world.cuts_after or 0))
+    begun, t = 0, 0
+    while played.any_left():  # once, but where an episode was cut
+        state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))
+        memory = agent.initial_memory(p, (1, world.num_envs))
+        played.waits = [False] * world.num_envs
+        while played.any_going():
+            observation = world.observation(state)
+            step_key = random.fold(key, t // agent.noise_hold)
+            action, memory = agent.act(p, observation, memory, step_key, deterministic)
+            state, transition = world.step(state, action)
+            memory = clear_memory(memory, transition.memory_reset)
+            told = {name: value for name, value in transition._asdict().items() if name != "observation"}
+            played.add({**told, "observation": observation, "action": _legal(action, world)})
+            t += 1
+        begun += 1
+    played.warn_of_cuts(world.name)
+    return played.rows
+
+
+class _Played:
+    """The steps of the episodes so far, by row.
+
+    A row whose episode was cut can't begin another by itself: it waits until all rows are done or wait, too.
+
+    Args:
+        num_envs: rows.
+        rounds: how many episodes each of them plays.
+        limit: steps after which an episode is cut.
+    """
+
+    def __init__(self, num_envs: int, rounds: int, limit: int) -> None:
+        self.rows: list[list[dict[str, Any]]] = [[] for _ in range(num_envs)]
+        self.waits = [False] * num_envs
+        self._rounds, self._limit = rounds, limit
+        self._finished, self._length, self._cuts = [0] * num_envs, [0] * num_envs, 0
+
+    def any_left(self) -> bool:
+        """Whether some row has episodes to play."""
+        return min(self._finished) < self._rounds
+
+    def any_going(self) -> bool:
+        """Whether some row has an episode to go on with."""
+        return any(self._is_going(row) for row in range(len(self.rows)))
+
+    def add(self, step: dict[str, Any]) -> None:
+        """Keep a step `[1, N, ...]` of the rows that are still playing."""
+        for row in range(len(self.rows)):
+            if not self._is_going(row) or not bool(step["valid"][0, row]):
+                continue
+            own = tree.map(lambda leaf, row=row: leaf[0, row].clone(), step)
+            self.rows[row].append(own)
+            self._length[row] += 1
+            ended = bool(own["terminated"] | own["truncated"])
+            if self._length[row] >= self._limit and not ended:
+                own["truncated"] = torch.ones_like(own["truncated"])
+                self.waits[row], ended, self._cuts = True, True, self._cuts + 1
+            if ended:
+                self._finished[row], self._length[row] = self._finished[row] + 1, 0
+
+    def warn_of_cuts(self, name: str) -> None:
+        """Say how many episodes were cut."""
+        if self._cuts:
+            total = self._rounds * len(self.rows)
+            warnings.warn(
+                f"{name}: {self._cuts} of {total} recorded episodes did not end within {self._limit} steps and were "
+                "cut there: give the task max_episode_steps=",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _is_going(self, row: int) -> bool:
+        return self._finished[row] < self._rounds and not self.waits[row]
 
 
 def _legal(action: Tensor, world: World) -> Tensor:

@@ -60,7 +60,7 @@ class Run:
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
-        self.folder = folder
+        self.folder = None if folder is None else folder.absolute()  # an environment may change the current one
         self.id, self.config_digest = secrets.token_hex(8), ""
         self.held: run_folder.Hold | None = None
         experiment.use_threads()

@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from rlmeta.envs.gymnasium.rows import seconds_in_call
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+HANGS = 3.0
+"""Seconds after which a call of an environment may never end: nobody should wait for its iteration."""
+
 SAID = {
     signal.SIGINT: "finishing this iteration and saving; Ctrl-C again stops at once",
     signal.SIGTERM: "terminated: finishing this iteration and saving",
@@ -20,8 +25,9 @@ class Interruption:
     """Whether the user, or the system, wants the run to end.
 
     The first signal waits for the iteration, or ends at once what `at_once` marks (the final evaluation, before which
-    the run was saved). A second one is handled as if the run had no handlers. After SIGTERM the process ends by it once
-    everything is closed, as whoever sent it expects.
+    the run was saved); so does a Ctrl-C where an environment has not answered for `HANGS` seconds. A second one is
+    handled as if the run had no handlers. After SIGTERM the process ends by it once everything is closed, as whoever
+    sent it expects.
     """
 
     def __init__(self) -> None:
@@ -59,7 +65,7 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
-        if self._at_once:
+        if self._at_once or (seconds_in_call() >= HANGS and self.received is signal.SIGINT):
             raise KeyboardInterrupt
         # by the file's number: a print in a signal handler may meet another one half done
         with contextlib.suppress(OSError):

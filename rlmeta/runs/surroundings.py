@@ -23,6 +23,9 @@ def undisturbed() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         if torch.get_default_device() != torch.device("cpu"):  # a mode of its own, which slows every call
             stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         if dtype != torch.float32:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)

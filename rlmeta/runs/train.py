@@ -24,11 +24,13 @@ from rlmeta.runs.experiment import Budget, Experiment, chosen_seeds, compare
 from rlmeta.runs.initial import take_weights
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
+from rlmeta.runs.memory import told_what_does_not_fit
 from rlmeta.runs.run import Run, load, read
 from rlmeta.runs.surroundings import undisturbed
 
 
 @undisturbed()
+@told_what_does_not_fit()
 def prepare(
     agent: Any,
     problem: Any,
@@ -50,8 +52,8 @@ def prepare(
         raise SettingError(f"agent is {agent!r}, expected the settings of one, such as {example}()")
     if not isinstance(budget, Budget):
         raise SettingError(f"budget is {budget!r}, expected one such as Budget(steps=100_000)")
-    if out is not None and not isinstance(out, str | os.PathLike):
-        raise SettingError(f"out is {out!r}, expected the folder of the run")
+    if out is not None:
+        _check_name(out)
     check_choices(agent)
     agent = with_demonstrations(agent)
     compared, methods = compare(one_batch(variants(agent)), checked_methods(lifelong))
@@ -81,6 +83,17 @@ def prepare(
     return run
 
 
+def _check_name(out: Any) -> None:
+    """Refuse what names no folder.
+
+    Raises:
+        SettingError: no text, or one with a character that no name may have.
+    """
+    named = os.fspath(out) if isinstance(out, str | os.PathLike) else None
+    if not isinstance(named, str) or "\0" in named:
+        raise SettingError(f"out is {out!r}, expected the folder of the run")
+
+
 def with_demonstrations(settings: Any) -> Any:
     """The settings with the demonstrations that the file they name holds; where there is none, the learner says so."""
     named = getattr(settings, "demonstrations", None)
@@ -90,6 +103,7 @@ def with_demonstrations(settings: Any) -> Any:
 
 
 @undisturbed()
+@told_what_does_not_fit()
 def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[Listener] = ()) -> Run:
     """Make the folder of a run that is at its start, train and evaluate it.
 
@@ -110,6 +124,7 @@ def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[List
 
 
 @undisturbed()
+@told_what_does_not_fit()
 def resume(
     folder: str | Path,
     *,
@@ -123,7 +138,7 @@ def resume(
     steps: int = 0,
 ) -> Run:
     """Go on with a run from its newest checkpoint; arguments and errors are those of `rlmeta.api.resume`."""
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if os.path.lexists(folder / run_folder.CONFIG):
         run_folder.check_plain(folder)
     with run_folder.lock(folder) as held:

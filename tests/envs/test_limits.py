@@ -114,39 +114,28 @@ def test_a_configuration_keeps_the_timeout() -> None:
     assert _again(rl.task("CliffWalking-v1", native=False, worker_timeout=7)).worker_timeout == 7
 
 
-def _said(task: Task) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):  # to train in, and to be evaluated in
-            task.world((), 2).close()
-    return [str(one.message) for one in caught]
-
-
-@pytest.mark.parametrize("task", [lambda: rl.task(Endless), lambda: rl.task("CliffWalking-v1")], ids=["own", "native"])
-def test_a_task_without_a_limit_says_so_once(task: Any) -> None:
-    (said,) = _said(task())
-    assert "declares no limit" in said and "max_episode_steps=" in said and repr(task().name) in said
-
-
 @pytest.mark.parametrize(
     "task",
     [
-        lambda: rl.task("CartPole-v1"),
-        lambda: rl.task("CartPole-v1", native=False),
-        lambda: rl.task("Bandit-v0"),
-        lambda: rl.task(lambda: TimeLimit(Endless(), 50)),
-        lambda: rl.task(lambda num_envs: SyncVectorEnv([Endless] * num_envs)),
+        lambda: rl.task(Endless),
+        lambda: rl.task("CliffWalking-v1"),
+        lambda: rl.stream([rl.task(CliffWalking(), name="a"), rl.task(CliffWalking(), name="b")]),
     ],
-    ids=["native", "registered", "ends by itself", "wrapped", "vector"],
+    ids=["own", "native", "stream"],
 )
-def test_nothing_is_said_where_episodes_end_or_nobody_knows(task: Any) -> None:
-    assert _said(task()) == []
+def test_nothing_is_said_of_a_limit_before_an_episode_needed_one(task: Any) -> None:
+    """Episodes may well end by themselves; evaluation says where one did not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task().world((), 2).close()
 
 
-def test_a_stream_says_so_of_its_tasks() -> None:
-    stream = rl.stream([rl.task(CliffWalking(), name="a"), rl.task(CliffWalking(), name="b", max_episode_steps=9)])
+def test_training_says_which_evaluation_was_cut_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmeta.learning.evaluate.EVALUATION_LIMIT", 30)
+    settings = rl.PPO(num_envs=2, num_steps=8, batch_size=16, num_epochs=1, hidden_sizes=(4,))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):
-            stream.world((), 2)
-    assert [str(one.message).partition(" declares")[0] for one in caught] == ["task 'a'"]
+        budget = rl.Budget(steps=32, eval_every=32, final_episodes=2, eval_episodes=2)
+        rl.train(settings, rl.task(Endless), budget=budget, threads=1)
+    said = [str(one.message).partition(" did not")[0] for one in caught]
+    assert said == ["environment 'Endless': 2 of 2 evaluation episodes"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlmeta.data.spaces import Array, Leaf
+from rlmeta.envs import spoilt
 from rlmeta.envs.gymnasium.rows import Buffers
 
 _SLACK = 1e-6
@@ -65,14 +66,7 @@ class Reports:
                 )
 
     def _warn(self, what: str, row: int, elapsed: Array | None) -> None:
-        *learner, env = (int(place) for place in np.unravel_index(row, self._batch))
-        said = f", environment {env} of learner {', '.join(map(str, learner))}" if learner else ""
-        when = "at its reset" if elapsed is None else f"at step {int(elapsed[row]) + 1} of its episode"
-        warnings.warn(
-            f"{self.name} {what} in row {row}{said}, {when}: a learner that learns from it is not finite any "
-            "more; correct the environment",
-            stacklevel=2,
-        )
+        spoilt.warn(self.name, what, row, self._batch, 0 if elapsed is None else int(elapsed[row]) + 1)
 
 
 def _row(wrong: Array, rows: Array | None) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableSequence, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -15,6 +18,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 
 from rlmeta.data.spaces import Array, Layout
+from rlmeta.envs.gymnasium import failures
 from rlmeta.errors import SettingError, SpaceError, require_choice, require_count
 
 MaskSource: TypeAlias = Literal["method", "info"] | None
@@ -22,6 +26,16 @@ MaskSource: TypeAlias = Literal["method", "info"] | None
 
 WORKER_TIMEOUT = 600.0
 """Seconds that one call of an environment, its `step`, `reset` or making, may take in a worker process."""
+
+
+_calls = threading.local()
+"""`began`: when the environment that a thread calls was called."""
+
+
+def seconds_in_call() -> float:
+    """For how long this thread has been within a call of an environment; 0 where it is in none."""
+    began: float | None = getattr(_calls, "began", None)
+    return 0.0 if began is None else time.monotonic() - began
 
 
 def require_timeout(value: object) -> None:
@@ -86,11 +100,14 @@ class Template:
         """A new environment.
 
         Raises:
+            EnvironmentFailedError: it can't be made.
             SpaceError: it has other spaces than the first one had.
         """
-        env = with_mask(self.make(), self.mask)
-        same = Layout(env.observation_space).signature == Layout(self.observation_space).signature
+        with failures.telling(self.name):
+            env = with_mask(self.make(), self.mask)
+            same = Layout(env.observation_space).signature == Layout(self.observation_space).signature
         if not same or env.action_space != self.action_space:
+            failures.close(env, self.name)
             raise SpaceError(
                 f"{self.name} gave environments of different spaces: {env.observation_space} and {env.action_space}, "
                 f"expected those of the first, {self.observation_space} and {self.action_space}"
@@ -125,6 +142,10 @@ class Rows:
         count: R.
         buffers: where to write; by default memory of its own.
         progress: `[2]`, where the row whose environment is called is written, and how many calls there were.
+        first: the number of its first row, for messages: a worker process has some of all rows.
+
+    Raises:
+        RlmetaError: here and below, one sentence of whatever an environment did wrong, with its row.
     """
 
     def __init__(
@@ -133,15 +154,17 @@ class Rows:
         count: int,
         buffers: Buffers | None = None,
         progress: MutableSequence[int] | memoryview | None = None,
+        first: int = 0,
     ) -> None:
-        self.name = template.name
+        self.name, self._first = template.name, first
         self._progress: MutableSequence[int] | memoryview = [0, 0] if progress is None else progress
         self.observations, self.actions = Layout(template.observation_space), Layout(template.action_space, "action")
         self.envs: list[gym.Env[Any, Any]] = []
         try:
-            for row in range(count):
-                self._call(row)
-                self._add(template.environment())
+            with self._calling():
+                for row in range(count):
+                    self._call(row)
+                    self._add(template.environment())
         except BaseException:
             self.close()
             raise
@@ -152,8 +175,9 @@ class Rows:
 
     def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
         """Start an episode from the given seed in each of the rows."""
-        for row, seed in zip(rows, seeds):
-            self._write_reset(row, int(seed))
+        with self._calling():
+            for row, seed in zip(rows, seeds):
+                self._write_reset(row, int(seed))
 
     def step(self, actions: Sequence[Array], next_seeds: Array) -> None:
         """Act in every row, and start the next episode from `next_seeds` `[R]` in those where one ended.
@@ -162,21 +186,19 @@ class Rows:
             actions: executable ones, `[R, ...]` per leaf, not written to afterwards.
             next_seeds: `[R]`.
         """
-        write, rewards, terminated, truncated = self._write, [], [], []
-        for row, (env, action) in enumerate(zip(self.envs, self.actions.rows(actions))):
-            self._call(row)
-            result = env.step(action)
-            if len(result) != 5:
-                raise SpaceError(f"{self.name} gave {len(result)} values from step(), expected gymnasium's 5")
-            observation, reward, ended, cut, _ = result
-            rewards.append(reward)
-            terminated.append(ended)
-            truncated.append(cut)
-            if self._is_over(ended, cut):
-                self._write_final(row, observation)
-                self._write_reset(row, int(next_seeds[row]))
-            else:
-                write(row, observation)
+        rewards, terminated, truncated = [], [], []
+        with self._calling():
+            for row, (env, action) in enumerate(zip(self.envs, self.actions.rows(actions))):
+                self._call(row)
+                observation, reward, ended, cut = self._step(env, action)
+                rewards.append(reward)
+                terminated.append(ended)
+                truncated.append(cut)
+                if self._is_over(ended, cut):
+                    self._write_final(row, observation)
+                    self._write_reset(row, int(next_seeds[row]))
+                else:
+                    self._write(row, observation)
         self._store("reward", self.buffers.reward, rewards)
         self._store("terminated", self.buffers.terminated, terminated)
         self._store("truncated", self.buffers.truncated, truncated)
@@ -193,17 +215,46 @@ class Rows:
         Returns:
             For each row, whether the episode was still running; the observations are in `buffers`.
         """
-        return [self._replay(row, int(seed), taken) for row, seed, taken in zip(rows, seeds, actions)]
+        with self._calling():
+            return [self._replay(row, int(seed), taken) for row, seed, taken in zip(rows, seeds, actions)]
 
     def close(self) -> None:
-        """Close every environment."""
-        while self.envs:
-            self.envs.pop().close()
+        """Close every environment; see `failures.close`."""
+        with ExitStack() as closing:
+            while self.envs:
+                closing.callback(failures.close, self.envs.pop(), self.name)
+
+    @property
+    def current(self) -> str:
+        """The environment that is called, or was called last, in words."""
+        return f"{self.name} in row {self._first + self._progress[0]}"
+
+    def _step(self, env: gym.Env[Any, Any], action: Any) -> tuple[Any, Any, Any, Any]:
+        """What `step` gives but its infos.
+
+        Raises:
+            SpaceError: something else than gymnasium's five values.
+        """
+        result: Any = env.step(action)
+        if not isinstance(result, tuple | list) or len(result) != 5:
+            given = f"{len(result)} values" if isinstance(result, tuple | list) else type(result).__name__
+            raise SpaceError(f"{self.name} gave {given} from step(), expected gymnasium's 5")
+        return result[0], result[1], result[2], result[3]
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Within, environments are called, see `_call`; what one raises is told with its row."""
+        try:
+            with failures.telling(lambda: self.current):
+                yield
+        finally:
+            _calls.began = None
 
     def _call(self, row: int) -> None:
         """Note that the row's environment is called now, for whoever waits."""
         self._progress[0] = row
         self._progress[1] += 1
+        _calls.began = time.monotonic()
 
     def _add(self, env: gym.Env[Any, Any]) -> None:
         if any(env.unwrapped is other.unwrapped for other in self.envs):
@@ -244,7 +295,7 @@ class Rows:
         observation = self._reset(row, seed)
         for action in self.actions.rows(actions):
             self._call(row)
-            observation, _, terminated, truncated, _ = env.step(action)
+            observation, _, terminated, truncated = self._step(env, action)
             if self._is_over(terminated, truncated):
                 return False
         self._write(row, observation)

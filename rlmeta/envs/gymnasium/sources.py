@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,9 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from rlmeta.data.spaces import Layout
+from rlmeta.envs.gymnasium import failures
 from rlmeta.envs.gymnasium.rows import MaskSource, Template, first_of, has_own_mask, with_mask
-from rlmeta.errors import (
-    EnvironmentFailedError,
-    MissingExtraError,
-    RlmetaError,
-    SettingError,
-    SpaceError,
-    nearest_names,
-    unknown_name,
-)
+from rlmeta.errors import MissingExtraError, SettingError, SpaceError, nearest_names, unknown_name
 
 ENVPOOL = "envpool:"
 """What the names of EnvPool's environments begin with, as tasks."""
@@ -99,14 +91,14 @@ def _registered(make: str | EnvSpec, settings: dict[str, Any]) -> Template:
     spec = _spec(make, said) if isinstance(make, str) else make
     # gymnasium's checker warns at every step about what is an error here
     factory = partial(gym.make, spec, disable_env_checker=True, **settings)
-    return _template(_made(said, settings, factory), factory, said)
+    return _template(failures.made(said, settings, factory), factory, said)
 
 
 def _spec(identifier: str, said: str) -> EnvSpec:
     """What `package.module:MyEnv-v0` or `MyEnv-v0` is registered as, after its module is imported."""
     module, colon, registered = identifier.rpartition(":")
     if colon:
-        _made(said, {}, partial(importlib.import_module, module))
+        failures.made(said, {}, partial(importlib.import_module, module))
     try:
         return gym.spec(registered)
     except gym.error.UnregisteredEnv as error:
@@ -140,7 +132,7 @@ def _envpool(name: str, settings: dict[str, Any], rows: int) -> VectorSource:
         maker = partial(envpool.make_gymnasium, identifier, num_envs=rows, seed=list(seeds), **settings)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*precision lowered by casting")  # of bounds, at every make
-            made: VectorEnv[Any, Any, Any] = _made(f"environment {name!r}", settings, maker)
+            made: VectorEnv[Any, Any, Any] = failures.made(f"environment {name!r}", settings, maker)
             _ = made.observation_space, made.action_space
         return made
 
@@ -181,7 +173,7 @@ def _from_function(make: Callable[..., Any], settings: dict[str, Any], rows: int
         if has_parameter(make, "seed"):
             remake = partial(_seeded, make, settings, said)
     factory = partial(make, **settings) if settings else make
-    made = _made(said, settings, factory) if remake is None else remake(range(rows))
+    made = failures.made(said, settings, factory) if remake is None else remake(range(rows))
     if isinstance(made, VectorEnv):
         _check_envpool(made, vector_name(made), remake)
         return VectorSource(made, vector_name(made), remake)
@@ -191,7 +183,7 @@ def _from_function(make: Callable[..., Any], settings: dict[str, Any], rows: int
 
 
 def _seeded(make: Callable[..., Any], settings: dict[str, Any], said: str, seeds: Sequence[int]) -> Any:
-    return _made(said, settings, partial(make, **settings, seed=list(seeds)))
+    return failures.made(said, settings, partial(make, **settings, seed=list(seeds)))
 
 
 def told(value: Any) -> str:
@@ -238,7 +230,8 @@ def _template(first: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], n
             if first.has_wrapper_attr("action_masks"):
                 mask = "method"
             elif isinstance(first.action_space, spaces.Discrete | spaces.MultiDiscrete):
-                mask = "info" if "action_mask" in first_of(first, 0, name)[1] else None
+                with failures.telling(name):
+                    mask = "info" if "action_mask" in first_of(first, 0, name)[1] else None
         limit = first.spec.max_episode_steps if isinstance(first.spec, EnvSpec) else None
         if limit is None and first.has_wrapper_attr("_max_episode_steps"):  # a TimeLimit that its maker wrapped around
             limit = first.get_wrapper_attr("_max_episode_steps")
@@ -246,7 +239,7 @@ def _template(first: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], n
         Layout(shown.observation_space), Layout(shown.action_space, "action")
         return Template(make, name, shown.observation_space, shown.action_space, mask, limit)
     finally:
-        first.close()
+        failures.close(first, name)
 
 
 def _check_form(env: gym.Env[Any, Any], name: str) -> None:
@@ -272,29 +265,3 @@ def _takes(function: Callable[..., Any], keyword: str) -> bool:
     except ValueError:  # written in C, and says nothing of its parameters
         return True
     return True
-
-
-# --------------------------------------------------------------------------------------------------- the user's errors
-
-
-def _made(said: str, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
-    """What `make` returns; what it raises is shown as it is, with the place."""
-    try:
-        return make()
-    except RlmetaError:
-        raise
-    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
-        raise MissingExtraError(f"{said} needs a package that is not installed: {error}") from error
-    except Exception as error:
-        if settings and isinstance(error, TypeError) and "argument" in str(error):
-            reason = str(error).partition("\n")[0]
-            raise SettingError(f"{said} cannot be made with {settings}: {reason}") from error
-        raise EnvironmentFailedError(f"{said} failed with {type(error).__name__}: {error} ({_place(error)})") from error
-
-
-def _place(error: Exception) -> str:
-    """Where an exception was raised; of the user's own files the innermost."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
-    last = (own or list(frames))[-1]
-    return f"{last.filename}:{last.lineno}, in {last.name}"

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rlmeta.data.spaces import Array, Layout, pick
+from rlmeta.envs.gymnasium import failures
 from rlmeta.envs.gymnasium.rows import Buffers, MaskSource, has_own_mask, mask_length, masked_space
 from rlmeta.envs.gymnasium.sources import VectorSource
 from rlmeta.errors import SettingError, SpaceError
@@ -66,14 +67,15 @@ class VectorRows:
 
     def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
         """Start an episode in every row; `rows` are all."""
-        value, infos = self._begin([int(seed) for seed in seeds])
+        with failures.telling(self.name):
+            value, infos = self._begin([int(seed) for seed in seeds])
         self._pending = np.zeros(self.env.num_envs, np.bool_)
         self.buffers.observation = self._read(value, infos, self._pending)
 
     def _begin(self, seeds: list[int]) -> Any:
         """The first observations and infos from these seeds."""
         if self._remake is not None:
-            self.env.close()
+            failures.close(self.env, self.name)
             self.env = self._remake(seeds)
             return self.env.reset()
         try:
@@ -96,7 +98,8 @@ class VectorRows:
             actions: executable ones, `[R, ...]` per leaf.
             next_seeds: `[R]`, of the episodes that begin, where `reseeds`.
         """
-        value, reward, terminated, truncated, infos = self.env.step(self.actions.assemble(actions))
+        with failures.telling(self.name):
+            value, reward, terminated, truncated, infos = self.env.step(self.actions.assemble(actions))
         buffers, ignored = self.buffers, self._pending
         buffers.valid = ~ignored
         buffers.reward = np.where(ignored, np.float32(0), self._per_row(reward, "reward").astype(np.float32))
@@ -114,13 +117,14 @@ class VectorRows:
                 self._reset_done(done, next_seeds)
 
     def close(self) -> None:
-        """Close the VectorEnv."""
-        self.env.close()
+        """Close the VectorEnv; see `failures.close`."""
+        failures.close(self.env, self.name)
 
     def _reset_done(self, done: Array, next_seeds: Array) -> None:
         seeds = [int(seed) for seed in next_seeds] if self.seeds_rows else None
         # a new dictionary and a new mask each time: gymnasium removes the one from the other
-        value, infos = self.env.reset(seed=seeds, options={"reset_mask": done.copy()})  # type: ignore[arg-type]
+        with failures.telling(self.name):
+            value, infos = self.env.reset(seed=seeds, options={"reset_mask": done.copy()})  # type: ignore[arg-type]
         self.buffers.final = self.buffers.observation
         fresh = self._read(value, infos, ~done)
         self.buffers.observation = [
@@ -167,7 +171,8 @@ class VectorRows:
         if hasattr(base, "action_masks") or (within and all(env.has_wrapper_attr("action_masks") for env in within)):
             return "method"
         if isinstance(self.env.single_action_space, spaces.Discrete | spaces.MultiDiscrete):
-            first = self.env.reset() if self._remake else self.env.reset(seed=0)
+            with failures.telling(self.name):
+                first = self.env.reset() if self._remake else self.env.reset(seed=0)
             return None if _column(first[1], "action_mask") is None else "info"
         return None
 

@@ -23,7 +23,7 @@ import traceback
 import types
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from rlmeta.data.spaces import Array, Layout
 from rlmeta.envs import own_folders
+from rlmeta.envs.gymnasium import failures
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, Buffers, Rows, Template, require_timeout
 from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
 
@@ -53,12 +54,17 @@ _SHORT_PATIENCE = 0.5
 _ORPHANED = 1.0
 """Seconds that a worker without a parent gets to close its environments."""
 
+_STUCK = 1.0
+"""Seconds after which one that has not ended by itself is killed."""
+
 
 class WorkerRows:
     """R live environments in worker processes; the same as `Rows` otherwise.
 
     What makes an environment is sent by cloudpickle: what stands in the main program travels whole, and it is not
-    imported again; what stands in a module is imported in the worker. torch has one thread there.
+    imported again; what stands in a module is imported in the worker. torch has one thread there. One more process,
+    which runs none of the environments' code, kills the workers where this one is killed and they don't end by
+    themselves.
 
     Args:
         template: how to make one.
@@ -102,9 +108,12 @@ class WorkerRows:
         sent = _packed(template)
         try:
             with _fresh_start():
-                for worker in range(workers):
-                    self._start(context, (sent, worker, self._slices[worker], memory))
-            self._polls = [select.poll() for _ in self._pipes]
+                for worker, (start, stop) in enumerate(self._slices):
+                    name = f"worker {worker}, rows {start}-{stop - 1}"
+                    self._start(context, name, _work, (sent, worker, (start, stop), memory))
+                pids = [process.pid for process in self._processes]
+                self._start(context, "guard of the workers", _guard, (pids,))
+            self._polls = [select.poll() for _ in range(workers)]
             for poll, pipe in zip(self._polls, self._pipes):
                 poll.register(pipe, select.POLLIN)
             self._busy = True
@@ -132,12 +141,9 @@ class WorkerRows:
         """Close the environments and end the processes; those that do not end are killed."""
         self._finalizer()
 
-    def _start(self, context: Any, arguments: tuple[Any, ...]) -> None:
+    def _start(self, context: Any, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         ours, theirs = context.Pipe()
-        _, worker, (start, stop), _ = arguments
-        process = context.Process(
-            target=_work, args=(*arguments, theirs), daemon=True, name=f"worker {worker}, rows {start}-{stop - 1}"
-        )
+        process = context.Process(target=target, args=(*arguments, theirs), daemon=True, name=name)
         self._pipes.append(ours)
         process.start()
         self._processes.append(process)
@@ -405,29 +411,37 @@ def _work(sent: bytes, worker: int, part: tuple[int, int], memory: list[Any], pi
         actions, seeds = arrays[-leaves - 1 : -1], arrays[-1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the parent has made one, and shown what it warns of
-            rows = Rows(made, stop - start, Buffers.of(arrays[: -leaves - 1]), memoryview(progress[worker]))
+            own, called = Buffers.of(arrays[: -leaves - 1]), memoryview(progress[worker])
+            rows = Rows(made, stop - start, own, called, start)
         pipe.send(None)
-        while True:
-            command, *arguments = pipe.recv()
-            if command == "close":
-                break
+        for command, *arguments in _commands(pipe):
             if command == "step":
                 # a copy, because an environment may keep its last action and shared memory is overwritten
                 rows.step([action.copy() for action in actions], seeds)
                 pipe.send(None)
             else:
                 pipe.send(getattr(rows, command)(*arguments))
-    except EOFError:
-        pass
-    except SystemExit:
-        raise
     except BaseException as error:
+        report = _report(error, name if rows is None else rows.current, start, stop)
         with contextlib.suppress(OSError):
-            pipe.send(_report(error, name, start, stop))
+            pipe.send(report)
     finally:
         if rows is not None:
-            with contextlib.suppress(Exception):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the parent has closed one, and said what it raises
                 rows.close()
+
+
+def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
+    """What the parent sends, until it says "close" or is gone."""
+    while True:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            return
+        if message[0] == "close":
+            return
+        yield message
 
 
 def _unpacked(sent: bytes) -> Template:
@@ -454,14 +468,43 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _report(error: BaseException, name: str, start: int, stop: int) -> RlmetaError:
-    if isinstance(error, RlmetaError):
-        return error
+def _guard(workers: list[int], pipe: Connection) -> None:
+    """What one more process runs: it kills workers that outlive their parent.
+
+    A worker watches its parent by a thread, which can't run while compiled code holds the interpreter's lock.
+
+    Args:
+        workers: their process ids.
+        pipe: from the parent, which says "close" where it ends them itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
-        text = str(error)
-    except Exception:  # of the user's own, too
-        text = "(which can't be shown)"
-    return EnvironmentFailedError(
-        f"{name} failed in the worker process of rows {start} to {stop - 1} with {type(error).__name__}: {text}\n"
-        f"{traceback.format_exc()}"
-    )
+        pipe.recv()
+        return
+    except (EOFError, OSError):
+        deadline = time.monotonic() + _ORPHANED + _STUCK
+    while workers and time.monotonic() < deadline:
+        time.sleep(0.05)
+        workers = [pid for pid in workers if _exists(pid)]  # one that has ended may be another's number soon
+    for pid in workers:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is a process of this number; the server reaps those that have ended."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _report(error: BaseException, name: str, start: int, stop: int) -> BaseException:
+    """The error to send, with this process's traceback as a note: what it was raised from can't be sent."""
+    known = isinstance(error, RlmetaError) and type(error).__module__ == RlmetaError.__module__
+    said = error if known else failures.failed(name, error)
+    if said is not error or error.__cause__ is not None:
+        said.add_note(f"in the worker process of rows {start} to {stop - 1}:\n{traceback.format_exc()}")
+    return said

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.data.spaces import Array, Layout
+from rlmeta.envs.gymnasium import failures
 from rlmeta.envs.gymnasium.reports import Reports
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, Rows, Template
 from rlmeta.envs.gymnasium.sources import VectorSource, resolve
@@ -49,7 +50,7 @@ def _vector_rows(source: VectorSource, count: int, mode: str, limit: int | None,
         return VectorRows(source, count)
     except BaseException:
         if ours:
-            source.env.close()
+            failures.close(source.env, source.name)
         raise
 
 

@@ -30,7 +30,6 @@ class Bandit(NativeEnv):
     max_episode_steps: int | None = None
 
     step_noise = 1
-    always_ends = True
 
     def __post_init__(self) -> None:
         if self.reward not in ("bernoulli", "gaussian"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.data.spaces import Layout
+from rlmeta.envs import spoilt
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, unknown_name
 from rlmeta.functional import random, tree
@@ -38,14 +39,6 @@ class NativeEnv(ABC):
 
     max_episode_steps: int | None
     """Episodes are truncated after so many steps; None: never."""
-
-    always_ends: bool = False
-    """Whether every episode ends by itself, whatever the actions, so that it needs no limit."""
-
-    @property
-    def endless(self) -> bool:
-        """Whether an episode may never end."""
-        return self.max_episode_steps is None and not self.always_ends
 
     @property
     def reset_noise(self) -> int:
@@ -151,7 +144,8 @@ class NativeWorld:
     """`num_envs` rows of one native environment for every learner: a `World`, with SAME_STEP autoreset.
 
     The state holds `env` (the environment's own), `key` (one per row), `episode` and `elapsed` (int64), `step_count`
-    if the environment's steps are random, and `physics` if any constant is overridden; every leaf is `[*L, N, ...]`.
+    if the environment's steps are random, `physics` if any constant is overridden, and for an environment that is not
+    rlmeta's own `spoilt`, where it first gave a number that is not finite (see `look`); every leaf is `[*L, N, ...]`.
     A row's numbers depend on its learner's key, its own number, its episode and step, and nothing else. The spaces are
     those of the dataclass's constants, whatever physics says.
 
@@ -194,6 +188,7 @@ class NativeWorld:
         self._fixed = None if physics is None or callable(physics) else self._per_row(physics)
         self._bounds = _action_bounds(env.action_space)
         self._observations, self._unseen = Layout(env.observation_space), True
+        self._watched, self._said = not type(env).__module__.startswith("rlmeta."), False
         self._reset_noise = _Ahead("environment/reset", env.reset_noise, math.prod(self._rows))
         self._step_noise = _Ahead("environment/step", env.step_noise, math.prod(self._rows))
 
@@ -230,6 +225,10 @@ class NativeWorld:
             state["step_count"] = episode << 32  # no two episodes started so share their noise
         if physics:
             state["physics"] = physics
+        if self._watched:
+            wrong = ~_finite(self.env.observe(state["env"]), self._rows)
+            state["spoilt"] = wrong.to(torch.int64) * _FIRST_OBSERVATION
+            self.look(state)
         return state
 
     def observation(self, state: State) -> Tree:
@@ -272,7 +271,33 @@ class NativeWorld:
         if physics:
             new["physics"] = physics
         valid = torch.ones_like(done)
-        return new, Transition(observation, next_observation, reward, terminated, truncated, valid, done)
+        transition = Transition(observation, next_observation, reward, terminated, truncated, valid, done)
+        if self._watched:
+            new["spoilt"] = self._spoilt(state, transition)
+            if ahead is None:
+                self.look(new)
+        return new, transition
+
+    def look(self, state: State) -> None:
+        """Warn, once in the life of the world, of a reward or observation that was not finite: its row and its step.
+
+        Of an environment of one's own alone: rlmeta's give none. Steps without numbers drawn `ahead` look by
+        themselves; a recorded step can't, so whoever takes those looks from time to time.
+        """
+        if not self._watched or self._said or not bool((state["spoilt"] != 0).any()):
+            return
+        self._said, codes = True, state["spoilt"].flatten()
+        row = int(codes.nonzero()[0])
+        step, what = divmod(int(codes[row]), len(_SPOILT))
+        spoilt.warn(self.name, _SPOILT[what], row, self._rows, step)
+
+    def _spoilt(self, state: State, transition: Transition) -> Tensor:
+        """`spoilt` after a step, `[*L, N]`: the step of the episode times `len(_SPOILT)`, and what was not finite."""
+        codes = ~_finite(transition.observation, self._rows) * _FIRST_OBSERVATION  # if not the successor's, below
+        step = (state["elapsed"] + 1) * len(_SPOILT)
+        codes = torch.where(_finite(transition.next_observation, self._rows), codes, step + _OBSERVATION)
+        codes = torch.where(transition.reward.isfinite(), codes, step + _REWARD)
+        return torch.where(state["spoilt"] == 0, codes, state["spoilt"])
 
     def ahead(self, state: State) -> tuple[Tree, int]:
         """Random numbers for `step`, and for how many steps from `state` on they last."""
@@ -371,6 +396,19 @@ class NativeWorld:
                     f"{type(self.env).__name__} gave {name} as {_said(found)}, expected {_said(expected.get(name))} "
                     f"for the rows {self._rows}: correct its step() or observe()"
                 )
+
+
+_SPOILT = ("", "gave a reward that is not finite", *["gave an observation that is not finite"] * 2)
+_REWARD, _OBSERVATION, _FIRST_OBSERVATION = 1, 2, 3
+"""Places in `_SPOILT`; the last one is that of an episode's first observation, whose step is 0."""
+
+
+def _finite(observation: Tree, rows: tuple[int, ...]) -> Tensor:
+    """Whether every number of a row's observation is finite, `[*L, N]`; one of another shape is refused elsewhere."""
+    leaves = list(tree.leaves(observation))
+    shown = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.shape[: len(rows)] == rows]
+    fine = [leaf.isfinite().reshape(*rows, -1).all(-1) for leaf in shown]
+    return torch.stack(fine).all(0) if fine else torch.ones(rows, dtype=torch.bool, device=leaves[0].device)
 
 
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
