@@ -503,6 +503,9 @@ def test_what_a_task_owns_stays_bit_for_bit(name: str) -> None:
     packnet.use(0)
     packnet.use(1)
     assert torch.equal(module(x), answers[1])
+    with packnet.use(0):
+        assert torch.equal(module(x), answers[0])
+    assert torch.equal(module(x), answers[1])
     packnet.use(None)
     assert same(bits(module), working)
     owned = packnet.state_dict()["owner"]["embedding.weight"]

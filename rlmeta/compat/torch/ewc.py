@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from rlmeta.compat.torch.checks import Batch, Named, check_state, precise, require_module, require_number, trainable
-from rlmeta.compat.torch.information import fisher_information
+from rlmeta.compat.torch.information import Distribution, fisher_information
 from rlmeta.errors import SettingError
 from rlmeta.functional.quadratics import add_quadratic, no_quadratic, quadratic_value, replace_quadratic
 
@@ -37,19 +37,19 @@ class EWC:
         self.module, self.strength, self.online, self.decay = module, strength, online, decay
         self._quadratics: dict[str, Named] = {}
 
-    def consolidate(self, batch: Batch, **settings: Any) -> None:
+    def consolidate(self, batch: Batch, **distribution: Unpack[Distribution]) -> None:
         """Hold the present weights as strongly as the samples of the task that has just been learned need them.
 
         Args:
             batch: samples of the task; some hundreds will do.
-            settings: as for `fisher_information`: what the module's outputs are, if not logits.
+            distribution: as for `fisher_information`: what the module's outputs are, if not logits.
 
         Raises:
             SettingError: as `fisher_information`.
         """
         parameters = trainable(self.module, "EWC")
         self._check(parameters)
-        for name, fisher in fisher_information(self.module, batch, **settings).items():
+        for name, fisher in fisher_information(self.module, batch, **distribution).items():
             theta = precise(parameters[name].detach().clone()).flatten()
             before = self._quadratic(name, theta) if name in self._quadratics else no_quadratic(theta)
             new = fisher.flatten().to(theta.dtype)

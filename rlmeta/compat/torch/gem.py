@@ -37,6 +37,7 @@ class _Episodic:
         self._key = random.make_keys([seed])[0]
         self._tasks: list[tuple[Batch, ...]] = []
         self._steps = 0
+        self._pool: list[Tensor] = []
 
     def __len__(self) -> int:
         """How many tasks are remembered."""
@@ -55,6 +56,7 @@ class _Episodic:
         self._check(leaves, structure)
         count = len(leaves[0])
         rows = random.permutation(random.fold(self._key, len(self)), "remember", 0, count)[: self.memory].sort()[0]
+        self._pool = []
         self._tasks.append(pytree.tree_unflatten([take(leaf, rows) for leaf in leaves], structure))
 
     def _check(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> None:
@@ -67,7 +69,7 @@ class _Episodic:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what `state_dict` gave."""
         check_state(state, ("tasks", "steps"), type(self).__name__)
-        self._tasks, self._steps = list(state["tasks"]), int(state["steps"])
+        self._tasks, self._steps, self._pool = list(state["tasks"]), int(state["steps"]), []
 
     def _gradient(self) -> tuple[dict[str, nn.Parameter], Tensor]:
         """The trainable parameters and their gradient `[P]`, 0 where there is none."""
@@ -170,11 +172,12 @@ class AGEM(_Episodic):
         parameters, gradient = self._gradient()
         if not self._tasks:
             return False
-        tasks = [pytree.tree_leaves(samples) for samples in self._tasks]
-        counts = [len(leaves[0]) for leaves in tasks]
-        rows = random.integers(self._key, "rows", self._steps, (min(self.batch_size, sum(counts)),), sum(counts))
+        if not self._pool:
+            self._pool = [torch.cat(column) for column in zip(*map(pytree.tree_leaves, self._tasks))]
+        count = len(self._pool[0])
+        rows = random.integers(self._key, "rows", self._steps, (min(self.batch_size, count),), count)
         self._steps += 1
-        drawn = [take(torch.cat(column), rows) for column in zip(*tasks)]
+        drawn = [take(leaf, rows) for leaf in self._pool]
         samples = pytree.tree_unflatten(drawn, pytree.tree_structure(self._tasks[0]))
         return _write(parameters, gradient, project_average(gradient, self._reference(loss, samples, parameters)))
 

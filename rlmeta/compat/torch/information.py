@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,18 @@ from rlmeta.nn.lift import lift
 
 Outputs: TypeAlias = Callable[[Callable[..., Any], Batch], Tensor]
 """From a function that runs the module, and a batch, to what is wanted of each sample: `lambda model, x: model(x)`."""
+
+
+class Distribution(TypedDict, total=False):
+    """What a module's outputs are, and what is done about the labels: further arguments of `fisher_information`."""
+
+    logits: Outputs
+    mean: Outputs
+    log_prob: Outputs
+    kind: FisherKind
+    target: Tensor
+    seed: int
+    chunk: int
 
 
 def fisher_information(

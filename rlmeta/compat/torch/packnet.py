@@ -193,8 +193,9 @@ class PackNet:
         """
         if task is not None and not 0 <= task <= self._task:
             raise SettingError(f"PackNet: use({task!r}), expected None or one of the {self._task + 1} tasks begun")
+        before = self._shown
         with quiet():
-            if self._shown is not None:
+            if before is not None:
                 _copy(self._tensors(), self._working)
                 self._shown, self._working = None, {}
             if task is not None and task < self._task:
@@ -205,7 +206,7 @@ class PackNet:
                     parameter.masked_fill_((owner == _FREE) | (owner > task + 1), 0.0)
                 _copy(self._tensors(), self._copies[task])
                 self._shown = task
-        return _Using(self)
+        return _Using(self, before)
 
     # ------------------------------------------------------------------ what is kept, by name
 
@@ -286,14 +287,14 @@ class PackNet:
 class _Using:
     """What `PackNet.use` gives: in a `with`, until its end."""
 
-    def __init__(self, packnet: PackNet) -> None:
-        self._packnet = packnet
+    def __init__(self, packnet: PackNet, before: int | None) -> None:
+        self._packnet, self._before = packnet, before
 
     def __enter__(self) -> nn.Module:
         return self._packnet.module
 
     def __exit__(self, *error: object) -> None:
-        self._packnet.use(None)
+        self._packnet.use(self._before)
 
 
 def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
