@@ -17,6 +17,7 @@ from rlmeta.compat import torch as plain
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.packed import Packed
+from rlmeta.functional.projection import project
 from rlmeta.functional.quadratics import add_quadratic, no_quadratic, replace_quadratic
 from rlmeta.learning.method import Gradients
 from rlmeta.lifelong.ewc import information
@@ -314,8 +315,6 @@ def test_gem_projects_onto_the_nearest_gradient_that_no_task_minds() -> None:
 
 
 def test_the_margin_leans_towards_old_tasks_as_in_the_package() -> None:
-    from rlmeta.functional.projection import project
-
     module, data, loss = opposed(2)
     gem = plain.GEM(module, margin=0.5)
     references = []
@@ -398,9 +397,15 @@ def test_a_gradient_that_agrees_stays_bit_for_bit_and_one_that_old_tasks_alone_n
         module.zero_grad(set_to_none=True)
         loss(torch.ones(12), -x, torch.randint(3, (12,))).backward()
         assert heads[0].weight.grad is None
+        before, memory = flat_gradient(module), loss(torch.zeros(12), x, y)
+        found = torch.autograd.grad(memory, list(module.parameters()), allow_unused=True)
+        reference = torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(module.parameters(), found)]
+        )
         if gem.project(loss):
             changed += 1
-            assert heads[0].weight.grad.abs().sum() > 0 and heads[1].weight.grad is not None
+            assert heads[0].weight.grad.abs().sum() > 0
+            torch.testing.assert_close(flat_gradient(module), project(before, reference.unsqueeze(0), gem.margin))
         else:
             assert heads[0].weight.grad is None
     assert 0 < changed < 10
@@ -486,6 +491,9 @@ def test_what_a_task_owns_stays_bit_for_bit(name: str) -> None:
     for task in range(3):
         assert packnet.begin() == task
         learn(module, packnet, optimizer)
+        for old, network in enumerate(networks):  # while what is free is in training
+            with packnet.use(old):
+                assert same(bits(module), network)
         packnet.prune()
         zeros = (module.hidden.weight == 0).float().mean()
         assert 0.5 ** (task + 1) - 0.01 < zeros <= 0.5
@@ -510,6 +518,26 @@ def test_what_a_task_owns_stays_bit_for_bit(name: str) -> None:
     assert same(bits(module), working)
     owned = packnet.state_dict()["owner"]["embedding.weight"]
     assert (owned[1:] == 0).all() and (owned[0] == 1).any()  # no task keeps what it never used
+
+
+def test_the_gradient_of_what_must_not_move_is_0_and_no_other_is_touched() -> None:
+    module = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+    packnet, optimizer = plain.PackNet(module), torch.optim.SGD(module.parameters(), 0.1)
+    packnet.begin()
+    learn(module, packnet, optimizer)
+    packnet.prune()
+    packnet.begin()
+    for pruned in (False, True):
+        optimizer.zero_grad()
+        module(torch.randn(16, 8)).square().sum().backward()
+        before = [p.grad.clone() for p in module.parameters()]
+        packnet.mask_gradients()
+        for gradient, (name, p) in zip(before, module.named_parameters()):
+            owner = packnet.state_dict()["owner"].get(name, torch.tensor(2))
+            moves = owner == 2 if pruned or p.dim() == 1 else owner == 0
+            assert torch.equal(p.grad, torch.where(moves, gradient, 0.0)) and bool((p.grad != 0).any())
+        if not pruned:
+            packnet.prune()
 
 
 def test_an_optimizer_step_without_its_end_does_no_harm() -> None:

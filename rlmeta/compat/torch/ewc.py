@@ -50,7 +50,7 @@ class EWC:
         parameters = trainable(self.module, "EWC")
         self._check(parameters)
         for name, fisher in fisher_information(self.module, batch, **distribution).items():
-            theta = precise(parameters[name].detach().clone()).flatten()
+            theta = precise(parameters[name].detach()).flatten()
             before = self._quadratic(name, theta) if name in self._quadratics else no_quadratic(theta)
             new = fisher.flatten().to(theta.dtype)
             if self.online:

@@ -81,7 +81,6 @@ class PackNet:
         self._task, self._pruned, self._trained = self._task + 1, False, False
         with quiet():
             for name, parameter in self._packed().items():
-                self._useful[name].zero_()
                 if self._task > 0:
                     free = self._owner[name] == _FREE
                     parameter.copy_(torch.where(free, self._drawn(name), parameter))
