@@ -735,6 +735,32 @@ def test_nothing_is_made_on_the_default_device() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected)) and len(found) == len(expected)
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_whatever_a_task_ends_in_the_next_one_trains(off: Callable[[], Any]) -> None:
+    module, y = small(), torch.randint(3, (20,))
+    with off():
+        x = torch.randn(20, 4, dtype=DOUBLE)
+        ewc, gem, packnet = plain.EWC(module), plain.GEM(module, margin=0.0), plain.PackNet(module)
+        memory = plain.Reservoir(5, torch.Generator().manual_seed(0))
+        ewc.consolidate(x)
+        gem.remember(x, y)
+        memory.add(x, y)
+        memory.sample(3)
+        packnet.begin()
+        packnet.prune()
+        packnet.begin()
+        packnet.use(0)
+        packnet.use(None)
+    move(module)
+    memory.add(x, y)
+    old_x, old_y = memory.sample(3)
+    (ewc.penalty() - cross_entropy(module(x.clone()), y) + cross_entropy(module(old_x), old_y)).backward()
+    with off():
+        gem.project(lambda x, y: cross_entropy(module(x), y))
+    packnet.step(torch.optim.SGD(module.parameters(), 0.1))
+    assert all(p.grad is not None and not p.grad.is_inference() for p in module.parameters())
+
+
 # ---------------------------------------------------------------------- a sentence for what is wrong
 
 

@@ -8,7 +8,16 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from rlmeta.compat.torch.checks import Batch, Named, check_state, precise, require_module, require_number, trainable
+from rlmeta.compat.torch.checks import (
+    Batch,
+    Named,
+    check_state,
+    precise,
+    quiet,
+    require_module,
+    require_number,
+    trainable,
+)
 from rlmeta.compat.torch.information import Distribution, fisher_information
 from rlmeta.errors import SettingError
 from rlmeta.functional.quadratics import add_quadratic, no_quadratic, quadratic_value, replace_quadratic
@@ -37,6 +46,7 @@ class EWC:
         self.module, self.strength, self.online, self.decay = module, strength, online, decay
         self._quadratics: dict[str, Named] = {}
 
+    @quiet()
     def consolidate(self, batch: Batch, **distribution: Unpack[Distribution]) -> None:
         """Hold the present weights as strongly as the samples of the task that has just been learned need them.
 

@@ -15,6 +15,7 @@ from rlmeta.compat.torch.checks import (
     evaluation,
     leaves_of,
     precise,
+    quiet,
     require_gradients,
     require_module,
     require_number,
@@ -43,6 +44,7 @@ class _Episodic:
         """How many tasks are remembered."""
         return len(self._tasks)
 
+    @quiet()
     def remember(self, *batch: Batch) -> None:
         """Keep samples of a task: `memory` of those given, drawn at random, or all where they are fewer.
 
@@ -119,6 +121,7 @@ class GEM(_Episodic):
         require_number("GEM: margin", margin, 0.0)
         self.margin = margin
 
+    @quiet()
     def project(self, loss: Callable[..., Tensor]) -> bool:
         """Change `.grad` in place so that no remembered loss rises to first order.
 
@@ -157,6 +160,7 @@ class AGEM(_Episodic):
         require_count("AGEM: batch_size", batch_size)
         self.batch_size = batch_size
 
+    @quiet()
     def project(self, loss: Callable[..., Tensor]) -> bool:
         """Change `.grad` in place so that the average remembered loss does not rise to first order.
 

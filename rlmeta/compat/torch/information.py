@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rlmeta.compat.torch.checks import Batch, Named, leaves_of, rest_of, trainable
+from rlmeta.compat.torch.checks import Batch, Named, leaves_of, quiet, rest_of, trainable
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.functional.packed import Packed
@@ -35,6 +35,7 @@ class Distribution(TypedDict, total=False):
     chunk: int
 
 
+@quiet()
 def fisher_information(
     module: nn.Module,
     batch: Batch,

@@ -50,6 +50,7 @@ class PackNet:
         SettingError: the share is not in (0, 1], or the module has no matrix to pack.
     """
 
+    @quiet()
     def __init__(self, module: nn.Module, share: float = 0.5, *, give_back: bool = False, seed: int = 0) -> None:
         if all(p.dim() <= 1 for p in trainable(module, "PackNet").values()):
             raise SettingError("PackNet packs matrices and kernels, and no parameter of this module has two axes")
@@ -67,6 +68,7 @@ class PackNet:
 
     # ------------------------------------------------------------------ tasks
 
+    @quiet()
     def begin(self) -> int:
         """Start the next task, from 0 on; what the last one did not keep is free, and drawn anew.
 
@@ -79,18 +81,18 @@ class PackNet:
                 self.prune()
             self._end()
         self._task, self._pruned, self._trained = self._task + 1, False, False
-        with quiet():
-            for name, parameter in self._packed().items():
-                if self._task > 0:
-                    free = self._owner[name] == _FREE
-                    parameter.copy_(torch.where(free, self._drawn(name), parameter))
-                self._kept[name] = parameter.clone()
+        for name, parameter in self._packed().items():
+            if self._task > 0:
+                free = self._owner[name] == _FREE
+                parameter.copy_(torch.where(free, self._drawn(name), parameter))
+            self._kept[name] = parameter.clone()
         if not any(bool((owner == _FREE).any()) for owner in self._owner.values()):
             raise SettingError(
                 f"PackNet: {self._task} tasks own every weight, so a further one has none: choose a smaller share"
             )
         return self._task
 
+    @quiet()
     def prune(self, share: float | None = None) -> None:
         """Let the task keep the largest of its weights in every layer; the others are 0, and free after it.
 
@@ -107,29 +109,27 @@ class PackNet:
             raise SettingError(f"PackNet: task {self._task} is pruned already: begin() starts the next one")
         part = self.share if share is None else _share(share)
         self.restore()
-        with quiet():
-            for name, parameter in self._packed().items():
-                owner, size = self._owner[name].flatten(), parameter.abs().flatten()
-                free = owner == _FREE
-                used = free & self._useful[name].flatten() if self._trained else free
-                count = (free.sum(-1, keepdim=True).double() * part).ceil().long()
-                chosen = largest_free(size, used, torch.minimum(count, used.sum(-1, keepdim=True)))
-                kept = torch.where(chosen, self._task + 1, owner).view(parameter.shape)
-                parameter.masked_fill_(kept == _FREE, 0.0)
-                self._owner[name], self._kept[name] = kept.to(torch.int16), parameter.clone()
-                self._useful[name].zero_()
+        for name, parameter in self._packed().items():
+            owner, size = self._owner[name].flatten(), parameter.abs().flatten()
+            free = owner == _FREE
+            used = free & self._useful[name].flatten() if self._trained else free
+            count = (free.sum(-1, keepdim=True).double() * part).ceil().long()
+            chosen = largest_free(size, used, torch.minimum(count, used.sum(-1, keepdim=True)))
+            kept = torch.where(chosen, self._task + 1, owner).view(parameter.shape)
+            parameter.masked_fill_(kept == _FREE, 0.0)
+            self._owner[name], self._kept[name] = kept.to(torch.int16), parameter.clone()
+            self._useful[name].zero_()
         self._pruned, self._trained = True, False
 
     def _end(self) -> None:
         """Free what had no gradient since the pruning, and keep the task's copies."""
         self.restore()
-        with quiet():
-            for name, parameter in self._packed().items():
-                if self._trained and self.give_back:
-                    useless = (self._owner[name] == self._task + 1) & ~self._useful[name]
-                    self._owner[name].masked_fill_(useless, _FREE)
-                    parameter.masked_fill_(useless, 0.0)
-            self._copies.append({name: value.clone() for name, value in self._copied().items()})
+        for name, parameter in self._packed().items():
+            if self._trained and self.give_back:
+                useless = (self._owner[name] == self._task + 1) & ~self._useful[name]
+                self._owner[name].masked_fill_(useless, _FREE)
+                parameter.masked_fill_(useless, 0.0)
+        self._copies.append({name: value.clone() for name, value in self._copied().items()})
 
     def _drawn(self, name: str) -> Tensor:
         """Numbers that a layer began with, drawn at random."""
@@ -146,6 +146,7 @@ class PackNet:
         optimizer.step()
         self.restore()
 
+    @quiet()
     def mask_gradients(self) -> None:
         """Set the gradient of what must not move to 0, and note which weights the task has a use for.
 
@@ -156,20 +157,19 @@ class PackNet:
         packed = self._packed()
         require_gradients(dict(self.module.named_parameters()), "PackNet: mask_gradients()")
         self._trained = True
-        with quiet():
-            for name, parameter in packed.items():
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(self._frozen(name), 0.0)
-                    self._useful[name] |= parameter.grad != 0
+        for name, parameter in packed.items():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(self._frozen(name), 0.0)
+                self._useful[name] |= parameter.grad != 0
 
+    @quiet()
     def restore(self) -> None:
         """Bring back what must not have moved, bit for bit: after the optimizer's step."""
         self._require_working("restore()")
         if self._task < 0:
             return
-        with quiet():
-            for name, parameter in self._packed().items():
-                parameter.copy_(torch.where(self._frozen(name), self._kept[name], parameter))
+        for name, parameter in self._packed().items():
+            parameter.copy_(torch.where(self._frozen(name), self._kept[name], parameter))
 
     def _frozen(self, name: str) -> Tensor:
         """What must not move now: weights of earlier tasks, after the pruning all but the task's own."""
@@ -178,6 +178,7 @@ class PackNet:
 
     # ------------------------------------------------------------------ an old task's network
 
+    @quiet()
     def use(self, task: int | None) -> _Using:
         """Let the module be the network of a task, as it was when the task had been learned, bit for bit.
 
@@ -193,22 +194,22 @@ class PackNet:
         if task is not None and not 0 <= task <= self._task:
             raise SettingError(f"PackNet: use({task!r}), expected None or one of the {self._task + 1} tasks begun")
         before = self._shown
-        with quiet():
-            if before is not None:
-                _copy(self._tensors(), self._working)
-                self._shown, self._working = None, {}
-            if task is not None and task < self._task:
-                self.restore()
-                self._working = {name: value.clone() for name, value in self._tensors().items()}
-                for name, parameter in self._packed().items():
-                    owner = self._owner[name]
-                    parameter.masked_fill_((owner == _FREE) | (owner > task + 1), 0.0)
-                _copy(self._tensors(), self._copies[task])
-                self._shown = task
+        if before is not None:
+            _copy(self._tensors(), self._working)
+            self._shown, self._working = None, {}
+        if task is not None and task < self._task:
+            self.restore()
+            self._working = {name: value.clone() for name, value in self._tensors().items()}
+            for name, parameter in self._packed().items():
+                owner = self._owner[name]
+                parameter.masked_fill_((owner == _FREE) | (owner > task + 1), 0.0)
+            _copy(self._tensors(), self._copies[task])
+            self._shown = task
         return _Using(self, before)
 
     # ------------------------------------------------------------------ what is kept, by name
 
+    @quiet()
     def state_dict(self) -> dict[str, Any]:
         """Who owns which weight, and the tasks' copies; the weights themselves are in the module's.
 
@@ -221,6 +222,7 @@ class PackNet:
         copies = [dict(copies) for copies in self._copies]
         return {**flags, **{part: {n: v.clone() for n, v in named[part].items()} for part in named}, "copies": copies}
 
+    @quiet()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave, after the module's own state was loaded.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rlmeta.compat.torch.checks import Batch, check_state, leaves_of, take
+from rlmeta.compat.torch.checks import Batch, check_state, leaves_of, quiet, take
 from rlmeta.errors import SettingError, require_count
 from rlmeta.functional.reservoir import last_on_place, reservoir_places
 
@@ -47,6 +47,7 @@ class Reservoir:
         """How many samples it holds."""
         return min(self.added, self.capacity)
 
+    @quiet()
     def add(self, *batch: Batch) -> None:
         """Offer a minibatch, of which later samples have the smaller chance the more there were.
 
@@ -75,6 +76,7 @@ class Reservoir:
             room[into.to(room.device)] = take(leaf, last[into]).to(room.device)
         self.added += count
 
+    @quiet()
     def sample(self, count: int) -> Any:
         """A minibatch of what is held, every sample with the same chance each time, in the form that was added.
 
@@ -96,6 +98,7 @@ class Reservoir:
         held = None if self._structure is None else pytree.tree_unflatten(self._kept, self._structure)
         return {"samples": held, "added": self.added, "generator": self.generator.get_state()}
 
+    @quiet()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave.
 
