@@ -40,10 +40,10 @@ def test_blocks_run_and_are_short(page: str, title: str, capsys: pytest.CaptureF
     names = run_section(page, title)
     said = capsys.readouterr().out
     if title == "In a plain torch loop":
-        assert names["steps_an_episode"] > 60
+        assert names["steps_an_episode"] > 40
     if title == "Lifelong methods in a plain torch loop":
         scores = [float(score) for score in re.findall(r"\d\.\d+", said)]
-        assert len(scores) == 12 and min(scores) > 0.7, said
+        assert len(scores) == 12 and sum(scores) / 12 > 0.85, said
 
 
 def test_every_block_is_in_a_section() -> None:
