@@ -11,9 +11,10 @@ import tyro
 import rlmeta as rl
 from rlmeta.functional import random
 from rlmeta.functional.packed import Packed
+from rlmeta.functional.quadratics import add_quadratic
 from rlmeta.learning.optimizer_state import reset_optimizer
 from rlmeta.learning.step import step
-from rlmeta.lifelong.ewc import add_quadratic, information
+from rlmeta.lifelong.ewc import information
 from rlmeta.runs.stages import score_tasks, turn_to
 from rlmeta.runs.train import prepare
 

@@ -33,6 +33,18 @@ if sys.platform == "win32":  # locks, worker processes and checkpoints use POSIX
     raise ImportError("rlmeta runs on Linux and macOS; on Windows use it within WSL")
 
 if TYPE_CHECKING:
+    from rlmeta import agents as agents
+    from rlmeta import compat as compat
+    from rlmeta import data as data
+    from rlmeta import envs as envs
+    from rlmeta import functional as functional
+    from rlmeta import imitation as imitation
+    from rlmeta import learning as learning
+    from rlmeta import lifelong as lifelong
+    from rlmeta import meta as meta
+    from rlmeta import nn as nn
+    from rlmeta import rewards as rewards
+    from rlmeta import supervised as supervised
     from rlmeta.agents import *  # noqa: F403
     from rlmeta.api import load as load
     from rlmeta.api import resume as resume
@@ -54,6 +66,8 @@ if TYPE_CHECKING:
     from rlmeta.runs.record import record as record
     from rlmeta.runs.run import Run as Run
     from rlmeta.supervised import *  # noqa: F403
+
+    __version__: str
 
 _WHERE = {
     "Budget": "runs.experiment",
@@ -77,28 +91,44 @@ _WHERE = {
 _PACKAGES = ("agents", "supervised", "imitation", "rewards", "lifelong", "meta")
 """Whose classes are `rlmeta.NAME`, too: a new algorithm is a file in one of them and a line in its `__init__`."""
 
+_PARTS = (*_PACKAGES, "compat", "data", "envs", "functional", "learning", "nn")
+"""The packages that are `rlmeta.NAME` without an import of their own."""
+
 
 def _classes_of(package: str) -> list[str]:
-    """The classes that a package's `__init__` exports (`import NAME as NAME`), read without importing it."""
-    source = (Path(__file__).parent / package / "__init__.py").read_text()
-    imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
-    names = [alias.name for node in imports for alias in node.names if alias.asname == alias.name]
-    return [name for name in names if name[0].isupper()]
+    """The classes among a package's `__all__`, read without importing it."""
+    body = ast.parse((Path(__file__).parent / package / "__init__.py").read_text()).body
+    named = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    return [name for value in named for name in ast.literal_eval(value) if name[0].isupper()]
 
 
 _WHERE |= {name: package for package in _PACKAGES for name in _classes_of(package)}
-__all__ = sorted(_WHERE)
+__all__ = sorted([*_WHERE, *_PARTS])
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("rlmeta")
+    except metadata.PackageNotFoundError:  # a checkout that was never installed
+        return "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in {*_WHERE, *_PARTS, "__version__"}:
         raise AttributeError(f"module 'rlmeta' has no attribute {name!r}")
     numbers = random.getstate()  # a package that is imported along the way draws from Python's own generator
-    value = getattr(importlib.import_module(f"rlmeta.{_WHERE[name]}"), name)
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _PARTS:
+        value = importlib.import_module(f"rlmeta.{name}")
+    else:
+        value = getattr(importlib.import_module(f"rlmeta.{_WHERE[name]}"), name)
     random.setstate(numbers)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -19,6 +19,7 @@ import rlmeta
 import rlmeta as rl
 from rlmeta import nn
 from rlmeta.agents.networks import build_body
+from rlmeta.compat import torch as plain
 from rlmeta.data import samples, sets, splits
 from rlmeta.envs import minimisation, names, regression, streams, task, task_families
 from rlmeta.envs.gymnasium import rows, world
@@ -70,6 +71,9 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "data.splits.split scenario": lambda x: splits.split(LABELLED, [[0], [1]], x),
     "data.samples.DataTask scenario": lambda x: rl.stream([dataclasses.replace(TASKS[0], scenario=x)]),
     "data.samples.DataWorld scenario": lambda x: samples.DataWorld(samples.DataTable(TASKS), (), 1, scenario=x),
+    "compat.torch.information.fisher_information kind": lambda x: plain.fisher_information(
+        torch.nn.Linear(2, 3), torch.ones(3, 2), kind=x
+    ),
     "nn.fisher.categorical_fisher kind": lambda x: fisher.categorical_fisher(
         logits, {"weights": WEIGHTS}, torch.ones(3, 2), 0, x
     ),

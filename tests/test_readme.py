@@ -18,8 +18,9 @@ from rlmeta.bench.lifelong import Lifelong
 from rlmeta.bench.meta import Meta
 from rlmeta.cli.plan import from_flags
 from rlmeta.engine.capture import WARM_UP
+from tests.markdown import ROOT, code_blocks
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 SMALLER = {
     "steps=100_000": "steps=2_048",
     "steps=20_480": "steps=2_048",
@@ -37,7 +38,7 @@ SMALLER = {
 
 
 def blocks(language: str) -> list[str]:
-    found = re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    found = code_blocks(README, language)
     for long, short in SMALLER.items():
         found = [block.replace(long, short) for block in found]
     return found
@@ -62,7 +63,7 @@ def test_python_blocks_run(folder):
 
 
 def test_what_is_said_to_train_or_measure_can_be_asked_for(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "envs")
+    monkeypatch.syspath_prepend(ROOT / "envs")
     trained = re.findall(r"`rlmeta train (\w+) ([^- `][^ `]*)([^`;]*)", README)
     assert len(trained) >= 15
     for agent, task, flags in trained:
@@ -77,12 +78,12 @@ def test_what_is_said_to_train_or_measure_can_be_asked_for(monkeypatch):
 
 def test_the_numbers_and_extras_it_names_are_those_of_the_package():
     assert f"after {WARM_UP} calls their operations are" in README
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     said = README[README.index('".[all]"') : README.index("and `bench`.") + 12]
     assert {*re.findall(r"`(\w+)`", said), "all", "dev"} == set(project["optional-dependencies"])
 
 
 def test_the_two_commands_are_the_makefiles_targets():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.M):
         assert re.search(rf"^{target}:", makefile, re.M)

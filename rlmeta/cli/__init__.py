@@ -1,1 +1,3 @@
 """The command line: `rlmeta COMMAND`."""
+
+__all__: list[str] = []

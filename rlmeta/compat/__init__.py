@@ -1,1 +1,3 @@
 """The interfaces of other libraries, on rlmeta."""
+
+__all__ = ["learn2learn", "torch"]

@@ -1,1 +1,16 @@
 """What every learner shares: the state, the gradient step that runs the hooks, and the protocols."""
+
+__all__ = [
+    "average",
+    "collect",
+    "evaluate",
+    "gradients",
+    "learner",
+    "method",
+    "minibatch",
+    "optimizer_state",
+    "replay",
+    "settings",
+    "state",
+    "step",
+]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional import random, tree
-from rlmeta.functional.axes import align
 from rlmeta.functional.packed import Packed
+from rlmeta.functional.quadratics import add_quadratic, no_quadratic, replace_quadratic
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
 from rlmeta.learning.state import Params, State
@@ -105,44 +105,6 @@ class EWC(Method):
         theta = Packed.of(p["weights"], task["index"].dim()).flat.detach()
         pulled = gradients.total + strength * (q["precision"] * (theta - q["centre"]))
         return torch.where(strength > 0, pulled, gradients.total)
-
-
-# ---------------------------------------------------------------------- quadratics, in closed form over tasks
-
-
-def no_quadratic(flat: Tensor) -> dict[str, Tensor]:
-    """0 for every θ: `precision` A and `centre` c `[*L, P]`, `constant` `[*L]`."""
-    zero = torch.zeros_like(flat)
-    return {"precision": zero, "centre": zero.clone(), "constant": zero[..., 0].clone()}
-
-
-def add_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor) -> dict[str, Tensor]:
-    """A (θ - c)² + constant, plus F (θ - θₖ)²; the centre moves by the new part of the precision.
-
-    Args:
-        q: the sum so far.
-        fisher: F `[*L, P]`, 0 or more.
-        theta: θₖ `[*L, P]`.
-    """
-    total = q["precision"] + fisher
-    share = torch.where(total > 0, fisher / torch.where(total > 0, total, torch.ones_like(total)), 0.0)
-    apart = theta - q["centre"]
-    return {
-        "precision": total,
-        "centre": q["centre"] + share * apart,
-        "constant": q["constant"] + (q["precision"] * share * apart.square()).sum(-1),
-    }
-
-
-def replace_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor, decay: Tensor) -> dict[str, Tensor]:
-    """Online EWC: (γ A + F) (θ - θₖ)²; `decay` γ is `[*L]`."""
-    faded = align(decay, fisher) * q["precision"] + fisher
-    return {"precision": faded, "centre": theta.clone(), "constant": torch.zeros_like(q["constant"])}
-
-
-def quadratic_value(q: dict[str, Tensor], theta: Tensor) -> Tensor:
-    """Σ A (θ - c)² + constant, `[*L]`."""
-    return (q["precision"] * (theta - q["centre"]).square()).sum(-1) + q["constant"]
 
 
 # ---------------------------------------------------------------------- Fisher information of a learner

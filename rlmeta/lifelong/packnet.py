@@ -33,6 +33,7 @@ from torch import Tensor
 from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
 from rlmeta.functional.packed import Packed
+from rlmeta.functional.pruning import largest_free
 from rlmeta.learning.learner import initial_tensors
 from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
 from rlmeta.learning.settings import check_choices, require, require_finite, require_range
@@ -169,8 +170,7 @@ class PackNet(Method):
             owner, size = owners[name].flatten(axes), (packed[name].abs() * useful[name]).flatten(axes)
             free = owner == FREE
             share = self._share(free.sum(-1, keepdim=True), learner.num_tasks - position - 1)
-            order = size.masked_fill(~free, -1.0).argsort(dim=-1, descending=True, stable=True)
-            kept[name] = torch.where(order.argsort(-1) < share, position + 1, owner).view(owners[name].shape)
+            kept[name] = torch.where(largest_free(size, free, share), position + 1, owner).view(owners[name].shape)
         owner = Packed.of(kept, axes).flat
         values = packed.flat.masked_fill(owner == FREE, 0.0)
         new = {**p, "weights": Packed.view(values, packed, axes)}

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.axes import align
+from rlmeta.functional.reservoir import last_on_place, reservoir_places
 from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task, require_revealed
 from rlmeta.learning.minibatch import gather
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
@@ -153,10 +154,8 @@ def reservoir(samples: tree.Tree, met: Tensor, new: tree.Tree, group: Tensor, ke
     member = torch.nn.functional.one_hot(group, groups)
     number = (met.unsqueeze(-2) + member.cumsum(-2)).gather(-1, group.unsqueeze(-1)).squeeze(-1)
     drawn = random.integers(key, "place", 0, (count,), number)
-    place = torch.where(number <= room, number - 1, drawn)
-    at = torch.where(place < room, group * room + place, places)  # the last row is for those that are not taken
-    order = torch.arange(count, device=key.device).expand(at.shape)
-    winner = at.new_full((*at.shape[:-1], places + 1), -1).scatter_reduce(-1, at, order, "amax")[..., :places]
+    place = reservoir_places(number, drawn, room)
+    winner = last_on_place(torch.where(place < room, group * room + place, places), places)
     taken = winner >= 0
     chosen = gather(new, winner.clamp(min=0))
 

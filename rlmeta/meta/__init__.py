@@ -4,8 +4,10 @@
 """
 
 from rlmeta.learning.settings import settings_classes
-from rlmeta.meta.learned_optimizer import LearnedOptimizer as LearnedOptimizer
-from rlmeta.meta.maml import MAML as MAML
+from rlmeta.meta.learned_optimizer import LearnedOptimizer
+from rlmeta.meta.maml import MAML
+
+__all__ = ["MAML", "LearnedOptimizer"]
 
 ALL = settings_classes(globals())
 """The settings class of every meta-learner that can be named on the command line."""

@@ -6,6 +6,7 @@ from rlmeta.nn.convolutional import strided_convolutions
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.encoder import Encoder, feature_axes
 from rlmeta.nn.ensemble import Ensemble
+from rlmeta.nn.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
 from rlmeta.nn.heads.choose import PolicyHead, head_for
 from rlmeta.nn.heads.common import Distribution
 from rlmeta.nn.heads.deterministic import DeterministicHead
@@ -19,6 +20,8 @@ from rlmeta.nn.lifted import Lifted
 from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear
 from rlmeta.nn.mlp import MLP
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
+from rlmeta.nn.recurrent import LSTMCell
+from rlmeta.nn.sample_gradients import check_outputs, group_gradients, squared_gradients
 from rlmeta.nn.units import ActionBounds, ActionUnits
 
 __all__ = [
@@ -37,9 +40,11 @@ __all__ = [
     "Dropout",
     "Encoder",
     "Ensemble",
+    "FisherKind",
     "Flatten",
     "GaussianHead",
     "Initialiser",
+    "LSTMCell",
     "LayerNorm",
     "Lifted",
     "Linear",
@@ -55,12 +60,18 @@ __all__ = [
     "allowed",
     "apply",
     "bare",
+    "categorical_fisher",
     "check_block",
+    "check_outputs",
     "feature_axes",
+    "gaussian_fisher",
+    "group_gradients",
     "head_for",
     "initialise",
     "lift",
+    "score_fisher",
     "split",
+    "squared_gradients",
     "stack",
     "strided_convolutions",
 ]

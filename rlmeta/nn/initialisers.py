@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlmeta.errors import SettingError
 
 Initialiser: TypeAlias = Literal["orthogonal", "torch"]
+"""Name of a way to draw a linear layer's first weights; see `initialise`."""
 
 
 def parameter(*shape: int, value: float = 0.0) -> nn.Parameter:

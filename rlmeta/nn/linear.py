@@ -15,6 +15,7 @@ from rlmeta.nn.initialisers import Initialiser, initialise, parameter
 from rlmeta.nn.product import affine, layers, learner_product
 
 ActivationName: TypeAlias = Literal["tanh", "relu", "elu", "gelu", "silu", "sigmoid", "leaky_relu", "softplus"]
+"""Name of an activation function."""
 
 
 def activation_function(activation: ActivationName | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,8 +1,7 @@
 """What changes the reward an agent learns from: shaping, intrinsic rewards. Evaluation never sees it."""
 
-from rlmeta.rewards.counts import EpisodicCounts as EpisodicCounts
-from rlmeta.rewards.reward import Reward as Reward
-from rlmeta.rewards.reward import distinct as distinct
-from rlmeta.rewards.reward import first_memory as first_memory
-from rlmeta.rewards.reward import relabel as relabel
-from rlmeta.rewards.shaping import PotentialShaping as PotentialShaping
+from rlmeta.rewards.counts import EpisodicCounts
+from rlmeta.rewards.reward import Reward, distinct, first_memory, relabel
+from rlmeta.rewards.shaping import PotentialShaping
+
+__all__ = ["EpisodicCounts", "PotentialShaping", "Reward", "distinct", "first_memory", "relabel"]

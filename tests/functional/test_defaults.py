@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 import rlmeta.functional
-from rlmeta.functional import axes, normalise, optim, packed, projection, random, schedules, statistics, tabular, tree
+from rlmeta.functional import (
+    axes,
+    normalise,
+    optim,
+    packed,
+    projection,
+    quadratics,
+    random,
+    schedules,
+    statistics,
+    tabular,
+    tree,
+)
 from rlmeta.functional.normalise import reward_init, running_init, running_update
 from rlmeta.nn import fisher, sample_gradients
 
@@ -73,6 +85,16 @@ BY_NAME: dict[str, Any] = {
     "baseline": np.arange(9.0).reshape(3, 3),
     "thresholds": [1.0, 5.0],
     "given": FLAGS.to(torch.uint8),
+    "q": {"precision": SQUARE["x"].square(), "centre": SQUARE["value"], "constant": SQUARE["reward"][..., 0]},
+    "fisher": SQUARE["reward"].square(),
+    "theta": SQUARE["next_value"],
+    "decay": torch.tensor([0.5, 0.6, 0.7], device="cpu"),
+    "free": FLAGS[..., 0],
+    "number": torch.arange(1, 4, device="cpu"),
+    "drawn": torch.tensor([0, 1, 0], device="cpu"),
+    "room": 2,
+    "place": torch.tensor([0, 1, 0], device="cpu"),
+    "places": 2,
     "name": "flags",
 }
 """What a parameter of this name is given."""
@@ -154,12 +176,16 @@ CALLS: dict[str, Callable[[], Any]] = {
     "optim.clip": lambda: trained(lambda lr: optim.chain(optim.clip(0.5), optim.sgd(lr))),
     "optim.chain": lambda: trained(lambda lr: optim.chain(optim.clip(lr), optim.adam(lr))),
     "optim.clip_by_norm": lambda: optim.clip_by_norm(GRADS, ENDS, 1),
+    "pruning.largest_free": lambda: called(
+        "pruning.largest_free", size=SQUARE["x"][..., 0].abs(), count=FLAGS[..., 0].sum(-1, keepdim=True) // 2
+    ),
     "projection.projection_weights": lambda: projection.projection_weights(
         *(SQUARE["x"] @ SQUARE["x"].mT, SQUARE["value"][..., 0], ENDS), margin=DECAYS
     ),
     "projection.nonnegative_quadratic": lambda: projection.nonnegative_quadratic(
         torch.ones(3, 3, 3, dtype=DOUBLE, device="cpu"), -SQUARE["x"][..., 0].double().abs()
     ),
+    "quadratics.no_quadratic": lambda: quadratics.no_quadratic(SQUARE["x"]),
     "packed.in_order": lambda: packed.in_order({"b": RATES, "a": ENDS}, {"a": ENDS, "b": RATES}),
     "schedules.anneal": lambda: [schedules.anneal(ENDS, name, DECAYS.double()) for name in ("linear", "cosine")],
     "schedules.constant": lambda: scheduled(schedules.constant(0.1)),

@@ -13,3 +13,5 @@ Discrete actions are counted from 0, as worlds take them. Continuous ones are in
 parameters of their distribution are in the policy's (`ActionUnits`); so are densities and entropies of unbounded
 Gaussians, which differ from those in the environment's units by a constant.
 """
+
+__all__ = ["choose", "common", "discrete", "gaussian", "noise", "values"]

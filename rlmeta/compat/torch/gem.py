@@ -1,0 +1,218 @@
+"""GEM and A-GEM as a projection of `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rlmeta.compat.torch.checks import (
+    Batch,
+    check_state,
+    evaluation,
+    leaves_of,
+    precise,
+    quiet,
+    require_gradients,
+    require_module,
+    require_number,
+    take,
+    trainable,
+)
+from rlmeta.errors import SettingError, require_count
+from rlmeta.functional import random
+from rlmeta.functional.projection import project, project_average
+
+
+class _Episodic:
+    """Samples of every task, and a projection of the gradient that keeps their losses from rising."""
+
+    def __init__(self, module: nn.Module, memory: int, seed: int) -> None:
+        name = type(self).__name__
+        require_module(module, name)
+        require_count(f"{name}: memory", memory)
+        self.module, self.memory = module, memory
+        self._key = random.make_keys([seed])[0]
+        self._tasks: list[tuple[Batch, ...]] = []
+        self._steps = 0
+        self._pool: list[Tensor] = []
+
+    def __len__(self) -> int:
+        """How many tasks are remembered."""
+        return len(self._tasks)
+
+    @quiet()
+    def remember(self, *batch: Batch) -> None:
+        """Keep samples of a task: `memory` of those given, drawn at random, or all where they are fewer.
+
+        Args:
+            batch: what the loss will be given back, such as inputs and targets: each a `Batch` of the same samples.
+
+        Raises:
+            SettingError: there are none, or they differ in number.
+        """
+        leaves, structure = leaves_of(batch, type(self).__name__)
+        self._check(leaves, structure)
+        count = len(leaves[0])
+        rows = random.permutation(random.fold(self._key, len(self)), "remember", 0, count)[: self.memory].sort()[0]
+        self._pool = []
+        self._tasks.append(pytree.tree_unflatten([take(leaf, rows) for leaf in leaves], structure))
+
+    def _check(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> None:
+        """Whether a task's samples may differ in form from those of others."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered of every task."""
+        return {"tasks": list(self._tasks), "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` gave."""
+        check_state(state, ("tasks", "steps"), type(self).__name__)
+        self._tasks, self._steps, self._pool = list(state["tasks"]), int(state["steps"]), []
+
+    def _gradient(self) -> tuple[dict[str, nn.Parameter], Tensor]:
+        """The trainable parameters and their gradient `[P]`, 0 where there is none."""
+        name = type(self).__name__
+        parameters = trainable(self.module, name)
+        require_gradients(parameters, f"{name}: project()")
+        return parameters, _flat([_zero(p) if p.grad is None else p.grad for p in parameters.values()])
+
+    def _reference(self, loss: Callable[..., Tensor], samples: Batch, parameters: dict[str, nn.Parameter]) -> Tensor:
+        """The gradient `[P]` of the loss on what is remembered."""
+        name = type(self).__name__
+        with evaluation(self.module), torch.inference_mode(False), torch.enable_grad():
+            value = loss(*samples)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                given = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise SettingError(f"{name}: the loss of the memories is {given}, expected one number: take its mean")
+            found: Sequence[Tensor | None] = [None]
+            if value.requires_grad:
+                found = torch.autograd.grad(value.reshape(()), list(parameters.values()), allow_unused=True)
+        if all(gradient is None for gradient in found):
+            raise SettingError(
+                f"{name}: the loss of the memories does not depend on the module's parameters: compute it from the "
+                "module, without detach or no_grad"
+            )
+        return _flat([_zero(p) if g is None else g for p, g in zip(parameters.values(), found)])
+
+
+class GEM(_Episodic):
+    """Gradient episodic memory (Lopez-Paz and Ranzato, 2017): no step may raise the loss on what is remembered.
+
+    Between `loss.backward()` and `optimizer.step()`, `project` replaces the gradient by the nearest one that points
+    against none of the gradients of old tasks. Momentum, Adam and weight decay come after it and bend that promise.
+
+    Args:
+        module: whose gradient is projected.
+        memory: samples kept of every task.
+        margin: lower bound of the multipliers where a constraint is violated; above 0 the step leans towards old tasks.
+            In units of the gradient: unscale it before, if it is scaled.
+        seed: of the samples that are kept.
+
+    Raises:
+        SettingError: a number is out of its range, or the module is none.
+    """
+
+    def __init__(self, module: nn.Module, memory: int = 256, margin: float = 0.5, *, seed: int = 0) -> None:
+        super().__init__(module, memory, seed)
+        require_number("GEM: margin", margin, 0.0)
+        self.margin = margin
+
+    @quiet()
+    def project(self, loss: Callable[..., Tensor]) -> bool:
+        """Change `.grad` in place so that no remembered loss rises to first order.
+
+        Args:
+            loss: from what `remember` was given, of one task, to its mean loss, `lambda x, y: cross_entropy(model(x),
+                y)`. The module is in evaluation then, so that its running statistics stay those of training.
+
+        Returns:
+            Whether the gradient was changed; it is left bit for bit where it agrees with every task.
+
+        Raises:
+            SettingError: there is no gradient, or the loss is not one number that depends on the parameters.
+        """
+        parameters, gradient = self._gradient()
+        if not self._tasks:
+            return False
+        references = torch.stack([self._reference(loss, samples, parameters) for samples in self._tasks])
+        return _write(parameters, gradient, project(gradient, references, self.margin))
+
+
+class AGEM(_Episodic):
+    """Averaged GEM (Chaudhry et al., 2019): one reference gradient, on a few samples of all that is remembered.
+
+    Args:
+        module: whose gradient is projected.
+        memory: samples kept of every task.
+        batch_size: of them, drawn in every step over all old tasks.
+        seed: of the samples that are kept and drawn.
+
+    Raises:
+        SettingError: a number is out of its range, or the module is none.
+    """
+
+    def __init__(self, module: nn.Module, memory: int = 256, batch_size: int = 256, *, seed: int = 0) -> None:
+        super().__init__(module, memory, seed)
+        require_count("AGEM: batch_size", batch_size)
+        self.batch_size = batch_size
+
+    @quiet()
+    def project(self, loss: Callable[..., Tensor]) -> bool:
+        """Change `.grad` in place so that the average remembered loss does not rise to first order.
+
+        Args:
+            loss: from samples as `remember` was given them, of all tasks, to their mean loss; see `GEM.project`.
+
+        Returns:
+            Whether the gradient was changed.
+
+        Raises:
+            SettingError: there is no gradient, or the loss is not one number that depends on the parameters.
+        """
+        parameters, gradient = self._gradient()
+        if not self._tasks:
+            return False
+        if not self._pool:
+            self._pool = [torch.cat(column) for column in zip(*map(pytree.tree_leaves, self._tasks))]
+        count = len(self._pool[0])
+        rows = random.integers(self._key, "rows", self._steps, (min(self.batch_size, count),), count)
+        self._steps += 1
+        drawn = [take(leaf, rows) for leaf in self._pool]
+        samples = pytree.tree_unflatten(drawn, pytree.tree_structure(self._tasks[0]))
+        return _write(parameters, gradient, project_average(gradient, self._reference(loss, samples, parameters)))
+
+    def _check(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> None:
+        for samples in self._tasks[:1]:
+            known, form = pytree.tree_flatten(samples)
+            if form != structure or any(a.shape[1:] != b.shape[1:] for a, b in zip(known, leaves)):
+                raise SettingError(
+                    f"AGEM remembers samples of shapes {[list(x.shape[1:]) for x in known]}, and was given "
+                    f"{[list(x.shape[1:]) for x in leaves]}: it draws from all tasks at once, so they must be alike"
+                )
+
+
+def _zero(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, requires_grad=False)
+
+
+def _flat(gradients: Sequence[Tensor]) -> Tensor:
+    """`[P]`, on the device of the first, in single precision or better."""
+    device = gradients[0].device
+    return torch.cat([precise(gradient.detach()).flatten().to(device) for gradient in gradients])
+
+
+def _write(parameters: Mapping[str, nn.Parameter], before: Tensor, after: Tensor) -> bool:
+    """Put a gradient `[P]` in the place of another one, if it differs."""
+    if torch.equal(before, after) or not bool(torch.isfinite(after).all()):
+        return False
+    for parameter, part in zip(parameters.values(), torch.split(after, [p.numel() for p in parameters.values()])):
+        part = part.view(parameter.shape).to(parameter.device, parameter.dtype)
+        if parameter.grad is not None:
+            parameter.grad.copy_(part)
+        elif bool((part != 0).any()):  # only old tasks use it
+            parameter.grad = part.clone()
+    return True

@@ -1,0 +1,118 @@
+"""Replay from a reservoir."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from rlmeta.compat.torch.checks import Batch, check_state, leaves_of, quiet, take
+from rlmeta.errors import SettingError, require_count
+from rlmeta.functional.reservoir import last_on_place, reservoir_places
+
+
+class Reservoir:
+    """A replay buffer by reservoir sampling (Vitter, 1985): of all samples ever added each is kept with equal chance.
+
+    ```python
+    memory = Reservoir(200, torch.Generator().manual_seed(0))
+    old_x, old_y = memory.sample(32) if len(memory) else (x, y)
+    memory.add(x, y)
+    ```
+
+    Args:
+        capacity: how many samples it has room for.
+        generator: draws which are kept, and which are given back.
+
+    Raises:
+        SettingError: the capacity is no count, or there is no generator.
+    """
+
+    def __init__(self, capacity: int, generator: torch.Generator) -> None:
+        require_count("Reservoir: capacity", capacity)
+        if not isinstance(generator, torch.Generator):
+            raise SettingError(
+                f"Reservoir: generator is {generator!r}, expected a torch.Generator: torch.Generator().manual_seed(0)"
+            )
+        self.capacity, self.generator = capacity, generator
+        self.added = 0
+        """How many samples were ever added."""
+        self._kept: list[Tensor] = []
+        self._structure: pytree.TreeSpec | None = None
+
+    def __len__(self) -> int:
+        """How many samples it holds."""
+        return min(self.added, self.capacity)
+
+    @quiet()
+    def add(self, *batch: Batch) -> None:
+        """Offer a minibatch, of which later samples have the smaller chance the more there were.
+
+        Args:
+            batch: such as inputs and targets, each a `Batch` of the same samples.
+
+        Raises:
+            SettingError: there are none, they differ in number, or in form from those before.
+        """
+        leaves, structure = leaves_of(batch, "Reservoir")
+        if self._structure is None:
+            self._structure = structure
+            self._kept = [leaf.new_zeros((self.capacity, *leaf.shape[1:])) for leaf in leaves]
+        elif [_form(leaf) for leaf in leaves] != [_form(room) for room in self._kept] or structure != self._structure:
+            raise SettingError(
+                f"Reservoir: was given {', '.join(map(_form, leaves))}, expected samples like those before, "
+                f"{', '.join(map(_form, self._kept))}"
+            )
+        count, device = len(leaves[0]), self.generator.device
+        number = self.added + torch.arange(1, count + 1, device=device)
+        chance = torch.rand(count, generator=self.generator, device=device, dtype=torch.float64)
+        place = reservoir_places(number, (chance * number).floor().long(), self.capacity)
+        last = last_on_place(place.clamp(max=self.capacity), self.capacity)
+        into = (last >= 0).nonzero().flatten()
+        for room, leaf in zip(self._kept, leaves):
+            room[into.to(room.device)] = take(leaf, last[into]).to(room.device)
+        self.added += count
+
+    @quiet()
+    def sample(self, count: int) -> Any:
+        """A minibatch of what is held, every sample with the same chance each time, in the form that was added.
+
+        Args:
+            count: how many; some may be the same.
+
+        Raises:
+            SettingError: nothing was added yet, or `count` is no count.
+        """
+        require_count("Reservoir: count", count)
+        if self._structure is None:
+            raise SettingError("Reservoir: sample() of an empty buffer: add to it first, or ask `if len(buffer)`")
+        rows = torch.randint(len(self), (count,), generator=self.generator, device=self.generator.device)
+        batch = pytree.tree_unflatten([take(room, rows) for room in self._kept], self._structure)
+        return batch[0] if len(batch) == 1 else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, how many were added, and the generator's state."""
+        held = None if self._structure is None else pytree.tree_unflatten(self._kept, self._structure)
+        return {"samples": held, "added": self.added, "generator": self.generator.get_state()}
+
+    @quiet()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            SettingError: it is of a buffer of another capacity.
+        """
+        check_state(state, ("samples", "added", "generator"), "Reservoir")
+        kept, structure = pytree.tree_flatten(state["samples"])
+        if state["samples"] is not None and len(kept[0]) != self.capacity:
+            raise SettingError(f"Reservoir: the state is of capacity {len(kept[0])}, this one's is {self.capacity}")
+        self.added = int(state["added"])
+        self._kept, self._structure = ([], None) if state["samples"] is None else ([x.clone() for x in kept], structure)
+        self.generator.set_state(state["generator"])
+
+
+def _form(leaf: Tensor) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')} [n{''.join(f', {size}' for size in leaf.shape[1:])}]"

@@ -1,0 +1,17 @@
+"""Pruning by size: which of the weights that are still free a task keeps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def largest_free(size: Tensor, free: Tensor, count: Tensor) -> Tensor:
+    """The `count` largest of the free entries, as a mask `[*L, P]`; of equal ones the first.
+
+    Args:
+        size: 0 or more, `[*L, P]`.
+        free: which entries may be chosen, `[*L, P]` bool.
+        count: how many, at most as many as are free, `[*L, 1]` int64.
+    """
+    order = size.masked_fill(~free, -1.0).argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(-1) < count
