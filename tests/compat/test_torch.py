@@ -970,11 +970,11 @@ def old_accuracy(method: str, seed: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("method", "bar"), [("ewc", 0.75), ("gem", 0.85), ("agem", 0.65), ("packnet", 0.93), ("replay", 0.88)]
+    ("method", "bar"), [("ewc", 0.7), ("gem", 0.85), ("agem", 0.66), ("packnet", 0.93), ("replay", 0.85)]
 )
 def test_old_tasks_are_kept_where_plain_training_forgets_them(method: str, bar: float) -> None:
-    assert sum(old_accuracy(method, seed) for seed in range(2)) / 2 > bar
+    assert sum(old_accuracy(method, seed) for seed in range(3)) / 3 > bar
 
 
 def test_plain_training_forgets() -> None:
-    assert sum(old_accuracy("plain", seed) for seed in range(2)) / 2 < 0.6
+    assert sum(old_accuracy("plain", seed) for seed in range(3)) / 3 < 0.62
