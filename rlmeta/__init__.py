@@ -89,7 +89,7 @@ _WHERE = {
 """Imported when first used: `import rlmeta` alone loads neither torch nor an environment."""
 
 _PACKAGES = ("agents", "supervised", "imitation", "rewards", "lifelong", "meta")
-"""Whose classes are `rlmeta.NAME`, too: a new algorithm is a file in one of them and a line in its `__init__`."""
+"""Whose classes are `rlmeta.NAME`, too: a new algorithm is a file in one of them and its name in the `__init__`."""
 
 _PARTS = (*_PACKAGES, "compat", "data", "envs", "functional", "learning", "nn")
 """The packages that are `rlmeta.NAME` without an import of their own."""

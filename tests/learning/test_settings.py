@@ -123,3 +123,8 @@ def test_choices_are_looked_at_before_a_run(tmp_path):
     with pytest.raises(SettingError, match="learning_rate_schedule is 'cosinus'"):
         train(PPO(learning_rate_schedule="cosinus"), "CartPole-v1", steps=8, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_number_that_no_float_can_hold_is_refused():
+    with pytest.raises(SettingError, match="learning_rate is 1000"):
+        PPO(learning_rate=10**400)
