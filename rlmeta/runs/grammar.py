@@ -21,7 +21,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, DecimalException
+from decimal import Decimal, DecimalException, localcontext
 from typing import Annotated, Any, TypeVar
 
 from rlmeta.envs import own_folders, trusted
@@ -82,8 +82,8 @@ def _exact(text: str) -> Decimal:
     """
     digits, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
     try:
-        value = Decimal(digits)
-        value = value.scaleb(round(math.log10(factor))) if value.is_finite() else value
+        with localcontext(prec=1_000):  # enough that the product is exact
+            value = Decimal(digits) * factor
     except DecimalException:
         raise ValueError(text) from None
     if value.is_nan():
