@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import inspect
 import itertools
-import math
 import sys
 import textwrap
 import tomllib
