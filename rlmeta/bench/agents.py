@@ -64,6 +64,7 @@ USAGE = """usage: rlmeta bench NAME [flags]
 
   agents      PPO on CartPole-v1 against Stable-Baselines3; --scale: against the number of learners
   checkout    training seconds of this checkout against another one's
+  engine      steps/s of each backend of recordings, and of none
   imitation   imitation and shaping; --speed: against the package imitation
   lifelong    lifelong methods on three streams; --speed: against loops and Avalanche
   meta        meta-learners on their families; --speed: against learn2learn
@@ -88,6 +89,10 @@ def main(arguments: Sequence[str]) -> int:
         from rlmeta.bench import checkout
 
         return checkout.main(tyro.cli(checkout.Checkout, prog="rlmeta bench checkout", args=flags))
+    if name == "engine":
+        from rlmeta.bench import engine
+
+        return engine.main(tyro.cli(engine.Engine, prog="rlmeta bench engine", args=flags))
     if name == "lifelong":
         from rlmeta.bench import lifelong
 
@@ -97,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return imitation.imitation(tyro.cli(imitation.Imitation, prog="rlmeta bench imitation", args=flags))
     if name != "agents":
-        raise unknown_name("benchmark", name, ["agents", "checkout", "imitation", "lifelong", "meta"])
+        raise unknown_name("benchmark", name, ["agents", "checkout", "engine", "imitation", "lifelong", "meta"])
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
     if options.steps < 1 or options.rounds < 1 or options.seeds < 1:
         raise SettingError("bench: steps, rounds and seeds are at least 1")

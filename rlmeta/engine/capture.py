@@ -126,6 +126,17 @@ class Capture:
             found = self._tried(name, key, partial(program, [*leaves, times]), in_turn)
         return found["carried"], found["row"]
 
+    def operations(self) -> dict[str, int]:
+        """How many operations are in the recordings that are in use, by the function's name; the largest of a name."""
+        counts: dict[str, int] = {}
+        for key, program in self._programs.items():
+            name: Any = key
+            while isinstance(name, tuple):
+                name = name[0]
+            if program is not None:
+                counts[name] = max(counts.get(name, 0), program.operations)
+        return counts
+
     def _ready(self, key: Hashable, calls: int) -> bool:
         self._calls[key] += calls
         return bool(self._backends) and self._calls[key] >= self._warm_up
@@ -137,6 +148,7 @@ class Capture:
             short, examples = without_idle(without_writes(tape)), tree.map(own_memory, inputs)
             builds = [partial(build, backend, short, examples, found) for backend in self._backends]
             self._programs[key] = _first_program(builds, found)
+            self._programs[key].operations = len(short.operations)  # type: ignore[union-attr]
         return found
 
     def _tried(self, name: Hashable, key: Hashable, work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
@@ -163,7 +175,9 @@ class Capture:
                 reason = _reason(error)
             try:
                 with _RECORDING:
+                    operations = program.operations
                     program = _first_program(program.others, program.outputs)
+                    program.operations = operations
             except Exception:
                 program = None
             self._programs[key] = program
@@ -235,8 +249,8 @@ class _Program:
         self._run, self._numbers = run, tree.rebuild(outputs, itertools.count())
         self.outputs, self.others = outputs, others
         """What the function gave, and how other backends make a program: kept until this one has been checked."""
-        self.checks = 0
-        """How often it gave what the function gave."""
+        self.checks = self.operations = 0
+        """How often it gave what the function gave; how many operations it has."""
 
     def __call__(self, given: Sequence[Any]) -> tree.Tree:
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):

@@ -1,0 +1,157 @@
+"""Backends of recordings: training steps/s of each and of none, `rlmeta bench engine`.
+
+PPO on CartPole-v1 with rl-zoo's settings, alone and with many learners, and a network of convolutions and norms on
+pictures; every side in a process of its own, the sides in turn, round after round; medians. Equal seeds give equal
+final weights on every backend, which is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from rlmeta.bench.seeds import table_seeds
+from rlmeta.engine.backends import BACKENDS, VARIABLE
+from rlmeta.envs.native import NativeEnv
+from rlmeta.errors import SettingError
+
+SIDES = (*(backend.name for backend in BACKENDS), "none")
+CASES = {"PPO, 1 learner": ("mlp", 1, 60_000), "PPO, 16 learners": ("mlp", 16, 60_000),
+         "convolutions and norms, 8 learners": ("pictures", 8, 4_000)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Steps/s of each backend of recordings, and of none."""
+
+    rounds: int = 3
+    """How often every side is measured; medians are printed."""
+    out: Path = Path("runs/results/engine.json")
+    """Where the figures go."""
+
+
+@dataclass(frozen=True)
+class Dot(NativeEnv):
+    """A dot in a picture of 8 x 8 that moves left or right; the right edge pays."""
+
+    max_episode_steps: int | None = 16
+    step_noise = 0
+
+    @property
+    def observation_space(self) -> gym.Space:
+        """Bytes."""
+        return gym.spaces.Box(0, 255, (1, 8, 8), np.uint8)
+
+    @property
+    def action_space(self) -> gym.Space:
+        """Left or right."""
+        return gym.spaces.Discrete(2)
+
+    def reset(self, noise: Tensor, physics: Any) -> dict[str, Tensor]:
+        """At the left edge."""
+        return {"cell": torch.zeros(noise.shape[:-1], dtype=torch.int64, device=noise.device)}
+
+    def step(self, state: Any, action: Tensor, noise: Tensor, physics: Any) -> tuple[Any, Tensor, Tensor]:
+        """Move."""
+        cell = (state["cell"] + 2 * action - 1).clamp(0, 7)
+        return {"cell": cell}, (cell == 7).float(), cell == 7
+
+    def observe(self, state: Any) -> Tensor:
+        """The picture."""
+        lit = state["cell"].unsqueeze(-1) == torch.arange(8, device=state["cell"].device)
+        return (255 * lit).to(torch.uint8)[..., None, None, :].expand(*lit.shape[:-1], 1, 8, 8).contiguous()
+
+
+class Scale(nn.Module):
+    """Bytes as numbers from 0 to 1."""
+
+    recordable = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x / 255."""
+        return x.float() / 255
+
+
+def pictures(space: gym.Space) -> nn.Module:
+    """Two convolutions with norms, and a linear layer."""
+    return nn.Sequential(
+        *(Scale(), nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(128, 32), nn.LayerNorm(32), nn.Tanh()),
+    )
+
+
+def work(case: str) -> dict[str, Any]:
+    """Train one side; steps/s of training alone, operations of the recordings, and what tells final weights apart."""
+    from rlmeta.agents import PPO
+    from rlmeta.api import train
+    from rlmeta.bench.agents import ZOO
+    from rlmeta.envs.task import task
+    from rlmeta.runs.experiment import Budget
+
+    network, learners, steps = CASES[case]
+    small = PPO(num_envs=8, num_steps=32, batch_size=64, num_epochs=4, network=pictures)
+    settings, problem = (ZOO, task("CartPole-v1")) if network == "mlp" else (small, task(Dot(), name="dot"))
+    budget = Budget(steps=steps, eval_every=10 * steps, final_episodes=4)
+    run = train(settings, problem, seeds=table_seeds(learners), budget=budget, threads=1)
+    weights = torch.cat([value.reshape(-1) for value in run.state["params"]["weights"].values()])
+    capture: Any = run.agent.capture  # type: ignore[attr-defined]
+    return {
+        "steps_per_second": run.env_steps * learners / run.seconds,
+        "operations": capture.operations() if capture else {},
+        "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
+    }
+
+
+def _side(case: str, backend: str) -> dict[str, Any]:
+    environment = {**os.environ, VARIABLE: backend, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-c",
+        f"import json; from rlmeta.bench import engine; print(json.dumps(engine.work({case!r})))",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SettingError(f"bench: {case} on {backend} failed: {done.stderr[-500:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main(options: Engine) -> int:
+    """Print and write the table; 1 where two backends end with other weights."""
+    if options.rounds < 1:
+        raise SettingError("bench: rounds is at least 1")
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {case: {side: [] for side in SIDES} for case in CASES}
+    for number in range(options.rounds):
+        for case, sides in results.items():
+            for side in SIDES if number % 2 == 0 else reversed(SIDES):
+                sides[side].append(_side(case, side))
+    table, rows = Table("case", *(f"{side} (steps/s)" for side in SIDES), "operations", box=None), list[dict[str, Any]]()
+    for case, sides in results.items():
+        rates = {side: statistics.median(one["steps_per_second"] for one in found) for side, found in sides.items()}
+        equal = len({one["weights"] for found in sides.values() for one in found}) == 1
+        operations: dict[str, int] = sides[SIDES[0]][0]["operations"]
+        rows.append({"case": case, "steps_per_second": rates, "equal_weights": equal, "operations": operations})
+        said = [f"{rate:,.0f} ({rate / rates['none']:.2f}x)" for rate in rates.values()]
+        table.add_row(case, *said, ", ".join(f"{name}: {count}" for name, count in operations.items()))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    Console(width=200).print(table)
+    unequal = [row["case"] for row in rows if not row["equal_weights"]]
+    if unequal:
+        print(f"other final weights on another backend: {', '.join(unequal)}")
+    return 1 if unequal else 0
