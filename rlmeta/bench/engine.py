@@ -140,7 +140,8 @@ def main(options: Engine) -> int:
         for case, sides in results.items():
             for side in SIDES if number % 2 == 0 else reversed(SIDES):
                 sides[side].append(_side(case, side))
-    table, rows = Table("case", *(f"{side} (steps/s)" for side in SIDES), "operations", box=None), list[dict[str, Any]]()
+    table = Table("case", *(f"{side} (steps/s)" for side in SIDES), "operations", box=None)
+    rows: list[dict[str, Any]] = []
     for case, sides in results.items():
         rates = {side: statistics.median(one["steps_per_second"] for one in found) for side, found in sides.items()}
         equal = len({one["weights"] for found in sides.values() for one in found}) == 1
