@@ -1,13 +1,46 @@
-"""README's shell commands run in their order, in a file of their own, so that two processes share README's tests."""
+"""The shell commands of README and docs/ run in their order, in a file of their own, beside the tests of Python blocks;
+those with a command that was measured can be asked for."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from tests.test_readme import blocks, run
+import pytest
+import tyro
+
+from rlmeta.bench.agents import USAGE, Agents
+from rlmeta.bench.checkout import Checkout
+from rlmeta.bench.imitation import Imitation
+from rlmeta.bench.lifelong import Lifelong
+from rlmeta.bench.meta import Meta
+from rlmeta.cli.plan import from_flags
+from tests.markdown import DOCUMENTS, ROOT, small_blocks
+from tests.test_readme import run
+
+BENCHMARKS = {"agents": Agents, "checkout": Checkout, "imitation": Imitation, "lifelong": Lifelong, "meta": Meta}
 
 
 def test_commands_run(tmp_path: Path) -> None:
-    (commands,) = blocks("sh")
-    for command in commands.splitlines():
+    blocks = [block for text in DOCUMENTS.values() for block in small_blocks(text, "sh")]
+    commands = list(dict.fromkeys(command for block in blocks for command in block.splitlines()))
+    assert len(commands) >= 11
+    for command in commands:
         run(command.split(), tmp_path)
+
+
+def test_what_is_said_to_train_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "envs")
+    texts = "\n".join(DOCUMENTS.values())
+    trained = set(re.findall(r"`rlmeta train (\w+) ([^- `][^ `]*)([^`;]*)", texts))
+    assert len(trained) >= 17
+    for agent, task, flags in trained:
+        from_flags(agent, task, flags.split())
+
+
+def test_what_is_said_to_measure_can_be_asked_for() -> None:
+    measured = set(re.findall(r"rlmeta bench (\w+)([^`]*)`", "\n".join(DOCUMENTS.values())))
+    assert {name for name, _ in measured} == set(BENCHMARKS)
+    for name, flags in measured:
+        tyro.cli(BENCHMARKS[name], args=flags.split())
+        assert f"\n  {name} " in USAGE
