@@ -1,4 +1,4 @@
-"""Markdown files, README and the pages of docs/: their sections, links, tables, and code blocks, run as readers would."""
+"""README and the pages of docs/: their sections, links, tables, and code blocks, which are run as readers would."""
 
 from __future__ import annotations
 

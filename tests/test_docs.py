@@ -1,4 +1,4 @@
-"""The pages of docs/: their Python runs, their settings exist, their figures are those of one table and of its files."""
+"""The pages of docs/: their Python runs, their settings exist, their figures are those of one table and its files."""
 
 from __future__ import annotations
 

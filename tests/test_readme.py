@@ -45,7 +45,7 @@ def test_links_lead_somewhere(document):
         if "://" in target:
             continue
         file = ((ROOT / document).parent / path).resolve() if path else ROOT / document
-        assert file.is_file(), target
+        assert file.exists(), target
         assert not anchor or anchor in anchors(file.read_text()), target
 
 
@@ -63,7 +63,7 @@ def test_what_is_where_is_there():
     rows = table_rows(sections(README)["What is where"])
     assert len(rows) > 10
     for folders, _, examples in (row.strip("|").split("|") for row in rows):
-        names = re.findall(r"`([\w/.]+)`", folders)
+        names = re.findall(r"`([\w.]+)/?`", folders)
         assert all((ROOT / "rlmeta" / name).exists() for name in names), folders
         for example in re.findall(r"`([\w/]+\.py)`", examples):
             assert any((ROOT / "rlmeta" / part / example).is_file() for part in [*names, ""]), example
