@@ -17,7 +17,7 @@ from rlmeta.runs.shipped import AGENTS
         ("CartPole-v9", ["CartPole-v0", "CartPole-v1"], ["CartPole-v1", "CartPole-v0"]),  # the newest first
         ("lunarlander", ["LunarLander-v3", "Lunar"], ["LunarLander-v3"]),
         ("boundary", ["boundaries", "train_id"], ["boundaries"]),
-        ("sac", ["a2c", "ppo"], []),
+        ("ddpg", ["a2c", "ppo"], []),
         ("trpo", ["ppo", "dqn"], []),
         ("tasks", ["streams"], []),
         ("moon", ["the-moon-lander"], ["the-moon-lander"]),
@@ -30,7 +30,7 @@ def test_only_what_is_really_near_is_suggested(name: str, known: list[str], expe
     assert nearest_names(name, known) == expected
 
 
-@pytest.mark.parametrize("name", ["sac", "td3", "trpo", "rainbow"])
+@pytest.mark.parametrize("name", ["ddpg", "impala", "trpo", "rainbow"])
 def test_an_agent_that_is_none_of_ours_is_told_which_there_are(name: str) -> None:
     said = str(unknown_name("agent", name, AGENTS))
     assert said == f"unknown agent {name!r}: expected one of {', '.join(sorted(AGENTS))}"

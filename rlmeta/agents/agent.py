@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import capture_for, check_network
+from rlmeta.agents.networks import check_network
 from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.world import World
@@ -81,14 +81,14 @@ class Agent:
     def __init__(
         self, settings: Any, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
-        check_network(settings, observation_space, rows=True)
+        recorded = check_network(settings, observation_space, rows=True)
         self.settings = settings
         self.observation_space, self.action_space = observation_space, action_space
         _warn_of_raw_units(settings, action_space)
         self.methods = tuple(methods)
         self.rewards: tuple[Reward, ...] = distinct(getattr(settings, "rewards", ()))
         self.pretrain: Callable[[State], State] | None = None
-        self.capture = capture_for(settings, observation_space)
+        self.capture = Capture() if recorded else None
 
     # ------------------------------------------------------------------ what an algorithm provides
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.data.spaces import to_tree
-from rlmeta.engine.capture import Capture
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import tree
 from rlmeta.functional.tree import Tree
@@ -253,7 +252,7 @@ def whitens(settings: Any) -> bool:
     return bool(getattr(settings, "normalise_observation", False))
 
 
-def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, key: Tensor | None = None) -> None:
+def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, key: Tensor | None = None) -> bool:
     """Refuse a user's network that is no function of its observations, before anything is trained or written.
 
     Args:
@@ -263,6 +262,9 @@ def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, ke
             statistics take those of the batch, whatever it is evaluated on.
         key: what the learner's training draws from, None if it has nothing.
 
+    Returns:
+        Whether the networks depend on tensors alone, so that it may be recorded (`nn.lifted.recordable`).
+
     Raises:
         SettingError: with the reason.
     """
@@ -270,9 +272,10 @@ def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, ke
     if network is None:
         if not whitens(settings):
             _warn_of_pictures(observation_space)
-        return
+        return True
     with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        module = copied(_own_module(network, observation_space))
+        own = _own_module(network, observation_space)
+        module = copied(own)
         whitened = whitens(settings)
         _features_of(module, observation_space, whitened)
         if not rows:
@@ -282,16 +285,7 @@ def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, ke
             check_block(lift(module, feature_axes(observation_space)), x, other, key=key)
         except SettingError as error:
             raise SettingError(f"network= ({type(module).__name__}) can't be trained: {error}") from None
-
-
-def capture_for(settings: Any, observation_space: gym.Space) -> Capture | None:
-    """What records a learner's steps; None for a user's network that may depend on more than tensors."""
-    network = getattr(settings, "network", None)
-    if network is None:
-        return Capture()
-    with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        module = _own_module(network, observation_space)
-    return Capture() if recordable(module) else None
+    return recordable(own)
 
 
 def _warn_of_pictures(space: gym.Space) -> None:

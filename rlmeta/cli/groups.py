@@ -82,6 +82,7 @@ def train(plan: Plan, label: str, folder: Path, inexact: bool = False, header: s
         out=where,
         device=plan.options.device,
         threads=plan.options.threads,
+        init=plan.options.init or None,
     )
     for line in filter(None, (header, label if not quiet else "")):
         say(line)

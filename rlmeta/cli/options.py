@@ -27,6 +27,9 @@ class Options:
     """The folder of the run; runs/AGENT-TASK-N, with the first free N, unless given."""
     preset: str = "auto"
     """A preset's file or name, the task whose settings to take, none, or auto for the task's own."""
+    init: str = ""
+    """The folder of a run whose weights and running statistics the learners begin with: each with its counterpart's
+    where there are as many, else all with the best's."""
     async_: bool = False
     """Divide gymnasium's environments over worker processes."""
     worker_timeout: float = WORKER_TIMEOUT

@@ -13,14 +13,14 @@ import dataclasses
 import importlib
 import inspect
 import itertools
-import math
+import sys
 import textwrap
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, DecimalException, localcontext
 from typing import Annotated, Any, TypeVar
 
 from rlmeta.envs import own_folders, trusted
@@ -58,26 +58,36 @@ def number(text: str) -> float:
     Raises:
         ValueError: it is none.
     """
-    digits, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
-    try:
-        value = float(Decimal(digits) * factor)
-    except InvalidOperation:
-        raise ValueError(text) from None
-    if math.isnan(value):
-        raise ValueError(text)
-    return value
+    return float(_exact(text))
 
 
 def whole(text: str) -> int:
-    """A whole number: 32, 100k, 1e6.
+    """A whole number: 32, 100k, 1e6; exact whatever its size.
 
     Raises:
         ValueError: it is none.
     """
-    value = number(text)
-    if math.isinf(value) or value != int(value):
+    value = _exact(text)
+    if not value.is_finite() or value.adjusted() > sys.float_info.max_10_exp or value != value.to_integral_value():
         raise ValueError(text)
     return int(value)
+
+
+def _exact(text: str) -> Decimal:
+    """The number that a text stands for.
+
+    Raises:
+        ValueError: it is none.
+    """
+    digits, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
+    try:
+        with localcontext(prec=1_000):  # enough that the product is exact
+            value = Decimal(digits) * factor
+    except DecimalException:
+        raise ValueError(text) from None
+    if value.is_nan():
+        raise ValueError(text)
+    return value
 
 
 def load_object(text: str) -> Any:

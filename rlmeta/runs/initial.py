@@ -55,6 +55,7 @@ def take_weights(run: Run, source: Run) -> None:
     normalisers = dict(p["normalisers"])
     if "observation" in normalisers:
         normalisers["observation"] = tree.map(lambda value: value[rows].clone(), taken["normalisers"]["observation"])
+    run.begun_from = str(source.folder or "a run in memory")
     packed = Packed.of(weights, run.state["key"].dim())
     run.state["params"] = {**p, "weights": packed, "buffers": buffers, "normalisers": normalisers}
 

@@ -56,6 +56,7 @@ class Run:
         id: what it is told apart by.
         config_digest: the sha256 of its `config.toml`, once that is written.
         held: the lock on its folder, while this process writes it.
+        begun_from: the folder of the run whose weights it began with, or ''.
         extended_to: the steps it is trained for where it was given more than config.toml says, else 0.
     """
 
@@ -80,6 +81,7 @@ class Run:
         self.stopped = ""
         self.offsets: dict[str, Mark] = {}
         self.extended_to = 0
+        self.begun_from = ""
         self._actions = 0
 
     @property
@@ -317,7 +319,8 @@ class Run:
         if self.folder is not None and self.held is not None:
             run_folder.clear(self.folder)
             self.held.sign(self.id)
-            self.config_digest = run_folder.write_config(self.folder, {"run": self.id, **self.experiment.config()})
+            about = {"run": self.id} | ({"init": self.begun_from} if self.begun_from else {})
+            self.config_digest = run_folder.write_config(self.folder, {**about, **self.experiment.config()})
 
     def save(self, about: dict[str, Any]) -> None:
         """Write the state into the folder, atomically.

@@ -11,8 +11,9 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import build_body, capture_for, check_network
+from rlmeta.agents.networks import build_body, check_network
 from rlmeta.data.samples import EVERYTHING, DataWorld
+from rlmeta.engine.capture import Capture
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.schedules import ScheduleName, anneal
@@ -100,12 +101,13 @@ class Supervised:
     def __init__(
         self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
-        check_network(settings, observation_space, rows=False, key=torch.zeros((), dtype=torch.int64, device="cpu"))
+        key = torch.zeros((), dtype=torch.int64, device="cpu")
+        recorded = check_network(settings, observation_space, rows=False, key=key)
         self.settings = settings
         self.observation_space, self.target_space = observation_space, target_space
         self.methods = tuple(methods)
         self.steps_per_iteration: int = settings.num_steps
-        self.capture = capture_for(settings, observation_space)
+        self.capture = Capture() if recorded else None
         self.net: Any = bare(self.networks)["net"]
         self._draws = any(isinstance(m, Block) and m.may_draw() for m in self.net.modules())
 

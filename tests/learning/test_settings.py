@@ -126,5 +126,5 @@ def test_choices_are_looked_at_before_a_run(tmp_path):
 
 
 def test_a_whole_number_that_no_float_can_hold_is_refused():
-    with pytest.raises(SettingError, match="learning_rate is 1000"):
+    with pytest.raises(SettingError, match="learning_rate is a int, expected a number"):
         PPO(learning_rate=10**400)

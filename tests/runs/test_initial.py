@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rlmeta as rl
+from rlmeta.cli.main import main
 from rlmeta.errors import SettingError
 
 SMALL = rl.PPO(num_envs=2, num_steps=16, batch_size=32, num_epochs=1, hidden_sizes=(8,))
@@ -91,3 +92,18 @@ def test_the_budgets_fields_are_arguments():
     assert (run.experiment.budget.log_points, run.experiment.budget.final_episodes) == (3, 2)
     with pytest.raises(SettingError, match="eval_every, budget say the same twice"):
         rl.train(SMALL, "CartPole-v1", eval_every=10, budget=rl.Budget(steps=64))
+
+
+def test_the_command_begins_with_a_runs_weights(tmp_path, capsys):
+    source = train(out=tmp_path / "source")
+    small = "--num-envs 2 --num-steps 16 --batch-size 32 --hidden-sizes 8 --final-episodes 2 --preset none"
+    slow = "--learning-rate 1e-30 --learning-rate-schedule constant --steps 32 --quiet"
+    command = ["train", "ppo", "CartPole-v1", *small.split(), *slow.split(), "--init"]
+    assert main([*command, str(tmp_path / "source"), "--out", str(tmp_path / "run")]) == 0
+    begun = rl.load(tmp_path / "run")
+    for name, value in begun.state["params"]["weights"].items():
+        torch.testing.assert_close(value, source.state["params"]["weights"][name])
+    assert f'init = "{tmp_path / "source"}"' in (tmp_path / "run" / "config.toml").read_text()
+    assert main([*command, str(tmp_path / "nowhere"), "--out", str(tmp_path / "other")]) != 0
+    assert "nowhere is not the folder of a run" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -30,7 +30,11 @@ class OfBytes:
         return b"run"
 
 
-@pytest.mark.parametrize("out", ["a\0b", Path("a\0b"), OfBytes(), b"run", 5], ids=repr)
+@pytest.mark.parametrize(
+    "out",
+    ["a\0b", Path("a\0b"), OfBytes(), b"run", 5],
+    ids=["NUL", "NUL in a Path", "bytes of a Path", "bytes", "number"],
+)
 def test_what_names_no_folder_is_refused(out: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingError, match=r"^out is .*, expected the folder of the run"):
