@@ -1,4 +1,4 @@
-"""Every code block of the README runs, with smaller budgets."""
+"""README is short, its Python runs, and what it says and links to is there."""
 
 from __future__ import annotations
 
@@ -10,44 +10,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import tyro
 
-from rlmeta.bench.agents import USAGE, Agents
-from rlmeta.bench.imitation import Imitation
-from rlmeta.bench.lifelong import Lifelong
-from rlmeta.bench.meta import Meta
-from rlmeta.cli.plan import from_flags
-from rlmeta.engine.capture import WARM_UP
-from tests.markdown import ROOT, code_blocks
+from rlmeta.agents import ALL as AGENTS
+from rlmeta.imitation import ALL as IMITATORS
+from rlmeta.lifelong import ALL as METHODS
+from rlmeta.meta import ALL as META_LEARNERS
+from rlmeta.supervised import ALL as SUPERVISED
+from tests.markdown import DOCUMENTS, ROOT, anchors, links, sections, small_blocks, table_rows
 
-README = (ROOT / "README.md").read_text()
-SMALLER = {
-    "steps=100_000": "steps=2_048",
-    "steps=20_480": "steps=2_048",
-    "steps=8_192": "steps=1_024",
-    "steps=20_000": "steps=500",
-    "steps=320_000": "steps=1_280",
-    "steps=3_200": "steps=320",
-    "seeds=16": "seeds=2",
-    "seeds=8": "seeds=2",
-    "--steps 100k": "--steps 2k",
-    "--seeds 16": "--seeds 2",
-    "--seeds 8": "--seeds 2 --steps 2k",
-    "--episodes 256": "--episodes 4",
-}
-
-
-def blocks(language: str) -> list[str]:
-    found = code_blocks(README, language)
-    for long, short in SMALLER.items():
-        found = [block.replace(long, short) for block in found]
-    return found
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One working folder for all blocks: a later one reads what an earlier one wrote."""
-    return tmp_path_factory.mktemp("readme")
+README = DOCUMENTS["README.md"]
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -56,28 +27,51 @@ def run(command: list[str], folder: Path) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
-def test_python_blocks_run(folder):
-    assert len(blocks("python")) >= 5
-    for block in blocks("python"):
-        run([sys.executable, "-c", block], folder)
+def test_python_blocks_run(tmp_path):
+    assert small_blocks(README, "python")
+    for block in small_blocks(README, "python"):
+        run([sys.executable, "-c", block], tmp_path)
 
 
-def test_what_is_said_to_train_or_measure_can_be_asked_for(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "envs")
-    trained = re.findall(r"`rlmeta train (\w+) ([^- `][^ `]*)([^`;]*)", README)
-    assert len(trained) >= 15
-    for agent, task, flags in trained:
-        from_flags(agent, task, flags.split())
-    options = {"agents": Agents, "imitation": Imitation, "lifelong": Lifelong, "meta": Meta}
-    measured = re.findall(r"rlmeta bench (\w+)([^`]*)`", README)
-    assert {name for name, _ in measured} == set(options)
-    for name, flags in measured:
-        tyro.cli(options[name], args=flags.split())
-        assert f"\n  {name} " in USAGE
+def test_it_has_under_1500_words():
+    assert len(README.split()) < 1500
 
 
-def test_the_numbers_and_extras_it_names_are_those_of_the_package():
-    assert f"after {WARM_UP} calls their operations are" in README
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md", "CONTRIBUTING.md", "runs/README.md"])
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    for target in links(text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = ((ROOT / document).parent / path).resolve() if path else ROOT / document
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def test_every_algorithm_is_linked_to_its_file_and_its_page():
+    linked = set(links(sections(README)["Algorithms"]))
+    pages = {name: text for name, text in DOCUMENTS.items() if name.startswith("docs/algorithms/")}
+    assert pages.keys() <= linked
+    for settings in [*AGENTS, *IMITATORS, *META_LEARNERS, *SUPERVISED, *METHODS]:
+        file = f"{settings.__module__.replace('.', '/')}.py"
+        assert file in linked
+        assert any(f"../../{file}" in links(text) for text in pages.values()), file
+
+
+def test_what_is_where_is_there():
+    rows = table_rows(sections(README)["What is where"])
+    assert len(rows) > 10
+    for folders, _, examples in (row.strip("|").split("|") for row in rows):
+        names = re.findall(r"`([\w.]+)/?`", folders)
+        assert all((ROOT / "rlmeta" / name).exists() for name in names), folders
+        for example in re.findall(r"`([\w/]+\.py)`", examples):
+            assert any((ROOT / "rlmeta" / part / example).is_file() for part in [*names, ""]), example
+    packages = {path.parent.name for path in (ROOT / "rlmeta").glob("*/__init__.py")}
+    assert packages == set(re.findall(r"`(\w+)/`", "".join(row.split("|")[1] for row in rows)))
+
+
+def test_the_extras_it_names_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     said = README[README.index('".[all]"') : README.index("and `bench`.") + 12]
     assert {*re.findall(r"`(\w+)`", said), "all", "dev"} == set(project["optional-dependencies"])

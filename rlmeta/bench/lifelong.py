@@ -99,7 +99,7 @@ ROTATIONS = (
     Row("A-GEM", replace(PAPER, learning_rate=0.1), (AGEM(memory=256, batch_size=256),)),
     Row("GEM", replace(PAPER, learning_rate=0.1), (GEM(memory=256, margin=0.5),)),
 )
-"""Rates as the paper's for GEM and EWC; single's and EWC's strength are the best of a few, see README."""
+"""Rates as the paper's for GEM and EWC; single's and EWC's strength are the best of a few, see docs/measurements.md."""
 
 
 def rotations(options: Lifelong) -> None:
