@@ -210,27 +210,29 @@ def test_programs_begin_as_the_packages_agent_does(name):
             assert torch.equal(weight, weights[f"{source}.{part.split('.', 1)[1]}"]), part
 
 
+LIGHTER = {"LEARNING_STARTS": 200, "BATCH_SIZE": 64, "GRADIENT_STEPS": 8}
+
+
 @pytest.mark.parametrize(
     ("name", "task", "steps", "changes", "bar"),
     [
-        ("ppo", "CartPole-v1", 8_000, {}, 60.0),
-        ("a2c", "CartPole-v1", 20_000, {}, 60.0),
-        ("reinforce", "CartPole-v1", 60_000, {}, 60.0),
-        ("dqn", "CartPole-v1", 6_000, {}, 60.0),
-        ("sac", "Navigation-v0", 1_600, {"LEARNING_STARTS": 400}, -25.0),
-        ("td3", "Navigation-v0", 1_600, {"LEARNING_STARTS": 400}, -25.0),
+        ("ppo", "CartPole-v1", 8_000, {}, 110.0),  # untrained about 50, falling at once 9
+        ("a2c", "CartPole-v1", 20_000, {}, 110.0),
+        ("reinforce", "CartPole-v1", 40_000, {}, 110.0),
+        ("dqn", "CartPole-v1", 4_000, {"LEARNING_STARTS": 500, "GRADIENT_STEPS": 8}, 40.0),  # at random about 22
+        ("sac", "Navigation-v0", 1_200, LIGHTER, -30.0),  # who stays where he is gets -42
+        ("td3", "Navigation-v0", 1_200, LIGHTER, -30.0),
     ],
 )
 def test_programs_learn(name, task, steps, changes, bar, monkeypatch):
     program = load(name)
     for constant, value in changes.items():
         monkeypatch.setattr(program, constant, value)
-    world, key = rl.task(task).world((2,), 16), random.make_keys([100, 101])
-    before = program.evaluate(*program.train(task, seeds=2, steps=0), world, key)
-    after = program.evaluate(*program.train(task, seeds=2, steps=steps), world, key)
-    print(name, before, after)
-    assert bool((before < bar).all()), before
-    assert bool((after > bar).all()), after
+    world, key = rl.task(task).world((4,), 16), random.make_keys(range(100, 104))
+    before = program.evaluate(*program.train(task, seeds=4, steps=0), world, key)
+    after = program.evaluate(*program.train(task, seeds=4, steps=steps), world, key)
+    assert before.mean() < bar, before
+    assert after.mean() > bar, after
 
 
 @pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
