@@ -33,7 +33,8 @@ ON_POLICY, OFF_POLICY = ("ppo", "a2c", "reinforce"), ("dqn", "sac", "td3")
 LEARNERS = 3
 SMALLER = {"hidden_sizes": (16, 16), "num_envs": 3, "max_grad_norm": 0.1}
 CHANGES: dict[str, dict[str, Any]] = {
-    "ppo": {**SMALLER, "num_steps": 16, "num_epochs": 2, "batch_size": 12, "entropy_coefficient": 0.02},
+    "ppo": {**SMALLER, "num_steps": 16, "num_epochs": 2, "batch_size": 12, "entropy_coefficient": 0.02}
+    | {"learning_rate": 3e-3, "clip_range": 0.02},
     "a2c": {**SMALLER, "num_steps": 9, "gae_lambda": 0.9, "entropy_coefficient": 0.02},
     "reinforce": {**SMALLER, "num_steps": 20, "entropy_coefficient": 0.02},
     "dqn": {**SMALLER, "num_steps": 12, "capacity": 600, "learning_starts": 40, "gradient_steps": 5, "batch_size": 20}
