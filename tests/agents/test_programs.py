@@ -224,6 +224,19 @@ def test_a_whole_run_is_the_packages(name, in_float64, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
+def test_evaluations_are_the_packages(name, in_float64, monkeypatch):
+    x = both(name, TASKS[name], monkeypatch)
+    p, key = x.state["params"], random.make_keys(range(100, 100 + LEARNERS))
+    p["buffers"] = {part: -copy for part, copy in p["buffers"].items()}  # so that copies differ from what they follow
+    weights = programs_names({**p["weights"], **p["buffers"]})
+    networks = x.program.make_network(x.world) if name == "dqn" else x.program.make_networks(x.world)
+    world = rl.task(TASKS[name]).world((LEARNERS,), 5)
+    mine = x.program.evaluate(networks, weights if name in ON_POLICY else by_network(weights), world, key)
+    packages = x.agent.evaluate(p, world, key, 5).returns.mean(-1)
+    torch.testing.assert_close(mine.double(), packages, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
 def test_programs_begin_as_the_packages_agent_does(name):
     """With its settings for the task, and weights of the same spread."""
     program, settings = load(name), rl.preset(name, TASKS[name])
