@@ -1,57 +1,129 @@
-"""REINFORCE with its loop in sight: act, credit, learn.
+"""REINFORCE (Williams, 1992) with a learned baseline: act, credit, learn, many seeds at once.
 
-The same as `rl.train(rl.preset("reinforce", task), task)`, bit for bit.
+With the return from there on, G_t = r_t + gamma r_t+1 + gamma^2 r_t+2 + ..., which the value V of the last state ends
+where an episode is not over, and the credit C = G - V(s) brought to mean 0 and deviation 1 within the rollout, every
+rollout is one step of Adam down the gradient of
+
+    -E[log pi(a|s) C] + c_v E[(V(s) - G)^2] - c_h E[entropy(pi(.|s))]
 
 python agents/reinforce.py --task CartPole-v1 --seeds 8 --steps 500000
+
+Learners are an axis: every tensor, weights too, is `[S, ...]` for S seeds. A rollout is `[S, T, N, ...]`, T steps of N
+environments. The settings are those of agents/reinforce.toml for CartPole.
 """
 
 import math
 
 import torch
 import tyro
+from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.functional import optim, random
-from rlmeta.learning.collect import collect
-from rlmeta.learning.evaluate import evaluate
-from rlmeta.learning.minibatch import flatten_time
-from rlmeta.learning.settings import hyper_tensors
-from rlmeta.learning.step import step
+from rlmeta.envs.world import State, World
+from rlmeta.functional import losses, optim, random, returns, tree
+from rlmeta.nn import MLP, Block, Context, Encoder, Sequential, ValueHead, head_for, stack
+
+NUM_ENVS, NUM_STEPS = 8, 128  # environments of each seed, steps in each between updates
+LEARNING_RATE = 3e-3  # falls to 0 in a straight line
+GAMMA = 0.99
+VALUE_COEFFICIENT, ENTROPY_COEFFICIENT = 0.5, 0.0  # c_v, c_h
+MAX_GRAD_NORM = 1.0  # of each seed's gradient
+HIDDEN_SIZES = (64, 64)
 
 
-def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 500_000) -> dict:
-    """Train `seeds` learners at once; returns their state."""
-    settings = rl.preset("reinforce", task)
-    world = rl.task(task).world((seeds,), settings.num_envs)
-    agent = settings.bind(world.observation_space, world.action_space)
-    state = agent.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
-    iterations = math.ceil(steps / (settings.num_envs * settings.num_steps))
+def make_networks(world: World) -> dict[str, Block]:
+    """The policy, whose head (also by itself) knows the distribution over actions, and the value of a state."""
+    encoder, features = Encoder(world.observation_space), HIDDEN_SIZES[-1]
+    head = head_for(world.action_space, features)
+    return {
+        "policy": Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES, activation="tanh"), head),
+        "value": Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES, activation="tanh"), ValueHead(features)),
+        "head": head,
+    }
 
+
+def run(networks: dict, name: str, weights: dict, x: tree.Tree) -> tree.Tree:
+    """What a network gives for `x` `[S, ..., D]`: each seed's rows go through its own weights."""
+    return networks[name].run(weights, x, Context(), f"{name}.")
+
+
+@torch.no_grad()
+def act(networks: dict, weights: dict, world: World, state: State, key: Tensor, first: int) -> tuple[State, dict]:
+    """A rollout of the policy; step t of the whole run draws its actions from the key folded with t."""
+    rows = []
+    for t in range(first, first + NUM_STEPS):
+        observation = world.observation(state)
+        action = networks["head"].sample(run(networks, "policy", weights, observation), random.fold(key, t))
+        state, transition = world.step(state, action)
+        rows.append({**transition._asdict(), "observation": observation, "action": action})
+    return state, tree.map(lambda *steps: torch.stack(steps, 1), *rows)
+
+
+@torch.no_grad()
+def credit(networks: dict, weights: dict, rollout: dict) -> dict:
+    """What the loss needs of every step `[S, T, N]`."""
+    next_value = run(networks, "value", weights, rollout["next_observation"])
+    discount = GAMMA * ~rollout["terminated"]  # a truncated episode goes on in its value
+    cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
+    kept = {name: rollout[name] for name in ("observation", "action", "valid")}
+    return {**kept, "return": returns.monte_carlo_return(rollout["reward"], discount, next_value, cut)}
+
+
+def loss(networks: dict, weights: dict, batch: dict) -> Tensor:
+    """Each seed's loss `[S]` of a batch `[S, B, ...]`."""
+    head, valid = networks["head"], batch["valid"]
+    distribution = run(networks, "policy", weights, batch["observation"])
+    value = run(networks, "value", weights, batch["observation"])
+    centred = losses.normalise_advantage(batch["return"] - value.detach(), valid)
+    policy_loss = losses.policy_gradient_loss(head.log_prob(distribution, batch["action"]), centred, valid)
+    value_loss = losses.value_loss(value, batch["return"], valid)
+    entropy_loss = losses.entropy_loss(head.entropy(distribution), valid)
+    return policy_loss + VALUE_COEFFICIENT * value_loss + ENTROPY_COEFFICIENT * entropy_loss
+
+
+def update(networks: dict, weights: dict, moments: dict, rollout: dict, progress: float) -> tuple[dict, dict]:
+    """New weights, and Adam's moments of them, after one step along the gradient of a whole rollout."""
+    batch = tree.map(lambda x: x.flatten(1, 2), credit(networks, weights, rollout))
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    total = loss(networks, leaves, batch).sum()  # seeds share no weight, so each gets the gradient of its own loss
+    gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
+    gradients, _ = optim.clip_by_norm(gradients, MAX_GRAD_NORM, learner_axes=1)
+    optimizer = optim.adam(LEARNING_RATE * (1 - progress))
+    changes, moments = optimizer.update(gradients, moments, weights)
+    return optim.apply_updates(weights, changes), moments
+
+
+def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 500_000) -> tuple[dict, dict]:
+    """The networks, and the weights of `seeds` learners after so many steps each."""
+    world, key = rl.task(task).world((seeds,), NUM_ENVS), random.make_keys(range(seeds))
+    networks = make_networks(world)  # only their form counts, the seeds' weights are these
+    weights = stack(lambda: torch.nn.ModuleDict(make_networks(world)), random.fold(key, "initialisation"))
+    moments = optim.adam().init(weights, key.shape)
+    state = world.reset(random.fold(key, "world"))
+    iterations = math.ceil(steps / (NUM_ENVS * NUM_STEPS))
     for i in range(iterations):
-        state["progress"] = torch.full_like(state["progress"], i / iterations)
-        p = state["params"]
+        state, rollout = act(networks, weights, world, state, key, i * NUM_STEPS)
+        weights, moments = update(networks, weights, moments, rollout, i / iterations)
+    return networks, weights
 
-        # act
-        state, rollout = collect(agent, state, world, settings.num_steps)
 
-        # credit
-        rewards = {"task": agent.scale_reward(state, rollout, rollout["reward"])}
-        batch = flatten_time(agent.credit(p, rollout, rewards), 1)
-
-        # learn
-        rate = agent.annealed(state)
-        optimizer = optim.adam(rate)
-        state, _ = step(agent, state, batch, optimizer, max_grad_norm=p["hyper"]["max_grad_norm"])
-        state = agent.end_iteration(state, rollout)
-    return state
+@torch.no_grad()
+def evaluate(networks: dict, weights: dict, world: World, key: Tensor) -> Tensor:
+    """Each seed's mean return `[S]` over one episode in every environment, by the most probable actions."""
+    state, total, playing = world.reset(key), torch.zeros(()), torch.ones((), dtype=torch.bool)
+    while playing.any():
+        action = networks["head"].mode(run(networks, "policy", weights, world.observation(state)))
+        state, transition = world.step(state, action)
+        total = total + transition.reward * playing
+        playing = playing & ~(transition.terminated | transition.truncated)
+    return total.mean(-1)
 
 
 def main(task: str = "CartPole-v1", seeds: int = 8, steps: int = 500_000) -> None:
-    """Train, evaluate the final parameters, print every seed's mean return."""
-    state = train(task, seeds, steps)
-    world = rl.task(task).world((seeds,), 64)
-    agent = rl.preset("reinforce", task).bind(world.observation_space, world.action_space)
-    print(evaluate(agent, state["params"], world, state["key"], 64).returns.mean(-1))
+    """Train, then print every seed's mean return over 64 new episodes."""
+    networks, weights = train(task, seeds, steps)
+    key = random.fold(random.make_keys(range(seeds)), "evaluation")
+    print(evaluate(networks, weights, rl.task(task).world((seeds,), 64), key))
 
 
 if __name__ == "__main__":

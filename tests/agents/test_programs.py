@@ -1,48 +1,306 @@
-"""The runnable programs in agents/, loop in sight, are `rl.train` bit for bit."""
+"""The programs in agents/, each a whole algorithm on a page: they do the package's maths, and they learn.
+
+Those of reinforcement learning hold the algorithm themselves, so from the same weights, data and keys their parameters
+are the package's to the last digits of float64; the others are `rl.train` bit for bit.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import tyro
 
 import rlmeta as rl
-from rlmeta.functional import tree
+from rlmeta.functional import random, tree
+from rlmeta.functional.packed import Packed
+from rlmeta.learning import off_policy, replay
+from rlmeta.learning.collect import collect
+from rlmeta.learning.settings import per_learner_names
+from rlmeta.nn import Encoder
 from rlmeta.runs.shipped import AGENTS
 
 PROGRAMS = Path(__file__).parents[2] / "agents"
+ON_POLICY, OFF_POLICY = ("ppo", "a2c", "reinforce"), ("dqn", "sac", "td3")
+LEARNERS = 3
+SMALLER = {"hidden_sizes": (16, 16), "num_envs": 3, "max_grad_norm": 0.1}
+CHANGES: dict[str, dict[str, Any]] = {
+    "ppo": {**SMALLER, "num_steps": 16, "num_epochs": 2, "batch_size": 12, "entropy_coefficient": 0.02}
+    | {"learning_rate": 3e-3, "clip_range": 0.02},
+    "a2c": {**SMALLER, "num_steps": 9, "gae_lambda": 0.9, "entropy_coefficient": 0.02},
+    "reinforce": {**SMALLER, "num_steps": 20, "entropy_coefficient": 0.02},
+    "dqn": {**SMALLER, "num_steps": 12, "capacity": 600, "learning_starts": 40, "gradient_steps": 5, "batch_size": 20}
+    | {"huber_delta": 0.3, "target_every": 2, "target_rate": 0.3, "average_rate": 0.2},
+    "sac": {"hidden_sizes": (16, 16), "num_envs": 3, "num_steps": 12, "capacity": 600, "learning_starts": 40}
+    | {
+        "gradient_steps": 4,
+        "batch_size": 20,
+        "initial_temperature": math.exp(-0.5),
+        "target_entropy": -0.7,
+        "critics": 3,
+    }
+    | {"actor_learning_rate": 2e-3, "critic_learning_rate": 3e-3, "temperature_learning_rate": 4e-3},
+    "td3": {"hidden_sizes": (16, 16), "num_envs": 3, "num_steps": 12, "capacity": 600, "learning_starts": 40}
+    | {"gradient_steps": 6, "policy_delay": 3, "batch_size": 20, "critics": 3, "exploration_noise": 0.5}
+    | {
+        "target_noise": 0.25,
+        "target_noise_clip": 0.125,
+        "actor_learning_rate": 2e-3,
+        "critic_learning_rate": 3e-3,
+        "target_rate": 0.1,
+    },
+}
+"""Settings that tell every part of an algorithm from its default. Random numbers of float32
+are multiplied by powers of two, so that products are the same in float64; the first iteration's 36 transitions are too
+few to learn from."""
+TASKS = {**dict.fromkeys(ON_POLICY, "CartPole-v1"), "dqn": "CartPole-v1", "sac": "Pendulum-v1", "td3": "Pendulum-v1"}
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Whatever has no type of its own is float64, observations too."""
+    monkeypatch.setattr("rlmeta.agents.networks.Encoder", partial(Encoder, dtype=torch.float64))
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def settings_of(program: ModuleType, name: str) -> dict[str, Any]:
+    """A program's constants that are settings of the package's agent, by the names that those have."""
+    known = [field.name for field in fields(rl.preset(name, TASKS[name]))]
+    return {setting: getattr(program, setting.upper()) for setting in known if hasattr(program, setting.upper())}
+
+
+def programs_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the package's networks under the names that they have in the programs."""
+    shorter = (("member.joint.", "member.0."), ("member.head.", "member.1."), ("body.", ""), ("head.", "2."))
+    named = {}
+    for name, tensor in tensors.items():
+        for long, short in shorter:
+            name = name.replace(long, short)
+        named[name] = tensor
+    return named
+
+
+def by_network(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """`{"q.linear.weight": ...}` as `{"q": {"linear.weight": ...}}`."""
+    networks: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        network, own = name.split(".", 1)
+        networks.setdefault(network, {})[own] = tensor
+    return networks
+
+
+def flat(networks: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The inverse of `by_network`."""
+    return {f"{network}.{part}": tensor for network, own in networks.items() for part, tensor in own.items()}
+
+
+def both(name: str, task: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A program and the package's agent with the same settings, weights, keys and worlds, in float64."""
+    program = load(name)
+    monkeypatch.setattr(program, "Encoder", partial(Encoder, dtype=torch.float64))
+    for setting, value in CHANGES[name].items():
+        if hasattr(program, setting.upper()):
+            monkeypatch.setattr(program, setting.upper(), value)
+    settings = replace(rl.preset(name, TASKS[name]), **{**CHANGES[name], **settings_of(program, name)})
+    world = rl.task(task).world((LEARNERS,), settings.num_envs)
+    agent = settings.bind(world.observation_space, world.action_space)
+    hyper = {h: torch.full((LEARNERS,), float(getattr(settings, h))) for h in per_learner_names(type(settings))}
+    key = random.make_keys(range(LEARNERS))
+    state = agent.init(key, hyper, world)
+    p = state["params"]
+    double = partial(tree.map, lambda x: x.double() if x.is_floating_point() else x)
+    p["weights"], p["buffers"] = Packed.of(double(dict(p["weights"])), 1), double(p["buffers"])
+    state["optimizer"] = double(state["optimizer"])
+    weights = tree.map(torch.clone, programs_names({**p["weights"], **p["buffers"]}))
+    return SimpleNamespace(
+        program=program, settings=settings, agent=agent, world=world, key=key, state=state, weights=weights
+    )
+
+
+def eventful(rollout: dict[str, Any], number: int) -> dict[str, Any]:
+    """A rollout `[S, T, N, ...]` in which episodes end, are cut, and steps were none."""
+    del rollout["first_memory"]
+    generator = torch.Generator().manual_seed(number)
+    drawn = torch.rand((3, *rollout["reward"].shape), generator=generator)
+    return {**rollout, "terminated": drawn[0] < 0.1, "truncated": drawn[1] < 0.1, "valid": drawn[2] > 0.1}
+
+
+def assert_same_rollout(mine: dict[str, Any], packages: dict[str, Any]) -> None:
+    for name in ("observation", "next_observation", "action", "reward", "terminated", "truncated", "valid"):
+        torch.testing.assert_close(mine[name], packages[name], rtol=0, atol=1e-6, check_dtype=False, msg=name)
+
+
+def assert_same_weights(mine: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    packages = programs_names({**state["params"]["weights"], **state["params"]["buffers"]})
+    assert mine.keys() == packages.keys()
+    for name, weight in mine.items():
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(weight, packages[name], rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("task", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_updates_from_rollouts_are_the_packages(name, task, in_float64, monkeypatch):
+    x = both(name, task, monkeypatch)
+    program, state, weights, first = x.program, x.state, x.weights, x.weights
+    networks, moments = program.make_networks(x.world), program.optim.adam().init(weights, (LEARNERS,))
+    if name == "a2c":
+        moments = program.optim.rmsprop().init(weights, (LEARNERS,))
+    world_state = x.world.reset(random.fold(x.key, "world"))
+    for i in range(3):
+        state["progress"] = torch.full_like(state["progress"], i / 3)
+        state, rollout = collect(x.agent, state, x.world, x.settings.num_steps)
+        world_state, mine = program.act(networks, weights, x.world, world_state, x.key, i * x.settings.num_steps)
+        assert_same_rollout(mine, rollout)
+        rollout = eventful(rollout, i)
+        state, _ = x.agent.update(state, rollout, {"task": rollout["reward"]})
+        state = x.agent.end_iteration(state, rollout)
+        numbers = (x.key, i, i / 3) if name == "ppo" else (i / 3,)
+        weights, moments = program.update(networks, weights, moments, rollout, *numbers)
+    assert_same_weights(weights, state)
+    assert all(bool((weights[part] != first[part]).reshape(LEARNERS, -1).any(1).all()) for part in weights)
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"),
-    [("ppo", 1024), ("a2c", 400), ("dqn", 1600), ("reinforce", 4096), ("sac", 1200), ("td3", 1200)],
+    ("name", "task"),
+    [("dqn", "CartPole-v1"), ("dqn", "Acrobot-v1")]
+    + [(name, task) for name in ("sac", "td3") for task in ("Pendulum-v1", "Navigation-v0")],
 )
-def test_program_equals_train(name, steps):
-    task = "Pendulum-v1" if name in ("sac", "td3") else "CartPole-v1"
-    by_hand = load(name).train(task, seeds=2, steps=steps)
-    budget = rl.Budget(steps=steps, eval_every=10 * steps, final_episodes=1)
-    run = rl.train(rl.preset(name, task), task, seeds=2, budget=budget, threads=1)
-    ours = tree.flatten(run.state["params"])
-    for path, leaf in tree.flatten(by_hand["params"]).items():
-        assert torch.equal(leaf, ours[path]), path
+def test_updates_from_memory_are_the_packages(name, task, in_float64, monkeypatch):
+    x = both(name, task, monkeypatch)
+    program, s, state, weights = x.program, x.settings, x.state, by_network(x.weights)
+    networks = program.make_network(x.world) if name == "dqn" else program.make_networks(x.world)
+    trained = {network: own for network, own in weights.items() if network in ("policy", "q", "temperature")}
+    moments = {network: program.optim.adam().init(own, (LEARNERS,)) for network, own in trained.items()}
+    moments = moments["q"] if name == "dqn" else moments
+    world_state = x.world.reset(random.fold(x.key, "world"))
+    memory = replay.init(x.world, world_state, program.CAPACITY // s.num_envs)
+    for i in range(4):
+        state["progress"] = torch.full_like(state["progress"], i / 12)
+        h, warm = state["params"]["hyper"], i * s.num_steps * s.num_envs < s.learning_starts
+        if name == "dqn":
+            h["epsilon"], explore = x.agent.epsilon(state), 1.0 if warm else program.epsilon(i / 12)
+        else:
+            h["warms_up"], explore = off_policy.warms_up(x.agent, state), warm
+        state, rollout = collect(x.agent, state, x.world, s.num_steps)
+        world_state, mine = program.act(networks, weights, x.world, world_state, x.key, i * s.num_steps, explore)
+        assert_same_rollout(mine, rollout)
+        rollout = eventful(rollout, i)
+        state, _ = x.agent.update(state, rollout, {"task": rollout["reward"]})
+        state = x.agent.end_iteration(state, rollout)
+        memory = replay.insert(memory, rollout, rollout["reward"], learner_axes=1)
+        if i:
+            weights, moments = program.update(networks, weights, moments, memory, x.key, (i - 1) * s.gradient_steps)
+    after = flat(weights)
+    assert state["count"]["gradient_steps"].tolist() == [3 * s.gradient_steps] * LEARNERS
+    assert_same_weights(after, state)
+    assert all(bool((after[part] != x.weights[part]).reshape(LEARNERS, -1).any(1).all()) for part in after)
 
 
-def test_the_ppo_program_equals_train_on_two_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        by_hand = load("ppo").train("CartPole-v1", seeds=4, steps=1024)
-        budget = rl.Budget(steps=1024, eval_every=10240, final_episodes=1)
-        run = rl.train(rl.preset("ppo", "CartPole-v1"), "CartPole-v1", seeds=4, budget=budget, threads=2)
-    finally:
-        torch.set_num_threads(before)
-    for name, weight in by_hand["params"]["weights"].items():
-        assert torch.equal(weight, run.state["params"]["weights"][name]), name
+@pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
+def test_a_whole_run_is_the_packages(name, in_float64, monkeypatch):
+    """From the same initial weights: acting, memory, warm-up, schedules and counters of the loop are the same, too."""
+    x = both(name, TASKS[name], monkeypatch)
+    networks = by_network(x.weights)
+    initial = iter([x.weights] if name in ON_POLICY else [networks[n] for n in ("policy", "q") if n in networks])
+    monkeypatch.setattr(x.program, "stack", lambda make, key: next(initial))
+    state, iterations, a_step = x.state, 5, x.settings.num_envs * x.settings.num_steps
+    for i in range(iterations):
+        state["progress"] = torch.full_like(state["progress"], i / iterations)
+        state, _ = x.agent.iterate(state, x.world)
+    _, weights = x.program.train(TASKS[name], LEARNERS, iterations * a_step - 1)
+    assert int(state["count"]["gradient_steps"].min()) > 0
+    assert_same_weights(weights if name in ON_POLICY else flat(weights), state)
+
+
+@pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
+def test_evaluations_are_the_packages(name, in_float64, monkeypatch):
+    x = both(name, TASKS[name], monkeypatch)
+    p, key = x.state["params"], random.make_keys(range(100, 100 + LEARNERS))
+    p["buffers"] = {part: -copy for part, copy in p["buffers"].items()}  # so that copies differ from what they follow
+    weights = programs_names({**p["weights"], **p["buffers"]})
+    networks = x.program.make_network(x.world) if name == "dqn" else x.program.make_networks(x.world)
+    world = rl.task(TASKS[name]).world((LEARNERS,), 5)
+    mine = x.program.evaluate(networks, weights if name in ON_POLICY else by_network(weights), world, key)
+    packages = x.agent.evaluate(p, world, key, 5).returns.mean(-1)
+    torch.testing.assert_close(mine.double(), packages, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
+def test_programs_begin_as_the_packages_agent_does(name):
+    """With its settings for the task, and weights of the same spread."""
+    program, settings = load(name), rl.preset(name, TASKS[name])
+    constants = settings_of(program, name)
+    assert constants.items() <= {field.name: getattr(settings, field.name) for field in fields(settings)}.items()
+    assert len(constants) >= 8
+    _, weights = program.train(TASKS[name], seeds=64, steps=0)
+    weights = weights if name in ON_POLICY else flat(weights)
+    world = rl.task(TASKS[name]).world((64,), 1)
+    hyper = {h: torch.full((64,), float(getattr(settings, h))) for h in per_learner_names(type(settings))}
+    agent = settings.bind(world.observation_space, world.action_space)
+    p = agent.init(random.make_keys(range(64)), hyper, world)["params"]
+    packages = programs_names({**p["weights"], **p["buffers"]})
+    assert weights.keys() == packages.keys()
+    for part, weight in weights.items():
+        assert weight.shape == packages[part].shape, part
+        torch.testing.assert_close(weight.std(), packages[part].std(), rtol=0.3, atol=1e-6, msg=part)
+        torch.testing.assert_close(weight.mean(), packages[part].mean(), rtol=0.01, atol=0.1, msg=part)
+        if name in OFF_POLICY and part.startswith(("target", "average")):
+            source = {"target_policy": "policy", "average": "q"}.get(part.split(".")[0], "q")
+            assert torch.equal(weight, weights[f"{source}.{part.split('.', 1)[1]}"]), part
+
+
+LIGHTER = {"LEARNING_STARTS": 200, "BATCH_SIZE": 64, "GRADIENT_STEPS": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "steps", "changes", "bar"),
+    [
+        ("ppo", "CartPole-v1", 8_000, {}, 110.0),  # untrained about 50, falling at once 9
+        ("a2c", "CartPole-v1", 20_000, {}, 110.0),
+        ("reinforce", "CartPole-v1", 40_000, {}, 110.0),
+        ("dqn", "CartPole-v1", 4_000, {"LEARNING_STARTS": 500, "GRADIENT_STEPS": 8}, 40.0),  # at random about 22
+        ("sac", "Navigation-v0", 1_200, LIGHTER, -30.0),  # who stays where he is gets -42
+        ("td3", "Navigation-v0", 1_200, LIGHTER, -30.0),
+    ],
+)
+def test_programs_learn(name, task, steps, changes, bar, monkeypatch):
+    program = load(name)
+    for constant, value in changes.items():
+        monkeypatch.setattr(program, constant, value)
+    world, key = rl.task(task).world((4,), 16), random.make_keys(range(100, 104))
+    before = program.evaluate(*program.train(task, seeds=4, steps=0), world, key)
+    after = program.evaluate(*program.train(task, seeds=4, steps=steps), world, key)
+    assert before.mean() < bar, before
+    assert after.mean() > bar, after
+
+
+@pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
+def test_the_command_that_a_program_names_runs(name, capsys):
+    program = load(name)
+    (command,) = re.findall(rf"^python agents/{name}.py (.*)$", program.__doc__, re.M)
+    short = re.sub(r"--steps \S+", "--steps 100", re.sub(r"--seeds \S+", "--seeds 2", command))
+    assert short != command
+    tyro.cli(program.main, args=short.split())
+    (printed,) = re.findall(r"tensor\(\[(.*)\]\)", capsys.readouterr().out)
+    assert len(printed.split(",")) == 2
+
+
+@pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
+def test_a_program_holds_its_algorithm_on_a_page(name):
+    text = (PROGRAMS / f"{name}.py").read_text()
+    assert 80 <= len(text.splitlines()) <= 150
+    assert "rlmeta.agents" not in text and "preset(" not in text and ".bind(" not in text
 
 
 def load(name):
@@ -113,7 +371,7 @@ def test_the_shaping_program_equals_train():
 
 def test_every_agent_has_a_short_program_and_settings():
     for name in AGENTS.keys() - {"regressor"}:  # which serves meta-learners
-        assert len((PROGRAMS / f"{name}.py").read_text().splitlines()) <= 80
+        assert len((PROGRAMS / f"{name}.py").read_text().splitlines()) <= 150
         assert (PROGRAMS / f"{name}.toml").is_file()
 
 
