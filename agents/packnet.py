@@ -30,7 +30,6 @@ Batch = dict[str, Tensor]
 Owner = dict[str, Tensor]
 """Of every matrix `[seeds, out, in]` who owns its entries, 0 nobody, k + 1 task k (from 0); or flags of them."""
 
-
 BATCH_SIZE = 32
 HIDDEN_SIZES = (100, 100)
 ADAM = optim.adam(1e-3)
