@@ -1,11 +1,10 @@
-"""GAIL (Ho and Ermon, 2016): a judge tells the agent's steps from demonstrated ones, PPO learns to be mistaken for them.
+"""GAIL (Ho and Ermon, 2016): a judge tells the agent's steps from demonstrated ones, PPO learns to fool it.
 
     maximise over D  E_demonstrations[log D(s, a)] + E_π[log(1 - D(s, a))],   D = sigmoid(f(s, a)),
                      less κ E (‖∇f‖ - 1)² at mixtures of the two sides (Gulrajani et al., 2017)
     maximise over π  E_π Σₜ γᵗ r(sₜ, aₜ),   r = -log(1 - D) = log(1 + exp f)
 
-r is never negative, so it pays for surviving: give it tasks of a fixed length, such as CartPole-fixed.
-f sees observation and one-hot action, whitened by the demonstrations' own mean and deviation.
+r is never negative and so pays for surviving: imitate in tasks of a fixed length. f sees whitened, one-hot-coded steps.
 
 rlmeta record RUN --out FILE
 python agents/gail.py --demonstrations FILE --task CartPole-fixed --seeds 8 --steps 200000
@@ -59,15 +58,13 @@ class Imitator:
 
     def step(self, observation: Tensor, action: Tensor, **_: Any) -> Tensor:
         """Observation and one-hot action as the judge sees them, `[*L, ..., D]`."""
-        pair = torch.cat(
-            [encoder.run({}, x, Context()) for encoder, x in zip(self.encoders, (observation, action))], -1
-        )
+        pair = torch.cat([e.run({}, x, Context()) for e, x in zip(self.encoders, (observation, action))], -1)
         return pair if self.statistics is None else normalise(pair, self.statistics, eps=1e-4)
 
     def act(self, weights: Params, observation: Tensor, memory: Any, key: Tensor, deterministic: bool = False) -> Any:
         """Actions `[*L, N]`, a sample or the most probable, and a memory that is none."""
-        distribution = self.run("policy", weights, observation)
-        return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
+        given = self.run("policy", weights, observation)
+        return self.head.mode(given) if deterministic else self.head.sample(given, key), memory
 
     def initial_memory(self, weights: Params, rows: tuple[int, ...]) -> Any:
         """None."""
@@ -91,8 +88,8 @@ def policy_loss(agent: Imitator, batch: dict[str, Tensor], weights: Params) -> T
     log_prob = agent.head.log_prob(agent.run("policy", weights, batch["observation"]), batch["action"])
     advantage = losses.normalise_advantage(batch["advantage"])
     surrogate = losses.ppo_clip_loss(log_prob, batch["old_log_prob"], advantage, CLIP_RANGE)
-    value = losses.value_loss(agent.run("value", weights, batch["observation"]), batch["return"])
-    return surrogate + VALUE_COEFFICIENT * value
+    error = agent.run("value", weights, batch["observation"]) - batch["return"]
+    return surrogate + VALUE_COEFFICIENT * error.square().mean(-1)
 
 
 def descend(loss: Any, weights: Params, moments: Any, adam: Any, max_norm: float = torch.inf) -> tuple[Params, Any]:
@@ -118,9 +115,8 @@ def credit(agent: Imitator, weights: Params, rollout: dict[str, Tensor], reward:
 
 def train(demonstrations: str, task: str = "CartPole-fixed", seeds: int = 8, steps: int = 200_000) -> Any:
     """Train `seeds` imitators at once; returns the `Imitator` and its weights `[seeds, ...]`."""
-    agent = Imitator(rl.Demonstrations.load(demonstrations))
-    world, keys = rl.task(task).world((seeds,), NUM_ENVS), random.make_keys(range(seeds))
-    weights = stack(agent.networks, keys)
+    agent, keys = Imitator(rl.Demonstrations.load(demonstrations)), random.make_keys(range(seeds))
+    world, weights = rl.task(task).world((seeds,), NUM_ENVS), stack(agent.networks, keys)
     judge = {name: weights.pop(name) for name in list(weights) if name.startswith("judge.")}
     judge_moments, moments = (optim.adam().init(group, (seeds,)) for group in (judge, weights))
     count = dict.fromkeys(("vector_steps", "env_steps"), torch.zeros_like(keys))
@@ -135,7 +131,7 @@ def train(demonstrations: str, task: str = "CartPole-fixed", seeds: int = 8, ste
             some = gather(own.flatten(1, 2), random.integers(keys, "rollout", k, (JUDGE_BATCH,), NUM_STEPS * NUM_ENVS))
             told_apart = partial(judge_loss, agent, shown, some, random.uniform(keys, "mix", k, (JUDGE_BATCH, 1)))
             judge, judge_moments = descend(told_apart, judge, judge_moments, optim.adam(JUDGE_RATE))
-        # learn to be mistaken
+        # learn to fool it
         batch = credit(agent, weights, rollout, softplus(agent.run("judge", judge, own)).detach())
         adam = optim.adam(LEARNING_RATE * (1 - i / iterations), eps=1e-5)
         for rows in minibatches(keys, i * EPOCHS, batch, BATCH_SIZE, EPOCHS):
@@ -146,8 +142,8 @@ def train(demonstrations: str, task: str = "CartPole-fixed", seeds: int = 8, ste
 def main(demonstrations: str, task: str = "CartPole-fixed", seeds: int = 8, steps: int = 200_000) -> None:
     """Train, play 64 episodes with the most probable actions, print every seed's mean return."""
     agent, weights = train(demonstrations, task, seeds, steps)
-    keys = random.make_keys(range(seeds))
-    print(evaluate(agent, weights, rl.task(task).world((seeds,), 64), keys, 64).returns.mean(-1))
+    world, keys = rl.task(task).world((seeds,), 64), random.make_keys(range(seeds))
+    print(evaluate(agent, weights, world, keys, 64).returns.mean(-1))
 
 
 if __name__ == "__main__":
