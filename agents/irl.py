@@ -127,8 +127,10 @@ class Planned:
     noise_hold = 1
 
     def act(self, log_policy: Tensor, state: Tensor, memory: Any, key: Tensor, deterministic: bool = False) -> Any:
-        """The most probable actions in states `[*L, N]`."""
-        return log_policy.argmax(-1).gather(-1, state), memory
+        """Actions in states `[*L, N]`: a sample, or the most probable."""
+        chances = log_policy.gather(-2, state.unsqueeze(-1).expand(*state.shape, log_policy.shape[-1]))
+        noise = 0.0 if deterministic else random.gumbel(key, "policy", 0, chances.shape[1:], chances.dtype)
+        return (chances + noise).argmax(-1), memory
 
     def initial_memory(self, log_policy: Tensor, rows: tuple[int, ...]) -> Any:
         """None."""
@@ -137,11 +139,10 @@ class Planned:
 
 def main(demonstrations: str, task: str = "GridWorld-v0", seeds: int = 1, steps: int = 400) -> None:
     """Train, print every seed's reward of every state, and what its policy earns in the task itself."""
-    reward = train(demonstrations, task, seeds, steps)
-    world = rl.task(task).world((seeds,), 64)
-    print(reward)
+    print(reward := train(demonstrations, task, seeds, steps))
+    world, keys = rl.task(task).world((seeds,), 64), random.make_keys(range(seeds))
     log_policy = plan(reward, dynamics_of(world.env))
-    print(evaluate(Planned(), log_policy, world, random.make_keys(range(seeds)), 64).returns.mean(-1))
+    print(evaluate(Planned(), log_policy, world, keys, 64, deterministic=False).returns.mean(-1))
 
 
 if __name__ == "__main__":

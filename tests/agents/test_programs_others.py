@@ -18,6 +18,7 @@ import tyro
 import rlmeta as rl
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.minimisation import Quadratics
+from rlmeta.envs.native import TabularMDP
 from rlmeta.functional import optim, random, tabular, tree
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import evaluate
@@ -347,10 +348,6 @@ def balance(observation, key):
     return (angle + 0.5 * turning + 0.05 * position + 0.1 * velocity > 0).long()
 
 
-def push_right(observation, key):
-    return torch.ones_like(observation[..., 0], dtype=torch.int64)
-
-
 def demonstrated(task, rule, path, episodes=10):
     """Episodes of a rule in a file, and the demonstrations themselves."""
     world = rl.task(task).world((1,), episodes)
@@ -458,17 +455,26 @@ def test_three_updates_of_gail_are_the_packages(tmp_path, double, monkeypatch):
     assert_same(weights, state["params"]["weights"], PPO, before)
 
 
+def ring():
+    """Six states in a circle, two actions that go on or back; episodes of ten steps."""
+    states = torch.arange(6)
+    P = torch.zeros(6, 2, 6).scatter_(-1, torch.stack([(states - 1) % 6, (states + 1) % 6], -1).unsqueeze(-1), 1.0)
+    return TabularMDP(P, torch.zeros(6, 2), max_episode_steps=10)
+
+
 def test_gail_does_what_it_was_shown(tmp_path, monkeypatch):
-    """A demonstrator that always pushes to the right; a fresh policy does so half of the time."""
-    program, (path, given) = load("gail"), demonstrated("CartPole-fixed", push_right, tmp_path, 2)
-    small = {"NUM_ENVS": 4, "NUM_STEPS": 100, "BATCH_SIZE": 100, "EPOCHS": 4, "JUDGE_UPDATES": 20}
+    """A demonstrator that always goes on; a fresh policy does so half of the time."""
+    program = load("gail")
+    path, _ = demonstrated(ring(), lambda state, key: torch.ones_like(state), tmp_path)
+    small = {"NUM_ENVS": 8, "NUM_STEPS": 20, "BATCH_SIZE": 80, "EPOCHS": 4, "JUDGE_UPDATES": 10}
     for name, value in small.items():
         monkeypatch.setattr(program, name, value)
-    agent, weights = program.train(path, seeds=2, steps=6_000)
-    states = given.transitions()["observation"].expand(2, -1, -1)
-    right = agent.run("policy", weights, states)["logits"].softmax(-1)[..., 1].mean(-1)
-    print(right)
-    assert (right > 0.9).all(), right
+    going_on = []
+    for steps in (0, 4_000):
+        agent, weights = program.train(path, ring(), seeds=2, steps=steps)
+        chances = agent.run("policy", weights, torch.arange(6).expand(2, -1))["logits"].softmax(-1)
+        going_on.append(chances[..., 1].mean(-1))
+    assert (going_on[0] < 0.6).all() and (going_on[1] > 0.8).all(), going_on
 
 
 def test_three_updates_of_irl_are_the_packages(tmp_path, double):
@@ -494,26 +500,25 @@ def wander(state, key):
     return torch.where(random.uniform(key, "wander", 0, state.shape[1:]) < 0.5, 2, 3) * (state > 3) + (state <= 3)
 
 
-def test_irl_finds_a_reward_whose_policy_goes_where_the_demonstrator_went(tmp_path):
-    """The demonstrator plans with the task's own rewards, ten times as large."""
+def test_irl_finds_a_reward_whose_policy_goes_where_the_demonstrator_went(tmp_path, monkeypatch):
+    """The demonstrator plans with the task's own rewards, fifty times as large."""
     program = load("irl")
+    monkeypatch.setattr(program, "ADAM", optim.adam(0.3))
     world = rl.task("GridWorld-v0").world((2,), 64)
     P, R = world.env.dynamics()
-    log_policy = tabular.soft_plan_discounted(P, 10 * R, program.GAMMA).log_policy
-
-    def plan(state, key):
-        return (log_policy[state] + random.gumbel(key, "plan", 0, (*state.shape[1:], 4), torch.float64)).argmax(-1)
-
-    path, given = demonstrated("GridWorld-v0", plan, tmp_path, 100)
-    reward = program.train(path, seeds=2, steps=150)
+    log_policy = tabular.soft_plan_discounted(P, 50 * R, program.GAMMA).log_policy
+    path, given = demonstrated(
+        "GridWorld-v0", lambda state, key: program.Planned().act(log_policy[None], state, {}, key)[0], tmp_path, 100
+    )
+    reward = program.train(path, seeds=2, steps=60)
     d = program.dynamics_of(world.env)
     visits, cut = program.demonstrated(given, len(d.start))
-    found = program.visited(program.plan(reward, d), d, cut)
-    assert ((found - visits).abs().amax(-1) < 0.05).all(), found - visits
-    untrained = program.visited(program.plan(0 * reward, d), d, cut)
+    found, untrained = (program.visited(program.plan(r, d), d, cut) for r in (reward, 0 * reward))
+    assert ((found - visits).abs().amax(-1) < 0.1).all(), found - visits
     assert ((untrained - visits).abs().amax(-1) > 0.5).all(), untrained - visits
-    returns = evaluate(program.Planned(), program.plan(reward, d), world, KEYS, 64).returns.mean(-1)
-    assert (returns > 0.5).all(), returns
+    log_policy = program.plan(reward, d)
+    returns = evaluate(program.Planned(), log_policy, world, KEYS, 64, deterministic=False).returns.mean(-1)
+    assert (returns > given.returns.mean() - 0.3).all(), returns
 
 
 # ---------------------------------------------------------------------- rewards
@@ -542,7 +547,7 @@ def test_three_updates_of_the_shaping_program_are_the_packages(double, monkeypat
 def test_shaped_learners_reach_the_flag():
     """Not to reach it is -200."""
     program = load("reward_shaping")
-    p = program.train(seeds=2, steps=44_800)
+    p = program.train(seeds=2, steps=28_800)
     world = rl.task("MountainCar-v0").world((2,), 16)
     returns = evaluate(program.DRIVER, p, world, random.make_keys(range(2)), 16).returns.mean(-1)
     print(returns)
