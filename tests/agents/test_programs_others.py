@@ -26,7 +26,7 @@ from rlmeta.learning.minibatch import minibatches
 from rlmeta.learning.optimizer_state import reset_optimizer
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step
-from rlmeta.nn import Encoder
+from rlmeta.nn import Encoder, stack
 from rlmeta.runs.record import joined, play
 
 PROGRAMS = Path(__file__).parents[2] / "agents"
@@ -42,6 +42,14 @@ OTHERS = (
     "reward_shaping",
     "classifier",
 )
+PRESETS = {
+    "maml": ("maml", "sinusoid"),
+    "learned_optimizer": ("learned_optimizer", "quadratics"),
+    "gail": ("gail", "CartPole-fixed"),
+    "irl": ("irl", "GridWorld-v0"),
+    "behaviour_cloning": ("behaviour_cloning", "CartPole-v1"),
+    "reward_shaping": ("ppo", "MountainCar-v0"),
+}
 S = 2  # learners
 KEYS = random.make_keys(range(S))
 
@@ -547,14 +555,47 @@ def test_three_updates_of_the_shaping_program_are_the_packages(double, monkeypat
 def test_shaped_learners_reach_the_flag():
     """Not to reach it is -200."""
     program = load("reward_shaping")
-    p = program.train(seeds=2, steps=28_800)
+    p = program.train(seeds=2, steps=19_200)
     world = rl.task("MountainCar-v0").world((2,), 16)
     returns = evaluate(program.DRIVER, p, world, random.make_keys(range(2)), 16).returns.mean(-1)
-    print(returns)
     assert (returns > -180).all(), returns
 
 
 # ---------------------------------------------------------------------- as programs
+
+
+LIFELONG = ("classifier", "ewc", "gem", "packnet")
+TASKS = {"behaviour_cloning": "CartPole-v1", "gail": "CartPole-fixed", "irl": "GridWorld-v0"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_program_begins_as_the_package_does(name, tmp_path):
+    """The same seeds give the same weights, bit for bit: the programs' layers are the package's."""
+    program, settings = load(name), rl.preset(*PRESETS.get(name, ("classifier", "split-digits")))
+    world = stream_of()[0] if name in LIFELONG else rl.task(TASKS.get(name, "MountainCar-v0")).world((S,), 1)
+    make = partial(program.network, world) if name in LIFELONG else getattr(program, "network", None)
+    if name in ("maml", "learned_optimizer"):
+        world = NamedFamily(name, program.FAMILY).world((S,), 1)
+    if name in TASKS:
+        _, given = demonstrated(TASKS[name], wander if name == "irl" else balance, tmp_path, 2)
+        settings = replace(settings, demonstrations=given, episodes=0)
+    if name == "behaviour_cloning":
+        make = program.Policy(world, program.statistics_of(given.transitions())).network
+    elif name == "irl":
+        make = partial(program.network, int(world.observation_space.n))
+    elif name in ("gail", "reward_shaping"):
+        make = (program.Imitator(given) if name == "gail" else program.DRIVER).networks
+    learner = settings.bind(world.observation_space, world.action_space)
+    networks = getattr(learner, "inner", learner).networks
+    mine, theirs = stack(make, KEYS), stack(lambda: torch.nn.ModuleDict(networks()), KEYS)
+    if name == "gail":
+        judge = [mine.pop(n) for n in list(mine) if n.startswith("judge.")]
+        theirs_of_judge = stack(learner.rewards[0].discriminator.make, KEYS).values()
+        assert [w.shape for w in judge] == [w.shape for w in theirs_of_judge]
+        for weight, other in zip(judge, theirs_of_judge, strict=True):
+            torch.testing.assert_close(weight.square().sum(), other.square().sum())  # orthogonal, with the same gains
+    for weight, other in zip(mine.values(), theirs.values(), strict=True):
+        assert torch.equal(weight, other)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -569,11 +610,18 @@ def test_a_program_holds_its_algorithm_on_a_page(name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_command_that_a_program_names_is_one_of_its(name):
+def test_the_command_that_a_program_names_runs(name, tmp_path, capsys):
     program = load(name)
-    (command,) = re.findall(r"^python agents/(\S+) ?(.*)$", program.__doc__, re.M)
-    assert command[0] == f"{name}.py"
-    tyro.extras.get_parser(program.main).parse_args(command[1].split())
+    (command,) = re.findall(rf"^python agents/{name}.py ?(.*)$", program.__doc__, re.M)
+    assert "--steps" in command or name in LIFELONG
+    given = {"--seeds": "2", "--steps": "100"}
+    if "--demonstrations" in command:
+        rule = wander if name == "irl" else balance
+        given["--demonstrations"] = demonstrated(TASKS[name], rule, tmp_path, 2)[0]
+    words = command.split()
+    options = {**dict(zip(words[::2], words[1::2])), **given}
+    tyro.cli(program.main, args=[word for option in options.items() for word in option])
+    assert "tensor(" in capsys.readouterr().out
 
 
 def test_every_learner_of_a_program_is_one_of_its_own():
