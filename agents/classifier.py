@@ -17,6 +17,7 @@ import tyro
 from torch import Tensor
 
 import rlmeta as rl
+from rlmeta.data.samples import DataWorld
 from rlmeta.functional import optim, random
 from rlmeta.nn import MLP, Encoder, Params, Sequential, apply, stack
 
@@ -37,7 +38,7 @@ class Settings:
 SETTINGS = Settings()
 
 
-def network(world, s: Settings = SETTINGS) -> Sequential:
+def network(world: DataWorld, s: Settings = SETTINGS) -> Sequential:
     """f: from inputs `[*L, B, ...]` to a logit for every class, `[*L, B, C]`."""
     encoder = Encoder(world.observation_space)  # flat, and bytes divided by their bound
     return Sequential(encoder, MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), "relu", None, "torch"))
@@ -75,7 +76,7 @@ def update(
 
 
 @torch.no_grad()
-def accuracy(net: Sequential, weights: Params, world, born: Tensor) -> Tensor:
+def accuracy(net: Sequential, weights: Params, world: DataWorld, born: Tensor) -> Tensor:
     """Of every learner on all test samples of the world's task, `[seeds]`; NaN before its classes were met."""
     right = count = torch.zeros(born.shape[:-1], dtype=torch.int64)
     for batch in world.test_batches(1000):

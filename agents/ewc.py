@@ -17,8 +17,9 @@ import tyro
 from torch import Tensor
 
 import rlmeta as rl
+from rlmeta.data.samples import DataWorld
 from rlmeta.functional import optim, random
-from rlmeta.nn import MLP, Encoder, Params, Sequential, apply, categorical_fisher, stack
+from rlmeta.nn import MLP, Context, Encoder, Params, Sequential, apply, categorical_fisher, stack
 
 Batch = dict[str, Tensor]
 """`observation` `[seeds, B, ...]`, `target` `[seeds, B]`, and `allowed` `[seeds, B, C]` where the task is known."""
@@ -43,13 +44,13 @@ class Settings:
 SETTINGS = Settings()
 
 
-def network(world, s: Settings = SETTINGS) -> Sequential:
+def network(world: DataWorld, s: Settings = SETTINGS) -> Sequential:
     """f: from inputs `[*L, B, ...]` to a logit for every class, `[*L, B, C]`."""
     encoder = Encoder(world.observation_space)  # flat, and bytes divided by their bound
     return Sequential(encoder, MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), "relu", None, "torch"))
 
 
-def logits(net: Sequential, weights: Params, batch: Batch, ctx=None) -> Tensor:
+def logits(net: Sequential, weights: Params, batch: Batch, ctx: Context | None = None) -> Tensor:
     """f, with minus infinity for the classes of other tasks where the task is known."""
     answers = apply(net, weights, batch["observation"], ctx)
     return answers.masked_fill(~batch["allowed"], -torch.inf) if "allowed" in batch else answers
@@ -89,14 +90,14 @@ def update(
 def spring(net: Sequential, weights: Params, samples: Batch) -> Spring:
     """What the task that has just ended needs of every weight: the expectation over labels is exact."""
 
-    def answers(p: dict, batch: Batch, ctx) -> Tensor:
+    def answers(p: dict, batch: Batch, ctx: Context) -> Tensor:
         return logits(net, p["weights"], batch, ctx)
 
     return categorical_fisher(answers, {"weights": weights}, samples, learner_axes=1), flat(weights)
 
 
 @torch.no_grad()
-def accuracy(net: Sequential, weights: Params, world) -> Tensor:
+def accuracy(net: Sequential, weights: Params, world: DataWorld) -> Tensor:
     """Of every learner on all test samples of the world's task, `[seeds]`."""
     right = count = 0
     for batch in world.test_batches(1000):

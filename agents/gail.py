@@ -4,7 +4,7 @@
                      less κ E (‖∇f‖ - 1)² at mixtures of the two sides (Gulrajani et al., 2017)
     maximise over π  E_π Σₜ γᵗ r(sₜ, aₜ),   r = -log(1 - D) = log(1 + exp f)
 
-r is never negative and so pays for surviving: imitate in tasks of a fixed length. f sees whitened, one-hot-coded steps.
+r is never negative and pays for surviving: imitate in tasks of a fixed length. f sees steps whitened, actions one-hot.
 
 rlmeta record RUN --out FILE
 python agents/gail.py --demonstrations FILE --task CartPole-fixed --seeds 8 --steps 200000

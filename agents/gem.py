@@ -18,6 +18,7 @@ import tyro
 from torch import Tensor
 
 import rlmeta as rl
+from rlmeta.data.samples import DataWorld
 from rlmeta.functional import optim, random
 from rlmeta.functional.projection import project
 from rlmeta.nn import MLP, Encoder, Params, Sequential, apply, stack
@@ -43,7 +44,7 @@ class Settings:
 SETTINGS = Settings()
 
 
-def network(world, s: Settings = SETTINGS) -> Sequential:
+def network(world: DataWorld, s: Settings = SETTINGS) -> Sequential:
     """f: from inputs `[*L, B, ...]` to a logit for every class, `[*L, B, C]`."""
     encoder = Encoder(world.observation_space)  # flat, and bytes divided by their bound
     return Sequential(encoder, MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), "relu", None, "torch"))
@@ -93,7 +94,7 @@ def update(
 
 
 @torch.no_grad()
-def accuracy(net: Sequential, weights: Params, world) -> Tensor:
+def accuracy(net: Sequential, weights: Params, world: DataWorld) -> Tensor:
     """Of every learner on all test samples of the world's task, `[seeds]`."""
     right = count = 0
     for batch in world.test_batches(1000):

@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor
 
 import rlmeta as rl
+from rlmeta.data.samples import DataWorld
 from rlmeta.functional import optim, random
 from rlmeta.functional.pruning import largest_free
 from rlmeta.nn import MLP, Encoder, Params, Sequential, apply, stack
@@ -37,7 +38,7 @@ RETRAIN = 0.5
 """Steps after the pruning, as a part of those before."""
 
 
-def network(world) -> Sequential:
+def network(world: DataWorld) -> Sequential:
     """f: from inputs `[*L, B, ...]` to a logit for every class, `[*L, B, C]`."""
     encoder = Encoder(world.observation_space)  # flat, and bytes divided by their bound
     return Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES, int(world.action_space.n), "relu", None, "torch"))
@@ -55,7 +56,7 @@ def loss(net: Sequential, weights: Params, batch: Batch) -> Tensor:
     return -log_probability.gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1).mean(-1)
 
 
-def minibatches(world, keys: Tensor) -> Iterator[Batch]:
+def minibatches(world: DataWorld, keys: Tensor) -> Iterator[Batch]:
     """The samples of the world's task in a new order every epoch, endlessly."""
     order = world.reset(keys)
     while True:
@@ -101,7 +102,7 @@ def seen(weights: Params, owner: Owner, biases: Params, task: int) -> Params:
 
 
 @torch.no_grad()
-def accuracy(net: Sequential, weights: Params, world) -> Tensor:
+def accuracy(net: Sequential, weights: Params, world: DataWorld) -> Tensor:
     """Of every learner on all test samples of the world's task, `[seeds]`."""
     right = count = 0
     for batch in world.test_batches(1000):

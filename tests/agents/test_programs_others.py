@@ -604,7 +604,7 @@ def test_a_program_holds_its_algorithm_on_a_page(name):
     text = (PROGRAMS / f"{name}.py").read_text()
     assert 80 <= len(text.splitlines()) <= 150
     imports = re.findall(r"^(?:from|import) (rlmeta\S*)", text, re.M)
-    allowed = "rlmeta|rlmeta.(functional|nn|envs).*|rlmeta.learning.(collect|evaluate|minibatch)"
+    allowed = "rlmeta|rlmeta.(functional|nn|envs|data).*|rlmeta.learning.(collect|evaluate|minibatch)"
     assert all(re.fullmatch(allowed, name) for name in imports), imports
     assert not re.search(r"\.bind\(|rl\.preset\(|\.losses\(|\.iterate\(", text)
 
