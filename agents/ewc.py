@@ -1,58 +1,138 @@
-"""Elastic weight consolidation along a stream with its loop in sight: learn, held by a spring; then stiffen the spring.
+"""Elastic weight consolidation along a stream of tasks: a spring on every weight, as stiff as old tasks need it.
 
-The same as `rl.train(rl.preset("classifier", name), rl.stream(name), lifelong=[rl.EWC(strength)])`, bit for bit.
+    minimise over θ  L(θ) + λ/2 Σₖ Σᵢ Fₖᵢ (θᵢ - θₖᵢ)²,   L(θ) = -E log softmax(f(x; θ))[y]
+
+θₖ are the weights after old task k, and Fₖᵢ = E_x E_{y ~ p(.|x; θₖ)} (∂ log p(y|x; θₖ) / ∂θᵢ)², p = softmax(f), is the
+diagonal of the Fisher information there: how much the task's answers change with weight i.
+
+Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017.
 
 python agents/ewc.py --name split-digits --strength 1000 --seeds 5
 """
 
+from dataclasses import dataclass
+
 import torch
 import tyro
+from torch import Tensor
 
 import rlmeta as rl
-from rlmeta.functional import random
-from rlmeta.functional.packed import Packed
-from rlmeta.functional.quadratics import add_quadratic
-from rlmeta.learning.optimizer_state import reset_optimizer
-from rlmeta.learning.step import step
-from rlmeta.lifelong.ewc import information
-from rlmeta.runs.stages import score_tasks, turn_to
-from rlmeta.runs.train import prepare
+from rlmeta.data.samples import DataWorld
+from rlmeta.functional import optim, random
+from rlmeta.nn import MLP, Context, Encoder, Params, Sequential, apply, categorical_fisher, stack
+
+Batch = dict[str, Tensor]
+"""`observation` `[seeds, B, ...]`, `target` `[seeds, B]`, and `allowed` `[seeds, B, C]` where the task is known."""
+Spring = tuple[Tensor, Tensor]
+"""Of an old task: Fₖ and θₖ, `[seeds, P]` each."""
 
 
-def train(name: str = "split-digits", strength: float = 1000.0, seeds: int = 5, steps: int = 12_800) -> dict:
-    """Train `seeds` learners at once on `steps` samples of every task; returns their state, `matrix` included."""
-    ewc = rl.EWC(strength)
-    run = prepare(rl.preset("classifier", name), rl.stream(name), rl.Budget(steps), seeds=seeds, lifelong=[ewc])
-    learner, world, state = run.agent, run.world, run.state
-    tests, stream, order = run.evaluation_world(1), run.stream, run.experiment.orders
+@dataclass(frozen=True)
+class Settings:
+    """What may be changed."""
 
-    for stage in run.stages:  # one for every task
-        state = reset_optimizer(turn_to(learner, state, world, stream, order, stage.position))
+    strength: float = 1000.0
+    """λ, with F averaged over samples."""
+    samples: int = 500
+    """Of a task, to average F over."""
+    batch_size: int = 32
+    hidden_sizes: tuple[int, ...] = (100, 100)
+    learning_rate: float = 1e-3
+    """Adam's."""
 
-        # learn: the step adds the spring's pull, strength * precision * (weights - centre)
-        for i in range(stage.first, stage.last):
-            state["progress"] = torch.full_like(state["progress"], stage.progress(i))
-            state["task"] = {**state["task"], "progress": state["progress"]}
-            optimizer, clip = learner.optimizer(state), state["params"]["hyper"]["max_grad_norm"]
-            for _ in range(learner.settings.num_steps):
-                state["world"], batch = world.next_batch(state["world"])
-                state, _ = step(learner, state, batch, optimizer, max_grad_norm=clip, methods=[ewc])
 
-        # consolidate: what the task needs of every weight joins the spring
-        p, memory = state["params"], state["methods"]["ewc"]
-        samples = learner.draw(state, world, ewc.samples)
-        fisher = information(learner, p, samples, 1, ewc.fisher, random.fold(memory["key"], stage.position))
-        spring = add_quadratic(memory["quadratic"], fisher, Packed.of(p["weights"], 1).flat)
-        state["methods"] = {"ewc": {**memory, "quadratic": spring}}
+SETTINGS = Settings()
+
+
+def network(world: DataWorld, s: Settings = SETTINGS) -> Sequential:
+    """f: from inputs `[*L, B, ...]` to a logit for every class, `[*L, B, C]`."""
+    encoder = Encoder(world.observation_space)  # flat, and bytes divided by their bound
+    return Sequential(encoder, MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), "relu", None, "torch"))
+
+
+def logits(net: Sequential, weights: Params, batch: Batch, ctx: Context | None = None) -> Tensor:
+    """f, with minus infinity for the classes of other tasks where the task is known."""
+    answers = apply(net, weights, batch["observation"], ctx)
+    return answers.masked_fill(~batch["allowed"], -torch.inf) if "allowed" in batch else answers
+
+
+def flat(weights: Params) -> Tensor:
+    """All weights of a learner in one row, `{name: [seeds, ...]}` -> `[seeds, P]`."""
+    return torch.cat([weight.flatten(1) for weight in weights.values()], -1)
+
+
+def loss(net: Sequential, weights: Params, batch: Batch, springs: list[Spring], s: Settings) -> Tensor:
+    """The cross-entropy of the task at hand, and what stretching the springs of old tasks costs, `[seeds]`."""
+    log_probability = logits(net, weights, batch).log_softmax(-1)
+    total = -log_probability.gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1).mean(-1)
+    for fisher, anchor in springs:
+        total = total + s.strength / 2 * (fisher * (flat(weights) - anchor).square()).sum(-1)
+    return total
+
+
+def update(
+    net: Sequential,
+    weights: Params,
+    moments: optim.State,
+    batch: Batch,
+    springs: list[Spring],
+    s: Settings = SETTINGS,
+) -> tuple[Params, optim.State]:
+    """One gradient step of every learner."""
+    theta = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    # a sum, because learners share no weight: each gets the gradient of its own loss
+    total = loss(net, theta, batch, springs, s).sum()
+    gradient = dict(zip(theta, torch.autograd.grad(total, list(theta.values()))))
+    updates, moments = optim.adam(s.learning_rate).update(gradient, moments, weights)
+    return optim.apply_updates(weights, updates), moments
+
+
+def spring(net: Sequential, weights: Params, samples: Batch) -> Spring:
+    """What the task that has just ended needs of every weight: the expectation over labels is exact."""
+
+    def answers(p: dict, batch: Batch, ctx: Context) -> Tensor:
+        return logits(net, p["weights"], batch, ctx)
+
+    return categorical_fisher(answers, {"weights": weights}, samples, learner_axes=1), flat(weights)
+
+
+@torch.no_grad()
+def accuracy(net: Sequential, weights: Params, world: DataWorld) -> Tensor:
+    """Of every learner on all test samples of the world's task, `[seeds]`."""
+    right = count = 0
+    for batch in world.test_batches(1000):
+        right = right + ((logits(net, weights, batch).argmax(-1) == batch["target"]) & batch["valid"]).sum(-1)
+        count = count + batch["valid"].sum(-1)
+    return right / count
+
+
+def train(name: str = "split-digits", seeds: int = 5, steps: int = 12_800, s: Settings = SETTINGS) -> dict:
+    """Train `seeds` learners at once on `steps` samples of every task; returns `weights` and `accuracy`."""
+    stream = rl.stream(name)
+    world, tests = stream.world((seeds,), s.batch_size), stream.world((seeds,), 1)
+    keys, net, springs = random.make_keys(range(seeds)), network(world, s), []
+    weights = stack(lambda: network(world, s), keys)
+    table = torch.zeros(seeds, len(stream), len(stream))
+
+    for task in range(len(stream)):
+        world.select(torch.full((seeds,), task))
+        order = world.reset(random.fold(random.fold(keys, "world"), task))
+        moments = optim.adam(s.learning_rate).init(weights, (seeds,))
+        for _ in range(-(-steps // s.batch_size)):
+            order, batch = world.next_batch(order)
+            weights, moments = update(net, weights, moments, batch, springs, s)
+        springs.append(spring(net, weights, world.sample(random.fold(keys, "draw"), s.samples)))
 
         # what is left of the others
-        state["matrix"][:, stage.position + 1] = score_tasks(learner, state, tests, stream, order, state["key"], 1)
-    return state
+        for other in range(len(stream)):
+            tests.select(torch.full((seeds,), other))
+            table[:, task, other] = accuracy(net, weights, tests)
+    return {"weights": weights, "accuracy": table}
 
 
 def main(name: str = "split-digits", strength: float = 1000.0, seeds: int = 5, steps: int = 12_800) -> None:
-    """Train, print the mean accuracy on every task (columns) after training on each (rows)."""
-    print(train(name, strength, seeds, steps)["matrix"][:, 1:].mean(0))
+    """Train, print every seed's accuracy on every task (columns) after training on each (rows)."""
+    print(train(name, seeds, steps, Settings(strength))["accuracy"])
 
 
 if __name__ == "__main__":

@@ -1,71 +1,146 @@
-"""A learned optimizer with its loop in sight: unroll it on many problems, move it by truncated backpropagation.
+"""A learned optimizer: an LSTM that turns the gradient of each variable into its update, the same for all variables.
 
-The same as `rl.train(rl.preset("learned_optimizer", family), family)`, bit for bit.
+    minimise over φ  E_f mean over t of f(xₜ),   xₜ₊₁ = xₜ + 0.1 LSTM(features(∇f(xₜ)), memoryₜ; φ)
 
-python agents/learned_optimizer.py --family quadratics --seeds 2 --steps 320000
+Truncated backpropagation: every `unroll` steps φ moves along the gradient of the piece's mean loss. ∇f(xₜ) counts as a
+constant, so what φ did shows in the sum of the updates and in the LSTM's memory. The problems of a meta-batch are
+minimised side by side, `[seeds, problems]`, each at its own place of its own `horizon`.
+
+Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016.
+
+python agents/learned_optimizer.py --seeds 2 --steps 320000
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
+from torch import Tensor, nn
 
-import rlmeta as rl
-from rlmeta.envs.kinds import problem_of
+from rlmeta.envs.minimisation import Quadratics
 from rlmeta.functional import optim, random, tree
-from rlmeta.functional.packed import Packed
-from rlmeta.learning.settings import hyper_tensors
-from rlmeta.learning.state import select
-from rlmeta.meta.adapt import adapt
+from rlmeta.functional.axes import align
+from rlmeta.nn import Context, Linear, LSTMCell, Params, stack
 
 
-def train(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> dict:
-    """Meta-train `seeds` optimizers at once, each on many problems; returns their state."""
-    settings = rl.preset("learned_optimizer", family)
-    world = problem_of(family, "LearnedOptimizer", True).world((seeds,), settings.num_envs)
-    learner = settings.bind(world.observation_space, world.action_space)
-    state = learner.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
-    iterations, bound = math.ceil(steps / (settings.num_envs * settings.unroll)), settings.max_grad_norm
+@dataclass(frozen=True)
+class Settings:
+    """What may be changed."""
 
+    problems: int = 16
+    """Minimised at once."""
+    horizon: int = 100
+    """Steps after which a problem is left for a new one."""
+    unroll: int = 20
+    """Steps between two meta-updates."""
+    meta_rate: float = 3e-3
+    """Adam's, annealed to 0 in a straight line."""
+    max_grad_norm: float = 1.0
+
+
+SETTINGS = Settings()
+FAMILY = Quadratics(dimensions=10)
+"""f(x) = ‖W x - y‖² with random W, y and start."""
+HIDDEN, SCALE = 20, 0.1
+
+
+def network() -> nn.ModuleDict:
+    """Two layers of LSTM and a linear one; a row of their input is one variable of one problem."""
+    cells = {"first": LSTMCell(2, HIDDEN), "second": LSTMCell(HIDDEN, HIDDEN)}
+    return nn.ModuleDict({**cells, "output": Linear(HIDDEN, 1)})
+
+
+NET = network()
+
+
+def features(gradient: Tensor, k: float = 10.0) -> Tensor:
+    """A gradient of any size as two moderate numbers: (log |g| / k, sign g), or (-1, eᵏ g) where |g| < e⁻ᵏ."""
+    smallest = math.exp(-k)
+    large, logarithm = gradient.abs() >= smallest, gradient.abs().clamp(min=smallest).log() / k
+    return torch.stack([logarithm, torch.where(large, gradient.sign(), gradient / smallest)], -1)
+
+
+def lstm(phi: Params, x: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """From features `[seeds, K, D, 2]` to updates `[seeds, K, D]`, and the memory after them."""
+    first = NET["first"].run(phi, {"input": x, **memory["first"]}, Context(), "first.")
+    second = NET["second"].run(phi, {"input": first["hidden"], **memory["second"]}, Context(), "second.")
+    output = NET["output"].run(phi, second["hidden"], Context(), "output.")
+    return SCALE * output.squeeze(-1), {"first": first, "second": second}
+
+
+def objective(x: Tensor, problem: dict[str, Tensor]) -> Tensor:
+    """f of every problem, `[seeds, K]`."""
+    return ((problem["matrix"] @ x.unsqueeze(-1)).squeeze(-1) - problem["target"]).square().sum(-1)
+
+
+def begin(problem: dict[str, Tensor]) -> dict[str, Any]:
+    """Problems `[seeds, K, ...]` at their start, with an empty memory."""
+    zero = problem["start"].new_zeros(*problem["start"].shape, HIDDEN)
+    memory = {layer: {"hidden": zero, "cell": zero} for layer in ("first", "second")}
+    age = torch.zeros(zero.shape[:2], dtype=torch.int64)
+    return {"problem": problem, "x": problem["start"], "memory": memory, "age": age}
+
+
+def minimise(phi: Params, carry: dict[str, Any], steps: int) -> tuple[Tensor, dict[str, Any]]:
+    """Steps of the optimizer on every problem: f after each, `[steps, seeds, K]`, and where that leads."""
+    x, memory, losses = carry["x"], carry["memory"], []
+    for _ in range(steps):
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(objective(point, carry["problem"]).sum(), point)
+        move, memory = lstm(phi, features(gradient), memory)
+        x = x + move
+        losses.append(objective(x, carry["problem"]))
+    return torch.stack(losses), {**carry, "x": x, "memory": memory, "age": carry["age"] + steps}
+
+
+def update(
+    phi: Params, moments: optim.State, carry: dict[str, Any], rate: float, s: Settings = SETTINGS
+) -> tuple[Params, optim.State, dict[str, Any]]:
+    """A piece of every problem's minimisation, and one step of φ along the gradient through it."""
+    theta = {name: weight.detach().requires_grad_() for name, weight in phi.items()}
+    losses, carry = minimise(theta, carry, s.unroll)
+    # a sum over seeds, which share no weight: each gets the gradient of its own mean loss
+    total = losses.mean((0, 2)).sum()
+    gradient = dict(zip(theta, torch.autograd.grad(total, list(theta.values()))))
+    gradient, _ = optim.clip_by_norm(gradient, s.max_grad_norm, learner_axes=1)
+    updates, moments = optim.adam(rate).update(gradient, moments, phi)
+    return optim.apply_updates(phi, updates), moments, tree.map(torch.Tensor.detach, carry)
+
+
+def renew(carry: dict[str, Any], fresh: dict[str, Any], s: Settings = SETTINGS) -> dict[str, Any]:
+    """Fresh problems in the place of those that are through."""
+    over = carry["age"] >= s.horizon
+    return tree.map(lambda new, old: torch.where(align(over, new), new, old), fresh, carry)
+
+
+def train(seeds: int = 2, steps: int = 320_000, s: Settings = SETTINGS) -> Params:
+    """Meta-train `seeds` optimizers at once for so many steps on problems; returns φ `[seeds, ...]`."""
+    keys = random.make_keys(range(seeds))
+    phi = stack(network, keys)
+    moments, iterations = optim.adam(s.meta_rate).init(phi, (seeds,)), -(-steps // (s.problems * s.unroll))
+    carry = begin(FAMILY.tasks(keys, 0, s.problems, "train"))
+    carry["age"] = carry["age"] + s.unroll * (torch.arange(s.problems) % (s.horizon // s.unroll))  # spread out
     for i in range(iterations):
-        state["progress"] = torch.full_like(state["progress"], i / iterations)
-        state["count"]["iterations"] = torch.full_like(state["key"], i)
-        carry = state["params"]["buffers"]["carry"]
-
-        # new problems for those that are through
-        carry = select(carry["age"] >= settings.horizon, learner.fresh(state, world), carry)
-
-        # unroll: the optimizer on all problems, [seeds, problems]
-        weights = Packed.of(state["params"]["weights"], 1)
-        theta = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-
-        def loss(w, step, carry=carry):
-            return world.family.loss(w, carry["problem"], carry["age"] + step)
-
-        learned = learner.learned({"weights": theta})
-        found = adapt(loss, carry["weights"], learned, settings.unroll, order="first", state=carry["memory"])
-        after = [*found.losses[1:], loss(found.weights, settings.unroll)]
-        mean = torch.stack(after).mean(0).mean(-1)
-        gradient = torch.autograd.grad(mean, list(theta.values()), torch.ones_like(mean))
-
-        # learn
-        flat = torch.cat([g.reshape(seeds, -1) for g in gradient], -1)
-        clipped, _ = optim.clip_by_norm({"weights": flat}, bound, 1)
-        optimizer, before = learner.optimizer(state), {"weights": weights.flat}
-        moved, state["optimizer"]["all"] = optimizer.update(clipped, state["optimizer"]["all"], before)
-        state["params"]["weights"] = Packed.view(weights.flat + moved["weights"], weights, 1)
-        end = {"weights": found.weights, "memory": found.state, "age": carry["age"] + settings.unroll}
-        carry = tree.map(torch.Tensor.detach, {"problem": carry["problem"], **end})
-        state["params"]["buffers"] = {"carry": carry}
-    return state
+        carry = renew(carry, begin(FAMILY.tasks(keys, i, s.problems, "train")), s)
+        phi, moments, carry = update(phi, moments, carry, s.meta_rate * (1 - i / iterations), s)
+    return phi
 
 
-def main(family: str = "quadratics", seeds: int = 2, steps: int = 320_000) -> None:
-    """Meta-train, minimise 256 held-out problems, print the mean loss after 0, 20, ... 100 steps."""
-    state, settings = train(family, seeds, steps), rl.preset("learned_optimizer", family)
-    world = problem_of(family, "LearnedOptimizer", True).world((seeds,), settings.num_envs)
-    learner = settings.bind(world.observation_space, world.action_space)
-    print(learner.adaptation(state["params"], world, state["key"], 256, 100)[..., ::20].mean(1))
+@torch.no_grad()
+def evaluate(phi: Params, problems: int = 256, steps: int = 100) -> Tensor:
+    """The mean f of held-out problems after 0 ... `steps` steps, `[seeds, steps + 1]`."""
+    keys = random.make_keys(range(len(phi["output.bias"])))
+    carry = begin(FAMILY.tasks(keys, 0, problems, "test"))
+    losses, _ = minimise(phi, carry, steps)
+    return torch.cat([objective(carry["x"], carry["problem"]).unsqueeze(0), losses]).mean(-1).T
+
+
+def main(seeds: int = 2, steps: int = 320_000) -> None:
+    """Meta-train, print every seed's mean loss (rows) after 0, 20, ... 100 steps on held-out problems (columns)."""
+    print(evaluate(train(seeds, steps))[:, ::20])
 
 
 if __name__ == "__main__":

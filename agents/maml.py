@@ -1,68 +1,114 @@
-"""MAML with its loop in sight: adapt to every task, ask, move the initial weights.
+"""MAML: initial weights from which one gradient step learns a new sine wave.
 
-The same as `rl.train(rl.preset("maml", family), family)`, bit for bit.
+    minimise over θ  E_task [ L_query(θₖ) ],   θ₀ = θ,  θᵢ₊₁ = θᵢ - α ∇ L_support(θᵢ),   L(θ) = mean (f(x; θ) - y)²
 
-python agents/maml.py --family sinusoid --seeds 4 --steps 75000
+Backpropagation goes through the k inner steps, second derivatives included. Seeds and tasks are both learner axes:
+weights `[seeds, ...]` become `[seeds, tasks, ...]`, and all tasks of a meta-batch adapt in one go.
+
+Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017.
+
+python agents/maml.py --seeds 4 --steps 75000
 """
 
-import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
+from torch import Tensor
 
-import rlmeta as rl
-from rlmeta.envs.families import NamedFamily
-from rlmeta.envs.kinds import problem_of
+from rlmeta.envs.regression import Sinusoid
 from rlmeta.functional import optim, random
-from rlmeta.functional.packed import Packed
-from rlmeta.learning.settings import hyper_tensors
-from rlmeta.meta.adapt import adapt, expand_tasks
+from rlmeta.nn import MLP, Params, apply, stack
 
 
-def train(family: str = "sinusoid", seeds: int = 4, steps: int = 75_000) -> dict:
-    """Meta-train `seeds` learners at once; returns their state."""
-    settings = rl.preset("maml", family)
-    problem: NamedFamily = problem_of(family, "MAML", True)
-    world = problem.world((seeds,), settings.num_envs)
-    maml = settings.bind(world.observation_space, world.action_space)
-    state = maml.init(random.make_keys(range(seeds)), hyper_tensors([settings], seeds), world)
-    iterations, hyper = math.ceil(steps / settings.num_envs), state["params"]["hyper"]
-    inner = optim.sgd(hyper["inner_rate"].unsqueeze(-1).expand(seeds, settings.num_envs))
+@dataclass(frozen=True)
+class Settings:
+    """What may be changed."""
 
+    tasks: int = 25
+    """Of a meta-batch."""
+    inner_steps: int = 1
+    """k."""
+    inner_rate: float = 0.02
+    """α."""
+    meta_rate: float = 8e-3
+    """Adam's, annealed to 0 in a straight line."""
+    max_grad_norm: float = 10.0
+
+
+SETTINGS = Settings()
+FAMILY = Sinusoid(shots=10, queries=10)
+"""Its `tasks` are `{"support": {"observation", "target"}, "query": ...}`, `[seeds, tasks, points, 1]` each."""
+
+
+def network() -> MLP:
+    """f: from x to y, `[*L, points, 1]` to the same."""
+    return MLP(1, (40, 40), 1, "relu", initialiser="torch")
+
+
+NET = network()
+
+
+def loss(weights: Params, points: dict[str, Tensor]) -> Tensor:
+    """L, the mean squared error of every learner, `[*L]`."""
+    return (apply(NET, weights, points["observation"]) - points["target"]).square().mean((-2, -1))
+
+
+def adapt(weights: Params, support: dict[str, Tensor], steps: int, rate: float) -> Params:
+    """θₖ of every task, `{name: [seeds, tasks, ...]}`, with a graph that leads back to θ₀."""
+    for _ in range(steps):
+        # a sum, because learners share no weight: each gets the gradient of its own loss
+        total = loss(weights, support).sum()
+        gradient = torch.autograd.grad(total, list(weights.values()), create_graph=True)
+        weights = {name: weight - rate * g for (name, weight), g in zip(weights.items(), gradient)}
+    return weights
+
+
+def for_tasks(weights: Params, tasks: int) -> Params:
+    """Every task starts from its seed's weights, `[seeds, ...]` -> `[seeds, tasks, ...]`; gradients add up."""
+    return {name: w.unsqueeze(1).expand(-1, tasks, *w.shape[1:]) for name, w in weights.items()}
+
+
+def update(
+    weights: Params, moments: optim.State, tasks: dict[str, Any], rate: float, s: Settings
+) -> tuple[Params, optim.State]:
+    """One step of the initial weights `[seeds, ...]`: adapt, ask, go back through the adaptation."""
+    theta = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    adapted = adapt(for_tasks(theta, s.tasks), tasks["support"], s.inner_steps, s.inner_rate)
+    query = loss(adapted, tasks["query"]).mean(-1)
+    gradient = dict(zip(theta, torch.autograd.grad(query.sum(), list(theta.values()))))
+    gradient, _ = optim.clip_by_norm(gradient, s.max_grad_norm, learner_axes=1)
+    updates, moments = optim.adam(rate).update(gradient, moments, weights)
+    return optim.apply_updates(weights, updates), moments
+
+
+def train(seeds: int = 4, steps: int = 75_000, s: Settings = SETTINGS) -> Params:
+    """Meta-train `seeds` learners at once on `steps` tasks each; returns their weights `[seeds, ...]`."""
+    keys = random.make_keys(range(seeds))
+    weights = stack(network, keys)
+    moments = optim.adam(s.meta_rate).init(weights, (seeds,))
+    iterations = -(-steps // s.tasks)
     for i in range(iterations):
-        state["progress"] = torch.full_like(state["progress"], i / iterations)
-        tasks = world.tasks(state["key"], torch.full_like(state["key"], i), settings.num_envs, "train")
-        weights = Packed.of(state["params"]["weights"], 1)
-        theta = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-
-        p = maml.start(state["params"], settings.num_envs)
-
-        def loss(weights, part, tasks=tasks, p=p):
-            return maml.loss({**p, "weights": weights}, tasks[part])
-
-        # adapt: every task is a learner of its own, [seeds, tasks]
-        started = expand_tasks(theta, 1, settings.num_envs)
-        adapted = adapt(lambda weights, _, loss=loss: loss(weights, "support"), started, inner, settings.inner_steps)
-
-        # ask: the gradient goes back through the adaptation
-        query = loss(adapted.weights, "query").mean(-1)
-        gradient = torch.autograd.grad(query, list(theta.values()), torch.ones_like(query))
-
-        # learn
-        flat = torch.cat([g.reshape(seeds, -1) for g in gradient], -1)
-        clipped, _ = optim.clip_by_norm({"weights": flat}, hyper["max_grad_norm"], 1)
-        moments, before = state["optimizer"]["all"], {"weights": weights.flat}
-        moved, state["optimizer"]["all"] = maml.optimizer(state).update(clipped, moments, before)
-        state["params"]["weights"] = Packed.view(weights.flat + moved["weights"], weights, 1)
-    return state
+        tasks = FAMILY.tasks(keys, i, s.tasks, "train")
+        weights, moments = update(weights, moments, tasks, s.meta_rate * (1 - i / iterations), s)
+    return weights
 
 
-def main(family: str = "sinusoid", seeds: int = 4, steps: int = 75_000) -> None:
-    """Meta-train, adapt to 600 held-out tasks, print the mean score against the inner steps."""
-    state, settings = train(family, seeds, steps), rl.preset("maml", family)
-    world = problem_of(family, "MAML", True).world((seeds,), settings.num_envs)
-    maml = settings.bind(world.observation_space, world.action_space)
-    print(maml.adaptation(state["params"], world, state["key"], 600, 10).mean(1))
+def evaluate(weights: Params, tasks: int = 600, steps: int = 10, s: Settings = SETTINGS) -> Tensor:
+    """The mean squared error on held-out tasks after 0 ... `steps` inner steps, `[seeds, steps + 1]`."""
+    keys = random.make_keys(range(len(next(iter(weights.values())))))
+    drawn, own, scores = FAMILY.tasks(keys, 0, tasks, "test"), for_tasks(weights, tasks), []
+    for _ in range(steps + 1):
+        own = {name: weight.detach().requires_grad_() for name, weight in own.items()}
+        scores.append(loss(own, drawn["query"]).mean(-1).detach())
+        own = adapt(own, drawn["support"], 1, s.inner_rate)
+    return torch.stack(scores, -1)
+
+
+def main(seeds: int = 4, steps: int = 75_000) -> None:
+    """Meta-train, print every seed's error (rows) after 0 ... 10 inner steps (columns)."""
+    print(evaluate(train(seeds, steps)))
 
 
 if __name__ == "__main__":
