@@ -33,6 +33,7 @@ from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_st
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.state import Params, State
+from rlmeta.learning.targets import Copy
 from rlmeta.nn import Block, Context
 from rlmeta.nn.encoder import ACTION_MASK
 from rlmeta.rewards import Reward, distinct, first_memory, relabel
@@ -77,6 +78,8 @@ class Agent:
     """The name of what it acts by, where that is not its first network."""
     counts = "environment steps"
     score = Score("return")
+    copies: tuple[Copy, ...] = ()
+    """Target networks and averages, which are among the buffers."""
 
     def __init__(
         self, settings: Any, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()

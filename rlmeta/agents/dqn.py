@@ -126,6 +126,7 @@ class DQNAgent(Agent):
         self.idle_steps = off_policy.idle_steps(settings, settings.n_steps)
         self.averaged = min(values_of(settings.average_rate)) < 1.0 and not self.methods
         self.acting_network = "average" if self.averaged else "q"
+        self.copies = (TARGET, AVERAGE) if self.averaged else (TARGET,)
         self.q: Any = bare(self.networks)["q"]
 
     def networks(self) -> dict[str, Block]:
@@ -209,7 +210,7 @@ class DQNAgent(Agent):
         metrics = {"charts/learning_rate": self.annealed(state), "charts/epsilon": h["epsilon"]}
         if not off_policy.ready(self, state, s.n_steps):
             return state, metrics
-        state, info = off_policy.learn(self, state, self.groups, self.copies(state), s.n_steps)
+        state, info = off_policy.learn(self, state, self.groups, self.moves(state), s.n_steps)
         if self.averaged:
             follow(state, AVERAGE, h["average_rate"])
         return state, {**info, **metrics}
@@ -218,7 +219,7 @@ class DQNAgent(Agent):
         """All weights move in every step."""
         return [whole(optim.adam(self.annealed(state)), state["params"]["hyper"]["max_grad_norm"])]
 
-    def copies(self, state: State) -> dict[Copy, Tensor]:
+    def moves(self, state: State) -> dict[Copy, Tensor]:
         """How far the target network moves after each gradient step of this update, `[gradient_steps, *L]`; nothing
         where it stays through all of them."""
         done, every = int(state["count"]["gradient_steps"].max()), self.settings.target_every

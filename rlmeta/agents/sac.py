@@ -126,6 +126,7 @@ class SACAgent(Agent):
         blocks: dict[str, Any] = bare(self.networks)
         self.policy, self.q = blocks["policy"], blocks["q"]
         self.head = self.policy.head
+        self.copies = (TARGET,)
 
     def networks(self) -> dict[str, Block]:
         """`policy` gives a squashed Gaussian, `q` the values of all critics, `temperature` the price of entropy."""
@@ -228,7 +229,9 @@ class SACAgent(Agent):
             return state, {}
         rate = state["params"]["hyper"]["target_rate"]
         follow = {TARGET: rate.expand(self.settings.gradient_steps, *rate.shape)}
-        return off_policy.learn(self, state, self.groups, follow)
+        state, info = off_policy.learn(self, state, self.groups, follow)
+        off_policy.end_warm_up(state)
+        return state, info
 
     def groups(self, state: State) -> Sequence[Sequence[Group]]:
         """Critics, policy and temperature move in every step, each along the gradient of its own loss alone."""

@@ -124,6 +124,7 @@ class TD3Agent(Agent):
         blocks: dict[str, Any] = bare(self.networks)
         self.policy, self.q = blocks["policy"], blocks["q"]
         self.head = self.policy.head
+        self.copies = (TARGET_POLICY, TARGET_Q)
 
     def networks(self) -> dict[str, Block]:
         """`policy` gives an action in units of its bounds, `q` the values of all critics."""
@@ -219,7 +220,9 @@ class TD3Agent(Agent):
         if not off_policy.ready(self, state):
             return state, {}
         moves = torch.stack([rate * (number % s.policy_delay == 0) for number in range(1, s.gradient_steps + 1)])
-        return off_policy.learn(self, state, self.groups, {TARGET_POLICY: moves, TARGET_Q: moves})
+        state, info = off_policy.learn(self, state, self.groups, {TARGET_POLICY: moves, TARGET_Q: moves})
+        off_policy.end_warm_up(state)
+        return state, info
 
     def groups(self, state: State) -> Sequence[Sequence[Group]]:
         """The critics move in every step, the policy in the last of every `policy_delay`."""

@@ -409,10 +409,26 @@ def to_tree(space: gym.Space[Any], value: Any, batch: tuple[int, ...] = (), sour
 
 
 def batch_size(space: gym.Space[Any], value: Any) -> int | None:
-    """How many observations a batch holds, by its first array; None for a single observation."""
+    """How many observations a batch holds, by its first array; None for a single observation.
+
+    Raises:
+        SpaceError: a Tuple's observation, or batch of them, is no tuple of as many parts.
+    """
+    _check_tuples(space, value)
     leaf = Layout(space).leaves[0]
     shape = np.shape(pick(value, leaf.path, "the caller"))
     return int(shape[0]) if len(shape) == len(leaf.shape) + 1 else None
+
+
+def _check_tuples(space: gym.Space[Any], value: Any) -> None:
+    """Refuse a list or an array in the place of a Tuple's parts: its rows would be read as parts."""
+    if isinstance(space, spaces.Tuple) and not (isinstance(value, tuple) and len(value) == len(space)):
+        raise SpaceError(
+            f"an observation of {space} is given as {type(value).__name__}, expected a tuple of its {len(space)} parts "
+            "(a batch of them: one of arrays)"
+        )
+    for name, part in parts(space) if isinstance(space, spaces.Dict | spaces.Tuple) else ():
+        _check_tuples(part, pick(value, (name,), "the caller"))
 
 
 def to_numpy(space: gym.Space[Any], action: Tree, batch: tuple[int, ...] = ()) -> Any:

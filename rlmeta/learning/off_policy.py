@@ -123,6 +123,12 @@ def warms_up(learner: OffPolicyLearner, state: State) -> Tensor:
     return state["count"]["task_steps"] * learner.settings.num_envs < learner.settings.learning_starts
 
 
+def end_warm_up(state: State) -> None:
+    """No learner acts at random any more: it has learned."""
+    hyper = state["params"]["hyper"]
+    hyper["warms_up"] = torch.zeros_like(hyper["warms_up"])
+
+
 def learn(
     learner: OffPolicyLearner,
     state: State,

@@ -73,11 +73,17 @@ def _write(ring: tree.Tree, values: tree.Tree, row: Tensor, axes: int) -> None:
 
 
 @torch.no_grad()
-def cut(memory: State, learner_axes: int) -> State:
-    """End the running episodes at the newest step: the next that is written is of other episodes. Written in place."""
+def cut(memory: State, learner_axes: int, rows: Tensor | None = None) -> State:
+    """End the running episodes at the newest step: the next that is written is of other episodes. Written in place.
+
+    Args:
+        memory: of `init` and `insert`.
+        learner_axes: how many leading axes are learner axes.
+        rows: `[*L, N]` bool, the environments whose episodes end; None for all.
+    """
     axes, written = learner_axes, memory["written"]
     capacity = memory["reward"].shape[axes]
-    begun = (written > 0).unsqueeze(axes)
+    begun = (written > 0 if rows is None else (written > 0) & rows).unsqueeze(axes)
     newest = ((written - 1).unsqueeze(axes)) % capacity
     last = memory["truncated"].gather(axes, newest)
     already = memory["terminated"].gather(axes, newest) | last | ~memory["valid"].gather(axes, newest)

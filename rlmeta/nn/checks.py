@@ -27,7 +27,8 @@ def check_block(block: Block, x: tree.Tree, other: tree.Tree, *, rows: bool = Tr
         key: what its learner's training draws from, None if it has nothing.
 
     Raises:
-        SettingError: it mixes rows, remembers a call in the next one, or draws random numbers without a key.
+        SettingError: it writes to its input, mixes rows, remembers a call in the next one, or draws random numbers
+            without a key.
     """
     tensors = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
     params = {name: value.detach() for name, value in tensors}
@@ -45,8 +46,15 @@ def _check_repeats(block: Block, params: Params, x: tree.Tree, other: tree.Tree,
         found: Tensor = block.run(params, x, fresh)
         return found
 
+    kept = tree.map(torch.clone, x)
     try:
-        first, _, again = features(x), features(other), features(x)
+        first = features(x)
+        if not all(torch.equal(now, before) for now, before in zip(tree.leaves(x), tree.leaves(kept))):
+            raise SettingError(
+                "it writes to its observations in place, which replay memories and records still need: begin with "
+                "an operation that gives a new tensor, such as x.clamp(min=0) or ReLU(inplace=False)"
+            )
+        _, again = features(other), features(x)
     except NeedsKey:
         raise SettingError(
             f"it draws random numbers {when}, for which its learner has no key: leave dropout and noise out, or put "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -325,12 +326,14 @@ def hooked(module: nn.Module) -> bool:
 def recordable(module: nn.Module) -> bool:
     """Whether a module depends on its tensors alone, so that its operations may be recorded and replayed.
 
-    It does where it is made of torch's and rlmeta's own classes without hooks; a class of somebody's own may count its
-    calls, or look at the clock, and does where it says so: `recordable = True`.
+    It does where it is made of torch's and rlmeta's own classes, without hooks or functions of somebody's own in them;
+    another class may count its calls, or look at the clock, and does where it says so: `recordable = True`.
     """
     for part in module.modules():
         known = type(part).__module__.startswith(("torch.nn.modules.", "rlmeta.nn."))
-        if hooked(part) or not (known or getattr(type(part), "recordable", False) is True):
+        own = [value for value in vars(part).values() if isinstance(value, FunctionType | MethodType)]
+        replaced = not all((value.__module__ or "").startswith(("torch.", "rlmeta.")) for value in own)
+        if replaced or hooked(part) or not (known or getattr(type(part), "recordable", False) is True):
             return False
     return True
 

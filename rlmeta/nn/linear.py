@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
@@ -133,6 +134,9 @@ class Activation(Block):
     def __init__(self, function: ActivationName | Callable[[Tensor], Tensor]) -> None:
         """Create the block from a function (an `nn.ReLU()` is one, too) or its name."""
         super().__init__()
+        if getattr(function, "inplace", False):  # its input may be a view, or be needed by somebody else
+            function = copy.copy(function)
+            function.inplace = False  # type: ignore[union-attr]
         self._function = (activation_function(function),)  # in a tuple, since a module would become a child
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:

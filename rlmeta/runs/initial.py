@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,38 +13,104 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
 from rlmeta.learning.state import Params
+from rlmeta.learning.targets import Copy, with_copy
 
 if TYPE_CHECKING:
     from rlmeta.runs.run import Run
 
 
+SAME = ("activation", "action_bounds", "share_network", "state_dependent_exploration", "task_heads")
+"""Settings that change what a network of the same names and shapes computes."""
+
+
 def take_weights(run: Run, source: Run) -> None:
     """Put a run's weights, buffers and running statistics in the place of another's initial ones.
 
-    What both have under one name and shape is taken; the rest, such as the critics of an agent that begins with a
-    cloned policy, stays fresh, and a warning names it. Moments of optimizers, counts and random numbers begin anew.
+    A network is taken where the source has one of its names and shapes; another, such as the critics of an agent that
+    begins with a cloned policy, stays fresh, and a warning names it. A target network that the source does not have is
+    a copy of its network. Moments of optimizers, counts and random numbers begin anew.
 
     Args:
         run: at its start.
         source: its learners are taken one for each where there are as many, else its best for all.
 
     Raises:
-        SettingError: the network that acts has another form, or only one of them normalises its observations.
+        SettingError: the network that acts has another form or computes something else, or only one of them normalises
+            its observations.
     """
-    taken = source.agent.seen(source.state)
-    rows = _rows(run, source)
-    p = run.state["params"]
+    taken, rows, p = source.agent.seen(source.state), _rows(run, source), run.state["params"]
+    own = {**p["weights"], **p["buffers"]}
+    theirs = {**taken["buffers"], **taken["weights"]}
+    networks = list(dict.fromkeys(name.split(".")[0] for name in own))
+    whole = [name for name in networks if _fits(name, own, theirs)]
+    learner: Any = _inner(run)
+    copies: dict[str, Copy] = {copy.name: copy for copy in getattr(learner, "copies", ())}
+    _check_acting(run, source, whole, copies)
+    _check_same(run, source)
     _check_normalisers(p, taken, source)
-    weights, fresh_weights = _replaced(p["weights"], taken, rows)
-    buffers, fresh_buffers = _replaced(p["buffers"], taken, rows)
-    names = {name.split(".")[0] for name in p["weights"]}
-    whole = names - {name.split(".")[0] for name in fresh_weights}
-    if not whole:
+    _warn_of_fresh(run, source, [name for name in networks if name not in whole and name not in copies])
+
+    def replaced(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: theirs[name][rows].to(value.device, value.dtype) if name.split(".")[0] in whole else value
+            for name, value in tensors.items()
+        }
+
+    weights, buffers = Packed.of(replaced(p["weights"]), run.state["key"].dim()), replaced(p["buffers"])
+    new = {**p, "weights": weights, "buffers": buffers, "normalisers": dict(p["normalisers"])}
+    for copy in copies.values():
+        new = new if copy.name in whole else with_copy(new, copy)
+    if "observation" in new["normalisers"]:
+        statistics = taken["normalisers"]["observation"]
+        new["normalisers"]["observation"] = tree.map(lambda value: value[rows].clone(), statistics)
+    run.begun_from = str(source.folder or "a run in memory")
+    run.state["params"] = new
+
+
+def _inner(run: Run) -> Any:
+    """The learner whose weights they are: a meta-learner's inner one."""
+    return getattr(run.agent, "inner", run.agent)
+
+
+def _fits(network: str, own: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether all tensors of a network are among others, by name and shape."""
+    names = [name for name in own if name.split(".")[0] == network]
+    return all(name in theirs and theirs[name].shape[1:] == own[name].shape[1:] for name in names)
+
+
+def _check_acting(run: Run, source: Run, whole: list[str], copies: dict[str, Copy]) -> None:
+    """Refuse a source without the network that acts, or predicts."""
+    acting = getattr(_inner(run), "acting_network", None) or next(iter(run.state["params"]["weights"])).split(".")[0]
+    acting = copies[acting].source if acting in copies else acting
+    if acting not in whole:
         raise SettingError(
-            f"init: no network of {run.experiment.agent_name} has the names and shapes of one of {_named(source)} "
-            f"({', '.join(sorted({name.split('.')[0] for name in taken['weights']}))}): use the same network and spaces"
+            f"init: {_named(source)} has no network {acting!r} of the names and shapes that "
+            f"{run.experiment.agent_name}'s has: use the same network, and spaces of the same sizes"
         )
-    fresh = sorted({name.split(".")[0] for name in (*fresh_weights, *fresh_buffers)})
+
+
+def _check_same(run: Run, source: Run) -> None:
+    """Refuse weights for a network that would compute something else with them."""
+    ours, theirs = (_settings(one) for one in (run, source))
+    for name in SAME:
+        before, now = getattr(theirs, name, None), getattr(ours, name, None)
+        if before is not None and now is not None and before != now:
+            raise SettingError(f"init: {_named(source)} was trained with {name} = {before!r}: it is {now!r} here")
+    heads = [type(getattr(_inner(one), "head", None)) for one in (source, run)]
+    if type(None) not in heads and heads[0] is not heads[1]:
+        raise SettingError(
+            f"init: the policy of {_named(source)} ends in a {heads[0].__name__}, that of "
+            f"{run.experiment.agent_name} in a {heads[1].__name__}: its weights would mean something else"
+        )
+
+
+def _settings(run: Run) -> Any:
+    settings = run.experiment.variants[0]
+    return getattr(settings, "learner", None) or settings
+
+
+def _warn_of_fresh(run: Run, source: Run, fresh: list[str]) -> None:
+    """Say which networks begin anew."""
     if fresh:
         warnings.warn(
             f"init: {', '.join(fresh)} of {run.experiment.agent_name} begin anew, {_named(source)} has none of their "
@@ -52,12 +118,6 @@ def take_weights(run: Run, source: Run) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-    normalisers = dict(p["normalisers"])
-    if "observation" in normalisers:
-        normalisers["observation"] = tree.map(lambda value: value[rows].clone(), taken["normalisers"]["observation"])
-    run.begun_from = str(source.folder or "a run in memory")
-    packed = Packed.of(weights, run.state["key"].dim())
-    run.state["params"] = {**p, "weights": packed, "buffers": buffers, "normalisers": normalisers}
 
 
 def _rows(run: Run, source: Run) -> Tensor:
@@ -68,16 +128,6 @@ def _rows(run: Run, source: Run) -> Tensor:
     return torch.full((learners,), source.chosen_learner(None))
 
 
-def _replaced(own: dict[str, Tensor], taken: Params, rows: Tensor) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors with those of the same names and shapes taken, and the names of the others."""
-    theirs = {**taken["buffers"], **taken["weights"]}
-    fits = {name for name, value in own.items() if name in theirs and theirs[name].shape[1:] == value.shape[1:]}
-    replaced = {
-        name: theirs[name][rows].to(value.device, value.dtype) if name in fits else value for name, value in own.items()
-    }
-    return replaced, [name for name in own if name not in fits]
-
-
 def _check_normalisers(p: Params, taken: Params, source: Run) -> None:
     """Refuse weights that were trained on observations of another scale than they will see."""
     ours, theirs = "observation" in p["normalisers"], "observation" in taken["normalisers"]
@@ -86,6 +136,10 @@ def _check_normalisers(p: Params, taken: Params, source: Run) -> None:
         raise SettingError(
             f"init: {_named(source)} was trained {what} normalise_observation: set normalise_observation to {instead}"
         )
+    if ours:
+        sizes = [tree.leaves(params["normalisers"]["observation"]) for params in (p, taken)]
+        if any(a.shape[1:] != b.shape[1:] for a, b in zip(*sizes, strict=True)):
+            raise SettingError(f"init: {_named(source)} observed something of another shape: use the same spaces")
 
 
 def _named(source: Run) -> str:

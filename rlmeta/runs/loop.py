@@ -79,6 +79,7 @@ class Loop:
         clock.reset()
         self._started, self._already = time.perf_counter(), run.seconds
         with self.interruption.caught(), self._resources():
+            self._evaluate_old_end()
             while self.done < self.iterations and self._active() and not run.stopped and not self.interruption:
                 line = self._advance()
                 self._count_seconds()
@@ -94,6 +95,13 @@ class Loop:
         if self.interruption:
             run.stopped = "interrupted"
         return run
+
+    def _evaluate_old_end(self) -> None:
+        """The periodic evaluation that was left out where a run ended that is now given more steps."""
+        due = self.eval_world is not None and self.run.stream is None and self.done % self.eval_every == 0
+        if due and 0 < self.done == self.run.old_end < self.iterations:
+            steps = self.done * self.steps_per_iteration
+            self._record({"iteration": self.done, "env_steps": steps, **_lists(self._evaluate())})
 
     def _count_seconds(self) -> None:
         self.run.seconds = self._already + time.perf_counter() - self._started

@@ -58,6 +58,7 @@ class Run:
         held: the lock on its folder, while this process writes it.
         begun_from: the folder of the run whose weights it began with, or ''.
         extended_to: the steps it is trained for where it was given more than config.toml says, else 0.
+        old_end: the iteration at which it ended before it was given more just now, else 0.
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
@@ -80,7 +81,7 @@ class Run:
         self.seconds = 0.0
         self.stopped = ""
         self.offsets: dict[str, Mark] = {}
-        self.extended_to = 0
+        self.extended_to = self.old_end = 0
         self.begun_from = ""
         self._actions = 0
 
@@ -423,6 +424,8 @@ def read(
     with within_memory(str(folder)):
         run = Run(extension.extended(experiment, longer) if longer else experiment, folder)
     run.extended_to = longer
+    if steps:
+        run.old_end = math.ceil((about["extended_to"] or experiment.budget.steps) / run.every)
     try:
         run.id, run.config_digest = about["run"], about["config"]
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]

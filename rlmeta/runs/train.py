@@ -15,6 +15,7 @@ from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.envs.kinds import problem_of
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
+from rlmeta.learning import replay
 from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
@@ -170,6 +171,8 @@ def restore_world(run: Run, inexact: bool) -> None:
     }
     for name, part in fresh.items():
         state[name] = select(begins, part, state[name])
+    if "replay" in state:
+        state["replay"] = replay.cut(state["replay"], state["key"].dim(), begins)
 
 
 def one_batch(settings: Sequence[Any]) -> Sequence[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 
 import pytest
@@ -34,6 +35,21 @@ def test_an_ended_run_goes_on_as_if_asked_at_once(tmp_path):
     assert torch.equal(longer.evaluation.returns, at_once.evaluation.returns)
     again = rl.load(tmp_path / "run")
     assert again.experiment.budget.steps == 256 and torch.equal(again.scores, longer.scores)
+
+
+def test_the_evaluation_that_was_left_out_at_the_old_end_is_made(tmp_path):
+    budget = {"eval_every": 64, "eval_episodes": 2, "final_episodes": 2}
+    rl.train(SMALL, "CartPole-v1", steps=64 * 4, out=tmp_path / "whole", threads=1, **budget)
+    rl.train(SMALL, "CartPole-v1", steps=64 * 2, out=tmp_path / "run", threads=1, **budget)
+    rl.resume(tmp_path / "run", steps=64 * 4)
+
+    def evaluations(folder):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return {line["iteration"]: line["eval/return"] for line in lines if "eval/return" in line}
+
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+    best, same = (rl.load(tmp_path / name).state["best"]["score"] for name in ("run", "whole"))
+    assert torch.equal(best, same)
 
 
 def test_it_is_remembered_when_the_longer_run_is_stopped(tmp_path):

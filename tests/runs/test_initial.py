@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import gymnasium as gym
@@ -11,7 +12,8 @@ import torch
 
 import rlmeta as rl
 from rlmeta.cli.main import main
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, SpaceError
+from rlmeta.runs.train import prepare
 
 SMALL = rl.PPO(num_envs=2, num_steps=16, batch_size=32, num_epochs=1, hidden_sizes=(8,))
 
@@ -22,8 +24,6 @@ def train(settings: Any = SMALL, steps: int = 64, **others: Any) -> rl.Run:
 
 def start_of(run: rl.Run, settings: Any, **others: Any) -> rl.Run:
     """A run before its first step: learning rates of next to nothing leave the weights where they began."""
-    from rlmeta.runs.train import prepare
-
     return prepare(settings, "CartPole-v1", rl.Budget(steps=32), init=run, **others)
 
 
@@ -48,8 +48,6 @@ def test_another_number_of_learners_begins_with_the_best():
 
 
 def test_running_statistics_come_along_or_are_asked_for():
-    import dataclasses
-
     white = dataclasses.replace(SMALL, normalise_observation=True)
     source = train(white)
     begun = start_of(source, white)
@@ -69,10 +67,42 @@ def test_what_has_no_counterpart_begins_anew_and_is_named():
     with pytest.warns(RuntimeWarning, match="value of ppo begin anew"):
         begun = start_of(source, SMALL)
     assert all(torch.equal(begun.state["params"]["weights"][name], value) for name, value in only.items())
-    import dataclasses
-
-    with pytest.raises(SettingError, match="no network of ppo has the names and shapes"):
+    with pytest.raises(SettingError, match="has no network 'policy' of the names and shapes that ppo's has"):
         start_of(source, dataclasses.replace(SMALL, hidden_sizes=(9,)))
+
+
+def test_a_target_network_that_the_source_lacks_is_a_copy_of_its_network():
+    small = rl.DQN(num_envs=2, num_steps=4, gradient_steps=1, batch_size=8, capacity=80, learning_starts=8,
+                   hidden_sizes=(8,))  # fmt: skip
+    source = train(small)
+    begun = start_of(source, dataclasses.replace(small, average_rate=0.1))
+    p = begun.state["params"]
+    for name, value in p["weights"].items():
+        assert torch.equal(value, source.state["params"]["weights"][name])
+        assert torch.equal(p["buffers"][name.replace("q.", "average.")], value)
+    assert not torch.equal(p["buffers"]["target.head.linear.bias"], p["weights"]["q.head.linear.bias"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"activation": "relu"}, "was trained with activation = 'tanh': it is 'relu' here"),
+        ({"action_bounds": "clip"}, "was trained with action_bounds = 'scale': it is 'clip' here"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:action_bounds")
+def test_weights_that_would_mean_something_else_are_refused(change, words):
+    source = rl.train(SMALL, "Pendulum-v1", steps=32, final_episodes=2, threads=1)
+    with pytest.raises(SettingError, match=words):
+        prepare(dataclasses.replace(SMALL, **change), "Pendulum-v1", rl.Budget(steps=32), init=source)
+
+
+def test_another_head_and_other_spaces_are_refused():
+    source = rl.train(dataclasses.replace(SMALL, activation="relu"), "Pendulum-v1", steps=32, final_episodes=2)
+    with pytest.raises(SettingError, match="ends in a GaussianHead, that of td3 in a DeterministicHead"):
+        prepare(rl.TD3(hidden_sizes=(8,)), "Pendulum-v1", rl.Budget(steps=2000), init=source)
+    with pytest.raises(SettingError, match="has no network 'policy'"):
+        prepare(SMALL, "Acrobot-v1", rl.Budget(steps=32), init=train())
 
 
 @pytest.mark.parametrize("task", ["CartPole-v1", "Pendulum-v1", "FrozenLake-v1"])
@@ -85,6 +115,26 @@ def test_a_batch_of_observations_gets_a_batch_of_actions(task):
     for row in range(3):
         np.testing.assert_allclose(run.act(observation[row]), actions[row], rtol=1e-5)
     env.step(actions)
+
+
+def test_rows_of_a_tuple_are_not_taken_for_its_parts():
+    space = gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.Discrete(4)])
+
+    class Pairs(gym.Env):
+        observation_space, action_space = space, gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return (1, 2), {}
+
+        def step(self, action):
+            return (0, 3), 1.0, True, False, {}
+
+    run = rl.train(SMALL, Pairs, steps=32, final_episodes=2, threads=1)
+    assert run.act((1, 2)) in (0, 1) and run.act((np.array([1, 2, 0]), np.array([2, 3, 3]))).shape == (3,)
+    for wrong in ([(1, 2), (0, 3)], np.array([[1, 2], [2, 3], [0, 3]])):
+        with pytest.raises(SpaceError, match="expected a tuple of its 2 parts"):
+            run.act(wrong)
 
 
 def test_the_budgets_fields_are_arguments():

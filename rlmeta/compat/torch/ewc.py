@@ -58,7 +58,7 @@ class EWC:
             SettingError: as `fisher_information`.
         """
         parameters = trainable(self.module, "EWC")
-        self._check(parameters)
+        self._check(dict(self.module.named_parameters()))
         for name, fisher in fisher_information(self.module, batch, **distribution).items():
             theta = precise(parameters[name].detach()).flatten()
             before = self._quadratic(name, theta) if name in self._quadratics else no_quadratic(theta)

@@ -43,7 +43,8 @@ class PackNet:
         share: part of the free weights of every layer that a task keeps.
         give_back: whether a task also gives back, when the next one begins, what has had no gradient since its pruning:
             units that its training has pushed out of use. Its answers on the samples of that second training do not
-            depend on them, but others may change then.
+            depend on them, but others may change then; so may those in evaluation where batch normalisation has running
+            statistics.
         seed: of the weights drawn anew.
 
     Raises:
@@ -267,7 +268,7 @@ class PackNet:
 
     def _copied(self) -> Named:
         """What every task has its own copy of."""
-        few = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad and p.dim() <= 1}
+        few = {n: p.detach() for n, p in self.module.named_parameters() if p.dim() <= 1}
         return {**few, **dict(self.module.named_buffers())}
 
     def _tensors(self) -> Named:

@@ -95,7 +95,8 @@ class Reservoir:
 
     def state_dict(self) -> dict[str, Any]:
         """What is held, how many were added, and the generator's state."""
-        held = None if self._structure is None else pytree.tree_unflatten(self._kept, self._structure)
+        kept = [tensor.clone() for tensor in self._kept]
+        held = None if self._structure is None else pytree.tree_unflatten(kept, self._structure)
         return {"samples": held, "added": self.added, "generator": self.generator.get_state()}
 
     @quiet()
