@@ -78,6 +78,8 @@ class Agent:
     """The name of what it acts by, where that is not its first network."""
     counts = "environment steps"
     score = Score("return")
+    beside_observations: tuple[str, ...] = ()
+    """Networks that are no functions of an observation alone, such as critics of actions."""
     copies: tuple[Copy, ...] = ()
     """Target networks and averages, which are among the buffers."""
 

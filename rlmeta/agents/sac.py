@@ -126,7 +126,7 @@ class SACAgent(Agent):
         blocks: dict[str, Any] = bare(self.networks)
         self.policy, self.q = blocks["policy"], blocks["q"]
         self.head = self.policy.head
-        self.copies = (TARGET,)
+        self.copies, self.beside_observations = (TARGET,), ("q", "temperature")
 
     def networks(self) -> dict[str, Block]:
         """`policy` gives a squashed Gaussian, `q` the values of all critics, `temperature` the price of entropy."""

@@ -124,7 +124,7 @@ class TD3Agent(Agent):
         blocks: dict[str, Any] = bare(self.networks)
         self.policy, self.q = blocks["policy"], blocks["q"]
         self.head = self.policy.head
-        self.copies = (TARGET_POLICY, TARGET_Q)
+        self.copies, self.beside_observations = (TARGET_POLICY, TARGET_Q), ("q",)
 
     def networks(self) -> dict[str, Block]:
         """`policy` gives an action in units of its bounds, `q` the values of all critics."""

@@ -13,7 +13,7 @@ from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import tree
 from rlmeta.functional.tree import Tree
 from rlmeta.learning.state import Params
-from rlmeta.nn import Context
+from rlmeta.nn import Block, Context, bare
 from rlmeta.supervised.learner import Supervised
 
 ACTION = "action"
@@ -45,6 +45,7 @@ class TrainedModule(nn.Module):
         if name == ACTION and learner.initial_memory(needed, (1,)):
             raise SettingError("the learner keeps a memory between its steps: use run.act")
         self.name, self._learner = name, learner
+        self._networks = None if isinstance(learner, Supervised) else dict(bare(learner.networks))
         self._names = dict[str, str]()
         for path, leaf in tree.flatten(needed).items():
             self._names[path] = path.replace("/", "__").replace(".", "__")
@@ -67,7 +68,8 @@ class TrainedModule(nn.Module):
         if isinstance(learner, Supervised):
             return learner.answer(p, {"observation": seen})
         if self.name != ACTION:
-            return _plain(network_output(learner, p, self.name, seen))
+            assert self._networks is not None
+            return _plain(network_output(learner, self._networks, p, self.name, seen))
         key = torch.zeros((), dtype=torch.int64, device=next(self.parameters()).device)
         action, _ = learner.act(p, seen, {}, key, True)
         return executable(learner.action_space, action)
@@ -83,12 +85,14 @@ def names_of(learner: Any) -> list[str]:
         return list(learner.networks())
     if not hasattr(learner, "act"):
         raise SettingError(f"{type(learner).__name__} has no network of observations: its parameters are in run.state")
-    return [*dict.fromkeys([learner.acting_network or next(iter(learner.networks())), *learner.networks()]), ACTION]
+    networks = bare(learner.networks)
+    of_observations = [name for name in networks if name not in learner.beside_observations]
+    return [*dict.fromkeys([learner.acting_network or next(iter(networks)), *of_observations]), ACTION]
 
 
-def network_output(learner: Any, p: Params, name: str, observation: Tree) -> Any:
+def network_output(learner: Any, networks: dict[str, Block], p: Params, name: str, observation: Tree) -> Any:
     """What one of an agent's networks gives for observations `[*L, B, ...]`."""
-    networks, ctx = learner.networks(), Context()
+    ctx = Context()
     if name == "value" and getattr(learner.settings, "share_network", False):
         features = learner.forward(networks["policy"].body, "policy.body", p, observation, ctx)
         return networks["value"].run({**p["weights"], **p["buffers"]}, features, ctx, "value.")

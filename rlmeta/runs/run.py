@@ -17,7 +17,7 @@ from torch import Tensor
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.data import spaces
 from rlmeta.envs.streams import TaskStream
-from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.errors import CheckpointError, SettingError, SpaceError
 from rlmeta.functional import random, statistics, tree
 from rlmeta.functional.packed import Packed
 from rlmeta.learning.evaluate import Evaluation
@@ -209,12 +209,14 @@ class Run:
             SpaceError: the observation is not of the task's observation space.
         """
         if not hasattr(self.agent, "act"):
-            raise SettingError(f"a run of {self.experiment.agent_name} does not act: only agents do")
+            raise SettingError(f"a run of {self.experiment.agent_name} does not act: run.module() predicts")
         learner, state = self.chosen_learner(learner), self.state
         p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
         batch = spaces.batch_size(self.world.observation_space, observation)
         rows = () if batch is None else (batch,)
         given = spaces.to_tree(self.world.observation_space, observation, rows)
+        if any(bool(leaf.isnan().any()) for leaf in tree.leaves(given) if leaf.is_floating_point()):
+            raise SpaceError("the observation to act on holds NaN")
         if batch is None:
             given = tree.map(lambda x: x.unsqueeze(0), given)
         self._actions += 1

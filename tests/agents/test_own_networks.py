@@ -226,3 +226,29 @@ def test_bytes_of_data_are_divided_by_what_they_can_be(largest: int, bound: int)
     samples = Samples(x, torch.tensor([0, 1]))
     space: Any = DataTask("bytes", samples, samples, (0, 1), 2).world((), 1).observation_space
     assert (space.high == bound).all()
+
+
+@pytest.mark.parametrize("settings", [*AGENTS, rl.Classifier()], ids=lambda s: type(s).__name__)
+def test_a_network_that_writes_to_its_observations_is_refused(settings: Any) -> None:
+    with pytest.raises(SettingError, match="writes to its observations in place"):
+        bound(settings, lambda space: Own(lambda own, x: own.layer(x.clamp_(min=0))))
+
+
+def test_an_activation_in_place_computes_the_same_and_leaves_its_input() -> None:
+    def network(inplace: bool) -> Callable[[Any], nn.Module]:
+        return lambda space: nn.Sequential(nn.ReLU(inplace), nn.Linear(4, 8), nn.ELU(inplace=inplace), nn.Linear(8, 6))
+
+    small = {"num_envs": 2, "num_steps": 16, "batch_size": 32, "num_epochs": 2}
+    ends = [rl.train(rl.PPO(network=network(inplace), **small), "CartPole-v1", steps=128) for inplace in (False, True)]
+    ours, theirs = (run.state["params"]["weights"] for run in ends)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_forward_of_ones_own_on_a_layer_of_torchs_is_not_recorded() -> None:
+    def network(space: Any) -> nn.Module:
+        layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+        layers[1].forward = lambda x: torch.tanh(x)  # type: ignore[method-assign]
+        return layers
+
+    assert bound(rl.PPO(), network).capture is None
+    assert bound(rl.PPO(), lambda space: nn.Sequential(nn.Linear(4, 6), nn.Tanh())).capture is not None

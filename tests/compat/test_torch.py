@@ -978,3 +978,41 @@ def test_old_tasks_are_kept_where_plain_training_forgets_them(method: str, bar: 
 
 def test_plain_training_forgets() -> None:
     assert sum(old_accuracy("plain", seed) for seed in range(3)) / 3 < 0.62
+
+
+def test_a_bias_that_is_frozen_during_a_task_is_that_tasks_own_later() -> None:
+    module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    packnet, x = plain.PackNet(module, 0.3), torch.randn(16, 3)
+    answers = []
+    for task in range(3):
+        packnet.begin()
+        module[0].bias.requires_grad_(task != 1)
+        optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 0.05)
+        for _ in range(10):
+            optimizer.zero_grad()
+            cross_entropy(module(x), (x[:, task] > 0).long()).backward()
+            packnet.step(optimizer)
+        packnet.prune()
+        with packnet.use(task), torch.no_grad():
+            answers.append(module(x))
+    for task, answer in enumerate(answers):
+        with packnet.use(task), torch.no_grad():
+            assert torch.equal(module(x), answer), task
+
+
+def test_ewc_goes_on_when_a_held_layer_is_frozen() -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    ewc, x = plain.EWC(module), torch.randn(20, 4)
+    ewc.consolidate(x)
+    module[0].requires_grad_(False)
+    ewc.consolidate(x)
+    assert float(ewc.penalty()) == 0.0
+
+
+def test_a_reservoirs_state_is_a_snapshot() -> None:
+    reservoir = plain.Reservoir(4, torch.Generator().manual_seed(0))
+    reservoir.add(torch.zeros(4))
+    state = reservoir.state_dict()
+    before = state["samples"][0].clone()
+    reservoir.add(torch.ones(400))
+    assert torch.equal(state["samples"][0], before)

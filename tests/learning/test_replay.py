@@ -138,3 +138,12 @@ def test_nothing_crosses_a_cut():
 def test_observations_are_stored_once():
     memory, _ = filled(8)
     assert [name for name in memory if "observation" in name] == ["observation"]
+
+
+def test_a_cut_of_some_environments_leaves_the_others():
+    first = history_of(8, ends=0.0)
+    memory = replay.insert(empty(first, 40), first, first["reward"], 1)
+    rows = torch.tensor([[True, False]]).expand(S, N)
+    memory = replay.cut(memory, 1, rows)
+    assert memory["written"].tolist() == [[9, 8]] * S
+    assert memory["truncated"].sum((0, 1)).tolist() == [S, 0]

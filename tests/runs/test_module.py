@@ -171,3 +171,39 @@ def test_onnx_gives_the_trained_numbers(tmp_path):
     session = runtime.InferenceSession(str(tmp_path / "policy.onnx"))
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), module(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_of_an_own_network_is_built_once_and_draws_nothing():
+    calls = []
+
+    def network(space):
+        calls.append(1)
+        return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(inplace=True))
+
+    settings = rl.PPO(num_envs=2, num_steps=8, batch_size=16, num_epochs=1, network=network)
+    module = rl.train(settings, "CartPole-v1", steps=16, final_episodes=2, threads=1).module()
+    before, generator = len(calls), torch.get_rng_state()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    kept = x.clone()
+    expected = module(x)
+    assert len(calls) == before and torch.equal(generator, torch.get_rng_state()) and torch.equal(x, kept)
+    exported = torch.export.export(module, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+
+
+@pytest.mark.parametrize("agent", ["SAC", "TD3"])
+def test_critics_of_actions_are_no_modules_of_observations(agent):
+    settings = getattr(rl, agent)(capacity=400, learning_starts=100, hidden_sizes=(8,))
+    run = rl.train(settings, "Pendulum-v1", steps=128, final_episodes=2, threads=1)
+    assert run.module()(torch.randn(5, 3)) is not None
+    assert run.module(name="action")(torch.randn(5, 3)).shape == (5, 1)
+    with pytest.raises(rl.RlmetaError, match="expected one of action, policy"):
+        run.module(name="q")
+    with pytest.raises(rl.RlmetaError, match="holds NaN"):
+        run.act(np.full(3, np.nan, np.float32))
+
+
+def test_a_classifier_is_told_apart_from_what_acts():
+    run = rl.train(rl.Classifier(hidden_sizes=(8,)), "split-digits", steps=32, threads=1)
+    with pytest.raises(rl.RlmetaError, match=r"does not act: run.module\(\) predicts"):
+        run.act(np.zeros(64, np.float32))
