@@ -263,6 +263,7 @@ def test_programs_begin_as_the_packages_agent_does(name):
 LIGHTER = {"LEARNING_STARTS": 200, "BATCH_SIZE": 64, "GRADIENT_STEPS": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "task", "steps", "changes", "bar"),
     [

@@ -132,6 +132,7 @@ def test_three_updates_of_maml_are_the_packages(inner_steps, double):
     assert_same(weights, state["params"]["weights"], REGRESSOR, before)
 
 
+@pytest.mark.slow
 def test_maml_adapts_better_than_joint_training_can():
     """The best answer that does not adapt costs 3.01."""
     program = load("maml")
@@ -169,6 +170,7 @@ def test_three_updates_of_the_learned_optimizer_are_the_packages():
     torch.testing.assert_close(carry["x"], state["params"]["buffers"]["carry"]["weights"]["x"], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_learned_optimizer_learns_to_minimise():
     program = load("learned_optimizer")
     untrained = program.evaluate(program.train(seeds=2, steps=0), problems=32)
@@ -311,6 +313,7 @@ def lost(accuracy):
     return (best - accuracy[:, -1, :-1]).mean(-1)
 
 
+@pytest.mark.slow
 def test_the_classifier_learns_each_task_and_forgets_the_others():
     accuracy = load("classifier").train("split-digits", "class", seeds=2, steps=1_600)["accuracy"]
     assert (accuracy.diagonal(dim1=1, dim2=2) > 0.9).all(), accuracy
@@ -324,6 +327,7 @@ def fine_tuned():
     return load("classifier").train("rotated-digits", "domain", seeds=2, steps=1_600)["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kept", "final"), [("ewc", 0.65, 0.1), ("gem", 0.25, 0.25), ("packnet", 1e-9, 0.2)])
 def test_a_lifelong_program_forgets_less_than_fine_tuning(name, kept, final, fine_tuned):
     program = load(name)
@@ -382,6 +386,7 @@ def test_three_updates_of_behaviour_cloning_are_the_packages(tmp_path, double):
     assert_same(weights, state["params"]["weights"], places, before)
 
 
+@pytest.mark.slow
 def test_the_clone_balances_as_it_was_shown(tmp_path):
     program, (path, _) = load("behaviour_cloning"), demonstrated("CartPole-v1", balance, tmp_path)
     policy, weights = program.train(path, "CartPole-v1", seeds=2, steps=300)
@@ -470,6 +475,7 @@ def ring():
     return TabularMDP(P, torch.zeros(6, 2), max_episode_steps=10)
 
 
+@pytest.mark.slow
 def test_gail_does_what_it_was_shown(tmp_path, monkeypatch):
     """A demonstrator that always goes on; a fresh policy does so half of the time."""
     program = load("gail")
@@ -508,6 +514,7 @@ def wander(state, key):
     return torch.where(random.uniform(key, "wander", 0, state.shape[1:]) < 0.5, 2, 3) * (state > 3) + (state <= 3)
 
 
+@pytest.mark.slow
 def test_irl_finds_a_reward_whose_policy_goes_where_the_demonstrator_went(tmp_path, monkeypatch):
     """The demonstrator plans with the task's own rewards, fifty times as large."""
     program = load("irl")
@@ -552,6 +559,7 @@ def test_three_updates_of_the_shaping_program_are_the_packages(double, monkeypat
     assert_same(p["weights"], state["params"]["weights"], places, before)
 
 
+@pytest.mark.slow
 def test_shaped_learners_reach_the_flag():
     """Not to reach it is -200."""
     program = load("reward_shaping")
