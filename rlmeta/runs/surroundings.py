@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
+from rlmeta.nn.block import alone
+
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
@@ -17,7 +19,9 @@ def undisturbed() -> Iterator[None]:
     A run's numbers depend on its seeds and settings alone, so it takes no default type, no default device and no mode
     from its caller. What a user's code draws from torch's, numpy's or Python's own generator is put back.
     """
-    dtype, generators = torch.get_default_dtype(), (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    with alone:  # another thread may be building networks under a seed
+        generators = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -32,6 +36,7 @@ def undisturbed() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_rng_state(generators[0])
-            np.random.set_state(generators[1])
-            random.setstate(generators[2])
+            with alone:
+                torch.set_rng_state(generators[0])
+                np.random.set_state(generators[1])
+                random.setstate(generators[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +19,7 @@ from torch import nn
 
 import rlmeta as rl
 from rlmeta.functional import tree
+from rlmeta.nn import stack
 from rlmeta.runs.surroundings import undisturbed
 from tests.lifelong.toy import learner, points
 
@@ -141,3 +143,28 @@ def test_all_is_put_back_after_an_error() -> None:
 def test_importing_moves_no_generator() -> None:
     code = "import random; random.seed(0); a = random.getstate(); import rlmeta as rl; rl.train, rl.PPO, rl.record"
     subprocess.run([sys.executable, "-c", f"{code}; assert random.getstate() == a"], check=True)
+
+
+def test_a_run_that_ends_in_another_thread_does_not_reseed_networks_that_are_being_built() -> None:
+    building, ended = threading.Event(), threading.Event()
+
+    def network() -> torch.nn.Module:
+        first = torch.nn.Linear(3, 3)
+        building.set()
+        ended.wait(0.3)
+        return torch.nn.Sequential(first, torch.nn.Linear(3, 3))
+
+    def other() -> None:
+        with undisturbed():
+            building.wait()
+        ended.set()
+
+    seeds = torch.tensor([1])
+    thread = threading.Thread(target=other)
+    ended.set()
+    expected = stack(network, seeds)
+    building.clear(), ended.clear()
+    thread.start()
+    found = stack(network, seeds)
+    thread.join()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())

@@ -130,6 +130,7 @@ def test_a_run_that_is_ended_leaves_no_process(kind: str, number: signal.Signals
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as one does that nohup started
     try:
         train(sys.argv[1], sys.argv[2], "run", Path("hanging").absolute(), steps=int(sys.argv[3]))
         print("trained")
