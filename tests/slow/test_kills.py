@@ -23,7 +23,7 @@ from tests.slow.configurations import CONFIGURATIONS
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-ROUNDS, KILLS = 3, 4
+ROUNDS, KILLS = 5, 4
 
 
 def start(name: str, folder: Path, seconds: float) -> subprocess.Popen[str]:
