@@ -22,13 +22,13 @@ from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
-from rlmeta.learning.minibatch import flatten_time
+from rlmeta.learning.minibatch import Minibatches, flatten_time
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step
 from rlmeta.nn import ActionBounds, Block, bare
-from rlmeta.rewards import Reward, distinct
+from rlmeta.rewards import Reward, distinct, together
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class A2CAgent(Agent):
     """A2C on given spaces: act, credit, learn."""
 
     settings: A2C
+    keeps_streams = True
 
     def __init__(
         self, settings: A2C, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -145,7 +146,7 @@ class A2CAgent(Agent):
     @torch.no_grad()
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
         """Advantages and returns for every step: what `losses` learns from, `[*L, T, N, ...]`."""
-        reward = torch.stack(list(rewards.values())).sum(0)
+        reward = together(rewards, self.streams.rewards)
         value = self.forward(self.value, "value", p, rollout["observation"])
         next_value = self.forward(self.value, "value", p, rollout["next_observation"])
         discount = align(p["hyper"]["gamma"], reward) * ~rollout["terminated"]
@@ -182,10 +183,16 @@ class A2CAgent(Agent):
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """One gradient step on the whole rollout."""
         h = state["params"]["hyper"]
-        batch = flatten_time(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
+        credited, apart = self.credit(self.seen(state), rollout, rewards), None
+        if self.streams.rewards:
+            added, apart = self.streams.credit(state, rollout, rewards, self.view)
+            credited = {**credited, "advantage": credited["advantage"] + added}
+        batch = flatten_time(credited, state["key"].dim())
         rate = self.annealed(state)
         explained = losses.explained_variance(batch["old_value"], batch["return"], batch["valid"])
         state, info = step(
             self, state, batch, self.optimizer(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods
         )
+        if apart is not None:
+            state = self.streams.learn(state, apart, lambda samples: Minibatches(samples, 1, None), rate)
         return state, {**info, "losses/explained_variance": explained, "charts/learning_rate": rate}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.agents.networks import check_network
+from rlmeta.agents.streams import Streams
 from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.world import World
@@ -32,11 +33,12 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.minibatch import flatten_time
+from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy
 from rlmeta.nn import Block, Context
 from rlmeta.nn.encoder import ACTION_MASK
-from rlmeta.rewards import Reward, distinct, first_memory, relabel
+from rlmeta.rewards import Reward, apart_of, bound, distinct, first_memory, relabel, together
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
 """From an observation space to a module that turns a batch of observations into features `[B, D]`; its parameters with
@@ -80,6 +82,8 @@ class Agent:
     score = Score("return")
     beside_observations: tuple[str, ...] = ()
     """Networks that are no functions of an observation alone, such as critics of actions."""
+    keeps_streams = False
+    """Whether it learns from streams of reward that stay apart."""
     copies: tuple[Copy, ...] = ()
     """Target networks and averages, which are among the buffers."""
 
@@ -91,7 +95,16 @@ class Agent:
         self.observation_space, self.action_space = observation_space, action_space
         _warn_of_raw_units(settings, action_space)
         self.methods = tuple(methods)
-        self.rewards: tuple[Reward, ...] = distinct(getattr(settings, "rewards", ()))
+        self.rewards: tuple[Reward, ...] = bound(
+            distinct(getattr(settings, "rewards", ())), observation_space, action_space
+        )
+        apart = apart_of(self.rewards)
+        require(
+            not apart or self.keeps_streams,
+            f"{type(settings).__name__} has one value for all rewards, but that of "
+            f"{', '.join(reward.name for reward in apart)} stays apart: use PPO or A2C",
+        )
+        self.streams = Streams(settings, apart, observation_space, recorded)
         self.pretrain: Callable[[State], State] | None = None
         self.capture = Capture() if recorded else None
 
@@ -149,6 +162,8 @@ class Agent:
                 reward.name: first_memory(reward, reward.init(self, state, world), state["key"])
                 for reward in self.rewards
             }
+        if self.streams.rewards:
+            state["values"] = self.streams.init(state)
         return state
 
     def _no_episodes(self, key: Tensor, world: World) -> State:
@@ -262,8 +277,9 @@ class Agent:
         if self.rewards:
             state, rewards, metrics = relabel(self, self.rewards, state, rollout, rewards)
         if "reward" in state["params"]["normalisers"]:
-            total = torch.stack(list(rewards.values())).sum(0)
-            rewards = {"task": self.scale_reward(state, rollout, total)}
+            apart = {reward.name: rewards[reward.name] for reward in self.streams.rewards}
+            total = together(rewards, self.streams.rewards)
+            rewards = {"task": self.scale_reward(state, rollout, total), **apart}
         return state, rewards, metrics
 
     @torch.no_grad()

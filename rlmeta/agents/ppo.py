@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -31,7 +32,7 @@ from rlmeta.learning.settings import PerLearner, require, require_range, values_
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step, steps
 from rlmeta.nn import ActionBounds, Block, Context, ValueHead, bare
-from rlmeta.rewards import Reward, distinct
+from rlmeta.rewards import Reward, distinct, together
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class PPOAgent(Agent):
     """PPO on given spaces: act, credit, learn."""
 
     settings: PPO
+    keeps_streams = True
 
     def __init__(
         self, settings: PPO, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -181,7 +183,7 @@ class PPOAgent(Agent):
     @torch.no_grad()
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
         """Advantages and returns for every step: what `losses` learns from, `[*L, T, N, ...]`."""
-        reward = torch.stack(list(rewards.values())).sum(0)
+        reward = together(rewards, self.streams.rewards)
         ctx = Context()
         distribution, value = self._evaluate(p, rollout["observation"], ctx)
         next_value = self._value(p, rollout["next_observation"], ctx)
@@ -265,7 +267,11 @@ class PPOAgent(Agent):
         """Several epochs of minibatches over one rollout."""
         s, axes = self.settings, state["key"].dim()
         p = self.seen(state)
-        batch = flatten_time(self.credit(p, rollout, rewards), axes)
+        credited, apart = self.credit(p, rollout, rewards), None
+        if self.streams.rewards:
+            added, apart = self.streams.credit(state, rollout, rewards, self.view)
+            credited = {**credited, "advantage": credited["advantage"] + added}
+        batch = flatten_time(credited, axes)
         average = Average()
         average.add(
             {
@@ -291,6 +297,9 @@ class PPOAgent(Agent):
             average.add(info)
             if self.stops_early:
                 active = active & (info["losses/approx_kl"] <= 1.5 * p["hyper"]["stop_kl"])
+        if apart is not None:
+            cut = partial(minibatches, state["key"], first, batch_size=s.batch_size, epochs=s.num_epochs)
+            state = self.streams.learn(state, apart, cut, rate)
         if s.penalty == "kl":
             state["kl_coefficient"] = self._steer(state["kl_coefficient"], info["losses/approx_kl"], p["hyper"])
         return state, {**average.result(), "charts/learning_rate": rate}

@@ -22,17 +22,15 @@ from rlmeta.functional import optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.normalise import normalise, running_init, running_update
 from rlmeta.imitation.behaviour_cloning import chosen, draw, warm_start
-from rlmeta.learning.average import Average
+from rlmeta.learning import owners
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types, shown
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, gather
-from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
-from rlmeta.learning.step import step
-from rlmeta.nn import MLP, ActionUnits, Context, Encoder, bare, stack
+from rlmeta.nn import MLP, ActionUnits, Block, Context, Encoder, bare
 from rlmeta.rewards import distinct
 from rlmeta.rewards.reward import Memory, Rewards, check_name
 
@@ -169,16 +167,11 @@ class AdversarialReward:
         self.demonstrations.check(world.observation_space, world.action_space)
         if self.absorbing and not bool((state["params"]["hyper"]["gamma"] < 1).all()):
             raise SettingError("absorbing=True needs gamma below 1: an absorbing state pays for ever")
-        key = random.fold(state["key"], f"rewards/{self.name}")
-        weights = stack(self.discriminator.make, random.fold(key, "initialisation"))
-        memory: Memory = {
-            "params": {"weights": weights, "buffers": {}},
-            "key": key,
-            "count": {"gradient_steps": torch.zeros_like(key)},
-            "active": torch.ones_like(state["active"]),
-            "digest": torch.full_like(key, int(self.demonstrations.digest[:15], 16)),
-        }
-        memory["optimizer"] = init_optimizer(optim.adam(self.hyper(state)["discriminator_learning_rate"]), memory)
+        rate = self.hyper(state)["discriminator_learning_rate"]
+        memory: Memory = owners.init(
+            self.discriminator, owners.own_key(state, f"rewards/{self.name}"), optim.adam(rate)
+        )
+        memory["digest"] = torch.full_like(memory["key"], int(self.demonstrations.digest[:15], 16))
         return memory
 
     def hyper(self, state: State) -> dict[str, Tensor]:
@@ -201,9 +194,9 @@ class AdversarialReward:
         steps = self.read(rollout)
         if not self.absorbing and bool(steps["ends"].any()):
             _warn_of_horizons(self.form)
-        with torch.enable_grad():
-            memory, metrics = self.train(dict(memory), flatten_time(steps, state["key"].dim()), self.hyper(state))
-        state["active"] = state["active"] & memory["active"]
+        flat = flatten_time(steps, state["key"].dim())
+        memory, metrics = self.train(memory, flat, self.hyper(state), state["active"])
+        owners.stop(state, memory)
         reward = self.judge(memory["params"], steps, state["params"]["hyper"]["gamma"])
         others = {name: stream for name, stream in rewards.items() if name != "task"}
         return memory, {self.name: reward, **others}, metrics
@@ -215,25 +208,27 @@ class AdversarialReward:
         return {"input": inputs, "ends": ends.to(inputs.dtype), "valid": rollout["valid"].to(inputs.dtype)}
 
     def train(
-        self, memory: Memory, steps: dict[str, Tensor], hyper: dict[str, Tensor]
+        self, memory: Memory, steps: dict[str, Tensor], hyper: dict[str, Tensor], active: Tensor
     ) -> tuple[Memory, dict[str, Tensor]]:
         """Gradient steps on minibatches of the demonstrations and of a rollout `[*L, M, ...]`."""
-        average, optimizer = Average(), optim.adam(hyper["discriminator_learning_rate"])
-        for _ in range(self.updates):
-            key, counter = memory["key"], memory["count"]["gradient_steps"]
-            rows = random.integers(key, "rollout", counter, (self.batch_size,), steps["input"].shape[-2])
-            shown, own = draw(self.discriminator.shown, key, counter, self.batch_size), gather(steps, rows)
-            if self.shuffled:
-                shown, own = _shuffled(shown, own, random.uniform(key, "shuffled", counter, (self.batch_size,)) < 0.5)
-            batch = {
-                "demonstrations": shown,
-                "agent": own,
-                "mix": random.uniform(key, "mix", counter, (self.batch_size, 1)),
-                "gradient_penalty": hyper["gradient_penalty"],
-            }
-            memory, info = step(self.discriminator, memory, batch, optimizer)
-            average.add(info)
-        return memory, {f"discriminator/{name.split('/')[-1]}": value for name, value in average.result().items()}
+        batches = (self._minibatch(memory, number, steps, hyper) for number in range(self.updates))
+        optimizer = optim.adam(hyper["discriminator_learning_rate"])
+        memory, reported = owners.train(self.discriminator, memory, batches, optimizer, active)
+        return memory, {f"discriminator/{name.split('/')[-1]}": value for name, value in reported.items()}
+
+    def _minibatch(self, memory: Memory, number: int, steps: dict[str, Tensor], hyper: dict[str, Tensor]) -> tree.Tree:
+        """The minibatch of a gradient step: so many steps after those of the memory."""
+        key, counter = memory["key"], memory["count"]["gradient_steps"] + number
+        rows = random.integers(key, "rollout", counter, (self.batch_size,), steps["input"].shape[-2])
+        shown, own = draw(self.discriminator.shown, key, counter, self.batch_size), gather(steps, rows)
+        if self.shuffled:
+            shown, own = _shuffled(shown, own, random.uniform(key, "shuffled", counter, (self.batch_size,)) < 0.5)
+        return {
+            "demonstrations": shown,
+            "agent": own,
+            "mix": random.uniform(key, "mix", counter, (self.batch_size, 1)),
+            "gradient_penalty": hyper["gradient_penalty"],
+        }
 
     def judge(self, p: Params, steps: dict[str, Tensor], gamma: Tensor) -> Tensor:
         """The reward `[*L, T, N]` of a rollout's steps; what follows a terminal state is paid with its last.
@@ -269,7 +264,7 @@ class Discriminator:
             self.units = ActionUnits(space.shape, low.tolist(), high.tolist())
         self.features = self.observation.features + self.action.features + absorbing
         self.hidden_sizes, self.absorbing = hidden_sizes, absorbing
-        self.network, self.capture = bare(lambda: {"discriminator": self.make()})["discriminator"], Capture()
+        self.network, self.capture = bare(self.networks)["discriminator"], Capture()
         steps = demonstrations.transitions()
         inputs = self._features(steps["observation"], steps["action"])
         self.statistics = running_update(running_init((), inputs.shape[-1:]), inputs)
@@ -277,9 +272,9 @@ class Discriminator:
         self.shown = {"input": whitened, "ends": steps["terminated"].to(whitened.dtype)}
         """The demonstrations as it reads them: `input` `[M, D]`, `ends` `[M]`."""
 
-    def make(self) -> MLP:
+    def networks(self) -> dict[str, Block]:
         """A fresh network."""
-        return MLP(self.features, self.hidden_sizes, 1)
+        return {"discriminator": MLP(self.features, self.hidden_sizes, 1)}
 
     def encode(self, observation: tree.Tree, action: Tensor) -> Tensor:
         """Steps `[*L, ...]` as whitened inputs `[*L, ..., D]`."""
@@ -299,7 +294,7 @@ class Discriminator:
 
     def logit(self, p: Params, inputs: Tensor) -> Tensor:
         """`[*L, ..., D]` -> `[*L, ...]`"""
-        return self.network.run(p["weights"], inputs, Context()).squeeze(-1)
+        return self.network.run(p["weights"], inputs, Context(), "discriminator.").squeeze(-1)
 
     def absorbing_logit(self, p: Params) -> Tensor:
         """Of the absorbing state, `[*L]`."""

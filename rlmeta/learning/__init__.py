@@ -9,6 +9,7 @@ __all__ = [
     "method",
     "minibatch",
     "optimizer_state",
+    "owners",
     "replay",
     "settings",
     "state",

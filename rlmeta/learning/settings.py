@@ -50,15 +50,41 @@ def per_learner_names(settings_class: type) -> list[str]:
     ]
 
 
+def _inner(settings: Any) -> dict[str, tuple[Any, ...]]:
+    """The fields that hold a tuple with settings in it that are per learner, such as an agent's rewards."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list | tuple)}
+    return {name: parts for name, parts in tuples.items() if any(map(_inner_names, parts))}
+
+
+def _inner_names(part: Any) -> list[str]:
+    """The fields of settings within others that are declared `PerLearner`."""
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
+        return []
+    return [f.name for f in dataclasses.fields(part) if f.type in ("PerLearner", PerLearner)]
+
+
+def per_learner_values(settings: Any) -> dict[str, Any]:
+    """The per-learner settings by name; of those inside, such as the reward rnd's coefficient, `rnd.coefficient`."""
+    own = {name: getattr(settings, name) for name in per_learner_names(type(settings))}
+    parts = [part for parts in _inner(settings).values() for part in parts]
+    return own | {f"{part.name}.{name}": getattr(part, name) for part in parts for name in _inner_names(part)}
+
+
+def _with_values(settings: S, values: Mapping[str, Any]) -> S:
+    """The settings with other values under the names of `per_learner_values`."""
+    changed = {name: value for name, value in values.items() if "." not in name}
+    for field, parts in _inner(settings).items():
+        new = [{n: values[f"{p.name}.{n}"] for n in _inner_names(p) if f"{p.name}.{n}" in values} for p in parts]
+        changed[field] = tuple(dataclasses.replace(p, **now) if now else p for p, now in zip(parts, new))
+    return dataclasses.replace(settings, **changed)  # type: ignore[type-var]
+
+
 def variants(settings: S) -> list[S]:
     """One copy of the settings for every combination of the per-learner fields that hold a list."""
-    lists = {
-        name: getattr(settings, name)
-        for name in per_learner_names(type(settings))
-        if isinstance(getattr(settings, name), Sequence)
-    }
+    lists = {name: value for name, value in per_learner_values(settings).items() if isinstance(value, Sequence)}
     combinations = itertools.product(*lists.values())
-    return [dataclasses.replace(settings, **dict(zip(lists, values))) for values in combinations]  # type: ignore[type-var]
+    return [_with_values(settings, dict(zip(lists, values))) for values in combinations]
 
 
 def static_values(settings: Any) -> dict[str, Any]:
@@ -72,7 +98,7 @@ def group(settings: Sequence[S]) -> list[list[S]]:
     groups: list[list[S]] = []
     for one in settings:
         for members in groups:
-            if type(members[0]) is type(one) and static_values(members[0]) == static_values(one):
+            if type(members[0]) is type(one) and _shared(members[0]) == _shared(one):
                 members.append(one)
                 break
         else:
@@ -80,13 +106,27 @@ def group(settings: Sequence[S]) -> list[list[S]]:
     return groups
 
 
+def _shared(settings: Any) -> dict[str, Any]:
+    """`static_values`, and in the place of settings inside what is static of them."""
+    own, inner = static_values(settings), _inner(settings)
+    return own | {name: [_static_part(part) for part in parts] for name, parts in inner.items()}
+
+
+def _static_part(part: Any) -> Any:
+    names = _inner_names(part)
+    if not names:
+        return part
+    return type(part), {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in names}
+
+
 def hyper_tensors(settings: Sequence[Any], repeats: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The per-learner settings as tensors `[S]`: each variant `repeats` times, variant by variant."""
+    values = [per_learner_values(one) for one in settings]
     return {
         name: torch.tensor(
-            [float(getattr(one, name)) for one in settings], dtype=torch.float32, device=device
+            [float(each[name]) for each in values], dtype=torch.float32, device=device
         ).repeat_interleave(repeats)
-        for name in per_learner_names(type(settings[0]))
+        for name in values[0]
     }
 
 
@@ -94,12 +134,17 @@ def difference(settings: Any, all_of_them: Sequence[Any]) -> str:
     """How one variant differs from the rest of all, as `learning_rate=0.001, clip=0.2`; '' where nothing does."""
     if len(all_of_them) < 2:
         return ""
+    inner = _inner(settings)
     names = [
         f.name
         for f in dataclasses.fields(settings)
-        if any(getattr(other, f.name, None) != getattr(settings, f.name) for other in all_of_them)
+        if f.name not in inner
+        and any(getattr(other, f.name, None) != getattr(settings, f.name) for other in all_of_them)
     ]
-    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
+    said = [f"{name}={getattr(settings, name)}" for name in names]
+    own, others = per_learner_values(settings), [per_learner_values(other) for other in all_of_them]
+    within = [name for name in own if "." in name and any(other.get(name) != own[name] for other in others)]
+    return ", ".join([*said, *(f"{name}={own[name]}" for name in within)])
 
 
 def check_names(settings_class: type, given: dict[str, Any], where: str) -> None:
@@ -168,8 +213,7 @@ def check_choices(settings: Any) -> None:
 
 def merge(batch: Sequence[S]) -> S:
     """One settings object for a batch of variants: their shared static values, the per-learner ones as lists."""
-    names = per_learner_names(type(batch[0]))
     if len(batch) == 1:
         return batch[0]
-    lists = {name: tuple(getattr(variant, name) for variant in batch) for name in names}
-    return dataclasses.replace(batch[0], **lists)  # type: ignore[type-var]
+    values = [per_learner_values(variant) for variant in batch]
+    return _with_values(batch[0], {name: tuple(each[name] for each in values) for name in values[0]})

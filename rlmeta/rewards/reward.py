@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from rlmeta.learning.collect import Rollout
 from rlmeta.learning.state import State
 
 Rewards = dict[str, Tensor]
-"""Streams of reward by name, `[*L, T, N]` each; `task` is the environment's own. The agent learns from their sum."""
+"""Streams of reward by name, `[*L, T, N]` each; `task` is the environment's own. The agent learns from the sum of all
+but those that stay apart (`Apart`)."""
 
 TASK = "task"
 """The stream of the environment's own rewards."""
@@ -44,7 +46,53 @@ class Reward(Protocol):
         ...
 
 
-def distinct(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
+@runtime_checkable
+class RewardSettings(Protocol):
+    """Settings of a reward that has to know the agent's spaces before it is one."""
+
+    @property
+    def name(self) -> str:
+        """Of its memory and stream."""
+        ...
+
+    def bind(self, observation_space: gym.Space, action_space: gym.Space) -> Reward:
+        """The reward for environments of these spaces."""
+        ...
+
+
+@runtime_checkable
+class Apart(Reward, Protocol):
+    """A reward whose stream, of its own name, is not added to the task's: credit and value are its own.
+
+    The agent learns from A = A_task + coefficient A_stream. The hyper-parameters `NAME.coefficient` and `NAME.gamma`
+    `[*L]` are those of settings that declare them `PerLearner`.
+    """
+
+    episodic: bool
+    """Whether its return ends with an episode; else it goes on into the next."""
+
+
+def apart_of(rewards: Sequence[Reward]) -> tuple[Apart, ...]:
+    """The rewards whose streams stay apart."""
+    return tuple(reward for reward in rewards if isinstance(reward, Apart))
+
+
+def together(streams: Rewards, apart: Sequence[Apart] = ()) -> Tensor:
+    """The sum of the streams `[*L, T, N]` that do not stay apart; 0 where all do."""
+    names = {reward.name for reward in apart}
+    ordinary = [stream for name, stream in streams.items() if name not in names]
+    return torch.stack(ordinary).sum(0) if ordinary else torch.zeros_like(next(iter(streams.values())))
+
+
+def bound(rewards: Sequence[Any], observation_space: gym.Space, action_space: gym.Space) -> tuple[Reward, ...]:
+    """The rewards of an agent on these spaces."""
+    return tuple(
+        reward.bind(observation_space, action_space) if isinstance(reward, RewardSettings) else reward
+        for reward in rewards
+    )
+
+
+def distinct(rewards: Sequence[Any]) -> tuple[Any, ...]:
     """The rewards, after a check that they are some and that each has a name of its own.
 
     Raises:
@@ -57,7 +105,8 @@ def distinct(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
         if isinstance(reward, type):
             raise SettingError(f"rewards has the class {reward.__name__}, {example}: make one, {reward.__name__}(...)")
         methods = ("init", "relabel")
-        if not all(callable(getattr(reward, method, None)) for method in methods) or not hasattr(reward, "name"):
+        works = isinstance(reward, RewardSettings) or all(callable(getattr(reward, one, None)) for one in methods)
+        if not works or not hasattr(reward, "name"):
             raise SettingError(f"rewards has {reward!r}, {example}")
         check_name(reward.name)
     names = [reward.name for reward in rewards]

@@ -437,7 +437,7 @@ def test_three_updates_of_gail_are_the_packages(tmp_path, double, monkeypatch):
 
     # tell apart
     memory = doubled(state["rewards"][imitation.name])
-    judged = {"judge.0.0.": "0.", "judge.0.2.": "2.", "judge.1.linear.": "4."}
+    judged = {"judge.0.0.": "discriminator.0.", "judge.0.2.": "discriminator.2.", "judge.1.linear.": "discriminator.4."}
     judge = before = renamed(memory["params"]["weights"], judged)
     moments, kappa = optim.adam().init(judge, (S,)), torch.full((S,), program.KAPPA, dtype=torch.float64)
     for i in range(3):
@@ -598,7 +598,8 @@ def test_a_program_begins_as_the_package_does(name, tmp_path):
     mine, theirs = stack(make, KEYS), stack(lambda: torch.nn.ModuleDict(networks()), KEYS)
     if name == "gail":
         judge = [mine.pop(n) for n in list(mine) if n.startswith("judge.")]
-        theirs_of_judge = stack(learner.rewards[0].discriminator.make, KEYS).values()
+        judging = learner.rewards[0].discriminator
+        theirs_of_judge = stack(lambda: torch.nn.ModuleDict(judging.networks()), KEYS).values()
         assert [w.shape for w in judge] == [w.shape for w in theirs_of_judge]
         for weight, other in zip(judge, theirs_of_judge, strict=True):
             torch.testing.assert_close(weight.square().sum(), other.square().sum())  # orthogonal, with the same gains

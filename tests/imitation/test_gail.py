@@ -21,7 +21,7 @@ from rlmeta.functional import random, tree
 from rlmeta.imitation.gail import Discriminator
 from rlmeta.learning.collect import collect
 from rlmeta.learning.gradients import StepContext
-from rlmeta.nn import stack
+from rlmeta.learning.learner import initial_tensors
 from tests.agents.worlds import start
 
 BOX = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -52,7 +52,7 @@ def demonstrations(
 
 
 def parameters(discriminator: Discriminator, learners: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    weights = stack(discriminator.make, random.make_keys(range(learners)))
+    weights = initial_tensors(discriminator.networks, random.make_keys(range(learners)))
     return {"weights": {name: weight.to(dtype) for name, weight in weights.items()}, "buffers": {}}
 
 
