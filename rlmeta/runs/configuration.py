@@ -20,10 +20,10 @@ from rlmeta.envs.task import Mode, Task, TaskFamily, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.learning.field_types import check_values
 from rlmeta.learning.method import Method
-from rlmeta.learning.settings import check_names
+from rlmeta.learning.settings import check_names, variants
 from rlmeta.runs import grammar
 from rlmeta.runs.digests import check_digests
-from rlmeta.runs.experiment import Budget, Experiment, Problem
+from rlmeta.runs.experiment import Budget, Experiment, Problem, settings_table
 from rlmeta.runs.folder import CONFIG
 from rlmeta.runs.shipped import METHODS, agent_class
 
@@ -78,7 +78,7 @@ def _from_config(
     if not tables:
         raise CheckpointError(f"{said}: variants is empty, expected the settings of a learner")
     experiment = Experiment(
-        variants=tuple(cls(**table) for table in tables),
+        variants=tuple(_one_of(cls(**table), saved, said) for table, saved in zip(tables, config["variants"])),
         seeds=tuple(config["seeds"]),
         problem=problem_again(config["task"], source, where),
         budget=Budget(**config["budget"]),
@@ -88,6 +88,17 @@ def _from_config(
     )
     check_digests(config["digests"], experiment.digests(), where)
     return experiment
+
+
+def _one_of(settings: Any, saved: Mapping[str, Any], said: str) -> Any:
+    """The settings of one variant, where rewards that were given again compare values: those it was described by."""
+    compared = variants(settings)
+    if len(compared) == 1:
+        return compared[0]
+    same = [one for one in compared if settings_table(one).get("rewards") == saved.get("rewards")]
+    if not same:
+        raise SettingError(f"{said} had the rewards {saved.get('rewards')}, which those given again are not")
+    return same[0]
 
 
 @contextlib.contextmanager

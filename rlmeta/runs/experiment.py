@@ -257,7 +257,7 @@ class Experiment:
             "budget": dataclasses.asdict(self.budget),
             "digests": self.digests(),
             "methods": [_method_table(method) for method in self.methods],
-            "variants": [_settings_table(variant) for variant in self.variants],
+            "variants": [settings_table(variant) for variant in self.variants],
         }
 
 
@@ -287,7 +287,8 @@ def _alone(method: Method) -> list[Any]:
     return settings_.variants(method) if _compared(method) else [method]
 
 
-def _settings_table(settings: Any) -> dict[str, Any]:
+def settings_table(settings: Any) -> dict[str, Any]:
+    """A variant's settings as a configuration has them; what it can't hold is described in <>."""
     table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in table.items():
         if isinstance(value, Unread):
@@ -305,7 +306,7 @@ def _settings_table(settings: Any) -> dict[str, Any]:
 
 
 def _method_table(method: Method) -> dict[str, Any]:
-    settings: dict[str, Any] = _settings_table(method) if dataclasses.is_dataclass(method) else {}
+    settings: dict[str, Any] = settings_table(method) if dataclasses.is_dataclass(method) else {}
     cls = type(method)
     own = {} if cls in METHODS.values() else {"class": f"{cls.__module__}:{cls.__qualname__}"}
     return {"name": method.name, **own, "settings": settings}
