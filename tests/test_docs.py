@@ -18,7 +18,7 @@ from rlmeta.engine.capture import WARM_UP
 from rlmeta.imitation import ALL as IMITATORS
 from rlmeta.lifelong import ALL as METHODS
 from rlmeta.meta import ALL as META_LEARNERS
-from rlmeta.rewards import EpisodicCounts, PotentialShaping
+from rlmeta.rewards import RND, EpisodicCounts, PotentialShaping
 from rlmeta.supervised import ALL as SUPERVISED
 from tests.markdown import DOCUMENTS, ROOT, code_blocks, links, run_section, sections, table_rows
 
@@ -67,7 +67,7 @@ def test_an_algorithm_has_all_parts_and_its_settings_exist(page: str) -> None:
     assert list(parts) == ["When to use it", "Settings that matter", "Measured", "Pitfalls"]
     files = set(links(PAGES[page]))
     described = [cls for cls in ALL if f"../../{cls.__module__.replace('.', '/')}.py" in files]
-    described += [PotentialShaping, EpisodicCounts] if page.endswith("rewards.md") else []
+    described += [PotentialShaping, EpisodicCounts, RND] if page.endswith("rewards.md") else []
     known = {field.name for cls in described for field in dataclasses.fields(cls)} | {"rewards"}
     bullets = re.findall(r"^- (.+?)(?:: |$)", parts["Settings that matter"], re.M)
     named = [name for bullet in bullets for name in re.findall(r"`(\w+)`", bullet)]
