@@ -27,6 +27,7 @@ from rlmeta.functional.normalise import (
     running_init,
     running_update,
 )
+from rlmeta.learning import off_policy, replay
 from rlmeta.learning.collect import Rollout, collect, episode_statistics
 from rlmeta.learning.evaluate import Evaluation, evaluate, evaluation_rows
 from rlmeta.learning.gradients import StepContext
@@ -144,16 +145,26 @@ class Agent:
         return self._begin_rewards(state, world)
 
     def begin_task(self, state: State, world: World, key: Tensor) -> State:
-        """Begin episodes of the task that the world has been set to; `key` is `[*L]`."""
+        """Begin episodes of the task that the world has been set to; `key` is `[*L]`.
+
+        A replay memory begins empty, for its steps are counted from here.
+        """
         state = self.enter(state, world, key)
         state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
+        if "replay" in state:
+            off_policy.forget(state)
         return self._begin_rewards(state, world)
 
     def enter(self, state: State, world: World, key: Tensor) -> State:
-        """Go on in the task that the world has been set to, untold that it is another: only episodes begin anew."""
+        """Go on in the task that the world has been set to, untold that it is another: only episodes begin anew.
+
+        A replay memory stays as it is; the newest steps in it are the last of their episodes.
+        """
         state["world"] = world.reset(key)
         state["episode"] = self._no_episodes(key, world)
         state["memory"] = self.initial_memory(state["params"], (*key.shape, world.num_envs))
+        if "replay" in state:
+            state["replay"] = replay.cut(state["replay"], key.dim())
         return state
 
     def _begin_rewards(self, state: State, world: World) -> State:

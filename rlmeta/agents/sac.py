@@ -20,7 +20,7 @@ from rlmeta.agents.networks import Network, build_body, whitens
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
-from rlmeta.learning import off_policy, replay
+from rlmeta.learning import off_policy
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
@@ -146,18 +146,6 @@ class SACAgent(Agent):
         state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
         state["optimizer"] = init_optimizer(self.groups(state)[0], state)
         state["replay"] = off_policy.first_memory(self.settings, world, state)
-        return state
-
-    def begin_task(self, state: State, world: World, key: Tensor) -> State:
-        """Begin the task with an empty replay memory: its steps are counted from here."""
-        state = super().begin_task(state, world, key)
-        off_policy.forget(state)
-        return state
-
-    def enter(self, state: State, world: World, key: Tensor) -> State:
-        """Go on in the world's task with the memory as it is: the newest steps in it are the last of their episodes."""
-        state = super().enter(state, world, key)
-        state["replay"] = replay.cut(state["replay"], key.dim())
         return state
 
     # ------------------------------------------------------------------ act
