@@ -4,6 +4,10 @@ For small networks most of a gradient step is Python and autograd's bookkeeping.
 of tensor operations, so a replay gives the same bits; that is checked, with other numbers than those of the recording,
 before the first one is used. What can't be recorded, checked or replayed is called as before, and a warning says why:
 to record spares time and nothing else, so no error of it ends a run.
+
+Where Python looks at a number in a tensor, as in `if mask.any()`, the recording holds for that number alone: it is
+guarded. A replay that meets another number is thrown away and the function called; if that happens often, the function
+is recorded once more, for the other number.
 """
 
 from __future__ import annotations
@@ -22,17 +26,29 @@ from torch import Tensor
 
 from rlmeta.engine.backends import Backend, chosen
 from rlmeta.engine.passes import split, without_idle, without_writes, written_over
-from rlmeta.engine.tape import NotRecordable, Place, Tape, own_memory, record
+from rlmeta.engine.tape import LOOKED_AT, Guard, NotRecordable, Place, Tape, own_memory, record
 from rlmeta.functional import tree
 
 Function = Callable[[tree.Tree], tree.Tree]
-"""From a nested dictionary of tensors to one. It may depend on nothing else that changes, and not on their values."""
+"""From a nested dictionary of tensors to one. It may depend on nothing else that changes."""
 
 WARM_UP = 30
 """Calls before a function is recorded: recording takes about as long as a few hundred of them."""
 
 _CHECKS = 3
 """Calls that a recording must answer as the function does; it is optimised within them."""
+
+_VARIANTS = 4
+"""Recordings of a function that are kept, each for other guarded numbers."""
+
+_VARIANT_WARM_UP = 5
+"""Calls that meet other guarded numbers before the function is recorded for those, too."""
+
+_WASTE = 100
+"""Replays thrown away, beyond those of use, before a function is not recorded any more."""
+
+_RECORDING_COSTS = 10
+"""Replays that a further recording counts for."""
 
 _UNRECORDED = "{}: not recorded, so this run is slower ({})"
 
@@ -53,7 +69,8 @@ class Capture:
         self._warm_up = WARM_UP if warm_up is None else warm_up
         self._backends = chosen() if backends is None else tuple(backends)
         self._calls: Counter[Hashable] = Counter()
-        self._programs: dict[Hashable, _Program | None] = {}
+        self._programs: dict[Hashable, list[_Program] | None] = {}
+        self._waste: Counter[Hashable] = Counter()
         self._said: set[tuple[Hashable, str]] = set()
 
     def __call__(self, name: Hashable, function: Function, inputs: tree.Tree) -> tree.Tree:
@@ -66,16 +83,15 @@ class Capture:
             inputs: the tensors it depends on.
         """
         key, leaves = _key(name, inputs)
-        program = self._programs.get(key)
-        if program is not None and program.checks >= _CHECKS:
-            return self._tried(name, key, partial(program, leaves), partial(function, inputs))
-        if key not in self._programs and self._ready(key, 1):
+        replayed = self._replay(name, key, leaves)
+        if replayed is not None:
+            return replayed
+        if self._unchecked(key) is None and self._ready(key, 1):
             return self._tried(
-                name, key, partial(self._record, key, function, inputs, _once), partial(function, inputs)
+                name, key, partial(self._record, name, key, function, inputs, _once), partial(function, inputs)
             )
         expected = function(inputs)
-        if program is not None:
-            self._check(name, key, leaves, expected)
+        self._check(name, key, leaves, expected)
         return expected
 
     def scan(
@@ -109,47 +125,85 @@ class Capture:
 
         def recorded() -> tree.Tree:
             first = {"carried": tree.map(torch.clone, carried), "fixed": fixed, "each": tree.map(lambda x: x[0], each)}
-            self._record(key, function, first, partial(_scan, axis))
+            self._record(name, key, function, first, partial(_scan, axis))
             return in_turn()
 
-        if key not in self._programs and self._ready(key, times):
-            found = self._tried(name, key, recorded, in_turn)
-            return found["carried"], found["row"]
-        program = self._programs.get(key)
-        if program is not None and program.checks < _CHECKS:
+        outputs = self._replay(name, key, [*leaves, times])
+        if outputs is None and self._unchecked(key) is not None:
             few = min(times, 2)
-            self._check(name, key, [*leaves, few], in_turn(few))
-            program = self._programs[key]
-        if program is None:
-            found = in_turn()
-        else:
-            found = self._tried(name, key, partial(program, [*leaves, times]), in_turn)
-        return found["carried"], found["row"]
+            if self._check(name, key, [*leaves, few], in_turn(few)):
+                outputs = self._replay(name, key, [*leaves, times], checks=1)
+        if outputs is None and self._unchecked(key) is None and self._ready(key, times):
+            outputs = self._tried(name, key, recorded, in_turn)
+        outputs = in_turn() if outputs is None else outputs
+        return outputs["carried"], outputs["row"]
 
     def operations(self) -> dict[str, int]:
         """How many operations are in the recordings that are in use, by the function's name; the largest of a name."""
         counts: dict[str, int] = {}
-        for key, program in self._programs.items():
+        for key, programs in self._programs.items():
             name: Any = key
             while isinstance(name, tuple):
                 name = name[0]
-            if program is not None:
+            for program in programs or ():
                 counts[name] = max(counts.get(name, 0), program.operations)
         return counts
 
     def _ready(self, key: Hashable, calls: int) -> bool:
+        """Whether to record now, after so many more calls that no recording holds for."""
         self._calls[key] += calls
-        return bool(self._backends) and self._calls[key] >= self._warm_up
+        programs = self._programs.get(key, [])
+        enough = min(self._warm_up, _VARIANT_WARM_UP) if programs else self._warm_up
+        return bool(self._backends) and self._calls[key] >= enough and programs is not None
 
-    def _record(self, key: Hashable, function: Function, inputs: tree.Tree, build: _Build) -> tree.Tree:
+    def _unchecked(self, key: Hashable) -> _Program | None:
+        """The program that is to be compared with the function before it is used."""
+        programs = self._programs.get(key) or ()
+        return next((program for program in programs if program.checks < _CHECKS), None)
+
+    def _replay(self, name: Hashable, key: Hashable, given: Sequence[Any], checks: int = _CHECKS) -> tree.Tree | None:
+        """What the program gives that has been checked so often and whose guards hold; None where there is none."""
+        programs, missed = self._programs.get(key), 0
+        for program in tuple(programs or ()):
+            if program.checks < checks:
+                continue
+            try:
+                outputs = program(given)
+            except Exception as error:
+                self._drop(name, key, _reason(error))
+                return None
+            if outputs is not None:
+                self._waste[key] = max(0, self._waste[key] - 1)
+                _move_to_front(programs, program)
+                return outputs
+            missed += 1
+        if missed:
+            self._lose(name, key, missed)
+        return None
+
+    def _lose(self, name: Hashable, key: Hashable, replays: int) -> None:
+        """Count replays' worth of time that brought nothing, and give up where that is most of them."""
+        self._waste[key] += replays
+        if self._waste[key] > _WASTE:
+            self._drop(name, key, LOOKED_AT + ", and they change too often")
+
+    def _drop(self, name: Hashable, key: Hashable, reason: str) -> None:
+        self._programs[key] = None
+        self._say(name, reason)
+
+    def _record(self, name: Hashable, key: Hashable, function: Function, inputs: tree.Tree, build: _Build) -> tree.Tree:
         """What the function gives; its program is kept."""
         with _RECORDING:
-            found, tape = record(function, inputs)
+            outputs, tape, guards = record(function, inputs)
             short, examples = without_idle(without_writes(tape)), tree.map(own_memory, inputs)
-            builds = [partial(build, backend, short, examples, found) for backend in self._backends]
-            self._programs[key] = _first_program(builds, found)
-            self._programs[key].operations = len(short.operations)  # type: ignore[union-attr]
-        return found
+            builds = [partial(build, backend, short, examples, outputs) for backend in self._backends]
+            program = _first_program(builds, outputs, guards)
+            program.operations = len(short.operations)
+        others = self._programs.get(key) or []
+        self._programs[key], self._calls[key] = [program, *others][:_VARIANTS], 0
+        if others:
+            self._lose(name, key, _RECORDING_COSTS)
+        return outputs
 
     def _tried(self, name: Hashable, key: Hashable, work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
         """What the work with a program gives; where it fails there is no program any more, and something else is done.
@@ -160,28 +214,36 @@ class Capture:
             return work()
         except Exception as error:
             self._programs[key], reason = None, _reason(error)
-        found = instead()
+        outputs = instead()
         self._say(name, reason)
-        return found
+        return outputs
 
-    def _check(self, name: Hashable, key: Hashable, given: Sequence[Any], expected: tree.Tree) -> None:
-        """Compare a program with what the function gave; where they differ, the next backend's takes its place."""
-        program = self._programs[key]
+    def _check(self, name: Hashable, key: Hashable, given: Sequence[Any], expected: tree.Tree) -> bool:
+        """Compare the newest program with what the function gave; where they differ, the next backend's takes its
+        place.
+
+        Returns:
+            Whether there is a program, and it gave the same.
+        """
+        program = self._unchecked(key)
         while program is not None:
             try:
-                program.check(given, expected)
-                return
+                agrees = program.check(given, expected)
+                if not agrees:
+                    self._lose(name, key, 1)
+                return agrees
             except Exception as error:
                 reason = _reason(error)
+            programs = self._programs[key]
+            assert programs is not None
+            place = programs.index(program)
             try:
                 with _RECORDING:
-                    operations = program.operations
-                    program = _first_program(program.others, program.outputs)
-                    program.operations = operations
+                    program = programs[place] = program.of_next_backend()
             except Exception:
-                program = None
-            self._programs[key] = program
-        self._say(name, reason)
+                self._drop(name, key, reason)
+                return False
+        return False
 
     def _say(self, name: Hashable, reason: str) -> None:
         """Warn once that something is not recorded."""
@@ -245,32 +307,63 @@ _Build = Callable[[Backend, Tape, tree.Tree, tree.Tree], _Run]
 class _Program:
     """A recorded function."""
 
-    def __init__(self, run: _Run, outputs: tree.Tree, others: Sequence[Callable[[], _Run]] = ()) -> None:
+    def __init__(
+        self, run: _Run, outputs: tree.Tree, guards: Sequence[Guard], others: Sequence[Callable[[], _Run]] = ()
+    ) -> None:
         self._run, self._numbers = run, tree.rebuild(outputs, itertools.count())
-        self.outputs, self.others = outputs, others
-        """What the function gave, and how other backends make a program: kept until this one has been checked."""
+        self._count, self._guards = len(list(tree.leaves(outputs))), tuple(guards)
+        self._outputs, self._others = outputs, others  # kept until this program has been checked
         self.checks = self.operations = 0
         """How often it gave what the function gave; how many operations it has."""
 
-    def __call__(self, given: Sequence[Any]) -> tree.Tree:
+    def __call__(self, given: Sequence[Any]) -> tree.Tree | None:
+        """What the function gives; None where a guard does not hold."""
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):
-            found = self._run(given)
-        return tree.map(found.__getitem__, self._numbers)
+            outputs = self._run(given)
+            if not all(_holds(*pair) for pair in zip(outputs[self._count :], self._guards, strict=True)):
+                return None
+        return tree.map(outputs.__getitem__, self._numbers)
 
-    def check(self, given: Sequence[Any], expected: tree.Tree) -> None:
-        """Compare with what the function gave, bit for bit.
+    def check(self, given: Sequence[Any], expected: tree.Tree) -> bool:
+        """Compare with what the function gave, bit for bit; False where a guard does not hold, so nothing is compared.
 
         Raises:
             NotRecordable: they differ.
         """
-        if not all(_equal(a, b) for a, b in zip(tree.leaves(self(given)), tree.leaves(expected), strict=True)):
+        outputs = self(given)
+        if outputs is None:
+            return False
+        if not all(_equal(a, b) for a, b in zip(tree.leaves(outputs), tree.leaves(expected), strict=True)):
             raise NotRecordable("what was recorded gives other numbers when it is called again")
         self.checks += 1
         if self.checks == _CHECKS:
-            self.outputs, self.others = {}, ()
+            self._outputs, self._others = {}, ()
+        return True
+
+    def of_next_backend(self) -> _Program:
+        """The same function played by the next backend that can.
+
+        Raises:
+            Exception: none can.
+        """
+        program = _first_program(self._others, self._outputs, self._guards)
+        program.operations = self.operations
+        return program
 
 
-def _first_program(builds: Sequence[Callable[[], _Run]], outputs: tree.Tree) -> _Program:
+def _holds(numbers: Tensor, guard: Guard) -> bool:
+    """Whether all of the guarded numbers of a replay are what they were when the function was recorded."""
+    same = numbers != numbers if guard != guard else numbers == guard
+    return bool(same.all())
+
+
+def _move_to_front(programs: list[_Program] | None, program: _Program) -> None:
+    if programs is not None and programs[0] is not program:
+        programs.remove(program)
+        programs.insert(0, program)
+
+
+def _first_program(builds: Sequence[Callable[[], _Run]], outputs: tree.Tree, guards: Sequence[Guard]) -> _Program:
     """The program of the first backend that makes one.
 
     Raises:
@@ -280,7 +373,7 @@ def _first_program(builds: Sequence[Callable[[], _Run]], outputs: tree.Tree) -> 
         warnings.simplefilter("ignore")  # of the tracer about itself, and of torch about the tracer
         for number, build in enumerate(builds):
             try:
-                return _Program(build(), outputs, builds[number + 1 :])
+                return _Program(build(), outputs, guards, builds[number + 1 :])
             except Exception:
                 if number + 1 == len(builds):
                     raise

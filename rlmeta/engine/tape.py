@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlmeta.functional import tree
@@ -131,17 +132,41 @@ def _each_place(x: Any, function: Callable[[Place], None]) -> None:
 # ---------------------------------------------------------------------- the recording
 
 
-def record(function: Callable[[tree.Tree], tree.Tree], inputs: tree.Tree) -> tuple[tree.Tree, Tape]:
-    """What the function gives, and its operations.
+Guard = bool | int | float
+"""A number in a tensor that Python looked at while a function was recorded: for another it may go another way."""
+
+GUARD_AXES = 4
+"""A guarded number is an output `[1, 1, 1, 1]`: rows of it can be stacked along the axes of learners, too."""
+
+
+def record(function: Callable[[tree.Tree], tree.Tree], inputs: tree.Tree) -> tuple[tree.Tree, Tape, list[Guard]]:
+    """What the function gives, its operations, and its guards.
+
+    The tape's last outputs are the numbers in tensors that Python looked at, as in `if x.sum() > 0`; it stands for the
+    function wherever they equal the guards.
 
     Raises:
         NotRecordable: it depends on more than tensors.
     """
     inputs = tree.map(own_memory, inputs)
     recorder = _Recorder(tree.leaves(inputs))
-    with recorder:
-        found = function(inputs)
-    return found, recorder.tape(tree.leaves(found))
+    with _NoHiddenReads(), recorder:
+        outputs = function(inputs)
+    return outputs, recorder.tape(tree.leaves(outputs)), recorder.guards
+
+
+class _NoHiddenReads(TorchFunctionMode):
+    """Refuses what hands all numbers of a tensor to Python, which no operation shows."""
+
+    _HIDDEN = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._HIDDEN:
+            raise NotRecordable(LOOKED_AT)
+        return func(*args, **(kwargs or {}))
+
+
+LOOKED_AT = "Python looks at the numbers in a tensor, as in `if x.sum() > 0` or `x.item()`"
 
 
 def own_memory(x: Tensor) -> Tensor:
@@ -169,6 +194,9 @@ class _Recorder(TorchDispatchMode):
         self._tensors: list[Tensor] = []  # kept, so that no other tensor gets the id, or the memory, of one
         self._places: dict[int, Place] = {}
         self._inputs = tuple(self._new(tensor) for tensor in inputs)
+        self._guarded: list[Place] = []
+        self.guards: list[Guard] = []
+        """The numbers that Python looked at."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -194,9 +222,12 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note it."""
-        if func is aten._local_scalar_dense.default or func is aten.equal.default:
-            raise NotRecordable("Python looks at the numbers in a tensor, as in `if x.sum() > 0` or `x.item()`")
+        if func is aten.equal.default:
+            raise NotRecordable(LOOKED_AT)
         found = func(*args, **(kwargs or {}))
+        if func is aten._local_scalar_dense.default:
+            self._guard(args[0], found)
+            return found
         if func is aten.detach.default:  # without autograd a copy of nothing
             place = self._places.get(id(args[0]))
             if place is not None:
@@ -212,13 +243,25 @@ class _Recorder(TorchDispatchMode):
             self._operations.append(Operation(noted, self._place(args), self._place(named), places))
         return found
 
+    def _guard(self, number: Tensor, value: Guard) -> None:
+        """Note that Python looked at a number: a copy of it, for it may be written to later."""
+        place = self._places.get(id(number))
+        if place is None:
+            return  # a constant
+        shape = [1] * GUARD_AXES
+        copied = self._new(aten.view_copy.default(number, shape))
+        self._operations.append(Operation(aten.view_copy.default, [place, shape], {}, (copied,)))
+        self._guarded.append(copied)
+        self.guards.append(value)
+
     def tape(self, outputs: Iterable[Tensor]) -> Tape:
-        """What was noted."""
+        """What was noted; the guarded numbers come after the outputs."""
         layouts, memory = {}, {}
         for number, tensor in enumerate(self._tensors):
             layouts[Place(number)] = Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             memory[Place(number)] = tensor.untyped_storage()._cdata
-        return Tape(self._inputs, tuple(self._operations), tuple(self._place(x) for x in outputs), layouts, memory)
+        places = (*(self._place(x) for x in outputs), *self._guarded)
+        return Tape(self._inputs, tuple(self._operations), places, layouts, memory)
 
 
 _NAMES = ["add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "ge", "gt", "le", "lt", "eq", "ne"]

@@ -81,15 +81,100 @@ def test_other_shapes_and_names_are_recorded_apart():
     assert torch.equal(doubled["loss"], 2 * gradient(inputs(0))["loss"])
 
 
-def test_a_function_that_looks_at_values_is_never_replayed():
+def branches(given: tree.Tree) -> tree.Tree:
+    return {"y": given["x"] * 2 if bool(given["x"].sum() > 0) else -given["x"]}
+
+
+@pytest.mark.filterwarnings("error:.*not recorded")
+def test_a_branch_is_recorded_for_either_case():
+    capture, calls = Capture(warm_up=1), []
+
+    def counted(given: tree.Tree) -> tree.Tree:
+        calls.append(1)
+        return branches(given)
+
+    for number in range(60):
+        x = torch.ones(2) if number < 20 or number % 3 else -torch.ones(2)
+        x = x * (1 + number)
+        assert torch.equal(capture("branches", counted, {"x": x})["y"], branches({"x": x})["y"])
+    assert len(calls) == 1 + 3 + 1 + 3  # either case is recorded and checked
+
+
+@pytest.mark.parametrize("read", [int, float, lambda x: float(x.double()), lambda x: int(x.clone().add_(1))])
+def test_numbers_that_always_change_are_given_up_and_say_so(read: Callable[[torch.Tensor], float]) -> None:
     capture = Capture(warm_up=1)
 
-    def branches(given: tree.Tree) -> tree.Tree:
-        return {"y": given["x"] if bool(given["x"].sum() > 0) else -given["x"]}
+    def powers(given: tree.Tree) -> tree.Tree:
+        return {"y": torch.full((2,), float(read(given["x"]))) * given["x"]}
 
-    with pytest.warns(RuntimeWarning, match="branches: not recorded.*looks at the numbers"):
-        for sign in (1.0, -1.0, 1.0, -1.0):
-            assert capture("branches", branches, {"x": torch.ones(2) * sign})["y"].tolist() == [1.0, 1.0]
+    with pytest.warns(RuntimeWarning, match="powers: not recorded.*looks at the numbers.*change too often"):
+        for number in range(200):
+            given = {"x": torch.tensor(float(number))}
+            assert torch.equal(capture("powers", powers, given)["y"], powers(given)["y"])
+
+
+def test_a_guarded_number_is_the_one_that_was_looked_at_whatever_is_written_to_it_later():
+    capture, calls = Capture(warm_up=1), []
+
+    def clamps(given: tree.Tree) -> tree.Tree:
+        calls.append(1)
+        x = given["x"].clone()
+        large = bool(x > 1)
+        x.mul_(0)
+        return {"y": x + (7.0 if large else 3.0)}
+
+    found = [capture("clamps", clamps, {"x": torch.tensor(value)})["y"].item() for value in [5.0] * 9 + [0.5, 6.0]]
+    assert found == [7.0] * 9 + [3.0, 7.0] and len(calls) == 1 + 3 + 1
+
+
+def test_nan_may_be_a_guarded_number():
+    capture, calls = Capture(warm_up=1), []
+
+    def named(given: tree.Tree) -> tree.Tree:
+        calls.append(1)
+        return {"y": given["x"] * (2.0 if float(given["x"]) != float(given["x"]) else 3.0)}
+
+    for _ in range(9):
+        assert capture("named", named, {"x": torch.tensor(torch.nan)})["y"].isnan()
+    assert len(calls) == 1 + 3
+    assert capture("named", named, {"x": torch.tensor(2.0)})["y"].item() == 6.0
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.tolist, torch.Tensor.numpy, list, lambda x: torch.equal(x, x + 0)])
+def test_what_hands_all_numbers_to_python_is_not_recorded(read: Callable[[torch.Tensor], Any]) -> None:
+    capture = Capture(warm_up=1)
+
+    def listed(given: tree.Tree) -> tree.Tree:
+        return {"y": given["x"] * (1 if read(given["x"]) is not None else 0)}
+
+    if read is list:  # its items are tensors: nothing is looked at
+        capture("listed", listed, {"x": torch.ones(2)})
+        return
+    with pytest.warns(RuntimeWarning, match="listed: not recorded.*looks at the numbers"):
+        capture("listed", listed, {"x": torch.ones(2)})
+
+
+@pytest.mark.filterwarnings("error:.*not recorded")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_loop_whose_branch_turns_is_as_without_a_recording(axis: int) -> None:
+    def body(given: tree.Tree) -> tree.Tree:
+        x = given["carried"]["x"]
+        x = x * 1.5 if bool((x.sum() < given["fixed"]["limit"]).all()) else x - given["each"]["step"]
+        return {"carried": {"x": x}, "row": {"y": x.sum((0, 1), keepdim=True) + 0 * x}}
+
+    capture, calls = Capture(warm_up=1), []
+
+    def counted(given: tree.Tree) -> tree.Tree:
+        calls.append(1)
+        return body(given)
+
+    for limit in (1e9, 1e9, 1e9, 1e9, 40.0, 0.0, 0.0, 0.0, 0.0, 1e9):
+        carried = {"x": torch.arange(4.0).reshape(2, 2)}
+        given = carried, {"limit": torch.tensor(limit)}, {"step": torch.linspace(0, 1, 6)}, 6, axis
+        calls.clear()
+        found, expected = capture.scan("turns", counted, *given), Capture(backends=()).scan("turns", body, *given)
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(found, expected) for name in a)
+    assert not calls  # either case is recorded, and the last call met one
 
 
 def test_a_function_with_a_memory_of_its_own_is_never_replayed():
