@@ -138,6 +138,10 @@ class Capture:
         outputs = in_turn() if outputs is None else outputs
         return outputs["carried"], outputs["row"]
 
+    def refuse(self, name: str, reason: str) -> None:
+        """Warn once that a function is not recorded."""
+        self._say(name, reason)
+
     def operations(self) -> dict[str, int]:
         """How many operations are in the recordings that are in use, by the function's name; the largest of a name."""
         counts: dict[str, int] = {}

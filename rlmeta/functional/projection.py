@@ -89,11 +89,11 @@ def _exchange(p: Tensor, q: Tensor, eye: Tensor, tolerance: float) -> tuple[Tens
         v and whether it is the minimiser, `[*L]`.
     """
     free = q < -tolerance
-    for _ in range(12):
+    for exchange in range(12):
         s = _minimiser(p, q, free, eye)
         slope = q + (p @ s.unsqueeze(-1)).squeeze(-1)
         wrong = torch.where(free, s < 0, slope < -tolerance)
-        if not bool(wrong.any()):
+        if exchange >= 3 and not bool(wrong.any()):  # not before: a gradient step that looks up less is recorded once
             break
         free = free ^ wrong
     exact = torch.where(free, slope.abs() <= tolerance * (1 + s.sum(-1, keepdim=True)), True)

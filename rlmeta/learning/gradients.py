@@ -50,17 +50,6 @@ def _leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
 
 
-def losses_and_gradients(
-    learner: HasLosses, p: Params, batch: tree.Tree, groups: Sequence[Group], ctx: StepContext
-) -> tree.Tree:
-    """What `all_gradients` finds where there are no methods: a pure function of tensors."""
-    leaves = _leaves(p["weights"])
-    with torch.enable_grad():
-        losses = learner.losses({**p, "weights": leaves}, batch, ctx)
-        totals = [group.total(losses) for group in groups]
-    return {**_outputs(losses, ctx), "gradients": _gradients(totals, groups, leaves)}
-
-
 def all_gradients(
     learner: HasLosses,
     state: State,
@@ -69,21 +58,35 @@ def all_gradients(
     methods: Sequence[Method],
     ctx: StepContext,
 ) -> dict[str, Any]:
-    """Gradients of the losses, and of what the methods add to them: `gradients` and `penalties` by group, with the
-    parameters `seen`, `reported` values and new `buffers`."""
-    params, memories, task = state["params"], state.get("methods", {}), state.get("task", {})
+    """Gradients of the losses, and of what the methods add to them: a pure function of tensors if the hooks are.
+
+    Args:
+        learner: gives the losses.
+        state: its `params`, and where there are methods `methods`, `task`, `key` and `count`.
+        batch: a minibatch `[*L, B, ...]`.
+        groups: whose losses are differentiated.
+        methods: lifelong methods, in order.
+        ctx: of the learner's own losses.
+
+    Returns:
+        `gradients` by group, `reported` values and new `buffers`; with methods the parameters as they are `seen`
+        through them, and the `penalties`' gradients by group where they add losses.
+    """
+    params = state["params"]
     leaves = _leaves(params["weights"])
     seen = {**params, "weights": leaves}
-    for method in methods:
-        seen = method.params(seen, memories[method.name], task)
-        seen = {**seen, "weights": in_order(seen["weights"], leaves)}
-    losses = learner.losses(seen, batch, ctx)
-    totals = [group.total(losses) for group in groups]
-    extra = _further_losses(learner, state, seen, batch, groups, methods, ctx, totals[0])
-    gradients = _gradients(totals, groups, leaves, retain_graph=bool(extra))
-    found = {**_outputs(losses, ctx), "gradients": gradients, "seen": seen}
+    with torch.enable_grad():
+        for method in methods:
+            seen = method.params(seen, state["methods"][method.name], state["task"])
+            seen = {**seen, "weights": in_order(seen["weights"], leaves)}
+        losses = learner.losses(seen, batch, ctx)
+        totals = [group.total(losses) for group in groups]
+        extra = _further_losses(learner, state, seen, batch, groups, methods, ctx, totals[0])
+        added = [torch.stack([losses[number] for losses in extra]).sum(0) for number in range(len(groups)) if extra]
+    found = {**_outputs(losses, ctx), "gradients": _gradients(totals, groups, leaves, retain_graph=bool(extra))}
+    if methods:
+        found["seen"] = seen
     if extra:
-        added = [torch.stack([losses[number] for losses in extra]).sum(0) for number in range(len(groups))]
         found["penalties"] = _gradients(added, groups, leaves)
     return found
 

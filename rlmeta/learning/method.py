@@ -59,6 +59,10 @@ class Method:
     name: str = "method"
     needs: frozenset[str] = frozenset()
     """What a stream must reveal: of `boundaries`, `train_id`, `test_id`."""
+    recordable: bool = False
+    """Whether the hooks of a gradient step (`params`, `batches`, `loss`, `grads`, `frozen`, `after_step`) depend on the
+    tensors that they are handed, and on settings, alone: then whole steps are recorded and replayed without Python. It
+    is to stand in the method's own class, for a class derived from it may do anything."""
 
     def init(self, learner: Any, state: State) -> Memory:
         """The method's memory at the start of a run."""
@@ -109,6 +113,11 @@ class Method:
     def predict(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
         """Logits `[*L, B, C]` that replace the learner's own in evaluation, or None."""
         return None
+
+
+def recordable(method: Method) -> bool:
+    """Whether the method's own class says that its hooks are functions of tensors."""
+    return vars(type(method)).get("recordable", False) is True
 
 
 def seen(methods: Sequence[Method], state: State, task: Task | None = None) -> Params:

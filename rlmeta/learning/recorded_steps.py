@@ -1,4 +1,4 @@
-"""Gradient steps without lifelong methods, as functions of tensors alone that are recorded and replayed."""
+"""Gradient steps as functions of tensors alone, recorded and replayed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from rlmeta.engine.capture import Capture
 from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
-from rlmeta.learning.gradients import HasLosses, StepContext, losses_and_gradients
+from rlmeta.learning.descent import descend
+from rlmeta.learning.gradients import HasLosses, StepContext
 from rlmeta.learning.groups import Group, moving
+from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import pick
-from rlmeta.learning.optimizer_state import move
 from rlmeta.learning.state import State, select
 from rlmeta.learning.targets import Copy, moved
 
@@ -38,6 +39,8 @@ class Steps(NamedTuple):
     """`[*L]`: the learners that are to move; None for all."""
     report: bool = False
     """Whether the last step of every cycle reports."""
+    methods: tuple[Method, ...] = ()
+    """Lifelong methods, in order."""
 
 
 def recorded_descents(
@@ -50,7 +53,7 @@ def recorded_descents(
     params, axes = state["params"], state["key"].dim()
     weights = Packed.of(params["weights"], axes)
     descents = [
-        _descent(learner, weights, axes, groups, work.report and number == len(work.cycle) - 1)
+        _descent(learner, weights, axes, groups, work.methods, work.report and number == len(work.cycle) - 1)
         for number, groups in enumerate(work.cycle)
     ]
     carried = {
@@ -58,6 +61,8 @@ def recorded_descents(
         "moments": state["optimizer"],
         "buffers": params["buffers"],
         "active": state["active"],
+        "methods": {method.name: state["methods"][method.name] for method in work.methods},
+        "count": {"gradient_steps": state["count"]["gradient_steps"]} if work.methods else {},
     }
     keep = torch.ones_like(state["active"]) if work.keep is None else work.keep
     fixed = {
@@ -66,6 +71,7 @@ def recorded_descents(
         "constants": work.constants,
         "settings": {str(number): descent.tensors for number, descent in enumerate(descents)},
         "keep": keep,
+        "stream": {name: state[name] for name in ("task", "key") if work.methods},
     }
     length = len(work.cycle)
     each = work.each if length == 1 else tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), work.each)
@@ -82,11 +88,13 @@ def recorded_descents(
     new = {"weights": Packed.view(found["flat"], weights, axes), "buffers": found["buffers"]}
     state["params"] = {**params, **new}
     state["active"], state["optimizer"] = found["active"], found["moments"]
+    if work.methods:
+        state["methods"] = {**state["methods"], **found["methods"]}
     return state, reports
 
 
 class _Descent(NamedTuple):
-    """A gradient step without methods, as a function of tensors alone."""
+    """A gradient step as a function of tensors alone."""
 
     call: Callable[[tree.Tree], tree.Tree]
     tensors: dict[str, dict[str, Tensor]]
@@ -108,6 +116,7 @@ def _cycle(
             "settings": fixed["settings"][str(number)],
             "flat": old["flat"],
             "moments": old["moments"],
+            "stream": {**fixed["stream"], "methods": old["methods"], "count": old["count"]},
             **({"key": each["key"]} if "key" in each else {}),
         }
         found = descents[number].call(now)
@@ -116,10 +125,15 @@ def _cycle(
         for copy in copies:
             online = Packed.view(found["flat"], weights, axes)
             buffers = {**buffers, **moved(copy, each["rates"][copy.name], online, buffers)}
-        new = {"flat": found["flat"], "moments": found["moments"], "buffers": buffers}
+        new = {
+            "flat": found["flat"],
+            "moments": found["moments"],
+            "buffers": buffers,
+            "methods": found["memories"],
+        }
         if held:
             new = select(active & fixed["keep"], new, {name: old[name] for name in new})
-        return {**new, "active": active}, _reported(found)
+        return {**new, "active": active, "count": tree.map(lambda x: x + 1, old["count"])}, _reported(found)
 
     def call(inputs: tree.Tree) -> tree.Tree:
         carried = inputs["carried"]
@@ -137,8 +151,15 @@ def _reported(found: tree.Tree) -> dict[str, Tensor]:
     return {**found["reported"], "losses/grad_norm": found["norm"]} if found["reported"] else {}
 
 
-def _descent(learner: HasLosses, weights: Packed, axes: int, groups: Sequence[Group], report: bool) -> _Descent:
-    """A gradient step without methods, its settings apart."""
+def _descent(
+    learner: HasLosses,
+    weights: Packed,
+    axes: int,
+    groups: Sequence[Group],
+    methods: Sequence[Method],
+    report: bool,
+) -> _Descent:
+    """A gradient step, its settings apart."""
     tensors: dict[str, dict[str, Tensor]] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for group in groups:
@@ -147,18 +168,21 @@ def _descent(learner: HasLosses, weights: Packed, axes: int, groups: Sequence[Gr
         tensors[group.name] = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
         numbers[group.name] = {name: value for name, value in settings.items() if not isinstance(value, Tensor)}
 
-    def descend(inputs: tree.Tree) -> tree.Tree:
+    def call(inputs: tree.Tree) -> tree.Tree:
         now = [_with_settings(group, {**numbers[group.name], **inputs["settings"][group.name]}) for group in groups]
-        seen = {**inputs["params"], "weights": Packed.view(inputs["flat"], weights, axes)}
+        state = {
+            **inputs["stream"],
+            "params": {**inputs["params"], "weights": Packed.view(inputs["flat"], weights, axes)},
+            "optimizer": inputs["moments"],
+        }
         ctx = StepContext(training=True, key=inputs.get("key"), report=report, moving=moving(now))
-        found = losses_and_gradients(learner, seen, inputs["batch"], now, ctx)
-        gradients = found.pop("gradients")
-        return {**found, **move(seen["weights"], inputs["moments"], gradients, now, axes)}
+        return descend(learner, state, inputs["batch"], now, methods, ctx, axes)
 
     apart = [
         (group.name, group.weights, group.losses, _recipe(group), *numbers[group.name].items()) for group in groups
     ]
-    return _Descent(descend, tensors, (report, *apart))
+    bound = tuple(method.after_step for method in methods)  # two are equal where they are of the same object
+    return _Descent(call, tensors, (report, bound, *apart))
 
 
 def _recipe(group: Group) -> Callable[..., Any]:
@@ -180,17 +204,22 @@ def recorded_descent(
     weights: Packed,
     batch: tree.Tree,
     groups: Sequence[Group],
+    methods: Sequence[Method],
     key: Tensor | None,
     report: bool,
 ) -> tree.Tree:
-    """A gradient step where there are no methods, for `capture` to replay."""
-    descent = _descent(learner, weights, state["key"].dim(), groups, report)
+    """`descend`, for `capture` to replay."""
+    descent = _descent(learner, weights, state["key"].dim(), groups, methods, report)
     inputs = {
         "params": {**state["params"], "weights": {}},
         "batch": batch,
         "flat": weights.flat,
         "moments": state["optimizer"],
         "settings": descent.tensors,
+        "stream": {
+            **{name: state[name] for name in ("methods", "task", "key") if methods},
+            "count": {"gradient_steps": state["count"]["gradient_steps"]} if methods else {},
+        },
         **({"key": key} if key is not None else {}),
     }
     return capture(("a gradient step", *weights, descent.name), descent.call, inputs)

@@ -6,7 +6,6 @@ losses -> penalties -> projection -> mask -> clip -> optimizer -> restore frozen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +14,12 @@ from rlmeta.engine.capture import Capture
 from rlmeta.functional import tree
 from rlmeta.functional.optim import Optimizer
 from rlmeta.functional.packed import Packed
-from rlmeta.learning import hooks
-from rlmeta.learning.gradients import HasLosses, StepContext, all_gradients, method_key
-from rlmeta.learning.groups import Group, entries, moving, spans, with_entries
-from rlmeta.learning.method import Gradients, Method, StepInfo
+from rlmeta.learning.descent import descend
+from rlmeta.learning.gradients import HasLosses, StepContext
+from rlmeta.learning.groups import Group, moving
+from rlmeta.learning.method import Method, recordable
 from rlmeta.learning.minibatch import Minibatches
-from rlmeta.learning.optimizer_state import as_groups, move
+from rlmeta.learning.optimizer_state import as_groups
 from rlmeta.learning.recorded_steps import Steps, recorded_descent, recorded_descents
 from rlmeta.learning.state import State, select
 from rlmeta.learning.targets import Copy, follow
@@ -62,23 +61,26 @@ def step(
     groups = as_groups(optimizer, max_grad_norm)
     capture = _capture(learner, groups, methods)
     if capture is None:
-        found = _descent(learner, state, weights, batch, groups, methods, key, report)
+        ctx = StepContext(training=True, key=key, report=report, moving=moving(groups))
+        packed = {**state, "params": {**params, "weights": weights}}
+        found = descend(learner, packed, batch, groups, methods, ctx, axes)
     else:
-        found = recorded_descent(capture, learner, state, weights, batch, groups, key, report)
+        found = recorded_descent(capture, learner, state, weights, batch, groups, methods, key, report)
     with torch.no_grad():
-        flat, moments = found["flat"], found["moments"]
+        flat, moments, memories = found["flat"], found["moments"], found["memories"]
         state["active"] = state["active"] & found["finite"]
         keep = state["active"] if active is None else state["active"] & active
         if not bool(keep.all()):
             flat = torch.where(keep.unsqueeze(-1), flat, weights.flat)
             moments = select(keep, moments, state["optimizer"])
+            memories = select(keep, memories, {name: state["methods"][name] for name in memories})
         state["params"] = {**params, "weights": Packed.view(flat, weights, axes)}
         if found["buffers"]:
             buffers = {**params["buffers"], **found["buffers"]}
             state["params"]["buffers"] = select(keep, buffers, params["buffers"])
         state["optimizer"] = moments
         if methods:
-            _after_step(learner, state, StepInfo(found["gradient"], flat - weights.flat, batch), methods, keep)
+            state["methods"] = {**state["methods"], **memories}
     _count_steps(state, 1)
     return state, {**found["reported"], "losses/grad_norm": found["norm"]} if report else {}
 
@@ -94,7 +96,7 @@ def steps(
     max_grad_norm: float | Tensor | None = None,
     methods: Sequence[Method] = (),
 ) -> State:
-    """`step` on one minibatch after another, without reports: the same bits, as one program where there is no method.
+    """`step` on one minibatch after another, without reports: the same bits, as one program where all is recorded.
 
     Args:
         learner: gives the losses.
@@ -113,7 +115,7 @@ def steps(
     if batches.count:
         keep = torch.ones_like(state["active"]) if active is None else active
         each = {} if batches.order is None else {"index": batches.order}
-        work = Steps(batches.batch, constants, each, batches.count, (groups,), keep=keep)
+        work = Steps(batches.batch, constants, each, batches.count, (groups,), keep=keep, methods=tuple(methods))
         state, _ = recorded_descents(capture, learner, state, work)
         _count_steps(state, batches.count)
     return state
@@ -148,7 +150,7 @@ def replay_steps(
     if capture is not None:
         rates = {copy.name: rate for copy, rate in copies.items()}
         each = {"batch": batches, "key": keys, "rates": rates}
-        work = Steps({}, {}, each, count, tuple(map(tuple, cycle)), tuple(copies), report=True)
+        work = Steps({}, {}, each, count, tuple(map(tuple, cycle)), tuple(copies), report=True, methods=tuple(methods))
         state, reports = recorded_descents(capture, learner, state, work)
         _count_steps(state, count)
     else:
@@ -167,75 +169,14 @@ def replay_steps(
 def _capture(learner: HasLosses, groups: Sequence[Group], methods: Sequence[Method]) -> Capture | None:
     """What records the learner's steps; None where they can't be recorded."""
     capture: Capture | None = getattr(learner, "capture", None)
-    recorded = not methods and all(group.optimizer.recipe is not None for group in groups)
-    return capture if recorded else None
+    if capture is None or any(group.optimizer.recipe is None for group in groups):
+        return None
+    for method in methods:
+        if not recordable(method):
+            capture.refuse(f"gradient steps under {method.name}", "its class does not say recordable = True")
+            return None
+    return capture
 
 
 def _count_steps(state: State, steps: int) -> None:
     state["count"] = {**state["count"], "gradient_steps": state["count"]["gradient_steps"] + steps}
-
-
-def _descent(
-    learner: HasLosses,
-    state: State,
-    weights: Packed,
-    batch: tree.Tree,
-    groups: Sequence[Group],
-    methods: Sequence[Method],
-    key: Tensor | None,
-    report: bool,
-) -> tree.Tree:
-    """Weights and moments after the step, `flat` and `moments`, whether they are `finite`, the `norm` and the task's
-    `gradient` `[*L, P]`, 0 where nothing moves."""
-    memories, task, axes = state.get("methods", {}), state.get("task", {}), state["key"].dim()
-    ctx = StepContext(training=True, key=key, report=report, moving=moving(groups))
-    found = all_gradients(learner, state, batch, groups, methods, ctx)
-    with torch.no_grad():
-        gradients, seen = found.pop("gradients"), found.pop("seen")
-        task_gradient = _packed(gradients, groups, weights)
-        if not methods:
-            return {**found, "gradient": task_gradient, **move(weights, state["optimizer"], gradients, groups, axes)}
-        added = found.pop("penalties", None)
-        total = task_gradient if added is None else task_gradient + _packed(added, groups, weights)
-        for method in methods:
-            changed = method.grads(learner, Gradients(task_gradient, total), seen, memories[method.name], task)
-            total = hooks.tensor_like(method, "grads", changed, task_gradient)
-        frozen = _union(
-            [hooks.mask(method, method.frozen(seen, memories[method.name], task), total) for method in methods]
-        )
-        if frozen is not None:
-            total = total.masked_fill(frozen, 0.0)
-        totals = {group.name: entries(total, spans(group, weights)) for group in groups}
-        return {
-            **found,
-            "gradient": task_gradient,
-            **move(weights, state["optimizer"], totals, groups, axes, frozen),
-        }
-
-
-def _packed(gradients: dict[str, Tensor], groups: Sequence[Group], weights: Packed) -> Tensor:
-    """The gradients of groups as one over all weights `[*L, P]`, 0 where nothing moves."""
-    return with_entries(
-        torch.zeros_like(weights.flat), [(spans(group, weights), gradients[group.name]) for group in groups]
-    )
-
-
-def _after_step(learner: Any, state: State, info: StepInfo, methods: Sequence[Method], keep: Tensor) -> None:
-    """Let the methods look at the step; the memory of a learner that took none stays as it is."""
-    memories, task = state["methods"], state["task"]
-    after = {
-        m.name: hooks.memory(
-            m,
-            "after_step",
-            m.after_step(learner, info, state["params"], memories[m.name], task, method_key(state, m)),
-        )
-        for m in methods
-    }
-    state["methods"] = {**memories, **(after if bool(keep.all()) else select(keep, after, memories))}
-
-
-def _union(masks: Sequence[Tensor | None]) -> Tensor | None:
-    present = [mask for mask in masks if mask is not None]
-    if not present:
-        return None
-    return torch.stack(present).any(0)

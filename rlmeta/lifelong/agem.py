@@ -22,7 +22,6 @@ from rlmeta.lifelong.recall import (
     check_room,
     keep_samples,
     names_of,
-    position_of,
     recall_loss,
     room_for_tasks,
 )
@@ -39,6 +38,7 @@ class AGEM(Method):
     """Of them, drawn in every step over all old tasks."""
 
     name = "agem"
+    recordable = True
     needs = frozenset({"boundaries"})
 
     def __post_init__(self) -> None:
@@ -60,10 +60,10 @@ class AGEM(Method):
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
         """Project the total gradient."""
-        tasks, axes = position_of(task), task["index"].dim()
-        if tasks == 0 or not self.memory:
+        tasks, axes = task["index"].clamp(min=0), task["index"].dim()
+        if not self.memory or not bool((tasks > 0).any()):
             return gradients.total
-        rows = random.integers(m["key"], "rows", m["steps"], (self.batch_size,), tasks * self.memory)
+        rows = random.integers(m["key"], "rows", m["steps"], (self.batch_size,), (tasks * self.memory).unsqueeze(-1))
         samples = gather(tree.map(lambda x: x.flatten(axes, axes + 1), m["samples"]), rows)
         names = names_of(p["weights"])
         reference = group_gradients(

@@ -54,6 +54,7 @@ class EWC(Method):
     """γ of online EWC."""
 
     name = "ewc"
+    recordable = True
     needs = frozenset({"boundaries"})
 
     def __post_init__(self) -> None:

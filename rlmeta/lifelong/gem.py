@@ -42,6 +42,7 @@ class GEM(Method):
     """Lower bound of the multipliers where a constraint is violated; above 0 the step leans towards old tasks."""
 
     name = "gem"
+    recordable = True
     needs = frozenset({"boundaries"})
 
     def __post_init__(self) -> None:

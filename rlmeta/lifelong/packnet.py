@@ -58,6 +58,7 @@ class PackNet(Method):
     """With an agent: pack its critic, too, and not its policy alone."""
 
     name = "packnet"
+    recordable = True
     needs = frozenset({"boundaries", "train_id", "test_id"})
 
     def __post_init__(self) -> None:
@@ -212,7 +213,7 @@ class PackNet(Method):
     def frozen(self, p: Params, m: Memory, task: Task) -> Tensor | None:
         """Weights of earlier tasks; after the pruning all but the task's own."""
         owner, pruned = m["owner"], m["pruned"].unsqueeze(-1)
-        if position_of(task) == 0 and not bool(pruned.any()):
+        if not bool(pruned.any() | (task["index"] > 0).any()):
             return None
         return (owner > FREE) & ~(pruned & (owner == (task["index"] + 1).unsqueeze(-1))) | (pruned & (owner == FREE))
 

@@ -51,6 +51,7 @@ class Replay(Method):
     """A reservoir for every class, or one for all samples; regression and agents have no classes."""
 
     name = "replay"
+    recordable = True
 
     def __post_init__(self) -> None:
         require_range(self, "size", 0)
