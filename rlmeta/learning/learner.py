@@ -85,6 +85,13 @@ class Learner(HasLosses, Protocol):
     counts: str
     """What its budget counts, as plots call it."""
     score: Score
+    acts: bool
+    """Whether it acts in environments, so that it has `act`."""
+
+    @property
+    def predicts(self) -> tuple[str, ...]:
+        """The networks that its `distribution` depends on (see `learning.predictive`); () where it predicts none."""
+        ...
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: Any) -> State:
         """The state at the start of a run."""

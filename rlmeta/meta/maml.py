@@ -119,6 +119,8 @@ class MAMLLearner:
     task_samples: int | None = None
     idle_steps = 0
     counts = "tasks"
+    acts = False
+    predicts: tuple[str, ...] = ()
 
     def __init__(
         self, settings: MAML, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -129,11 +131,10 @@ class MAMLLearner:
         check_network(self.inner_settings, observation_space, rows=False)
         self.inner: Any = self.inner_settings.bind(observation_space, action_space)
         self.methods = tuple(methods)
-        self.acts = hasattr(self.inner, "act")
         self.score = self.inner.score
         self.capture = None if self.inner.capture is None else Capture()
         self.steps_per_iteration = 1
-        if self.acts:
+        if self.inner.acts:
             s = self.inner_settings
             self.steps_per_iteration = s.num_envs * s.num_steps * (settings.inner_steps + 1)
             for name in ("normalise_observation", "normalise_reward"):
@@ -168,7 +169,7 @@ class MAMLLearner:
     def _check(self, family: Any) -> None:
         """Refuse what would fail in the middle of an iteration."""
         inner, name, of = self.inner, type(self.inner_settings).__name__, type(family).__name__
-        fits = hasattr(inner, "credit") if self.acts else isinstance(inner, Supervised)
+        fits = hasattr(inner, "credit") if inner.acts else isinstance(inner, Supervised)
         require(len(variants(self.inner_settings)) == 1, f"MAML's {name} compares values: compare MAML's own settings")
         require(fits, f"MAML can't adapt {name}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO")
         require(not getattr(inner, "rewards", ()), f"MAML's {name} learns from the tasks' own rewards, without others")
@@ -179,8 +180,8 @@ class MAMLLearner:
             if to_act_in
             else ("of samples", "a Regressor")
         )
-        require(self.acts == to_act_in, f"{name} can't learn a family {kind}: give MAML {use}")
-        if not self.acts:
+        require(inner.acts == to_act_in, f"{name} can't learn a family {kind}: give MAML {use}")
+        if not self.inner.acts:
             check_samples(family)
 
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
@@ -249,7 +250,7 @@ class MAMLLearner:
         """One meta-batch: draw tasks, adapt to each, move the initial weights."""
         count = state["count"]
         tasks = world.tasks(state["key"], count["iterations"], self.settings.num_envs, "train")
-        batch, metrics = self.experience(state, world, tasks) if self.acts else (tasks, {})
+        batch, metrics = self.experience(state, world, tasks) if self.inner.acts else (tasks, {})
         average, optimizer = Average(), self.optimizer(state)
         for _ in range(self.settings.meta_epochs):
             bound = state["params"]["hyper"]["max_grad_norm"]
@@ -268,7 +269,7 @@ class MAMLLearner:
         """A meta-batch of n fresh training tasks, support and query; the state stays as it is."""
         key = random.fold(state["key"], "draw")
         tasks = world.tasks(key, 0, n, "train")
-        return self.experience({**state, "key": key}, world, tasks)[0] if self.acts else tasks
+        return self.experience({**state, "key": key}, world, tasks)[0] if self.inner.acts else tasks
 
     def broken_task(self, state: State, world: FamilyWorld, learner: int) -> str:
         """NaN in the inner loop: which task of a frozen learner is not finite, after how many steps; '' if none is.
@@ -277,7 +278,7 @@ class MAMLLearner:
         """
         s, number = self.settings, state["count"]["iterations"] - 1
         batch = world.tasks(state["key"], number, s.num_envs, "train")
-        if self.acts:
+        if self.inner.acts:
             batch, _ = self.experience({**state, "count": {**state["count"], "iterations": number}}, world, batch)
         p, support = self.start(self.seen(state), s.num_envs), batch["support"]
         for steps in range(s.inner_steps + 1):
@@ -389,7 +390,7 @@ class MAMLLearner:
         self, p: Params, world: FamilyWorld, key: Tensor, drawn: tree.Tree, count: int, steps: int, deterministic: bool
     ) -> Tensor:
         """The scores of K = `count` tasks that are drawn, `[*L, K, steps + 1]`."""
-        if not self.acts:
+        if not self.inner.acts:
             scores = [self._score(p, drawn["query"])]
             for _ in range(steps):
                 p = self.adapted(p, drawn["support"], 1, "none")

@@ -83,7 +83,7 @@ def names_of(learner: Any) -> list[str]:
     """
     if isinstance(learner, Supervised):
         return list(learner.networks())
-    if not hasattr(learner, "act"):
+    if not learner.acts:
         raise SettingError(f"{type(learner).__name__} has no network of observations: its parameters are in run.state")
     networks = bare(learner.networks)
     of_observations = [name for name in networks if name not in learner.beside_observations]

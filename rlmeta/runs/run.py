@@ -208,7 +208,7 @@ class Run:
             SettingError: no such learner, or none of them has a finite score to be the best by.
             SpaceError: the observation is not of the task's observation space.
         """
-        if not hasattr(self.agent, "act"):
+        if not self.agent.acts:
             raise SettingError(f"a run of {self.experiment.agent_name} does not act: run.module() predicts")
         learner, state = self.chosen_learner(learner), self.state
         p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))

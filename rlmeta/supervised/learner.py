@@ -27,7 +27,7 @@ from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step
-from rlmeta.nn import Block, Context, Linear, Sequential, bare
+from rlmeta.nn import Block, Context, Distribution, Linear, Sequential, bare
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 
@@ -82,7 +82,7 @@ class SupervisedSettings:
 class Supervised:
     """A learner of labelled samples, bound to the spaces of its inputs and targets.
 
-    A subclass gives `losses` and `score_of`.
+    A subclass gives `outputs`, `losses`, `distribution` and `score_of`.
 
     Args:
         settings: of the learner.
@@ -97,6 +97,10 @@ class Supervised:
     idle_steps = 0
     counts = "samples"
     score = Score("score")
+    acts = False
+    predicts: tuple[str, ...] = ("net",)
+    classes = 0
+    """How many classes its targets are of; 0 for numbers."""
 
     def __init__(
         self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
@@ -117,6 +121,10 @@ class Supervised:
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """The loss `[*L]` of a minibatch."""
+        raise NotImplementedError
+
+    def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
+        """The parameters of the distribution over targets, `{name: [*L, B, ...]}`."""
         raise NotImplementedError
 
     def score_of(self, output: Tensor, batch: tree.Tree) -> Tensor:
@@ -171,8 +179,16 @@ class Supervised:
 
     def output(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
         """What the network gives for the batch's inputs, `[*L, B, outputs]`."""
+        return self._run(self.net, "net.", p, batch, ctx or Context())
+
+    def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
+        """What the network's last layer is given, `[*L, B, D]`."""
+        return self._run(self.net.get_submodule("0"), "net.0.", p, batch, ctx)
+
+    def _run(self, block: Block, prefix: str, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
-        return self.net.run(tensors, batch["observation"], ctx or Context(), "net.")
+        found: Tensor = block.run(tensors, batch["observation"], ctx, prefix)
+        return found
 
     def iterate(self, state: State, world: DataWorld) -> tuple[State, Metrics]:
         """`num_steps` gradient steps, each on the next minibatch of the current task."""
