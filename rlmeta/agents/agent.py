@@ -82,6 +82,7 @@ class Agent:
     counts = "environment steps"
     score = Score("return")
     acts = True
+    answers = False
     classes = 0
     policy: Any = None
     """The network, among the weights under this name, that gives a distribution over actions; None without one."""

@@ -87,6 +87,8 @@ class Learner(HasLosses, Protocol):
     score: Score
     acts: bool
     """Whether it acts in environments, so that it has `act`."""
+    answers: bool
+    """Whether it answers for tasks that it is shown samples of, so that it has `answer` (see `learning.predictive`)."""
 
     @property
     def predicts(self) -> tuple[str, ...]:

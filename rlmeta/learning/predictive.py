@@ -42,14 +42,17 @@ class Predictive(Protocol):
 class Adaptive(Protocol):
     """A meta-learner, which answers for a task that it is shown samples of."""
 
-    def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int) -> Tensor:
+    classes: int
+    """How many classes the targets of a task are of; 0 for numbers."""
+
+    def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int | None = None) -> Tensor:
         """What it says of the query's inputs once it has seen the support, `[*L, K, B, outputs]`.
 
         Args:
             p: the parameters `[*L, ...]`, as forward passes see them.
             support: `observation` and `target` of every task, `[*L, K, n, ...]`.
             query: `observation` of every task, `[*L, K, B, ...]`.
-            steps: of adaptation.
+            steps: of adaptation; by default as many as in training.
         """
         ...
 

@@ -280,7 +280,7 @@ class LearnedOptimizerLearner:
     idle_steps = 0
     counts = "steps of the optimizer"
     score = Score("final loss", maximise=False)
-    acts = False
+    acts = answers = False
     predicts: tuple[str, ...] = ()
 
     def __init__(self, settings: LearnedOptimizer, methods: Sequence[Method] = ()) -> None:

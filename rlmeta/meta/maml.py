@@ -132,6 +132,7 @@ class MAMLLearner:
         self.inner: Any = self.inner_settings.bind(observation_space, action_space)
         self.methods = tuple(methods)
         self.score = self.inner.score
+        self.answers, self.classes = not self.inner.acts, self.inner.classes
         self.capture = None if self.inner.capture is None else Capture()
         self.steps_per_iteration = 1
         if self.inner.acts:
@@ -243,6 +244,22 @@ class MAMLLearner:
         query = self.loss(adapted, batch["query"], inner)
         ctx.info.update({name: value.mean(-1) for name, value in inner.info.items()})
         return {"query": query.mean(-1)}
+
+    def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int | None = None) -> Tensor:
+        """What the inner learner says of the query's inputs after steps on the support, `[*L, K, B, outputs]`.
+
+        Args:
+            p: the initial weights `[*L, ...]`, as forward passes see them.
+            support: labelled samples `[*L, K, n, ...]`.
+            query: inputs `[*L, K, B, ...]`.
+            steps: how many; by default `inner_steps`.
+        """
+        tasks = next(tree.leaves(query)).shape[p["hyper"]["inner_rate"].dim()]
+        count = self.settings.inner_steps if steps is None else steps
+        adapted = self.adapted(self.start(p, tasks), support, count, "none")
+        with torch.no_grad():
+            said: Tensor = self.inner.prediction(adapted, query)
+        return said
 
     # ------------------------------------------------------------------ learn
 
@@ -410,7 +427,7 @@ class MAMLLearner:
     @torch.no_grad()
     def _score(self, p: Params, query: tree.Tree) -> Tensor:
         """The mean score on the query, `[*L, K]` float64."""
-        return self.inner.score_of(self.inner.answer(p, query), query).double().mean(-1)
+        return self.inner.score_of(self.inner.prediction(p, query), query).double().mean(-1)
 
 
 def _expand(value: Tensor, axes: int, tasks: int) -> Tensor:

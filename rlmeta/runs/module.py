@@ -66,7 +66,7 @@ class TrainedModule(nn.Module):
         p = {"buffers": {}, "normalisers": {}, "hyper": {}, **p}
         learner, seen = self._learner, observed(self._learner.observation_space, observation)
         if isinstance(learner, Supervised):
-            return learner.answer(p, {"observation": seen})
+            return learner.prediction(p, {"observation": seen})
         if self.name != ACTION:
             assert self._networks is not None
             return _plain(network_output(learner, self._networks, p, self.name, seen))

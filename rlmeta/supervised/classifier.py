@@ -109,7 +109,7 @@ class ClassifierLearner(Supervised):
         logits = self.logits(p, batch).log_softmax(-1)
         return logits.gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1)
 
-    def answer(self, p: Params, batch: tree.Tree) -> Tensor:
+    def prediction(self, p: Params, batch: tree.Tree) -> Tensor:
         """The logits."""
         return self.logits(p, batch)
 

@@ -97,7 +97,7 @@ class Supervised:
     idle_steps = 0
     counts = "samples"
     score = Score("score")
-    acts = False
+    acts = answers = False
     predicts: tuple[str, ...] = ("net",)
     classes = 0
     """How many classes its targets are of; 0 for numbers."""
@@ -241,18 +241,18 @@ class Supervised:
             count += valid.sum(-1)
         return Evaluation((total / count).unsqueeze(-1), count.unsqueeze(-1))
 
-    def answer(self, p: Params, batch: tree.Tree) -> Tensor:
+    def prediction(self, p: Params, batch: tree.Tree) -> Tensor:
         """What the learner says of the batch's inputs when it is evaluated, `[*L, B, outputs]`."""
         return self.output(p, batch)
 
     def _decide(self, p: Params, batch: tree.Tree) -> Tensor:
-        """The learner's answer, or that of the first method with a decision rule of its own."""
+        """The learner's prediction, or that of the first method with a decision rule of its own."""
         for method in self.methods:
             memory = p.get("memories", {}).get(method.name)
             found = None if memory is None else method.predict(self, p, memory, batch, p["task"])
             if found is not None:
                 return hooks.logits(method, found, (*batch["valid"].shape, self.outputs()))
-        return self.answer(p, batch)
+        return self.prediction(p, batch)
 
     def draw(self, state: State, world: DataWorld, n: int) -> tree.Tree:
         """n training samples `[*L, n, ...]` of the current task, drawn without replacement; all if there are fewer."""
