@@ -160,6 +160,7 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
             "index": zero.clone(),
             "identity": zero.clone(),
             "progress": torch.zeros(key.shape, dtype=torch.float64, device=key.device),
+            "phase": zero.clone(),
         },
     }
 

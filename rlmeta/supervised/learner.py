@@ -24,6 +24,7 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.optimizer_state import init_optimizer
+from rlmeta.learning.phases import own_step
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step
@@ -196,6 +197,11 @@ class Supervised:
         for _ in range(self.steps_per_iteration):
             state["world"], batch = world.next_batch(state["world"])
             state = self.meet(state, world, batch)
+            other = own_step(self, state, batch)
+            if other is not None:
+                state, reports = other
+                average.add(reports)
+                continue
             key = random.fold(state["key"], state["count"]["gradient_steps"]) if self._draws else None
             state, info = step(
                 self,
