@@ -37,7 +37,7 @@ from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy
-from rlmeta.nn import Block, Context
+from rlmeta.nn import Block, Context, Distribution
 from rlmeta.nn.encoder import ACTION_MASK
 from rlmeta.rewards import Reward, apart_of, bound, distinct, first_memory, relabel, together
 
@@ -81,6 +81,13 @@ class Agent:
     """The name of what it acts by, where that is not its first network."""
     counts = "environment steps"
     score = Score("return")
+    acts = True
+    answers = False
+    classes = 0
+    policy: Any = None
+    """The network, among the weights under this name, that gives a distribution over actions; None without one."""
+    head: Any = None
+    """The policy's, which knows the distribution."""
     beside_observations: tuple[str, ...] = ()
     """Networks that are no functions of an observation alone, such as critics of actions."""
     keeps_streams = False
@@ -219,6 +226,24 @@ class Agent:
         ended, gamma = rollout["terminated"] | rollout["truncated"], state["params"]["hyper"]["gamma"]
         normalisers["reward"] = reward_update(normalisers["reward"], reward, ended, gamma, rollout["valid"])
         return normalise_reward(reward, normalisers["reward"])
+
+    # ------------------------------------------------------------------ what others ask of what it knows
+
+    @property
+    def predicts(self) -> tuple[str, ...]:
+        """The network that `distribution` depends on."""
+        return () if self.policy is None else ("policy",)
+
+    def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
+        """The parameters of the policy's distribution over actions `{name: [*L, B, ...]}`, without those that only
+        serve to sample."""
+        found = self.forward(self.policy, "policy", p, batch["observation"], ctx)
+        return {name: value for name, value in found.items() if name not in ("features", "noise_log_std")}
+
+    def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
+        """What the policy's head is given, `[*L, B, D]`."""
+        found: Tensor = self.forward(self.policy.body, "policy.body", p, batch["observation"], ctx)
+        return found
 
     # ------------------------------------------------------------------ evaluation, and samples for lifelong methods
 

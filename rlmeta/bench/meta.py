@@ -42,6 +42,7 @@ from rlmeta.learning.step import step
 from rlmeta.meta.estimators import backpropagated, evolved
 from rlmeta.meta.learned_optimizer import LearnedOptimizer, minimise
 from rlmeta.meta.maml import MAML
+from rlmeta.meta.protonet import ProtoNet
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.presets import load_preset
 from rlmeta.runs.run import Run
@@ -54,7 +55,7 @@ class Meta:
     """What the meta-learners reach."""
 
     parts: str = "sinusoid,omniglot,navigation,optimizer,pes"
-    """Which, joined by commas; evolved-optimizer is there, too."""
+    """Which, joined by commas; protonet and evolved-optimizer are there, too."""
     seeds: int = 10
     """Learners of each row, with the seeds 100, 101, ..."""
     budget: float = 1.0
@@ -77,6 +78,7 @@ def main(flags: Sequence[str]) -> int:
     parts: dict[str, Callable[[Meta], list[Row]]] = {
         "sinusoid": sinusoid,
         "omniglot": omniglot,
+        "protonet": protonet,
         "navigation": navigation,
         "optimizer": optimizer,
         "evolved-optimizer": evolved_optimizer,
@@ -121,6 +123,7 @@ def _publish(part: str, rows: list[Row], options: Meta) -> int:
 PRESETS = {
     "sinusoid": (MAML, "sinusoid"),
     "omniglot": (MAML, "few-shot-omniglot"),
+    "protonet": (ProtoNet, "few-shot-omniglot"),
     "navigation": (MAML, "navigation-short"),
     "optimizer": (LearnedOptimizer, "quadratics"),
     "evolved-optimizer": (LearnedOptimizer, "quadratics"),
@@ -218,10 +221,7 @@ def omniglot(options: Meta) -> list[Row]:
     settings, steps = _settings("omniglot")
     seconds = 0.0
     for fold in range(4):
-        problem = family_named("few-shot-omniglot", {"fold": fold})
-        assert isinstance(problem, NamedFamily)
-        budget = Budget(steps=_shorter(steps, options), eval_every=steps, final_episodes=10)
-        run = train(settings, problem, budget=budget, seeds=table_seeds(options.seeds))
+        run = _on_fold(fold, settings, steps, options)
         curve = _curve(run, 600, 5)
         found["MAML"].append(curve[..., settings.inner_steps].mean(-1))
         found["before"].append(curve[..., 0].mean(-1))
@@ -239,6 +239,28 @@ def omniglot(options: Meta) -> list[Row]:
         _row(what, percent["MAML"], "its number", **further, seconds=seconds, **folds, **pictures),
         _row("nearest pixel", percent["nearest pixel"]),
     ]
+
+
+def _on_fold(fold: int, settings: Any, steps: int, options: Meta) -> Run:
+    """A run on Omniglot without a fold's alphabets."""
+    problem = family_named("few-shot-omniglot", {"fold": fold})
+    assert isinstance(problem, NamedFamily)
+    budget = Budget(steps=_shorter(steps, options), eval_every=steps, final_episodes=10)
+    return train(settings, problem, budget=budget, seeds=table_seeds(options.seeds))
+
+
+def protonet(options: Meta) -> list[Row]:
+    """Accuracy of a prototypical network on the episodes of `omniglot`."""
+    settings, steps = _settings("protonet")
+    folds, seconds = [], 0.0
+    for fold in range(4):
+        run = _on_fold(fold, settings, steps, options)
+        key, world = random.fold(run.state["key"], "bench"), run.experiment.world()
+        folds.append(100 * run.agent.evaluate(run.agent.seen(run.state), world, key, 600).returns.mean(-1))
+        seconds += run.seconds
+        print(f"fold {fold}: ProtoNet {float(folds[-1].mean()):.1f}, {run.seconds:.0f} s", flush=True)
+    what = f"ProtoNet, 4 convolutions of 32, {_shorter(steps, options) // settings.num_envs} meta-batches"
+    return [_row(what, torch.stack(folds).mean(0), seconds=seconds, folds=[one.tolist() for one in folds])]
 
 
 def nearest_pixel(world: FamilyWorld, seeds: int) -> Tensor:

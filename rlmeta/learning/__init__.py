@@ -10,6 +10,8 @@ __all__ = [
     "minibatch",
     "optimizer_state",
     "owners",
+    "phases",
+    "predictive",
     "replay",
     "settings",
     "state",

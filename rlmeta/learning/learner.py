@@ -85,6 +85,15 @@ class Learner(HasLosses, Protocol):
     counts: str
     """What its budget counts, as plots call it."""
     score: Score
+    acts: bool
+    """Whether it acts in environments, so that it has `act`."""
+    answers: bool
+    """Whether it answers for tasks that it is shown samples of, so that it has `answer` (see `learning.predictive`)."""
+
+    @property
+    def predicts(self) -> tuple[str, ...]:
+        """The networks that its `distribution` depends on (see `learning.predictive`); () where it predicts none."""
+        ...
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: Any) -> State:
         """The state at the start of a run."""
@@ -151,6 +160,7 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
             "index": zero.clone(),
             "identity": zero.clone(),
             "progress": torch.zeros(key.shape, dtype=torch.float64, device=key.device),
+            "phase": zero.clone(),
         },
     }
 

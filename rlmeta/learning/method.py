@@ -17,7 +17,8 @@ never change in a run: what grows with the tasks is made for `learner.num_tasks`
 
 Task = dict[str, Tensor]
 """Which task it is, as tensors `[*L]`: `index` (its place in the stream, int64), `identity` (which one, int64; differs
-from learner to learner where their orders do), `progress` (the fraction of its phase that is done, float64).
+from learner to learner where their orders do), `progress` (the fraction of its phase that is done, float64), `phase`
+(int64: -1 in evaluation, 0 in training, k + 1 in a phase of the learner's method k; see `learning.phases`).
 
 It says what the stream reveals and nothing else. In training `index` is -1 where boundaries are hidden (and `progress`
 then of the whole run), `identity` is -1 where "train_id" is; in evaluation both are -1 where "test_id" is."""
@@ -44,6 +45,17 @@ class StepInfo(NamedTuple):
     """By how much the weights moved, `[*L, P]`: after clipping, the optimizer and the frozen entries."""
     batch: tree.Tree
     """The minibatch of the step."""
+
+
+class Learned(NamedTuple):
+    """What `learn` gives back."""
+
+    memory: Memory
+    """The method's memory after the step."""
+    active: Tensor
+    """`[*L]`: False for a learner that is to stop, since the step has lost its numbers."""
+    reports: dict[str, Tensor]
+    """Figures of the step, `[*L]` each."""
 
 
 class Method:
@@ -79,6 +91,11 @@ class Method:
     def phase_start(self, learner: Any, p: Params, m: Memory, task: Task, phase: str) -> tuple[Params, Memory]:
         """Before the first step of a phase, "train" or one of any method's."""
         return p, m
+
+    def learn(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, active: Tensor) -> Learned | None:
+        """In a phase of this method's, a step on what is its own (see `learning.owners`) in the place of a supervised
+        learner's, which then stays as it is; None for the learner's."""
+        return None
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """After the last step on a task."""

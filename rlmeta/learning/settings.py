@@ -30,8 +30,8 @@ S = TypeVar("S")
 
 
 def name_of(settings_class: type) -> str:
-    """What the command line calls a learner: `PPO` is ppo, `LearnedOptimizer` learned_optimizer."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", settings_class.__name__).lower()
+    """A learner on the command line: `PPO` is ppo, `LearnedOptimizer` learned_optimizer, `ProtoNet` protonet."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])(?!Net$)", "_", settings_class.__name__).lower()
 
 
 def settings_classes(names: Mapping[str, Any]) -> tuple[type, ...]:

@@ -22,15 +22,12 @@ from rlmeta.functional import random, tree
 from rlmeta.functional.packed import Packed
 from rlmeta.functional.quadratics import add_quadratic, no_quadratic, replace_quadratic
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
+from rlmeta.learning.predictive import check_predictive, predicting
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     SPREAD,
-    check_distribution,
     check_room,
-    distribution,
-    is_agent,
-    names_of,
     per_learner,
     position_of,
 )
@@ -71,8 +68,8 @@ class EWC(Method):
 
     def init(self, learner: Any, state: State) -> Memory:
         """No task yet: a quadratic that is 0 everywhere."""
-        check_distribution(learner)
-        if is_agent(learner):
+        check_predictive(learner)
+        if learner.acts:
             check_room(learner, state, self.samples * SPREAD, "samples")
         flat = Packed.of(state["params"]["weights"], state["key"].dim()).flat
         return {
@@ -87,7 +84,7 @@ class EWC(Method):
         if self._idle:
             return p, m
         axes = task["index"].dim()
-        every = SPREAD if is_agent(learner) else 1
+        every = SPREAD if learner.acts else 1
         batch = tree.map(lambda x: x[(slice(None),) * axes + (slice(None, None, every),)], draw(self.samples * every))
         key = random.fold(m["key"], position_of(task))
         fisher = information(learner, p, batch, axes, self.fisher, key)
@@ -117,26 +114,27 @@ def information(learner: Any, p: Params, batch: tree.Tree, axes: int, kind: Fish
     "exact" is in closed form for categorical and Gaussian distributions; where there is none, and for an agent with any
     other kind, it is estimated with the actions of the batch, which the policy drew itself.
     """
-    names, head = names_of(p["weights"]), getattr(learner, "head", None)
+    names = predicting(learner, p["weights"])
 
     def parameters(p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
-        found = distribution(learner, p, batch, ctx)
+        found = learner.distribution(p, batch, ctx)
         if "logits" in found:
-            return found["logits"]
+            logits: Tensor = found["logits"]
+            return logits
         return torch.cat([found["mean"], found.get("log_std", torch.zeros_like(found["mean"]))], -1)
 
-    if not is_agent(learner):
-        if hasattr(learner, "logits"):
-            target = batch["target"] if kind == "empirical" else None
-            return categorical_fisher(parameters, p, batch, axes, kind, target=target, key=key, names=names)
+    if learner.classes:
+        target = batch["target"] if kind == "empirical" else None
+        return categorical_fisher(parameters, p, batch, axes, kind, target=target, key=key, names=names)
+    if not learner.acts:
         return gaussian_fisher(parameters, p, batch, axes, names=names)
-    if kind == "exact" and isinstance(head, CategoricalHead):
+    if kind == "exact" and isinstance(learner.head, CategoricalHead):
         return categorical_fisher(parameters, p, batch, axes, names=names)
-    if kind == "exact" and isinstance(head, GaussianHead):
+    if kind == "exact" and isinstance(learner.head, GaussianHead):
         return gaussian_fisher(parameters, p, batch, axes, names=names)
 
     def log_prob(p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
-        found: Tensor = learner.head.log_prob(distribution(learner, p, batch, ctx), batch["action"])
+        found: Tensor = learner.head.log_prob(learner.distribution(p, batch, ctx), batch["action"])
         return found
 
     return score_fisher(log_prob, p, batch, axes, names=names)

@@ -20,6 +20,7 @@ from rlmeta.data.spaces import to_tree
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import Draw
+from rlmeta.learning.predictive import check_predictive
 from rlmeta.learning.settings import values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.nn import Context
@@ -28,39 +29,10 @@ SPREAD = 8
 """An agent's samples are every eighth of its fresh steps: neighbours in time are nearly the same."""
 
 
-def is_agent(learner: Any) -> bool:
-    """Whether it has a policy; supervised learners have outputs."""
-    return hasattr(learner, "policy")
-
-
 def names_of(weights: dict[str, Tensor], critic: bool = False) -> list[str]:
     """The weights that methods look after: all, or with an agent those of its policy, and its critic's if wanted."""
     policy = [name for name in weights if name.startswith("policy.")]
     return policy if policy and not critic else list(weights)
-
-
-def distribution(learner: Any, p: Params, batch: tree.Tree, ctx: Context) -> dict[str, Tensor]:
-    """The parameters of the learner's predictive distribution `{name: [*L, B, ...]}`: logits, or means and deviations.
-
-    Raises:
-        SettingError: the learner has none.
-    """
-    check_distribution(learner)
-    if is_agent(learner):
-        found: dict[str, Tensor] = learner.forward(learner.policy, "policy", p, batch["observation"], ctx)
-        return {name: value for name, value in found.items() if name not in ("features", "noise_log_std")}
-    if hasattr(learner, "logits"):
-        return {"logits": learner.logits(p, batch, ctx)}
-    return {"mean": learner.output(p, batch, ctx)}
-
-
-def check_distribution(learner: Any) -> None:
-    """Refuse a learner that predicts no distribution, before anything is trained."""
-    if not any(hasattr(learner, name) for name in ("policy", "logits", "output")):
-        raise SettingError(
-            f"{type(learner.settings).__name__} gives no distribution over actions or targets, which lifelong methods "
-            "need to say what was learned: use an agent with a policy, a Classifier or a Regressor"
-        )
 
 
 def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) -> Tensor:
@@ -68,11 +40,11 @@ def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) ->
 
     Supervised: minus the log-likelihood of the target. Agents: KL(π then ‖ π now), in nats.
     """
-    now = distribution(learner, p, remembered, ctx)
-    if is_agent(learner):
+    now = learner.distribution(p, remembered, ctx)
+    if learner.acts:
         divergence: Tensor = learner.head.kl(remembered["taught"], now)
         return divergence
-    if "logits" in now:
+    if learner.classes:
         target = remembered["target"].unsqueeze(-1)
         return -now["logits"].log_softmax(-1).gather(-1, target).squeeze(-1)
     return 0.5 * (now["mean"] - remembered["target"]).square().sum(-1)
@@ -80,14 +52,14 @@ def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) ->
 
 def remember(learner: Any, p: Params, samples: tree.Tree) -> tree.Tree:
     """What is kept of samples `[*L, n, ...]`."""
-    if is_agent(learner):
+    if learner.acts:
         kept = {"observation": samples["observation"]}
         with torch.no_grad():
-            return {**kept, "taught": distribution(learner, p, kept, Context())}
+            return {**kept, "taught": learner.distribution(p, kept, Context())}
     kept = {name: samples[name] for name in ("observation", "target", "identity")}
-    if hasattr(learner, "logits"):
+    if learner.classes:
         given = samples.get("allowed")
-        shape = (*kept["identity"].shape, learner.outputs())
+        shape = (*kept["identity"].shape, learner.classes)
         kept["allowed"] = kept["identity"].new_ones(shape, dtype=torch.bool) if given is None else given
     return kept
 
@@ -98,7 +70,7 @@ def draw_memories(learner: Any, p: Params, draw: Draw, count: int, axes: int) ->
     Raises:
         SettingError: the task has fewer samples.
     """
-    every = SPREAD if is_agent(learner) else 1
+    every = SPREAD if learner.acts else 1
     samples = draw(count * every)
     available = next(tree.leaves(samples)).shape[axes] // every
     check_count(count, available)
@@ -152,15 +124,15 @@ def _machine_memory() -> float:
 
 def _one_memory(learner: Any, state: State) -> tree.Tree:
     """What is kept of one sample, `[*L, 1, ...]`."""
-    check_distribution(learner)
+    check_predictive(learner)
     learner_shape, device = tuple(state["key"].shape), state["key"].device
     space = learner.observation_space
     one = to_tree(space, gym.vector.utils.batch_space(space, 1).sample(), (1,), "the task")
     observation = tree.map(lambda x: torch.zeros_like(x, device=device).expand(*learner_shape, *x.shape), one)
     samples = {"observation": observation}
-    if not is_agent(learner):
+    if not learner.acts:
         zero = torch.zeros(*learner_shape, 1, dtype=torch.int64, device=device)
-        target = zero if hasattr(learner, "logits") else zero.new_zeros((*zero.shape, learner.outputs())).float()
+        target = zero if learner.classes else zero.new_zeros((*zero.shape, learner.outputs())).float()
         samples |= {"target": target, "identity": zero}
     return remember(learner, state["params"], samples)
 

@@ -21,13 +21,12 @@ from rlmeta.functional.axes import align
 from rlmeta.functional.reservoir import last_on_place, reservoir_places
 from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task, require_revealed
 from rlmeta.learning.minibatch import gather
+from rlmeta.learning.predictive import check_predictive
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     blank_memories,
-    check_distribution,
     check_room,
-    is_agent,
     keep_samples,
     per_learner,
     position_of,
@@ -67,16 +66,16 @@ class Replay(Method):
 
     def init(self, learner: Any, state: State) -> Memory:
         """An empty buffer."""
-        check_distribution(learner)
-        if is_agent(learner):
+        check_predictive(learner)
+        if learner.acts:
             require_revealed(self, frozenset({"boundaries"}), learner.reveals, "the stream")
         m = {"strength": per_learner(self.strength, state), "key": random.fold(state["key"], "replay")}
-        classes = hasattr(learner, "logits") and self.balance == "class"
-        groups = learner.num_tasks if is_agent(learner) else learner.outputs() if classes else 1
-        share = self._share(groups, "tasks" if is_agent(learner) else "classes")
+        classes = learner.classes if self.balance == "class" else 0
+        groups = learner.num_tasks if learner.acts else classes or 1
+        share = self._share(groups, "tasks" if learner.acts else "classes")
         if self.size:
             check_room(learner, state, max(self.size, self.batch_size), "size or batch_size")
-            slots = (groups, share) if is_agent(learner) else (groups * share,)
+            slots = (groups, share) if learner.acts else (groups * share,)
             m["samples"] = blank_memories(learner, state, *slots)
         return {**m, "met": torch.zeros(*state["key"].shape, groups, dtype=torch.int64, device=state["key"].device)}
 
@@ -92,7 +91,7 @@ class Replay(Method):
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
     ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
         """A minibatch of the buffer, every sample in it with the same chance."""
-        if self._idle or is_agent(learner) or not bool(m["met"].any()):
+        if self._idle or learner.acts or not bool(m["met"].any()):
             return ()
         axes = task["index"].dim()
         size = self.batch_size or next(tree.leaves(batch)).shape[axes]
@@ -107,7 +106,7 @@ class Replay(Method):
         """Offer the minibatch to the reservoirs."""
         if self._idle:
             return m
-        if is_agent(learner):
+        if learner.acts:
             return {**m, "met": m["met"] + 1}
         groups = m["met"].shape[-1]
         group = info.batch["target"] if groups > 1 else torch.zeros_like(info.batch["identity"])
@@ -118,14 +117,14 @@ class Replay(Method):
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """Keep states of the task and the policy's answers in them."""
-        if self._idle or not is_agent(learner):
+        if self._idle or not learner.acts:
             return p, m
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.size // learner.num_tasks, task, draw)}
 
     def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
         """The divergence from the policies of old tasks in some of their states."""
         tasks, axes = position_of(task), task["index"].dim()
-        if self._idle or not is_agent(learner) or tasks == 0:
+        if self._idle or not learner.acts or tasks == 0:
             return None
         size = self.batch_size or next(tree.leaves(batch)).shape[axes]
         rows = random.integers(m["key"], "rows", m["met"][..., 0], (size,), tasks * (self.size // learner.num_tasks))

@@ -6,8 +6,9 @@
 from rlmeta.learning.settings import settings_classes
 from rlmeta.meta.learned_optimizer import LearnedOptimizer
 from rlmeta.meta.maml import MAML
+from rlmeta.meta.protonet import ProtoNet
 
-__all__ = ["MAML", "LearnedOptimizer"]
+__all__ = ["MAML", "LearnedOptimizer", "ProtoNet"]
 
 ALL = settings_classes(globals())
 """The settings class of every meta-learner that can be named on the command line."""

@@ -280,6 +280,8 @@ class LearnedOptimizerLearner:
     idle_steps = 0
     counts = "steps of the optimizer"
     score = Score("final loss", maximise=False)
+    acts = answers = False
+    predicts: tuple[str, ...] = ()
 
     def __init__(self, settings: LearnedOptimizer, methods: Sequence[Method] = ()) -> None:
         self.settings, self.methods = settings, tuple(methods)

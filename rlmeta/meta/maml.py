@@ -119,6 +119,8 @@ class MAMLLearner:
     task_samples: int | None = None
     idle_steps = 0
     counts = "tasks"
+    acts = False
+    predicts: tuple[str, ...] = ()
 
     def __init__(
         self, settings: MAML, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -129,11 +131,11 @@ class MAMLLearner:
         check_network(self.inner_settings, observation_space, rows=False)
         self.inner: Any = self.inner_settings.bind(observation_space, action_space)
         self.methods = tuple(methods)
-        self.acts = hasattr(self.inner, "act")
         self.score = self.inner.score
+        self.answers, self.classes = not self.inner.acts, self.inner.classes
         self.capture = None if self.inner.capture is None else Capture()
         self.steps_per_iteration = 1
-        if self.acts:
+        if self.inner.acts:
             s = self.inner_settings
             self.steps_per_iteration = s.num_envs * s.num_steps * (settings.inner_steps + 1)
             for name in ("normalise_observation", "normalise_reward"):
@@ -168,7 +170,7 @@ class MAMLLearner:
     def _check(self, family: Any) -> None:
         """Refuse what would fail in the middle of an iteration."""
         inner, name, of = self.inner, type(self.inner_settings).__name__, type(family).__name__
-        fits = hasattr(inner, "credit") if self.acts else isinstance(inner, Supervised)
+        fits = hasattr(inner, "credit") if inner.acts else isinstance(inner, Supervised)
         require(len(variants(self.inner_settings)) == 1, f"MAML's {name} compares values: compare MAML's own settings")
         require(fits, f"MAML can't adapt {name}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO")
         require(not getattr(inner, "rewards", ()), f"MAML's {name} learns from the tasks' own rewards, without others")
@@ -179,8 +181,8 @@ class MAMLLearner:
             if to_act_in
             else ("of samples", "a Regressor")
         )
-        require(self.acts == to_act_in, f"{name} can't learn a family {kind}: give MAML {use}")
-        if not self.acts:
+        require(inner.acts == to_act_in, f"{name} can't learn a family {kind}: give MAML {use}")
+        if not self.inner.acts:
             check_samples(family)
 
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
@@ -243,13 +245,29 @@ class MAMLLearner:
         ctx.info.update({name: value.mean(-1) for name, value in inner.info.items()})
         return {"query": query.mean(-1)}
 
+    def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int | None = None) -> Tensor:
+        """What the inner learner says of the query's inputs after steps on the support, `[*L, K, B, outputs]`.
+
+        Args:
+            p: the initial weights `[*L, ...]`, as forward passes see them.
+            support: labelled samples `[*L, K, n, ...]`.
+            query: inputs `[*L, K, B, ...]`.
+            steps: how many; by default `inner_steps`.
+        """
+        tasks = next(tree.leaves(query)).shape[p["hyper"]["inner_rate"].dim()]
+        count = self.settings.inner_steps if steps is None else steps
+        adapted = self.adapted(self.start(p, tasks), support, count, "none")
+        with torch.no_grad():
+            said: Tensor = self.inner.prediction(adapted, query)
+        return said
+
     # ------------------------------------------------------------------ learn
 
     def iterate(self, state: State, world: FamilyWorld) -> tuple[State, Metrics]:
         """One meta-batch: draw tasks, adapt to each, move the initial weights."""
         count = state["count"]
         tasks = world.tasks(state["key"], count["iterations"], self.settings.num_envs, "train")
-        batch, metrics = self.experience(state, world, tasks) if self.acts else (tasks, {})
+        batch, metrics = self.experience(state, world, tasks) if self.inner.acts else (tasks, {})
         average, optimizer = Average(), self.optimizer(state)
         for _ in range(self.settings.meta_epochs):
             bound = state["params"]["hyper"]["max_grad_norm"]
@@ -268,7 +286,7 @@ class MAMLLearner:
         """A meta-batch of n fresh training tasks, support and query; the state stays as it is."""
         key = random.fold(state["key"], "draw")
         tasks = world.tasks(key, 0, n, "train")
-        return self.experience({**state, "key": key}, world, tasks)[0] if self.acts else tasks
+        return self.experience({**state, "key": key}, world, tasks)[0] if self.inner.acts else tasks
 
     def broken_task(self, state: State, world: FamilyWorld, learner: int) -> str:
         """NaN in the inner loop: which task of a frozen learner is not finite, after how many steps; '' if none is.
@@ -277,7 +295,7 @@ class MAMLLearner:
         """
         s, number = self.settings, state["count"]["iterations"] - 1
         batch = world.tasks(state["key"], number, s.num_envs, "train")
-        if self.acts:
+        if self.inner.acts:
             batch, _ = self.experience({**state, "count": {**state["count"], "iterations": number}}, world, batch)
         p, support = self.start(self.seen(state), s.num_envs), batch["support"]
         for steps in range(s.inner_steps + 1):
@@ -389,7 +407,7 @@ class MAMLLearner:
         self, p: Params, world: FamilyWorld, key: Tensor, drawn: tree.Tree, count: int, steps: int, deterministic: bool
     ) -> Tensor:
         """The scores of K = `count` tasks that are drawn, `[*L, K, steps + 1]`."""
-        if not self.acts:
+        if not self.inner.acts:
             scores = [self._score(p, drawn["query"])]
             for _ in range(steps):
                 p = self.adapted(p, drawn["support"], 1, "none")
@@ -409,7 +427,7 @@ class MAMLLearner:
     @torch.no_grad()
     def _score(self, p: Params, query: tree.Tree) -> Tensor:
         """The mean score on the query, `[*L, K]` float64."""
-        return self.inner.score_of(self.inner.answer(p, query), query).double().mean(-1)
+        return self.inner.score_of(self.inner.prediction(p, query), query).double().mean(-1)
 
 
 def _expand(value: Tensor, axes: int, tasks: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from rlmeta.nn.block import Block, Context, NeedsKey, Params, apply, bare, split, stack
 from rlmeta.nn.checks import check_block
-from rlmeta.nn.convolutional import strided_convolutions
+from rlmeta.nn.convolutional import running_convolutions, strided_convolutions
 from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.encoder import Encoder, feature_axes
 from rlmeta.nn.ensemble import Ensemble
@@ -69,6 +69,7 @@ __all__ = [
     "head_for",
     "initialise",
     "lift",
+    "running_convolutions",
     "score_fisher",
     "split",
     "squared_gradients",

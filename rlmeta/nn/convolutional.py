@@ -25,10 +25,20 @@ def strided_convolutions(space: gym.Space, channels: int = 32, layers: int = 4) 
     Raises:
         SpaceError: the observations are no grey pictures.
     """
+    return _convolutions(space, channels, layers, running=False)
+
+
+def running_convolutions(space: gym.Space, channels: int = 32, layers: int = 4) -> nn.Sequential:
+    """`strided_convolutions` with running statistics, which normalise where nothing is trained: a picture's features
+    are then its own, whatever else is in the batch."""
+    return _convolutions(space, channels, layers, running=True)
+
+
+def _convolutions(space: gym.Space, channels: int, layers: int, running: bool) -> nn.Sequential:
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 2:
-        raise SpaceError(f"strided_convolutions: the observation space is {space}, expected a Box of shape (H, W)")
+        raise SpaceError(f"convolutions: the observation space is {space}, expected a Box of shape (H, W)")
     parts: list[nn.Module] = [nn.Unflatten(1, (1, space.shape[0]))]
     for incoming in (1, *(channels,) * (layers - 1)):
         parts += [nn.Conv2d(incoming, channels, 3, stride=2, padding=1)]
-        parts += [nn.BatchNorm2d(channels, track_running_stats=False), nn.ReLU()]
+        parts += [nn.BatchNorm2d(channels, track_running_stats=running), nn.ReLU()]
     return nn.Sequential(*parts, nn.Flatten())

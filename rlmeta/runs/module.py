@@ -66,7 +66,7 @@ class TrainedModule(nn.Module):
         p = {"buffers": {}, "normalisers": {}, "hyper": {}, **p}
         learner, seen = self._learner, observed(self._learner.observation_space, observation)
         if isinstance(learner, Supervised):
-            return learner.answer(p, {"observation": seen})
+            return learner.prediction(p, {"observation": seen})
         if self.name != ACTION:
             assert self._networks is not None
             return _plain(network_output(learner, self._networks, p, self.name, seen))
@@ -83,7 +83,7 @@ def names_of(learner: Any) -> list[str]:
     """
     if isinstance(learner, Supervised):
         return list(learner.networks())
-    if not hasattr(learner, "act"):
+    if not learner.acts:
         raise SettingError(f"{type(learner).__name__} has no network of observations: its parameters are in run.state")
     networks = bare(learner.networks)
     of_observations = [name for name in networks if name not in learner.beside_observations]

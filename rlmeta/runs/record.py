@@ -43,7 +43,7 @@ def record(
     Raises:
         SettingError: no such learner, no best parameters, or a run that acts in no single task.
     """
-    if not hasattr(run.agent, "act") or isinstance(run.experiment.problem, TaskStream):
+    if not run.agent.acts or isinstance(run.experiment.problem, TaskStream):
         what = f"a run of {run.experiment.agent_name} on {run.experiment.problem.name}"
         raise SettingError(f"{what} can't be recorded: give one of an agent that acts in a single task")
     learner = run.chosen_learner(learner)

@@ -25,7 +25,7 @@ from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
-from rlmeta.runs import budgets, checkpoint, extension, stages
+from rlmeta.runs import budgets, checkpoint, extension, prediction, stages
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
@@ -208,7 +208,7 @@ class Run:
             SettingError: no such learner, or none of them has a finite score to be the best by.
             SpaceError: the observation is not of the task's observation space.
         """
-        if not hasattr(self.agent, "act"):
+        if not self.agent.acts:
             raise SettingError(f"a run of {self.experiment.agent_name} does not act: run.module() predicts")
         learner, state = self.chosen_learner(learner), self.state
         p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
@@ -224,6 +224,39 @@ class Run:
         agent: Any = self.agent
         action, _ = agent.act(p, given, agent.initial_memory(p, (batch or 1,)), key, deterministic)
         return spaces.to_numpy(self.world.action_space, action[0] if batch is None else action, rows)
+
+    @undisturbed()
+    def predict(
+        self, support: Any, query: Any, *, steps: int | None = None, learner: int | None = None, best: bool = False
+    ) -> Tensor:
+        """What a meta-learner says of new inputs once it is shown some samples of their task.
+
+        Args:
+            support: (inputs `[n, ...]`, targets `[n, ...]`) of a task, arrays or tensors; or of K tasks at once,
+                `[K, n, ...]` each.
+            query: inputs `[B, ...]`, or `[K, B, ...]`.
+            steps: of adaptation; by default as many as in training. A prototypical network takes none.
+            learner: which one answers; by default the best in the final evaluation.
+            best: the parameters of its best periodic evaluation instead of the final ones.
+
+        Returns:
+            Predictions `[B, D]`, or of classes the probabilities `[B, ways]`; with K tasks `[K, B, ...]`.
+
+        Raises:
+            SettingError: the run's learner does not learn from such tasks; support and query do not fit together; a
+                class has no sample; steps is negative.
+            SpaceError: inputs or targets are not of the tasks' spaces.
+        """
+        agent: Any = self.agent
+        if not agent.answers:
+            raise SettingError(f"a run of {self.experiment.agent_name} is not shown tasks: MAML's and ProtoNet's are")
+        chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
+        device, spaces_ = state["key"].device, (self.world.observation_space, self.world.action_space)
+        shown, asked, several = prediction.asked(*spaces_, support, query, device)
+        p = tree.map(lambda leaf: leaf[chosen], agent.seen(state))
+        said: Tensor = agent.answer(p, shown, asked, steps)
+        said = said.softmax(-1) if agent.classes else said
+        return said if several else said[0]
 
     def module(self, learner: int | None = None, name: str | None = None, *, best: bool = False) -> TrainedModule:
         """A trained network of one learner as an `nn.Module` on batches of observations, ready for `torch.export`.

@@ -23,6 +23,7 @@ from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, Task, seen
 from rlmeta.learning.optimizer_state import reset_optimizer
+from rlmeta.learning.phases import EVALUATED, TRAINING
 from rlmeta.learning.state import State
 from rlmeta.runs.experiment import Problem
 
@@ -36,6 +37,8 @@ class Stage(NamedTuple):
     """Of the task in the stream."""
     phase: str
     """"train", or what a lifelong method has asked for."""
+    whose: int
+    """TRAINING, or k + 1 where method k has asked for it."""
     first: int
     last: int
     begins_task: bool
@@ -57,13 +60,14 @@ def stages_of(problem: Problem, methods: Sequence[Method], iterations: Sequence[
     stages: list[Stage] = []
     first = 0
     for position, of_training in enumerate(iterations):
-        phases = [("train", of_training)]
+        phases = [("train", of_training, TRAINING)]
         if isinstance(problem, TaskStream) and announced:
-            phases += [phase for method in methods for phase in hooks.phases(method, method.phases(of_training))]
-        for i, (phase, count) in enumerate(phases):
+            for k, method in enumerate(methods):
+                phases += [(*phase, k + 1) for phase in hooks.phases(method, method.phases(of_training))]
+        for i, (phase, count, whose) in enumerate(phases):
             begins, ends, last = i == 0, i == len(phases) - 1, first + count
             span = (first, last) if announced else (0, sum(iterations))
-            stages.append(Stage(len(stages), position, phase, first, last, begins, ends, announced, span))
+            stages.append(Stage(len(stages), position, phase, whose, first, last, begins, ends, announced, span))
             first = last
     return stages
 
@@ -84,7 +88,8 @@ def set_task(state: State, world: Any, stream: TaskStream, orders: Tensor, posit
     identity = orders[..., position].to(state["key"].device)
     world.select(identity)
     index = torch.full_like(identity, position)
-    told = _told(state, index, identity, "boundaries" in stream.revealed, "train_id" in stream.revealed)
+    shows = "boundaries" in stream.revealed, "train_id" in stream.revealed
+    told = _told(state, index, identity, *shows, TRAINING)
     return {**state, "identity": identity, "task": told}
 
 
@@ -93,15 +98,16 @@ def tested_task(state: State, world: Any, stream: TaskStream, orders: Tensor, po
     identity = orders[..., position].to(state["key"].device)
     world.select(identity)
     told = "test_id" in stream.revealed
-    return _told(state, torch.full_like(identity, position), identity, told, told)
+    return _told(state, torch.full_like(identity, position), identity, told, told, EVALUATED)
 
 
-def _told(state: State, index: Tensor, identity: Tensor, shows_index: bool, shows_identity: bool) -> Task:
+def _told(state: State, index: Tensor, identity: Tensor, shows_index: bool, shows_identity: bool, phase: int) -> Task:
     """What methods hear of a task: HIDDEN stands for what they may not know."""
     return {
         "index": index if shows_index else torch.full_like(index, HIDDEN),
         "identity": identity if shows_identity else torch.full_like(identity, HIDDEN),
         "progress": torch.zeros_like(state["progress"]),
+        "phase": torch.full_like(index, phase),
     }
 
 
@@ -128,6 +134,8 @@ def begin(learner: Learner, state: State, world: Any, stream: TaskStream, orders
         state = turn_to(learner, state, world, stream, orders, stage.position)
         for method in learner.methods:
             state = _changed(state, method, "task_start", method.task_start(learner, *_given(state, method)))
+    phase = torch.full_like(state["task"]["phase"], stage.whose)
+    state = {**state, "task": {**state["task"], "phase": phase}}
     for method in learner.methods:
         found = method.phase_start(learner, *_given(state, method), stage.phase)
         state = _changed(state, method, "phase_start", found)

@@ -17,7 +17,7 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Score
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params, State
-from rlmeta.nn import Context
+from rlmeta.nn import Context, Distribution
 from rlmeta.supervised.learner import Supervised, SupervisedSettings, require_target
 
 
@@ -44,11 +44,12 @@ class ClassifierLearner(Supervised):
         self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
         require_target(target_space, gym.spaces.Discrete, "Classifier", "Regressor")
+        self.classes = int(target_space.n)  # type: ignore[attr-defined]
         super().__init__(settings, observation_space, target_space, methods)
 
     def outputs(self) -> int:
         """One logit for every class."""
-        return int(self.target_space.n)  # type: ignore[attr-defined]
+        return self.classes
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
         """The state at the start of a run, with the classes that exist from the beginning."""
@@ -80,6 +81,10 @@ class ClassifierLearner(Supervised):
             open_ = batch["allowed"] if open_ is None else batch["allowed"] & open_
         return output if open_ is None else output.masked_fill(~open_, -torch.inf)
 
+    def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
+        """`logits` of every class, `[*L, B, C]`."""
+        return {"logits": self.logits(p, batch, ctx)}
+
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """Mean cross-entropy in nats, `[*L]`."""
         logits = self.logits(p, batch, ctx)
@@ -104,7 +109,7 @@ class ClassifierLearner(Supervised):
         logits = self.logits(p, batch).log_softmax(-1)
         return logits.gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1)
 
-    def answer(self, p: Params, batch: tree.Tree) -> Tensor:
+    def prediction(self, p: Params, batch: tree.Tree) -> Tensor:
         """The logits."""
         return self.logits(p, batch)
 

@@ -24,10 +24,11 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.optimizer_state import init_optimizer
+from rlmeta.learning.phases import own_step
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step
-from rlmeta.nn import Block, Context, Linear, Sequential, bare
+from rlmeta.nn import Block, Context, Distribution, Linear, Sequential, bare
 
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 
@@ -82,7 +83,7 @@ class SupervisedSettings:
 class Supervised:
     """A learner of labelled samples, bound to the spaces of its inputs and targets.
 
-    A subclass gives `losses` and `score_of`.
+    A subclass gives `outputs`, `losses`, `distribution` and `score_of`.
 
     Args:
         settings: of the learner.
@@ -97,6 +98,10 @@ class Supervised:
     idle_steps = 0
     counts = "samples"
     score = Score("score")
+    acts = answers = False
+    predicts: tuple[str, ...] = ("net",)
+    classes = 0
+    """How many classes its targets are of; 0 for numbers."""
 
     def __init__(
         self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
@@ -117,6 +122,10 @@ class Supervised:
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """The loss `[*L]` of a minibatch."""
+        raise NotImplementedError
+
+    def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
+        """The parameters of the distribution over targets, `{name: [*L, B, ...]}`."""
         raise NotImplementedError
 
     def score_of(self, output: Tensor, batch: tree.Tree) -> Tensor:
@@ -171,8 +180,16 @@ class Supervised:
 
     def output(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
         """What the network gives for the batch's inputs, `[*L, B, outputs]`."""
+        return self._run(self.net, "net.", p, batch, ctx or Context())
+
+    def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
+        """What the network's last layer is given, `[*L, B, D]`."""
+        return self._run(self.net.get_submodule("0"), "net.0.", p, batch, ctx)
+
+    def _run(self, block: Block, prefix: str, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
-        return self.net.run(tensors, batch["observation"], ctx or Context(), "net.")
+        found: Tensor = block.run(tensors, batch["observation"], ctx, prefix)
+        return found
 
     def iterate(self, state: State, world: DataWorld) -> tuple[State, Metrics]:
         """`num_steps` gradient steps, each on the next minibatch of the current task."""
@@ -180,6 +197,11 @@ class Supervised:
         for _ in range(self.steps_per_iteration):
             state["world"], batch = world.next_batch(state["world"])
             state = self.meet(state, world, batch)
+            other = own_step(self, state, batch)
+            if other is not None:
+                state, reports = other
+                average.add(reports)
+                continue
             key = random.fold(state["key"], state["count"]["gradient_steps"]) if self._draws else None
             state, info = step(
                 self,
@@ -225,18 +247,18 @@ class Supervised:
             count += valid.sum(-1)
         return Evaluation((total / count).unsqueeze(-1), count.unsqueeze(-1))
 
-    def answer(self, p: Params, batch: tree.Tree) -> Tensor:
+    def prediction(self, p: Params, batch: tree.Tree) -> Tensor:
         """What the learner says of the batch's inputs when it is evaluated, `[*L, B, outputs]`."""
         return self.output(p, batch)
 
     def _decide(self, p: Params, batch: tree.Tree) -> Tensor:
-        """The learner's answer, or that of the first method with a decision rule of its own."""
+        """The learner's prediction, or that of the first method with a decision rule of its own."""
         for method in self.methods:
             memory = p.get("memories", {}).get(method.name)
             found = None if memory is None else method.predict(self, p, memory, batch, p["task"])
             if found is not None:
                 return hooks.logits(method, found, (*batch["valid"].shape, self.outputs()))
-        return self.answer(p, batch)
+        return self.prediction(p, batch)
 
     def draw(self, state: State, world: DataWorld, n: int) -> tree.Tree:
         """n training samples `[*L, n, ...]` of the current task, drawn without replacement; all if there are fewer."""

@@ -15,6 +15,7 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Score
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import Params
+from rlmeta.nn import Context, Distribution
 from rlmeta.supervised.learner import Supervised, SupervisedSettings, require_target
 
 
@@ -46,6 +47,10 @@ class RegressorLearner(Supervised):
     def outputs(self) -> int:
         """One for every component of a target."""
         return int(np.prod(self.target_space.shape or (1,)))
+
+    def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
+        """`mean` of a normal of deviation 1, `[*L, B, D]`."""
+        return {"mean": self.output(p, batch, ctx)}
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """The mean squared error, `[*L]`."""

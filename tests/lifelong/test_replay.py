@@ -10,7 +10,7 @@ import rlmeta as rl
 from rlmeta.functional import random, tree
 from rlmeta.learning.gradients import StepContext
 from rlmeta.lifelong import EWC, Replay
-from rlmeta.lifelong.recall import distribution, recall_loss
+from rlmeta.lifelong.recall import recall_loss
 from rlmeta.lifelong.replay import reservoir
 from rlmeta.nn import Context
 from tests.lifelong.toy import tasks, trained
@@ -136,9 +136,7 @@ def test_an_agent_replays_its_policys_answers_and_no_transition():
             # at the end of the task the policy still says what is remembered: no loss, and no gradient
             p = run.state["params"]
             assert recall_loss(run.agent, p, first, Context()).abs().max() < 1e-6
-            torch.testing.assert_close(
-                distribution(run.agent, p, first, Context())["logits"], first["taught"]["logits"]
-            )
+            torch.testing.assert_close(run.agent.distribution(p, first, Context())["logits"], first["taught"]["logits"])
 
     run = rl.train(settings, twice, budget=budget, lifelong=[Replay(size=16)], callbacks=[watch], progress=False)
     first = tree.map(lambda x: x[:, 0], run.state["methods"]["replay"]["samples"])

@@ -61,7 +61,7 @@ def doubled(part):
 
 def batch_of(learner, state, world):
     tasks = world.tasks(state["key"], 0, K, "train")
-    return doubled(learner.experience(state, world, tasks)[0] if learner.acts else tasks)
+    return doubled(learner.experience(state, world, tasks)[0] if learner.inner.acts else tasks)
 
 
 def gradient(learner, p, batch):
@@ -76,7 +76,7 @@ def test_the_meta_gradient_is_that_of_the_loss(name):
     """Finite differences; of PPO's surrogate without adaptation, since its ratios hide what they differentiate."""
     learner, state, world = bound(name, inner_steps=1)
     p, batch = state["params"], batch_of(learner, state, world)
-    if learner.acts:
+    if learner.inner.acts:
         learner.settings = MAML(learner=PROBLEMS[name][0], num_envs=K, inner_steps=0)
     _, grads = gradient(learner, p, batch)
     for weight in list(p["weights"])[:3]:
@@ -513,7 +513,7 @@ def test_what_an_iteration_counts(name):
     learner, state, world = bound(name, double=False, meta_epochs=2)
     for _ in range(2):
         state, _ = learner.iterate(state, world)
-    each = 4 * 20 * 3 if learner.acts else 1  # environments, steps, and rollouts of two inner steps
+    each = 4 * 20 * 3 if learner.inner.acts else 1  # environments, steps, and rollouts of two inner steps
     assert learner.steps_per_iteration == each
     counted = {n: c.tolist() for n, c in state["count"].items()}
     assert counted["iterations"] == [2] * S and counted["gradient_steps"] == [4] * S

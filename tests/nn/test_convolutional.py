@@ -29,5 +29,5 @@ def test_features_halve_with_every_layer() -> None:
 
 @pytest.mark.parametrize("space", [gym.spaces.Box(0, 1, (3, 28, 28)), gym.spaces.Discrete(4)])
 def test_what_is_no_grey_picture_is_refused(space: gym.Space) -> None:
-    with pytest.raises(SpaceError, match="strided_convolutions: the observation space is"):
+    with pytest.raises(SpaceError, match="convolutions: the observation space is"):
         nn.strided_convolutions(space)

@@ -1,0 +1,48 @@
+"""Phases of a lifelong method's own: in them it may train something else than the learner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlmeta.functional import tree
+from rlmeta.learning import hooks
+from rlmeta.learning.state import State
+
+EVALUATED = -1
+"""`phase` of a task in evaluation."""
+TRAINING = 0
+"""`phase` while the learner trains; that of method k (from 0) is k + 1."""
+
+
+def whose(task: dict[str, Tensor]) -> int:
+    """Whose phase it is, which all learners of a batch share: EVALUATED, TRAINING, or k + 1 for method k."""
+    return int(task["phase"].reshape(-1)[0])
+
+
+@torch.no_grad()
+def own_step(learner: Any, state: State, batch: tree.Tree) -> tuple[State, dict[str, Tensor]] | None:
+    """In a phase of a method's, the step that it takes in the place of the learner's; None where the learner's is due.
+
+    A learner that is not active, or whose numbers the step has lost, stays as it is.
+
+    Args:
+        learner: whose methods.
+        state: with the task and the methods' memories.
+        batch: the minibatch of the step `[*L, B, ...]`.
+
+    Returns:
+        The new state, and reports `{name: [*L]}`.
+    """
+    number = whose(state["task"]) - 1
+    if number < 0:
+        return None
+    method, memories = learner.methods[number], state["methods"]
+    learned = method.learn(learner, state["params"], memories[method.name], batch, state["task"], state["active"])
+    if learned is None:
+        return None
+    hooks.same_form(method, "learn", learned.memory, memories[method.name], "the memory")
+    active = state["active"] & hooks.tensor_like(method, "learn", learned.active, state["active"])
+    return {**state, "methods": {**memories, method.name: learned.memory}, "active": active}, learned.reports

@@ -1,0 +1,75 @@
+"""Predictive learners: the distribution over targets or actions that a learner predicts, and the features it is of.
+
+Whoever judges or keeps what a learner knows (Fisher information, distillation, memories of old tasks, prototypes) asks
+it through these methods alone, whatever its networks are called and whether it acts or labels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlmeta.functional import tree
+from rlmeta.learning.settings import require
+from rlmeta.learning.state import Params
+from rlmeta.nn import Context, Distribution
+
+
+class Predictive(Protocol):
+    """A learner that predicts a distribution; one that does not says so by `predicts = ()`."""
+
+    acts: bool
+    """Whether it makes its samples by acting, so that they go stale; else they are labelled and stay true."""
+    classes: int
+    """How many classes its targets are of; 0 for numbers, and where it acts."""
+
+    @property
+    def predicts(self) -> tuple[str, ...]:
+        """The networks that the distribution depends on; () where it predicts none."""
+        ...
+
+    def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
+        """The distribution's parameters for the batch's inputs, `{name: [*L, B, ...]}`: logits, or means and
+        deviations."""
+        ...
+
+    def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
+        """What the distribution's last layer is given, `[*L, B, D]`."""
+        ...
+
+
+class Adaptive(Protocol):
+    """A meta-learner, which answers for a task that it is shown samples of."""
+
+    classes: int
+    """How many classes the targets of a task are of; 0 for numbers."""
+
+    def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int | None = None) -> Tensor:
+        """What it says of the query's inputs once it has seen the support, `[*L, K, B, outputs]`.
+
+        Args:
+            p: the parameters `[*L, ...]`, as forward passes see them.
+            support: `observation` and `target` of every task, `[*L, K, n, ...]`.
+            query: `observation` of every task, `[*L, K, B, ...]`.
+            steps: of adaptation; by default as many as in training.
+        """
+        ...
+
+
+def check_predictive(learner: Any) -> None:
+    """Refuse a learner that predicts no distribution, before anything is trained.
+
+    Raises:
+        SettingError: with those that do.
+    """
+    require(
+        bool(learner.predicts),
+        f"{type(learner.settings).__name__} gives no distribution over actions or targets, which lifelong methods "
+        "need to say what was learned: use an agent with a policy, a Classifier or a Regressor",
+    )
+
+
+def predicting(learner: Predictive, weights: dict[str, Tensor]) -> list[str]:
+    """The names of the weights that a learner's distribution depends on."""
+    return [name for name in weights if name.partition(".")[0] in learner.predicts]

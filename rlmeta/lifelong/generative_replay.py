@@ -1,0 +1,182 @@
+"""Deep generative replay (Shin et al., 2017): what a generator draws of old tasks is learned again in every step.
+
+A scholar is a solver, the learner, and a generator, here a conditional variational autoencoder (`nn.generative.vae`):
+
+    solver:     L(minibatch) + strength · L(x', y'),   x' ~ p_old(x | y'),  y' uniform over the classes met so far
+    generator:  - ELBO of the minibatch and of as many x', in a phase of its own after the solver's
+
+x' are drawn by the generator as it was when the last task ended. The paper lets the old solver say y'; a condition
+says it here, so that every old class is drawn as often as any other. No old sample is kept.
+
+The generator's weights are an owner's (`learning.owners`): none of the learner's numbers depends on them where
+strength is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlmeta.data.samples import HIDDEN
+from rlmeta.functional import optim, random, tree
+from rlmeta.learning import owners
+from rlmeta.learning.gradients import StepContext
+from rlmeta.learning.method import Draw, Learned, Memory, Method, Task
+from rlmeta.learning.minibatch import gather
+from rlmeta.learning.settings import PerLearner, check_choices, require, require_finite, require_range, values_of
+from rlmeta.learning.state import Params, State
+from rlmeta.lifelong.recall import per_learner
+from rlmeta.nn import Block, Context, bare
+from rlmeta.nn.encoder import byte_bound
+from rlmeta.nn.generative.vae import ConditionalVAE, negative_elbo
+
+
+@dataclass(frozen=True)
+class GenerativeReplay(Method):
+    """Settings of generative replay, and the method itself."""
+
+    strength: PerLearner = 1.0
+    """Weight of the loss on drawn samples, as many as the minibatch has, beside the learner's own."""
+    generator: float = 1.0
+    """Iterations of the generator's training after the learner's, as a part of those."""
+    learning_rate: PerLearner = 1e-3
+    """Adam's step size for the generator."""
+    latent: int = 16
+    """Numbers that a sample is drawn from."""
+    hidden_sizes: tuple[int, ...] = (128,)
+    """Widths of the encoder's hidden layers; the decoder's are the same in reverse."""
+
+    name = "generative_replay"
+    needs = frozenset({"boundaries"})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        require_range(self, "strength", 0.0)
+        require_range(self, "generator", 0.0, above=True)
+        require_range(self, "learning_rate", 0.0, above=True)
+        require_finite(self, "strength", "generator", "learning_rate")
+        require_range(self, "latent", 1)
+
+    @property
+    def _idle(self) -> bool:
+        """Whether there is nothing to do for any learner."""
+        return not any(values_of(self.strength))
+
+    def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
+        """Train the generator after the learner."""
+        return [] if self._idle else [("generator", max(1, round(self.generator * iterations)))]
+
+    def init(self, learner: Any, state: State) -> Memory:
+        """A fresh generator, which has met no class.
+
+        Raises:
+            SettingError: a learner without classes, or inputs that are no bytes.
+        """
+        space = learner.observation_space
+        require(
+            learner.classes > 0, f"GenerativeReplay draws labelled samples: {type(learner).__name__} has no classes"
+        )
+        require(byte_bound(space) is not None, f"GenerativeReplay draws pictures of bytes (uint8), inputs are {space}")
+        rate, key, classes = per_learner(self.learning_rate, state), owners.own_key(state, self.name), learner.classes
+        vae = owners.init(self.scholar(learner), key, optim.adam(rate))
+        return {
+            "vae": vae,
+            "old": tree.map(torch.clone, dict(vae["params"]["weights"])),
+            "allowed": torch.zeros(*key.shape, classes, classes, dtype=torch.bool, device=key.device),
+            "met": torch.zeros(*key.shape, classes, dtype=torch.bool, device=key.device),
+            "strength": per_learner(self.strength, state),
+            "rate": rate,
+        }
+
+    def scholar(self, learner: Any) -> Generator:
+        """The generator of a learner's inputs and classes."""
+        return _generator(math.prod(learner.observation_space.shape), learner.classes, self.latent, self.hidden_sizes)
+
+    # ------------------------------------------------------------------ solver
+
+    def batches(
+        self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
+    ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
+        """As many samples of the classes met in old tasks as the minibatch has."""
+        if self._idle or not bool(m["met"].any()):
+            return ()
+        drawn, target = self.scholar(learner).draw(m["old"], m["met"], batch["target"].shape[-1], key)
+        pixels = (drawn["input"] * torch.as_tensor(byte_bound(learner.observation_space))).round().to(torch.uint8)
+        more = {
+            "observation": pixels.reshape(batch["observation"].shape),
+            "target": target,
+            "identity": torch.full_like(batch["identity"], HIDDEN),
+        }
+        if "allowed" in batch:
+            more["allowed"] = gather(m["allowed"], target)
+        return [(more, m["strength"])]
+
+    # ------------------------------------------------------------------ generator
+
+    def learn(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, active: Tensor) -> Learned | None:
+        """A step of the generator on the minibatch and as many samples of its old self."""
+        scholar, vae, target = self.scholar(learner), owners.packed(m["vae"]), batch["target"]
+        key = random.fold(vae["key"], vae["count"]["gradient_steps"])
+        condition = F.one_hot(target, learner.classes)
+        pixels = batch["observation"].flatten(target.dim()) / torch.as_tensor(byte_bound(learner.observation_space))
+        shown = {"input": pixels, "condition": condition.to(pixels.dtype)}
+        if bool(m["met"].any()):
+            drawn, _ = scholar.draw(m["old"], m["met"], target.shape[-1], key)
+            shown = {name: torch.cat([shown[name], drawn[name]], -2) for name in shown}
+        shown["noise"] = random.normal(key, "noise", 0, (shown["input"].shape[-2], self.latent))
+        vae, reports = owners.train(scholar, vae, [shown], optim.adam(m["rate"]), active)
+        beside = batch["allowed"] if "allowed" in batch else torch.ones_like(condition, dtype=torch.bool)
+        allowed = m["allowed"] | (condition.bool().any(-2).unsqueeze(-1) & beside.any(-2, keepdim=True))
+        return Learned({**m, "vae": vae, "allowed": allowed}, vae["active"], {"losses/generator": reports["elbo"]})
+
+    def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
+        """The generator that draws from now on, and the classes that it was shown."""
+        old = tree.map(torch.clone, dict(m["vae"]["params"]["weights"]))
+        return p, {**m, "old": old, "met": m["allowed"].any(-1)}
+
+
+@lru_cache(maxsize=8)
+def _generator(inputs: int, classes: int, latent: int, hidden_sizes: tuple[int, ...]) -> Generator:
+    """The generator of these sizes, which remembers nothing, made once and not in every step."""
+    return Generator(inputs, classes, latent, hidden_sizes)
+
+
+class Generator:
+    """The network that draws samples of a class; what its owner trains."""
+
+    def __init__(self, inputs: int, classes: int, latent: int, hidden_sizes: tuple[int, ...]) -> None:
+        self.sizes = inputs, classes, latent, hidden_sizes
+        self.vae: Any = bare(self.networks)["vae"]
+
+    def networks(self) -> dict[str, Block]:
+        """`vae`, whose condition is a class."""
+        return {"vae": ConditionalVAE(*self.sizes)}
+
+    @torch.no_grad()
+    def draw(
+        self, weights: dict[str, Tensor], met: Tensor, count: int, key: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """`count` samples of the classes that are `met` `[*L, C]`, each class with the same chance.
+
+        Returns:
+            `input` `[*L, count, D]` in [0, 1] and the `condition` they were drawn for; the classes `[*L, count]`.
+        """
+        ends = met.cumsum(-1)  # of a learner that stopped before it met any, all 0
+        chosen = random.integers(key, "class", 0, (count,), ends[..., -1:].clamp(min=1))
+        target = torch.searchsorted(ends, chosen, right=True).clamp(max=met.shape[-1] - 1)
+        z = random.normal(key, "latent", 0, (count, self.vae.latent))
+        condition = F.one_hot(target, met.shape[-1]).to(z.dtype)
+        logits = self.vae.decode(weights, z, condition, Context(), "vae.")
+        return {"input": logits.sigmoid(), "condition": condition}, target
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """The negative evidence lower bound `[*L]`."""
+        said = self.vae.run(p["weights"], batch, ctx, "vae.")
+        return {"elbo": negative_elbo(said, batch["input"]).mean(-1)}

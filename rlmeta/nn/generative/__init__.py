@@ -1,0 +1,3 @@
+"""Generative networks: from noise to samples like those that were seen."""
+
+__all__ = ["vae"]
