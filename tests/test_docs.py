@@ -100,6 +100,12 @@ def test_what_is_said_of_recordings_is_so() -> None:
     assert values == [*(backend.name for backend in BACKENDS), "none"]
 
 
+def test_the_pieces_of_an_agent_of_ones_own_are_the_templates() -> None:
+    template, pieces = (ROOT / "agents/my_agent.py").read_text(), code_blocks(PAGES["docs/your_own_agent.md"], "py")
+    assert len(template.splitlines()) < 120
+    assert len(pieces) > 4 and all(piece in template for piece in pieces)
+
+
 def test_every_page_is_in_the_contents() -> None:
     listed = {f"docs/{target}" for target in links(PAGES["docs/index.md"])}
     assert PAGES.keys() - {"docs/index.md"} <= listed

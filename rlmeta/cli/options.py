@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT
 
-AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
+AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows, or your own as package.module:MyAgent;
+          `rlmeta train AGENT --help` shows its settings
   TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, envpool:NAME, package.module:MyEnv-v0,
           or package.module:name of your own environment, stream or family, or of a function that makes one
   flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""

@@ -69,9 +69,9 @@ class Plan:
     @cached_property
     def groups(self) -> dict[str, Any]:
         """The settings of every group by its label; '' is the label of an only one."""
-        cls = agent_class(self.agent)
-        per_learner = per_learner_names(cls)
         with trusted.reading(self.file):
+            cls = agent_class(self.agent)
+            per_learner = per_learner_names(cls)
             settings: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
         compared = [n for n, text in self.texts["settings"].items() if n not in per_learner and _compares(cls, n, text)]
         return {",".join(f"{n}={grammar.text_of(getattr(one, n))}" for n in compared): one for one in settings}
@@ -216,7 +216,15 @@ class Plan:
         within = [word.removeprefix("network=") for word in texts.get("learner", "").split() if "network=" in word]
         network = ",".join([text for text in (texts.get("network", "none"), *within) if text != "none"])
         methods = ",".join(one for one in self.options.lifelong.split(",") if ":" in one)
-        named = {"network": network, "env": self.task, "lifelong": methods, "rewards": texts.get("rewards", "")}
+        learner = ",".join(own_code.own_names((texts.get("learner", "none").split() or [""])[0]))
+        agent = self.agent if ":" in self.agent else learner
+        named = {
+            "agent": agent,
+            "network": network,
+            "env": self.task,
+            "lifelong": methods,
+            "rewards": texts.get("rewards", ""),
+        }
         found = {flag: modules for flag, text in named.items() if (modules := own_code.modules_of(text))}
         flags = [f"--{flag} {shlex.quote(named[flag])}" for flag in found]
         if len(self.groups) > 1:
@@ -260,9 +268,10 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     source = _peek(rest, "--preset")
     preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
     steps = {} if preset.steps is None else {"steps": preset.steps}
-    groups = {"run": (Options, {}), "budget": (Budget, steps), agent: (cls, preset.settings), "own_code": (Code, {})}
+    title = "agent" if ":" in agent else agent
+    groups = {"run": (Options, {}), "budget": (Budget, steps), title: (cls, preset.settings), "own_code": (Code, {})}
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
-    texts["settings"] = texts.pop(agent)
+    texts["settings"] = texts.pop(title)
     del texts["own_code"]  # for this command alone
     plan = Plan(agent, task_name, env, dotted, texts, preset)
     plan.check()

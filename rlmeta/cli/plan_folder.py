@@ -11,6 +11,7 @@ from typing import Any
 
 from rlmeta.cli.options import Options
 from rlmeta.cli.plan import Plan
+from rlmeta.envs import trusted
 from rlmeta.errors import CheckpointError
 from rlmeta.learning.settings import check_names, per_learner_names
 from rlmeta.runs import folder as run_folder
@@ -78,7 +79,8 @@ def from_folder(folder: Path) -> Plan:
     fits = fits and set(content["flags"]) == set(groups)
     if not fits or not all(_are_texts(table) for table in content["flags"].values()):
         raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")
-    groups["settings"] = agent_class(content["agent"])
+    with trusted.reading(str(path)):
+        groups["settings"] = agent_class(content["agent"])
     for name, cls in groups.items():
         _check_flags(cls, content["flags"][name], f"{path} [flags.{name}]")
     texts = content.pop("flags")

@@ -26,7 +26,7 @@ from rlmeta.learning.method import Method, check_needs, checked_methods
 from rlmeta.learning.settings import require
 from rlmeta.runs import grammar
 from rlmeta.runs.digests import digest_of
-from rlmeta.runs.shipped import METHODS
+from rlmeta.runs.shipped import METHODS, name_on_command_line
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Experiment:
 
     @property
     def agent_name(self) -> str:
-        """As on the command line."""
+        """As tables and plots call it: that of rlmeta's as on the command line, one's own without its module."""
         return settings_.name_of(type(self.variants[0]))
 
     def keys(self) -> Tensor:
@@ -248,7 +248,7 @@ class Experiment:
     def config(self) -> dict[str, Any]:
         """The table of `config.toml`."""
         return {
-            "exp_name": self.agent_name,
+            "exp_name": name_on_command_line(type(self.variants[0])),
             "env_id": self.problem.name,
             "seeds": list(self.seeds),
             "device": self.device,

@@ -369,6 +369,7 @@ class Run:
 def load(
     folder: str | Path,
     *,
+    agent: type | None = None,
     network: NetworkFactory | None = None,
     env: Any = None,
     lifelong: Sequence[Method] = (),
@@ -380,7 +381,9 @@ def load(
 
     Args:
         folder: as given to `train(out=...)`.
-        network: the user's network again, where it had one; a run folder names code but never loads any.
+        agent: the class of the user's own agent's settings again, where it had one; a run folder names code but never
+            loads any.
+        network: the user's network again, where it had one.
         env: the user's environment factory again, where it had one.
         lifelong: the lifelong methods again, where it had some of your own.
         own: other settings that are code or data, by name, again, where it had some that acting needs.
@@ -389,12 +392,13 @@ def load(
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
         SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
-    return read(folder, network=network, env=env, lifelong=lifelong, own=own, training=False)
+    return read(folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=False)
 
 
 def read(
     folder: str | Path,
     *,
+    agent: type | None,
     network: NetworkFactory | None,
     env: Any,
     lifelong: Sequence[Method],
@@ -416,6 +420,7 @@ def read(
     experiment = from_config(
         config,
         where=str(folder),
+        agent=agent,
         network=network,
         source=env,
         methods=tuple(lifelong),

@@ -129,6 +129,7 @@ def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[List
 def resume(
     folder: str | Path,
     *,
+    agent: type | None,
     network: NetworkFactory | None,
     env: Any,
     lifelong: Sequence[Method],
@@ -143,7 +144,9 @@ def resume(
     if os.path.lexists(folder / run_folder.CONFIG):
         run_folder.check_plain(folder)
     with run_folder.lock(folder) as held:
-        run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=steps)
+        run = read(
+            folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=steps
+        )
         run.stopped, run.held = "", held
         try:
             held.sign(run.id)
