@@ -19,6 +19,7 @@ from rlmeta.runs import train as runs
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback
+from rlmeta.runs.populations import Population
 from rlmeta.runs.run import Run
 from rlmeta.runs.shipped import agent_class
 from rlmeta.runs.surroundings import undisturbed
@@ -42,6 +43,7 @@ def train(
     budget: Budget | None = None,
     init: Run | str | Path | None = None,
     lifelong: Sequence[Method | str] = (),
+    population: Population | str | None = None,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[TrackerFactory] = (),
     progress: bool = False,
@@ -65,6 +67,7 @@ def train(
         init: a run, or its folder, whose weights and running statistics it begins with: each learner with those of its
             counterpart where there are as many, else all with the best.
         lifelong: methods that take part in every gradient step.
+        population: how learners of different settings go on from one another, such as `PBT()`.
         callbacks: functions of (run, metrics) that may stop the run.
         trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
         progress: show a live bar.
@@ -95,7 +98,16 @@ def train(
         methods = [_method(method) for method in lifelong]
         on = own_code.source_of(problem, {}) if isinstance(problem, str) else problem
         run = runs.prepare(
-            learner, on, chosen, seeds=seeds, out=out, lifelong=methods, device=device, threads=threads, init=init
+            learner,
+            on,
+            chosen,
+            seeds=seeds,
+            out=out,
+            lifelong=methods,
+            population=own_code.population_named(population) if isinstance(population, str) else population,
+            device=device,
+            threads=threads,
+            init=init,
         )
     return runs.go(run, callbacks=callbacks, listeners=listeners(trackers, progress))
 

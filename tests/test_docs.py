@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ ALL = [*AGENTS, *IMITATORS, *META_LEARNERS, *SUPERVISED, *METHODS]
 def own_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a page seeds or writes stays with it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+    sys.modules.pop("my_agent", None)
 
 
 def check_names(title: str, names: dict[str, Any], said: str) -> None:

@@ -79,6 +79,7 @@ def train(plan: Plan, label: str, folder: Path, inexact: bool = False, header: s
         plan.budget,
         seeds=plan.seeds,
         lifelong=plan.methods(),
+        population=plan.population(),
         out=where,
         device=plan.options.device,
         threads=plan.options.threads,

@@ -54,6 +54,9 @@ class Options:
     lifelong: str = ""
     """Lifelong methods that work together on a stream of tasks (ewc,replay), of those that `rlmeta list methods` shows
     with their settings, or your own as package.module:MyMethod; --ewc.strength 100 sets one."""
+    population: str = ""
+    """How learners of the settings that are compared go on from one another: pbt, population-based training
+    (--pbt.every 20k, --pbt.fraction 0.25), or your own as package.module:MyPopulation."""
     order: str = "given"
     """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
     scenario: str = ""

@@ -26,6 +26,7 @@ from rlmeta.runs.digests import check_digests
 from rlmeta.runs.experiment import Budget, Experiment, Problem, settings_table
 from rlmeta.runs.folder import CONFIG
 from rlmeta.runs.objects import load_object
+from rlmeta.runs.populations import POPULATIONS, Population
 from rlmeta.runs.shipped import METHODS, agent_class, checked_class
 
 
@@ -87,6 +88,7 @@ def _from_config(
         problem=problem_again(config["task"], source, where),
         budget=Budget(**config["budget"]),
         methods=_same_methods(methods, config["methods"], where) or methods_again(config["methods"], where),
+        population=_population_again(config.get("population"), where),
         device=config["device"],
         threads=config["threads"],
     )
@@ -238,6 +240,23 @@ def _allowed_methods(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The user's own methods that a configuration names in modules which the user has allowed."""
     named = {table["name"]: table["class"] for table in tables if isinstance(table.get("class"), str)}
     return {name: load_object(text) for name, text in named.items() if trusted.is_allowed(text)}
+
+
+def _population_again(table: Any, where: str) -> Population | None:
+    """The population of a saved configuration, of the user's own class where the user has allowed its module."""
+    if table is None:
+        return None
+    check_table(table, METHOD, f"{where}/{CONFIG}: population")
+    named = table.get("class", table["name"])
+    if named not in POPULATIONS and not trusted.is_allowed(str(named)):
+        raise SettingError(
+            f"{where}/{CONFIG} had a population of your own, {named}: give its module again{_or_allow(str(named))}"
+        )
+    cls: Any = POPULATIONS.get(named) or load_object(named)
+    check_names(cls, table["settings"], f"{where}/{CONFIG}: population")
+    check_values(cls, table["settings"], f"{where}/{CONFIG}: population")
+    again: Population = cls(**table["settings"])
+    return again
 
 
 def _or_allow(named: str) -> str:

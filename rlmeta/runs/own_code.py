@@ -30,6 +30,7 @@ from rlmeta.runs import folder as run_folder
 from rlmeta.runs import grammar
 from rlmeta.runs.configuration import methods_again
 from rlmeta.runs.objects import load_module, load_object
+from rlmeta.runs.populations import POPULATIONS, Population
 from rlmeta.runs.shipped import AGENTS, METHODS, agent_class
 
 # ---------------------------------------------------------------------- modules
@@ -199,6 +200,28 @@ def made_method(found: Any, settings: Mapping[str, Any]) -> Method:
         values[key] = given if len(given) > 1 else given[0]
     one: Method = found(**values)
     return one
+
+
+def population_class(name: str) -> Any:
+    """The class of a population's name, or of the user's own, `package.module:Name`.
+
+    Raises:
+        UnknownNameError, SettingError: there is none.
+    """
+    if ":" in name:
+        return load_object(name)
+    if name not in POPULATIONS:
+        raise unknown_name("population", name, [*POPULATIONS, "package.module:MyPopulation"])
+    return POPULATIONS[name]
+
+
+def population_named(name: str, settings: Mapping[str, Any] | None = None) -> Population:
+    """A population with these settings, given as the command line's."""
+    cls = population_class(name)
+    check_names(cls, dict(settings or {}), f"--{cls.name}")
+    texts = {key: grammar.text_of(value) for key, value in (settings or {}).items()}
+    population: Population = grammar.build(cls, texts)
+    return population
 
 
 def own_methods_again(folder: Path, text: str) -> tuple[Method, ...]:

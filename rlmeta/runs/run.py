@@ -25,7 +25,7 @@ from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
-from rlmeta.runs import budgets, checkpoint, extension, stages
+from rlmeta.runs import budgets, checkpoint, extension, populations, stages
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
@@ -101,6 +101,8 @@ class Run:
         self.state = self.agent.init(self.experiment.keys(), self.experiment.hyper(), self.world)
         if self.stream is not None:
             self.state = stages.start(self.state, self.stream)
+        if self.experiment.population is not None:
+            self.state = populations.begin(self.state)
 
     @property
     def stages(self) -> list[Stage]:
@@ -270,7 +272,8 @@ class Run:
         steps = self.env_steps
         scores = self.scores.reshape(-1, self.experiment.repeats).cpu().numpy()
         rows = []
-        for label, score, transfer in zip(self.experiment.labels, scores, self._transfer()):
+        became = populations.summary(self)
+        for label, score, transfer, about in zip(self.experiment.labels, scores, self._transfer(), became):
             low, high = statistics.stratified_bootstrap_interval(score[:, None], statistics.iqm)
             rows.append(
                 {
@@ -290,6 +293,7 @@ class Run:
                     "seconds": round(self.seconds, 1),
                     "steps_per_second": round(steps * len(self.experiment.learners) / max(self.seconds, 1e-9)),
                     **transfer,
+                    **about,
                 }
             )
         return rows
