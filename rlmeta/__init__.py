@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from rlmeta.meta import *  # noqa: F403
     from rlmeta.rewards import *  # noqa: F403
     from rlmeta.runs.experiment import Budget as Budget
+    from rlmeta.runs.populations import PBT as PBT
     from rlmeta.runs.presets import preset as preset
     from rlmeta.runs.record import record as record
     from rlmeta.runs.run import Run as Run
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Budget": "runs.experiment",
     "Demonstrations": "data.demonstrations",
+    "PBT": "runs.populations",
     "RlmetaError": "errors",
     "Run": "runs.run",
     "Task": "envs.task",

@@ -13,12 +13,15 @@ from rlmeta.learning.method import Method
 from rlmeta.report.listeners import Pictures, Tracking
 from rlmeta.report.progress import Progress
 from rlmeta.report.trackers import TrackerFactory
+from rlmeta.runs import own_code
 from rlmeta.runs import run as kept
 from rlmeta.runs import train as runs
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback
+from rlmeta.runs.populations import Population
 from rlmeta.runs.run import Run
+from rlmeta.runs.shipped import agent_class
 from rlmeta.runs.surroundings import undisturbed
 
 
@@ -39,7 +42,8 @@ def train(
     log_points: int | None = None,
     budget: Budget | None = None,
     init: Run | str | Path | None = None,
-    lifelong: Sequence[Method] = (),
+    lifelong: Sequence[Method | str] = (),
+    population: Population | str | None = None,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[TrackerFactory] = (),
     progress: bool = False,
@@ -50,7 +54,8 @@ def train(
     """Train every setting with every seed, all at once, and evaluate the final parameters.
 
     Args:
-        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds.
+        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds. The name of one,
+            `ppo` or `package.module:Name`, takes its defaults, as with methods and problems.
         problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
             `task` makes one of, such as a function that makes an environment.
         steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
@@ -62,6 +67,7 @@ def train(
         init: a run, or its folder, whose weights and running statistics it begins with: each learner with those of its
             counterpart where there are as many, else all with the best.
         lifelong: methods that take part in every gradient step.
+        population: how learners of different settings go on from one another, such as `PBT()`.
         callbacks: functions of (run, metrics) that may stop the run.
         trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
         progress: show a live bar.
@@ -88,10 +94,27 @@ def train(
     chosen = _budget({name: value for name, value in asked.items() if value is not None}, budget)
     _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
+        learner = agent_class(agent)() if isinstance(agent, str) else agent
+        methods = [_method(method) for method in lifelong]
+        on = own_code.source_of(problem, {}) if isinstance(problem, str) else problem
         run = runs.prepare(
-            agent, problem, chosen, seeds=seeds, out=out, lifelong=lifelong, device=device, threads=threads, init=init
+            learner,
+            on,
+            chosen,
+            seeds=seeds,
+            out=out,
+            lifelong=methods,
+            population=own_code.population_named(population) if isinstance(population, str) else population,
+            device=device,
+            threads=threads,
+            init=init,
         )
     return runs.go(run, callbacks=callbacks, listeners=listeners(trackers, progress))
+
+
+def _method(method: Any) -> Any:
+    """The method itself, or the one that is named, with its defaults."""
+    return own_code.made_method(own_code.method_named(method), {}) if isinstance(method, str) else method
 
 
 def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:
@@ -110,9 +133,10 @@ def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:
 def resume(
     folder: str | Path,
     *,
-    network: NetworkFactory | None = None,
+    agent: type | str | None = None,
+    network: NetworkFactory | str | None = None,
     env: Any = None,
-    lifelong: Sequence[Method] = (),
+    lifelong: Sequence[Method | str] = (),
     own: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[TrackerFactory] = (),
@@ -127,8 +151,9 @@ def resume(
         folder: of the run, which may have ended where `steps` are given.
         steps: train to so many steps of each learner, more than it was begun with. It then ends as the one that was
             asked for them at once, but for schedules that go over the budget, which a warning names.
-        network: the user's network again, where the run had one.
-        env: the user's environment factory again, where the run had one.
+        agent: the class of your own agent's settings again, or its name, `package.module:Name`, where the run had one.
+        network: the user's network again, or its name, where the run had one.
+        env: the user's environment factory again, or its name, where the run had one.
         lifelong: the lifelong methods again, where the run had some.
         own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
         callbacks: as for `train`.
@@ -145,9 +170,7 @@ def resume(
     with trusted.allowing(code):
         return runs.resume(
             folder,
-            network=network,
-            env=env,
-            lifelong=lifelong,
+            **_again(folder, agent, network, env, lifelong),
             own=own,
             callbacks=callbacks,
             listeners=listeners(trackers, progress),
@@ -159,9 +182,10 @@ def resume(
 def load(
     folder: str | Path,
     *,
-    network: NetworkFactory | None = None,
+    agent: type | str | None = None,
+    network: NetworkFactory | str | None = None,
     env: Any = None,
-    lifelong: Sequence[Method] = (),
+    lifelong: Sequence[Method | str] = (),
     own: Mapping[str, Any] | None = None,
     code: Sequence[str] = (),
 ) -> Run:
@@ -171,8 +195,10 @@ def load(
 
     Args:
         folder: as given to `train(out=...)`.
-        network: the user's network again, where it had one; a run folder names code but never loads any by itself.
-        env: the user's environment factory again, where it had one.
+        agent: the class of your own agent's settings again, or its name, `package.module:Name`, where it had one; a run
+            folder names code but never loads any by itself.
+        network: the user's network again, or its name, where it had one.
+        env: the user's environment factory again, or its name, where it had one.
         lifelong: the lifelong methods again, where it had some of your own.
         own: other settings that are code or data, by name, again, where it had some that acting needs.
         code: modules, such as `["package.module"]`, that the folder may name and so import: what it names in them need
@@ -183,7 +209,19 @@ def load(
         SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
     with trusted.allowing(code):
-        return kept.load(folder, network=network, env=env, lifelong=lifelong, own=own)
+        return kept.load(folder, **_again(folder, agent, network, env, lifelong), own=own)
+
+
+def _again(folder: str | Path, agent: Any, network: Any, env: Any, lifelong: Sequence[Any]) -> dict[str, Any]:
+    """What was given again of the user's own code, loaded where it was named."""
+    where = Path(folder)
+    named = all(isinstance(method, str) for method in lifelong)
+    return {
+        "agent": own_code.agent_again(agent) if isinstance(agent, str) else agent,
+        "network": own_code.network_again(network) if isinstance(network, str) else network,
+        "env": own_code.env_again(where, env) if isinstance(env, str) else env,
+        "lifelong": own_code.own_methods_again(where, ",".join(lifelong)) if named else lifelong,
+    }
 
 
 def listeners(trackers: Sequence[TrackerFactory] = (), progress: bool = False) -> list[Listener]:

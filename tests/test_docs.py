@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ ALL = [*AGENTS, *IMITATORS, *META_LEARNERS, *SUPERVISED, *METHODS]
 def own_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a page seeds or writes stays with it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+    sys.modules.pop("my_agent", None)
 
 
 def check_names(title: str, names: dict[str, Any], said: str) -> None:
@@ -98,6 +101,12 @@ def test_what_is_said_of_recordings_is_so() -> None:
     assert f"`{VARIABLE}`" in PAGES["docs/recording.md"]
     values = re.findall(r"^\| `(\w+)` \|", PAGES["docs/recording.md"], re.M)
     assert values == [*(backend.name for backend in BACKENDS), "none"]
+
+
+def test_the_pieces_of_an_agent_of_ones_own_are_the_templates() -> None:
+    template, pieces = (ROOT / "agents/my_agent.py").read_text(), code_blocks(PAGES["docs/your_own_agent.md"], "py")
+    assert len(template.splitlines()) < 120
+    assert len(pieces) > 4 and all(piece in template for piece in pieces)
 
 
 def test_every_page_is_in_the_contents() -> None:

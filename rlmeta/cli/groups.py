@@ -18,7 +18,7 @@ from rlmeta.envs.native import NativeEnv
 from rlmeta.errors import CheckpointError
 from rlmeta.learning.method import Method
 from rlmeta.report.trackers import logged_to_wandb, trackers_of
-from rlmeta.runs import checkpoint
+from rlmeta.runs import checkpoint, own_code
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs import train as training
 from rlmeta.runs.run import Run, load
@@ -79,6 +79,7 @@ def train(plan: Plan, label: str, folder: Path, inexact: bool = False, header: s
         plan.budget,
         seeds=plan.seeds,
         lifelong=plan.methods(),
+        population=plan.population(),
         out=where,
         device=plan.options.device,
         threads=plan.options.threads,
@@ -95,6 +96,7 @@ def _go_on(plan: Plan, settings: Any, where: Path, inexact: bool) -> Run:
     if isinstance(env, NativeEnv):
         env = dataclasses.replace(env, **plan.env)  # type: ignore[type-var]
     again: dict[str, Any] = {
+        "agent": own_code.own_class(settings),
         "network": getattr(settings, "network", None),
         "env": env,
         "lifelong": plan.methods(),
@@ -108,6 +110,7 @@ def _go_on(plan: Plan, settings: Any, where: Path, inexact: bool) -> Run:
 def go_on(
     folder: Path,
     *,
+    agent: type | None,
     network: NetworkFactory | None,
     env: Any,
     lifelong: Sequence[Method],
@@ -130,6 +133,7 @@ def go_on(
         say_wandb(str(folder), had)
     return api.resume(
         folder,
+        agent=agent,
         network=network,
         env=env,
         lifelong=lifelong,

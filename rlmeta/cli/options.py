@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT
 
-AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows; `rlmeta train AGENT --help` shows its settings
+AGENT_AND_TASK = """  AGENT   one that `rlmeta list agents` shows, or your own as package.module:MyAgent;
+          `rlmeta train AGENT --help` shows its settings
   TASK    what `rlmeta list tasks`, families or streams shows, a gymnasium id, envpool:NAME, package.module:MyEnv-v0,
           or package.module:name of your own environment, stream or family, or of a function that makes one
   flags   settings of the agent, of the budget and of the run; --env.KEY VALUE for the environment"""
@@ -53,6 +54,9 @@ class Options:
     lifelong: str = ""
     """Lifelong methods that work together on a stream of tasks (ewc,replay), of those that `rlmeta list methods` shows
     with their settings, or your own as package.module:MyMethod; --ewc.strength 100 sets one."""
+    population: str = ""
+    """How learners of the settings that are compared go on from one another: pbt, population-based training
+    (--pbt.every 20k, --pbt.fraction 0.25), or your own as package.module:MyPopulation."""
     order: str = "given"
     """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
     scenario: str = ""

@@ -17,6 +17,8 @@ class OwnCode:
 
     code: str = ""
     """Modules that the folder may name and so import, package.module, joined by commas."""
+    agent: str | None = None
+    """The agent again, as package.module:Name."""
     network: str | None = None
     """The network again, as package.module:Name."""
     env: str | None = None
@@ -33,7 +35,7 @@ class OwnCode:
         """Within, a folder may name what these flags name, and that may come from the current folder."""
         from rlmeta.runs.own_code import allowed_here, names_in, own_names
 
-        texts = (self.network, self.env, self.lifelong, self.rewards)
+        texts = (self.agent, self.network, self.env, self.lifelong, self.rewards)
         with allowed_here(names_in(self.code), [name for text in texts for name in own_names(text)]):
             yield
 
@@ -47,6 +49,7 @@ class OwnCode:
         if self.demonstrations is not None:
             own["demonstrations"] = self.demonstrations
         return {
+            "agent": own_code.agent_again(self.agent),
             "network": own_code.network_again(self.network),
             "env": own_code.env_again(folder, self.env),
             "lifelong": own_code.own_methods_again(folder, self.lifelong),

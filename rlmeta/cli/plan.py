@@ -32,6 +32,7 @@ from rlmeta.report.trackers import TrackerFactory, to_tensorboard, to_wandb, wan
 from rlmeta.runs import grammar, own_code, presets
 from rlmeta.runs import train as training
 from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
+from rlmeta.runs.populations import POPULATIONS, Population
 from rlmeta.runs.shipped import METHODS, agent_class
 
 MOST_SEEDS = 100_000
@@ -48,6 +49,8 @@ class Plan:
     """Arguments of the environment."""
     lifelong: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of lifelong methods by method."""
+    exchange: dict[str, Any] = field(default_factory=dict)
+    """Settings of the population."""
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """The flags, in the groups `run`, `budget` and `settings`."""
     preset: presets.Preset = presets.NOTHING
@@ -69,9 +72,9 @@ class Plan:
     @cached_property
     def groups(self) -> dict[str, Any]:
         """The settings of every group by its label; '' is the label of an only one."""
-        cls = agent_class(self.agent)
-        per_learner = per_learner_names(cls)
         with trusted.reading(self.file):
+            cls = agent_class(self.agent)
+            per_learner = per_learner_names(cls)
             settings: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
         compared = [n for n, text in self.texts["settings"].items() if n not in per_learner and _compares(cls, n, text)]
         return {",".join(f"{n}={grammar.text_of(getattr(one, n))}" for n in compared): one for one in settings}
@@ -104,8 +107,19 @@ class Plan:
             found = own_code.methods_named(self.options.lifelong)
         for name in self.lifelong:
             if name not in [one.name for one in found]:
-                raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to --lifelong")
+                flag = "--population" if name in POPULATIONS else "--lifelong"
+                raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to {flag}")
         return tuple(own_code.made_method(one, self.lifelong.get(one.name, {})) for one in found)
+
+    def population(self) -> Population | None:
+        """How its learners go on from one another.
+
+        Raises:
+            SettingError, UnknownNameError: no such population, no such setting of it, or settings without its name.
+        """
+        name = self.options.population
+        with trusted.reading(self.file):
+            return own_code.population_named(name, self.exchange) if name else None
 
     @cached_property
     def source(self) -> Any:
@@ -174,10 +188,10 @@ class Plan:
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"--device is {self.options.device!r}: {str(error).splitlines()[0]}") from None
         self.trackers()
-        groups, problem, methods = self.groups, self.problem(), self.methods()
+        groups, problem, methods, population = self.groups, self.problem(), self.methods(), self.population()
         if len(groups) > 1:
             for settings in groups.values():
-                training.prepare(settings, problem, self.budget, lifelong=methods).close()
+                training.prepare(settings, problem, self.budget, lifelong=methods, population=population).close()
 
     # ------------------------------------------------------------------ what is printed first
 
@@ -216,7 +230,16 @@ class Plan:
         within = [word.removeprefix("network=") for word in texts.get("learner", "").split() if "network=" in word]
         network = ",".join([text for text in (texts.get("network", "none"), *within) if text != "none"])
         methods = ",".join(one for one in self.options.lifelong.split(",") if ":" in one)
-        named = {"network": network, "env": self.task, "lifelong": methods, "rewards": texts.get("rewards", "")}
+        learner = ",".join(own_code.own_names((texts.get("learner", "none").split() or [""])[0]))
+        agent = self.agent if ":" in self.agent else learner
+        code = [*code, *own_code.modules_of(self.options.population)]
+        named = {
+            "agent": agent,
+            "network": network,
+            "env": self.task,
+            "lifelong": methods,
+            "rewards": texts.get("rewards", ""),
+        }
         found = {flag: modules for flag, text in named.items() if (modules := own_code.modules_of(text))}
         flags = [f"--{flag} {shlex.quote(named[flag])}" for flag in found]
         if len(self.groups) > 1:
@@ -257,14 +280,17 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     cls = agent_class(agent)
     dotted, rest = _dotted_settings(arguments)
     env = dotted.pop("env", {})
+    chosen = _peek(arguments, "--population")
+    exchange = dotted.pop(own_code.population_class(chosen).name, {}) if chosen else {}
     source = _peek(rest, "--preset")
     preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
     steps = {} if preset.steps is None else {"steps": preset.steps}
-    groups = {"run": (Options, {}), "budget": (Budget, steps), agent: (cls, preset.settings), "own_code": (Code, {})}
+    title = "agent" if ":" in agent else agent
+    groups = {"run": (Options, {}), "budget": (Budget, steps), title: (cls, preset.settings), "own_code": (Code, {})}
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
-    texts["settings"] = texts.pop(agent)
+    texts["settings"] = texts.pop(title)
     del texts["own_code"]  # for this command alone
-    plan = Plan(agent, task_name, env, dotted, texts, preset)
+    plan = Plan(agent, task_name, env, dotted, exchange, texts, preset)
     plan.check()
     return plan
 
@@ -313,9 +339,12 @@ def _whole(text: str, flag: str) -> int:
 
 
 def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Arguments of the environment (`--env.KEY VALUE`) and of lifelong methods (`--ewc.KEY VALUE`), and the rest."""
+    """Arguments of the environment (`--env.KEY VALUE`) of lifelong methods (`--ewc.KEY VALUE`) and of a
+    population (`--pbt.KEY VALUE`), and the rest."""
     named = own_code.methods_named(_peek(arguments, "--lifelong") or "")
-    owners = ("env", *METHODS, *(one.name for one in named))
+    population = _peek(arguments, "--population")
+    named += [own_code.population_class(population)] if population else []
+    owners = ("env", *METHODS, *POPULATIONS, *(one.name for one in named))
     settings: dict[str, dict[str, Any]] = {}
     others, rest = [], deque(arguments)
     while rest:

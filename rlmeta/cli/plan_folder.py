@@ -11,6 +11,7 @@ from typing import Any
 
 from rlmeta.cli.options import Options
 from rlmeta.cli.plan import Plan
+from rlmeta.envs import trusted
 from rlmeta.errors import CheckpointError
 from rlmeta.learning.settings import check_names, per_learner_names
 from rlmeta.runs import folder as run_folder
@@ -37,6 +38,7 @@ def begin(plan: Plan, folder: Path) -> None:
                 "task": plan.task,
                 "env": plan.env,
                 "lifelong": plan.lifelong,
+                "exchange": plan.exchange,
                 "flags": plan.texts,
             }
         )
@@ -71,14 +73,15 @@ def from_folder(folder: Path) -> Plan:
             f"{path} is damaged, or not as the command wrote it ({error}): restore it from a copy, or train anew with "
             "the change"
         ) from error
-    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "flags": dict}
+    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "exchange": dict, "flags": dict}
     groups: dict[str, Any] = {"run": Options, "budget": Budget, "settings": None}
     fits = set(content) == set(kinds) and all(isinstance(content[name], kind) for name, kind in kinds.items())
     fits = fits and all(isinstance(table, dict) for table in content["lifelong"].values())
     fits = fits and set(content["flags"]) == set(groups)
     if not fits or not all(_are_texts(table) for table in content["flags"].values()):
         raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")
-    groups["settings"] = agent_class(content["agent"])
+    with trusted.reading(str(path)):
+        groups["settings"] = agent_class(content["agent"])
     for name, cls in groups.items():
         _check_flags(cls, content["flags"][name], f"{path} [flags.{name}]")
     texts = content.pop("flags")

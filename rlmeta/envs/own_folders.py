@@ -45,12 +45,12 @@ class OwnFinder:
 
 
 def allow(module: str) -> None:
-    """Let a module, or its package, be imported from the current folder and the `envs` folders."""
+    """Let a module, or its package, be imported from the current folder and the `envs` and `agents` folders."""
     _install()
     importlib.invalidate_caches()
     name = module.partition(".")[0]
     entries = {entry.split(":", 2)[2]: place for place, entry in enumerate(sys.path) if entry.startswith(PREFIX)}
-    for folder in map(str, (Path.cwd(), *folders("envs"))):
+    for folder in map(str, (Path.cwd(), *folders("envs"), *folders("agents"))):
         if folder not in entries:
             sys.path.append(f"{PREFIX}{name}:{folder}")
             continue

@@ -71,7 +71,7 @@ def per_learner_values(settings: Any) -> dict[str, Any]:
     return own | {f"{part.name}.{name}": getattr(part, name) for part in parts for name in _inner_names(part)}
 
 
-def _with_values(settings: S, values: Mapping[str, Any]) -> S:
+def with_values(settings: S, values: Mapping[str, Any]) -> S:
     """The settings with other values under the names of `per_learner_values`."""
     changed = {name: value for name, value in values.items() if "." not in name}
     for field, parts in _inner(settings).items():
@@ -84,7 +84,7 @@ def variants(settings: S) -> list[S]:
     """One copy of the settings for every combination of the per-learner fields that hold a list."""
     lists = {name: value for name, value in per_learner_values(settings).items() if isinstance(value, Sequence)}
     combinations = itertools.product(*lists.values())
-    return [_with_values(settings, dict(zip(lists, values))) for values in combinations]
+    return [with_values(settings, dict(zip(lists, values))) for values in combinations]
 
 
 def static_values(settings: Any) -> dict[str, Any]:
@@ -216,4 +216,4 @@ def merge(batch: Sequence[S]) -> S:
     if len(batch) == 1:
         return batch[0]
     values = [per_learner_values(variant) for variant in batch]
-    return _with_values(batch[0], {name: tuple(each[name] for each in values) for name in values[0]})
+    return with_values(batch[0], {name: tuple(each[name] for each in values) for name in values[0]})

@@ -25,13 +25,16 @@ from rlmeta.runs import grammar
 from rlmeta.runs.digests import check_digests
 from rlmeta.runs.experiment import Budget, Experiment, Problem, settings_table
 from rlmeta.runs.folder import CONFIG
-from rlmeta.runs.shipped import METHODS, agent_class
+from rlmeta.runs.objects import load_object
+from rlmeta.runs.populations import POPULATIONS, Population
+from rlmeta.runs.shipped import METHODS, agent_class, checked_class
 
 
 def from_config(
     config: dict[str, Any],
     *,
     where: str,
+    agent: type | None = None,
     network: NetworkFactory | None = None,
     source: Any = None,
     methods: tuple[Method, ...] = (),
@@ -43,8 +46,9 @@ def from_config(
     Args:
         config: as `Experiment.config` gave it.
         where: for error messages.
-        network: the user's network again, where the run had one: a configuration names code and loads none that the
-            user has not allowed (`trusted.allowing`).
+        agent: the user's own class of settings again, where the run had one: a configuration names code and loads none
+            that the user has not allowed (`trusted.allowing`).
+        network: the user's network again, where the run had one.
         source: the user's environment factory again, where the run had one.
         methods: the lifelong methods again, where the run had some.
         own: other settings that no configuration can hold (rewards, demonstrations that are no file), by name, again.
@@ -55,12 +59,13 @@ def from_config(
         SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
     with trusted.reading(f"{where}/{CONFIG}"):
-        return _from_config(config, where, network, source, methods, own or {}, training)
+        return _from_config(config, where, agent, network, source, methods, own or {}, training)
 
 
 def _from_config(
     config: dict[str, Any],
     where: str,
+    agent: type | None,
     network: NetworkFactory | None,
     source: Any,
     methods: tuple[Method, ...],
@@ -70,8 +75,8 @@ def _from_config(
     said = f"{where}/{CONFIG}"
     check_table(config, CONFIGURATION, said)
     check_table(config["budget"], {}, said)
-    cls = agent_class(config["exp_name"])
-    tables = [_settings_again(cls, table, network, own, where, training) for table in config["variants"]]
+    cls = _agent_again(config["exp_name"], agent, where)
+    tables = [_settings_again(cls, table, agent, network, own, where, training) for table in config["variants"]]
     check_names(Budget, config["budget"], f"{said}: budget")
     for method in config["methods"]:
         check_table(method, METHOD, f"{said}: methods")
@@ -83,6 +88,7 @@ def _from_config(
         problem=problem_again(config["task"], source, where),
         budget=Budget(**config["budget"]),
         methods=_same_methods(methods, config["methods"], where) or methods_again(config["methods"], where),
+        population=_population_again(config.get("population"), where),
         device=config["device"],
         threads=config["threads"],
     )
@@ -161,7 +167,13 @@ def check_table(table: Any, kinds: Kinds, where: str) -> None:
 
 
 def _settings_again(
-    cls: type, saved: Any, network: NetworkFactory | None, own: Mapping[str, Any], where: str, training: bool
+    cls: type,
+    saved: Any,
+    agent: type | None,
+    network: NetworkFactory | None,
+    own: Mapping[str, Any],
+    where: str,
+    training: bool,
 ) -> dict[str, Any]:
     """The arguments of a learner's settings, after a check of their types."""
     said = f"{where}/{CONFIG}: variants"
@@ -172,7 +184,7 @@ def _settings_again(
     if "network" in table:
         table["network"] = _network_again(table["network"], network, where)
     if "learner" in table:
-        table["learner"] = _learner_again(table["learner"], network, where)
+        table["learner"] = _learner_again(table["learner"], agent, network, where)
     if not training:
         table |= _left_out(table, own)
     table |= _own_again(table, own, where)
@@ -227,7 +239,24 @@ def methods_again(
 def _allowed_methods(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The user's own methods that a configuration names in modules which the user has allowed."""
     named = {table["name"]: table["class"] for table in tables if isinstance(table.get("class"), str)}
-    return {name: grammar.load_object(text) for name, text in named.items() if trusted.is_allowed(text)}
+    return {name: load_object(text) for name, text in named.items() if trusted.is_allowed(text)}
+
+
+def _population_again(table: Any, where: str) -> Population | None:
+    """The population of a saved configuration, of the user's own class where the user has allowed its module."""
+    if table is None:
+        return None
+    check_table(table, METHOD, f"{where}/{CONFIG}: population")
+    named = table.get("class", table["name"])
+    if named not in POPULATIONS and not trusted.is_allowed(str(named)):
+        raise SettingError(
+            f"{where}/{CONFIG} had a population of your own, {named}: give its module again{_or_allow(str(named))}"
+        )
+    cls: Any = POPULATIONS.get(named) or load_object(named)
+    check_names(cls, table["settings"], f"{where}/{CONFIG}: population")
+    check_values(cls, table["settings"], f"{where}/{CONFIG}: population")
+    again: Population = cls(**table["settings"])
+    return again
 
 
 def _or_allow(named: str) -> str:
@@ -253,7 +282,7 @@ def _method(cls: Any, values: dict[str, Any], where: str) -> Method:
 def _network_again(name: str, given: NetworkFactory | None, where: str) -> NetworkFactory:
     """The network of this name: rlmeta's own, or the user's, given again."""
     if name.startswith("rlmeta.nn.") or (given is None and trusted.is_allowed(name)):
-        own: NetworkFactory = grammar.load_object(name)
+        own: NetworkFactory = load_object(name)
         return own
     if given is None:
         raise SettingError(
@@ -263,11 +292,26 @@ def _network_again(name: str, given: NetworkFactory | None, where: str) -> Netwo
     return given
 
 
-def _learner_again(text: str, network: NetworkFactory | None, where: str) -> Any:
-    """The settings of a learner inside another's; its network is not loaded either."""
+def _agent_again(name: str, given: type | None, where: str) -> type:
+    """The settings class of this name: rlmeta's own, or the user's, given again."""
+    if ":" not in name or (given is None and trusted.is_allowed(name)):
+        return agent_class(name)
+    if given is None:
+        raise SettingError(
+            f"{where}/{CONFIG} had the agent {name}: pass it again as agent= (on the command line --agent)"
+            f"{_or_allow(name)}"
+        )
+    if checked_class(given, name).__qualname__ != name.partition(":")[2]:
+        raise SettingError(f"{where} had the agent {name}, got {given.__qualname__}: give the same")
+    return given
+
+
+def _learner_again(text: str, agent: type | None, network: NetworkFactory | None, where: str) -> Any:
+    """The settings of a learner inside another's; neither it nor its network is loaded."""
     words = text.split()
     names = [word.removeprefix("network=") for word in words if word.startswith("network=")]
-    found = grammar.learner(" ".join(word for word in words if not word.startswith("network=")))
+    cls = None if words[:1] in ([], ["none"]) else _agent_again(words[0], agent, where)
+    found = grammar.learner(" ".join(word for word in words if not word.startswith("network=")), cls)
     return dataclasses.replace(found, network=_network_again(names[0], network, where)) if names else found
 
 
@@ -388,7 +432,7 @@ def _allowed_source(described: dict[str, Any], where: str) -> Any:
     named = described["source"]
     if not trusted.is_allowed(named):
         raise SettingError(f"{where}/{CONFIG} had environments of {named}: {ENV_AGAIN}{_or_allow(named)}")
-    found = grammar.load_object(named)
+    found = load_object(named)
     made = isinstance(found, type) and issubclass(found, NativeEnv)
     return found(**described.get("constants", {})) if made else found
 

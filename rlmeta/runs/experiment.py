@@ -24,9 +24,10 @@ from rlmeta.learning.field_types import check_values, require_type
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, check_needs, checked_methods
 from rlmeta.learning.settings import require
-from rlmeta.runs import grammar
+from rlmeta.runs import grammar, populations
 from rlmeta.runs.digests import digest_of
-from rlmeta.runs.shipped import METHODS
+from rlmeta.runs.populations import POPULATIONS, Population
+from rlmeta.runs.shipped import METHODS, name_on_command_line
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class Experiment:
     problem: Problem
     budget: Budget = dataclasses.field(default_factory=Budget)
     methods: tuple[Method, ...] = ()
+    population: Population | None = None
+    """How the variants, its members, go on from one another; every seed is a population of its own."""
     device: str = "cpu"
     threads: int = 0
     """Processor cores to use; 0 takes all. Equal bits need equal threads, so a resumed run takes the same."""
@@ -147,6 +150,8 @@ class Experiment:
             torch.empty(0, device=self.device).cpu()  # of "meta" there are no numbers
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
+        if self.population is not None:
+            populations.refuse(self)
         if isinstance(self.problem, TaskStream):
             check_needs(self.methods, self.problem.revealed, self.problem.name)
             require(
@@ -185,7 +190,8 @@ class Experiment:
         """What sets each variant apart; [''] for a single one."""
         own = [settings_.difference(variant, self.variants) for variant in self.variants]
         of_methods = [self._difference_of_methods(i) for i in range(len(self.variants))]
-        return [", ".join(filter(None, parts)) for parts in zip(own, of_methods)]
+        begins = "from " if self.population is not None else ""
+        return [begins + ", ".join(filter(None, parts)) for parts in zip(own, of_methods)]
 
     def _difference_of_methods(self, variant: int) -> str:
         """The methods' settings that differ between variants, as `ewc.strength=10`."""
@@ -207,12 +213,15 @@ class Experiment:
 
     @property
     def agent_name(self) -> str:
-        """As on the command line."""
+        """As tables and plots call it: that of rlmeta's as on the command line, one's own without its module."""
         return settings_.name_of(type(self.variants[0]))
 
     def keys(self) -> Tensor:
-        """The learners' random keys `[S]`: of the seed alone, so that variants meet the same luck."""
-        return random.make_keys([seed for _, seed in self.learners], device=self.device)
+        """The learners' random keys `[S]`: of the seed alone, so that variants meet the same luck; in a population of
+        the variant, too, since clones of one key would act alike."""
+        keys = random.make_keys([seed for _, seed in self.learners], device=self.device)
+        members = torch.arange(len(keys), device=keys.device) // self.repeats
+        return keys if self.population is None else random.fold(random.fold(keys, "population"), members)
 
     def hyper(self) -> dict[str, Tensor]:
         """The per-learner settings `{name: [S]}`."""
@@ -248,7 +257,7 @@ class Experiment:
     def config(self) -> dict[str, Any]:
         """The table of `config.toml`."""
         return {
-            "exp_name": self.agent_name,
+            "exp_name": name_on_command_line(type(self.variants[0])),
             "env_id": self.problem.name,
             "seeds": list(self.seeds),
             "device": self.device,
@@ -257,6 +266,7 @@ class Experiment:
             "budget": dataclasses.asdict(self.budget),
             "digests": self.digests(),
             "methods": [_method_table(method) for method in self.methods],
+            "population": None if self.population is None else _method_table(self.population),
             "variants": [settings_table(variant) for variant in self.variants],
         }
 
@@ -305,8 +315,8 @@ def settings_table(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in table.items() if value is not None}
 
 
-def _method_table(method: Method) -> dict[str, Any]:
+def _method_table(method: Method | Population) -> dict[str, Any]:
     settings: dict[str, Any] = settings_table(method) if dataclasses.is_dataclass(method) else {}
     cls = type(method)
-    own = {} if cls in METHODS.values() else {"class": f"{cls.__module__}:{cls.__qualname__}"}
+    own = {} if cls in (*METHODS.values(), *POPULATIONS.values()) else {"class": f"{cls.__module__}:{cls.__qualname__}"}
     return {"name": method.name, **own, "settings": settings}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlmeta.functional import tree
 from rlmeta.learning.state import State
 
-REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix")
+REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix", "population")
 """What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
 ACTING = ("world", "memory", "episode")
 """What moves on with live environments, which can't be put back while their neighbours go on."""

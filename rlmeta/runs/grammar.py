@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import collections.abc
 import dataclasses
-import importlib
 import inspect
 import itertools
 import sys
@@ -23,10 +22,10 @@ from dataclasses import dataclass
 from decimal import Decimal, DecimalException, localcontext
 from typing import Annotated, Any, TypeVar
 
-from rlmeta.envs import own_folders, trusted
-from rlmeta.errors import SettingError, did_you_mean
-from rlmeta.learning.settings import check_names, name_of
-from rlmeta.runs.shipped import agent_class
+from rlmeta.errors import SettingError
+from rlmeta.learning.settings import check_names
+from rlmeta.runs.objects import load_object
+from rlmeta.runs.shipped import agent_class, name_on_command_line
 
 C = TypeVar("C")
 
@@ -90,44 +89,12 @@ def _exact(text: str) -> Decimal:
     return value
 
 
-def load_object(text: str) -> Any:
-    """What `package.module:Name` names, imported.
-
-    Raises:
-        SettingError: there is no such module, or no such name in it; or a file names it, and it is not rlmeta's.
-    """
-    module, _, name = text.partition(":")
-    if not module or not name:
-        raise SettingError(f"got {text!r}, expected package.module:Name")
-    trusted.check_module(module, for_id=False)
-    loaded = load_module(module)
-    if not hasattr(loaded, name):
-        known = [candidate for candidate in vars(loaded) if not candidate.startswith("_")]
-        raise SettingError(f"{module} has no {name!r}{did_you_mean(name, known)}")
-    found = getattr(loaded, name)
-    trusted.check_object(found, text)
-    return found
-
-
-def load_module(name: str) -> types.ModuleType:
-    """The user's module, of the current folder, too; an error inside it is shown as it is.
-
-    Raises:
-        SettingError: there is no such module; or a file names it, and it is neither rlmeta's nor a known extra.
-    """
-    trusted.check_module(name)
-    if not trusted.from_file():
-        own_folders.allow(name)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise  # the module is there; what it imports is not
-        raise SettingError(f"no module {name!r} can be imported: run where it lies, or install it") from None
-
-
-def learner(text: str) -> Any:
+def learner(text: str, cls: type | None = None) -> Any:
     """The settings that `reinforce num_steps=100 baseline=batch` names; None for `none`.
+
+    Args:
+        text: a name, then settings.
+        cls: what the name stands for, where that is known already.
 
     Raises:
         SettingError, UnknownNameError: there is no such learner, setting or value.
@@ -135,7 +102,7 @@ def learner(text: str) -> Any:
     name, *words = text.split()
     if name == "none":
         return None
-    cls, texts = agent_class(name), dict(word.split("=", 1) for word in words if "=" in word)
+    cls, texts = cls or agent_class(name), dict(word.split("=", 1) for word in words if "=" in word)
     if len(texts) < len(words):
         raise SettingError(f"{text!r}: every word behind {name} is SETTING=VALUE, each setting once")
     check_names(cls, texts, text)
@@ -168,7 +135,7 @@ def text_of(value: Any) -> str:
         words = [
             f"{f.name}={text_of(changed[f.name])}" for f in dataclasses.fields(value) if changed[f.name] != f.default
         ]
-        return " ".join([name_of(type(value)), *words])
+        return " ".join([name_on_command_line(type(value)), *words])
     if callable(value):
         return f"{value.__module__}:{value.__qualname__}"
     return str(value)

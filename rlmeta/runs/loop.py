@@ -17,7 +17,7 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.state import select
-from rlmeta.runs import averages, stages
+from rlmeta.runs import averages, populations, stages
 from rlmeta.runs.frozen import FrozenLearners
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.records import Records
@@ -40,6 +40,9 @@ class Loop:
         self.iterations = self.stages[-1].last
         self.log_every = max(1, self.iterations // self.budget.log_points)
         self.eval_every = max(1, round(self.budget.eval_every / self.steps_per_iteration))
+        population = run.experiment.population
+        every = 0 if population is None else int(population.every)
+        self.exchange_every = self.iterations if population is None else max(1, round(every / self.steps_per_iteration))
         self.done = int(run.state["count"]["iterations"].max())
         self.interruption = Interruption()
         self.frozen = FrozenLearners(run.experiment.problem.native)
@@ -55,7 +58,7 @@ class Loop:
     def _open(self, closing: ExitStack) -> None:
         """Open what a run needs besides its own world; `closing` closes it, where one of them fails, too."""
         run = self.run
-        if self.eval_every < self.iterations or run.stream is not None:
+        if min(self.eval_every, self.exchange_every) < self.iterations or run.stream is not None:
             self.eval_world = run.evaluation_world(self.budget.eval_episodes)
             closing.callback(self.eval_world.close)
             if isinstance(self.eval_world, FamilyWorld):
@@ -99,10 +102,14 @@ class Loop:
 
     def _evaluate_old_end(self) -> None:
         """The periodic evaluation that was left out where a run ended that is now given more steps."""
-        due = self.eval_world is not None and self.run.stream is None and self.done % self.eval_every == 0
-        if due and 0 < self.done == self.run.old_end < self.iterations:
+        if self._looks() and 0 < self.done == self.run.old_end:
             steps = self.done * self.steps_per_iteration
-            self._record({"iteration": self.done, "env_steps": steps, **_lists(self._evaluate())})
+            self._record({"iteration": self.done, "env_steps": steps, **_lists(self._look())})
+
+    def _looks(self) -> bool:
+        """Whether a periodic evaluation is due now, of a single problem."""
+        due = self.done % self.eval_every == 0 or self.done % self.exchange_every == 0
+        return due and self.eval_world is not None and self.run.stream is None and self.done < self.iterations
 
     def _count_seconds(self) -> None:
         self.run.seconds = self._already + time.perf_counter() - self._started
@@ -119,7 +126,7 @@ class Loop:
         stage = next(stage for stage in self.stages if self.done < stage.last)
         if run.stream is not None and int(run.state["stage"].max()) == stage.number:
             self._begin(stage)
-        last = min(self._next(self.log_every), self._next(self.eval_every), stage.last)
+        last = min(*map(self._next, (self.log_every, self.eval_every, self.exchange_every)), stage.last)
         while self.done < last and not self.interruption:
             self._iterate(stage)
             if self.done < last:
@@ -150,8 +157,8 @@ class Loop:
         if run.stream is not None:
             if stage.ends_task and self.done == stage.last:
                 line.update(_lists(self._end_task(stage)))
-        elif self.eval_world is not None and self.done % self.eval_every == 0 and self.done < self.iterations:
-            line.update(_lists(self._evaluate()))
+        elif self._looks():
+            line.update(_lists(self._look()))
         return line
 
     def _begin(self, stage: Stage) -> None:
@@ -189,6 +196,14 @@ class Loop:
         matrix[..., row, :] = scores
         run.state["matrix"] = matrix
         clock.switch("other")
+
+    def _look(self) -> Metrics:
+        """A periodic evaluation, and the exchange of a population that is due after it."""
+        found = self._evaluate()
+        if self.done % self.exchange_every == 0:
+            found |= populations.exchange(self.run, found[self.run.agent.score.metric], self.done)
+            self.frozen.hold(self.run.state)
+        return found
 
     def _evaluate(self) -> Metrics:
         """A periodic evaluation: keeps the best parameters, stops the learners that reached the target."""

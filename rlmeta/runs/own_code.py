@@ -1,4 +1,5 @@
-"""What is the user's own and named as `package.module:name`: environments, streams, families, networks, methods.
+"""What is the user's own and named as `package.module:name`: agents, environments, streams, families,
+networks, methods.
 
 A run folder names such code and never loads it by itself: whoever reads the run gives the names again, or allows the
 modules (`rlmeta.envs.trusted`).
@@ -28,7 +29,9 @@ from rlmeta.learning.settings import check_names, per_learner_names
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs import grammar
 from rlmeta.runs.configuration import methods_again
-from rlmeta.runs.shipped import METHODS
+from rlmeta.runs.objects import load_module, load_object
+from rlmeta.runs.populations import POPULATIONS, Population
+from rlmeta.runs.shipped import AGENTS, METHODS, agent_class
 
 # ---------------------------------------------------------------------- modules
 
@@ -73,7 +76,7 @@ def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[
 
 def source_of(name: str, settings: Mapping[str, Any]) -> Any:
     """What a problem's name on the command line stands for: the user's object where it is one, else the name itself."""
-    return made(grammar.load_object(name), settings, name) if _is_object(name) else name
+    return made(load_object(name), settings, name) if _is_object(name) else name
 
 
 def _is_object(name: str) -> bool:
@@ -86,7 +89,7 @@ def _is_object(name: str) -> bool:
     module, colon, attribute = name.partition(":")
     if not colon or name.startswith(ENVPOOL):
         return False
-    there = hasattr(grammar.load_module(module), attribute)  # importing it registers its ids
+    there = hasattr(load_module(module), attribute)  # importing it registers its ids
     identifies = attribute in gym.registry or re.search(r"-v\d+$", attribute) is not None
     return there or not identifies
 
@@ -128,7 +131,7 @@ def env_again(folder: Path, name: str | None) -> Any:
         return None
     if not _is_object(name):
         return name
-    found, had = grammar.load_object(name), run_folder.read_config(folder).get("task", {})
+    found, had = load_object(name), run_folder.read_config(folder).get("task", {})
     if isinstance(found, type) and issubclass(found, NativeEnv):
         return found(**had.get("constants", {}))
     if had.get("kind") in ("stream", "family", "data"):
@@ -136,9 +139,20 @@ def env_again(folder: Path, name: str | None) -> Any:
     return found
 
 
+def agent_again(name: str | None) -> type | None:
+    """The settings class of a name."""
+    return None if name is None else agent_class(name)
+
+
+def own_class(settings: Any) -> type | None:
+    """The class of the settings, or of those of a learner within them, where it is the user's own."""
+    classes = [type(one) for one in (settings, getattr(settings, "learner", None)) if one is not None]
+    return next((cls for cls in classes if cls not in AGENTS.values()), None)
+
+
 def network_again(name: str | None) -> NetworkFactory | None:
     """The network factory of a name."""
-    return None if name is None else grammar.load_object(name)
+    return None if name is None else load_object(name)
 
 
 # ---------------------------------------------------------------------- lifelong methods
@@ -155,7 +169,7 @@ def method_named(name: str) -> Any:
         if name not in METHODS:
             raise unknown_name("lifelong method", name, [*METHODS, "package.module:MyMethod"])
         return METHODS[name]
-    found = grammar.load_object(name)
+    found = load_object(name)
     if not isinstance(found, Method) and not (isinstance(found, type) and issubclass(found, Method)):
         raise SettingError(f"--lifelong: {name} is {found!r}, expected a class that extends rlmeta's Method")
     return found
@@ -186,6 +200,28 @@ def made_method(found: Any, settings: Mapping[str, Any]) -> Method:
         values[key] = given if len(given) > 1 else given[0]
     one: Method = found(**values)
     return one
+
+
+def population_class(name: str) -> Any:
+    """The class of a population's name, or of the user's own, `package.module:Name`.
+
+    Raises:
+        UnknownNameError, SettingError: there is none.
+    """
+    if ":" in name:
+        return load_object(name)
+    if name not in POPULATIONS:
+        raise unknown_name("population", name, [*POPULATIONS, "package.module:MyPopulation"])
+    return POPULATIONS[name]
+
+
+def population_named(name: str, settings: Mapping[str, Any] | None = None) -> Population:
+    """A population with these settings, given as the command line's."""
+    cls = population_class(name)
+    check_names(cls, dict(settings or {}), f"--{cls.name}")
+    texts = {key: grammar.text_of(value) for key, value in (settings or {}).items()}
+    population: Population = grammar.build(cls, texts)
+    return population
 
 
 def own_methods_again(folder: Path, text: str) -> tuple[Method, ...]:

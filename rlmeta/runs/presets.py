@@ -24,7 +24,7 @@ from rlmeta.envs.names import names, read_named, read_toml
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.learning.settings import check_names, name_of, per_learner_names
 from rlmeta.runs import grammar
-from rlmeta.runs.shipped import agent_class
+from rlmeta.runs.shipped import AGENTS, agent_class
 
 DEFAULTS = "defaults"
 SEEDS = "chosen_on_seeds"
@@ -111,7 +111,9 @@ def _find(agent: type, source: str | None) -> tuple[Path | None, str]:
 
 
 def _own_file(agent: type) -> Path | None:
-    return names("agents").get(name_of(agent))
+    """The agent's file, of rlmeta's or the user's; a class that shares only its name with rlmeta's has none."""
+    name = name_of(agent)
+    return names("agents").get(name) if AGENTS.get(name, agent) is agent else None
 
 
 def _tables(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
-from rlmeta.runs import budgets, checkpoint, extension, prediction, stages
+from rlmeta.runs import budgets, checkpoint, extension, populations, prediction, stages
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
@@ -101,6 +101,8 @@ class Run:
         self.state = self.agent.init(self.experiment.keys(), self.experiment.hyper(), self.world)
         if self.stream is not None:
             self.state = stages.start(self.state, self.stream)
+        if self.experiment.population is not None:
+            self.state = populations.begin(self.state)
 
     @property
     def stages(self) -> list[Stage]:
@@ -303,7 +305,8 @@ class Run:
         steps = self.env_steps
         scores = self.scores.reshape(-1, self.experiment.repeats).cpu().numpy()
         rows = []
-        for label, score, transfer in zip(self.experiment.labels, scores, self._transfer()):
+        became = populations.summary(self)
+        for label, score, transfer, about in zip(self.experiment.labels, scores, self._transfer(), became):
             low, high = statistics.stratified_bootstrap_interval(score[:, None], statistics.iqm)
             rows.append(
                 {
@@ -323,6 +326,7 @@ class Run:
                     "seconds": round(self.seconds, 1),
                     "steps_per_second": round(steps * len(self.experiment.learners) / max(self.seconds, 1e-9)),
                     **transfer,
+                    **about,
                 }
             )
         return rows
@@ -402,6 +406,7 @@ class Run:
 def load(
     folder: str | Path,
     *,
+    agent: type | None = None,
     network: NetworkFactory | None = None,
     env: Any = None,
     lifelong: Sequence[Method] = (),
@@ -413,7 +418,9 @@ def load(
 
     Args:
         folder: as given to `train(out=...)`.
-        network: the user's network again, where it had one; a run folder names code but never loads any.
+        agent: the class of the user's own agent's settings again, where it had one; a run folder names code but never
+            loads any.
+        network: the user's network again, where it had one.
         env: the user's environment factory again, where it had one.
         lifelong: the lifelong methods again, where it had some of your own.
         own: other settings that are code or data, by name, again, where it had some that acting needs.
@@ -422,12 +429,13 @@ def load(
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
         SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
-    return read(folder, network=network, env=env, lifelong=lifelong, own=own, training=False)
+    return read(folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=False)
 
 
 def read(
     folder: str | Path,
     *,
+    agent: type | None,
     network: NetworkFactory | None,
     env: Any,
     lifelong: Sequence[Method],
@@ -449,6 +457,7 @@ def read(
     experiment = from_config(
         config,
         where=str(folder),
+        agent=agent,
         network=network,
         source=env,
         methods=tuple(lifelong),

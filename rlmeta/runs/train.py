@@ -19,13 +19,14 @@ from rlmeta.learning import replay
 from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
-from rlmeta.runs import budgets, extension
+from rlmeta.runs import budgets, extension, populations
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.experiment import Budget, Experiment, chosen_seeds, compare
 from rlmeta.runs.initial import take_weights
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
 from rlmeta.runs.memory import told_what_does_not_fit
+from rlmeta.runs.populations import Population
 from rlmeta.runs.run import Run, load, read
 from rlmeta.runs.surroundings import undisturbed
 
@@ -40,6 +41,7 @@ def prepare(
     seeds: int | Sequence[int] = 1,
     out: str | Path | None = None,
     lifelong: Sequence[Method] = (),
+    population: Population | None = None,
     device: str = "cpu",
     threads: int = 0,
     init: Run | str | Path | None = None,
@@ -64,6 +66,7 @@ def prepare(
         problem=problem_of(problem, type(agent).__name__, getattr(type(agent), "learns_from_tasks", False)),
         budget=budget,
         methods=methods,
+        population=population,
         device=device,
         threads=threads,
     )
@@ -75,6 +78,7 @@ def prepare(
         if init is not None:
             take_weights(run, init if isinstance(init, Run) else load(init))
         budgets.check_learns(run.experiment.problem, run.agent, run.iterations, run.experiment.budget)
+        populations.check(run)
         if out is not None:
             run_folder.encoded(run.experiment.config())
         budgets.warn_of_rounding(budget, run.iterations, run.every)
@@ -129,6 +133,7 @@ def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[List
 def resume(
     folder: str | Path,
     *,
+    agent: type | None,
     network: NetworkFactory | None,
     env: Any,
     lifelong: Sequence[Method],
@@ -143,7 +148,9 @@ def resume(
     if os.path.lexists(folder / run_folder.CONFIG):
         run_folder.check_plain(folder)
     with run_folder.lock(folder) as held:
-        run = read(folder, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=steps)
+        run = read(
+            folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=steps
+        )
         run.stopped, run.held = "", held
         try:
             held.sign(run.id)

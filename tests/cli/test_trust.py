@@ -26,7 +26,7 @@ from rlmeta.cli import plan_folder
 from rlmeta.cli.main import main
 from rlmeta.envs import own_folders, trusted
 from rlmeta.errors import SettingError
-from rlmeta.runs import grammar
+from rlmeta.runs import objects
 from tests.runs.forging import accept_config, change_plan
 
 REPOSITORY = Path(rl.__file__).parents[1]
@@ -36,6 +36,8 @@ PLANTED = """
 from pathlib import Path
 
 Path({marker!r}).write_text("ran")
+
+from dataclasses import dataclass
 
 import gymnasium as gym
 import torch
@@ -47,6 +49,13 @@ class Native(type(NATIVE["CartPole-v1"])):
 
 class Mine(Method):
     name = "mine"
+
+@dataclass(frozen=True)
+class Agent:
+    num_envs: int = 1
+
+    def bind(self, observation_space, action_space, methods=()):
+        raise NotImplementedError
 
 def make(**settings):
     return gym.make("CartPole-v1")
@@ -99,6 +108,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "a stream's table": {"task": {**STREAM, "table": {"kind": "stream", "tasks": ["planted:Planted-v0"]}}},
     "a stream's tasks": {"task": {**STREAM, "tasks": [TASK], "reveals": [], "observe_identity": False}},
     "a family": {"task": {"kind": "family", "name": "x", "task": TASK, "ranges": {}}},
+    "an agent": {"exp_name": "planted:Agent"},
+    "a learner": {"exp_name": "maml", "variants": [{"learner": "planted:Agent num_envs=2"}]},
     "a network": {"variants": [{"network": "planted:network"}]},
     "a learner's network": {"exp_name": "maml", "variants": [{"learner": "reinforce network=planted:network"}]},
     "a learner's rewards": {"exp_name": "maml", "variants": [{"learner": "reinforce rewards=planted:REWARD"}]},
@@ -143,6 +154,8 @@ SAVED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "env": ("ppo", "resume", {"env": {"env_id": "planted:Planted-v0"}}),
     "network": ("ppo", "eval", {"settings": {"network": "planted:network"}}),
     "networks": ("ppo", "adapt", {"settings": {"network": "planted:network,planted:make"}}),
+    "agent": ("ppo", "resume", {"agent": "planted:Agent"}),
+    "a learner": ("maml", "adapt", {"settings": {"learner": "planted:Agent num_envs=2"}}),
     "rewards": ("ppo", "record", {"settings": {"rewards": "planted:REWARD"}}),
     "learner": ("maml", "resume", {"settings": {"learner": "reinforce network=planted:network"}}),
     "lifelong": ("ppo", "resume", {"task": "cartpole-conflicts", "run": {"lifelong": "planted:Mine"}}),
@@ -206,6 +219,7 @@ def test_a_file_of_an_environment_imports_nothing(
         ("ppo", 'rewards = "planted:REWARD"'),
         ("ppo", 'rewards = "rlmeta.rewards:EpisodicCounts+planted:REWARD"'),
         ("maml", 'learner = "reinforce network=planted:network"'),
+        ("maml", 'learner = "planted:Agent num_envs=2"'),
     ],
 )
 def test_a_preset_imports_nothing(agent: str, line: str, marker: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +317,9 @@ def test_an_interrupted_run_says_how_its_code_is_named_again() -> None:
         made = plans.Plan("ppo", "own:make", texts=texts)
         made.__dict__["groups"] = {"": None}
         assert (made.again(), made.again(["more"])) == (said, f"{said} --code more")
+        named = plans.Plan("own:Agent", "own:make", texts=texts)
+        named.__dict__["groups"] = {"": None}
+        assert named.again() == f"--agent own:Agent {said}"
         made.__dict__["groups"] = {"a": None, "b": None}
         assert made.again(["more"]).startswith("--code more,own")
     made = plans.Plan("ppo", "minigrid:MiniGrid-Empty-v0", texts=plan.texts)
@@ -314,7 +331,7 @@ def test_what_is_rlmetas_gymnasiums_or_a_known_extras_needs_no_word() -> None:
     with trusted.reading("file"):
         for identifier in ("CartPole-v1", "ale_py:ALE/Pong-v5", "minigrid:MiniGrid-Empty-5x5-v0", "envpool:Pong-v5"):
             trusted.check_id(identifier)
-        assert grammar.load_object("rlmeta.nn:strided_convolutions") is rl.nn.strided_convolutions
+        assert objects.load_object("rlmeta.nn:strided_convolutions") is rl.nn.strided_convolutions
         for named in (
             "rlmeta.nn.encoder:torch",
             "rlmeta.__main__:main",
@@ -323,7 +340,7 @@ def test_what_is_rlmetas_gymnasiums_or_a_known_extras_needs_no_word() -> None:
             "os:sep",
         ):
             with pytest.raises(SettingError, match=r"^file names code in the module '.*add --code"):
-                grammar.load_object(named)
+                objects.load_object(named)
         for identifier in ("rlmeta.__main__:CartPole-v1", "minigrid.more:X-v0", "minigrids:X-v0", "a:minigrid:X-v0"):
             with pytest.raises(SettingError, match="names code in the module"):
                 trusted.check_id(identifier)
@@ -438,7 +455,7 @@ def test_a_package_without_init_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     Path("loose_parts/first.py").write_text("import loose_other\nVALUE = loose_other.VALUE")
     Path("loose_other.py").write_text("VALUE = 5")
     try:
-        assert grammar.load_object("loose_parts.first:VALUE") == 5
+        assert objects.load_object("loose_parts.first:VALUE") == 5
         entries = [entry for entry in sys.path if entry.startswith(own_folders.PREFIX)]
         assert entries[0] == f"{own_folders.PREFIX}loose_parts,loose_other:{tmp_path}"
         with pytest.raises(ModuleNotFoundError):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlmeta.cli import flags
 from rlmeta.errors import SettingError
 from rlmeta.learning.settings import PerLearner, per_learner_names
-from rlmeta.runs import grammar
+from rlmeta.runs import grammar, objects
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.shipped import AGENTS
 
@@ -220,13 +220,13 @@ def test_load_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flags_sample.py").write_text("class Thing: pass\n")
     (tmp_path / "flags_broken.py").write_text("import no_such_module_at_all\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert grammar.load_object("flags_sample:Thing").__name__ == "Thing"
-    assert grammar.text_of(grammar.load_object("flags_sample:Thing")) == "flags_sample:Thing"
+    assert objects.load_object("flags_sample:Thing").__name__ == "Thing"
+    assert grammar.text_of(objects.load_object("flags_sample:Thing")) == "flags_sample:Thing"
     with pytest.raises(SettingError, match="flags_sample has no 'Thang': did you mean Thing"):
-        grammar.load_object("flags_sample:Thang")
+        objects.load_object("flags_sample:Thang")
     with pytest.raises(SettingError, match=r"no module 'no_such_flags\.part' can be imported"):
-        grammar.load_object("no_such_flags.part:Thing")
+        objects.load_object("no_such_flags.part:Thing")
     with pytest.raises(SettingError, match=r"expected package\.module:Name"):
-        grammar.load_object("flags_sample")
+        objects.load_object("flags_sample")
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
-        grammar.load_object("flags_broken:Thing")
+        objects.load_object("flags_broken:Thing")

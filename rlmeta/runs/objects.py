@@ -1,0 +1,46 @@
+"""What `package.module:Name` names: the object in a module of the user's, or of rlmeta's."""
+
+from __future__ import annotations
+
+import importlib
+import types
+from typing import Any
+
+from rlmeta.envs import own_folders, trusted
+from rlmeta.errors import SettingError, did_you_mean
+
+
+def load_object(text: str) -> Any:
+    """What `package.module:Name` names, imported.
+
+    Raises:
+        SettingError: there is no such module, or no such name in it; or a file names it, and it is not rlmeta's.
+    """
+    module, _, name = text.partition(":")
+    if not module or not name:
+        raise SettingError(f"got {text!r}, expected package.module:Name")
+    trusted.check_module(module, for_id=False)
+    loaded = load_module(module)
+    if not hasattr(loaded, name):
+        known = [candidate for candidate in vars(loaded) if not candidate.startswith("_")]
+        raise SettingError(f"{module} has no {name!r}{did_you_mean(name, known)}")
+    found = getattr(loaded, name)
+    trusted.check_object(found, text)
+    return found
+
+
+def load_module(name: str) -> types.ModuleType:
+    """The user's module, of the current folder, too; an error inside it is shown as it is.
+
+    Raises:
+        SettingError: there is no such module; or a file names it, and it is neither rlmeta's nor a known extra.
+    """
+    trusted.check_module(name)
+    if not trusted.from_file():
+        own_folders.allow(name)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise  # the module is there; what it imports is not
+        raise SettingError(f"no module {name!r} can be imported: run where it lies, or install it") from None

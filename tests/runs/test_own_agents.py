@@ -1,0 +1,142 @@
+"""An agent of one's own, agents/my_agent.py: it trains, is killed and resumed; no folder loads it by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rlmeta as rl
+from rlmeta.cli.main import main
+from rlmeta.errors import SettingError, UnknownNameError
+from rlmeta.runs import grammar
+from rlmeta.runs.shipped import agent_class
+from tests.runs.test_resume import assert_same_run
+
+ROOT = Path(rl.__file__).parents[1]
+SMALL = {"num_envs": 2, "num_steps": 16, "hidden_sizes": (8,)}
+BUDGET = {"steps": 640, "eval_every": 160, "eval_episodes": 2, "final_episodes": 2, "checkpoint_seconds": 0.0}
+FLAGS = "--num-envs 2 --hidden-sizes 8 --steps 64 --final-episodes 2 --quiet"
+KILLED = f"""
+import os, signal, sys
+import rlmeta as rl
+from mypkg.mine import MyAgent
+
+def kill(run, line):
+    if line["iteration"] >= 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+settings = MyAgent(learning_rate=[1e-3, 3e-3], **{SMALL!r})
+rl.train(settings, "CartPole-v1", seeds=2, out=sys.argv[1], callbacks=[kill], threads=1, **{BUDGET!r})
+"""
+
+
+@pytest.fixture(autouse=True)
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project with a copy of the template in a package."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
+    Path("mypkg").mkdir()
+    Path("mypkg/__init__.py").touch()
+    shutil.copy(ROOT / "agents/my_agent.py", "mypkg/mine.py")
+    yield tmp_path
+    for name in ("my_agent", "mypkg", "mypkg.mine"):
+        sys.modules.pop(name, None)
+
+
+def settings(**values: object) -> object:
+    return agent_class("mypkg.mine:MyAgent")(**{**SMALL, **values})
+
+
+def test_killed_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
+    whole = rl.train(settings(learning_rate=[1e-3, 3e-3]), "CartPole-v1", seeds=2, out="whole", threads=1, **BUDGET)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", KILLED, "killed"], capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with pytest.raises(SettingError, match=r"had the agent mypkg\.mine:MyAgent: pass it again as agent= \(on the"):
+        rl.resume("killed")
+    assert_same_run(whole, rl.resume("killed", code=["mypkg.mine"]))
+
+
+def test_the_command_line_names_it_and_is_told_again(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(f"train mypkg.mine:MyAgent CartPole-v1 --learning-rate 1e-3,1e-2 {FLAGS} --out run".split()) == 0
+    capfd.readouterr()
+    assert main(["resume", "run"]) == 2
+    said = capfd.readouterr().err
+    assert "pass it again as agent= (on the command line --agent), or allow the module" in said
+    assert said.count("\n") == 1 and "--code mypkg.mine" in said
+    for again in ("--code mypkg.mine", "--code mypkg", "--agent mypkg.mine:MyAgent"):
+        assert main(f"resume run {again}".split()) == 0
+        assert main(f"eval run --episodes 2 {again}".split()) == 0
+    assert main(f"train mypkg.mine:MyAgent CartPole-v1 --num-steps 8,16 {FLAGS} --out two".split()) == 0
+    assert main(["resume", "two"]) == 2 and "'mypkg.mine'" in capfd.readouterr().err
+    assert main(["resume", "two", "--code", "mypkg.mine"]) == 0
+
+
+def test_loading_gives_the_same_run() -> None:
+    run = rl.train("mypkg.mine:MyAgent", "CartPole-v1", steps=128, final_episodes=2, out="run")
+    cls = type(run.experiment.variants[0])
+    for again in ({"agent": cls}, {"agent": "mypkg.mine:MyAgent"}, {"code": ["mypkg.mine"]}):
+        loaded = rl.load("run", **again)
+        assert loaded.experiment.variants == run.experiment.variants
+        assert (loaded.scores == run.scores).all() and loaded.summary()[0]["agent"] == "my_agent"
+    with pytest.raises(SettingError, match=r"had the agent mypkg\.mine:MyAgent, got PPO: give the same"):
+        rl.load("run", agent=rl.PPO)
+    with pytest.raises(SettingError, match=r"agent mypkg\.mine:MyAgent is MyAgent\(.*, expected the class of an"):
+        rl.load("run", agent=cls())
+
+
+def test_the_template_needs_no_path_and_learns_the_template_environment() -> None:
+    run = rl.train("my_agent:MyAgent", "my_env:MyEnv-v0", steps=256, final_episodes=2, out="run")
+    assert run.scores.isfinite().all()
+    assert rl.load("run", code=["my_agent", "my_env"]).scores.isfinite().all()
+
+
+def test_a_meta_learner_takes_it_for_its_inner_learner(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its settings in the words of the command line name it, and are read back where it is told again."""
+    text = grammar.text_of(settings(num_steps=8))
+    assert text == "mypkg.mine:MyAgent num_envs=2 num_steps=8 hidden_sizes=8"
+    assert grammar.learner(text) == settings(num_steps=8)
+
+
+def test_names_in_a_call_are_the_callers_own_words() -> None:
+    Path("mypkg/more.py").write_text(
+        "import rlmeta as rl\nfrom rlmeta.lifelong import Method\n"
+        "class Mine(Method):\n    name = 'mine'\n"
+        "def stream():\n    return rl.stream(['CartPole-v1', 'cartpole-long-pole'], name='two')\n"
+    )
+    small = rl.A2C(num_envs=2, hidden_sizes=(8,))
+    rl.train(small, "mypkg.more:stream", steps=20, lifelong=["mypkg.more:Mine"], out="run", final_episodes=2)
+    named = {"env": "mypkg.more:stream", "lifelong": ["mypkg.more:Mine"]}
+    assert rl.load("run", **named).scores.isfinite().all()
+    assert rl.resume("run", **named).scores.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mypkg.mine:MyLearner", r"agent mypkg\.mine:MyLearner is <class .*, expected the class of an"),
+        ("mypkg.mine:MyAgnt", r"mypkg\.mine has no 'MyAgnt': did you mean MyAgent"),
+        ("mypkg.none:MyAgent", r"no module 'mypkg\.none' can be imported"),
+    ],
+)
+def test_what_is_no_agent_is_refused_in_a_sentence(name: str, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        rl.train(name, "CartPole-v1", steps=64)
+    with pytest.raises(UnknownNameError, match="unknown agent 'pop': did you mean ppo"):
+        rl.train("pop", "CartPole-v1", steps=64)
+
+
+def test_a_class_that_shares_only_its_name_with_one_of_rlmetas_has_no_preset() -> None:
+    Path("mypkg/other.py").write_text(Path("mypkg/mine.py").read_text().replace("MyAgent", "PPO"))
+    assert main(f"train mypkg.other:PPO CartPole-v1 {FLAGS} --out run".split()) == 0
+    Path("agents").mkdir()
+    Path("agents/my_agent.toml").write_text('["CartPole-v1"]\nnum_steps = 3\n')
+    assert rl.preset("mypkg.mine:MyAgent", "CartPole-v1").num_steps == 3
