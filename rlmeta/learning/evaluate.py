@@ -12,7 +12,7 @@ from rlmeta.engine.parts import FEW_ROWS, one_core
 from rlmeta.envs.world import EVALUATION_LIMIT, Transition, World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
-from rlmeta.learning.collect import Actor, clear_memory
+from rlmeta.learning.collect import Actor, remember
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params
 
@@ -55,14 +55,14 @@ def evaluate(
     begun = 0
     while not score.complete():  # once, but where an episode was cut
         state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))
-        memory = agent.initial_memory(p, rows)
+        memory = initial = agent.initial_memory(p, rows)
         score.begin()
         while not score.idle():
             step_key = random.fold(key, score.steps // agent.noise_hold)
             with one_core(score.finished.numel() <= FEW_ROWS):
                 action, memory = agent.act(p, world.observation(state), memory, step_key, deterministic)
                 state, transition = world.step(state, action)
-            memory = clear_memory(memory, transition.memory_reset)
+            memory = remember(memory, initial, transition)
             score.add(transition)
         begun += 1
     score.warn_of_cuts(world.name)
