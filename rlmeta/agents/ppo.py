@@ -210,17 +210,16 @@ class PPOAgent(Agent):
             distribution = self.forward(self.policy, "policy", p, observation)
             return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
         inputs = self.recurrence.present(observation, memory)
-        hidden = self._hidden(p, inputs)
+        hidden = self._hidden(p, inputs, self.recurrence.names)
         tensors = {**p["weights"], **p["buffers"]}
         distribution = self.policy.answer(tensors, hidden["policy"], inputs, Context(), "policy.")
         action = self.head.mode(distribution) if deterministic else self.head.sample(distribution, key)
         return action, self.recurrence.after(memory, hidden, action)
 
-    def _hidden(self, p: Params, inputs: tree.Tree) -> dict[str, Tensor]:
-        """What every recurrent network remembers after each of the steps, `[*L, *lead, H]`."""
-        assert self.recurrence is not None
-        blocks = {"policy": self.policy, "value": self.value}
-        return {name: self.forward(blocks[name].body, f"{name}.body", p, inputs) for name in self.recurrence.names}
+    def _hidden(self, p: Params, inputs: tree.Tree, names: Sequence[str]) -> dict[str, Tensor]:
+        """What these recurrent networks remember after each of the steps, `[*L, *lead, H]`."""
+        blocks: dict[str, Any] = {"policy": self.policy, "value": self.value}
+        return {name: self.forward(blocks[name].body, f"{name}.body", p, inputs) for name in names}
 
     # ------------------------------------------------------------------ credit
 
@@ -230,7 +229,7 @@ class PPOAgent(Agent):
         reward = together(rewards, self.streams.rewards)
         ctx, inputs, following = Context(), self.inputs(rollout), rollout["next_observation"]
         if self.recurrence is not None:
-            following = self.recurrence.next_inputs(rollout, self._hidden(p, inputs))
+            following = self.recurrence.next_inputs(rollout, self._hidden(p, inputs, self.recurrence.names[-1:]))
         distribution, value = self._evaluate(p, inputs, ctx)
         next_value = self._value(p, following, ctx)
         gamma = p["hyper"]["gamma"]
