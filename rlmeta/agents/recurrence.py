@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.learning.collect import LAST_REWARD, Rollout
+from rlmeta.learning.collect import LAST_REWARD, START, Rollout
 from rlmeta.nn import ActionUnits, Block, Context, Encoder, GRUCell, Params
 
 MemoryName: TypeAlias = Literal["none", "gru"]
@@ -110,7 +110,7 @@ class Recurrence:
         if "reward" in self.sees:
             memory[LAST_REWARD] = zero
         if "start" in self.sees:
-            memory["start"] = zero + 1
+            memory[START] = zero + 1
         return memory
 
     def of_network(self, inputs: tree.Tree, name: str) -> tree.Tree:
@@ -138,7 +138,7 @@ class Recurrence:
         if "action" in self.sees:
             new["last_action"] = self.encode(action)
         if "start" in self.sees:
-            new["start"] = torch.zeros_like(memory["start"])
+            new[START] = torch.zeros_like(memory[START])
         return new
 
     # ------------------------------------------------------------------ learning
@@ -153,7 +153,7 @@ class Recurrence:
         for name, value in self._told(rollout).items():
             before = torch.cat((first[name].unsqueeze(axis), value.narrow(axis, 0, value.shape[axis] - 1)), axis)
             fresh = begins.reshape(begins.shape + (1,) * (before.dim() - begins.dim()))
-            seen[name] = before.masked_fill(fresh, 1.0 if name == "start" else 0.0)
+            seen[name] = before.masked_fill(fresh, 1.0 if name == START else 0.0)
         return {**self._inputs(rollout["observation"], first["hidden"], seen), "begins": begins}
 
     def next_inputs(self, rollout: Rollout, hidden: Mapping[str, Tensor]) -> tree.Tree:
@@ -193,11 +193,12 @@ class Recurrence:
         if "reward" in self.sees:
             told[LAST_REWARD] = rollout["reward"]
         if "start" in self.sees:
-            told["start"] = torch.zeros_like(rollout["reward"])
+            ended = rollout["ended"] if "ended" in rollout else rollout["memory_reset"]
+            told[START] = ended.to(rollout["reward"].dtype)
         return told
 
     def _inputs(self, observation: tree.Tree, hidden: tree.Tree, seen: Mapping[str, Tensor]) -> tree.Tree:
         inputs = {"observation": observation, "hidden": hidden}
         parts = [seen["last_action"]] if "action" in self.sees else []
-        parts += [seen[name].unsqueeze(-1) for name in (LAST_REWARD, "start") if name in seen]
+        parts += [seen[name].unsqueeze(-1) for name in (LAST_REWARD, START) if name in seen]
         return {**inputs, "last": torch.cat(parts, -1)} if parts else inputs

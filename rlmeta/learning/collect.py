@@ -10,7 +10,7 @@ from torch import Tensor
 from rlmeta.engine.capture import Capture
 from rlmeta.engine.clock import clock
 from rlmeta.engine.parts import FEW_ROWS, one_core
-from rlmeta.envs.world import Transition, World
+from rlmeta.envs.world import Transition, TrialTransition, World
 from rlmeta.functional import random, tree
 from rlmeta.functional.shapes import flags
 from rlmeta.learning.state import Params, State
@@ -20,12 +20,16 @@ Rollout = dict[str, Any]
 and `first_memory` `[*L, N, ...]`, the agent's memory before the first step.
 
 `next_observation` is the true successor, the final observation where an episode ended; `observation` at t + 1 is that
-of the next episode. `memory_reset` at t says that the memory was cleared *after* step t.
+of the next episode. `memory_reset` at t says that the memory was cleared *after* step t. Of trials of several episodes
+there is `ended` besides, where each of them ends.
 """
 
 
 LAST_REWARD = "last_reward"
 """The entry of an actor's memory that holds the reward of its last step, where it sees that."""
+
+START = "start"
+"""The entry that holds 1 at the first step of an episode, else 0, where it sees that."""
 
 
 class Actor(Protocol):
@@ -143,24 +147,27 @@ def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
     return found["action"], found["memory"]
 
 
-def _record(transition: Transition) -> Rollout:
+def _record(transition: Transition | TrialTransition) -> Rollout:
     record = transition._asdict()
     del record["observation"]
     return record | {name: flags(record[name], name) for name in ("terminated", "truncated", "valid")}
 
 
-def remember(memory: tree.Tree, initial: tree.Tree, transition: Transition) -> tree.Tree:
+def remember(memory: tree.Tree, initial: tree.Tree, transition: Transition | TrialTransition) -> tree.Tree:
     """The memory `[*L, N, ...]` that an actor goes on with after a step of its world.
 
     Args:
         memory: as `act` left it.
         initial: at the start of an episode: that of the rows whose memory is to be reset.
-        transition: the step; its reward is written where the actor sees rewards (`LAST_REWARD`).
+        transition: the step; its reward is written where the actor sees rewards (`LAST_REWARD`), and whether an episode
+            of a trial ended where it sees starts (`START`).
     """
     if not memory:
         return memory
     if LAST_REWARD in memory:
         memory = {**memory, LAST_REWARD: transition.reward}
+    if START in memory and isinstance(transition, TrialTransition):
+        memory = {**memory, START: transition.ended.to(memory[START].dtype)}
     reset = transition.memory_reset
 
     def leaf(fresh: Tensor, kept: Tensor) -> Tensor:
@@ -178,7 +185,8 @@ def episode_statistics(state: State, rollout: Rollout) -> tuple[State, dict[str,
     """
     axes = state["key"].dim()
     running_return, running_length = state["episode"]["return"], state["episode"]["length"]
-    ended = (rollout["terminated"] | rollout["truncated"]) & rollout["valid"]
+    ended = rollout["ended"] if "ended" in rollout else rollout["terminated"] | rollout["truncated"]
+    ended = ended & rollout["valid"]
     rewards = (rollout["reward"] * rollout["valid"]).double().unbind(axes)
     sums = torch.zeros(3, *state["key"].shape, dtype=torch.float64, device=state["key"].device)
     any_ended = ended.reshape(*ended.shape[: axes + 1], -1).any(-1).reshape(-1, ended.shape[axes]).any(0).tolist()
