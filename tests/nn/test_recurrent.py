@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlmeta.nn import Context
+from rlmeta.nn.product import plain_graph
 from rlmeta.nn.recurrent import GRUCell, LSTMCell
 
 
@@ -93,3 +94,25 @@ def test_unrolled_is_step_by_step_and_forgets_where_an_episode_begins():
     torch.testing.assert_close(
         GRUCell(2, 4).unroll(params, x, first, None), GRUCell(2, 4).unroll(params, x, first, zero)
     )
+
+
+def test_gradients_of_the_unrolled_are_those_of_autograd_and_of_finite_differences():
+    """Of the first order by one node, of the second through it, and in a graph that is to be differentiated twice."""
+    s = t = b = 2
+    _, weights = torchs(s, 2, 3)
+    names = list(weights)
+    x, hidden = torch.randn(s, t, b, 2, dtype=torch.float64), torch.randn(s, b, 3, dtype=torch.float64)
+    begins = torch.zeros(s, t, b, dtype=torch.bool)
+    begins[0, 1, 0] = True
+    tensors = [value.requires_grad_() for value in (*weights.values(), x, hidden)]
+
+    def states(*tensors):
+        *values, x, hidden = tensors
+        return GRUCell(2, 3).unroll(dict(zip(names, values)), x, hidden, begins)
+
+    assert torch.autograd.gradcheck(states, tensors)
+    assert torch.autograd.gradgradcheck(states, tensors)
+    found = torch.autograd.grad(states(*tensors).square().sum(), tensors)
+    with plain_graph():
+        expected = torch.autograd.grad(states(*tensors).square().sum(), tensors)
+    torch.testing.assert_close(found, expected)
