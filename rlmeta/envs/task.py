@@ -189,6 +189,8 @@ class TaskFamily:
     base: Task
     ranges: dict[str, tuple[float, float]]
     """Of a constant that is a list, the range of each of its entries."""
+    episodes: int = 1
+    """Of a trial, for an agent that learns the family as one task; see `trials`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Task):
@@ -225,8 +227,8 @@ class TaskFamily:
         return self.sample(task_keys(key, counter, count, split))
 
     def task(self) -> Task:
-        """The task whose constants are redrawn at every reset."""
-        return dataclasses.replace(self.base, name=self.name, ranges=self.ranges)
+        """The task whose constants are redrawn at every reset, or for every trial."""
+        return dataclasses.replace(self.base, name=self.name, ranges=self.ranges, episodes=self.episodes)
 
 
 def task(
@@ -349,9 +351,9 @@ def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native:
         described = from_table(source, found)
         made = described.task() if isinstance(described, TaskFamily) else described
         if settings:
-            ranges = made.ranges
+            kept = {"ranges": made.ranges, "episodes": made.episodes}
             made = task(made.source, name=name, settings={**made.settings, **settings})
-            made = dataclasses.replace(made, ranges=ranges)
+            made = dataclasses.replace(made, **kept)
         return dataclasses.replace(made, mode=mode)
     if native and source in NATIVE:
         return Task(name, _with_constants(NATIVE[source], settings), settings)
@@ -426,9 +428,10 @@ def _said(hint: Any) -> str:
 def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
     """The task or family that a TOML table describes.
 
-    Keys: `kind` ("task" or "family"), `env`, `settings`, and for a family `ranges` (name = [low, high]).
+    Keys: `kind` ("task" or "family"), `env`, `settings`, and for a family `ranges` (name = [low, high]) and `episodes`
+    (of a trial).
     """
-    kinds = {"task": {"env", "settings"}, "family": {"env", "settings", "ranges"}}
+    kinds = {"task": {"env", "settings"}, "family": {"env", "settings", "ranges", "episodes"}}
     kind = table.get("kind", "task")
     if kind not in kinds:
         raise SettingError(f"envs/{name}.toml: kind is {kind!r}, expected one of {', '.join([*kinds, 'stream'])}")
@@ -439,7 +442,8 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
     if kind == "task":
         return base
     check_ranges(f"envs/{name}.toml", base.source, table["ranges"])
-    return TaskFamily(name, base, {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()})
+    ranges = {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()}
+    return TaskFamily(name, base, ranges, table.get("episodes", 1))
 
 
 def family(name: str, settings: dict[str, Any] | None = None) -> TaskFamily | NamedFamily:

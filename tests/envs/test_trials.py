@@ -119,6 +119,12 @@ def test_a_run_on_trials_goes_on_as_the_one_that_was_not_stopped(tmp_path):
     assert resumed.evaluation.of_trials(4).shape == (2, 3, 4)
 
 
+def test_a_named_family_says_its_trials():
+    assert rl.family("bandits").task().episodes == 30 and rl.task("bandits").world((1,), 2).trial_episodes == 30
+    assert rl.trials("bandits", episodes=4).world((1,), 2).trial_episodes == 4
+    assert rl.family("navigation").task().episodes == 1
+
+
 def test_what_can_be_no_trial_is_refused():
     with pytest.raises(SettingError, match="native"):
         rl.trials(rl.task("CartPole-v1", native=False), episodes=2)
