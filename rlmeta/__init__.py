@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from rlmeta.envs.task import TaskFamily as TaskFamily
     from rlmeta.envs.task import family as family
     from rlmeta.envs.task import task as task
+    from rlmeta.envs.task import trials as trials
     from rlmeta.errors import RlmetaError as RlmetaError
     from rlmeta.imitation import *  # noqa: F403
     from rlmeta.lifelong import *  # noqa: F403
@@ -87,6 +88,7 @@ _WHERE = {
     "stream": "envs.streams",
     "task": "envs.task",
     "train": "api",
+    "trials": "envs.task",
 }
 """Imported when first used: `import rlmeta` alone loads neither torch nor an environment."""
 

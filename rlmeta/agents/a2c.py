@@ -22,7 +22,7 @@ from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
-from rlmeta.learning.minibatch import Minibatches, flatten_time
+from rlmeta.learning.minibatch import Minibatches
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
@@ -187,7 +187,7 @@ class A2CAgent(Agent):
         if self.streams.rewards:
             added, apart = self.streams.credit(state, rollout, rewards, self.view)
             credited = {**credited, "advantage": credited["advantage"] + added}
-        batch = flatten_time(credited, state["key"].dim())
+        batch = self.items(credited, state["key"].dim())
         rate = self.annealed(state)
         explained = losses.explained_variance(batch["old_value"], batch["return"], batch["valid"])
         state, info = step(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlmeta.agents.networks import check_network
+from rlmeta.agents.recurrence import Recurrence
 from rlmeta.agents.streams import Streams
 from rlmeta.data.samples import EVERYTHING
 from rlmeta.engine.capture import Capture
@@ -92,6 +93,8 @@ class Agent:
     """Networks that are no functions of an observation alone, such as critics of actions."""
     keeps_streams = False
     """Whether it learns from streams of reward that stay apart."""
+    recurrence: Recurrence | None = None
+    """Its memory, where its networks are recurrent."""
     copies: tuple[Copy, ...] = ()
     """Target networks and averages, which are among the buffers."""
 
@@ -190,7 +193,9 @@ class Agent:
 
     def initial_memory(self, p: Params, rows: tuple[int, ...]) -> tree.Tree:
         """The memory of `rows` `[*L, N]` agents at the start of an episode; none for feed-forward agents."""
-        return {}
+        if self.recurrence is None:
+            return {}
+        return self.recurrence.initial(rows, next(iter(p["weights"].values())).device)
 
     def seen(self, state: State) -> Params:
         """The parameters as forward passes see them, through the lifelong methods' hooks."""
@@ -214,9 +219,28 @@ class Agent:
         return observation if stats is None else normalise(observation, stats)
 
     def forward(self, network: Block, name: str, p: Params, observation: tree.Tree, ctx: Context | None = None) -> Any:
-        """Run one of the agent's networks on raw observations."""
+        """Run one of the agent's networks on raw observations, a recurrent one on its inputs."""
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
-        return network.run(tensors, self.view(p, observation), ctx or Context(), f"{name}.")
+        if self.recurrence is None:
+            seen = self.view(p, observation)
+        else:
+            seen = self.recurrence.of_network(observation, name)
+            seen["observation"] = self.view(p, seen["observation"])
+        return network.run(tensors, seen, ctx or Context(), f"{name}.")
+
+    def inputs(self, rollout: Rollout) -> tree.Tree:
+        """What the networks are given for every step of a rollout, `[*L, T, N, ...]`: its observations, and what a
+        recurrent one remembers besides."""
+        return rollout["observation"] if self.recurrence is None else self.recurrence.inputs(rollout)
+
+    def items(self, credited: tree.Tree, axes: int) -> tree.Tree:
+        """What was credited for every step `[*L, T, N, ...]` as items of minibatches, `[*L, M, ...]`: single steps, or
+        with a memory whole sequences."""
+        return flatten_time(credited, axes) if self.recurrence is None else self.recurrence.items(credited, axes)
+
+    def samples(self, batch: tree.Tree) -> tree.Tree:
+        """The items of a minibatch as single steps, `[*L, B, ...]`."""
+        return batch if self.recurrence is None else self.recurrence.samples(batch)
 
     def scale_reward(self, state: State, rollout: Rollout, reward: Tensor) -> Tensor:
         """The reward divided by the running deviation of its discounted return, where the settings ask for it."""
@@ -267,8 +291,9 @@ class Agent:
         copied = tree.map(torch.clone, state)
         copied["key"] = random.fold(state["key"], "draw")
         _, rollout = collect(self, copied, world, -(-n // world.num_envs))
+        inputs = self.inputs(rollout)
         del rollout["first_memory"]
-        return flatten_time(rollout, axes)
+        return self.items({**rollout, "observation": inputs}, axes)
 
     def watch(self, state: State, observation: tree.Tree) -> State:
         """Count observations from elsewhere, `[M, ...]` for every learner, among those that observations are

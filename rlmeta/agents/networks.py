@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlmeta.agents.recurrence import RecurrentBody, seen_features
 from rlmeta.data.spaces import to_tree
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import tree
@@ -58,6 +59,8 @@ class Network(Block):
     def answer(self, params: Params, features: torch.Tensor, x: Tree, ctx: Context, prefix: str = "") -> Any:
         """What the head gives for features `[*L, ..., D]` of the observations `x`."""
         head, name = self.head, f"{prefix}head."
+        if isinstance(self.body, RecurrentBody):
+            x = x["observation"]
         if not isinstance(x, dict) or ACTION_MASK not in x or isinstance(head, ValueHead):
             return head.run(params, features, ctx, name)
         if isinstance(head, QHead):
@@ -97,6 +100,14 @@ def _per_task(body: Block, features: int, observation_space: gym.Space, tasks: i
             f"{tasks} tasks: train on a stream with observe_identity and as many tasks, or leave task_heads 0"
         )
     return PerTask(body, tasks), features * tasks
+
+
+def _with_memory(settings: Any, body: Block, features: int, action_space: gym.Space | None) -> tuple[Block, int]:
+    """The body with a memory behind it, and its number of features, where the settings ask for one."""
+    if action_space is None or getattr(settings, "memory", "none") == "none":
+        return body, features
+    seen = seen_features(settings.sees, action_space)
+    return RecurrentBody(body, features, seen, settings.memory_size), settings.memory_size
 
 
 def check_mask(observation_space: gym.Space, action_space: gym.Space) -> None:
@@ -208,6 +219,7 @@ def policy_network(
         whitens(settings),
     )
     body, features = _per_task(body, features, observation_space, tasks)
+    body, features = _with_memory(settings, body, features, action_space)
     head = head_for(
         action_space,
         features,
@@ -219,8 +231,13 @@ def policy_network(
     return Network(body, head, features)
 
 
-def value_network(settings: Any, observation_space: gym.Space, *, tasks: int = 0) -> Network:
-    """A network that gives the value of an observation; `tasks` as in `policy_network`."""
+def value_network(
+    settings: Any, observation_space: gym.Space, action_space: gym.Space | None = None, *, tasks: int = 0
+) -> Network:
+    """A network that gives the value of an observation; `tasks` as in `policy_network`.
+
+    It has the memory that the settings ask for only where it is told the actions, which an actor may see.
+    """
     body, features = build_body(
         settings.network,
         observation_space,
@@ -230,6 +247,7 @@ def value_network(settings: Any, observation_space: gym.Space, *, tasks: int = 0
         whitens(settings),
     )
     body, features = _per_task(body, features, observation_space, tasks)
+    body, features = _with_memory(settings, body, features, action_space)
     return Network(body, ValueHead(features), features)
 
 

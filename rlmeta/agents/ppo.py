@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
+from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName
 from rlmeta.engine.parts import in_parts
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
@@ -26,7 +27,7 @@ from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
-from rlmeta.learning.minibatch import flatten_time, minibatches
+from rlmeta.learning.minibatch import minibatches
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
@@ -100,6 +101,13 @@ class PPO:
     """Last layers, one for each task of a stream with observe_identity; 0 for one whatever the task."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    memory: MemoryName = "none"
+    """A gated recurrent unit behind the body of every network, for tasks that a single observation says too little of;
+    minibatches then are of whole sequences, num_steps long."""
+    memory_size: int = 64
+    """Its units."""
+    sees: tuple[SeenName, ...] = ()
+    """What goes into the memory besides the observation: the last action, its reward, whether an episode starts."""
     rewards: tuple[Reward, ...] = ()
     """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
 
@@ -114,7 +122,7 @@ class PPO:
             require_range(self, name, 0.0, 1.0)
         for name in ("entropy_coefficient", "value_coefficient"):
             require_range(self, name, 0.0)
-        for name in ("num_envs", "num_steps", "num_epochs", "batch_size", "noise_hold"):
+        for name in ("num_envs", "num_steps", "num_epochs", "batch_size", "noise_hold", "memory_size"):
             require_range(self, name, 1)
         require_range(self, "task_heads", 0)
         require(
@@ -126,6 +134,23 @@ class PPO:
             samples % self.batch_size == 0,
             f"PPO: batch_size {self.batch_size} does not divide num_envs * num_steps = {samples}; "
             "the rest of every rollout would be dropped",
+        )
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        require(
+            self.memory != "none" or not self.sees,
+            f"PPO: sees={self.sees!r} goes into a memory: set memory='gru', or leave sees empty",
+        )
+        require(len(set(self.sees)) == len(self.sees), f"PPO: sees={self.sees!r} names something twice: name it once")
+        require(
+            self.memory == "none" or self.batch_size % self.num_steps == 0,
+            f"PPO: batch_size {self.batch_size} is not whole sequences of num_steps = {self.num_steps}, which a memory "
+            "learns from: give a multiple of it",
+        )
+        require(
+            self.memory == "none" or not self.task_heads,
+            "PPO: task_heads and a memory exclude each other: choose one",
         )
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
@@ -149,6 +174,12 @@ class PPOAgent(Agent):
         self.policy: Any = blocks["policy"]
         self.value = blocks["value"]
         self.head: Any = self.policy.head
+        if settings.memory != "none":
+            require(
+                not self.methods,
+                f"PPO: memory={settings.memory!r} and lifelong methods don't go together: leave out one of them",
+            )
+            self.recurrence = Recurrence(settings.sees, settings.memory_size, action_space, blocks)
         self.rewards_entropy = any(value > 0 for value in values_of(settings.entropy_coefficient))
         self.stops_early = any(value < math.inf for value in values_of(settings.stop_kl))
         self.clips_value = any(value < math.inf for value in values_of(settings.value_clip_range))
@@ -160,7 +191,7 @@ class PPOAgent(Agent):
         policy = policy_network(s, *spaces, state_dependent=gsde, tasks=s.task_heads)
         if s.share_network:
             return {"policy": policy, "value": ValueHead(policy.features)}
-        return {"policy": policy, "value": value_network(s, self.observation_space, tasks=s.task_heads)}
+        return {"policy": policy, "value": value_network(s, *spaces, tasks=s.task_heads)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """The state at the start of a run."""
@@ -175,8 +206,20 @@ class PPOAgent(Agent):
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
         """Actions `[*L, N, ...]`: a sample of the policy, or its mode."""
-        distribution = self.forward(self.policy, "policy", p, observation)
-        return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
+        if self.recurrence is None:
+            distribution = self.forward(self.policy, "policy", p, observation)
+            return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
+        inputs = self.recurrence.present(observation, memory)
+        hidden = self._hidden(p, inputs, self.recurrence.names)
+        tensors = {**p["weights"], **p["buffers"]}
+        distribution = self.policy.answer(tensors, hidden["policy"], inputs, Context(), "policy.")
+        action = self.head.mode(distribution) if deterministic else self.head.sample(distribution, key)
+        return action, self.recurrence.after(memory, hidden, action)
+
+    def _hidden(self, p: Params, inputs: tree.Tree, names: Sequence[str]) -> dict[str, Tensor]:
+        """What these recurrent networks remember after each of the steps, `[*L, *lead, H]`."""
+        blocks: dict[str, Any] = {"policy": self.policy, "value": self.value}
+        return {name: self.forward(blocks[name].body, f"{name}.body", p, inputs) for name in names}
 
     # ------------------------------------------------------------------ credit
 
@@ -184,15 +227,17 @@ class PPOAgent(Agent):
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
         """Advantages and returns for every step: what `losses` learns from, `[*L, T, N, ...]`."""
         reward = together(rewards, self.streams.rewards)
-        ctx = Context()
-        distribution, value = self._evaluate(p, rollout["observation"], ctx)
-        next_value = self._value(p, rollout["next_observation"], ctx)
+        ctx, inputs, following = Context(), self.inputs(rollout), rollout["next_observation"]
+        if self.recurrence is not None:
+            following = self.recurrence.next_inputs(rollout, self._hidden(p, inputs, self.recurrence.names[-1:]))
+        distribution, value = self._evaluate(p, inputs, ctx)
+        next_value = self._value(p, following, ctx)
         gamma = p["hyper"]["gamma"]
         discount = align(gamma, reward) * ~rollout["terminated"]
         cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
         advantage = generalized_advantage(reward, discount, value, next_value, cut, p["hyper"]["gae_lambda"])
         return {
-            "observation": rollout["observation"],
+            "observation": inputs,
             "action": rollout["action"],
             "valid": rollout["valid"],
             "advantage": advantage,
@@ -222,7 +267,7 @@ class PPOAgent(Agent):
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """Policy, value and entropy losses `[*L]` of a minibatch `[*L, B, ...]`."""
-        s, h = self.settings, p["hyper"]
+        s, h, batch = self.settings, p["hyper"], self.samples(batch)
         distribution, value = self._evaluate(p, batch["observation"], ctx)
         log_prob = self.head.log_prob(distribution, batch["action"])
         valid = batch.get("valid")
@@ -255,6 +300,7 @@ class PPOAgent(Agent):
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
         """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
+        batch = self.samples(batch)
         return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
@@ -271,27 +317,23 @@ class PPOAgent(Agent):
         if self.streams.rewards:
             added, apart = self.streams.credit(state, rollout, rewards, self.view)
             credited = {**credited, "advantage": credited["advantage"] + added}
-        batch = flatten_time(credited, axes)
-        average = Average()
-        average.add(
-            {
-                "losses/explained_variance": losses.explained_variance(
-                    batch["old_value"], batch["return"], batch["valid"]
-                )
-            }
-        )
+        batch = self.items(credited, axes)
+        average, flat = Average(), self.samples(batch)
+        explained = losses.explained_variance(flat["old_value"], flat["return"], flat["valid"])
+        average.add({"losses/explained_variance": explained})
         if bool(batch["valid"].all()):
             del batch["valid"]
         rate, clip_range = self.annealed(state)
         optimizer = optim.adam(rate, eps=s.adam_epsilon)
         settings = {"clip_range": clip_range, "kl_coefficient": state["kl_coefficient"]}
         bound = p["hyper"]["max_grad_norm"]
+        size = s.batch_size if self.recurrence is None else s.batch_size // s.num_steps
         quiet = 0 if self.stops_early else s.num_epochs - 1  # epochs; of the others it is reported how they went
         first = state["count"]["iterations"] * s.num_epochs
-        epochs = minibatches(state["key"], first, batch, s.batch_size, quiet)
+        epochs = minibatches(state["key"], first, batch, size, quiet)
         state = steps(self, state, epochs, settings, optimizer, max_grad_norm=bound, methods=self.methods)
         active = state["active"]
-        for minibatch in minibatches(state["key"], first + quiet, batch, s.batch_size, s.num_epochs - quiet):
+        for minibatch in minibatches(state["key"], first + quiet, batch, size, s.num_epochs - quiet):
             full = {**minibatch, **settings}
             state, info = step(self, state, full, optimizer, active=active, max_grad_norm=bound, methods=self.methods)
             average.add(info)

@@ -27,7 +27,6 @@ from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
-from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
@@ -208,7 +207,7 @@ class REINFORCEAgent(Agent):
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """One gradient step on the whole rollout."""
         h = state["params"]["hyper"]
-        batch = flatten_time(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
+        batch = self.items(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
         rate = self.annealed(state)
         state, info = step(self, state, batch, optim.adam(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods)
         return state, {**info, "charts/learning_rate": rate}

@@ -82,7 +82,9 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tasks": (lambda x: _all(x, _is_task), "a list of names, or of tables with env and settings"),
     "reveals": (lambda x: _all(x, lambda one: isinstance(one, str)), "a list of texts"),
     "split": (lambda x: _all(x, _is_group), "a list of lists of classes, none of them empty"),
-    **dict.fromkeys(("permute", "rotate", "samples"), (lambda x: type(x) is int and x >= 1, "a whole number above 0")),
+    **dict.fromkeys(
+        ("permute", "rotate", "samples", "episodes"), (lambda x: type(x) is int and x >= 1, "a whole number above 0")
+    ),
     "observe_identity": (lambda x: isinstance(x, bool), "true or false"),
 }
 """What the entries of a problem's table are."""

@@ -39,6 +39,7 @@ class StreamWorld:
         SettingError: the tasks' spaces differ, or observations that nothing can be put behind.
     """
 
+    trial_episodes = 1
     records: bool
     """Whether steps with numbers drawn `ahead` may be recorded: of native tasks, whose constants are in the state."""
 
@@ -53,6 +54,11 @@ class StreamWorld:
         self._observe_identity = observe_identity
         self._tasks, self._physics = tasks, physics_of(tasks)
         self._worlds: list[World] = []
+        trials = [one.name for one in tasks if one.episodes > 1]
+        if trials:
+            raise SettingError(
+                f"{', '.join(trials)}: trials of several episodes are no tasks of a stream: leave them out"
+            )
         with ExitStack() as closing:
             if not self._physics:
                 for one in tasks:

@@ -20,7 +20,7 @@ from rlmeta.envs.families import from_table as named_family
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, require_timeout
 from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, several_agents
 from rlmeta.envs.names import read_named
-from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
+from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld, TrialWorld
 from rlmeta.envs.task_families import Split, task_keys
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, require_choice, require_count, unknown_name
@@ -45,14 +45,22 @@ class Task:
     mode: Mode = "sync"
     """Foreign environments in this process, or divided over worker processes."""
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Constants of a native environment drawn uniformly, for every row, at every reset."""
+    """Constants of a native environment drawn uniformly, for every row, at every reset, or for every trial."""
     max_episode_steps: int | None = None
     """Where to cut the episodes that a factory's environments don't end; others take their limit as a setting."""
     worker_timeout: float = WORKER_TIMEOUT
     """Seconds that one call of an environment may take in a worker process, before the run fails and names it."""
+    episodes: int = 1
+    """Episodes of a native environment that are one trial, and one episode to the agent; see `trials`."""
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, Mode)
+        require_count("episodes", self.episodes)
+        if self.episodes > 1 and not self.native:
+            raise SettingError(
+                f"task {self.name!r} has trials of {self.episodes} episodes, which need a native environment: "
+                "`rlmeta list tasks` shows them, envs/my_native_env.py how to write one"
+            )
         if self.ranges:
             check_ranges(f"task {self.name!r}", self.source, self.ranges)
         if self.max_episode_steps is not None:
@@ -62,7 +70,10 @@ class Task:
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> World:
         """The environments `[*L, N]`."""
         if isinstance(self.source, NativeEnv):
-            return NativeWorld(self.source, learner_shape, num_envs, self._redraw if self.ranges else None)
+            physics = self._redraw if self.ranges else None
+            if self.episodes > 1:
+                return TrialWorld(self.source, learner_shape, num_envs, physics, episodes=self.episodes)
+            return NativeWorld(self.source, learner_shape, num_envs, physics)
         from rlmeta.envs.gymnasium.world import GymnasiumWorld
 
         return GymnasiumWorld(
@@ -76,8 +87,7 @@ class Task:
         )
 
     def _redraw(self, key: Tensor) -> dict[str, Tensor]:
-        draws = random.uniform(key, "physics", 0, (len(self.ranges),), torch.float64)
-        return {name: low + (high - low) * draws[..., i] for i, (name, (low, high)) in enumerate(self.ranges.items())}
+        return drawn(key, "physics", self.source, self.ranges)
 
     @property
     def native(self) -> bool:
@@ -99,6 +109,8 @@ class Task:
             described["constants"] = _plain_constants(self.source)
         if self.max_episode_steps is not None:
             described["max_episode_steps"] = self.max_episode_steps
+        if self.episodes > 1:
+            described["episodes"] = self.episodes
         if self.worker_timeout != WORKER_TIMEOUT:
             described["worker_timeout"] = self.worker_timeout
         return described
@@ -129,17 +141,41 @@ def check_ranges(where: str, source: Any, ranges: Any) -> None:
             raise SettingError(
                 f"{where}: the range of {constant} is {bounds!r}, expected finite numbers, the lower first"
             )
-        if hints.get(constant, float) is not float:
+        if hints.get(constant, float) not in (float, Sequence[float]):
             raise SettingError(
                 f"{where}: constant {constant} is {_said(hints[constant])}, which no range can be drawn of"
             )
 
 
+def drawn(key: Tensor, stream: str, env: NativeEnv, ranges: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
+    """Constants drawn uniformly within their ranges, `[*key]` float64, or `[*key, entries]` where one is a list.
+
+    Args:
+        key: one for each draw.
+        stream: of the random numbers.
+        env: whose constants they are.
+        ranges: `{name: (low, high)}`.
+    """
+    shapes = {name: env.constants()[name].shape for name in ranges}
+    draws = random.uniform(key, stream, 0, (sum(shape.numel() for shape in shapes.values()),), torch.float64)
+    parts = dict(zip(ranges, torch.split(draws, [shape.numel() for shape in shapes.values()], -1)))
+    return {
+        name: (low + (high - low) * parts[name]).reshape(*key.shape, *shapes[name])
+        for name, (low, high) in ranges.items()
+    }
+
+
 def _plain_constants(env: NativeEnv) -> dict[str, Any]:
-    """The constants that are numbers, switches or text and not the default."""
+    """The constants that are numbers, lists of them, switches or text and not the default."""
     fields = {f.name: f.default for f in dataclasses.fields(env)}  # type: ignore[arg-type]
     values = {name: getattr(env, name) for name in fields}
-    return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str) and v != fields[n]}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if _is_plain(v) and v != fields[n]}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(each, int | float) for each in value)
+    return isinstance(value, bool | int | float | str)
 
 
 @dataclass(frozen=True)
@@ -152,6 +188,9 @@ class TaskFamily:
     name: str
     base: Task
     ranges: dict[str, tuple[float, float]]
+    """Of a constant that is a list, the range of each of its entries."""
+    episodes: int = 1
+    """Of a trial, for an agent that learns the family as one task; see `trials`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Task):
@@ -161,13 +200,16 @@ class TaskFamily:
         check_ranges(f"family {self.name!r}", self.base.source, self.ranges)
 
     def sample(self, key: Tensor) -> dict[str, Tensor]:
-        """The constants of one task for every learner, `{name: [*L]}` float64."""
-        draws = random.uniform(key, "family", 0, (len(self.ranges),), torch.float64)
-        return {name: low + (high - low) * draws[..., i] for i, (name, (low, high)) in enumerate(self.ranges.items())}
+        """The constants of one task for every learner, `{name: [*L]}` float64, or `[*L, entries]` of a list."""
+        return drawn(key, "family", self.base.source, self.ranges)
 
     def world(self, physics: dict[str, Tensor], learner_shape: tuple[int, ...], num_envs: int) -> World:
         """Environments `[*L, N]` in which each learner has the constants that `sample` drew for it."""
-        rows = {name: value.unsqueeze(-1).expand(*learner_shape, num_envs) for name, value in physics.items()}
+        axes = len(learner_shape)
+        rows = {
+            name: value.unsqueeze(axes).expand(*learner_shape, num_envs, *value.shape[axes:])
+            for name, value in physics.items()
+        }
         return NativeWorld(self.base.source, learner_shape, num_envs, rows)
 
     @property
@@ -185,8 +227,8 @@ class TaskFamily:
         return self.sample(task_keys(key, counter, count, split))
 
     def task(self) -> Task:
-        """The task whose constants are redrawn at every reset."""
-        return dataclasses.replace(self.base, name=self.name, ranges=self.ranges)
+        """The task whose constants are redrawn at every reset, or for every trial."""
+        return dataclasses.replace(self.base, name=self.name, ranges=self.ranges, episodes=self.episodes)
 
 
 def task(
@@ -235,6 +277,26 @@ def task(
             _named(source, name or source, settings, mode, native), worker_timeout=worker_timeout
         )
     return Task(name or source.id, source, settings, mode, worker_timeout=worker_timeout)
+
+
+def trials(problem: str | Task | TaskFamily, *, episodes: int) -> Task:
+    """The task whose episodes are trials: so many episodes in a row of one draw of a family, for an agent that learns
+    within them by its memory (RL², Duan et al., 2016).
+
+    To the agent a trial is one episode: its memory stays, and rewards of later episodes count for earlier actions. In
+    the records and in evaluations every episode is scored.
+
+    Args:
+        problem: a family of a native environment's constants, a native task, or the name of one.
+        episodes: of a trial.
+
+    Raises:
+        SettingError: it is no native task or family of such tasks, or there is no episode.
+    """
+    base = problem.task() if isinstance(problem, TaskFamily) else task(problem) if isinstance(problem, str) else problem
+    if not isinstance(base, Task):
+        raise SettingError(f"trials of {problem!r}: expected a family of environments, a native task, or a name of one")
+    return dataclasses.replace(base, name=f"{base.name} x {episodes}", episodes=episodes)
 
 
 def _with_limit(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
@@ -289,9 +351,9 @@ def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native:
         described = from_table(source, found)
         made = described.task() if isinstance(described, TaskFamily) else described
         if settings:
-            ranges = made.ranges
+            kept = {"ranges": made.ranges, "episodes": made.episodes}
             made = task(made.source, name=name, settings={**made.settings, **settings})
-            made = dataclasses.replace(made, ranges=ranges)
+            made = dataclasses.replace(made, **kept)
         return dataclasses.replace(made, mode=mode)
     if native and source in NATIVE:
         return Task(name, _with_constants(NATIVE[source], settings), settings)
@@ -366,9 +428,10 @@ def _said(hint: Any) -> str:
 def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
     """The task or family that a TOML table describes.
 
-    Keys: `kind` ("task" or "family"), `env`, `settings`, and for a family `ranges` (name = [low, high]).
+    Keys: `kind` ("task" or "family"), `env`, `settings`, and for a family `ranges` (name = [low, high]) and `episodes`
+    (of a trial).
     """
-    kinds = {"task": {"env", "settings"}, "family": {"env", "settings", "ranges"}}
+    kinds = {"task": {"env", "settings"}, "family": {"env", "settings", "ranges", "episodes"}}
     kind = table.get("kind", "task")
     if kind not in kinds:
         raise SettingError(f"envs/{name}.toml: kind is {kind!r}, expected one of {', '.join([*kinds, 'stream'])}")
@@ -379,7 +442,8 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
     if kind == "task":
         return base
     check_ranges(f"envs/{name}.toml", base.source, table["ranges"])
-    return TaskFamily(name, base, {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()})
+    ranges = {k: (float(low), float(high)) for k, (low, high) in table["ranges"].items()}
+    return TaskFamily(name, base, ranges, table.get("episodes", 1))
 
 
 def family(name: str, settings: dict[str, Any] | None = None) -> TaskFamily | NamedFamily:

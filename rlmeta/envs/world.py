@@ -35,6 +35,27 @@ class Transition(NamedTuple):
     """`[*L, N]` bool: the agent must clear its memory before it acts on `observation`."""
 
 
+class TrialTransition(NamedTuple):
+    """One step of every environment in trials of several episodes; the flags are those of the trials."""
+
+    observation: Tree
+    next_observation: Tree
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor
+    memory_reset: Tensor
+    ended: Tensor
+    """`[*L, N]` bool: an episode of the trial ended."""
+
+
+def ended_of(transition: Transition | TrialTransition) -> Tensor:
+    """Where episodes end that are to be scored, `[*L, N]`: within a trial, too."""
+    if isinstance(transition, TrialTransition):
+        return transition.ended & transition.valid
+    return (transition.terminated | transition.truncated) & transition.valid
+
+
 class World(Protocol):
     """`N` environments for each of `*L` learners, with everything that changes in an explicit state."""
 
@@ -46,6 +67,8 @@ class World(Protocol):
     """Of a single environment."""
     learner_shape: tuple[int, ...]
     num_envs: int
+    trial_episodes: int
+    """Episodes that are one to their agent: of a trial (`envs.native.trials`), else 1."""
     exact_resume: bool
     """Whether `restore` always brings every environment back to exactly where the state says."""
 
@@ -62,7 +85,7 @@ class World(Protocol):
         """The current observation `[*L, N, ...]`: float32 for Box, int64 if discrete, a dict for Dict and Tuple."""
         ...
 
-    def step(self, state: State, action: Tensor) -> tuple[State, Transition]:
+    def step(self, state: State, action: Tensor) -> tuple[State, Transition | TrialTransition]:
         """Act once in every environment, Box actions clipped to their bounds. May consume `state`."""
         ...
 

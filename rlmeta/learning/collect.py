@@ -10,7 +10,7 @@ from torch import Tensor
 from rlmeta.engine.capture import Capture
 from rlmeta.engine.clock import clock
 from rlmeta.engine.parts import FEW_ROWS, one_core
-from rlmeta.envs.world import Transition, World
+from rlmeta.envs.world import Transition, TrialTransition, World
 from rlmeta.functional import random, tree
 from rlmeta.functional.shapes import flags
 from rlmeta.learning.state import Params, State
@@ -20,8 +20,16 @@ Rollout = dict[str, Any]
 and `first_memory` `[*L, N, ...]`, the agent's memory before the first step.
 
 `next_observation` is the true successor, the final observation where an episode ended; `observation` at t + 1 is that
-of the next episode. `memory_reset` at t says that the memory was cleared *after* step t.
+of the next episode. `memory_reset` at t says that the memory was cleared *after* step t. Of trials of several episodes
+there is `ended` besides, where each of them ends.
 """
+
+
+LAST_REWARD = "last_reward"
+"""The entry of an actor's memory that holds the reward of its last step, where it sees that."""
+
+START = "start"
+"""The entry that holds 1 at the first step of an episode, else 0, where it sees that."""
 
 
 class Actor(Protocol):
@@ -61,8 +69,10 @@ def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[S
     keys = random.fold(state["key"], draws // agent.noise_hold)
     take_steps = _recorded_steps if getattr(world, "records", False) and _capture(agent) is not None else _steps
     moving: tree.Tree = {"world": state["world"], "memory": state["memory"]}
+    p = agent.seen(state)
+    fixed = {"params": p, "initial": agent.initial_memory(p, (*state["key"].shape, world.num_envs))}
     with one_core(state["key"].numel() * world.num_envs <= FEW_ROWS):
-        moving, rollout = take_steps(agent, world, agent.seen(state), moving, keys, axes)
+        moving, rollout = take_steps(agent, world, fixed, moving, keys, axes)
     clock.switch("learn")
     first_memory, state["memory"], state["world"] = state["memory"], moving["memory"], moving["world"]
     count = state["count"]
@@ -75,23 +85,27 @@ def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[S
 
 
 def _steps(
-    agent: Actor, world: World, p: Params, moving: tree.Tree, keys: Tensor, axes: int
+    agent: Actor, world: World, fixed: tree.Tree, moving: tree.Tree, keys: Tensor, axes: int
 ) -> tuple[tree.Tree, Rollout]:
-    """A step with each of the keys `[T, *L]`; `moving` is `world` and `memory`, and so is what is returned."""
+    """A step with each of the keys `[T, *L]`; `moving` is `world` and `memory`, and so is what is returned.
+
+    `fixed` is `params` and `initial`, the memory at the start of an episode.
+    """
     rows: list[Rollout] = []
+    given = {"params": fixed["params"]}
     for key in keys.unbind(0):
         clock.switch("act")
         observation = world.observation(moving["world"])
-        action, memory = _act(agent, {"params": p, "observation": observation, "memory": moving["memory"], "key": key})
+        action, memory = _act(agent, {**given, "observation": observation, "memory": moving["memory"], "key": key})
         clock.switch("environment")
         world_state, transition = world.step(moving["world"], action)
-        moving = {"world": world_state, "memory": clear_memory(memory, transition.memory_reset)}
+        moving = {"world": world_state, "memory": remember(memory, fixed["initial"], transition)}
         rows.append({"observation": observation, "action": action, **_record(transition)})
     return moving, tree.map(lambda *steps: torch.stack(steps, axes), *rows)
 
 
 def _recorded_steps(
-    agent: Any, world: Any, p: Params, moving: tree.Tree, keys: Tensor, axes: int
+    agent: Any, world: Any, fixed: tree.Tree, moving: tree.Tree, keys: Tensor, axes: int
 ) -> tuple[tree.Tree, Rollout]:
     """`_steps` as one program, as far as the numbers last that the world draws ahead."""
     clock.switch("act")
@@ -103,7 +117,7 @@ def _recorded_steps(
         observation = world.observation(moving["world"])
         action, memory = agent.act(fixed["params"], observation, moving["memory"], inputs["each"]["key"])
         world_state, transition = world.step(moving["world"], action, fixed["ahead"])
-        memory = clear_memory(memory, transition.memory_reset)
+        memory = remember(memory, fixed["initial"], transition)
         row = {"observation": observation, "action": action, **_record(transition)}
         return {"carried": {"world": world_state, "memory": memory}, "row": row}
 
@@ -111,8 +125,8 @@ def _recorded_steps(
     while len(keys):
         ahead, lasting = world.ahead(moving["world"])
         now, keys = keys[:lasting], keys[lasting:]
-        fixed = {"params": p, "ahead": ahead}
-        moving, rows = agent.capture.scan(name, step, moving, fixed, {"key": now}, len(now), axes)
+        given = {**fixed, "ahead": ahead}
+        moving, rows = agent.capture.scan(name, step, moving, given, {"key": now}, len(now), axes)
         pieces.append(rows)
     return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
 
@@ -133,17 +147,33 @@ def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
     return found["action"], found["memory"]
 
 
-def _record(transition: Transition) -> Rollout:
+def _record(transition: Transition | TrialTransition) -> Rollout:
     record = transition._asdict()
     del record["observation"]
     return record | {name: flags(record[name], name) for name in ("terminated", "truncated", "valid")}
 
 
-def clear_memory(memory: tree.Tree, reset: Tensor) -> tree.Tree:
-    """Zero the memory `[*L, N, ...]` of the rows where `reset` `[*L, N]` is set."""
+def remember(memory: tree.Tree, initial: tree.Tree, transition: Transition | TrialTransition) -> tree.Tree:
+    """The memory `[*L, N, ...]` that an actor goes on with after a step of its world.
+
+    Args:
+        memory: as `act` left it.
+        initial: at the start of an episode: that of the rows whose memory is to be reset.
+        transition: the step; its reward is written where the actor sees rewards (`LAST_REWARD`), and whether an episode
+            of a trial ended where it sees starts (`START`).
+    """
     if not memory:
         return memory
-    return tree.map(lambda m: m.masked_fill(reset.reshape(reset.shape + (1,) * (m.dim() - reset.dim())), 0), memory)
+    if LAST_REWARD in memory:
+        memory = {**memory, LAST_REWARD: transition.reward}
+    if START in memory and isinstance(transition, TrialTransition):
+        memory = {**memory, START: transition.ended.to(memory[START].dtype)}
+    reset = transition.memory_reset
+
+    def leaf(fresh: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(reset.reshape(reset.shape + (1,) * (kept.dim() - reset.dim())), fresh, kept)
+
+    return tree.map(leaf, initial, memory)
 
 
 def episode_statistics(state: State, rollout: Rollout) -> tuple[State, dict[str, Tensor]]:
@@ -155,7 +185,8 @@ def episode_statistics(state: State, rollout: Rollout) -> tuple[State, dict[str,
     """
     axes = state["key"].dim()
     running_return, running_length = state["episode"]["return"], state["episode"]["length"]
-    ended = (rollout["terminated"] | rollout["truncated"]) & rollout["valid"]
+    ended = rollout["ended"] if "ended" in rollout else rollout["terminated"] | rollout["truncated"]
+    ended = ended & rollout["valid"]
     rewards = (rollout["reward"] * rollout["valid"]).double().unbind(axes)
     sums = torch.zeros(3, *state["key"].shape, dtype=torch.float64, device=state["key"].device)
     any_ended = ended.reshape(*ended.shape[: axes + 1], -1).any(-1).reshape(-1, ended.shape[axes]).any(0).tolist()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rlmeta.engine.parts import FEW_ROWS, one_core
-from rlmeta.envs.world import EVALUATION_LIMIT, Transition, World
+from rlmeta.envs.world import EVALUATION_LIMIT, Transition, TrialTransition, World, ended_of
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
-from rlmeta.learning.collect import Actor, clear_memory
+from rlmeta.learning.collect import Actor, remember
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params
 
@@ -25,12 +25,18 @@ class Evaluation(NamedTuple):
     lengths: Tensor
     """In steps or samples, `[*L, E]` int64."""
 
+    def of_trials(self, episodes: int) -> Tensor:
+        """The returns of trials of so many episodes, by trial and episode, `[*L, trials, episodes]`."""
+        return self.returns.reshape(*self.returns.shape[:-1], -1, episodes)
+
 
 @torch.no_grad()
 def evaluate(
     agent: Actor, p: Params, world: World, key: Tensor, episodes: int, *, deterministic: bool = True
 ) -> Evaluation:
     """Play `episodes` episodes with every learner, the same number in each of the world's rows.
+
+    Of trials it plays so many trials, and every episode of theirs is scored: one trial's are next to each other.
 
     A fixed number a row is what keeps short episodes from being counted more often than long ones. An episode that does
     not end within `EVALUATION_LIMIT` steps, or the longer limit that its environment declares, is cut there: its return
@@ -51,18 +57,19 @@ def evaluate(
     if episodes % world.num_envs:
         raise SettingError(f"{episodes} evaluation episodes don't divide over {world.num_envs} environments")
     rows = (*key.shape, world.num_envs)
-    score = _Score(rows, episodes // world.num_envs, max(EVALUATION_LIMIT, world.cuts_after or 0), key.device)
+    rounds = episodes // world.num_envs * world.trial_episodes
+    score = _Score(rows, rounds, max(EVALUATION_LIMIT, world.cuts_after or 0), key.device)
     begun = 0
     while not score.complete():  # once, but where an episode was cut
         state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))
-        memory = agent.initial_memory(p, rows)
+        memory = initial = agent.initial_memory(p, rows)
         score.begin()
         while not score.idle():
             step_key = random.fold(key, score.steps // agent.noise_hold)
             with one_core(score.finished.numel() <= FEW_ROWS):
                 action, memory = agent.act(p, world.observation(state), memory, step_key, deterministic)
                 state, transition = world.step(state, action)
-            memory = clear_memory(memory, transition.memory_reset)
+            memory = remember(memory, initial, transition)
             score.add(transition)
         begun += 1
     score.warn_of_cuts(world.name)
@@ -98,12 +105,12 @@ class _Score:
         self._waits = torch.zeros_like(self.finished, dtype=torch.bool)
         self._since, self._idle = 0, False
 
-    def add(self, transition: Transition) -> None:
+    def add(self, transition: Transition | TrialTransition) -> None:
         """Count a step of every row."""
         self.steps, self._since = self.steps + 1, self._since + 1
         self._running = self._running + transition.reward * transition.valid
         self._length = self._length + transition.valid
-        ended = (transition.terminated | transition.truncated) & transition.valid
+        ended = ended_of(transition)
         if self._since >= self.limit:  # no episode can be longer before
             cut = (self._length >= self.limit) & ~ended & ~self._waits & (self.finished < len(self._slots))
             self._count(ended & ~self._waits, cut)

@@ -63,6 +63,10 @@ def _expected(value: Any, hint: Any) -> str:
     if origin is tuple and arguments[:1] == (int,):
         fits = isinstance(value, list | tuple) and all(_is_whole(size) and size >= 1 for size in value)
         return "" if fits else "a tuple of whole numbers from 1, such as (64, 64), or ()"
+    if origin is tuple and typing.get_origin(arguments[0]) is typing.Literal:
+        choices = typing.get_args(arguments[0])
+        fits = isinstance(value, list | tuple) and all(isinstance(each, str) and each in choices for each in value)
+        return "" if fits else f"a tuple of {', '.join(choices)}, or ()"
     if origin is collections.abc.Callable:
         return "" if callable(value) else "a function"
     if hint in (int, float) and isinstance(value, list | tuple):

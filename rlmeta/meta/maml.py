@@ -36,7 +36,6 @@ from rlmeta.learning.evaluate import Evaluation, evaluate
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
-from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import (
     LearnerSettings,
@@ -351,7 +350,7 @@ class MAMLLearner:
         }
         _, rollout = collect(self.inner, acting, world, self.inner_settings.num_steps)
         reward, axes = rollout["reward"], key.dim()
-        batch = flatten_time(self.inner.credit(p, rollout, {"task": reward}), axes)
+        batch = self.inner.items(self.inner.credit(p, rollout, {"task": reward}), axes)
         if "clip_range" in p["hyper"]:
             batch["clip_range"] = p["hyper"]["clip_range"]
         ended = rollout["terminated"] | rollout["truncated"]

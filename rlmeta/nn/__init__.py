@@ -20,7 +20,7 @@ from rlmeta.nn.lifted import Lifted
 from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear
 from rlmeta.nn.mlp import MLP
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
-from rlmeta.nn.recurrent import LSTMCell
+from rlmeta.nn.recurrent import GRUCell, LSTMCell
 from rlmeta.nn.sample_gradients import check_outputs, group_gradients, squared_gradients
 from rlmeta.nn.units import ActionBounds, ActionUnits
 
@@ -42,6 +42,7 @@ __all__ = [
     "Ensemble",
     "FisherKind",
     "Flatten",
+    "GRUCell",
     "GaussianHead",
     "Initialiser",
     "LSTMCell",

@@ -446,6 +446,7 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
         raise CheckpointError(f"{where}/{CONFIG}: mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
     limits: Any = {name: described[name] for name in ("max_episode_steps", "worker_timeout") if name in described}
     kinds: Kinds = {"max_episode_steps": WHOLE, "worker_timeout": (int, float)}
+    check_table(described, {"episodes": WHOLE} if "episodes" in described else {}, f"{where}/{CONFIG}: task")
     check_table(limits, {name: kinds[name] for name in limits}, f"{where}/{CONFIG}: task")
     _check_ranges(described["ranges"], f"{where}/{CONFIG}: task")
     ranges = {constant: (low, high) for constant, (low, high) in described["ranges"].items()}
@@ -467,4 +468,4 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
         trusted.check_id(described["source"])
         trusted.check_settings(settings)
         made = task(described["source"], name=name, settings=settings, mode=mode, native=False, **limits)
-    return dataclasses.replace(made, ranges=ranges)
+    return dataclasses.replace(made, ranges=ranges, episodes=described.get("episodes", 1))

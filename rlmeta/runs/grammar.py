@@ -120,11 +120,12 @@ def scalar(text: str) -> int | float | bool | str:
 
 
 def text_of(value: Any) -> str:
-    """The text that reads back as the value; a list is values to compare, a tuple joins layers."""
+    """The text that reads back as the value; a list is values to compare, a tuple joins layers or names."""
     if isinstance(value, list):
         return ",".join(text_of(one) for one in value)
     if isinstance(value, tuple):
-        return "x".join(text_of(one) for one in value) or "none"
+        between = "+" if any(isinstance(one, str) for one in value) else "x"
+        return between.join(text_of(one) for one in value) or "none"
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -143,6 +144,10 @@ def text_of(value: Any) -> str:
 
 def _layers(text: str) -> tuple[int, ...]:
     return () if text == "none" else tuple(whole(part) for part in text.split("x"))
+
+
+def _names(choices: Mapping[str, Any], text: str) -> tuple[Any, ...]:
+    return () if text == "none" else tuple(_lookup(choices, part.strip()) for part in text.split("+"))
 
 
 def load_objects(text: str) -> tuple[Any, ...]:
@@ -165,6 +170,10 @@ def form(hint: Any) -> Form:
     if origin is typing.Literal:
         choices = {str(choice): choice for choice in arguments}
         return Form("|".join(choices), f"one of {', '.join(choices)}", lambda text: _lookup(choices, text))
+    if origin is tuple and typing.get_origin(arguments[0]) is typing.Literal:
+        known = {choice: choice for choice in typing.get_args(arguments[0])}
+        expected = f"{', '.join(known)} joined by +, or none"
+        return Form(f"{'|'.join(known)}[+...]", expected, lambda text: _names(known, text))
     if origin is tuple and arguments[0] is not int:
         return Form("PACKAGE.MODULE:NAME[+...]", "package.module:Name, joined by +, or none", load_objects)
     if origin is tuple:
@@ -208,7 +217,8 @@ def values(cls: type, name: str, text: str, where: str = "") -> list[Any]:
         except ValueError:
             raise SettingError(f"{where or flag_of(name)} is {part!r}, expected {expected.expected}") from None
         if value in found:
-            hint = "; layers are joined by x, such as 64x64" if isinstance(value, tuple) else ""
+            layers = isinstance(value, tuple) and not any(isinstance(one, str) for one in value)
+            hint = "; layers are joined by x, such as 64x64" if layers else ""
             raise SettingError(f"{where or flag_of(name)} compares {part!r} with itself: give each value once{hint}")
         found.append(value)
     return found

@@ -42,8 +42,11 @@ class TrainedModule(nn.Module):
         if name not in known:
             raise unknown_name("network", name, known)
         needed = {part: p[part] for part in ("weights", "buffers", "normalisers", "hyper")}
-        if name == ACTION and learner.initial_memory(needed, (1,)):
-            raise SettingError("the learner keeps a memory between its steps: use run.act")
+        if hasattr(learner, "initial_memory") and learner.initial_memory(needed, (1,)):
+            raise SettingError(
+                f"the learner keeps a memory between its steps, so {name!r} is no function of an observation alone: "
+                "use run.act(observation, memory)"
+            )
         self.name, self._learner = name, learner
         self._networks = None if isinstance(learner, Supervised) else dict(bare(learner.networks))
         self._names = dict[str, str]()

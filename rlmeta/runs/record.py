@@ -13,7 +13,7 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.world import EVALUATION_LIMIT, World
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
-from rlmeta.learning.collect import Actor, clear_memory
+from rlmeta.learning.collect import Actor, remember
 from rlmeta.learning.evaluate import evaluation_rows
 from rlmeta.learning.state import Params
 from rlmeta.runs.run import Run
@@ -81,14 +81,14 @@ def play(
     begun, t = 0, 0
     while played.any_left():  # once, but where an episode was cut
         state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))
-        memory = agent.initial_memory(p, (1, world.num_envs))
+        memory = initial = agent.initial_memory(p, (1, world.num_envs))
         played.waits = [False] * world.num_envs
         while played.any_going():
             observation = world.observation(state)
             step_key = random.fold(key, t // agent.noise_hold)
             action, memory = agent.act(p, observation, memory, step_key, deterministic)
             state, transition = world.step(state, action)
-            memory = clear_memory(memory, transition.memory_reset)
+            memory = remember(memory, initial, transition)
             told = {name: value for name, value in transition._asdict().items() if name != "observation"}
             played.add({**told, "observation": observation, "action": _legal(action, world)})
             t += 1

@@ -20,9 +20,11 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError, SpaceError
 from rlmeta.functional import random, statistics, tree
 from rlmeta.functional.packed import Packed
+from rlmeta.learning.collect import LAST_REWARD
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
+from rlmeta.learning.settings import require
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
 from rlmeta.runs import budgets, checkpoint, extension, populations, prediction, stages
@@ -197,17 +199,31 @@ class Run:
 
     @undisturbed()
     @torch.no_grad()
-    def act(self, observation: Any, *, deterministic: bool = True, learner: int | None = None) -> Any:
+    def act(
+        self,
+        observation: Any,
+        memory: Any = None,
+        reward: Any = None,
+        *,
+        deterministic: bool = True,
+        learner: int | None = None,
+    ) -> Any:
         """The action for one observation of the task, ready for `env.step`, or those for a batch of them.
 
         Args:
             observation: as the environment gives it, or as a vector environment gives a batch: with one axis more in
                 front.
+            memory: of an agent with a memory, what the call before it returned; None at the start of an episode.
+            reward: what the last action brought, a number or one for each of the batch, where the agent sees rewards.
             deterministic: the policy's mode, or a sample.
             learner: which one acts; by default the best in the final evaluation.
 
+        Returns:
+            The action; of an agent with a memory the action and its memory.
+
         Raises:
-            SettingError: no such learner, or none of them has a finite score to be the best by.
+            SettingError: no such learner, none of them has a finite score to be the best by, or a memory or reward
+                that the agent has no use for, or lacks.
             SpaceError: the observation is not of the task's observation space.
         """
         if not self.agent.acts:
@@ -224,8 +240,11 @@ class Run:
         self._actions += 1
         key = random.fold(random.fold(state["key"][learner], "act"), self._actions)
         agent: Any = self.agent
-        action, _ = agent.act(p, given, agent.initial_memory(p, (batch or 1,)), key, deterministic)
-        return spaces.to_numpy(self.world.action_space, action[0] if batch is None else action, rows)
+        initial = agent.initial_memory(p, (batch or 1,))
+        before = initial if memory is None else told(initial, memory, reward)
+        action, after = agent.act(p, given, before, key, deterministic)
+        action = spaces.to_numpy(self.world.action_space, action[0] if batch is None else action, rows)
+        return (action, after) if initial else action
 
     @undisturbed()
     def predict(
@@ -573,6 +592,34 @@ def _check_frozen(name: str, given: dict[str, Tensor], where: str) -> None:
                 f"{where}: {name.removeprefix(group)} was {state} in the run and is {now} in the network given now: "
                 "freeze (requires_grad=False) what was frozen, and nothing else"
             )
+
+
+def told(initial: tree.Tree, memory: tree.Tree, reward: Any) -> tree.Tree:
+    """A memory that an agent acts with within an episode, once it was told the reward of its last action.
+
+    Args:
+        initial: its memory at the start of an episode.
+        memory: as `run.act` returned it.
+        reward: of the last action, where the agent sees rewards.
+
+    Raises:
+        SettingError: it is the memory of another agent or of another number of environments, or the reward is missing.
+    """
+    layouts = [{name: leaf.shape for name, leaf in tree.flatten(each).items()} for each in (initial, memory)]
+    require(
+        layouts[0] == layouts[1],
+        "the memory to act with is not what run.act returned for as many observations of this agent: "
+        "leave it out at the start of an episode" + ("" if initial else "; this agent has none"),
+    )
+    sees = LAST_REWARD in initial
+    require(
+        sees or reward is None, "a reward is given, which this agent does not see: leave it out, or train with sees"
+    )
+    if not sees:
+        return memory
+    require(reward is not None, "the agent sees its last reward: give run.act(observation, memory, reward)")
+    before = memory[LAST_REWARD]
+    return {**memory, LAST_REWARD: torch.as_tensor(reward, dtype=before.dtype, device=before.device).expand_as(before)}
 
 
 def per_learner(values: Tensor) -> list[float]:

@@ -30,7 +30,8 @@ def kind_of(cls: type, name: str) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "choice"
     if typing.get_origin(hint) is tuple:
-        return "layers" if typing.get_args(hint)[0] is int else "rewards"
+        entry = typing.get_args(hint)[0]
+        return "layers" if entry is int else "choices" if typing.get_origin(entry) is typing.Literal else "rewards"
     return {int: "whole", float: "number", bool: "switch"}.get(hint, "other")
 
 
@@ -40,6 +41,7 @@ WRONG: dict[str, list[typing.Any]] = {
     "whole": [-1, math.nan, math.inf, "x", True, None, 1.5, 2.0, [1]],
     "switch": [-1, 0, 1, "true", None, math.nan],
     "choice": [-1, "x", True, None, "SCALE"],
+    "choices": [-1, "action", True, None, {"action"}, ("x",), (1,), ("action", None)],
     "layers": [-1, "64x64", True, None, 64, (1.5,), (0,), (-1,), (True,), ("64",), (None,)],
     "rewards": [-1, "x", True, None, PotentialShaping(len), {}, [EpisodicCounts], (1,), (EpisodicCounts(),) * 2],
 }

@@ -15,6 +15,10 @@ class Recurrent:
     """A recurrent policy's stand-in: its memory counts the steps since it was cleared."""
 
     noise_hold = 1
+    first = 0.0
+
+    def initial_memory(self, p, rows):
+        return {"steps": torch.full(rows, self.first)}
 
     def seen(self, state):
         return state["params"]

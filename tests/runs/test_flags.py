@@ -51,6 +51,16 @@ def test_what_is_no_whole_number(text: str) -> None:
         grammar.whole(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("action+reward", ("action", "reward")), ("start", ("start",)), ("none", ())]
+)
+def test_names_are_joined_by_a_plus(text: str, value: tuple[str, ...]) -> None:
+    assert grammar.values(AGENTS["ppo"], "sees", text) == [value]
+    assert grammar.text_of(value) == text
+    with pytest.raises(SettingError, match="action, reward, start joined by"):
+        grammar.values(AGENTS["ppo"], "sees", "colour")
+
+
 def test_numbers() -> None:
     assert grammar.number("3e-4") == 3e-4
     assert grammar.number("2.5M") == 2_500_000

@@ -18,6 +18,8 @@ SEEDS = (100, 101, 102, 103)
         ("a2c", "CartPole-v1", 475.0),
         ("reinforce", "CartPole-v1", 475.0),
         ("dqn", "CartPole-v1", 450.0),
+        ("ppo", "CartPole-positions", 490.0),
+        ("ppo", "bandits", 0.68),
         ("ppo", "Pendulum-v1", -220.0),
         ("sac", "Pendulum-v1", -165.0),
         ("td3", "Pendulum-v1", -185.0),
@@ -28,7 +30,7 @@ SEEDS = (100, 101, 102, 103)
 def test_an_agents_preset_learns_its_task(agent: str, task: str, bar: float) -> None:
     settings = rl.preset(agent, task)
     steps = {"ppo": 100_000, "a2c": 500_000, "reinforce": 500_000, "dqn": 50_000, "sac": 12_000, "td3": 12_000}[agent]
-    steps = {"MountainCar-v0": 120_000, "Acrobot-v1": 100_000}.get(task, steps)
+    steps = {"MountainCar-v0": 120_000, "Acrobot-v1": 100_000, "bandits": 300_000}.get(task, steps)
     run = rl.train(settings, task, steps=steps, seeds=SEEDS)
     assert run.summary()[0]["iqm"] >= bar, run.scores.tolist()
 

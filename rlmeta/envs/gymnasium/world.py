@@ -101,6 +101,8 @@ class GymnasiumWorld:
         SpaceError: a space is not supported.
     """
 
+    trial_episodes = 1
+
     def __init__(
         self,
         make: Any,

@@ -8,6 +8,7 @@ from rlmeta.envs.native.mountain_car import MountainCar, MountainCarContinuous
 from rlmeta.envs.native.navigation import Navigation
 from rlmeta.envs.native.pendulum import Pendulum
 from rlmeta.envs.native.tabular import CliffWalking, FrozenLake, GridWorld, Tables, Tabular, TabularMDP
+from rlmeta.envs.native.trials import TrialWorld
 
 NATIVE: dict[str, NativeEnv] = {
     "CartPole-v1": CartPole(),
@@ -43,4 +44,5 @@ __all__ = [
     "Tables",
     "Tabular",
     "TabularMDP",
+    "TrialWorld",
 ]

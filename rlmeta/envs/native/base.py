@@ -163,6 +163,7 @@ class NativeWorld:
     """
 
     exact_resume = True
+    trial_episodes = 1
     records: bool
     """Whether steps with numbers drawn `ahead` may be recorded; not where physics is drawn for every episode."""
 
@@ -429,7 +430,9 @@ def _action_bounds(space: gym.Space) -> tuple[Tensor, Tensor] | None:
 def _where(condition: Tensor, chosen: Mapping[str, Any], other: Mapping[str, Any]) -> State:
     """`chosen` in the rows where `condition` `[*L, N]` is set, `other` elsewhere, leaf by leaf."""
 
-    def leaf(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(condition.reshape(condition.shape + (1,) * (a.dim() - condition.dim())), a, b)
+    return tree.map(lambda a, b: choose(condition, a, b), chosen, other)
 
-    return tree.map(leaf, chosen, other)
+
+def choose(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """`chosen` `[*L, N, ...]` in the rows where `condition` `[*L, N]` is set, `other` elsewhere."""
+    return torch.where(condition.reshape(condition.shape + (1,) * (chosen.dim() - condition.dim())), chosen, other)

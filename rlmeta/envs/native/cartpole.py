@@ -45,6 +45,8 @@ class CartPole(NativeEnv):
     fixed_horizon: bool = False
     """Never terminate: the angle wraps round and a step pays 1 within the thresholds, 0 outside, as in
     seals/CartPole-v0. How long an episode lasts then says nothing: a constant reward teaches nothing."""
+    observe_velocities: bool = True
+    """False hides them: who balances the pole has to remember where it was."""
     max_episode_steps: int | None = 500
 
     reset_noise = 4
@@ -59,9 +61,10 @@ class CartPole(NativeEnv):
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """x, x', theta, theta'; to twice the thresholds, so that final observations are inside."""
+        """x, x', theta, theta', or x and theta; to twice the thresholds, so that final observations are inside."""
         x, theta = (np.inf, np.pi) if self.fixed_horizon else (self.x_threshold * 2, self.theta_threshold * 2)
         high = np.array([x, np.inf, theta, np.inf], dtype=np.float32)
+        high = high if self.observe_velocities else high[::2]
         return gym.spaces.Box(-high, high, dtype=np.float32)
 
     @cached_property
@@ -95,8 +98,9 @@ class CartPole(NativeEnv):
         return {"state": new}, reward, terminated
 
     def observe(self, state: State) -> Tensor:
-        """The state in float32."""
-        return state["state"].float()
+        """The state in float32, or its positions alone."""
+        seen = state["state"] if self.observe_velocities else state["state"][..., ::2]
+        return seen.float()
 
     def _accelerations(
         self, theta: Tensor, theta_dot: Tensor, action: Tensor, physics: Physics

@@ -1,0 +1,204 @@
+"""Recurrent memory of agents, and what an actor sees besides its observation: its last action, reward, a start.
+
+A recurrent network takes `inputs` in the place of an observation:
+
+    observation  `[*L, *lead, ...]`
+    hidden       `{network: [*L, *rows, H]}`, its memory before the first of the steps
+    begins       `[*L, *lead]` bool, absent for a single step: the memory is that of an episode's start
+    last         `[*L, *lead, D]`, absent where the actor sees nothing else
+
+where `lead` is `[N]` as it acts, `[T, N]` in a rollout and `[T * B]`, time first, in a loss. A minibatch holds whole
+sequences: an item of it is a row of the rollout, `[*L, B, T, ...]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.errors import SettingError
+from rlmeta.functional import tree
+from rlmeta.learning.collect import LAST_REWARD, START, Rollout
+from rlmeta.nn import ActionUnits, Block, Context, Encoder, GRUCell, Params
+
+MemoryName: TypeAlias = Literal["none", "gru"]
+"""What an agent's networks remember their observations by."""
+
+SeenName: TypeAlias = Literal["action", "reward", "start"]
+"""What an actor may see besides its observation."""
+
+
+class RecurrentBody(Block):
+    """Features of a body, then what the actor sees besides, then a gated recurrent unit: its state is the features."""
+
+    def __init__(self, body: Block, features: int, seen: int, size: int) -> None:
+        super().__init__()
+        self.body, self.cell = body, GRUCell(features + seen, size)
+
+    def run(self, params: Params, x: tree.Tree, ctx: Context, prefix: str = "") -> Tensor:
+        """Inputs, with `hidden` `[*L, *rows, H]` of this network alone, to the state after each step `[*L, *lead, H]`.
+
+        There are as many steps as the leading axes hold more than the rows, and time is the first of them.
+        """
+        features = self.body.run(params, x["observation"], ctx, f"{prefix}body.")
+        if "last" in x:
+            features = torch.cat((features, x["last"]), -1)
+        axes, hidden, begins = params[f"{prefix}cell.weight_hh"].dim() - 2, x["hidden"], x.get("begins")
+        if begins is None:
+            return self.cell.run(params, {"input": features, "hidden": hidden}, ctx, f"{prefix}cell.")
+        learners, lead = hidden.shape[:axes], begins.shape
+        hidden = hidden.flatten(axes, -2)
+        steps = (-1, hidden.shape[-2])
+        states = self.cell.unroll(
+            params,
+            features.reshape(*learners, *steps, features.shape[-1]),
+            hidden,
+            begins.reshape(*learners, *steps),
+            f"{prefix}cell.",
+        )
+        return states.reshape(*lead, -1)
+
+
+def last_action(action_space: gym.Space) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """How many features an action has as its actor sees it afterwards, and the function that makes them.
+
+    Discrete ones are one-hot, of a Box its bounds are at -1 and 1.
+    """
+    encoder = Encoder(action_space)
+    if not isinstance(action_space, gym.spaces.Box):
+        return encoder.features, lambda action: encoder.run({}, action, Context())
+    bounds = (bound.reshape(-1).tolist() for bound in (action_space.low, action_space.high))
+    units = ActionUnits(action_space.shape, *bounds)
+    return encoder.features, lambda action: units.to_policy(action).float()
+
+
+def seen_features(sees: tuple[SeenName, ...], action_space: gym.Space) -> int:
+    """How many numbers an actor sees besides its observation."""
+    return sum(last_action(action_space)[0] if name == "action" else 1 for name in sees)
+
+
+class Recurrence:
+    """The memory of an agent whose networks are recurrent.
+
+    Args:
+        sees: what its actor sees besides the observation.
+        size: units of every network's memory.
+        action_space: of one environment.
+        networks: of the agent, by name.
+    """
+
+    def __init__(
+        self, sees: tuple[SeenName, ...], size: int, action_space: gym.Space, networks: Mapping[str, Block]
+    ) -> None:
+        self.sees, self.size = sees, size
+        self.action_features, self.encode = last_action(action_space)
+        self.names = [
+            name for name, block in networks.items() if isinstance(getattr(block, "body", None), RecurrentBody)
+        ]
+
+    def initial(self, rows: tuple[int, ...], device: torch.device) -> tree.Tree:
+        """The memory of `rows` `[*L, N]` actors at the start of an episode: zeros, and that it is one."""
+        zero = torch.zeros(rows, dtype=torch.float32, device=device)
+        wide = zero.unsqueeze(-1)
+        memory: tree.Tree = {"hidden": {name: wide.repeat(*zero.dim() * (1,), self.size) for name in self.names}}
+        if "action" in self.sees:
+            memory["last_action"] = wide.repeat(*zero.dim() * (1,), self.action_features)
+        if "reward" in self.sees:
+            memory[LAST_REWARD] = zero
+        if "start" in self.sees:
+            memory[START] = zero + 1
+        return memory
+
+    def of_network(self, inputs: tree.Tree, name: str) -> tree.Tree:
+        """The inputs of one network, with its own memory alone.
+
+        Raises:
+            SettingError: these are observations alone.
+        """
+        if not isinstance(inputs, dict) or "hidden" not in inputs:
+            raise SettingError(
+                "a network with a memory takes sequences of its agent's own steps, not observations alone: "
+                "choose memory='none' for this"
+            )
+        return {**inputs, "hidden": inputs["hidden"][name.partition(".")[0]]}
+
+    # ------------------------------------------------------------------ acting
+
+    def present(self, observation: tree.Tree, memory: tree.Tree) -> tree.Tree:
+        """The inputs for one step `[*L, N, ...]`."""
+        return self._inputs(observation, memory["hidden"], memory)
+
+    def after(self, memory: tree.Tree, hidden: Mapping[str, Tensor], action: Tensor) -> tree.Tree:
+        """The memory after an action `[*L, N, ...]`, but for its reward, which the world tells later."""
+        new = {**memory, "hidden": dict(hidden)}
+        if "action" in self.sees:
+            new["last_action"] = self.encode(action)
+        if "start" in self.sees:
+            new[START] = torch.zeros_like(memory[START])
+        return new
+
+    # ------------------------------------------------------------------ learning
+
+    def inputs(self, rollout: Rollout) -> tree.Tree:
+        """The inputs for every step of a rollout, `[*L, T, N, ...]`, as they were while it was acted."""
+        reset, first = rollout["memory_reset"], rollout["first_memory"]
+        axis = reset.dim() - 2
+        never = torch.zeros_like(reset.narrow(axis, 0, 1))
+        begins = torch.cat((never, reset.narrow(axis, 0, reset.shape[axis] - 1)), axis)
+        seen = {}
+        for name, value in self._told(rollout).items():
+            before = torch.cat((first[name].unsqueeze(axis), value.narrow(axis, 0, value.shape[axis] - 1)), axis)
+            fresh = begins.reshape(begins.shape + (1,) * (before.dim() - begins.dim()))
+            seen[name] = before.masked_fill(fresh, 1.0 if name == START else 0.0)
+        return {**self._inputs(rollout["observation"], first["hidden"], seen), "begins": begins}
+
+    def next_inputs(self, rollout: Rollout, hidden: Mapping[str, Tensor]) -> tree.Tree:
+        """The inputs for the true successor of every step, `[*L, T, N, ...]`.
+
+        Args:
+            rollout: as it was acted.
+            hidden: of every network that is asked, its memory after every step, `[*L, T, N, H]`.
+        """
+        return self._inputs(rollout["next_observation"], dict(hidden), self._told(rollout))
+
+    def items(self, batch: tree.Tree, axes: int) -> tree.Tree:
+        """What was credited for every step `[*L, T, N, ...]` as whole sequences `[*L, N, T, ...]`."""
+        inputs = dict(batch["observation"])
+        hidden = inputs.pop("hidden")
+        turned = tree.map(lambda x: x.transpose(axes, axes + 1).contiguous(), {**batch, "observation": inputs})
+        return {**turned, "observation": {**turned["observation"], "hidden": hidden}}
+
+    def samples(self, batch: tree.Tree) -> tree.Tree:
+        """Sequences `[*L, B, T, ...]` as samples `[*L, T * B, ...]`, the steps of all of them one after another."""
+        inputs = dict(batch["observation"])
+        hidden = inputs.pop("hidden")
+        axes = inputs["begins"].dim() - 2
+        flat = tree.map(
+            lambda x: x if x.dim() < axes + 2 else x.transpose(axes, axes + 1).flatten(axes, axes + 1),
+            {**batch, "observation": inputs},
+        )
+        return {**flat, "observation": {**flat["observation"], "hidden": hidden}}
+
+    # ------------------------------------------------------------------ what is seen
+
+    def _told(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What a step of a rollout leaves for the next one to see, by its name in a memory."""
+        told = {}
+        if "action" in self.sees:
+            told["last_action"] = self.encode(rollout["action"])
+        if "reward" in self.sees:
+            told[LAST_REWARD] = rollout["reward"]
+        if "start" in self.sees:
+            ended = rollout["ended"] if "ended" in rollout else rollout["memory_reset"]
+            told[START] = ended.to(rollout["reward"].dtype)
+        return told
+
+    def _inputs(self, observation: tree.Tree, hidden: tree.Tree, seen: Mapping[str, Tensor]) -> tree.Tree:
+        inputs = {"observation": observation, "hidden": hidden}
+        parts = [seen["last_action"]] if "action" in self.sees else []
+        parts += [seen[name].unsqueeze(-1) for name in (LAST_REWARD, START) if name in seen]
+        return {**inputs, "last": torch.cat(parts, -1)} if parts else inputs
