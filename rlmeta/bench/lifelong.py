@@ -28,7 +28,7 @@ from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
 from rlmeta.learning.settings import hyper_tensors
-from rlmeta.lifelong import AGEM, EWC, GEM, Method, PackNet, Replay, metrics
+from rlmeta.lifelong import AGEM, EWC, GEM, GenerativeReplay, Method, PackNet, Replay, metrics
 from rlmeta.runs import stages
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.presets import preset
@@ -124,12 +124,14 @@ SPLIT = {
         Row("GEM", NETWORK, (GEM(memory=40, margin=0.5),)),
         Row("PackNet", NETWORK, (PackNet(),)),
         Row("replay, 20 a class", NETWORK, (Replay(size=200),)),
+        Row("generative replay", NETWORK, (GenerativeReplay(),)),
     ),
     "class": (
         Row("none", NETWORK),
         Row("EWC", NETWORK, (EWC(strength=1e4),)),
         Row("GEM", NETWORK, (GEM(memory=40, margin=0.5),)),
         Row("replay, 20 a class", NETWORK, (Replay(size=200),)),
+        Row("generative replay", NETWORK, (GenerativeReplay(),)),
     ),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.data.samples import DataTask, Samples
-from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning import owners
@@ -19,28 +16,11 @@ from rlmeta.learning.method import Learned, Method
 from rlmeta.learning.phases import EVALUATED, TRAINING, whose
 from rlmeta.lifelong.generative_replay import Generator
 from tests.lifelong.textures import textures
-from tests.lifelong.toy import flat, learner
+from tests.lifelong.toy import flat, learner, pictures, points
 
 SMALL = rl.GenerativeReplay(latent=2, hidden_sizes=(5,))
 STEPS = 40
 """Samples of each task: 5 gradient steps, an iteration."""
-
-
-@functools.cache
-def pictures(scenario: Any = "class") -> Any:
-    """Three tasks of two classes of noisy pictures of 3 x 3 bytes."""
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.rand(6, 9, generator=generator)
-    parts = []
-    for count in (20, 10):
-        noise = 0.1 * torch.randn(6, count, 9, generator=generator)
-        parts.append(((centres.unsqueeze(1) + noise).clamp(0, 1) * 255).to(torch.uint8).reshape(6, count, 3, 3))
-    tasks = []
-    for first in (0, 2, 4):
-        target = [torch.arange(first, first + 2).repeat_interleave(part.shape[1]) for part in parts]
-        samples = [Samples(part[first : first + 2].flatten(0, 1), y) for part, y in zip(parts, target)]
-        tasks.append(DataTask(f"pictures-{first}", *samples, (first, first + 1), 6))
-    return stream(tasks, "pictures", scenario=scenario)
 
 
 def train(*methods: Method, scenario: Any = "class", seeds: Any = 2, **arguments: Any) -> Any:
@@ -190,8 +170,6 @@ def test_hooks_know_the_phase_and_evaluation_from_training() -> None:
     ],
 )
 def test_what_it_cannot_draw_is_refused(settings: Any, problem: str, reason: str) -> None:
-    from tests.lifelong.toy import points
-
     with pytest.raises(SettingError, match=reason):
         rl.train(settings, points() if problem == "points" else problem, steps=64, lifelong=[SMALL])
 

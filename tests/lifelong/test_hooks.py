@@ -11,13 +11,14 @@ from torch import Tensor
 
 import rlmeta as rl
 from rlmeta.learning.method import Method
-from rlmeta.lifelong import AGEM, ALL, EWC, GEM, PackNet, Replay
+from rlmeta.lifelong import AGEM, ALL, EWC, GEM, GenerativeReplay, PackNet, Replay
 from tests.lifelong.test_methods import SHORT, agent, conflicts
-from tests.lifelong.toy import learner, points
+from tests.lifelong.toy import learner, pictures, points
 
 HOOKS = (
     "task_start",
     "phase_start",
+    "learn",
     "task_end",
     "params",
     "batches",
@@ -65,16 +66,18 @@ class Watched(Method):
 
 METHODS = [EWC(strength=10.0, samples=16), EWC(strength=10.0, samples=16, online=True, decay=0.9), GEM(memory=8)]
 METHODS += [AGEM(memory=8, batch_size=8), PackNet(), PackNet(retrain=0.0, keep=0.3), Replay(size=16)]
+LABELLED = [GenerativeReplay(latent=2, hidden_sizes=(5,))]
 
 
 def test_every_method_is_looked_after():
-    assert {type(method) for method in METHODS} == set(ALL)
+    assert {type(method) for method in METHODS + LABELLED} == set(ALL)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS + LABELLED, ids=repr)
 def test_hooks_write_nothing_in_place(method):
     watched = Watched(method)
-    rl.train(learner(), points(), steps=80, seeds=2, lifelong=[watched])
+    problem = pictures() if method in LABELLED else points()
+    rl.train(learner(), problem, steps=80, seeds=2, lifelong=[watched])
     assert watched.calls > 100
 
 

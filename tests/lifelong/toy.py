@@ -35,6 +35,23 @@ def points(count: int = 3, order: Any = "given") -> TaskStream:
     return stream(tasks(count), "points", scenario="task", order=order)
 
 
+@functools.cache
+def pictures(scenario: Any = "class") -> Any:
+    """Three tasks of two classes of noisy pictures of 3 x 3 bytes."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.rand(6, 9, generator=generator)
+    parts = []
+    for count in (20, 10):
+        noise = 0.1 * torch.randn(6, count, 9, generator=generator)
+        parts.append(((centres.unsqueeze(1) + noise).clamp(0, 1) * 255).to(torch.uint8).reshape(6, count, 3, 3))
+    tasks = []
+    for first in (0, 2, 4):
+        target = [torch.arange(first, first + 2).repeat_interleave(part.shape[1]) for part in parts]
+        samples = [Samples(part[first : first + 2].flatten(0, 1), y) for part, y in zip(parts, target)]
+        tasks.append(DataTask(f"pictures-{first}", *samples, (first, first + 1), 6))
+    return stream(tasks, "pictures", scenario=scenario)
+
+
 def learner(**settings: Any) -> Classifier:
     return Classifier(**{"batch_size": 8, "num_steps": 5, "hidden_sizes": (6,), "learning_rate": 0.01, **settings})
 
