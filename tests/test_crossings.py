@@ -17,7 +17,7 @@ from rlmeta.runs.train import prepare
 from tests.crossings import NETWORKS, OBSERVATIONS, PROBLEMS, GymWalk, labelled, network, shown, walks
 
 WORLDS = ("native", "gymnasium")
-AGENTS = ("ppo", "a2c", "reinforce", "dqn", "sac", "td3", "behaviour cloning", "gail")
+AGENTS = ("ppo", "recurrent ppo", "a2c", "reinforce", "dqn", "sac", "td3", "behaviour cloning", "gail")
 CONTINUOUS = ("sac", "td3")
 LEARNERS = ("classifier", "regressor")
 
@@ -65,6 +65,9 @@ def settings(cell: Crossing) -> Any:
         return rl.BehaviourCloning(demonstrations=given, num_steps=4, batch_size=8, normalise_observation=white, **own)
     return {
         "ppo": lambda: rl.PPO(batch_size=4, num_epochs=2, **few),
+        "recurrent ppo": lambda: rl.PPO(
+            batch_size=4, num_epochs=2, memory="gru", memory_size=3, sees=("action", "reward", "start"), **few
+        ),
         "a2c": lambda: rl.A2C(**few),
         "reinforce": lambda: rl.REINFORCE(**few),
         "dqn": lambda: rl.DQN(gradient_steps=1, **few, **replayed),
@@ -106,16 +109,20 @@ def cross(cell: Crossing) -> str:
         for deterministic in (True, False):
             observation, _ = GymWalk(cell.observation, continuous=cell.agent in CONTINUOUS).reset(seed=0)
             action = run.act(observation, deterministic=deterministic, learner=1)
+            if cell.agent == "recurrent ppo":
+                first, memory = action
+                action, _ = run.act(observation, memory, 1.0, deterministic=deterministic, learner=1)
+                assert first in run.world.action_space
             assert action in run.world.action_space
             assert cell.observation != "masked" or action == 1, "a masked action was taken"
     return ""
 
 
 def expected_to_be_refused(cell: Crossing) -> bool:
-    """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions; a
-    force can't be masked."""
+    """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions,
+    and an agent without a memory; a force can't be masked."""
     foreign = cell.problem == "family" and cell.world == "gymnasium"
-    values_alone = cell.agent == "dqn" and cell.problem == "stream"
+    values_alone = cell.agent in ("dqn", "recurrent ppo") and cell.problem == "stream"
     return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
 
 

@@ -285,6 +285,8 @@ class Agent:
     def draw(self, state: State, world: World, n: int) -> Rollout:
         """At least n fresh steps `[*L, n, ...]` of the policy as it is, from where the environments stand.
 
+        With a memory they are whole sequences.
+
         The state stays as it is; live environments move on, so a new task must begin, or the run end, after it.
         """
         axes = state["key"].dim()

@@ -186,15 +186,19 @@ class Recurrence:
     # ------------------------------------------------------------------ what is seen
 
     def _told(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What a step of a rollout leaves for the next one to see, by its name in a memory."""
+        """What a step of a rollout leaves for its successor to see, by its name in a memory.
+
+        The successor of a step that was cut is no start; the first of the next episode is, which `inputs` says.
+        """
         told = {}
         if "action" in self.sees:
             told["last_action"] = self.encode(rollout["action"])
         if "reward" in self.sees:
             told[LAST_REWARD] = rollout["reward"]
         if "start" in self.sees:
-            ended = rollout["ended"] if "ended" in rollout else rollout["memory_reset"]
-            told[START] = ended.to(rollout["reward"].dtype)
+            within = rollout["ended"] & ~rollout["memory_reset"] if "ended" in rollout else None
+            none = torch.zeros_like(rollout["reward"])
+            told[START] = none if within is None else within.to(none.dtype)
         return told
 
     def _inputs(self, observation: tree.Tree, hidden: tree.Tree, seen: Mapping[str, Tensor]) -> tree.Tree:

@@ -351,8 +351,8 @@ def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native:
         described = from_table(source, found)
         made = described.task() if isinstance(described, TaskFamily) else described
         if settings:
-            changed = task(made.source, name=name, settings={**made.settings, **settings})
-            made = dataclasses.replace(changed, ranges=made.ranges, episodes=made.episodes)
+            again = task(made.source, name=name, settings={**made.settings, **settings})
+            made = dataclasses.replace(again, ranges=made.ranges, episodes=made.episodes)
         return dataclasses.replace(made, mode=mode)
     if native and source in NATIVE:
         return Task(name, _with_constants(NATIVE[source], settings), settings)

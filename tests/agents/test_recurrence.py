@@ -92,6 +92,8 @@ def test_what_follows_a_step_is_judged_with_the_memory_after_it():
     value = agent._value(p, inputs, rl.nn.Context())
     following = agent.recurrence.next_inputs(rollout, agent._hidden(p, inputs, ["value"]))
     next_value = agent._value(p, following, rl.nn.Context())
+    assert following["last"][..., 3].eq(0).all(), "no successor is a start, of a cut step neither"
+    assert following["last"][..., 2].equal(rollout["reward"])
     goes_on = ~rollout["memory_reset"][:, :-1]
     assert goes_on.any()
     torch.testing.assert_close(next_value[:, :-1][goes_on], value[:, 1:][goes_on], rtol=0, atol=1e-5)
