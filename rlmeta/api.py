@@ -94,16 +94,13 @@ def train(
     chosen = _budget({name: value for name, value in asked.items() if value is not None}, budget)
     _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
-        learner = agent_class(agent)() if isinstance(agent, str) else agent
-        methods = [_method(method) for method in lifelong]
-        on = own_code.source_of(problem, {}) if isinstance(problem, str) else problem
         run = runs.prepare(
-            learner,
-            on,
+            agent_class(agent)() if isinstance(agent, str) else agent,
+            own_code.source_of(problem, {}) if isinstance(problem, str) else problem,
             chosen,
             seeds=seeds,
             out=out,
-            lifelong=methods,
+            lifelong=[_method(method) for method in lifelong],
             population=own_code.population_named(population) if isinstance(population, str) else population,
             device=device,
             threads=threads,

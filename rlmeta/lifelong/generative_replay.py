@@ -54,6 +54,7 @@ class GenerativeReplay(Method):
     """Widths of the encoder's hidden layers; the decoder's are the same in reverse."""
 
     name = "generative_replay"
+    recordable = True
     needs = frozenset({"boundaries"})
 
     def __post_init__(self) -> None:

@@ -29,7 +29,6 @@ from rlmeta.lifelong.recall import (
     check_room,
     keep_samples,
     per_learner,
-    position_of,
     recall_loss,
     remember,
 )
@@ -123,11 +122,13 @@ class Replay(Method):
 
     def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
         """The divergence from the policies of old tasks in some of their states."""
-        tasks, axes = position_of(task), task["index"].dim()
-        if self._idle or not learner.acts or tasks == 0:
+        tasks, axes = task["index"].clamp(min=0), task["index"].dim()
+        if self._idle or not learner.acts or not bool((tasks > 0).any()):
             return None
         size = self.batch_size or next(tree.leaves(batch)).shape[axes]
-        rows = random.integers(m["key"], "rows", m["met"][..., 0], (size,), tasks * (self.size // learner.num_tasks))
+        rows = random.integers(
+            m["key"], "rows", m["met"][..., 0], (size,), (tasks * (self.size // learner.num_tasks)).unsqueeze(-1)
+        )
         samples = gather(tree.map(lambda x: x.flatten(axes, axes + 1), m["samples"]), rows)
         return m["strength"] * recall_loss(learner, p, samples, Context(training=True)).mean(-1)
 

@@ -50,14 +50,7 @@ def prepare(
 
     Args and errors are those of `rlmeta.api.train`.
     """
-    if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
-        example = agent.__name__ if isinstance(agent, type) else "PPO"
-        raise SettingError(f"agent is {agent!r}, expected the settings of one, such as {example}()")
-    if not isinstance(budget, Budget):
-        raise SettingError(f"budget is {budget!r}, expected one such as Budget(steps=100_000)")
-    if out is not None:
-        _check_name(out)
-    check_choices(agent)
+    _check_arguments(agent, budget, out)
     agent = with_demonstrations(agent)
     compared, methods = compare(one_batch(variants(agent)), checked_methods(lifelong))
     experiment = Experiment(
@@ -86,6 +79,18 @@ def prepare(
         run.close()
         raise
     return run
+
+
+def _check_arguments(agent: Any, budget: Any, out: Any) -> None:
+    """Refuse what is no learner's settings, no budget, or names no folder."""
+    if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
+        example = agent.__name__ if isinstance(agent, type) else "PPO"
+        raise SettingError(f"agent is {agent!r}, expected the settings of one, such as {example}()")
+    if not isinstance(budget, Budget):
+        raise SettingError(f"budget is {budget!r}, expected one such as Budget(steps=100_000)")
+    if out is not None:
+        _check_name(out)
+    check_choices(agent)
 
 
 def _check_name(out: Any) -> None:

@@ -113,7 +113,7 @@ def test_counts_are_single_whole_numbers(given, words):
         PPO(**given)
 
 
-@pytest.mark.parametrize("strange", [PPO, "ppo", [PPO(), PPO()], None])
+@pytest.mark.parametrize("strange", [PPO, [PPO(), PPO()], None])
 def test_what_is_no_agents_settings_is_refused(strange):
     with pytest.raises(SettingError, match=r"agent is .*, expected the settings of one, such as PPO\(\)"):
         train(strange, "CartPole-v1", steps=8)
