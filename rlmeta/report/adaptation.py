@@ -80,11 +80,11 @@ def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
         seed: another one draws other tasks.
 
     Raises:
-        SettingError: the run's learner does not adapt.
+        SettingError: the run's learner takes no inner steps.
     """
     agent: Any = run.agent
     if not hasattr(agent, "adaptation"):
-        raise SettingError(f"a run of {run.experiment.agent_name} does not adapt: give one of a meta-learner")
+        raise SettingError(f"a run of {run.experiment.agent_name} does not adapt step by step: give one of MAML")
     world = run.experiment.world()
     key = random.fold(random.fold(run.state["key"], "adaptation"), seed)
     found = agent.adaptation(agent.seen(run.state), world, key, tasks, steps)

@@ -12,6 +12,7 @@ import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning import owners
+from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.method import Learned, Method
 from rlmeta.learning.phases import EVALUATED, TRAINING, whose
 from rlmeta.lifelong.generative_replay import Generator
@@ -103,23 +104,30 @@ def test_what_is_replayed_is_bytes_of_old_classes_with_those_that_count_beside_t
     )
 
 
-def test_a_generators_step_is_by_hand_that_of_its_bound() -> None:
-    """Adam's first step moves every weight by its rate against the gradient's sign."""
+@pytest.mark.parametrize("later", [False, True], ids=["first task", "later"])
+def test_a_generators_step_is_by_hand_that_of_its_bound(later: bool) -> None:
+    """Adam's first step moves every weight by its rate against the gradient's sign; in a later task the old generator
+    draws half of what it is of."""
     run = train(SMALL, budget=rl.Budget(steps=8), steps=None)
     fresh = run.agent.init(run.experiment.keys(), run.experiment.hyper(), run.world)
     m, batch = fresh["methods"]["generative_replay"], run.world.next_batch(fresh["world"])[1]
+    m = {**m, "old": {name: weight + 0.3 for name, weight in m["old"].items()}}
+    if later:
+        m["met"] = (torch.arange(6) > 3).expand(2, -1)
     learned = SMALL.learn(run.agent, fresh["params"], m, batch, fresh["task"], fresh["active"])
     assert learned is not None and learned.memory["vae"]["count"]["gradient_steps"].tolist() == [1, 1]
-    shown = torch.nn.functional.one_hot(batch["target"], 6).bool().any(-2)
-    assert torch.equal(learned.memory["allowed"].any(-1), shown)
+    condition = torch.nn.functional.one_hot(batch["target"], 6)
+    assert torch.equal(learned.memory["allowed"].any(-1), condition.bool().any(-2))
     key = random.fold(m["vae"]["key"], torch.zeros(2, dtype=torch.int64))
+    shown = {"input": batch["observation"].flatten(2).float() / 255, "condition": condition.float()}
+    scholar = SMALL.scholar(run.agent)
+    if later:
+        drawn, target = scholar.draw(m["old"], m["met"], 8, key)
+        assert target.min() > 3
+        shown = {name: torch.cat([shown[name], drawn[name]], 1) for name in shown}
+    shown["noise"] = random.normal(key, "noise", 0, (16 if later else 8, 2))
     weights = {n: w.detach().clone().requires_grad_() for n, w in m["vae"]["params"]["weights"].items()}
-    shown = {
-        "input": batch["observation"].flatten(2).float() / 255,
-        "condition": torch.nn.functional.one_hot(batch["target"], 6).float(),
-        "noise": random.normal(key, "noise", 0, (8, 2)),
-    }
-    loss = SMALL.scholar(run.agent).losses({"weights": weights}, shown, rl.nn.Context())["elbo"]
+    loss = scholar.losses({"weights": weights}, shown, StepContext())["elbo"]
     torch.testing.assert_close(learned.reports["losses/generator"], loss.detach(), atol=1e-4, rtol=1e-5)
     for (name, weight), gradient in zip(weights.items(), torch.autograd.grad(loss.sum(), list(weights.values()))):
         moved, sure = learned.memory["vae"]["params"]["weights"][name] - weight.detach(), gradient.abs() > 1e-3
