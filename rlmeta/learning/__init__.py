@@ -10,6 +10,7 @@ __all__ = [
     "minibatch",
     "optimizer_state",
     "owners",
+    "populations",
     "replay",
     "settings",
     "state",

@@ -23,6 +23,7 @@ from rlmeta.functional.packed import Packed
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
+from rlmeta.learning.populations import begin as begin_population
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
 from rlmeta.runs import budgets, checkpoint, extension, populations, stages
@@ -102,7 +103,7 @@ class Run:
         if self.stream is not None:
             self.state = stages.start(self.state, self.stream)
         if self.experiment.population is not None:
-            self.state = populations.begin(self.state)
+            self.state = begin_population(self.state)
 
     @property
     def stages(self) -> list[Stage]:
