@@ -59,11 +59,11 @@ if TYPE_CHECKING:
     from rlmeta.envs.task import trials as trials
     from rlmeta.errors import RlmetaError as RlmetaError
     from rlmeta.imitation import *  # noqa: F403
+    from rlmeta.learning.populations import PBT as PBT
     from rlmeta.lifelong import *  # noqa: F403
     from rlmeta.meta import *  # noqa: F403
     from rlmeta.rewards import *  # noqa: F403
     from rlmeta.runs.experiment import Budget as Budget
-    from rlmeta.runs.populations import PBT as PBT
     from rlmeta.runs.presets import preset as preset
     from rlmeta.runs.record import record as record
     from rlmeta.runs.run import Run as Run
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Budget": "runs.experiment",
     "Demonstrations": "data.demonstrations",
-    "PBT": "runs.populations",
+    "PBT": "learning.populations",
     "RlmetaError": "errors",
     "Run": "runs.run",
     "Task": "envs.task",

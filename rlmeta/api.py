@@ -10,6 +10,7 @@ from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import trusted
 from rlmeta.errors import SettingError
 from rlmeta.learning.method import Method
+from rlmeta.learning.populations import Population
 from rlmeta.report.listeners import Pictures, Tracking
 from rlmeta.report.progress import Progress
 from rlmeta.report.trackers import TrackerFactory
@@ -19,7 +20,6 @@ from rlmeta.runs import train as runs
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback
-from rlmeta.runs.populations import Population
 from rlmeta.runs.run import Run
 from rlmeta.runs.shipped import agent_class
 from rlmeta.runs.surroundings import undisturbed
@@ -81,23 +81,15 @@ def train(
     Raises:
         SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
-    asked: dict[str, Any] = {
-        "steps": steps,
-        "epochs": epochs,
-        "eval_every": eval_every,
-        "eval_episodes": eval_episodes,
-        "final_episodes": final_episodes,
-        "target": target,
-        "checkpoint_seconds": checkpoint_seconds,
-        "log_points": log_points,
-    }
-    chosen = _budget({name: value for name, value in asked.items() if value is not None}, budget)
+    asked = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "eval_episodes": eval_episodes}
+    asked |= {"final_episodes": final_episodes, "target": target}
+    asked |= {"checkpoint_seconds": checkpoint_seconds, "log_points": log_points}
     _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
         run = runs.prepare(
             agent_class(agent)() if isinstance(agent, str) else agent,
             own_code.source_of(problem, {}) if isinstance(problem, str) else problem,
-            chosen,
+            _budget(asked, budget),
             seeds=seeds,
             out=out,
             lifelong=[_method(method) for method in lifelong],
@@ -120,6 +112,7 @@ def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:
     Raises:
         SettingError: it is said twice.
     """
+    asked = {name: value for name, value in asked.items() if value is not None}
     if {"steps", "epochs"} <= asked.keys() or (budget is not None and asked):
         names = ", ".join([*asked, *(["budget"] if budget is not None else [])])
         raise SettingError(f"{names} say the same twice: give steps or epochs, and the rest beside it or in a budget")

@@ -27,12 +27,14 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Mode, TaskFamily, family, is_data_family, task
 from rlmeta.errors import SettingError
 from rlmeta.learning.method import Method
+from rlmeta.learning.numbers import whole
+from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import per_learner_names
 from rlmeta.report.trackers import TrackerFactory, to_tensorboard, to_wandb, wandb_of
 from rlmeta.runs import grammar, own_code, presets
 from rlmeta.runs import train as training
 from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
-from rlmeta.runs.populations import POPULATIONS, Population
+from rlmeta.runs.populations import POPULATIONS
 from rlmeta.runs.shipped import METHODS, agent_class
 
 MOST_SEEDS = 100_000
@@ -305,7 +307,7 @@ def _count_of(text: str) -> int:
     Raises:
         ValueError: it is none, or there would be too many.
     """
-    count = grammar.whole(text)
+    count = whole(text)
     if count > MOST_SEEDS:
         raise ValueError(text)
     return count
@@ -319,7 +321,7 @@ def _seeds_of(text: str) -> range:
         ValueError: it is neither.
     """
     first, dash, last = text.partition("-")
-    low, high = grammar.whole(first), grammar.whole(last if dash else first)
+    low, high = whole(first), whole(last if dash else first)
     if high < low:
         raise SettingError(f"{high} is below {low}: the first seed, then the last, as in {high}-{low}")
     if high - low >= MOST_SEEDS:
@@ -333,7 +335,7 @@ def _short(path: Path) -> Path:
 
 def _whole(text: str, flag: str) -> int:
     try:
-        return grammar.whole(text)
+        return whole(text)
     except ValueError:
         raise SettingError(f"{flag} is {text!r}, expected given, all, or a whole number") from None
 

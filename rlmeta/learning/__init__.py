@@ -11,6 +11,7 @@ __all__ = [
     "optimizer_state",
     "owners",
     "phases",
+    "populations",
     "predictive",
     "replay",
     "settings",

@@ -20,13 +20,14 @@ from rlmeta.envs.task import Mode, Task, TaskFamily, task
 from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.learning.field_types import check_values
 from rlmeta.learning.method import Method
+from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import check_names, variants
 from rlmeta.runs import grammar
 from rlmeta.runs.digests import check_digests
 from rlmeta.runs.experiment import Budget, Experiment, Problem, settings_table
 from rlmeta.runs.folder import CONFIG
 from rlmeta.runs.objects import load_object
-from rlmeta.runs.populations import POPULATIONS, Population
+from rlmeta.runs.populations import POPULATIONS
 from rlmeta.runs.shipped import METHODS, agent_class, checked_class
 
 

@@ -23,10 +23,11 @@ from rlmeta.learning import settings as settings_
 from rlmeta.learning.field_types import check_values, require_type
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, check_needs, checked_methods
+from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import require
 from rlmeta.runs import grammar, populations
 from rlmeta.runs.digests import digest_of
-from rlmeta.runs.populations import POPULATIONS, Population
+from rlmeta.runs.populations import POPULATIONS
 from rlmeta.runs.shipped import METHODS, name_on_command_line
 
 

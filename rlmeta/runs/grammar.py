@@ -12,24 +12,22 @@ import collections.abc
 import dataclasses
 import inspect
 import itertools
-import sys
 import textwrap
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, DecimalException, localcontext
 from typing import Annotated, Any, TypeVar
 
 from rlmeta.errors import SettingError
+from rlmeta.learning.numbers import number, whole
 from rlmeta.learning.settings import check_names
 from rlmeta.runs.objects import load_object
 from rlmeta.runs.shipped import agent_class, name_on_command_line
 
 C = TypeVar("C")
 
-_SUFFIXES = {"k": 1_000, "K": 1_000, "M": 1_000_000}
 SWITCHES = {"true": True, "false": False}
 """What a flag that may stand alone can be."""
 SWITCH = "[true|false]"
@@ -49,44 +47,6 @@ class Form:
 
 
 # ------------------------------------------------------------------------------------------------- values and texts
-
-
-def number(text: str) -> float:
-    """A number: 3e-4, 100k, 1M, 1_000_000, inf.
-
-    Raises:
-        ValueError: it is none.
-    """
-    return float(_exact(text))
-
-
-def whole(text: str) -> int:
-    """A whole number: 32, 100k, 1e6; exact whatever its size.
-
-    Raises:
-        ValueError: it is none.
-    """
-    value = _exact(text)
-    if not value.is_finite() or value.adjusted() > sys.float_info.max_10_exp or value != value.to_integral_value():
-        raise ValueError(text)
-    return int(value)
-
-
-def _exact(text: str) -> Decimal:
-    """The number that a text stands for.
-
-    Raises:
-        ValueError: it is none.
-    """
-    digits, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
-    try:
-        with localcontext(prec=1_000):  # enough that the product is exact
-            value = Decimal(digits) * factor
-    except DecimalException:
-        raise ValueError(text) from None
-    if value.is_nan():
-        raise ValueError(text)
-    return value
 
 
 def learner(text: str, cls: type | None = None) -> Any:

@@ -25,12 +25,13 @@ from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.native import NativeEnv
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.learning.method import Method
+from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import check_names, per_learner_names
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs import grammar
 from rlmeta.runs.configuration import methods_again
 from rlmeta.runs.objects import load_module, load_object
-from rlmeta.runs.populations import POPULATIONS, Population
+from rlmeta.runs.populations import POPULATIONS
 from rlmeta.runs.shipped import AGENTS, METHODS, agent_class
 
 # ---------------------------------------------------------------------- modules

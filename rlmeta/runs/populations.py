@@ -1,19 +1,14 @@
 """Population-based training: the learners of a run that do worse go on from copies of those that do better.
 
-The variants of a run's settings are the members of a population; every seed is a population of its own. After a
-periodic evaluation, which ranks the members, some take over what others have learned (weights, moments, statistics)
-and their settings, changed a little. Keys, worlds, replay memories, counters of draws and best scores stay each
-learner's own, and no two members share a key, so that clones do not act alike.
-
-Jaderberg et al., "Population Based Training of Neural Networks", 2017.
+The variants of a run's settings are the members of a population; every seed is a population of its own, and no two
+members share a key. A periodic evaluation ranks them; `rlmeta.learning.populations` says who is replaced by whom.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,104 +16,15 @@ from torch import Tensor
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
-from rlmeta.functional.packed import Packed
 from rlmeta.learning import settings as settings_
-from rlmeta.learning.field_types import check_types
 from rlmeta.learning.learner import Metrics
-from rlmeta.learning.settings import require, require_range
+from rlmeta.learning.populations import PBT, STREAM, copied
+from rlmeta.learning.settings import require
 from rlmeta.learning.state import State, select
-from rlmeta.runs import grammar
 
 if TYPE_CHECKING:
     from rlmeta.runs.experiment import Experiment
     from rlmeta.runs.run import Run
-
-STREAM = "population"
-"""The random stream of everything that is drawn here."""
-OWN = (
-    *("key", "count", "progress", "active", "world", "memory", "episode", "replay", "task"),
-    *("metrics", "best", STREAM),
-)
-"""What of a state stays a learner's own when it becomes the copy of another."""
-OWN_WITHIN = ("key", "count", "active")
-"""The same, of whoever trains parameters beside the learner, such as a reward."""
-OF_WORLDS = "accumulator"
-"""Sums that run along with a learner's own worlds."""
-
-
-class Population(Protocol):
-    """Who becomes a copy of whom, and how its settings change then; a frozen dataclass, as other settings are."""
-
-    name: str
-    """On the command line, where its settings are `--NAME.SETTING`."""
-    every: int | str
-    """Environment steps of each learner between two exchanges."""
-
-    def parents(self, score: Tensor, active: Tensor, key: Tensor) -> Tensor:
-        """The member that each becomes a copy of, `[V, R]` int64, itself where it stays.
-
-        Args:
-            score: of V members in R populations `[V, R]`, more is better.
-            active: `[V, R]`, False for a learner that stopped since it was not finite: it has nothing to give.
-            key: `[V, R]`, of this exchange alone.
-        """
-        ...
-
-    def explore(self, value: Tensor, key: Tensor) -> Tensor:
-        """New values `[S]` of one setting for copies, from those of the learners that they are copies of; a value that
-        the settings refuse is left as it was."""
-        ...
-
-
-@dataclass(frozen=True)
-class PBT:
-    """Population-based training (Jaderberg et al., 2017): truncation selection, then a factor on every setting that
-    differs between the members."""
-
-    every: int | str = 20_000
-    """Environment steps of each learner between two exchanges, each after an evaluation; 20k is 20,000."""
-    fraction: float = 0.25
-    """Part of the population, at most half, that is replaced by copies, and part that is copied: the worst and the
-    best. A learner that stopped since it was not finite is always replaced."""
-    shrink: float = 0.8
-    """One of the two factors by which a copy's settings are multiplied, each with probability one half."""
-    grow: float = 1.2
-    """The other one."""
-
-    name = "pbt"
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if isinstance(self.every, str):
-            try:
-                object.__setattr__(self, "every", grammar.whole(self.every))
-            except ValueError:
-                raise SettingError(f"PBT: every is {self.every!r}, expected a whole number, such as 20k") from None
-        require(int(self.every) >= 1, f"PBT: every is {self.every}, expected at least 1")
-        require_range(self, "fraction", 0.0, 0.5, above=True)
-        require_range(self, "shrink", 0.0, 1.0, above=True)
-        require_range(self, "grow", 1.0)
-        settings_.require_finite(self, "grow")
-
-    def parents(self, score: Tensor, active: Tensor, key: Tensor) -> Tensor:
-        """Each of the worst becomes a copy of one of the best, drawn at random, that has a better score than it."""
-        members = len(score)
-        gives = active & score.isfinite()
-        ranked = score.masked_fill(~gives, -torch.inf)
-        order = ranked.argsort(dim=0, descending=True, stable=True)
-        count = max(1, int(members * self.fraction))
-        givers = gives.sum(0).clamp(max=count)
-        number = (random.uniform(key, STREAM, 0, ()) * givers).long().clamp(max=members - 1)
-        chosen = order.gather(0, number)
-        rank = order.argsort(0)
-        better = ranked.gather(0, chosen) > ranked
-        replaced = ((rank >= members - count) | ~gives) & better & (givers > 0)
-        return torch.where(replaced, chosen, torch.arange(members, device=score.device).unsqueeze(-1))
-
-    def explore(self, value: Tensor, key: Tensor) -> Tensor:
-        """One of the two factors."""
-        return value * torch.where(random.uniform(key, STREAM, 1, ()) < 0.5, self.shrink, self.grow)
-
 
 POPULATIONS: dict[str, type] = {cls.name: cls for cls in (PBT,)}
 """Those that come with rlmeta, by their names on the command line."""
@@ -186,14 +92,6 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def begin(state: State) -> State:
-    """The state with what is remembered of a population: whose copy each learner became at the last exchange, which it
-    was at the start, and how often it was replaced, `[S]` each."""
-    key = state["key"]
-    place = torch.arange(key.numel(), device=key.device).reshape(key.shape)
-    return {**state, STREAM: {"parent": place, "origin": place.clone(), "copies": torch.zeros_like(place)}}
-
-
 def refuse(experiment: Experiment) -> None:
     """Refuse what a population can't be trained on.
 
@@ -251,41 +149,6 @@ def exchange(run: Run, score: Tensor, done: int) -> Metrics:
         "population/parent": parent,
         **{f"population/{name}": run.state["params"]["hyper"][name] for name in names},
     }
-
-
-def copied(state: State, parent: Tensor, replaced: Tensor) -> State:
-    """A state in which learners go on from what others have learned, while all that is their own stays.
-
-    Args:
-        state: not written to.
-        parent: the learner that each becomes a copy of, itself where it stays, `[S]`.
-        replaced: where it is another, `[S]`; there a learner that had stopped goes on.
-    """
-    new = {name: part if name in OWN else _copy(part, parent, replaced) for name, part in state.items()}
-    for name, memory in state.get("rewards", {}).items():
-        if "params" not in memory:  # counts of what was seen in its own worlds
-            new["rewards"][name] = memory
-    # packed as in the run: the bits of a matrix product depend on where its factors begin
-    new["params"]["weights"] = Packed.of(dict(new["params"]["weights"]), state["key"].dim())
-    new["active"] = state["active"] | replaced
-    before = state[STREAM]
-    new[STREAM] = {
-        "parent": parent,
-        "origin": before["origin"][parent],
-        "copies": before["copies"] + replaced,
-    }
-    return new
-
-
-def _copy(part: Any, parent: Tensor, replaced: Tensor) -> Any:
-    if not isinstance(part, dict):
-        return part[parent]
-    trains = "params" in part
-    new = {
-        name: value if name == OF_WORLDS or (trains and name in OWN_WITHIN) else _copy(value, parent, replaced)
-        for name, value in part.items()
-    }
-    return {**new, "active": part["active"] | replaced} if trains and "active" in part else new
 
 
 def _takes(settings: Any, name: str, value: float) -> bool:

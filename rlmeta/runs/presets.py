@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from rlmeta.envs import trusted
 from rlmeta.envs.names import names, read_named, read_toml
 from rlmeta.errors import SettingError, unknown_name
+from rlmeta.learning.numbers import whole
 from rlmeta.learning.settings import check_names, name_of, per_learner_names
 from rlmeta.runs import grammar
 from rlmeta.runs.shipped import AGENTS, agent_class
@@ -157,7 +158,7 @@ def _checked(agent: type, table: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _steps(value: Any, where: str) -> int:
     try:
-        return grammar.whole(grammar.text_of(value))
+        return whole(grammar.text_of(value))
     except ValueError:
         raise SettingError(f"{where} is {value!r}, expected a whole number") from None
 

@@ -24,6 +24,7 @@ from rlmeta.learning.collect import LAST_REWARD
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method
+from rlmeta.learning.populations import begin as begin_population
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
@@ -104,7 +105,7 @@ class Run:
         if self.stream is not None:
             self.state = stages.start(self.state, self.stream)
         if self.experiment.population is not None:
-            self.state = populations.begin(self.state)
+            self.state = begin_population(self.state)
 
     @property
     def stages(self) -> list[Stage]:

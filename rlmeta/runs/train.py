@@ -17,6 +17,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning import replay
 from rlmeta.learning.method import Method, checked_methods
+from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
 from rlmeta.runs import budgets, extension, populations
@@ -26,7 +27,6 @@ from rlmeta.runs.initial import take_weights
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
 from rlmeta.runs.memory import told_what_does_not_fit
-from rlmeta.runs.populations import Population
 from rlmeta.runs.run import Run, load, read
 from rlmeta.runs.surroundings import undisturbed
 
@@ -50,7 +50,12 @@ def prepare(
 
     Args and errors are those of `rlmeta.api.train`.
     """
-    _check_arguments(agent, budget, out)
+    if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
+        example = agent.__name__ if isinstance(agent, type) else "PPO"
+        raise SettingError(f"agent is {agent!r}, expected the settings of one, such as {example}()")
+    if not isinstance(budget, Budget):
+        raise SettingError(f"budget is {budget!r}, expected one such as Budget(steps=100_000)")
+    check_choices(agent)
     agent = with_demonstrations(agent)
     compared, methods = compare(one_batch(variants(agent)), checked_methods(lifelong))
     experiment = Experiment(
@@ -63,8 +68,7 @@ def prepare(
         device=device,
         threads=threads,
     )
-    if out is not None:
-        run_folder.check_free(out)
+    _check_place(out)
     run = Run(experiment, None if out is None else Path(out))
     try:
         run.start()
@@ -81,27 +85,19 @@ def prepare(
     return run
 
 
-def _check_arguments(agent: Any, budget: Any, out: Any) -> None:
-    """Refuse what is no learner's settings, no budget, or names no folder."""
-    if isinstance(agent, type) or not (dataclasses.is_dataclass(agent) and hasattr(agent, "bind")):
-        example = agent.__name__ if isinstance(agent, type) else "PPO"
-        raise SettingError(f"agent is {agent!r}, expected the settings of one, such as {example}()")
-    if not isinstance(budget, Budget):
-        raise SettingError(f"budget is {budget!r}, expected one such as Budget(steps=100_000)")
-    if out is not None:
-        _check_name(out)
-    check_choices(agent)
-
-
-def _check_name(out: Any) -> None:
-    """Refuse what names no folder.
+def _check_place(out: Any) -> None:
+    """Refuse what names no folder, or one where something is.
 
     Raises:
         SettingError: no text, or one with a character that no name may have.
+        RunExistsError: there is a file, or a folder with something in it.
     """
+    if out is None:
+        return
     named = os.fspath(out) if isinstance(out, str | os.PathLike) else None
     if not isinstance(named, str) or "\0" in named:
         raise SettingError(f"out is {out!r}, expected the folder of the run")
+    run_folder.check_free(out)
 
 
 def with_demonstrations(settings: Any) -> Any:

@@ -18,8 +18,8 @@ import rlmeta as rl
 from rlmeta.cli.main import main
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional import random, tree
+from rlmeta.learning import populations
 from rlmeta.learning.settings import values_of, variants
-from rlmeta.runs import populations
 from rlmeta.runs.experiment import Experiment
 from rlmeta.runs.run import Run
 from tests.runs.test_resume import assert_same_run
@@ -294,6 +294,7 @@ def test_settings_have_ranges(values: dict[str, object], message: str) -> None:
 OWN_CODE = """
 from dataclasses import dataclass
 import torch
+from rlmeta.learning import populations
 from rlmeta.learning.settings import values_of
 from my_agent import MyAgent, MyLearner
 import rlmeta as rl
