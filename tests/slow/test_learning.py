@@ -18,7 +18,7 @@ SEEDS = (100, 101, 102, 103)
         ("a2c", "CartPole-v1", 475.0),
         ("reinforce", "CartPole-v1", 475.0),
         ("dqn", "CartPole-v1", 450.0),
-        ("ppo", "CartPole-positions", 490.0),
+        ("ppo", "CartPole-positions", 475.0),
         ("ppo", "bandits", 0.68),
         ("ppo", "Pendulum-v1", -220.0),
         ("sac", "Pendulum-v1", -165.0),
