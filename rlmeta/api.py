@@ -92,7 +92,7 @@ def train(
             _budget(asked, budget),
             seeds=seeds,
             out=out,
-            lifelong=[_method(method) for method in lifelong],
+            lifelong=_methods(lifelong),
             population=own_code.population_named(population) if isinstance(population, str) else population,
             device=device,
             threads=threads,
@@ -101,9 +101,11 @@ def train(
     return runs.go(run, callbacks=callbacks, listeners=listeners(trackers, progress))
 
 
-def _method(method: Any) -> Any:
-    """The method itself, or the one that is named, with its defaults."""
-    return own_code.made_method(own_code.method_named(method), {}) if isinstance(method, str) else method
+def _methods(lifelong: Any) -> Any:
+    """The methods, those that are named with their defaults; what is no list is refused later."""
+    if not isinstance(lifelong, list | tuple):
+        return lifelong
+    return [own_code.made_method(own_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
 
 
 def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:

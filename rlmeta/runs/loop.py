@@ -28,6 +28,7 @@ from rlmeta.runs.stages import Stage
 Callback = Callable[[Run, dict[str, Any]], bool | None]
 """Called with the run and each line of metrics; returning True stops the run."""
 
+
 class Loop:
     """Iterations until the budget is spent, every learner is done, a callback says so, or the user interrupts."""
 

@@ -228,7 +228,6 @@ def test_what_are_no_seeds_is_refused(seeds):
         ({"problem": Standing()}, "which is made already"),
         ({"problem": gym.make_vec("CartPole-v1", num_envs=2)}, "is a vector environment|made already|VectorEnv"),
         ({"agent": rl.A2C}, r"expected the settings of one, such as A2C\(\)"),
-        ({"agent": "ppo"}, r"agent is 'ppo', expected the settings of one"),
         ({"agent": None}, "agent is None"),
         ({"budget": 1000}, "budget is 1000, expected one such as"),
         ({"steps": 100, "epochs": 1}, "steps, epochs say the same twice"),

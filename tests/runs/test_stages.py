@@ -459,7 +459,7 @@ def test_a_stream_that_is_given_again_has_to_be_the_same(tmp_path):
         (rl.EWC, r"lifelong is EWC, expected a list of methods: \[EWC\(\)\]"),
         (rl.EWC(), r"lifelong is EWC, expected a list of methods: \[EWC\(\)\]"),
         ("ewc", "lifelong is 'ewc', expected a list of methods"),
-        (["ewc"], "lifelong has 'ewc', expected methods such as"),
+        ([7], "lifelong has 7, expected methods such as"),
         (None, "lifelong is None, expected a list of methods"),
     ],
 )

@@ -96,9 +96,7 @@ CASES = {
     "gem": Case(_classifier(), _digits("task"), 640, lambda: [rl.GEM(memory=20)]),
     "replay": Case(_classifier(), _digits("class"), 640, lambda: [rl.Replay(size=50)]),
     "agem": Case(_classifier(), _digits("domain"), 640, lambda: [rl.AGEM(memory=20)]),
-    "gem, ewc, sgd": Case(
-        _classifier(optimizer="sgd"), _digits("task"), 640, lambda: [rl.GEM(memory=20), rl.EWC()]
-    ),
+    "gem, ewc, sgd": Case(_classifier(optimizer="sgd"), _digits("task"), 640, lambda: [rl.GEM(memory=20), rl.EWC()]),
     "ppo, packnet": Case(_STREAM, lambda: "cartpole-conflicts", 512, lambda: [rl.PackNet()]),
     "ppo, ewc, replay": Case(_STREAM, lambda: "cartpole-conflicts", 512, lambda: [rl.EWC(), rl.Replay()]),
 }

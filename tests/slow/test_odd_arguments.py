@@ -225,8 +225,11 @@ def _surroundings() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "one folder twice", lambda: twice(given(out="run"), given(out="run"))
     for dtype in (torch.float64, torch.float16):
         yield f"default {dtype}", lambda dtype=dtype: same(lambda: torch.set_default_dtype(dtype))
-    yield "resumed under float64", lambda: interrupted(
-        lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)
+    yield (
+        "resumed under float64",
+        lambda: interrupted(
+            lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32)
+        ),
     )
     for device in ("meta", "cpu"):
         yield f"default device {device}", lambda device=device: same(lambda: torch.set_default_device(device))
