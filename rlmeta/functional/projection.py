@@ -93,7 +93,7 @@ def _exchange(p: Tensor, q: Tensor, eye: Tensor, tolerance: float) -> tuple[Tens
         s = _minimiser(p, q, free, eye)
         slope = q + (p @ s.unsqueeze(-1)).squeeze(-1)
         wrong = torch.where(free, s < 0, slope < -tolerance)
-        if exchange >= 3 and not bool(wrong.any()):  # not before: a gradient step that looks up less is recorded once
+        if exchange >= 3 and not bool(wrong.any()):  # not before: a recorded step holds for few outcomes
             break
         free = free ^ wrong
     exact = torch.where(free, slope.abs() <= tolerance * (1 + s.sum(-1, keepdim=True)), True)

@@ -27,7 +27,10 @@ from rlmeta.nn import Block
 
 
 class Owner(HasLosses, Protocol):
-    """Whoever trains parameters beside the learner's; where it has a `capture`, its steps are recorded."""
+    """What has trainable parameters of its own beside a learner's: a reward's predictor, a discriminator, a generator.
+
+    Where it has a `capture`, its gradient steps are recorded.
+    """
 
     def networks(self) -> dict[str, Block]:
         """The blocks by name, called once for each learner; what has `requires_grad=False` stays as it is."""
