@@ -175,13 +175,13 @@ def own_memory(x: Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    ahead = x.storage_offset() % (_ALIGNED // x.element_size())
+    ahead = x.storage_offset() % (ALIGNED // x.element_size())
     span = x.detach().as_strided((ahead + last + 1,), (1,), x.storage_offset() - ahead)
     # no view of `span`: the tracer takes no view among its inputs that is written to
     return torch.empty_like(span[:0]).set_(span.clone().untyped_storage(), ahead, x.shape, x.stride())
 
 
-_ALIGNED = 64
+ALIGNED = 64
 """Bytes: torch allocates memory at multiples of them."""
 
 
