@@ -133,9 +133,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.steps < 1 or options.rounds < 1 or options.seeds < 1:
         raise SettingError("bench: steps, rounds and seeds are at least 1")
     if options.jax is not None:
-        from rlmeta.bench import rejax
+        from rlmeta.bench import against_rejax
 
-        return rejax.main(options.jax, options.steps, options.rounds, options.out)
+        return against_rejax.main(options.jax, options.steps, options.rounds, options.out)
     return scale(options) if options.scale else agents(options)
 
 

@@ -98,7 +98,7 @@ def _round(case: Case, python: Path, steps: int, peer_first: bool) -> dict[str, 
     """Both sides of a case, one after the other."""
     job = {"seeds": case.seeds, "steps": steps, "settings": rejax_settings(SETTINGS[case.settings])}
     words = (case.settings, case.seeds, steps)
-    call = f"import json; from rlmeta.bench.rejax import work; print(json.dumps(work{words}))"
+    call = f"import json; from rlmeta.bench.against_rejax import work; print(json.dumps(work{words}))"
     commands = {
         "rlmeta": [sys.executable, "-c", call],
         "rejax": [str(python), str(Path(peer_rejax.__file__)), json.dumps(job)],
