@@ -1,4 +1,4 @@
-"""A pure function of tensors, recorded once and replayed without Python.
+"""Capture: a pure function of tensors, recorded once and replayed without Python.
 
 For small networks most of a gradient step is Python and autograd's bookkeeping. What is recorded is the very sequence
 of tensor operations, so a replay gives the same bits; that is checked, with other numbers than those of the recording,
@@ -165,14 +165,14 @@ class Capture:
         programs = self._programs.get(key) or ()
         return next((program for program in programs if program.checks < _CHECKS), None)
 
-    def _replay(self, name: Hashable, key: Hashable, given: Sequence[Any], checks: int = _CHECKS) -> tree.Tree | None:
+    def _replay(self, name: Hashable, key: Hashable, inputs: Sequence[Any], checks: int = _CHECKS) -> tree.Tree | None:
         """What the program gives that has been checked so often and whose guards hold; None where there is none."""
         programs, missed = self._programs.get(key), list[_Miss]()
         for program in tuple(programs or ()):
             if program.checks < checks or not all(program.may_hold_after(miss) for miss in missed):
                 continue
             try:
-                outputs = program(given)
+                outputs = program(inputs)
             except Exception as error:
                 self._drop(name, key, _reason(error))
                 return None
@@ -221,7 +221,7 @@ class Capture:
         self._say(name, reason)
         return outputs
 
-    def _check(self, name: Hashable, key: Hashable, given: Sequence[Any], expected: tree.Tree) -> bool:
+    def _check(self, name: Hashable, key: Hashable, inputs: Sequence[Any], expected: tree.Tree) -> bool:
         """Compare the newest program with what the function gave; where they differ, the next backend's takes its
         place.
 
@@ -231,7 +231,7 @@ class Capture:
         program = self._unchecked(key)
         while program is not None:
             try:
-                agrees = program.check(given, expected)
+                agrees = program.check(inputs, expected)
                 if not agrees:
                     self._lose(name, key, 1)
                 return agrees
@@ -294,9 +294,9 @@ def _in_turn(
     rows = []
     for number in range(times):
         now = tree.map(lambda x: x[number], each)  # noqa: B023 - used at once
-        found = function({"carried": carried, "fixed": fixed, "each": now})
-        carried = found["carried"]
-        rows.append(found["row"])
+        outputs = function({"carried": carried, "fixed": fixed, "each": now})
+        carried = outputs["carried"]
+        rows.append(outputs["row"])
     return {"carried": carried, "row": tree.map(lambda *steps: torch.stack(steps, axis), *rows)}
 
 
@@ -338,10 +338,10 @@ class _Program:
         self.checks, self.operations = 0, built.operations
         """How often it gave what the function gave; how many operations it has."""
 
-    def __call__(self, given: Sequence[Any]) -> tree.Tree | _Miss:
+    def __call__(self, inputs: Sequence[Any]) -> tree.Tree | _Miss:
         """What the function gives, or the first guard that does not hold."""
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):
-            outputs = self._run(given)
+            outputs = self._run(inputs)
             for number, (numbers, guard) in enumerate(zip(outputs[self._count :], self._guards, strict=True)):
                 differs = numbers == numbers if guard != guard else numbers != guard
                 if bool(differs.any()):
@@ -354,13 +354,13 @@ class _Program:
         place = len(miss.held)
         return self._guards[:place] == miss.held and self._guards[place : place + 1] == (miss.number,)
 
-    def check(self, given: Sequence[Any], expected: tree.Tree) -> bool:
+    def check(self, inputs: Sequence[Any], expected: tree.Tree) -> bool:
         """Compare with what the function gave, bit for bit; False where a guard does not hold, so nothing is compared.
 
         Raises:
             NotRecordable: they differ.
         """
-        outputs = self(given)
+        outputs = self(inputs)
         if isinstance(outputs, _Miss):
             return False
         if not all(_equal(a, b) for a, b in zip(tree.leaves(outputs), tree.leaves(expected), strict=True)):
@@ -389,7 +389,7 @@ def _first_program(builds: Sequence[Callable[[], _Built]], outputs: tree.Tree, g
     """The program of the first backend that makes one.
 
     Raises:
-        Exception: none does; what the last one said.
+        Exception: none does; the error of the last one.
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer about itself, and of torch about the tracer
@@ -408,7 +408,7 @@ for _key_of_autograd in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.
     _AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(_key_of_autograd)
 
 
-def _once(backend: Backend, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Built:
+def _once(backend: Backend, tape: Tape, examples: tree.Tree, outputs: tree.Tree) -> _Built:
     """A call of the function."""
     leaves = list(tree.leaves(examples))
     constants, rest = split(direct_views(tape), ())
@@ -418,7 +418,7 @@ def _once(backend: Backend, tape: Tape, examples: tree.Tree, found: tree.Tree) -
 
 
 def _scan(
-    axis: int, rows: Sequence[Tensor], backend: Backend, tape: Tape, examples: tree.Tree, found: tree.Tree
+    axis: int, rows: Sequence[Tensor], backend: Backend, tape: Tape, examples: tree.Tree, outputs: tree.Tree
 ) -> _Built:
     """A loop of calls; inputs come as `tree.leaves` has them: carried, each, fixed.
 
@@ -429,7 +429,7 @@ def _scan(
     leaves = list(tree.leaves(examples))
     carried, each = (len(list(tree.leaves(examples[name]))) for name in ("carried", "each"))
     old, new = tape.inputs[:carried], [x for x in tape.outputs[:carried] if isinstance(x, Place)]
-    same_names = tree.flatten(examples["carried"]).keys() == tree.flatten(found["carried"]).keys()
+    same_names = tree.flatten(examples["carried"]).keys() == tree.flatten(outputs["carried"]).keys()
     if not same_names or [tape.layouts[x] for x in old] != [tape.layouts[x] for x in new]:
         raise NotRecordable("what one call leaves for the next has other names, shapes, types or strides than it got")
     ahead, tape, own = _ahead(backend, tape, carried, rows, leaves[carried + each :])
@@ -441,8 +441,8 @@ def _scan(
     in_place = [x for x, y in zip(old, new) if body.memory[x] == body.memory[y]]
     views, body = split(body, in_place, views_of=in_place)
     operations = (*before.operations, *views.operations)
-    outputs = body.inputs[len(tape.inputs) :] or tape.inputs[:1]  # a program has to give something
-    start = replace(before, operations=operations, outputs=outputs)
+    precomputed = body.inputs[len(tape.inputs) :] or tape.inputs[:1]  # a program has to give something
+    start = replace(before, operations=operations, outputs=precomputed)
     start_program = backend.compile(start, leaves)
     program = backend.loop(start_program, backend.compile(body, [*leaves, *start_program(leaves)]))
 

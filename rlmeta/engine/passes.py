@@ -1,10 +1,10 @@
-"""What of recorded operations can be spared: passes from a tape to a shorter or cheaper one of the same bits.
+"""Optimisation passes: from a tape to a shorter or cheaper one that computes the same bits.
 
-without_writes      operations in place as ordinary ones, where nothing else sees what they write to
-without_idle        without operations whose results nobody uses
-direct_views        views of views as views of the tensor itself, and each of them once
-split               what depends on some inputs only apart from the rest: it is computed once where the rest repeats
-batched             of a loop's body what needs nothing that is carried: it is computed for all calls at once
+without_writes      functionalisation: operations in place as ordinary ones, where nothing else sees what they write
+without_idle        dead code elimination: without operations whose results nobody uses
+direct_views        common views: views of views as views of the tensor itself, and each of them once
+split               loop-invariant code: what depends on some inputs only, apart from the rest, to be computed once
+batched             vectorisation of a loop: what needs nothing that is carried is computed for all calls at once
 written_over        elementwise operations in place, where nobody needs the argument any more
 """
 
@@ -31,7 +31,10 @@ def _last_uses(tape: Tape, of: dict[Place, Any]) -> dict[Any, int]:
 
 
 def without_writes(tape: Tape) -> Tape:
-    """Operations in place as ordinary ones; where something else sees what they write to, its memory is `pinned`."""
+    """Functionalisation: operations in place as ordinary ones.
+
+    Where something else sees what they write to they stay, and that memory is `pinned`.
+    """
     last = _last_uses(tape, {place: place for place in tape.memory})
     sharing: dict[int, list[Place]] = {}  # the places so far of a piece of memory; later views see what was written
     for place in tape.inputs:
@@ -113,7 +116,9 @@ def direct_views(tape: Tape) -> Tape:
 
 
 def split(tape: Tape, fixed: Iterable[Place], views_of: Iterable[Place] | None = None) -> tuple[Tape, Tape]:
-    """What depends on the `fixed` inputs alone, and the rest, whose further inputs are what it needs of the former.
+    """Loop-invariant operations, which depend on the `fixed` inputs alone, and the rest.
+
+    The further inputs of the rest are what it needs of the former.
 
     Args:
         tape: without writes where memory is not pinned.
@@ -126,10 +131,10 @@ def split(tape: Tape, fixed: Iterable[Place], views_of: Iterable[Place] | None =
     stays = tape.pinned | (handed_out - (only or set()))  # outputs are the caller's, so they are made anew
     for operation in tape.operations:
         operation = _of_shapes(operation, tape.layouts)
-        reads, made = operation.reads(), {tape.memory[place] for place in operation.results}
+        reads, results = operation.reads(), {tape.memory[place] for place in operation.results}
         apart = known.issuperset(reads) and not operation.writes()
-        apart = apart and not stays & made and not tape.pinned & {tape.memory[place] for place in reads}
-        if apart and (only is None or made <= only):
+        apart = apart and not stays & results and not tape.pinned & {tape.memory[place] for place in reads}
+        if apart and (only is None or results <= only):
             before.append(operation)
             known.update(operation.results)
         else:
@@ -141,7 +146,7 @@ def split(tape: Tape, fixed: Iterable[Place], views_of: Iterable[Place] | None =
 
 
 def batched(tape: Tape, carried: int, each: int) -> tuple[Tape, Tape]:
-    """Of a loop's body what can be computed for all calls at once, and the rest.
+    """Vectorisation of a loop: operations of its body that can be computed for all calls at once, and the rest.
 
     Only operations whose result is exact are taken: of others, such as a logarithm, the bits may depend on how many
     elements there are. Keys of random numbers are made of exact ones alone.
