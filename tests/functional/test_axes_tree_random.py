@@ -332,7 +332,7 @@ def test_what_sets_a_key_apart_is_not_cut() -> None:
     for data in (0.5, torch.tensor(0.5), None):
         with pytest.raises(SettingError, match="integers or a name"):
             random.fold(key, data)
-    with pytest.raises(SettingError, match=r"a key is torch\.int32"):
+    with pytest.raises(SettingError, match=r"key has dtype torch\.int32"):
         random.fold(key.to(torch.int32), 1)
     assert torch.equal(random.fold(key, np.int64(5)), random.fold(key, 5))
     assert torch.equal(random.fold(key, torch.tensor(5)), random.fold(key, 5))

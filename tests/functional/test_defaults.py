@@ -84,7 +84,7 @@ BY_NAME: dict[str, Any] = {
     "scores": np.arange(12.0).reshape(4, 3),
     "baseline": np.arange(9.0).reshape(3, 3),
     "thresholds": [1.0, 5.0],
-    "given": FLAGS.to(torch.uint8),
+    "tensor": FLAGS.to(torch.uint8),
     "q": {"precision": SQUARE["x"].square(), "centre": SQUARE["value"], "constant": SQUARE["reward"][..., 0]},
     "fisher": SQUARE["reward"].square(),
     "theta": SQUARE["next_value"],

@@ -364,12 +364,12 @@ def test_samples_that_meet_in_the_network_are_refused():
         nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 3)).double(),
     ):
         p = {"weights": {n: w.detach() for n, w in module.named_parameters()}}
-        with pytest.raises(SettingError, match="every sample's output has to be its own"):
+        with pytest.raises(SettingError, match="a sample's output must depend on that sample alone"):
             categorical_fisher(calling(module.train()), p, numbers("x", 5, 3), 0)
 
     lstm = nn.LSTM(3, 3).double()  # takes [B, 3] for B steps
     p = {"weights": {n: w.detach() for n, w in lstm.named_parameters()}}
-    with pytest.raises(SettingError, match="takes the batch for time"):
+    with pytest.raises(SettingError, match="takes the batch axis for time"):
         categorical_fisher(lambda p, b, ctx: functional_call(lstm, p["weights"], b)[0], p, numbers("x", 5, 3), 0)
 
     def centred(p, batch, ctx):
@@ -402,7 +402,7 @@ def test_kinds_labels_keys_and_shapes_that_do_not_fit_are_refused():
         call("exact", x[:0])
     with pytest.raises(SettingError, match="expected learner axes"):
         categorical_fisher(calling(module), p, x.expand(2, 5, 3), 1)
-    with pytest.raises(SettingError, match="there is no weight head; there are"):
+    with pytest.raises(SettingError, match="there is no weight head, expected names among"):
         squared_gradients(calling(module), p, x, lambda out, batch: iter([out]), 0, ["head"])
     assert torch.equal(call("empirical", target=y.to(torch.uint8)), call("empirical", target=y))
 

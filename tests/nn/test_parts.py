@@ -73,7 +73,7 @@ def test_parametrized_modules_are_lifted(build: Callable, training: bool) -> Non
 def test_a_pruned_module_is_refused_with_what_to_do() -> None:
     module = torch.nn.Linear(3, 3)
     prune.l1_unstructured(module, "weight", 0.5)
-    with pytest.raises(SettingError, match=r"end a pruning by torch\.nn\.utils\.prune\.remove"):
+    with pytest.raises(SettingError, match=r"finish pruning with torch\.nn\.utils\.prune\.remove"):
         nn.lift(module)
     prune.remove(module, "weight")
     x = torch.randn(2, 3)
@@ -98,7 +98,7 @@ def test_parts_of_a_lifted_module_behave_as_modules_do() -> None:
     handle.remove()
     assert torch.equal(nn.apply(block, params, x), expected)
     parametrizations.weight_norm(block.layer)
-    with pytest.raises(SettingError, match=r"Own has a part 'layer\.parametrizations.* did not have"):
+    with pytest.raises(SettingError, match=r"Own has a tensor 'layer\.parametrizations.* did not have"):
         nn.apply(block, params, x)
 
 
