@@ -26,7 +26,7 @@ from rlmeta.nn.block import Context
 from rlmeta.nn.product import product
 
 Params: TypeAlias = dict[str, Any]
-"""`weights` `{name: [*L, ...]}` and whatever else a forward pass needs, every leaf starting with `*L`."""
+"""`weights` `{name: [*L, ...]}` and other inputs of a forward pass, every leaf starting with `*L`."""
 
 Forward: TypeAlias = Callable[[Params, tree.Tree, Context], Tensor]
 """Function from parameters, a batch `[*L, B, ...]` and a context to an output per sample, `[*L, B]` or `[*L, B, K]`.
