@@ -193,8 +193,8 @@ def broken(part, change):
         (broken("labels", lambda x: [str(int(i)) for i in x]), "tensors or arrays of numbers"),
         (broken("images", lambda x: x.to(torch.uint8)), "images are torch.uint8, expected floats: divide .* by 255"),
         (broken("images", lambda x: x.index_fill(0, torch.tensor([7]), torch.nan)), "image 7 is not finite"),
-        ({"rotations": True, **broken("images", lambda x: x.flatten(1))}, r"squares .* images are \[72, 4\]"),
-        ({"rotations": True, **broken("images", lambda x: x[:, :1])}, r"squares .* images are \[72, 1, 2\]"),
+        ({"rotations": True, **broken("images", lambda x: x.flatten(1))}, r"square images .* images are \[72, 4\]"),
+        ({"rotations": True, **broken("images", lambda x: x[:, :1])}, r"square images .* images are \[72, 1, 2\]"),
         (
             {"classes": {"train": torch.arange(7), "test": torch.arange(6, 12)}},
             "class 6 is in split 'train' and in 'test'",
@@ -333,9 +333,7 @@ def test_named_families_are_made_with_settings():
     assert digits.tasks(KEY, 0, 2, "test")["support"]["observation"].shape == (3, 2, 3, 8, 8)
     assert len(digits._pools["train"][0]) == 16 and len(digits._pools["test"][0]) == 3
     assert rl.family("quadratics").source == Quadratics() and rl.family("digit-mlps").source == DigitMLPs()
-    with pytest.raises(
-        SettingError, match=r"family is Sinusoid.*expected a name; a family of your own is passed to train"
-    ):
+    with pytest.raises(SettingError, match=r"family is Sinusoid.*expected a name; pass a family of your own to train"):
         rl.family(Sinusoid())
     with pytest.raises(UnknownNameError, match="unknown setting of sinusoid 'shot': did you mean shots"):
         rl.family("sinusoid", {"shot": 5})

@@ -112,7 +112,7 @@ def test_an_episode_that_begins_so_after_another_is_named() -> None:
 
 def test_nothing_is_said_of_finite_numbers_and_nothing_is_kept_of_rlmetas_own() -> None:
     assert _said(Counts(), 12) == []
-    assert "spoilt" not in NativeWorld(CartPole(), (2,), 3).reset(KEYS)
+    assert "nonfinite" not in NativeWorld(CartPole(), (2,), 3).reset(KEYS)
 
 
 @pytest.mark.parametrize("steps", [4, 40], ids=["as it is", "recorded"])

@@ -139,7 +139,7 @@ def test_what_is_no_task_is_told_what_to_give(verb: Any, problem: Any, match: st
     [
         (Agents, "Agents returned Agents.*several agents, such as PettingZoo's, are not supported"),
         (OldStyle, "let its class extend gymnasium.Env"),
-        (lambda: rl.stream(["CartPole-v1"]), "TaskStream is given as it is"),
+        (lambda: rl.stream(["CartPole-v1"]), "pass a TaskStream as it is"),
         (lambda: Still(), "returned Still"),
         (lambda: None, "returned NoneType"),
     ],

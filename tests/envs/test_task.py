@@ -63,7 +63,7 @@ CARTPOLE = rl.task("CartPole-v1")
         (CARTPOLE, {"length": (0.5, float("inf"))}, "expected finite numbers"),
         (CARTPOLE, {"length": 0.5}, r"length is 0.5, expected \[low, high\]"),
         (CARTPOLE, {"lenght": (0.5, 1.0)}, "unknown constant 'lenght': did you mean length"),
-        (CARTPOLE, {"max_episode_steps": (5, 9)}, "max_episode_steps is a whole number or None, which no range"),
+        (CARTPOLE, {"max_episode_steps": (5, 9)}, "max_episode_steps is a whole number or None, expected a number"),
         (CARTPOLE, [("length", (0.5, 1.0))], "expected a dictionary such as"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 
 import rlmeta as rl
 from rlmeta.envs.native import Bandit, CartPole, NativeWorld, TrialWorld
-from rlmeta.envs.task import TaskFamily, drawn
+from rlmeta.envs.task import TaskFamily, draw_constants
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning.collect import collect, episode_statistics
@@ -93,10 +93,10 @@ def test_an_actor_sees_where_an_episode_of_its_trial_starts_and_keeps_its_memory
 
 def test_ranges_of_a_list_draw_every_entry_and_those_of_numbers_as_before():
     key = random.make_keys(range(S))
-    found = drawn(key, "physics", Bandit(mean=(0.5,) * 5), {"mean": (0.25, 0.75)})["mean"]
+    found = draw_constants(key, "physics", Bandit(mean=(0.5,) * 5), {"mean": (0.25, 0.75)})["mean"]
     assert found.shape == (S, 5) and found.min() >= 0.25 and found.max() <= 0.75
     assert (found.unsqueeze(-1) - found.unsqueeze(-2)).abs().flatten(1).sort(-1).values[:, 5:].min() > 0
-    numbers = drawn(key, "physics", CartPole(), {"length": (0.0, 1.0), "gravity": (2.0, 4.0)})
+    numbers = draw_constants(key, "physics", CartPole(), {"length": (0.0, 1.0), "gravity": (2.0, 4.0)})
     draws = random.uniform(key, "physics", 0, (2,), torch.float64)
     assert numbers["length"].equal(draws[:, 0]) and numbers["gravity"].equal(2 + 2 * draws[:, 1])
     family = TaskFamily("b", rl.task(Bandit(mean=(0.5,) * 5), name="b"), {"mean": (0.0, 1.0)})
