@@ -148,17 +148,17 @@ def multi_discrete_log_prob(logits: Tensor, action: Tensor, sizes: Sequence[int]
 
 
 def multi_discrete_entropy(logits: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Entropy in nats, the sum over the components, `[..., sum(sizes)]` -> `[...]`."""
+    """Entropy of independent categorical components in nats, `[..., sum(sizes)]` -> `[...]`."""
     return torch.stack([categorical_entropy(group) for group in _split(logits, sizes)], -1).sum(-1)
 
 
 def multi_discrete_mode(logits: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Mode, the most probable action of each component, `[..., sum(sizes)]` -> `[..., len(sizes)]` int64."""
+    """Mode of independent categorical components, `[..., sum(sizes)]` -> `[..., len(sizes)]` int64."""
     return torch.stack([group.argmax(-1) for group in _split(logits, sizes)], -1)
 
 
 def multi_discrete_sample(logits: Tensor, sizes: Sequence[int], key: Tensor) -> Tensor:
-    """Sample of every component by the Gumbel-max trick.
+    """Sample of independent categorical components by the Gumbel-max trick.
 
     Args:
         logits: `[*L, ..., sum(sizes)]`.
@@ -173,7 +173,7 @@ def multi_discrete_sample(logits: Tensor, sizes: Sequence[int], key: Tensor) -> 
 
 
 def multi_discrete_kl(logits_p: Tensor, logits_q: Tensor, sizes: Sequence[int]) -> Tensor:
-    """KL divergence KL(p ‖ q) in nats, the sum over the components, `[..., sum(sizes)]` twice -> `[...]`."""
+    """KL divergence KL(p ‖ q) of independent categorical components in nats, `[..., sum(sizes)]` twice -> `[...]`."""
     groups = zip(_split(logits_p, sizes), _split(logits_q, sizes))
     return torch.stack([categorical_kl(p, q) for p, q in groups], -1).sum(-1)
 
@@ -196,17 +196,17 @@ def bernoulli_log_prob(logits: Tensor, action: Tensor) -> Tensor:
 
 
 def bernoulli_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats, the sum over the components, `[..., A]` -> `[...]`."""
+    """Entropy of independent binary actions in nats, `[..., A]` -> `[...]`."""
     return -(logits.sigmoid() * F.logsigmoid(logits) + (-logits).sigmoid() * F.logsigmoid(-logits)).sum(-1)
 
 
 def bernoulli_mode(logits: Tensor) -> Tensor:
-    """Mode, 1 where it is more probable than 0, `[..., A]` -> `[..., A]` int64."""
+    """Mode of independent binary actions, `[..., A]` -> `[..., A]` int64."""
     return (logits > 0).to(torch.int64)
 
 
 def bernoulli_sample(logits: Tensor, key: Tensor) -> Tensor:
-    """Sample of independent zeros and ones.
+    """Sample of independent binary actions, zeros and ones.
 
     Args:
         logits: `[*L, ..., A]`, log-odds of 1.
@@ -220,7 +220,7 @@ def bernoulli_sample(logits: Tensor, key: Tensor) -> Tensor:
 
 
 def bernoulli_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """KL divergence KL(p ‖ q) in nats, the sum over the components, `[..., A]` twice -> `[...]`."""
+    """KL divergence KL(p ‖ q) of independent binary actions in nats, `[..., A]` twice -> `[...]`."""
     _check_same_shape(logits_p, "logits_q", logits_q)
     ones = logits_p.sigmoid() * (F.logsigmoid(logits_p) - F.logsigmoid(logits_q))
     zeros = (-logits_p).sigmoid() * (F.logsigmoid(-logits_p) - F.logsigmoid(-logits_q))

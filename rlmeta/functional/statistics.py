@@ -19,7 +19,7 @@ Statistic: TypeAlias = Callable[[NDArray[np.float64]], Any]
 
 
 def mean(scores: ArrayLike) -> Any:
-    """Mean over all runs and tasks; one outstanding run can carry it.
+    """Mean score over all runs and tasks, which a single outlier can dominate.
 
     Args:
         scores: `[..., runs, tasks]` or `[runs]`.
@@ -31,7 +31,7 @@ def mean(scores: ArrayLike) -> Any:
 
 
 def median(scores: ArrayLike) -> Any:
-    """Median over the tasks of their means over runs, so with one task the mean of its runs (as rliable defines it).
+    """Median over tasks of the mean over runs, as rliable defines it; with one task the mean of its runs.
 
     Args:
         scores: `[..., runs, tasks]` or `[runs]`.
