@@ -1,4 +1,4 @@
-"""Tasks from settings: what is no value of a native environment's constant is refused by name."""
+"""Tasks from settings: invalid values of a native environment's constants are refused by name."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from rlmeta.functional.random import make_keys
 def test_constants_of_another_type_are_refused(name: str, constant: str, value: Any, expected: str) -> None:
     with pytest.raises(SettingError) as raised:
         rl.task(name, settings={constant: value})
-    said = str(raised.value)
-    assert said.startswith(f"constant {constant} of ") and said.endswith(f" is {value!r}, expected {expected}")
+    message = str(raised.value)
+    assert message.startswith(f"constant {constant} of ") and message.endswith(f" is {value!r}, expected {expected}")
 
 
 @pytest.mark.parametrize(
