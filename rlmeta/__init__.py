@@ -4,16 +4,16 @@ import sys
 
 
 def _leave_current_folder() -> None:
-    """Drop the current folder from `sys.path` where this is `python -m rlmeta`.
+    """Drop the current folder from `sys.path` under `python -m rlmeta`.
 
-    That command searches it before the standard library, and anybody's `random.py` may lie there. So nothing but `sys`,
-    which is no file, is imported before.
+    Python would search it before the standard library, and it may contain anybody's `random.py`. So nothing but the
+    built-in `sys` is imported before.
     """
     if sys.argv[:1] != ["-m"] or sys.flags.safe_path:  # "-m" while the module that is to be run is searched for
         return
     for flag, following in zip(sys.orig_argv[1:], [*sys.orig_argv[2:], ""]):
-        others, found, module = flag[1:].partition("m")
-        if flag[:1] == "-" and found and not others.strip("bBdEiIOPqsSuvx"):
+        others, is_module_flag, module = flag[1:].partition("m")
+        if flag[:1] == "-" and is_module_flag and not others.strip("bBdEiIOPqsSuvx"):
             if (module or following).partition(".")[0] == "rlmeta":
                 here = sys.path.pop(0)
                 if __file__ == f"{here}/rlmeta/__init__.py":  # rlmeta itself is here
@@ -90,17 +90,17 @@ _WHERE = {
     "train": "api",
     "trials": "envs.task",
 }
-"""Imported when first used: `import rlmeta` alone loads neither torch nor an environment."""
+"""Modules of names that are imported on first use: `import rlmeta` alone imports neither torch nor environments."""
 
 _PACKAGES = ("agents", "supervised", "imitation", "rewards", "lifelong", "meta")
-"""Whose classes are `rlmeta.NAME`, too: a new algorithm is a file in one of them and its name in the `__init__`."""
+"""Packages whose classes are also `rlmeta.NAME`: a new algorithm is a module in one of them and a name in `__all__`."""
 
 _PARTS = (*_PACKAGES, "compat", "data", "envs", "functional", "learning", "nn")
-"""The packages that are `rlmeta.NAME` without an import of their own."""
+"""Packages that are `rlmeta.NAME` without an import of their own."""
 
 
 def _classes_of(package: str) -> list[str]:
-    """The classes among a package's `__all__`, read without importing it."""
+    """Classes in a package's `__all__`, read without importing it."""
     body = ast.parse((Path(__file__).parent / package / "__init__.py").read_text()).body
     named = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
     return [name for value in named for name in ast.literal_eval(value) if name[0].isupper()]
@@ -122,7 +122,7 @@ def _version() -> str:
 def __getattr__(name: str) -> Any:
     if name not in {*_WHERE, *_PARTS, "__version__"}:
         raise AttributeError(f"module 'rlmeta' has no attribute {name!r}")
-    numbers = random.getstate()  # a package that is imported along the way draws from Python's own generator
+    numbers = random.getstate()  # an imported package draws from Python's own generator
     if name == "__version__":
         value: Any = _version()
     elif name in _PARTS:

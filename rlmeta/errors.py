@@ -1,4 +1,4 @@
-"""One exception class per kind of mistake; each message says what was given, what was expected and what to do."""
+"""Exception classes; every message says what was given, what is expected and what to do."""
 
 from __future__ import annotations
 
@@ -11,72 +11,74 @@ from numbers import Integral
 from typing import Any, Literal, get_args, get_origin
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal obeys instead of showing it, and halves of letters, which can't be written; not tab and newline."""
+"""Control characters other than tab and newline, and unpaired surrogates, which cannot be encoded."""
 
 
 def printable(text: str) -> str:
-    """A text as a terminal may show it, with control characters escaped (`\\x1b`): names, messages, folders, cells."""
-    return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    """Escape the control characters of a text (`\\x1b`), so that it is safe to print in a terminal."""
+    return _CONTROLS.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
 class RlmetaError(Exception):
-    """Base of every error a user of rlmeta can cause; the command line prints it as one line and exits with 2."""
+    """Base class of errors that a user can cause; the command line prints them on one line and exits with 2."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class SettingError(RlmetaError, ValueError):
-    """A wrong value, an unknown setting, or settings that contradict each other."""
+    """Invalid or unknown settings, or settings that contradict each other."""
 
 
 class SpaceError(RlmetaError, TypeError):
-    """An observation or action space that is not supported, or not the one that was expected."""
+    """An observation or action space that is not supported, or differs from the expected one."""
 
 
 class UnknownNameError(RlmetaError, LookupError):
-    """A name that resolves to nothing; build it with `unknown_name` to list the nearest ones."""
+    """An unknown name; `unknown_name` creates it with a list of the nearest names."""
 
 
 class CheckpointError(RlmetaError):
-    """A checkpoint that is missing, truncated, corrupted, or of something else."""
+    """A checkpoint that is missing, truncated, corrupted, or of another run."""
 
 
 class RunExistsError(RlmetaError, FileExistsError):
-    """A run folder that is there already and would be overwritten."""
+    """A run folder that exists already and would be overwritten."""
 
 
 class MissingExtraError(RlmetaError, ImportError):
-    """An optional package that is needed now and not installed."""
+    """A required optional package that is not installed."""
 
 
 class DemonstrationError(RlmetaError, ValueError):
-    """Demonstrations that are broken, empty, cut, not numbers, or of other spaces than the task's."""
+    """Demonstrations that are broken, empty, truncated, not finite, or of other spaces than the task's."""
 
 
 class HookError(RlmetaError, TypeError):
-    """A hook of a lifelong method that gave back something else than the learner can use."""
+    """A hook of a lifelong method that returned something that the learner cannot use."""
 
 
 class EnvironmentFailedError(RlmetaError):
-    """An environment raised, or its worker process died; the message holds its error and where, a note the traceback of
-    a worker."""
+    """An environment raised, or its worker process died.
+
+    The message has its error and source line; a note has the traceback in a worker process.
+    """
 
 
 class InexactResumeError(RlmetaError):
-    """An environment that could not be brought back to where the checkpoint left it."""
+    """An environment that cannot be brought back to its state in a checkpoint."""
 
 
 def require_choice(what: str, value: object, choices: Any) -> None:
-    """Refuse a value that is none of a `Literal`'s.
+    """Check that a value is one of a `Literal`.
 
     Args:
-        what: the caller's name for it, which the message repeats.
-        value: what was given.
-        choices: the `Literal`, or one `| None`.
+        what: name of the setting, for the message.
+        value: to check.
+        choices: a `Literal`, or a `Literal | None`.
 
     Raises:
-        SettingError: it is another.
+        SettingError: the value is none of the choices.
     """
     parts = (choices,) if get_origin(choices) is Literal else get_args(choices)
     known = [choice for part in parts for choice in (get_args(part) or (None,))]
@@ -85,58 +87,58 @@ def require_choice(what: str, value: object, choices: Any) -> None:
 
 
 def require_count(what: str, value: object) -> None:
-    """Refuse a value that is no whole number of at least 1.
+    """Check that a value is a whole number of at least 1.
 
     Args:
-        what: the caller's name for it, which the message repeats.
-        value: what was given.
+        what: name of the setting, for the message.
+        value: to check.
 
     Raises:
-        SettingError: it is another.
+        SettingError: the value is no such number.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise SettingError(f"{what} is {value!r}, expected a whole number, at least 1")
 
 
 LONGEST_LIST = 600
-"""Characters of all the known names in a message; more of them are left to `rlmeta list`."""
+"""Largest number of characters of the known names in a message; longer lists are left to `rlmeta list`."""
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 4) -> list[str]:
-    """Those of the `known` names that `name` may have been meant for, the nearest first; often none.
+    """Known names that are similar to `name`, the nearest first; often none.
 
-    Near is what a slip of the finger or two makes of a name, what shares most of its letters in their order, and what
-    a name of some length is a part of; the case of letters does not count.
+    A name is similar by an edit distance of one or two, by sharing most letters in order, or by containing `name`;
+    case is ignored.
     """
     lowered = {candidate.lower(): candidate for candidate in sorted(known, reverse=True)}
-    given = name.lower()
-    alike = difflib.get_close_matches(given, lowered, n=20, cutoff=0.5)
-    slips = {candidate: _slips(given, candidate) for candidate in sorted(alike, reverse=True)}  # v1 before v0
-    near = sorted((one for one, count in slips.items() if _is_near(given, one, count)), key=slips.__getitem__)
-    whole = [candidate for candidate in sorted(lowered) if len(given) >= 4 and given in candidate]
+    lower_name = name.lower()
+    alike = difflib.get_close_matches(lower_name, lowered, n=20, cutoff=0.5)
+    slips = {match: _edit_distance(lower_name, match) for match in sorted(alike, reverse=True)}  # v1 before v0
+    near = [match for match in sorted(slips, key=slips.__getitem__) if _is_near(lower_name, match, slips[match])]
+    whole = [candidate for candidate in sorted(lowered) if len(lower_name) >= 4 and lower_name in candidate]
     return [lowered[candidate] for candidate in dict.fromkeys([*near, *whole])][:most]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`: did you mean ...?`, or nothing where nothing is near; the dashes of flags make nothing alike."""
+    """Suggestion `: did you mean ...?` of similar names, or empty; the dashes of flags are ignored."""
     bare = {candidate.removeprefix("--"): candidate for candidate in known}
     nearest = [bare[match] for match in nearest_names(name.removeprefix("--"), bare)]
     return f": did you mean {', '.join(nearest)}?" if nearest else ""
 
 
-def _is_near(one: str, other: str, slips: int) -> bool:
-    length = max(len(one), len(other))
-    return slips <= max(1, length // 4) or difflib.SequenceMatcher(None, one, other).ratio() >= 0.75
+def _is_near(first: str, second: str, slips: int) -> bool:
+    length = max(len(first), len(second))
+    return slips <= max(1, length // 4) or difflib.SequenceMatcher(None, first, second).ratio() >= 0.75
 
 
-def _slips(one: str, other: str) -> int:
-    """Letters to insert, delete, replace, or exchange with their neighbour to turn one text into the other."""
-    rows = [list(range(len(other) + 1))]
-    for i, a in enumerate(one, 1):
+def _edit_distance(first: str, second: str) -> int:
+    """Edit distance (Damerau-Levenshtein): insertions, deletions, replacements and swaps of neighbouring letters."""
+    rows = [list(range(len(second) + 1))]
+    for i, a in enumerate(first, 1):
         row = [i]
-        for j, b in enumerate(other, 1):
+        for j, b in enumerate(second, 1):
             cost = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (a != b))
-            if i > 1 and j > 1 and a == other[j - 2] and one[i - 2] == b:
+            if i > 1 and j > 1 and a == second[j - 2] and first[i - 2] == b:
                 cost = min(cost, rows[-2][j - 2] + 1)
             row.append(cost)
         rows.append(row)
@@ -144,13 +146,13 @@ def _slips(one: str, other: str) -> int:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], listed_by: str = "`rlmeta list`") -> UnknownNameError:
-    """An `UnknownNameError` for `name` that lists the nearest of the `known` names, or all where none is near.
+    """Create an `UnknownNameError` that lists similar known names, or all if none is similar.
 
     Args:
-        kind: of name.
-        name: as it was given.
-        known: what it could have been.
-        listed_by: what shows them where they are too many for a message.
+        kind: of thing that is named, such as "task".
+        name: the unknown name.
+        known: all known names.
+        listed_by: command that lists them, for the message if there are too many.
     """
     known = sorted(known)
     nearest = nearest_names(name, known)
@@ -165,15 +167,15 @@ def unknown_name(kind: str, name: str, known: Iterable[str], listed_by: str = "`
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
-    """A `MissingExtraError` that says which extra brings `package`."""
+    """Create a `MissingExtraError` that names the extra with `package`."""
     return MissingExtraError(f"{purpose} needs {package}, which is not installed: pip install 'rlmeta[{extra}]'")
 
 
 def require_extra(package: str, extra: str, purpose: str) -> None:
-    """Refuse to go on without an optional package, which is not imported yet.
+    """Check that an optional package is installed, without importing it.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: the package is not installed.
     """
     there = sys.modules[package] is not None if package in sys.modules else importlib.util.find_spec(package)
     if not there:

@@ -1,3 +1,3 @@
-"""The interfaces of other libraries, on rlmeta."""
+"""Interfaces of other libraries: learn2learn, and plain PyTorch training loops."""
 
 __all__ = ["learn2learn", "torch"]

@@ -1,4 +1,4 @@
-"""learn2learn's MAML for any `nn.Module`: `clone()`, `adapt(loss)`; only the import changes.
+"""MAML with learn2learn's interface for any `nn.Module`: `clone()` and `adapt(loss)`; only the import changes.
 
 ```python
 from rlmeta.compat.learn2learn import MAML
@@ -11,7 +11,8 @@ for task in tasks:
 total.backward()  # gradients of `model`, second order
 ```
 
-One task after the other, as there. `rlmeta.meta.maml` adapts to all tasks of a meta-batch at once.
+Tasks are adapted to one after the other, as in learn2learn. `rlmeta.meta.maml` adapts to all tasks of a meta-batch at
+once.
 
 Torch's fused attention has no second derivative: run a model that has attention within
 `torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)`, or in first order.
@@ -30,12 +31,12 @@ from rlmeta.errors import SettingError
 class MAML(nn.Module):
     """Model-agnostic meta-learning (Finn, Abbeel and Levine, 2017) around a module.
 
-    Unlike in the original, a clone has its own buffers too: batch-norm statistics of one task never reach another.
+    Unlike in learn2learn, a clone has its own buffers too: batch-norm statistics of a task never reach another task.
 
     Args:
         model: any module.
-        lr: the inner learning rate.
-        first_order: take the inner gradients for constants.
+        lr: learning rate of the inner loop.
+        first_order: treat inner gradients as constants (first-order MAML).
         allow_unused: accept parameters that the loss does not depend on; by default as `allow_nograd`.
         allow_nograd: accept parameters that do not require gradients; they stay as they are.
     """
@@ -56,7 +57,7 @@ class MAML(nn.Module):
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's."""
+        """Forward pass of the module."""
         return self.module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -68,7 +69,7 @@ class MAML(nn.Module):
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
     ) -> MAML:
-        """A copy to adapt, whose gradients flow back to this one's parameters."""
+        """Clone to adapt, through which gradients flow back to this module's parameters."""
         return MAML(
             clone_module(self.module),
             self.lr,
@@ -84,17 +85,17 @@ class MAML(nn.Module):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> None:
-        """One inner step in place on this clone: p ← p − lr ∇loss.
+        """Inner gradient step on this clone, in place: p ← p − lr ∇loss.
 
         Args:
-            loss: of this clone's output, one number.
-            first_order: this clone's, unless given; so are the others.
+            loss: of this clone's output, a scalar.
+            first_order: as for the class, as are the other two; None takes this clone's setting.
             allow_unused: see the class.
             allow_nograd: see the class.
 
         Raises:
-            SettingError: a parameter takes no gradient or the loss does not depend on it, and that was not allowed; the
-                loss is not one number, or nothing can be differentiated.
+            SettingError: the loss is no scalar or requires no gradient; or, unless allowed, a parameter requires no
+                gradient or the loss does not depend on it.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -125,7 +126,7 @@ class MAML(nn.Module):
 
 
 def clone_module(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters are differentiable copies; tied ones stay tied, buffers are its own."""
+    """Differentiable clone of a module: copies of parameters and buffers, with tied parameters still tied."""
     copies: dict[Tensor, Tensor] = {}
     modules: dict[int, nn.Module] = {}
 
@@ -151,6 +152,6 @@ def clone_module(module: nn.Module) -> nn.Module:
 
 
 def _replace(module: nn.Module, moved: dict[Tensor, Tensor]) -> None:
-    """Put other tensors in the place of parameters, wherever they are used."""
+    """Replace parameters by other tensors, wherever they are used."""
     for part in module.modules():
         part._parameters.update({n: moved[p] for n, p in part._parameters.items() if p is not None and p in moved})  # type: ignore[misc]

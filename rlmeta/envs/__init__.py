@@ -1,6 +1,6 @@
-"""Environments, tasks, families and streams."""
+"""Environments and problems: tasks, families of tasks, and streams of tasks."""
 
-from rlmeta.envs import own_folders  # a worker process finds the user's modules by it
+from rlmeta.envs import own_folders  # lets worker processes import the user's modules
 
 __all__ = [
     "families",

@@ -1,4 +1,4 @@
-"""Few-shot classification: N-way K-shot tasks of labelled pictures whose splits share no class."""
+"""Few-shot classification: N-way K-shot tasks of labelled images, with disjoint classes in every split."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from rlmeta.functional.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class FewShot:
-    """N-way K-shot classification: N classes of a split, K samples of each to adapt to, others of them to be asked.
+    """N-way K-shot classification tasks: N classes of a split, K support samples of each, and query samples.
 
-    Every task numbers its classes anew, 0 ... N − 1, in random order. With `rotations`, the classes to train on come
-    turned by 90, 180 and 270 degrees too, as classes of their own; those of the other splits never do. Equal images are
-    taken once; where they are of different classes, which nothing can tell apart, none is.
+    Every task labels its classes anew, 0 ... N − 1, in random order. With `rotations`, the training classes rotated by
+    90, 180 and 270 degrees are further classes of their own; the other splits are never rotated. Duplicate images are
+    used once, and not at all if their classes differ.
 
     Source of the protocol: Vinyals et al., "Matching Networks for One Shot Learning", 2016.
     """
 
     images: Tensor
-    """`[n, ...]`, float; numpy arrays will do, here and below."""
+    """`[n, ...]` float, a tensor or numpy array, as are the labels."""
     labels: Tensor
-    """`[n]` whole numbers, of any values."""
+    """`[n]` integers of any values."""
     classes: Mapping[str, Sequence[int]]
-    """For each split, the labels that belong to it."""
+    """Labels of each split."""
     ways: int = 5
-    """N."""
+    """N, the number of classes of a task."""
     shots: int = 1
-    """K."""
+    """K, the number of support samples of each class."""
     queries: int = 5
-    """Samples of each class in the query set."""
+    """Number of query samples of each class."""
     rotations: bool = False
-    """Whether to turn the training classes."""
+    """Whether to add rotated training classes."""
     dropped: int = field(init=False, default=0)
-    """How many images equal others and were left out."""
+    """Number of duplicate images that were left out."""
     _pools: dict[str, tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,12 +55,12 @@ class FewShot:
             raise SettingError(f"FewShot: ways is {self.ways}, expected at least 2 classes to tell apart")
         images, labels = _samples(self.images, self.labels)
         if self.rotations and (images.dim() < 3 or images.shape[-1] != images.shape[-2]):
-            raise SettingError(f"FewShot: rotations turn squares [n, ..., H, H], images are {list(images.shape)}")
+            raise SettingError(f"FewShot: rotations need square images [n, ..., H, H], images are {list(images.shape)}")
         classes = {split: [int(member) for member in members] for split, members in self.classes.items()}
         _check_disjoint(classes)
         kept = _distinct(images, labels, [member for members in classes.values() for member in members])
-        given = {"dropped": len(images) - len(kept), "images": images[kept], "labels": labels[kept], "classes": classes}
-        for name, value in given.items():
+        clean = {"dropped": len(images) - len(kept), "images": images[kept], "labels": labels[kept], "classes": classes}
+        for name, value in clean.items():
             object.__setattr__(self, name, value)
         labels = self.labels
         pools: dict[str, tuple[Tensor, Tensor]] = {}
@@ -75,41 +75,41 @@ class FewShot:
         object.__setattr__(self, "_pools", pools)
 
     def _pool(self, labels: Tensor, members: Sequence[int], split: str, turned: bool) -> tuple[Tensor, Tensor]:
-        """Images of the split's classes `[C, most, ...]`, and how many each class has `[C]`."""
-        found = [self.images[labels == member] for member in members]
+        """Images of a split's classes `[C, most, ...]`, padded, and the number of each class `[C]`."""
+        by_class = [self.images[labels == member] for member in members]
         needed = self.shots + self.queries
-        for member, images in zip(members, found):
+        for member, images in zip(members, by_class):
             if len(images) < needed:
                 raise SettingError(
                     f"class {member} of split {split!r} has {len(images)} samples, {self.shots} shots and "
                     f"{self.queries} queries need {needed}: ask for fewer"
                 )
         if turned:
-            found = [torch.rot90(images, quarter, (-2, -1)) for quarter in range(4) for images in found]
-        counts = torch.tensor([len(images) for images in found], device=self.images.device)
-        pool = self.images.new_zeros((len(found), int(counts.max()), *self.images.shape[1:]))
-        for row, images in zip(pool, found):
+            by_class = [torch.rot90(images, quarter, (-2, -1)) for quarter in range(4) for images in by_class]
+        counts = torch.tensor([len(images) for images in by_class], device=self.images.device)
+        pool = self.images.new_zeros((len(by_class), int(counts.max()), *self.images.shape[1:]))
+        for row, images in zip(pool, by_class):
             row[: len(images)] = images
         return pool, counts
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """One image."""
+        """Space of one image."""
         low, high = float(self.images.min()), float(self.images.max())
         return gym.spaces.Box(low, high, tuple(self.images.shape[1:]), np.float32)
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """The task's own numbers of its classes."""
+        """Space of a task's class labels, Discrete(N)."""
         return gym.spaces.Discrete(self.ways)
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
-        """K tasks; the samples of support and query are ordered class by class."""
+        """Draw K = `count` tasks; support and query samples are ordered class by class."""
         keys = task_keys(key, counter, count, split)
         if split not in self._pools:
             raise SettingError(
                 f"FewShot: there are no classes for split {split!r}, only for {', '.join(self._pools) or 'none'}: "
-                "a run learns from 'train', is followed on 'validation' and scored on 'test'"
+                "a run trains on 'train', is evaluated during training on 'validation' and at its end on 'test'"
             )
         pool, counts = (part.to(key.device) for part in self._pools[split])
         chosen = random.permutation(keys, "classes", 0, len(pool))[..., : self.ways]
@@ -129,13 +129,13 @@ class FewShot:
 
 
 def _samples(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Images `[n, ...]` float32 and labels `[n]` int64, refused where they are anything else."""
+    """Images `[n, ...]` as float32 and labels `[n]` as int64, after a check of types and shapes."""
     try:
         images, labels = (x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu") for x in (images, labels))
     except (TypeError, ValueError, RuntimeError) as error:
         raise SettingError(f"FewShot: images and labels must be tensors or arrays of numbers ({error})") from None
     if not images.is_floating_point():
-        raise SettingError(f"FewShot: images are {images.dtype}, expected floats: divide pictures of bytes by 255")
+        raise SettingError(f"FewShot: images are {images.dtype}, expected floats: divide images of bytes by 255")
     if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(images):
         raise SettingError(
             f"FewShot: labels are {labels.dtype} {list(labels.shape)} for images {list(images.shape)}, expected one "
@@ -147,7 +147,7 @@ def _samples(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
 
 
 def _distinct(images: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """The numbers of the images to keep, so that no two of the classes are equal; a warning says how many are not."""
+    """Indices of the images without duplicates among the used classes; a warning counts the duplicates."""
     used = torch.isin(labels, torch.tensor(classes, dtype=torch.int64, device=labels.device)).nonzero().flatten().cpu()
     repeated, ambiguous = equal_pictures(images.cpu()[used].numpy(), labels.cpu()[used].numpy())
     if repeated or ambiguous:
@@ -179,56 +179,63 @@ def _check_disjoint(classes: Mapping[str, Sequence[int]]) -> None:
 
 
 def split_classes(groups: Sequence[Any], test: Sequence[Any], validation: Sequence[Any] = ()) -> dict[str, list[int]]:
-    """Classes by split, where whole groups (alphabets, say) are held out.
+    """Classes of each split, with whole groups (alphabets, for example) held out.
 
     Args:
         groups: the group of each class 0 ... C − 1.
         test: groups of the test split.
-        validation: groups of the validation split; every other group is trained on.
+        validation: groups of the validation split; every other group is for training.
 
     Raises:
-        SettingError: a group is asked for that no class belongs to, or stands in both lists.
+        SettingError: a group has no class, or is in both lists.
     """
     for group in (*test, *validation):
         if group not in groups:
-            raise SettingError(f"there is no group {group!r}; there are {', '.join(map(str, sorted(set(groups))))}")
+            raise SettingError(f"no group {group!r}, expected one of {', '.join(map(str, sorted(set(groups))))}")
     if set(test) & set(validation):
         raise SettingError(f"{sorted(set(test) & set(validation))} are both validation and test groups")
-    found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    by_split: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for number, group in enumerate(groups):
-        found["test" if group in test else "validation" if group in validation else "train"].append(number)
-    return {split: members for split, members in found.items() if members}
+        by_split["test" if group in test else "validation" if group in validation else "train"].append(number)
+    return {split: members for split, members in by_split.items() if members}
 
 
 def few_shot_digits(ways: int = 3, shots: int = 1, queries: int = 5) -> FewShot:
-    """scikit-learn's digits: 0 to 3 to train on (in four turns, 16 classes), 4 to 6 to validate, 7 to 9 to test."""
-    found = labelled("digits")
-    images = torch.cat([found.train.observation, found.test.observation]).reshape(-1, 8, 8).float() / 255
+    """Few-shot tasks on scikit-learn's digits: 0 to 3 for training (rotated, 16 classes), 4 to 6 and 7 to 9 held out.
+
+    Digits 4 to 6 are the validation split and 7 to 9 the test split.
+    """
+    data = labelled("digits")
+    images = torch.cat([data.train.observation, data.test.observation]).reshape(-1, 8, 8).float() / 255
     classes = {"train": range(4), "validation": range(4, 7), "test": range(7, 10)}
-    digits = torch.cat([found.train.target, found.test.target])
+    digits = torch.cat([data.train.target, data.test.target])
     return FewShot(images, digits, classes, ways, shots, queries, rotations=True)
 
 
 def few_shot_omniglot(ways: int = 5, shots: int = 1, queries: int = 5, fold: int = 0, size: int = 28) -> FewShot:
-    """Omniglot with whole alphabets held out.
+    """Few-shot tasks on Omniglot, with whole alphabets held out.
 
     Args:
-        ways: N.
-        shots: K.
-        queries: samples of each class in the query set.
-        fold: which alphabets, in the order of their names: two to test from number 2 fold on, the next to validate.
-        size: side of the images, which divides 28; smaller ones are means of pixels.
+        ways: N, the number of classes of a task.
+        shots: K, the number of support samples of each class.
+        queries: number of query samples of each class.
+        fold: which alphabets are held out, in alphabetical order: two for testing from number 2 fold on, the next one
+            for validation.
+        size: width and height of the images, a divisor of 28; smaller ones are averages of pixels.
+
+    Raises:
+        SettingError: the size is no divisor of 28, or there is no such fold.
     """
     if size < 1 or 28 % size:
         raise SettingError(f"omniglot: size is {size}, expected a divisor of 28")
     if fold < 0:
         raise SettingError(f"omniglot: fold is {fold}, expected at least 0")
-    found = omniglot()
-    count = len(found.alphabet_names)
+    data = omniglot()
+    count = len(data.alphabet_names)
     if 2 * fold >= count:
         raise SettingError(f"omniglot: fold is {fold}, with {count} alphabets expected at most {(count - 1) // 2}")
-    images = torch.nn.functional.avg_pool2d(found.image.float().unsqueeze(1) / 255, 28 // size).squeeze(1)
-    groups = [int(found.alphabet[found.character == c][0]) for c in range(int(found.character.max()) + 1)]
+    images = torch.nn.functional.avg_pool2d(data.image.float().unsqueeze(1) / 255, 28 // size).squeeze(1)
+    groups = [int(data.alphabet[data.character == c][0]) for c in range(int(data.character.max()) + 1)]
     test, validation = [2 * fold % count, (2 * fold + 1) % count], [(2 * fold + 2) % count]
     classes = split_classes(groups, test, validation)
-    return FewShot(images, found.character, classes, ways, shots, queries, rotations=True)
+    return FewShot(images, data.character, classes, ways, shots, queries, rotations=True)

@@ -1,10 +1,10 @@
-"""Kinds of problems: a task, a family of tasks, a stream of them. The one place that tells them apart.
+"""Kinds of problems, and their resolution from values and names: task, family of tasks, stream of tasks.
 
-| kind | what it is | who learns it |
+| kind | what it is | which learners train on it |
 |---|---|---|
 | `Task`, `DataTask` | one problem: environments, or labelled samples | any learner but a meta-learner |
-| `TaskFamily` | a task whose constants are drawn anew | an agent, as one task; a meta-learner, as many |
-| `NamedFamily` | a distribution over tasks to learn to learn | a meta-learner |
+| `TaskFamily` | a task whose constants are redrawn | an agent, as one task; a meta-learner, as many |
+| `NamedFamily` | a distribution over tasks | a meta-learner |
 | `TaskStream` | a sequence of tasks | any learner but a meta-learner |
 """
 
@@ -25,7 +25,7 @@ Kind: TypeAlias = Literal["task", "family", "stream"]
 
 
 def kind_named(name: str) -> Kind:
-    """The kind of problem that a name names; of one that no table in `envs/` names it is a task."""
+    """Kind of the problem of a name; "task" if no TOML file in `envs/` has the name."""
     table = read_named("envs", name) or {}
     if table.get("kind") == "stream":
         return "stream"
@@ -33,7 +33,7 @@ def kind_named(name: str) -> Kind:
 
 
 def is_problem(value: Any) -> bool:
-    """Whether it is a task, a stream, or a family (`tasks` draws some), rather than an environment or what makes it."""
+    """Whether a value is a task, stream or family (with a method `tasks`), and no environment or factory of one."""
     if isinstance(value, Task | DataTask | TaskFamily | NamedFamily | TaskStream):
         return True
     return callable(getattr(value, "tasks", None)) and not _is_env(value)
@@ -44,33 +44,33 @@ def _is_env(value: Any) -> bool:
 
 
 def problem_of(value: Any, learner: str, learns_from_tasks: bool) -> Task | DataTask | NamedFamily | TaskStream:
-    """What a run is on: the problem itself, or what its name names.
+    """Resolve a problem for a learner: a problem, its name, or anything that `task` accepts.
 
-    A meta-learner gets a family as it is, any other learner the task that redraws its constants.
+    Of a family, a meta-learner gets the family itself, and any other learner the task that redraws its constants.
 
     Args:
-        value: a problem, the name of one, a family of the user's own, or what `task` makes a task of.
-        learner: what to call it in a message.
-        learns_from_tasks: whether it is a meta-learner.
+        value: a problem, its name, a family of the user's own, or an argument of `task`.
+        learner: its name, for the error message.
+        learns_from_tasks: whether the learner is a meta-learner.
 
     Raises:
         UnknownNameError: nothing has this name.
-        SettingError: a meta-learner without a family, or a family of tasks that only a meta-learner can use.
+        SettingError: a meta-learner without a family, or another learner with a family for meta-learners alone.
     """
-    problem = _made(value, learns_from_tasks)
+    problem = _resolved(value, learns_from_tasks)
     if learns_from_tasks != isinstance(problem, NamedFamily):
         name = getattr(problem, "name", problem)
         raise SettingError(
             f"{learner} learns from a family of tasks, {name!r} is none: `rlmeta list families` shows them"
             if learns_from_tasks
-            else f"{name!r} is a family of tasks to learn to learn, {learner} learns one: use MAML or another "
+            else f"{name!r} is a family of tasks for meta-learners, {learner} learns one task: use MAML or another "
             "meta-learner"
         )
     return problem
 
 
-def _made(value: Any, learns_from_tasks: bool) -> Any:
-    """The problem that something is, or names."""
+def _resolved(value: Any, learns_from_tasks: bool) -> Any:
+    """Problem of a value or name, before the check that it suits the learner."""
     if isinstance(value, str):
         kind = kind_named(value)
         if kind == "stream":
@@ -83,4 +83,4 @@ def _made(value: Any, learns_from_tasks: bool) -> Any:
         return value
     if getattr(value, "tasks", None) is not None and not _is_env(value):
         return NamedFamily(type(value).__name__, value)
-    return task(value)  # of an environment's factory; what can't be one is refused with what to give instead
+    return task(value)  # a factory of an environment; `task` refuses anything else

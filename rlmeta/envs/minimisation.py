@@ -1,4 +1,4 @@
-"""Families of functions to minimise, which learned optimizers are trained on."""
+"""Families of optimisation problems, on which learned optimizers are trained."""
 
 from __future__ import annotations
 
@@ -21,58 +21,58 @@ from rlmeta.functional.tree import Tree
 
 @dataclass(frozen=True)
 class Quadratics:
-    """f(x) = ‖W x − y‖² with W `[d, d]` and y `[d]` standard normal, from x ~ N(0, 0.01²).
+    """Random quadratics f(x) = ‖W x − y‖² with W `[d, d]` and y `[d]` standard normal, from x ~ N(0, 0.01²).
 
     Source: Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016, section 3.1.
     """
 
     dimensions: int = 10
-    """d."""
+    """d, the number of variables."""
 
     def __post_init__(self) -> None:
         check_sizes("Quadratics", self, ("dimensions",))
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """x."""
+        """Space of x."""
         return gym.spaces.Box(-np.inf, np.inf, (self.dimensions,), np.float32)
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """A move of x."""
+        """Space of an update of x."""
         return self.observation_space
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
-        """K quadratic functions, and where each begins."""
+        """Draw K = `count` quadratic functions with their starting points."""
         keys, d = task_keys(key, counter, count, split), self.dimensions
         draw = random.normal(keys, "quadratic", 0, (d, d + 2))
         return {"matrix": draw[..., :d], "target": draw[..., d], "start": 0.01 * draw[..., d + 1]}
 
     def start(self, problem: Tree) -> Weights:
-        """x `[*L, K, d]`."""
+        """Starting point `{"x": [*L, K, d]}`."""
         return {"x": problem["start"]}
 
     def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
-        """f, `[*L, K]`."""
+        """Loss f(x), `[*L, K]`."""
         x = weights["x"]
         return ((problem["matrix"] @ x.unsqueeze(-1)).squeeze(-1) - problem["target"]).square().sum(-1)
 
 
 @dataclass(frozen=True)
 class DigitMLPs:
-    """Perceptrons of one hidden layer that learn digits by cross-entropy, from different weights and minibatches.
+    """Training of one-hidden-layer MLPs on digits by cross-entropy, with random initial weights and minibatches.
 
-    Training problems see one half of the images, those of validation and of test a quarter each.
+    Training problems use one half of the images, validation and test problems a quarter each.
 
     Source: Andrychowicz et al., 2016, section 3.2, on the 8 x 8 digits of scikit-learn.
     """
 
     hidden: int = 20
-    """Units of the hidden layer."""
+    """Number of hidden units."""
     batch_size: int = 128
-    """Images of a minibatch."""
+    """Number of images in a minibatch."""
     activation: Literal["sigmoid", "relu", "tanh"] = "sigmoid"
-    """Of the hidden layer."""
+    """Activation function of the hidden layer."""
 
     def __post_init__(self) -> None:
         check_sizes("DigitMLPs", self, ("hidden", "batch_size"))
@@ -81,27 +81,27 @@ class DigitMLPs:
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """One image."""
+        """Space of one image."""
         return gym.spaces.Box(0.0, 1.0, (64,), np.float32)
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """The digit."""
+        """Space of the digit."""
         return gym.spaces.Discrete(10)
 
     @cached_property
     def _digits(self) -> tuple[Tensor, Tensor]:
-        found = labelled("digits")
-        images = torch.cat([found.train.observation, found.test.observation]).reshape(-1, 64).float() / 255
-        return images, torch.cat([found.train.target, found.test.target])
+        data = labelled("digits")
+        images = torch.cat([data.train.observation, data.test.observation]).reshape(-1, 64).float() / 255
+        return images, torch.cat([data.train.target, data.test.target])
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
-        """K keys, and which part of the images each uses."""
+        """Draw K = `count` problems: a key each, and the part of the images they use."""
         keys = task_keys(key, counter, count, split)
         return {"key": keys, "part": torch.full_like(keys, get_args(Split).index(split))}
 
     def start(self, problem: Tree) -> Weights:
-        """Weights with deviation 1 / √inputs, biases 0."""
+        """Initial weights with standard deviation 1 / √inputs, and zero biases."""
         key, h = problem["key"], self.hidden
         first = random.normal(key, "first layer", 0, (h, 64)) / 8.0
         second = random.normal(key, "second layer", 0, (10, h)) / math.sqrt(h)
@@ -114,7 +114,7 @@ class DigitMLPs:
         }
 
     def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
-        """Cross-entropy of a minibatch, `[*L, K]`, in nats."""
+        """Cross-entropy of a minibatch in nats, `[*L, K]`."""
         images, digits = (part.to(step.device) for part in self._digits)
         quarter, part = len(images) // 4, problem["part"].unsqueeze(-1)
         index = random.integers(problem["key"], "minibatch", step, (self.batch_size,), 2 * quarter)

@@ -1,4 +1,4 @@
-"""Names on the command line: TOML files in ./agents and ./envs, then $RLMETA_PATH, then the copies that are shipped."""
+"""Names of agents and environments: TOML files in ./agents and ./envs, then $RLMETA_PATH, then the installed ones."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Kind = Literal["agents", "envs"]
 
 
 def folders(kind: Kind) -> list[Path]:
-    """Where names of this kind are looked up, first come first served."""
+    """Folders in which names of a kind are looked up; earlier ones take precedence."""
     require_choice("kind", kind, Kind)
     roots = [Path.cwd(), *(Path(root) for root in os.environ.get("RLMETA_PATH", "").split(os.pathsep) if root)]
     return [root / kind for root in dict.fromkeys([*roots, *shipped()]) if (root / kind).is_dir()]
 
 
 def shipped() -> list[Path]:
-    """Where rlmeta's own `agents` and `envs` are: the checkout, or where pip puts the copies.
+    """Parents of rlmeta's own `agents` and `envs` folders: the checkout, or where pip installs copies of them.
 
-    That is into the environment, the user's folder, or beside a --target.
+    Those are the Python environment, the user's folder, or the folder of a --target.
     """
     beside = Path(__file__).parents[2]
     prefixes = [Path(sysconfig.get_path("data")), Path(sysconfig.get_path("data", f"{os.name}_user")), beside]
@@ -34,16 +34,16 @@ def shipped() -> list[Path]:
 
 
 def names(kind: Kind) -> dict[str, Path]:
-    """Every name with its file; a name in an earlier folder hides the same in a later one."""
-    found: dict[str, Path] = {}
+    """File of every name; a name in an earlier folder hides the same name in a later one."""
+    paths: dict[str, Path] = {}
     for folder in folders(kind):
         for path in sorted(folder.glob("*.toml")):
-            found.setdefault(path.stem, path)
-    return found
+            paths.setdefault(path.stem, path)
+    return paths
 
 
 def read_named(kind: Kind, name: str) -> dict[str, Any] | None:
-    """The table in `name`'s TOML file, or None where there is no such file."""
+    """Content of the TOML file of a name, None if there is none."""
     path = names(kind).get(name)
     if path is None:
         return None
@@ -64,7 +64,7 @@ def _is_task(value: Any) -> bool:
 
 
 def _is_group(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(type(one) is int for one in value)
+    return isinstance(value, list) and len(value) > 0 and all(type(label) is int for label in value)
 
 
 def _all(value: Any, fits: Callable[[Any], bool]) -> bool:
@@ -80,23 +80,23 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "threshold": (lambda x: type(x) in (int, float), "a number"),
     "degrees": (lambda x: type(x) in (int, float), "a number"),
     "tasks": (lambda x: _all(x, _is_task), "a list of names, or of tables with env and settings"),
-    "reveals": (lambda x: _all(x, lambda one: isinstance(one, str)), "a list of texts"),
+    "reveals": (lambda x: _all(x, lambda text: isinstance(text, str)), "a list of texts"),
     "split": (lambda x: _all(x, _is_group), "a list of lists of classes, none of them empty"),
     **dict.fromkeys(
         ("permute", "rotate", "samples", "episodes"), (lambda x: type(x) is int and x >= 1, "a whole number above 0")
     ),
     "observe_identity": (lambda x: isinstance(x, bool), "true or false"),
 }
-"""What the entries of a problem's table are."""
+"""Type checks and descriptions of the entries of a problem's TOML file."""
 NEEDED = {"task": "env", "family": "env or family", "stream": "tasks or data"}
-"""What a table must have, by its kind."""
+"""Required entries of a problem's TOML file, by its kind."""
 
 
 def check_problem(table: dict[str, Any], where: str) -> None:
-    """Refuse the table of a task, family or stream in which an entry is missing, of another type, or names code.
+    """Validate the TOML table of a task, family or stream.
 
     Raises:
-        SettingError: with the entry's name.
+        SettingError: an entry is missing, of another type, or names code that is not trusted; the message names it.
     """
     for name, value in table.items():
         fits, expected = ENTRIES.get(name, (lambda _: True, ""))
@@ -112,7 +112,7 @@ def check_problem(table: dict[str, Any], where: str) -> None:
 
 
 def _check_code(table: dict[str, Any]) -> None:
-    """Refuse environments that only code which the file names would make."""
+    """Refuse environments from code that a file names and the user has not allowed."""
     for entry in (table, *table.get("tasks", [])):
         named, settings = (entry, {}) if isinstance(entry, str) else (entry.get("env", ""), entry.get("settings", {}))
         trusted.check_id(named)
@@ -120,7 +120,7 @@ def _check_code(table: dict[str, Any]) -> None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table in a TOML file; a `SettingError` that names the file and the line where it is not TOML."""
+    """Content of a TOML file; a `SettingError` names file and line of a syntax error."""
     try:
         return tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,7 +1,8 @@
-"""Import of the user's modules from the current folder: those that are named, and what they import, nothing else.
+"""Import of user code from the current folder: named modules and their own imports, nothing else.
 
 A folder on `sys.path` serves every import of every package, so that a stray `dill.py` in it would run as soon as torch
-looks for dill. Here an entry of `sys.path` names the modules that may come from a folder; worker processes inherit it.
+tries to import dill. Here an entry of `sys.path` names the modules that may come from a folder; worker processes
+inherit it.
 """
 
 from __future__ import annotations
@@ -16,36 +17,36 @@ from types import FrameType, ModuleType
 from rlmeta.envs.names import folders
 
 PREFIX = "rlmeta-own-code:"
-"""What an entry of `sys.path` begins with: `rlmeta-own-code:NAME,NAME:FOLDER`."""
+"""Prefix of an entry of `sys.path`: `rlmeta-own-code:NAME,NAME:FOLDER`."""
 
 _MACHINERY = ("importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil")
-"""Modules that stand between an import and the finder."""
+"""Modules of Python whose frames lie between an import and the finder."""
 
 
 class OwnFinder:
-    """The finder of one folder, which knows only some modules.
+    """Import finder of a folder that finds only allowed modules.
 
     Args:
-        names: top-level modules that may be imported from it; what these import is added.
-        folder: where they are.
+        names: top-level modules that may be imported from the folder; modules that these import are added.
+        folder: that contains them.
     """
 
     def __init__(self, names: frozenset[str], folder: str) -> None:
         self.names, self.folder = names, folder
 
     def find_spec(self, name: str, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The module of this name, if it is a known one or one of those imports it."""
+        """Spec of a module that is allowed, or is imported by an allowed one; else None."""
         importer = pkgutil.get_importer(self.folder)
         if importer is None or (name not in self.names and _importing_module() not in self.names):
             return None
-        found: ModuleSpec | None = importer.find_spec(name, target)
-        if found is not None and name not in self.names:
+        spec: ModuleSpec | None = importer.find_spec(name, target)
+        if spec is not None and name not in self.names:
             allow(name)
-        return found
+        return spec
 
 
 def allow(module: str) -> None:
-    """Let a module, or its package, be imported from the current folder and the `envs` and `agents` folders."""
+    """Allow the import of a module, or its package, from the current folder and the `envs` and `agents` folders."""
     _install()
     importlib.invalidate_caches()
     name = module.partition(".")[0]
@@ -59,8 +60,8 @@ def allow(module: str) -> None:
 
 
 def _importing_module() -> str:
-    """The top-level name of the module whose import is being served."""
-    frame: FrameType | None = sys._getframe(2)  # of who asks the finder
+    """Top-level name of the module that contains the current import statement."""
+    frame: FrameType | None = sys._getframe(2)  # the caller of the finder
     while frame is not None:
         name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if name not in _MACHINERY:
@@ -82,11 +83,11 @@ def _install() -> None:
 
 
 def inherit(path: list[str]) -> None:
-    """Search for modules where another process does: a worker takes over what its parent had allowed."""
+    """Take over the module search path of a parent process, with the modules it had allowed."""
     sys.path[:] = path
     if any(entry.startswith(PREFIX) for entry in path):
         _install()
         sys.path_importer_cache.clear()
 
 
-inherit(list(sys.path))  # of a process that was started by one that had allowed some
+inherit(list(sys.path))  # this process may be a child of one that had allowed modules

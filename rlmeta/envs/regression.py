@@ -1,4 +1,4 @@
-"""Families of regression tasks: sinusoids (Finn et al., 2017)."""
+"""Few-shot regression tasks: sinusoids (Finn et al., 2017)."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ from rlmeta.functional.tree import Tree
 
 @dataclass(frozen=True)
 class Sinusoid:
-    """y = amplitude · sin(x − phase), amplitude uniform in [0.1, 5], phase in [0, π], x in [−5, 5].
+    """Sinusoid regression: y = amplitude · sin(x − phase).
 
-    Predicting 0 costs 4.25, the best prediction that does not adapt, −1.62 cos x, costs 3.01 (mean squared error).
+    The amplitude is uniform in [0.1, 5], the phase in [0, π] and x in [−5, 5].
+
+    The mean squared error of predicting 0 is 4.25, that of the best prediction without adaptation, −1.62 cos x, 3.01.
 
     Source: Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning", 2017, section 5.1.
     """
 
     shots: int = 10
-    """Points to adapt to."""
+    """Number of support points."""
     queries: int = 10
-    """Further points to learn from, or to be measured by."""
+    """Number of query points."""
 
     def __post_init__(self) -> None:
         check_sizes("Sinusoid", self)
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """x."""
+        """Space of x."""
         return gym.spaces.Box(-5.0, 5.0, (1,), np.float32)
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """y."""
+        """Space of y."""
         return gym.spaces.Box(-5.0, 5.0, (1,), np.float32)
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
-        """K sine waves and points on them."""
+        """Draw K = `count` sinusoids with support and query points."""
         keys, points = task_keys(key, counter, count, split), self.shots + self.queries
         draw = random.uniform(keys, "sinusoid", 0, (points + 2, 1))
         amplitude, phase = 0.1 + 4.9 * draw[..., :1, :], math.pi * draw[..., 1:2, :]

@@ -1,4 +1,4 @@
-"""Environments of a stream of tasks to act in: every learner is in the task it has been set to."""
+"""World of a stream of reinforcement-learning tasks: every learner acts in the task it is set to."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ ONE_ORDER = (
 
 
 class StreamWorld:
-    """The environments of a stream's tasks with equal spaces; every learner is in the task it has been set to.
+    """World of a stream of tasks with equal spaces: every learner acts in the task it is set to by `select`.
 
-    Native tasks that differ in constants alone may differ from learner to learner, each with its own physics. Other
-    environments stand side by side, and all learners are in the same one. The state is that of the current
-    environments, which know nothing of the others, and `identity` `[*L, N]`.
+    Learners may be in different tasks if these are native and differ in constants alone. Of other environments there is
+    a world for each task, and all learners are in the same one. The state is that of the current world, with the index
+    of the task, `identity` `[*L, N]`.
 
     Raises:
-        SettingError: the tasks' spaces differ, or observations that nothing can be put behind.
+        SettingError: the tasks' spaces differ, or `observe_identity` is set and observations are no vectors of floats.
     """
 
     trial_episodes = 1
     records: bool
-    """Whether steps with numbers drawn `ahead` may be recorded: of native tasks, whose constants are in the state."""
+    """Whether steps with random numbers from `ahead` may be recorded: if constants are in the state."""
 
     def __init__(
         self,
@@ -54,62 +54,62 @@ class StreamWorld:
         self._observe_identity = observe_identity
         self._tasks, self._physics = tasks, physics_of(tasks)
         self._worlds: list[World] = []
-        trials = [one.name for one in tasks if one.episodes > 1]
+        trials = [task.name for task in tasks if task.episodes > 1]
         if trials:
             raise SettingError(
                 f"{', '.join(trials)}: trials of several episodes are no tasks of a stream: leave them out"
             )
         with ExitStack() as closing:
             if not self._physics:
-                for one in tasks:
-                    self._worlds.append(one.world(learner_shape, num_envs))
+                for task in tasks:
+                    self._worlds.append(task.world(learner_shape, num_envs))
                     closing.callback(self._worlds[-1].close)
             self._begin(observe_identity)
             closing.pop_all()
 
     def _begin(self, observe_identity: bool) -> None:
-        """Stand in the first task, after a check that all have the same spaces."""
+        """Enter the first task, after a check that all have the same spaces."""
         tasks = self._tasks
         self.records = self._physics is not None
         self.identity = torch.zeros(self.learner_shape, dtype=torch.int64, device="cpu")
         self._current: Any = self._with_physics() if self._physics else self._worlds[0]
         inner, self.action_space = self._current.observation_space, self._current.action_space
-        for one, world in zip(tasks, self._worlds):
+        for task, world in zip(tasks, self._worlds):
             if (world.observation_space, world.action_space) != (inner, self.action_space):
                 raise SettingError(
-                    f"{one.name} has spaces {world.observation_space}, {world.action_space}, {tasks[0].name} has "
+                    f"{task.name} has spaces {world.observation_space}, {world.action_space}, {tasks[0].name} has "
                     f"{inner}, {self.action_space}: the tasks of a stream need the same"
                 )
         self.observation_space = _with_identity(inner, len(tasks)) if observe_identity else inner
 
     @property
     def episode_limit(self) -> int | None:
-        """Steps of the longest episodes of gymnasium's tasks, where all of these declare a limit."""
+        """Largest episode limit of the gymnasium tasks, None if one declares none."""
         foreign: list[Any] = [world for task, world in zip(self._tasks, self._worlds) if not task.native]
         limits = [world.episode_limit for world in foreign]
         return None if None in limits else max(limits, default=None)
 
     @property
     def name(self) -> str:
-        """Of the environments of the task that the learners are in."""
+        """Name of the environments of the current task."""
         return str(self._current.name)
 
     @property
     def cuts_after(self) -> int | None:
-        """Steps after which the episodes of that task are cut, as far as its environments declare it."""
-        found: int | None = self._current.cuts_after
-        return found
+        """Steps after which episodes of the current task are truncated, None if its environments declare no limit."""
+        limit: int | None = self._current.cuts_after
+        return limit
 
     @property
     def exact_resume(self) -> bool:
-        """Whether `restore` always brings every environment back to exactly where the state says."""
+        """Whether `restore` brings every environment back to exactly the saved state."""
         return bool(self._current.exact_resume)
 
     def select(self, identity: Tensor) -> None:
-        """Set every learner to a task, `[*L]` int64; `reset` begins it.
+        """Set the task of every learner, by index `[*L]` int64; `reset` begins it.
 
         Raises:
-            SettingError: learners in different tasks that can't stand in one batch.
+            SettingError: learners are set to different tasks that cannot be batched.
         """
         self.identity = identity.cpu()
         if self._physics:
@@ -128,19 +128,19 @@ class StreamWorld:
         return NativeWorld(self._tasks[0].source, self.learner_shape, self.num_envs, physics)
 
     def reset(self, key: Tensor) -> State:
-        """Episode 0 of every learner's task."""
+        """Initial state of every learner's task."""
         state: State = self._current.reset(key)
         shape = (*self.learner_shape, self.num_envs)
         return {**state, "identity": self.identity.to(key.device).unsqueeze(-1).expand(shape).clone()}
 
     def observation(self, state: State) -> Tree:
-        """The current observation."""
+        """Current observation, `[*L, N, ...]`."""
         return self._shown(self._current.observation(_inner(state)), state)
 
     def step(self, state: State, action: Tensor, ahead: Tree | None = None) -> tuple[State, Transition]:
-        """Act once in every row."""
-        given = (action,) if ahead is None else (action, ahead)
-        new, transition = self._current.step(_inner(state), *given)
+        """Step every environment; `ahead` are random numbers drawn in advance."""
+        arguments = (action,) if ahead is None else (action, ahead)
+        new, transition = self._current.step(_inner(state), *arguments)
         shown = transition._replace(
             observation=self._shown(transition.observation, state),
             next_observation=self._shown(transition.next_observation, state),
@@ -148,24 +148,24 @@ class StreamWorld:
         return {**new, "identity": state["identity"]}, shown
 
     def ahead(self, state: State) -> tuple[Tree, int]:
-        """Random numbers for `step`, and for how many steps from `state` on they last."""
-        found: tuple[Tree, int] = self._current.ahead(_inner(state))
-        return found
+        """Random numbers for the next steps, and the number of steps for which they suffice."""
+        numbers: tuple[Tree, int] = self._current.ahead(_inner(state))
+        return numbers
 
     def look(self, state: State) -> None:
-        """Warn of numbers that are not finite, as native worlds do."""
+        """Warn of NaN and infinity, as native worlds do."""
         look = getattr(self._current, "look", None)
         if look is not None:
             look(_inner(state))
 
     def restore(self, state: State, inexact: bool = False) -> State:
-        """Put what is hidden where a loaded `state` of the selected task says."""
+        """Bring live environments of the selected task to a loaded `state`."""
         if self._physics:
             return state
         current: Any = self._current
         inner = _inner(state)
-        found: State = current.restore(inner) if isinstance(current, NativeWorld) else current.restore(inner, inexact)
-        return {**found, "identity": state["identity"]}
+        new: State = current.restore(inner) if isinstance(current, NativeWorld) else current.restore(inner, inexact)
+        return {**new, "identity": state["identity"]}
 
     def _shown(self, observation: Any, state: State) -> Any:
         if not self._observe_identity:
@@ -175,7 +175,7 @@ class StreamWorld:
         return torch.cat([observation, one_hot.to(observation.dtype)], -1)
 
     def close(self) -> None:
-        """Release what the environments hold."""
+        """Close the environments of all tasks."""
         with ExitStack() as closing:
             for world in self._worlds:
                 closing.callback(world.close)
@@ -186,34 +186,31 @@ def _inner(state: State) -> State:
 
 
 def _with_identity(space: gym.Space, tasks: int) -> gym.Space:
-    """The space of observations with a one-hot vector behind them."""
+    """Observation space with a one-hot vector of the task appended."""
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
-        raise SettingError(
-            f"observe_identity needs observations that are vectors of floats, not {space}: leave it out and let "
-            "a network of your own see what the tasks need"
-        )
+        raise SettingError(f"observe_identity needs observations that are vectors of floats, not {space}: leave it out")
     low, high = (np.concatenate([bound, np.full(tasks, end)]) for bound, end in ((space.low, 0), (space.high, 1)))
     return gym.spaces.Box(low.astype(space.dtype), high.astype(space.dtype))
 
 
 def physics_of(tasks: Sequence[Task]) -> dict[str, Tensor] | None:
-    """Constants `[K]` in which native tasks of one environment differ; None where they differ in anything else.
+    """Constants `[K]` in which native tasks of one environment differ; None if they differ in anything else.
 
-    The name '' stands for no constant, so that equal tasks have physics too.
+    There is an entry '' without values, so that the dictionary of equal tasks is not empty.
     """
     first = tasks[0].source
-    alike = (isinstance(one.source, NativeEnv) and type(one.source) is type(first) for one in tasks)
-    if not all(alike) or any(one.ranges for one in tasks):
+    alike = (isinstance(task.source, NativeEnv) and type(task.source) is type(first) for task in tasks)
+    if not all(alike) or any(task.ranges for task in tasks):
         return None
     free = first.constants()
-    found: dict[str, Tensor] = {"": torch.empty(0, device="cpu")}
+    differing: dict[str, Tensor] = {"": torch.empty(0, device="cpu")}
     for constant in dataclasses.fields(first):
-        values = [getattr(one.source, constant.name) for one in tasks]
+        values = [getattr(task.source, constant.name) for task in tasks]
         if any(not _equal(value, values[0]) for value in values):
             if constant.name not in free or free[constant.name].dim():
                 return None
-            found[constant.name] = torch.tensor(values, dtype=free[constant.name].dtype, device="cpu")
-    return found
+            differing[constant.name] = torch.tensor(values, dtype=free[constant.name].dtype, device="cpu")
+    return differing
 
 
 def _equal(a: Any, b: Any) -> bool:

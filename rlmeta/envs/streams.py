@@ -1,4 +1,4 @@
-"""A stream is a sequence of problems that one learner meets in turn: tasks to act in, or tasks of labelled samples."""
+"""Streams: sequences of tasks on which a learner trains in turn, for continual (lifelong) learning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlmeta.envs.task import Task, require_named, task
 from rlmeta.errors import SettingError, unknown_name
 
 Order: TypeAlias = Literal["given", "all"] | int
-"""The tasks as they stand, every order of them, or so many distinct ones drawn at random. Every order is a learner."""
+"""Task order: as given, every permutation, or a number of distinct random ones. Every order is a learner."""
 
 
 NO_SCENARIO = "scenario is for streams of samples, {!r} has tasks to act in: leave it out"
@@ -30,35 +30,35 @@ MOST_ORDERS = 720
 
 @dataclass(frozen=True)
 class TaskStream:
-    """A sequence of tasks and what it reveals of them.
+    """Sequence of tasks for continual learning, and which information about them learners and methods get.
 
-    What it hides reaches no lifelong method and changes nothing in how a learner learns. Where `boundaries` are hidden
-    the tasks are one endless problem: hooks that begin or end a task or a phase are not called, moments of optimizers,
-    schedules, exploration and replay go on, and classes are born when they are met. `train_id` hidden: minibatches do
-    not tell their task, and training opens all classes that are born. `test_id` hidden: evaluation tells nothing
-    either; a stream of samples hides it in the scenarios "domain" and "class", and only there.
+    Hidden information reaches neither lifelong methods nor the learner. If `boundaries` are hidden, the tasks are one
+    endless problem: hooks at the begin and end of a task or phase are not called; optimizer moments, schedules,
+    exploration and replay continue; and classes become known when they first occur. If `train_id` is hidden,
+    minibatches do not contain their task, and all classes known so far can be predicted in training. If `test_id` is
+    hidden, neither does an evaluation; streams of labelled samples hide it in exactly the scenarios "domain" and
+    "class".
 
     Raises:
-        SettingError: tasks that are no stream, or a scenario, an order or something to reveal that does not fit them.
+        SettingError: the tasks form no stream, or scenario, order or revealed information do not fit them.
     """
 
     name: str
     tasks: tuple[Any, ...]
-    """All of them `Task`s with the same spaces, or all `DataTask`s of the same form."""
+    """Either all `Task`s with the same spaces, or all `DataTask`s with the same shapes."""
     reveals: frozenset[str] | None = None
-    """Of `boundaries` (when a task ends), `train_id` and `test_id` (which task it is, in training and at test); None
-    for all that the scenario reveals."""
+    """Revealed information: any of `boundaries` (when a task ends), `train_id` and `test_id` (the task's index, in
+    training and at test); None for everything that the scenario reveals."""
     order: Order = "given"
-    """In which order learners meet the tasks."""
+    """Order of the tasks."""
     scenario: Scenario = "task"
-    """Of tasks of labelled samples: what is known of their classes."""
+    """Continual-learning scenario of labelled samples (van de Ven and Tolias, 2019)."""
     restart_optimizer: bool | None = None
-    """Whether the optimizer's moments start at zero with every task and phase; None for wherever boundaries are
-    revealed."""
+    """Whether optimizer moments are reset with every task and phase; None to reset them if boundaries are revealed."""
     observe_identity: bool = False
-    """Of tasks to act in: which one it is stands at the end of every observation, as a one-hot vector."""
+    """Whether observations of environments end with the task's index as a one-hot vector."""
     table: dict[str, Any] = field(default_factory=dict)
-    """The TOML table it was made from, {} for one made in code."""
+    """TOML table that defines it, {} for a stream created in code."""
 
     def __post_init__(self) -> None:
         self._check_tasks()
@@ -85,27 +85,27 @@ class TaskStream:
     def _check_tasks(self) -> None:
         if not self.tasks:
             raise SettingError(f"stream {self.name!r} has no tasks, expected at least one")
-        for one in self.tasks:
-            if not isinstance(one, DataTask | Task):
+        for member in self.tasks:
+            if not isinstance(member, DataTask | Task):
                 raise SettingError(
-                    f"stream {self.name!r} has a {type(one).__name__} among its tasks, expected DataTask(...) of "
+                    f"stream {self.name!r} has a {type(member).__name__} among its tasks, expected DataTask(...) of "
                     "samples (split, permute and rotate make them of a data set), or rl.task(...) and names of tasks"
                 )
-        if len({isinstance(one, DataTask) for one in self.tasks}) > 1:
+        if len({isinstance(member, DataTask) for member in self.tasks}) > 1:
             raise SettingError(f"stream {self.name!r} mixes tasks of samples with tasks to act in: make two streams")
 
     def _check_scenario(self) -> None:
-        """Nothing may say something else than the scenario does."""
+        """Refuse tasks or revealed information that contradict the scenario."""
         scenario, tells = self.scenario, "test_id" in self.revealed
         if not self.of_samples:
             if scenario != "task":
                 raise SettingError(NO_SCENARIO.format(self.name))
             return
-        for one in self.tasks:
-            if one.scenario not in (None, scenario):
+        for member in self.tasks:
+            if member.scenario not in (None, scenario):
                 raise SettingError(
-                    f"{one.name} was split for the scenario {one.scenario!r}, but its stream's is {scenario!r}: say it "
-                    "once, where the stream is made"
+                    f"{member.name} was split for the scenario {member.scenario!r}, but its stream's is {scenario!r}: "
+                    "give it to the stream alone"
                 )
         if scenario == "task" and not tells:
             raise SettingError(
@@ -117,7 +117,7 @@ class TaskStream:
                 f"stream {self.name!r}: the scenario {scenario!r} hides at test which task it is, but reveals has "
                 "'test_id': leave it out, or choose the scenario 'task'"
             )
-        if scenario == "class" and not all(one.classes for one in self.tasks):
+        if scenario == "class" and not all(member.classes for member in self.tasks):
             raise SettingError(f"stream {self.name!r}: the scenario 'class' needs tasks with classes: choose 'domain'")
         if scenario == "domain":
             shared_classes(self.tasks)
@@ -130,17 +130,17 @@ class TaskStream:
 
     @property
     def revealed(self) -> frozenset[str]:
-        """What it reveals."""
+        """Revealed information, a subset of `boundaries`, `train_id` and `test_id`."""
         return frozenset() if self.reveals is None else self.reveals
 
     @property
     def of_samples(self) -> bool:
-        """Whether its tasks are of labelled samples, and not to act in."""
+        """Whether its tasks are labelled samples rather than environments."""
         return isinstance(self.tasks[0], DataTask)
 
     @property
     def restarts(self) -> bool:
-        """Whether the optimizer's moments start at zero with every task and phase."""
+        """Whether optimizer moments are reset with every task and phase."""
         return "boundaries" in self.revealed if self.restart_optimizer is None else self.restart_optimizer
 
     def __len__(self) -> int:
@@ -151,14 +151,14 @@ class TaskStream:
 
     @property
     def native(self) -> bool:
-        """Whether the tasks are rlmeta's own, so that rows cost little and nothing is hidden."""
-        return all(one.native for one in self.tasks)
+        """Whether all tasks are native, so that environments are cheap and have no hidden state."""
+        return all(task.native for task in self.tasks)
 
     def orders(self) -> tuple[tuple[int, ...], ...]:
-        """The orders in which learners meet the tasks.
+        """Orders of the tasks, as tuples of indices.
 
         Raises:
-            SettingError: all orders of too many tasks, or more orders than there are.
+            SettingError: there are too many orders, or fewer than asked for.
         """
         count = len(self.tasks)
         if self.order == "given":
@@ -172,13 +172,13 @@ class TaskStream:
             return tuple(itertools.permutations(range(count)))
         if count < 12 and self.order > math.factorial(count):
             raise SettingError(f"order is {self.order}, but {count} tasks have only {math.factorial(count)} orders")
-        source, found = python_random.Random(0), dict[tuple[int, ...], None]()
-        while len(found) < self.order:
-            found[tuple(source.sample(range(count), count))] = None
-        return tuple(found)
+        source, distinct = python_random.Random(0), dict[tuple[int, ...], None]()
+        while len(distinct) < self.order:
+            distinct[tuple(source.sample(range(count), count))] = None
+        return tuple(distinct)
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> DataWorld | StreamWorld:
-        """Rows for every learner, each of the task it is set to by the world's `select`."""
+        """World `[*L, N]` in which every learner is in the task it is set to by `select`."""
         if self.of_samples:
             return DataWorld(self._samples, learner_shape, num_envs, scenario=self.scenario, reveals=self.revealed)
         return StreamWorld(self.tasks, learner_shape, num_envs, self.observe_identity)
@@ -188,14 +188,15 @@ class TaskStream:
         return DataTable(shared_classes(self.tasks) if self.scenario == "domain" else self.tasks)
 
     def describe(self) -> dict[str, Any]:
-        """What a saved configuration needs to make the stream again."""
-        said: dict[str, Any] = {"kind": "stream", "name": self.name, "order": self.order, "scenario": self.scenario}
+        """Serialisable description from which the stream can be created again."""
+        description: dict[str, Any] = {"kind": "stream", "name": self.name}
+        description |= {"order": self.order, "scenario": self.scenario}
         if self.table:
-            return {**said, "table": self.table}
-        said["observe_identity"] = self.observe_identity
+            return {**description, "table": self.table}
+        description["observe_identity"] = self.observe_identity
         if self.restart_optimizer is not None:
-            said["restart_optimizer"] = self.restart_optimizer
-        return {**said, "reveals": sorted(self.revealed), "tasks": [one.describe() for one in self.tasks]}
+            description["restart_optimizer"] = self.restart_optimizer
+        return {**description, "reveals": sorted(self.revealed), "tasks": [task.describe() for task in self.tasks]}
 
 
 def stream(
@@ -208,32 +209,32 @@ def stream(
     restart_optimizer: bool | None = None,
     observe_identity: bool | None = None,
 ) -> TaskStream:
-    """The named stream of tasks, or one made from a list of tasks.
+    """Create a stream of tasks from its name or a list of tasks.
 
     Args:
         source: a name (`rlmeta list streams`), or tasks (or names of tasks) in their order.
-        name: what to call one that is made from a list.
-        scenario: what is known of the classes of labelled samples; by default as the stream's file or `split` says,
-            else "task". It decides whether "test_id" is revealed.
-        order: the tasks as they stand, every order of them ("all"), or so many distinct orders; every order is a
-            learner.
-        reveals: what methods are told of the tasks, of "boundaries" (when one ends), "train_id" and "test_id" (which
-            one it is, in training and at test); by default everything that the scenario allows, or what the stream's
-            file says.
-        restart_optimizer: whether the optimizer's moments start at zero with every task; by default where boundaries
-            are revealed, or as the stream's file says.
-        observe_identity: put which task it is at the end of every observation, of tasks to act in; by default as the
-            stream's file says, and not where `reveals` hides it.
+        name: of a stream that is created from a list.
+        scenario: continual-learning scenario of labelled samples, "task", "domain" or "class"; by default that of the
+            stream's file or of `split`, else "task". It decides whether "test_id" is revealed.
+        order: the tasks in the given order, all permutations ("all"), or a number of distinct random orders; every
+            order is a learner.
+        reveals: information about the tasks that learners and methods get, of "boundaries" (when a task ends),
+            "train_id" and "test_id" (the task's index, in training and at test); by default that of the stream's file,
+            or everything that the scenario allows.
+        restart_optimizer: whether optimizer moments are reset with every task; by default as in the stream's file, or
+            if boundaries are revealed.
+        observe_identity: append the task's index to every observation of an environment, as a one-hot vector; by
+            default as in the stream's file, and not if `reveals` hides it.
 
     Raises:
-        UnknownNameError: there is no such stream, or nothing of this name to reveal.
-        SettingError: not a stream, or one that can't be so.
+        UnknownNameError: there is no such stream, or no such information to reveal.
+        SettingError: the source is no stream, or its settings do not fit it.
     """
     if isinstance(reveals, str):
         raise SettingError(f"reveals is {reveals!r}, expected a list such as [{reveals!r}]")
     if reveals is not None:
         reveals = list(reveals) if isinstance(reveals, Iterable) else [reveals]
-        if not all(isinstance(one, str) for one in reveals):
+        if not all(isinstance(entry, str) for entry in reveals):
             raise SettingError(f"reveals is {reveals!r}, expected a list of {', '.join(sorted(EVERYTHING))}")
     if isinstance(source, str):
         table = dict(require_named(source))
@@ -245,13 +246,11 @@ def stream(
                 table[key] = value
         return from_table(source, table, scenario, order)
     if isinstance(source, Labelled):
-        raise SettingError(
-            "a data set is no stream of tasks: make some of it, such as split(data, [[0, 1], [2, 3]]), and give those"
-        )
+        raise SettingError("a data set is no stream of tasks: pass tasks of it, such as split(data, [[0, 1], [2, 3]])")
     if not isinstance(source, Iterable):
         raise SettingError(f"a stream of {type(source).__name__}, expected a name (`rlmeta list streams`) or tasks")
-    tasks = tuple(task(one) if isinstance(one, str) else one for one in source)
-    said = next((one.scenario for one in tasks if isinstance(one, DataTask) and one.scenario), None)
+    tasks = tuple(task(entry) if isinstance(entry, str) else entry for entry in source)
+    declared = next((entry.scenario for entry in tasks if isinstance(entry, DataTask) and entry.scenario), None)
     if scenario is not None and tasks and isinstance(tasks[0], Task):
         raise SettingError(NO_SCENARIO.format(name))
     return TaskStream(
@@ -259,7 +258,7 @@ def stream(
         tasks,
         None if reveals is None else frozenset(reveals),
         order,
-        scenario or said or "task",
+        scenario or declared or "task",
         restart_optimizer,
         bool(observe_identity),
     )
@@ -268,14 +267,14 @@ def stream(
 def from_table(
     name: str, table: dict[str, Any], scenario: Scenario | None = None, order: Order = "given"
 ) -> TaskStream:
-    """The stream that a TOML table describes.
+    """Create a stream from a TOML table.
 
     Keys: `tasks` (names, or tables with `env` and `settings`), or `data` (a data set) with one of `split` (groups of
-    classes), `permute` (how many tasks) and `rotate` (how many tasks; `degrees`), and `samples`, `scenario`; `reveals`;
-    `restart_optimizer`; `observe_identity`, of tasks to act in.
+    classes), `permute` (number of tasks) and `rotate` (number of tasks; `degrees`), and `samples`, `scenario`; and
+    `reveals`, `restart_optimizer`, and `observe_identity` for environments.
 
     Raises:
-        SettingError: not the table of a stream, or a scenario that is not of its kind.
+        SettingError: the table is of no stream, has an unknown key, or a scenario for tasks that are environments.
     """
     where = f"envs/{name}.toml"
     if table.get("kind") != "stream":
@@ -284,15 +283,15 @@ def from_table(
     unknown = set(table) - known - {"scenario", "restart_optimizer", "observe_identity"}
     if unknown:
         raise SettingError(f"{where}: {unknown_name('key', min(unknown), known)}")
-    given = frozenset(table["reveals"]) if "reveals" in table else None
+    reveals = frozenset(table["reveals"]) if "reveals" in table else None
     restarts, shown = table.get("restart_optimizer"), bool(table.get("observe_identity", False))
     if "tasks" in table:
         if scenario is not None or "scenario" in table:
             raise SettingError(NO_SCENARIO.format(name))
         tasks = tuple(_entry(entry, f"{name}/{i}") for i, entry in enumerate(table["tasks"]))
-        return TaskStream(name, tasks, given, order, "task", restarts, shown, table)
+        return TaskStream(name, tasks, reveals, order, "task", restarts, shown, table)
     chosen: Scenario = scenario or table.get("scenario", "task")
-    return TaskStream(name, tuple(_of_data(where, table)), given, order, chosen, restarts, shown, table)
+    return TaskStream(name, tuple(_of_data(where, table)), reveals, order, chosen, restarts, shown, table)
 
 
 def _entry(entry: Any, name: str) -> Task:
@@ -314,5 +313,5 @@ def _of_data(where: str, table: dict[str, Any]) -> list[DataTask]:
 
 
 def is_stream(name: str) -> bool:
-    """Whether a stream has this name."""
+    """Whether a name is that of a stream."""
     return (read_named("envs", name) or {}).get("kind") == "stream"

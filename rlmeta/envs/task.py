@@ -1,4 +1,4 @@
-"""A task is one problem to act in, a family a distribution over such problems."""
+"""Tasks: environments of a single problem, and families, distributions over such problems."""
 
 from __future__ import annotations
 
@@ -31,27 +31,26 @@ Mode = Literal["sync", "async"]
 
 @dataclass(frozen=True)
 class Task:
-    """One problem: makes the environments of any number of learners.
+    """Reinforcement-learning task, which creates the environments of any number of learners.
 
-    `source` is a native environment, a gymnasium id, `envpool:NAME`, an EnvSpec, a factory of an environment, or a
-    factory of a VectorEnv (a factory, because a run needs one set of environments to train in and one to be evaluated
-    in).
+    `source` is a native environment, a gymnasium id, `envpool:NAME`, an EnvSpec, or a factory of an environment or
+    VectorEnv (a factory, because a run needs separate environments for training and evaluation).
     """
 
     name: str
     source: Any
     settings: dict[str, Any] = field(default_factory=dict)
-    """Constants of a native environment, or keyword arguments of a gymnasium one."""
+    """Constants of a native environment, or keyword arguments of a gymnasium environment."""
     mode: Mode = "sync"
-    """Foreign environments in this process, or divided over worker processes."""
+    """Whether gymnasium environments run in this process or in worker processes."""
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Constants of a native environment drawn uniformly, for every row, at every reset, or for every trial."""
+    """Ranges of a native environment's constants, drawn uniformly in every environment at every reset or trial."""
     max_episode_steps: int | None = None
-    """Where to cut the episodes that a factory's environments don't end; others take their limit as a setting."""
+    """Time limit of a factory's environments; others take it as a setting."""
     worker_timeout: float = WORKER_TIMEOUT
-    """Seconds that one call of an environment may take in a worker process, before the run fails and names it."""
+    """Seconds that a call of an environment in a worker process may take before the run fails."""
     episodes: int = 1
-    """Episodes of a native environment that are one trial, and one episode to the agent; see `trials`."""
+    """Number of episodes of a native environment in a trial, which is one episode to the agent; see `trials`."""
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, Mode)
@@ -68,7 +67,7 @@ class Task:
         require_timeout(self.worker_timeout)
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> World:
-        """The environments `[*L, N]`."""
+        """Create the environments `[*L, N]`."""
         if isinstance(self.source, NativeEnv):
             physics = self._redraw if self.ranges else None
             if self.episodes > 1:
@@ -87,15 +86,15 @@ class Task:
         )
 
     def _redraw(self, key: Tensor) -> dict[str, Tensor]:
-        return drawn(key, "physics", self.source, self.ranges)
+        return draw_constants(key, "physics", self.source, self.ranges)
 
     @property
     def native(self) -> bool:
-        """Whether the environments are rlmeta's own, in torch."""
+        """Whether the environments are native: rlmeta's own, in torch."""
         return isinstance(self.source, NativeEnv)
 
     def describe(self) -> dict[str, Any]:
-        """What a saved configuration needs to make the task again; a user's own code is named, never stored."""
+        """Serialisable description from which the task can be created again; user code is named, never stored."""
         source = self.source if isinstance(self.source, str) else getattr(self.source, "id", None)
         owner = type(self.source) if self.native else self.source
         described = {
@@ -117,15 +116,15 @@ class Task:
 
 
 def check_ranges(where: str, source: Any, ranges: Any) -> None:
-    """Refuse ranges that no constants of a native environment can be drawn from.
+    """Validate ranges of a native environment's constants.
 
     Raises:
         SettingError: the environment is not native or has no such constant; a range is not two finite numbers in order.
     """
     if not isinstance(source, NativeEnv):
-        said = source if isinstance(source, str) else getattr(source, "id", getattr(source, "__name__", source))
+        shown = source if isinstance(source, str) else getattr(source, "id", getattr(source, "__name__", source))
         raise SettingError(
-            f"{where} draws constants of a native environment, {said!r} is gymnasium's: `rlmeta list tasks` shows the "
+            f"{where} draws constants of a native environment, {shown!r} is gymnasium's: `rlmeta list tasks` shows the "
             "native ones, envs/my_native_env.py how to write one"
         )
     if not isinstance(ranges, dict):
@@ -143,18 +142,23 @@ def check_ranges(where: str, source: Any, ranges: Any) -> None:
             )
         if hints.get(constant, float) not in (float, Sequence[float]):
             raise SettingError(
-                f"{where}: constant {constant} is {_said(hints[constant])}, which no range can be drawn of"
+                f"{where}: constant {constant} is {_in_words(hints[constant])}, expected a number to draw from a range"
             )
 
 
-def drawn(key: Tensor, stream: str, env: NativeEnv, ranges: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
-    """Constants drawn uniformly within their ranges, `[*key]` float64, or `[*key, entries]` where one is a list.
+def draw_constants(
+    key: Tensor, stream: str, env: NativeEnv, ranges: dict[str, tuple[float, float]]
+) -> dict[str, Tensor]:
+    """Draw constants uniformly from their ranges.
 
     Args:
-        key: one for each draw.
-        stream: of the random numbers.
-        env: whose constants they are.
+        key: random keys `[*L, ...]`, one for each draw.
+        stream: name of the random stream.
+        env: the environment with these constants.
         ranges: `{name: (low, high)}`.
+
+    Returns:
+        `{name: [*L, ...]}` float64, or `[*L, ..., entries]` for a constant that is a list.
     """
     shapes = {name: env.constants()[name].shape for name in ranges}
     draws = random.uniform(key, stream, 0, (sum(shape.numel() for shape in shapes.values()),), torch.float64)
@@ -166,7 +170,7 @@ def drawn(key: Tensor, stream: str, env: NativeEnv, ranges: dict[str, tuple[floa
 
 
 def _plain_constants(env: NativeEnv) -> dict[str, Any]:
-    """The constants that are numbers, lists of them, switches or text and not the default."""
+    """Constants other than the default that are numbers, lists of them, booleans or text."""
     fields = {f.name: f.default for f in dataclasses.fields(env)}  # type: ignore[arg-type]
     values = {name: getattr(env, name) for name in fields}
     return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if _is_plain(v) and v != fields[n]}
@@ -180,17 +184,17 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class TaskFamily:
-    """A distribution over tasks: ranges of a native environment's constants.
+    """Family of tasks: a native environment with constants drawn from ranges (domain randomisation).
 
-    Train on it directly (the constants are redrawn at every reset), or draw tasks that keep theirs.
+    An agent trains on it directly, with constants redrawn at every reset; a meta-learner draws tasks with fixed ones.
     """
 
     name: str
     base: Task
     ranges: dict[str, tuple[float, float]]
-    """Of a constant that is a list, the range of each of its entries."""
+    """Range of each constant; if it is a list, of every entry."""
     episodes: int = 1
-    """Of a trial, for an agent that learns the family as one task; see `trials`."""
+    """Number of episodes in a trial, for an agent that learns the family as one task; see `trials`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Task):
@@ -200,11 +204,11 @@ class TaskFamily:
         check_ranges(f"family {self.name!r}", self.base.source, self.ranges)
 
     def sample(self, key: Tensor) -> dict[str, Tensor]:
-        """The constants of one task for every learner, `{name: [*L]}` float64, or `[*L, entries]` of a list."""
-        return drawn(key, "family", self.base.source, self.ranges)
+        """Draw the constants of a task for every learner, `{name: [*L]}` float64, or `[*L, entries]` for a list."""
+        return draw_constants(key, "family", self.base.source, self.ranges)
 
     def world(self, physics: dict[str, Tensor], learner_shape: tuple[int, ...], num_envs: int) -> World:
-        """Environments `[*L, N]` in which each learner has the constants that `sample` drew for it."""
+        """Create environments `[*L, N]` with the constants of each learner, as drawn by `sample`."""
         axes = len(learner_shape)
         rows = {
             name: value.unsqueeze(axes).expand(*learner_shape, num_envs, *value.shape[axes:])
@@ -214,20 +218,20 @@ class TaskFamily:
 
     @property
     def observation_space(self) -> gym.Space:
-        """Of every task."""
+        """Observation space of every task."""
         return self.base.source.observation_space
 
     @property
     def action_space(self) -> gym.Space:
-        """Of every task."""
+        """Action space of every task."""
         return self.base.source.action_space
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> dict[str, Tensor]:
-        """The constants of K = `count` tasks for every learner, `{name: [*L, K]}`, for a meta-learner."""
+        """Draw the constants of K = `count` tasks for every learner, `{name: [*L, K]}`, for a meta-learner."""
         return self.sample(task_keys(key, counter, count, split))
 
     def task(self) -> Task:
-        """The task whose constants are redrawn at every reset, or for every trial."""
+        """Task with constants that are redrawn at every reset, or for every trial."""
         return dataclasses.replace(self.base, name=self.name, ranges=self.ranges, episodes=self.episodes)
 
 
@@ -241,19 +245,19 @@ def task(
     max_episode_steps: int | None = None,
     worker_timeout: float = WORKER_TIMEOUT,
 ) -> Task:
-    """A task from a name, a gymnasium id, an EnvSpec, a factory, or a native environment.
+    """Create a task from a name, a gymnasium id, an EnvSpec, a factory, or a native environment.
 
     Args:
         source: a name (`rlmeta list`), a gymnasium id such as `LunarLander-v3` or `mypkg:MyEnv-v0`, `envpool:Pong-v5`
-            for EnvPool's, an EnvSpec, a function that makes an environment or a VectorEnv, or a native environment.
-        name: what to call it; by default derived from the source.
-        settings: constants of a native environment, or keyword arguments of a gymnasium one.
-        mode: "async" divides foreign environments over worker processes.
-        native: use rlmeta's own batched environment where there is one for the id; False takes gymnasium's.
-        max_episode_steps: cut episodes after so many steps; None leaves it to the environment. An episode that never
-            ends goes on for ever in training; evaluation and `record` cut it after 10,000 steps, and say so.
-        worker_timeout: with "async", seconds that one call of an environment may take before the run fails; a warning
-            names the environment that is waited for long before, after 30 s or a twentieth of it.
+            of EnvPool, an EnvSpec, a function that returns an environment or a VectorEnv, or a native environment.
+        name: of the task; by default derived from the source.
+        settings: constants of a native environment, or keyword arguments of a gymnasium environment.
+        mode: "async" runs gymnasium environments in worker processes.
+        native: use rlmeta's own batched environment if there is one with this id; False takes gymnasium's.
+        max_episode_steps: time limit of an episode; None leaves it to the environment. Without any limit episodes may
+            never end in training; evaluation and `record` truncate them after 10,000 steps, with a warning.
+        worker_timeout: with "async", seconds that a call of an environment may take before the run fails; a warning
+            names a slow environment after 30 s or a twentieth of this time.
 
     Raises:
         UnknownNameError: nothing has this name; the nearest names are listed.
@@ -280,18 +284,17 @@ def task(
 
 
 def trials(problem: str | Task | TaskFamily, *, episodes: int) -> Task:
-    """The task whose episodes are trials: so many episodes in a row of one draw of a family, for an agent that learns
-    within them by its memory (RL², Duan et al., 2016).
+    """Create a task of trials: several episodes in a row of the same draw from a family (RL², Duan et al., 2016).
 
-    To the agent a trial is one episode: its memory stays, and rewards of later episodes count for earlier actions. In
-    the records and in evaluations every episode is scored.
+    A recurrent agent learns within a trial by its memory. To the agent a trial is one episode: its memory is kept, and
+    rewards of later episodes count for earlier actions. Records and evaluations score every episode.
 
     Args:
-        problem: a family of a native environment's constants, a native task, or the name of one.
-        episodes: of a trial.
+        problem: a family of a native environment's constants, a native task, or the name of either.
+        episodes: number of episodes in a trial.
 
     Raises:
-        SettingError: it is no native task or family of such tasks, or there is no episode.
+        SettingError: the problem is no native task or family of such tasks, or `episodes` is less than 1.
     """
     base = problem.task() if isinstance(problem, TaskFamily) else task(problem) if isinstance(problem, str) else problem
     if not isinstance(base, Task):
@@ -300,7 +303,7 @@ def trials(problem: str | Task | TaskFamily, *, episodes: int) -> Task:
 
 
 def _with_limit(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
-    """The settings with the limit of episodes, which native environments, ids and EnvPool's names take as one."""
+    """Settings with the time limit of episodes added, as native environments, ids and EnvPool names take it."""
     if steps is None:
         return settings
     require_count("max_episode_steps", steps)
@@ -312,25 +315,25 @@ def _with_limit(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
 
 
 def _check_source(source: Any) -> None:
-    """Refuse what no environment can be made from: one that is made already, above all; the message says what can."""
+    """Refuse sources that are no factory, environment instances above all; the message names what to pass instead."""
     if isinstance(source, gym.Env | gym.vector.VectorEnv):
-        raise SettingError(f"a task can't be {_made_already(source)}")
+        raise SettingError(f"a task can't be {_instance_message(source)}")
     if not isinstance(source, type) and several_agents(source):
         raise SettingError(
             f"a task can't be {type(source).__name__}: environments of several agents, such as PettingZoo's, are not "
             "supported"
         )
     if isinstance(source, list | tuple):
-        raise SettingError(f"a task can't be a {type(source).__name__}: rl.stream([...]) makes a stream of tasks")
+        raise SettingError(f"a task can't be a {type(source).__name__}: rl.stream([...]) creates a stream of tasks")
     if not callable(source):
         raise SettingError(
             f"a task can't be {source!r}, expected a name (`rlmeta list tasks`), a gymnasium id, an EnvSpec, a native "
-            "environment, or a function that makes an environment"
+            "environment, or a function that returns an environment"
         )
 
 
-def _made_already(env: Any) -> str:
-    """An environment, why it is none that learners can share, and what to give instead."""
+def _instance_message(env: Any) -> str:
+    """Message about an environment instance: why learners cannot share it, and what to pass instead."""
     vector, spec = isinstance(env, gym.vector.VectorEnv), env.spec
     identifier = spec.id if isinstance(spec, gym.envs.registration.EnvSpec) else None
     what = f"the {'vector ' if vector else ''}environment {identifier or type(env.unwrapped).__name__}"
@@ -344,16 +347,16 @@ def _made_already(env: Any) -> str:
 
 
 def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native: bool) -> Task:
-    found = read_named("envs", source)
-    if found is not None:
-        if found.get("kind") == "stream":
+    table = read_named("envs", source)
+    if table is not None:
+        if table.get("kind") == "stream":
             raise SettingError(f"{source!r} is a stream of tasks, expected one task: use rl.stream({source!r})")
-        described = from_table(source, found)
-        made = described.task() if isinstance(described, TaskFamily) else described
+        described = from_table(source, table)
+        resolved = described.task() if isinstance(described, TaskFamily) else described
         if settings:
-            again = task(made.source, name=name, settings={**made.settings, **settings})
-            made = dataclasses.replace(again, ranges=made.ranges, episodes=made.episodes)
-        return dataclasses.replace(made, mode=mode)
+            again = task(resolved.source, name=name, settings={**resolved.settings, **settings})
+            resolved = dataclasses.replace(again, ranges=resolved.ranges, episodes=resolved.episodes)
+        return dataclasses.replace(resolved, mode=mode)
     if native and source in NATIVE:
         return Task(name, _with_constants(NATIVE[source], settings), settings)
     if ":" not in source and source not in gym.registry:
@@ -365,7 +368,7 @@ def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native:
 
 
 def _has_version(source: str) -> bool:
-    """Whether gymnasium itself resolves the id (`CartPole` means the newest version)."""
+    """Whether gymnasium resolves an id without version (`CartPole` is its newest version)."""
     try:
         gym.spec(source)
     except gym.error.Error:
@@ -380,12 +383,12 @@ def _with_constants(env: NativeEnv, settings: dict[str, Any]) -> NativeEnv:
         if name not in known:
             raise SettingError(str(unknown_name(f"constant of {owner}", name, known)))
         if not _fits(value, hints.get(name, Any)):
-            raise SettingError(f"constant {name} of {owner} is {value!r}, expected {_said(hints[name])}")
+            raise SettingError(f"constant {name} of {owner} is {value!r}, expected {_in_words(hints[name])}")
     return dataclasses.replace(env, **settings)  # type: ignore[type-var]
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """The types of the fields; none where a user's class refers to a name that only type checkers see."""
+    """Types of a class's fields; empty if a user's class refers to a name that only type checkers see."""
     try:
         return get_type_hints(cls)
     except NameError:
@@ -393,29 +396,29 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type; what is no number, switch, text or sequence of those is not looked at."""
+    """Whether a value is of a type; types other than numbers, booleans, text and sequences of them are not checked."""
     if hint in (float, int):
         return isinstance(value, Real if hint is float else Integral) and not isinstance(value, bool)
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in arguments)
+        return any(_fits(value, part) for part in arguments)
     if origin is Literal:
         return isinstance(value, str | int | None) and value in arguments
     if origin is collections.abc.Sequence:
         if isinstance(value, list | tuple):
-            return all(_fits(one, arguments[0]) for one in value)
+            return all(_fits(part, arguments[0]) for part in value)
         return isinstance(value, Iterable) and not isinstance(value, str)
     return True
 
 
-def _said(hint: Any) -> str:
-    """The type in words."""
+def _in_words(hint: Any) -> str:
+    """Description of a type for an error message."""
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "None"}
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_said(one) for one in arguments)
+        return " or ".join(_in_words(part) for part in arguments)
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin is collections.abc.Sequence:
@@ -425,10 +428,13 @@ def _said(hint: Any) -> str:
 
 
 def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
-    """The task or family that a TOML table describes.
+    """Create a task or family from a TOML table.
 
     Keys: `kind` ("task" or "family"), `env`, `settings`, and for a family `ranges` (name = [low, high]) and `episodes`
     (of a trial).
+
+    Raises:
+        SettingError: the kind or a key is unknown, or the ranges do not fit the environment.
     """
     kinds = {"task": {"env", "settings"}, "family": {"env", "settings", "ranges", "episodes"}}
     kind = table.get("kind", "task")
@@ -446,39 +452,39 @@ def from_table(name: str, table: dict[str, Any]) -> Task | TaskFamily:
 
 
 def family(name: str, settings: dict[str, Any] | None = None) -> TaskFamily | NamedFamily:
-    """The named family: of environments' constants, or of supervised and optimisation tasks with these settings."""
+    """Create a family from its name: of environments, or of supervised or optimisation tasks with these settings."""
     if not isinstance(name, str):
-        raise SettingError(f"family is {name!r}, expected a name; a family of your own is passed to train as it is")
+        raise SettingError(f"family is {name!r}, expected a name; pass a family of your own to train directly")
     table = require_named(name)
     if "family" in table:
         return named_family(name, table, settings)
-    made = from_table(name, table) if table.get("kind") == "family" else None
-    if not isinstance(made, TaskFamily):
+    created = from_table(name, table) if table.get("kind") == "family" else None
+    if not isinstance(created, TaskFamily):
         raise SettingError(f"{name!r} is a {table.get('kind', 'task')}, expected a family of tasks")
-    return made
+    return created
 
 
 def is_data_family(name: str) -> bool:
-    """Whether a family of supervised or optimisation tasks has this name."""
+    """Whether a name is that of a family of supervised or optimisation tasks."""
     return "family" in (read_named("envs", name) or {})
 
 
 def require_named(name: str) -> dict[str, Any]:
-    """The TOML table of a family or stream.
+    """TOML table of a family or stream.
 
     Raises:
         UnknownNameError: nothing has this name; the nearest names are listed.
     """
-    found = read_named("envs", name)
-    if found is None:
+    table = read_named("envs", name)
+    if table is None:
         from rlmeta.envs.names import names
 
         raise unknown_name("family or stream", name, names("envs"))
-    return found
+    return table
 
 
 def known_tasks() -> list[str]:
-    """Every name that `task` resolves: the named ones, the native ones, gymnasium's."""
+    """Every name that `task` resolves: of TOML files, native environments, and gymnasium ids."""
     from rlmeta.envs.names import names
 
     return sorted({*names("envs"), *NATIVE, *(str(spec) for spec in gym.registry)})

@@ -1,4 +1,4 @@
-"""What a family of tasks is: it draws tasks by key, counter and split; and what families share."""
+"""Protocol of families of tasks, which draw tasks by key, counter and split; helpers that families share."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ Weights: TypeAlias = dict[str, Tensor]
 
 
 class Family(Protocol):
-    """A distribution over tasks."""
+    """Family of tasks: a distribution over tasks."""
 
     @property
     def observation_space(self) -> gym.Space:
-        """Of one input."""
+        """Space of one input."""
 
     @property
     def action_space(self) -> gym.Space:
-        """Of one target: Discrete classes, or a Box."""
+        """Space of one target: Discrete classes, or a Box."""
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tree:
-        """K = `count` tasks for each key `[*L]`, every leaf `[*L, K, ...]`; `counter` is a number or `[*L]`."""
+        """Draw K = `count` tasks for each key `[*L]`, every leaf `[*L, K, ...]`; `counter` is a number or `[*L]`."""
         ...
 
 
 class Problems(Family, Protocol):
-    """A distribution over functions to minimise."""
+    """Family of optimisation problems: a distribution over functions to minimise."""
 
     def start(self, problem: Tree) -> Weights:
-        """Where the minimisation begins, `{name: [*L, K, ...]}`."""
+        """Starting point of the minimisation, `{name: [*L, K, ...]}`."""
 
     def loss(self, weights: Weights, problem: Tree, step: Tensor) -> Tensor:
-        """The loss `[*L, K]` at step `[*L, K]`, or `[]` where it is the same for all: minibatches are drawn by it."""
+        """Loss `[*L, K]`; `step` `[*L, K]`, or `[]` if the same for all, is the counter for drawing minibatches."""
         ...
 
 
 def minimises(family: Any) -> bool:
-    """Whether it is a family of `Problems`."""
+    """Whether a family consists of optimisation problems, as `Problems`."""
     return all(callable(getattr(family, name, None)) for name in ("start", "loss"))
 
 
 def check_family(family: Any) -> None:
-    """Validate a family of tasks: its spaces and the arguments of its `tasks`; nothing is drawn.
+    """Validate a family of tasks: its spaces and the arguments of its `tasks`, without drawing any.
 
     Raises:
-        SettingError: it is a class, lacks a space, or its `tasks` take other arguments.
+        SettingError: the family is a class, lacks a space, or its `tasks` takes other arguments.
     """
     if isinstance(family, type):
         raise SettingError(f"{family.__name__} is the class of a family: give one of it, such as {family.__name__}()")
@@ -79,19 +79,19 @@ def check_family(family: Any) -> None:
 
 
 def as_tensors(drawn: Any, device: torch.device) -> Tree:
-    """Tasks whose leaves are tensors on the device where they were numpy's arrays, doubles as floats."""
+    """Tasks with numpy arrays converted to tensors on the device, float64 to float32."""
 
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, np.ndarray | np.generic):
             return leaf
-        made = torch.as_tensor(leaf, device=device)
-        return made.float() if made.dtype == torch.float64 else made
+        converted = torch.as_tensor(leaf, device=device)
+        return converted.float() if converted.dtype == torch.float64 else converted
 
     return tree.map(convert, drawn)
 
 
 def task_keys(key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tensor:
-    """One key for each of `count` tasks, `[*L, K]`."""
+    """Random key of each of K = `count` tasks, `[*L, K]`."""
     if split not in get_args(Split):
         raise SettingError(f"split is {split!r}, expected one of {', '.join(get_args(Split))}")
     if count < 1:
@@ -101,7 +101,7 @@ def task_keys(key: Tensor, counter: int | Tensor, count: int, split: Split) -> T
 
 
 def support_and_query(observation: Tensor, target: Tensor, shots: int) -> Tree:
-    """The first `shots` of the samples `[*L, K, n, D]` as support, the rest as query."""
+    """Split samples `[*L, K, n, D]` into a support set, the first `shots`, and a query set, the rest."""
     pair, axis = {"observation": observation, "target": target}, observation.dim() - 2
     return {
         "support": {name: value.narrow(axis, 0, shots) for name, value in pair.items()},
@@ -110,7 +110,7 @@ def support_and_query(observation: Tensor, target: Tensor, shots: int) -> Tree:
 
 
 def check_sizes(name: str, family: Any, sizes: Sequence[str] = ("shots", "queries")) -> None:
-    """Refuse sizes of a family's tasks that are no counts."""
+    """Refuse sizes of a family's tasks that are no whole numbers of at least 1."""
     for size in sizes:
         value = getattr(family, size)
         if not isinstance(value, Integral):

@@ -1,8 +1,8 @@
-"""Trust: which code may be imported because a file names it. A run folder, a preset, an environment's file are data.
+"""Trust: which code may be imported because a file names it. Run folders, presets and TOML files are data.
 
-Names that a command or a program gives are its own and are imported. While a file is read (`reading`), a name resolves
-to what is rlmeta's, to Gymnasium's registry and to the packages of `EXTRAS`; any other module needs the user's word
-(`allowing`), which is `--code` on the command line and `code=` in Python.
+Code that is named in a command or a program is imported. While a file is read (`reading`), a name resolves only to
+rlmeta's own code, to Gymnasium's registry and to the packages of `EXTRAS`; any other module must be allowed by the user
+(`allowing`), by `--code` on the command line or `code=` in Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXTRAS = frozenset(
 )
 """Modules that a file may name in front of an environment's id, because importing them registers environments."""
 OWN = ("rlmeta.nn", "rlmeta.rewards")
-"""Packages of rlmeta's whose classes and functions a file may name."""
+"""Packages of rlmeta from which a file may name classes and functions."""
 
 _file: ContextVar[str] = ContextVar("file", default="")
 _modules: ContextVar[tuple[str, ...]] = ContextVar("modules", default=())
@@ -40,7 +40,7 @@ _names: ContextVar[frozenset[str]] = ContextVar("names", default=frozenset())
 
 @contextlib.contextmanager
 def reading(file: str) -> Iterator[None]:
-    """Within, names come from this file."""
+    """Context in which names come from a file and are not trusted."""
     before = _file.set(file)
     try:
         yield
@@ -50,20 +50,20 @@ def reading(file: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def allowing(code: Sequence[str], names: Iterable[str] = ()) -> Iterator[None]:
-    """Within, files may name whatever is in some modules, or some names alone.
+    """Context in which files may name code of certain modules, or certain names.
 
     Args:
         code: modules, or packages with all modules in them.
-        names: of single things, as `package.module:Name`.
+        names: single classes or functions, as `package.module:Name`.
 
     Raises:
-        SettingError: what is given are no names of modules.
+        SettingError: an entry of `code` is no name of a module.
     """
-    given = [code] if isinstance(code, str) else list(code)
-    for name in given:
+    allowed = [code] if isinstance(code, str) else list(code)
+    for name in allowed:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise SettingError(f"code is {name!r}, expected the names of modules, such as package.module")
-    before = _modules.set((*_modules.get(), *given)), _names.set(_names.get() | frozenset(names))
+    before = _modules.set((*_modules.get(), *allowed)), _names.set(_names.get() | frozenset(names))
     try:
         yield
     finally:
@@ -72,53 +72,53 @@ def allowing(code: Sequence[str], names: Iterable[str] = ()) -> Iterator[None]:
 
 
 def is_allowed(named: str) -> bool:
-    """Whether the user has allowed `package.module:Name`, by itself or with its module."""
+    """Whether the user has allowed `package.module:Name`, by its name or its module."""
     module = named.rpartition(":")[0]
-    return named in _names.get() or any(f"{module}.".startswith(f"{one}.") for one in _modules.get())
+    return named in _names.get() or any(f"{module}.".startswith(f"{allowed}.") for allowed in _modules.get())
 
 
 def from_file() -> bool:
-    """Whether names come from a file now."""
+    """Whether names come from a file, within `reading`."""
     return bool(_file.get())
 
 
 def check_module(module: str, *, for_id: bool = True) -> None:
-    """Refuse to import a module that only a file names.
+    """Refuse to import a module that a file names and that is not trusted.
 
     Args:
         module: its name.
-        for_id: whether an environment's id follows, for which a known extra may be imported, or another name.
+        for_id: whether the module precedes an environment's id, so that it may be one of `EXTRAS`.
 
     Raises:
-        SettingError: it is none of rlmeta's, no known extra, and the user has allowed nothing in it.
+        SettingError: the module is not rlmeta's, none of `EXTRAS`, and nothing in it is allowed.
     """
     known = (for_id and module in EXTRAS) or _within_own(module)
-    named = any(one.rpartition(":")[0] == module for one in _names.get())
+    named = any(allowed.rpartition(":")[0] == module for allowed in _names.get())
     if from_file() and not known and not named and not is_allowed(f"{module}:"):
         raise SettingError(_refusal(module))
 
 
-def check_object(found: Any, named: str) -> None:
-    """Refuse what a file names in a module of rlmeta's and is not rlmeta's own, such as a module that it imports.
+def check_object(value: Any, named: str) -> None:
+    """Refuse an object that a file names in rlmeta but that is defined elsewhere, such as an imported module.
 
     Args:
-        found: the object.
+        value: the object.
         named: as `package.module:Name`.
 
     Raises:
-        SettingError: it is something else, and the user has not allowed it.
+        SettingError: the object is not defined in rlmeta, and the user has not allowed it.
     """
-    home = getattr(found, "__module__", None)
+    home = getattr(value, "__module__", None)
     owned = isinstance(home, str) and _within_own(home)
     if from_file() and not owned and not is_allowed(named):
         raise SettingError(_refusal(named.rpartition(":")[0]))
 
 
 def check_id(identifier: str) -> None:
-    """Refuse an environment's id from a file whose module may not be imported.
+    """Refuse an environment's id from a file if its module is not trusted.
 
     Raises:
-        SettingError: the module is no known extra, and the user has not allowed it.
+        SettingError: the module is none of `EXTRAS`, and the user has not allowed it.
     """
     module, colon, _ = identifier.rpartition(":")
     if from_file() and colon and module not in EXTRAS and not is_allowed(identifier):
@@ -126,7 +126,7 @@ def check_id(identifier: str) -> None:
 
 
 def _within_own(module: str) -> bool:
-    return f"{module}.".startswith(tuple(f"{one}." for one in OWN))
+    return f"{module}.".startswith(tuple(f"{package}." for package in OWN))
 
 
 def _refusal(module: str) -> str:
@@ -137,7 +137,7 @@ def _refusal(module: str) -> str:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings from a file that name an environment of another package, which gymnasium would import.
+    """Refuse settings from a file that name an environment in a module that gymnasium would import.
 
     Raises:
         SettingError: as `check_id`.

@@ -1,4 +1,4 @@
-"""What an agent sees of its environments: a world of `N` environments for each of `*L` learners."""
+"""Vectorised environments: the protocol of worlds, `N` environments for each of `*L` learners."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 from rlmeta.functional.tree import Tree
 
 EVALUATION_LIMIT = 10_000
-"""Steps after which an evaluation cuts the episodes of environments that declare no limit."""
+"""Steps after which an evaluation truncates episodes of environments that declare no time limit."""
 
 State: TypeAlias = dict[str, Any]
-"""A nested dictionary of tensors; every leaf of a world's state is `[*L, N, ...]`."""
+"""State of a world: a nested dictionary of tensors, every leaf `[*L, N, ...]`."""
 
 
 class Transition(NamedTuple):
-    """One step of every environment of every learner."""
+    """Transition of every environment of every learner in a step."""
 
     observation: Tree
-    """`[*L, N, ...]`: what the agent sees next, the first observation of the new episode where one ended."""
+    """`[*L, N, ...]`: the observation to act on next, after an episode end the first one of the new episode."""
     next_observation: Tree
     """`[*L, N, ...]`: the true successor, the final observation where the episode ended."""
     reward: Tensor
     """`[*L, N]` float32."""
     terminated: Tensor
-    """`[*L, N]` bool: the successor is terminal, its value is zero."""
+    """`[*L, N]` bool: the successor is a terminal state, of value 0."""
     truncated: Tensor
-    """`[*L, N]` bool: the episode was cut here. Both flags may be set; losses let `terminated` win."""
+    """`[*L, N]` bool: the episode was truncated here. If both flags are set, losses use `terminated`."""
     valid: Tensor
     """`[*L, N]` bool: False where the action was ignored (the reset step of a NEXT_STEP environment)."""
     memory_reset: Tensor
-    """`[*L, N]` bool: the agent must clear its memory before it acts on `observation`."""
+    """`[*L, N]` bool: recurrent memory must be reset before acting on `observation`."""
 
 
 class TrialTransition(NamedTuple):
-    """One step of every environment in trials of several episodes; the flags are those of the trials."""
+    """Transition in trials of several episodes; `terminated` and `truncated` are those of the trial."""
 
     observation: Tree
     next_observation: Tree
@@ -50,49 +50,49 @@ class TrialTransition(NamedTuple):
 
 
 def ended_of(transition: Transition | TrialTransition) -> Tensor:
-    """Where episodes end that are to be scored, `[*L, N]`: within a trial, too."""
+    """Episode ends that are scored, `[*L, N]` bool: also those within a trial."""
     if isinstance(transition, TrialTransition):
         return transition.ended & transition.valid
     return (transition.terminated | transition.truncated) & transition.valid
 
 
 class World(Protocol):
-    """`N` environments for each of `*L` learners, with everything that changes in an explicit state."""
+    """World: `N` environments for each of `*L` learners, with an explicit state."""
 
     name: str
-    """Of its environments, for messages."""
+    """Name of the environments, for messages."""
     observation_space: gym.Space
-    """Of a single environment."""
+    """Observation space of a single environment."""
     action_space: gym.Space
-    """Of a single environment."""
+    """Action space of a single environment."""
     learner_shape: tuple[int, ...]
     num_envs: int
     trial_episodes: int
-    """Episodes that are one to their agent: of a trial (`envs.native.trials`), else 1."""
+    """Number of episodes in a trial (`envs.native.trials`), else 1."""
     exact_resume: bool
-    """Whether `restore` always brings every environment back to exactly where the state says."""
+    """Whether `restore` always brings every environment back to exactly the saved state."""
 
     @property
     def cuts_after(self) -> int | None:
-        """Steps after which the environments cut an episode, as far as they declare it."""
+        """Time limit of an episode in steps, None if the environments declare none."""
         ...
 
     def reset(self, key: Tensor) -> State:
-        """The state at the start of every row's first episode; `key` is `[*L]`."""
+        """Initial state, at the start of every environment's first episode; `key` is `[*L]`."""
         ...
 
     def observation(self, state: State) -> Tree:
-        """The current observation `[*L, N, ...]`: float32 for Box, int64 if discrete, a dict for Dict and Tuple."""
+        """Current observation `[*L, N, ...]`: float32 for Box, int64 if discrete, a dict for Dict and Tuple."""
         ...
 
     def step(self, state: State, action: Tensor) -> tuple[State, Transition | TrialTransition]:
-        """Act once in every environment, Box actions clipped to their bounds. May consume `state`."""
+        """Step every environment, with Box actions clipped to their bounds. May consume `state`."""
         ...
 
     def restore(self, state: State) -> State:
-        """Put what is hidden (live foreign environments) where a loaded `state` says."""
+        """Bring hidden state (of live gymnasium environments) to that of a loaded `state`."""
         ...
 
     def close(self) -> None:
-        """Release what the environments hold."""
+        """Close the environments."""
         ...

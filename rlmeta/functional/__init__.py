@@ -1,6 +1,6 @@
 """Pure maths on tensors: returns, losses, distributions, optimizers, projections, random numbers, statistics.
 
-One file a subject; all of them are there after `import rlmeta.functional`.
+One module a subject; `import rlmeta.functional` imports all of them.
 """
 
 from rlmeta.functional import (

@@ -1,4 +1,4 @@
-"""The one place where tensors with fewer learner axes meet data."""
+"""Learner axes: broadcasting per-learner settings `[*L]` against data `[*L, ...]`, and masked means over the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def align(setting: float, x: Tensor) -> float: ...
 @overload
 def align(setting: Tensor, x: Tensor) -> Tensor: ...
 def align(setting: float | Tensor, x: Tensor) -> float | Tensor:
-    """Reshape a per-learner setting so that it broadcasts against data of the same learners.
+    """Reshape a per-learner setting `[*L]` so that it broadcasts against data `[*L, ...]`.
 
     Torch broadcasts from the right while learner axes are a prefix on the left; a setting `[*L]` therefore gets one
     trailing axis of size 1 for every further axis of `x`.
@@ -38,7 +38,7 @@ def align(setting: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def masked_mean(x: Tensor, valid: Tensor | None = None, axes: int = 1) -> Tensor:
-    """Mean over the last `axes` axes, counting only the entries where `valid` is set (0 where none is).
+    """Masked mean over the last `axes` axes: only entries where `valid` is set are counted (0 where none is).
 
     Args:
         x: `[*L, ...]`.
@@ -47,6 +47,9 @@ def masked_mean(x: Tensor, valid: Tensor | None = None, axes: int = 1) -> Tensor
 
     Returns:
         `[*L]`
+
+    Raises:
+        ValueError: `valid` has another shape than `x`.
     """
     dims = tuple(range(-axes, 0))
     if valid is None:

@@ -1,6 +1,6 @@
-"""Action distributions as functions of their parameters.
+"""Action distributions: log-probability, entropy, mode, sample and KL divergence as functions of the parameters.
 
-Shapes: parameters are `[*L, ..., A]`, what is returned per step is `[*L, ...]`. Parameters of one distribution have one
+Shapes: parameters are `[*L, ..., A]`, results per step are `[*L, ...]`. All parameters of a distribution have the same
 shape: a state-independent `log_std` is expanded by its owner, since broadcasting from the right would pair learners
 with environments. `*_sample` takes a key `[*L]` and draws from the stream "action", so a learner's actions depend on
 its own key alone; the caller folds its step counter into the key. Every function is differentiable in its parameters.
@@ -31,14 +31,14 @@ def _check_same_shape(expected: Tensor, name: str, *others: Tensor) -> None:
 
 
 def _noise_shape(key: Tensor, x: Tensor) -> torch.Size:
-    """What each learner draws to cover `x`, after checking that the key's learner axes are a prefix of its shape."""
+    """Shape of the noise that each learner draws for `x`; the key's learner axes must be a prefix of `x.shape`."""
     if x.shape[: key.dim()] != key.shape:
         raise ValueError(f"key has learner axes {tuple(key.shape)}, which are no prefix of the shape {tuple(x.shape)}")
     return x.shape[key.dim() :]
 
 
 def _noise_dtype(x: Tensor) -> torch.dtype:
-    """Half precision cannot hold uniform numbers without rounding some of them to 1."""
+    """Float type of the noise: at least float32, since half precision rounds some uniform numbers to 1."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -46,7 +46,9 @@ def _noise_dtype(x: Tensor) -> torch.dtype:
 
 
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits with the forbidden actions at the lowest finite number: probability 0, gradient 0, no NaN in entropies.
+    """Invalid action masking: the logits of forbidden actions become the dtype's lowest finite number.
+
+    A forbidden action then has probability 0 and gradient 0, and entropies have no NaN.
 
     A row that forbids everything becomes uniform (it is finite, and its mode is action 0).
 
@@ -64,12 +66,12 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """Over the last axis; as the last but one it is vectorised, where a few actions row by row are 3 times as slow."""
+    """Log-softmax over the last axis, computed on the transpose: row by row, few actions are 3 times as slow."""
     return F.log_softmax(logits, -1) if logits.dim() < 2 else F.log_softmax(logits.mT, -2).mT
 
 
 def categorical_log_prob(logits: Tensor, action: Tensor) -> Tensor:
-    """log π(a) = logits[a] − logsumexp(logits).
+    """Log-probability of a categorical action, log π(a) = logits[a] − logsumexp(logits).
 
     Args:
         logits: `[..., A]`, unnormalised.
@@ -87,18 +89,18 @@ def categorical_log_prob(logits: Tensor, action: Tensor) -> Tensor:
 
 
 def categorical_entropy(logits: Tensor) -> Tensor:
-    """H = −Σ π log π in nats, `[..., A]` -> `[...]`."""
+    """Entropy of a categorical distribution in nats, H = −Σ π log π, `[..., A]` -> `[...]`."""
     log_prob = _log_softmax(logits)
     return -(log_prob.exp() * log_prob).sum(-1)
 
 
 def categorical_mode(logits: Tensor) -> Tensor:
-    """The most probable action (the first of several), `[..., A]` -> `[...]` int64."""
+    """Mode of a categorical distribution, the first of several most probable actions, `[..., A]` -> `[...]` int64."""
     return logits.argmax(-1)
 
 
 def categorical_sample(logits: Tensor, key: Tensor) -> Tensor:
-    """argmax(logits + Gumbel noise), which is distributed as softmax(logits) (the Gumbel-max trick).
+    """Sample of softmax(logits) by the Gumbel-max trick: argmax(logits + Gumbel noise).
 
     Args:
         logits: `[*L, ..., A]`, unnormalised.
@@ -111,7 +113,7 @@ def categorical_sample(logits: Tensor, key: Tensor) -> Tensor:
 
 
 def categorical_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """KL(p ‖ q) = Σ p (log p − log q) in nats, `[..., A]` twice -> `[...]`."""
+    """KL divergence of two categoricals in nats, KL(p ‖ q) = Σ p (log p − log q), `[..., A]` twice -> `[...]`."""
     _check_same_shape(logits_p, "logits_q", logits_q)
     log_p = _log_softmax(logits_p)
     return (log_p.exp() * (log_p - _log_softmax(logits_q))).sum(-1)
@@ -127,10 +129,10 @@ def _split(logits: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def multi_discrete_log_prob(logits: Tensor, action: Tensor, sizes: Sequence[int]) -> Tensor:
-    """log π(a) = Σ_k log π_k(a_k): independent categorical components, their logits concatenated.
+    """Log-probability of independent categorical components, log π(a) = Σ_k log π_k(a_k).
 
     Args:
-        logits: `[..., sum(sizes)]`.
+        logits: `[..., sum(sizes)]`, the components' logits concatenated.
         action: `[..., len(sizes)]`, integers.
         sizes: how many actions each component has.
 
@@ -146,17 +148,17 @@ def multi_discrete_log_prob(logits: Tensor, action: Tensor, sizes: Sequence[int]
 
 
 def multi_discrete_entropy(logits: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Sum of the components' entropies in nats, `[..., sum(sizes)]` -> `[...]`."""
+    """Entropy of independent categorical components in nats, `[..., sum(sizes)]` -> `[...]`."""
     return torch.stack([categorical_entropy(group) for group in _split(logits, sizes)], -1).sum(-1)
 
 
 def multi_discrete_mode(logits: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The most probable action of each component, `[..., sum(sizes)]` -> `[..., len(sizes)]` int64."""
+    """Mode of independent categorical components, `[..., sum(sizes)]` -> `[..., len(sizes)]` int64."""
     return torch.stack([group.argmax(-1) for group in _split(logits, sizes)], -1)
 
 
 def multi_discrete_sample(logits: Tensor, sizes: Sequence[int], key: Tensor) -> Tensor:
-    """A sample of each component by the Gumbel-max trick.
+    """Sample of independent categorical components by the Gumbel-max trick.
 
     Args:
         logits: `[*L, ..., sum(sizes)]`.
@@ -171,7 +173,7 @@ def multi_discrete_sample(logits: Tensor, sizes: Sequence[int], key: Tensor) -> 
 
 
 def multi_discrete_kl(logits_p: Tensor, logits_q: Tensor, sizes: Sequence[int]) -> Tensor:
-    """KL(p ‖ q) in nats, the sum over the components, `[..., sum(sizes)]` twice -> `[...]`."""
+    """KL divergence KL(p ‖ q) of independent categorical components in nats, `[..., sum(sizes)]` twice -> `[...]`."""
     groups = zip(_split(logits_p, sizes), _split(logits_q, sizes))
     return torch.stack([categorical_kl(p, q) for p, q in groups], -1).sum(-1)
 
@@ -180,7 +182,7 @@ def multi_discrete_kl(logits_p: Tensor, logits_q: Tensor, sizes: Sequence[int]) 
 
 
 def bernoulli_log_prob(logits: Tensor, action: Tensor) -> Tensor:
-    """log π(a) = Σ_k a_k log σ(l_k) + (1 − a_k) log σ(−l_k), independent components.
+    """Log-probability of independent binary actions, log π(a) = Σ_k a_k log σ(l_k) + (1 − a_k) log σ(−l_k).
 
     Args:
         logits: `[..., A]`, log-odds of 1.
@@ -194,17 +196,17 @@ def bernoulli_log_prob(logits: Tensor, action: Tensor) -> Tensor:
 
 
 def bernoulli_entropy(logits: Tensor) -> Tensor:
-    """Sum of the components' entropies in nats, `[..., A]` -> `[...]`."""
+    """Entropy of independent binary actions in nats, `[..., A]` -> `[...]`."""
     return -(logits.sigmoid() * F.logsigmoid(logits) + (-logits).sigmoid() * F.logsigmoid(-logits)).sum(-1)
 
 
 def bernoulli_mode(logits: Tensor) -> Tensor:
-    """1 where it is the more probable value, else 0, `[..., A]` -> `[..., A]` int64."""
+    """Mode of independent binary actions, `[..., A]` -> `[..., A]` int64."""
     return (logits > 0).to(torch.int64)
 
 
 def bernoulli_sample(logits: Tensor, key: Tensor) -> Tensor:
-    """Independent zeros and ones.
+    """Sample of independent binary actions, zeros and ones.
 
     Args:
         logits: `[*L, ..., A]`, log-odds of 1.
@@ -218,7 +220,7 @@ def bernoulli_sample(logits: Tensor, key: Tensor) -> Tensor:
 
 
 def bernoulli_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats, the sum over the components, `[..., A]` twice -> `[...]`."""
+    """KL divergence KL(p ‖ q) of independent binary actions in nats, `[..., A]` twice -> `[...]`."""
     _check_same_shape(logits_p, "logits_q", logits_q)
     ones = logits_p.sigmoid() * (F.logsigmoid(logits_p) - F.logsigmoid(logits_q))
     zeros = (-logits_p).sigmoid() * (F.logsigmoid(-logits_p) - F.logsigmoid(-logits_q))
@@ -229,7 +231,7 @@ def bernoulli_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
 
 def normal_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """log π(a) = −½ Σ_k ((a_k − μ_k) / σ_k)² + 2 log σ_k + log 2π, diagonal covariance.
+    """Log-density of a diagonal Gaussian, log π(a) = −½ Σ_k ((a_k − μ_k) / σ_k)² + 2 log σ_k + log 2π.
 
     Args:
         mean: `[..., A]`.
@@ -246,17 +248,17 @@ def normal_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
 
 
 def normal_entropy(log_std: Tensor) -> Tensor:
-    """H = Σ_k log σ_k + ½ log 2πe in nats, `[..., A]` -> `[...]`."""
+    """Entropy of a diagonal Gaussian in nats, H = Σ_k log σ_k + ½ log 2πe, `[..., A]` -> `[...]`."""
     return log_std.sum(-1) + 0.5 * (1.0 + _LOG_2_PI) * log_std.shape[-1]
 
 
 def normal_mode(mean: Tensor) -> Tensor:
-    """The mean, `[..., A]` -> `[..., A]`."""
+    """Mode of a Gaussian, its mean, `[..., A]` -> `[..., A]`."""
     return mean
 
 
 def normal_sample(mean: Tensor, log_std: Tensor, key: Tensor) -> Tensor:
-    """μ + σ ε with standard normal ε, differentiable in both parameters.
+    """Reparameterised Gaussian sample μ + σ ε with standard normal ε, differentiable in both parameters.
 
     Args:
         mean: `[*L, ..., A]`.
@@ -272,7 +274,9 @@ def normal_sample(mean: Tensor, log_std: Tensor, key: Tensor) -> Tensor:
 
 
 def normal_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL(p ‖ q) = ½ Σ_k r² − 1 − log r² + ((μ_p − μ_q) / σ_q)² with r = σ_p / σ_q, in nats.
+    """KL divergence of two diagonal Gaussians in nats.
+
+    KL(p ‖ q) = ½ Σ_k r² − 1 − log r² + ((μ_p − μ_q) / σ_q)² with r = σ_p / σ_q
 
     Args:
         mean_p: `[..., A]`, as are the other three.
@@ -293,20 +297,23 @@ def normal_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tens
 
 
 def _log_tanh_derivative(pre_tanh: Tensor) -> Tensor:
-    """log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)), which stays exact where tanh u rounds to ±1.
+    """Log-derivative of tanh, log(1 − tanh² u) = 2 (log 2 − u − softplus(−2u)).
 
+    It stays exact where tanh u rounds to ±1.
     softplus(−2u) is written −logsigmoid(2u): torch's softplus drops the 2e-9 that is left beyond its threshold.
     """
     return 2.0 * (_LOG_2 - pre_tanh + F.logsigmoid(2.0 * pre_tanh))
 
 
 def tanh_normal_log_prob_pre_tanh(mean: Tensor, log_std: Tensor, pre_tanh: Tensor) -> Tensor:
-    """log π(tanh u) = log N(u; μ, σ) − Σ_k log(1 − tanh² u_k), exact however saturated the action is.
+    """Log-density of a squashed Gaussian at tanh u, exact however saturated the action is.
+
+    log π(tanh u) = log N(u; μ, σ) − Σ_k log(1 − tanh² u_k)
 
     Args:
         mean: `[..., A]`.
         log_std: `[..., A]`.
-        pre_tanh: u, `[..., A]`.
+        pre_tanh: u, the action before the tanh, `[..., A]`.
 
     Returns:
         `[...]`
@@ -317,7 +324,7 @@ def tanh_normal_log_prob_pre_tanh(mean: Tensor, log_std: Tensor, pre_tanh: Tenso
 
 
 def tanh_normal_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """log π(a) of an action in [−1, 1] whose value before the tanh was not kept.
+    """Log-density of a squashed Gaussian at an action in [−1, 1] whose value before the tanh was not kept.
 
     The inverse tanh of an action that rounded to ±1 is infinite, so actions are pulled inside by the dtype's
     resolution; where that matters, keep u and call `tanh_normal_log_prob_pre_tanh`.
@@ -335,17 +342,17 @@ def tanh_normal_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tenso
 
 
 def tanh_normal_mode(mean: Tensor) -> Tensor:
-    """tanh μ, `[..., A]` -> `[..., A]`: the median, by convention the deterministic action."""
+    """Deterministic action of a squashed Gaussian: its median tanh μ, by convention, `[..., A]` -> `[..., A]`."""
     return mean.tanh()
 
 
 def tanh_normal_sample(mean: Tensor, log_std: Tensor, key: Tensor) -> Tensor:
-    """tanh(μ + σ ε), differentiable in both parameters; arguments as for `normal_sample`, which draws u."""
+    """Reparameterised sample of a squashed Gaussian, tanh(μ + σ ε); arguments as for `normal_sample`."""
     return normal_sample(mean, log_std, key).tanh()
 
 
 def tanh_normal_sample_log_prob(mean: Tensor, log_std: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """The action of `tanh_normal_sample` and its exact log-probability, both differentiable in the parameters.
+    """Sample of a squashed Gaussian and its exact log-density, both differentiable in the parameters.
 
     Args:
         mean: `[*L, ..., A]`.
@@ -353,16 +360,17 @@ def tanh_normal_sample_log_prob(mean: Tensor, log_std: Tensor, key: Tensor) -> t
         key: `[*L]`.
 
     Returns:
-        action `[*L, ..., A]` and log-probability `[*L, ...]`
+        the action of `tanh_normal_sample` `[*L, ..., A]` and its log-density `[*L, ...]`
     """
     pre_tanh = normal_sample(mean, log_std, key)
     return pre_tanh.tanh(), tanh_normal_log_prob_pre_tanh(mean, log_std, pre_tanh)
 
 
 def tanh_normal_entropy(mean: Tensor, log_std: Tensor, key: Tensor) -> Tensor:
-    """An unbiased estimate of H = H[N(μ, σ)] + Σ_k E log(1 − tanh² u_k) in nats, which has no closed form.
+    """Entropy of a squashed Gaussian in nats, an unbiased estimate: there is no closed form.
 
-    The first term is exact; the second is taken at one reparameterised sample (stream "entropy").
+    H = H[N(μ, σ)] + Σ_k E log(1 − tanh² u_k): the first term is exact, the second taken at one reparameterised sample
+    (stream "entropy").
 
     Args:
         mean: `[*L, ..., A]`.
@@ -377,5 +385,5 @@ def tanh_normal_entropy(mean: Tensor, log_std: Tensor, key: Tensor) -> Tensor:
 
 
 def tanh_normal_kl(mean_p: Tensor, log_std_p: Tensor, mean_q: Tensor, log_std_q: Tensor) -> Tensor:
-    """KL(p ‖ q), equal to `normal_kl` of the same parameters: a bijection of the actions leaves it as it is."""
+    """KL divergence of two squashed Gaussians in nats: that of the Gaussians, since tanh is a bijection."""
     return normal_kl(mean_p, log_std_p, mean_q, log_std_q)

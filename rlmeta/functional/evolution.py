@@ -1,8 +1,8 @@
-"""Gradients of functions that are only evaluated, at many perturbed parameters at once: evolution strategies.
+"""Evolution strategies (ES, PES): gradient estimates from function values at many perturbed parameters.
 
-Perturbations are a learner axis: N of them are N learners. An unroll that is cut into pieces carries its state from
-piece to piece; what the earlier pieces' perturbations did to that state is missed by ES on the piece alone, and is
-counted by PES, which multiplies a piece's loss by the *sum* of the perturbations since the start.
+Perturbations are a learner axis: N of them are N learners. A truncated unroll carries its state from one truncation
+to the next. ES on a truncation alone misses what earlier perturbations did to that state; PES counts it, by
+multiplying the loss of a truncation by the *sum* of the perturbations since the unroll began.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def antithetic_noise(
     sigma: float | Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Normal perturbations in pairs of opposite sign: the second half is minus the first.
+    """Antithetic Gaussian perturbations, in pairs of opposite sign: the second half is minus the first.
 
     Args:
         key: `[*L]`.
@@ -46,14 +46,15 @@ def antithetic_noise(
 
 
 def evolution_gradient(loss: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
-    """The gradient estimate 1 / (N σ²) Σᵢ noiseᵢ lossᵢ.
+    """Evolution-strategies gradient estimate, 1 / (N σ²) Σᵢ noiseᵢ lossᵢ.
 
     With `noise` the perturbations of this evaluation it is ES (Salimans et al., 2017); with `noise` the sums of all
-    perturbations since the unroll began it is PES (Vicol, Metz and Sohl-Dickstein, 2021), whose estimates of the pieces
-    of an unroll add up to an unbiased estimate for the whole. Both estimate the gradient of the loss smoothed by σ.
+    perturbations since the unroll began it is PES (Vicol, Metz and Sohl-Dickstein, 2021), whose estimates over the
+    truncations of an unroll add up to an unbiased one of the whole. Both estimate the gradient of the loss smoothed by
+    σ.
 
     Args:
-        loss: `[*L, N]`, of each perturbation; for a piece of an unroll, the sum or mean over that piece.
+        loss: `[*L, N]`, of each perturbation; for a truncated unroll, the sum or mean over the truncation.
         noise: `[*L, N, P]`.
         sigma: σ, a number or `[*L]`.
 

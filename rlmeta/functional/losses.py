@@ -1,11 +1,11 @@
-"""Losses and what is measured beside them: `[*L, B]` in, `[*L]` out.
+"""Losses, targets and diagnostics of policies, values and predictions: `[*L, B]` in, `[*L]` out.
 
 Further axes of a minibatch (the time of sequences) are flattened into B by the caller. `valid` is None or flags
 `[*L, B]`, bool or integers 0 and 1: rows without it (an autoreset step, padding, an empty slot of a buffer) take no
 part in any mean, and a learner with no valid row has loss 0. A setting is a number or a tensor `[*L]`, one per learner.
 
-Nothing is detached here: detach targets and advantages where they are made. Sum a loss over its learners only in the
-call of `autograd.grad`; learners share no parameter, so each gets the gradient of its own.
+Nothing is detached here: detach targets and advantages where they are computed. Sum a loss over its learners only in
+the call of `autograd.grad`; learners share no parameter, so each gets the gradient of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlmeta.functional.shapes import flags, same_shape
 
 
 def policy_gradient_loss(log_prob: Tensor, advantage: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The score-function surrogate -E[log π(a|s) A], whose gradient is the policy gradient (Williams, 1992).
+    """Policy gradient loss, the score-function surrogate -E[log π(a|s) A] (REINFORCE, Williams, 1992).
 
     Args:
         log_prob: `[*L, B]`, log π(a|s).
@@ -37,10 +37,10 @@ def policy_gradient_loss(log_prob: Tensor, advantage: Tensor, valid: Tensor | No
 def twice_differentiable_policy_gradient_loss(
     log_prob: Tensor, advantage: Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """-E[exp(log π - stop(log π)) A]: the policy gradient, and derivatives of every order of what it descends.
+    """Policy gradient loss whose higher derivatives are right too, -E[exp(log π - stop(log π)) A] (DiCE).
 
     Its gradient is that of `policy_gradient_loss`, bit for bit. Differentiated again, the ratio, whose value is 1,
-    remembers that π chose the actions: E[(∇² log π + ∇ log π ∇ log πᵀ) A], where the plain surrogate loses the second
+    accounts for π choosing the actions: E[(∇² log π + ∇ log π ∇ log πᵀ) A], where the plain surrogate loses the second
     term. A step of an episode thereby counts its own action (the low-variance curvature of Rothfuss et al., 2019); for
     episodes of one step it is exact (DiCE, Foerster et al., 2018).
 
@@ -86,7 +86,7 @@ def ppo_kl_loss(
     coefficient: float | Tensor,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """PPO with a penalty for its distance from the policy that acted, -E[ρ A - β KL(π_old, π)] (Schulman et al., 2017).
+    """PPO's loss with a KL penalty, -E[ρ A - β KL(π_old, π)] with ρ = π / π_old (Schulman et al., 2017).
 
     Args:
         log_prob: `[*L, B]`, log π(a|s).
@@ -105,7 +105,7 @@ def ppo_kl_loss(
 
 
 def entropy_loss(entropy: Tensor, valid: Tensor | None = None) -> Tensor:
-    """-E[H(π(.|s))], added to the policy's loss with a small factor: the entropy bonus (Mnih et al., 2016).
+    """Entropy bonus -E[H(π(.|s))], added to the policy's loss with a small factor (Mnih et al., 2016).
 
     Args:
         entropy: `[*L, B]`, in nats.
@@ -119,9 +119,10 @@ def entropy_loss(entropy: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def normalise_advantage(advantage: Tensor, valid: Tensor | None = None, eps: float = 1e-8) -> Tensor:
-    """Advantages with mean 0 and standard deviation 1 (unbiased, as torch's) over each learner's valid rows.
+    """Advantage normalisation: mean 0 and standard deviation 1 over each learner's valid rows.
 
-    A learner with fewer than two valid rows keeps its advantages: one sample has no spread.
+    The standard deviation is the unbiased one, as torch's. A learner with fewer than two valid rows keeps its
+    advantages: one sample has no spread.
 
     Args:
         advantage: `[*L, B]`.
@@ -147,7 +148,7 @@ def normalise_advantage(advantage: Tensor, valid: Tensor | None = None, eps: flo
 
 
 def approx_kl(log_prob: Tensor, old_log_prob: Tensor, valid: Tensor | None = None) -> Tensor:
-    """KL(π_old, π) estimated from the old policy's own actions, E[(ρ - 1) - log ρ] with ρ = π / π_old.
+    """Approximate KL(π_old, π) from the old policy's own actions, E[(ρ - 1) - log ρ] with ρ = π / π_old.
 
     Unbiased, never negative, of low variance: estimator k3 of Schulman, "Approximating KL divergence" (2020).
 
@@ -168,7 +169,7 @@ def approx_kl(log_prob: Tensor, old_log_prob: Tensor, valid: Tensor | None = Non
 
 
 def value_loss(value: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean squared error E[(v - G)²], without the factor 1/2 that some libraries have (CleanRL has it, SB3 has not).
+    """Value loss, the mean squared error E[(v - G)²] without a factor 1/2 (which CleanRL has, and SB3 has not).
 
     Args:
         value: `[*L, B]`.
@@ -185,9 +186,10 @@ def value_loss(value: Tensor, target: Tensor, valid: Tensor | None = None) -> Te
 def clipped_value_loss(
     value: Tensor, target: Tensor, old_value: Tensor, clip: float | Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """E[max((v - G)², (v_old + clip(v - v_old, -ε, ε) - G)²)]: no gain from moving the value by more than ε.
+    """PPO's clipped value loss E[max((v - G)², (v_old + clip(v - v_old, -ε, ε) - G)²)].
 
-    ε is in units of the return, so it depends on the scale of rewards. From OpenAI baselines' PPO2 (2017).
+    Nothing is gained by moving a value by more than ε. ε is in units of the return, so it depends on the scale of
+    rewards. From OpenAI baselines' PPO2 (2017).
 
     Args:
         value: `[*L, B]`.
@@ -206,7 +208,7 @@ def clipped_value_loss(
 
 
 def huber_loss(prediction: Tensor, target: Tensor, delta: float | Tensor = 1.0, valid: Tensor | None = None) -> Tensor:
-    """Squared for errors up to δ and linear beyond: E[q (|e| - q/2)] with q = min(|e|, δ) (Huber, 1964).
+    """Huber loss E[q (|e| - q/2)] with q = min(|e|, δ): quadratic up to δ, linear beyond (Huber, 1964).
 
     Args:
         prediction: `[*L, B]`.
@@ -225,9 +227,9 @@ def huber_loss(prediction: Tensor, target: Tensor, delta: float | Tensor = 1.0, 
 
 
 def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
-    """The one-step target r + d V(s'), where d = γ (1 - terminated).
+    """Temporal-difference target r + d V(s'), where d = γ (1 - terminated).
 
-    Nothing follows a terminal state, so that where d is 0 its value is not looked at, even if it is no number (as is
+    Nothing follows a terminal state, so where d is 0 the next value is ignored, even if it is NaN or infinite (as is
     the maximum over actions of which none is allowed).
 
     Args:
@@ -243,7 +245,7 @@ def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
 
 
 def q_target(reward: Tensor, discount: Tensor, next_q: Tensor) -> Tensor:
-    """The target of Q-learning, r + d max_a Q(s', a) (Watkins and Dayan, 1992; DQN, Mnih et al., 2015).
+    """Q-learning target r + d max_a Q(s', a) (Watkins and Dayan, 1992; DQN, Mnih et al., 2015).
 
     Args:
         reward: `[*L, B]`.
@@ -257,7 +259,7 @@ def q_target(reward: Tensor, discount: Tensor, next_q: Tensor) -> Tensor:
 
 
 def double_q_target(reward: Tensor, discount: Tensor, next_q: Tensor, next_q_online: Tensor) -> Tensor:
-    """Double Q-learning's target r + d Q(s', argmax_a Q_online(s', a)) (van Hasselt, Guez and Silver, 2016).
+    """Double Q-learning target r + d Q(s', argmax_a Q_online(s', a)) (van Hasselt, Guez and Silver, 2016).
 
     Args:
         reward: `[*L, B]`.
@@ -279,7 +281,7 @@ def soft_value(q: Tensor, log_prob: Tensor, temperature: float | Tensor) -> Tens
     Args:
         q: value of the action, `[*L, B]`.
         log_prob: its log density, `[*L, B]`.
-        temperature: alpha, what a nat of entropy is worth; a number or `[*L]`.
+        temperature: alpha, the weight of entropy in nats; a number or `[*L]`.
 
     Returns:
         `[*L, B]`
@@ -291,7 +293,7 @@ def soft_value(q: Tensor, log_prob: Tensor, temperature: float | Tensor) -> Tens
 
 
 def explained_variance(value: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """How much of the targets' variance the values explain, 1 - Var[G - v] / Var[G].
+    """Explained variance of the targets by the values, 1 - Var[G - v] / Var[G].
 
     1 is perfect, 0 no better than a constant, negative worse than one; NaN where the targets do not vary.
 
@@ -309,20 +311,20 @@ def explained_variance(value: Tensor, target: Tensor, valid: Tensor | None = Non
 
 
 def _variance(x: Tensor, valid: Tensor | None) -> Tensor:
-    """The biased variance over B, `[*L]`."""
+    """Biased variance over B, `[*L]`."""
     return masked_mean((x - masked_mean(x, valid).unsqueeze(-1)).square(), valid)
 
 
 def _clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """`x` between two numbers, or between two tensors that broadcast against it."""
+    """Clamp `x` between two numbers, or two tensors that broadcast against it."""
     return torch.clamp(x, low, high)  # type: ignore[arg-type]  # torch's stubs have no overload for a union
 
 
 def cross_entropy_loss(logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean of -log softmax(logits)[target], in nats.
+    """Cross-entropy loss, the mean of -log softmax(logits)[target] in nats.
 
     Args:
-        logits: `[*L, B, C]`; minus infinity closes a class.
+        logits: `[*L, B, C]`; minus infinity excludes a class.
         target: `[*L, B]` int64 in [0, C).
         valid: None, or `[*L, B]`.
 
@@ -336,7 +338,7 @@ def cross_entropy_loss(logits: Tensor, target: Tensor, valid: Tensor | None = No
 
 
 def squared_loss(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean of (prediction - target)^2 over samples and their components.
+    """Mean squared error over samples and their components.
 
     Args:
         prediction: `[*L, B, D]`.

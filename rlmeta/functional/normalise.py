@@ -1,6 +1,6 @@
-"""Running normalisation of observations and rewards.
+"""Running mean and variance, and normalisation of observations and rewards by them.
 
-The statistics are a value: a dictionary of float64 tensors that belongs to the learner's state and is saved with its
+The statistics are a dictionary of float64 tensors that belongs to the learner's state and is saved with its
 weights. Evaluation freezes them by not updating. `valid` is None or flags (bool, or integers 0 and 1): rows without
 it are not counted.
 """
@@ -21,7 +21,7 @@ Statistics = dict[str, Tensor]
 def running_init(
     learner_shape: Sequence[int] = (), shape: Sequence[int] = (), device: torch.device | str = "cpu"
 ) -> Statistics:
-    """Statistics of nothing yet, which leave data as they are: mean 0, variance 1, count 0.
+    """Initial running statistics, which leave data unchanged: mean 0, variance 1, count 0.
 
     Args:
         learner_shape: the sizes of `*L`.
@@ -40,13 +40,13 @@ def running_init(
 
 
 def running_update(stats: Statistics, x: Tensor, valid: Tensor | None = None) -> Statistics:
-    """Mean and (biased) variance of the samples so far and those of `x`, by the parallel rule of Chan et al. (1979).
+    """Running mean and (biased) variance with the samples of `x` added, by the rule of Chan et al. (1979).
 
     With w = m / (n + m) the new samples' share and Δ = mean(x) - mean:
         mean ← mean + w Δ
         var ← (1 - w) var + w var(x) + w (1 - w) Δ²
 
-    A learner without valid samples keeps its statistics bit by bit.
+    A learner without valid samples keeps its statistics bit for bit.
 
     Args:
         stats: of `running_init`.
@@ -54,7 +54,10 @@ def running_update(stats: Statistics, x: Tensor, valid: Tensor | None = None) ->
         valid: None or `[*L, M]` bool.
 
     Returns:
-        New statistics; those given are left as they were.
+        New statistics; `stats` is not modified.
+
+    Raises:
+        ValueError: `x` or `valid` has another shape.
     """
     mean, var, count = stats["mean"], stats["var"], stats["count"]
     axis = count.dim()
@@ -87,7 +90,7 @@ def _moments(x: Tensor, valid: Tensor | None, axis: int) -> tuple[Tensor, Tensor
 
 
 def normalise(x: Tensor, stats: Statistics, clip: float = 10.0, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(var + ε), clipped to [-clip, clip].
+    """Normalise data by running statistics: (x - mean) / sqrt(var + ε), clipped to [-clip, clip].
 
     Args:
         x: `[*L, ..., *shape]`; integers become float32, floats keep their type.
@@ -105,7 +108,7 @@ def normalise(x: Tensor, stats: Statistics, clip: float = 10.0, eps: float = 1e-
 
 
 def reward_init(learner_shape: Sequence[int], num_envs: int, device: torch.device | str = "cpu") -> Statistics:
-    """The state of a reward normaliser: statistics of scalars, and every environment's discounted return so far.
+    """Initial state of reward normalisation: statistics of scalars, and the running return of each environment.
 
     Args:
         learner_shape: the sizes of `*L`.
@@ -122,7 +125,9 @@ def reward_init(learner_shape: Sequence[int], num_envs: int, device: torch.devic
 def reward_update(
     stats: Statistics, reward: Tensor, cut: Tensor, gamma: float | Tensor, valid: Tensor | None = None
 ) -> Statistics:
-    """Count a rollout's discounted returns, Rₜ = γ (1 - cₜ₋₁) Rₜ₋₁ + rₜ (Engstrom et al., 2020, and OpenAI baselines).
+    """Running statistics of discounted returns with a rollout's added, Rₜ = γ (1 - cₜ₋₁) Rₜ₋₁ + rₜ.
+
+    As Engstrom et al. (2020) and OpenAI baselines do.
 
     Args:
         stats: of `reward_init`.
@@ -149,7 +154,7 @@ def reward_update(
 
 
 def normalise_reward(reward: Tensor, stats: Statistics, clip: float = 10.0, eps: float = 1e-8) -> Tensor:
-    """r / sqrt(var + ε), clipped: rewards in units of their discounted return's spread, with no mean subtracted.
+    """Scale rewards by the standard deviation of discounted returns: r / sqrt(var + ε), clipped, no mean subtracted.
 
     Args:
         reward: `[*L, ...]`; integers become float32, floats keep their type.

@@ -1,9 +1,10 @@
-"""Gradient-descent optimizers as pairs of pure functions over dictionaries of tensors, in optax's manner.
+"""Optimizers (SGD, Adagrad, RMSprop, Adam, AdamW) and gradient clipping as pure functions, in optax's manner.
 
-`init(params, learner_shape)` makes the state, `update(grads, state, params)` returns what to add to the parameters and
-the next state. Neither modifies its inputs. Parameters are `[*L, ...]`, every leaf of a state starts with `*L`, and a
-setting is a number or a tensor `[*L]`: S learners with S learning rates are S separate `torch.optim` optimizers. No
-learner's numbers enter another's, so a caller may keep the old parameters and state of some with `torch.where`.
+`init(params, learner_shape)` creates the state; `update(grads, state, params)` returns the updates, which are added to
+the parameters, and the next state. Neither modifies its inputs. Parameters are `[*L, ...]`, every leaf of a state
+starts with `*L`, and a setting is a number or a tensor `[*L]`: S learners with S learning rates are S separate
+`torch.optim` optimizers. No learner's numbers enter another's, so a caller may keep the old parameters and state of
+some with `torch.where`.
 
 Trajectories can be differentiated any number of times, with respect to parameters, gradients and settings. A parameter
 whose gradient has always been zero would make that NaN, since the derivative of √v at v = 0 is infinite; there √v
@@ -35,33 +36,33 @@ Setting: TypeAlias = float | Tensor
 
 
 class Init(Protocol):
-    """The first half of an optimizer."""
+    """Optimizer initialisation: from parameters to state."""
 
     def __call__(self, params: Tensors, learner_shape: Sequence[int] = ()) -> State:
-        """Make the state for parameters `[*L, ...]` with `*L = learner_shape`."""
+        """Create the state for parameters `[*L, ...]` with `*L = learner_shape`."""
 
 
 class Update(Protocol):
-    """The second half of an optimizer."""
+    """Optimizer step: from gradients and state to updates and the next state."""
 
     def __call__(self, grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
-        """From the gradients of the parameters that `init` was given, what to add to them and the next state."""
+        """Updates to add to the parameters that `init` was called with, and the next state."""
 
 
 class Recipe(NamedTuple):
-    """How an optimizer was made, so that another can be made with other settings."""
+    """An optimizer's constructor and its arguments, from which one with other settings can be constructed."""
 
     make: Callable[..., Optimizer]
     settings: Mapping[str, Setting]
 
 
 class Optimizer(NamedTuple):
-    """What `sgd`, `adam`, a learned optimizer and `chain` return."""
+    """Gradient transformation, a pair of `init` and `update`: `sgd`, `adam`, a learned optimizer, `chain`."""
 
     init: Init
     update: Update
     recipe: Recipe | None = None
-    """`recipe.make(**recipe.settings)` is an equal optimizer; None where it has more to it than settings."""
+    """`recipe.make(**recipe.settings)` is an equal optimizer; None where it does not follow from settings alone."""
 
 
 P = ParamSpec("P")
@@ -71,11 +72,11 @@ def _with_recipe(make: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
     signature = inspect.signature(make)
 
     @functools.wraps(make)
-    def made(*args: P.args, **settings: P.kwargs) -> Optimizer:
+    def with_recipe(*args: P.args, **settings: P.kwargs) -> Optimizer:
         optimizer = make(*args, **settings)
         return optimizer._replace(recipe=Recipe(make, signature.bind(*args, **settings).arguments))
 
-    return made
+    return with_recipe
 
 
 def apply_updates(params: Tensors, updates: Tensors) -> Tensors:
@@ -85,7 +86,7 @@ def apply_updates(params: Tensors, updates: Tensors) -> Tensors:
 
 
 def chain(*optimizers: Optimizer) -> Optimizer:
-    """Pass the updates of each optimizer as gradients to the next: `chain(clip(0.5), adam(lr))`.
+    """Chain of optimizers: the updates of each are the gradients of the next, as in `chain(clip(0.5), adam(lr))`.
 
     The state is `{"0": state of the first, "1": state of the second, ...}`.
     """
@@ -103,7 +104,9 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
 
 def clip_by_norm(grads: Tensors, max_norm: Setting, learner_axes: int) -> tuple[Tensors, Tensor]:
-    """Scale each learner's gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
+    """Gradient clipping by the global norm, per learner, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Each learner's gradients are scaled by min(1, max_norm / (norm + 1e-6)).
 
     Args:
         grads: tensors `[*L, ...]`.
@@ -132,7 +135,7 @@ def clip_by_norm(grads: Tensors, max_norm: Setting, learner_axes: int) -> tuple[
 
 
 def clip(max_norm: Setting) -> Optimizer:
-    """`clip_by_norm` as a link of a `chain`; arguments as there."""
+    """Gradient clipping by the global norm as a member of a `chain`; see `clip_by_norm`."""
 
     def update(grads: Tensors, state: State, params: Tensors) -> tuple[Tensors, State]:
         clipped, _ = clip_by_norm(grads, max_norm, state["count"].dim())
@@ -148,7 +151,7 @@ def sgd(lr: Setting, *, momentum: Setting = 0.0, nesterov: bool = False, weight_
     Args:
         lr: learning rate.
         momentum: μ in [0, 1).
-        nesterov: look ahead along the momentum.
+        nesterov: Nesterov's momentum instead of the plain one.
         weight_decay: λ, adds λ p to the gradient.
 
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
@@ -227,7 +230,7 @@ def rmsprop(
 
     Args:
         lr: learning rate.
-        alpha: α in [0, 1), how much of the mean square is kept.
+        alpha: α in [0, 1), the decay of the mean square.
         eps: added to the root.
         weight_decay: λ, adds λ p to the gradient.
         momentum: μ in [0, 1).
@@ -273,8 +276,8 @@ def adam(
 
     Args:
         lr: learning rate.
-        b1: what is kept of the mean gradient, in [0, 1).
-        b2: what is kept of the mean square, in [0, 1).
+        b1: decay of the mean gradient, in [0, 1).
+        b2: decay of the mean square, in [0, 1).
         eps: added to the root (reinforcement learning usually takes 1e-5).
         weight_decay: λ, adds λ p to the gradient; see `adamw` for decay apart from it.
         amsgrad: divide by the root of the largest v so far.
@@ -294,7 +297,7 @@ def adamw(
     weight_decay: Setting = 1e-2,
     amsgrad: bool = False,
 ) -> Optimizer:
-    """Adam with the weight decay −lr λ p added to the update instead of the gradient; arguments as for `adam`.
+    """AdamW: Adam with decoupled weight decay, −lr λ p added to the update; arguments as for `adam`.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
     """
@@ -304,7 +307,7 @@ def adamw(
 def _adam(
     lr: Setting, b1: Setting, b2: Setting, eps: Setting, weight_decay: Setting, amsgrad: bool, decoupled: bool
 ) -> Optimizer:
-    """Both Adams, with the bias corrections moved from the tensors to the numbers per learner.
+    """Adam and AdamW, with the bias corrections applied to numbers `[*L]` instead of whole tensors.
 
     −lr m̂ / (√v̂ + eps) = rate · m / (√v + floor), rate = −lr √(1 − b2ᵗ) / (1 − b1ᵗ), floor = eps √(1 − b2ᵗ).
     """
@@ -335,7 +338,7 @@ def _adam(
 
 
 def _init_with(*buffers: str) -> Init:
-    """An `init` that makes the count `[*L]` and, for each of the names, zeros of the parameters' shapes."""
+    """An `init` whose state is a count `[*L]` and, for each name in `buffers`, zeros of the parameters' shapes."""
 
     def init(params: Tensors, learner_shape: Sequence[int] = ()) -> State:
         learner_shape = tuple(learner_shape)
@@ -356,15 +359,15 @@ def _init_with(*buffers: str) -> Init:
 
 
 def _check_settings(low: float, high: float, **settings: Setting) -> None:
-    """Refuse numbers outside [low, high); tensors are the caller's, looking into one would wait for its device."""
+    """Refuse numbers outside [low, high); tensors are not checked, since reading them would wait for the device."""
     for name, setting in settings.items():
         if not isinstance(setting, Tensor) and not low <= setting < high:
             raise SettingError(f"{name} is {setting}, expected a number in [{low:g}, {high:g}) or a tensor [*L]")
 
 
-def _check_match(given: Tensors, params: Tensors) -> None:
-    """Every given tensor belongs to a parameter of its shape: broadcasting would hide a mistake."""
-    for name, value in given.items():
+def _check_match(tensors: Tensors, params: Tensors) -> None:
+    """Refuse tensors without a parameter of the same name and shape: broadcasting would hide a mistake."""
+    for name, value in tensors.items():
         if name not in params:
             raise SettingError(f"there is no parameter {name!r}; there are {', '.join(params)}")
         if value.shape != params[name].shape:
@@ -374,7 +377,7 @@ def _check_match(given: Tensors, params: Tensors) -> None:
 
 
 def _prepare(grads: Tensors, state: State, params: Tensors, weight_decay: Setting, buffers: Sequence[str]) -> Tensors:
-    """The gradients with λ p added, after checking that the state is of this optimizer and these parameters."""
+    """Gradients with the L2 weight decay λ p added; checks that the state is of this optimizer and these parameters."""
     _check_match(grads, params)
     if state.keys() != {"count", *buffers}:
         raise SettingError(
@@ -397,7 +400,7 @@ def _fit(setting: float, x: Tensor) -> float: ...
 @overload
 def _fit(setting: Tensor, x: Tensor) -> Tensor: ...
 def _fit(setting: Setting, x: Tensor) -> Setting:
-    """`setting` so that it broadcasts against `x`, in `x`'s type (torch.lerp takes no other)."""
+    """The setting aligned with `x` and in its dtype (torch.lerp takes no other)."""
     if not isinstance(setting, Tensor):
         return setting
     return align(setting, x).to(x.dtype)
@@ -411,7 +414,7 @@ def _add_scaled(x: Tensor, scale: Setting, y: Tensor) -> Tensor:
 
 
 def _working_dtype(tensors: Tensors) -> torch.dtype:
-    """The type of the numbers per learner: the tensors' most precise, at least float32, since a count needs digits."""
+    """Dtype of per-learner numbers: the most precise of the tensors', at least float32, since counts need digits."""
     return functools.reduce(torch.promote_types, (value.dtype for value in tensors.values()), torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Named weights as views of one flat tensor, and their order: leaves are paired by name, never by their place."""
+"""Flat parameters: named weights as views of one flat tensor, paired by name and never by position."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from torch import Tensor
 
 
 def in_order(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Named weights in the order of others that have the same names; those that lie in it come back as they are."""
+    """Named weights in the order of `like`, which has the same names; returned as they are if they have that order."""
     return weights if list(weights) == list(like) else {name: weights[name] for name in like}
 
 
 class Packed(dict[str, Tensor]):
-    """Named weights `[*L, ...]` that are views of one flat tensor `[*L, P]`.
+    """Flat parameters `[*L, P]` that are also a dictionary of named weights `[*L, ...]`, views of the flat tensor.
 
     Optimizers, clipping and masks are elementwise or norms, so they run once on `flat` where they would otherwise run
     once for every weight; for small networks that is most of the time of a step.
 
     In `flat` weights lie in the order of the names, and so do moments, gradients and masks `[*L, P]`. A run keeps the
-    order in which it began: what comes back from elsewhere is put in it by name (`in_order`).
+    order in which it began: weights from elsewhere are put in that order by name (`in_order`).
     """
 
     flat: Tensor
+    """`[*L, P]`."""
     shapes: list[torch.Size]
-    """Of every weight of one learner."""
+    """Shape of every weight, without learner axes."""
 
     @staticmethod
     def of(weights: dict[str, Tensor], learner_axes: int) -> Packed:
-        """Pack named weights; those that are packed already come back as they are."""
+        """Pack named weights `[*L, ...]`, detached; weights that are packed already are returned as they are."""
         if isinstance(weights, Packed):
             return weights
         learner_shape = next(iter(weights.values())).shape[:learner_axes]
@@ -36,14 +37,17 @@ class Packed(dict[str, Tensor]):
 
     @staticmethod
     def like(weights: dict[str, Tensor], packed: dict[str, Tensor], learner_axes: int) -> Packed:
-        """Pack named weights in the order of others that have the same names."""
+        """Pack named weights in the order of `packed`, which has the same names."""
         return Packed.of(in_order(weights, packed), learner_axes)
 
     @staticmethod
     def view(flat: Tensor, like: dict[str, Tensor], learner_axes: int) -> Packed:
-        """The tensor `flat` seen under the names and shapes of `like`; gradients flow through.
+        """View of a flat tensor under the names and shapes of `like`; gradients flow through.
 
-        `like` may be of other learners than `flat`.
+        Args:
+            flat: `[*L, P]`.
+            like: named weights, whose learner axes may be others than those of `flat`.
+            learner_axes: how many axes of the weights of `like` are learner axes.
         """
         packed, learner_shape = Packed(), flat.shape[:-1]
         packed.flat = flat

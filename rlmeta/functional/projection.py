@@ -1,4 +1,4 @@
-"""Gradients that must not point against others: the projections of GEM and A-GEM.
+"""Gradient projection of GEM and A-GEM: the nearest gradient that opposes no reference gradient.
 
 GEM: of all g̃ with ⟨g̃, gₖ⟩ >= 0 for every reference gradient gₖ, the one nearest to g. By duality g̃ = g + Σ vₖ gₖ, where
 v >= 0 minimises ½ vᵀ P v + qᵀ v with P = G Gᵀ and q = G g: as many unknowns as reference gradients, whatever the number
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def project(gradient: Tensor, references: Tensor, margin: float | Tensor = 0.0) -> Tensor:
-    """The gradient nearest to `gradient` that points against none of the `references`.
+    """GEM's gradient projection: the gradient nearest to `gradient` with no negative product with any reference.
 
     Args:
         gradient: `[*L, P]`.
@@ -25,6 +25,9 @@ def project(gradient: Tensor, references: Tensor, margin: float | Tensor = 0.0) 
 
     Returns:
         `[*L, P]`; learners that violate no constraint get their gradient back, bit for bit.
+
+    Raises:
+        ValueError: the shapes disagree.
     """
     if references.shape[:-2] + references.shape[-1:] != gradient.shape:
         expected = (*gradient.shape[:-1], "K", gradient.shape[-1])
@@ -37,10 +40,10 @@ def project(gradient: Tensor, references: Tensor, margin: float | Tensor = 0.0) 
 
 
 def projection_weights(gram: Tensor, products: Tensor, square: Tensor, margin: float | Tensor = 0.0) -> Tensor:
-    """v of the projection g + Σ vₖ gₖ; 0 for learners that violate no constraint.
+    """Dual variables v of the projection g + Σ vₖ gₖ; 0 for learners that violate no constraint.
 
     Args:
-        gram: P = ⟨gⱼ, gₖ⟩, `[*L, K, K]`; computed in single precision, it is good to about 1e-6 of the norms.
+        gram: Gram matrix P = ⟨gⱼ, gₖ⟩, `[*L, K, K]`; in single precision it is good to about 1e-6 of the norms.
         products: q = ⟨gₖ, g⟩, `[*L, K]`.
         square: ⟨g, g⟩, `[*L]`.
         margin: lower bound of v, a number or `[*L]`.
@@ -65,7 +68,7 @@ def projection_weights(gram: Tensor, products: Tensor, square: Tensor, margin: f
 
 
 def nonnegative_quadratic(p: Tensor, q: Tensor, tolerance: float = 1e-14) -> Tensor:
-    """v >= 0 that minimises ½ vᵀ P v + qᵀ v, every problem of the batch at its own pace.
+    """Nonnegative quadratic programs: v >= 0 that minimises ½ vᵀ P v + qᵀ v, for a batch of problems.
 
     P may be singular: constraints may repeat, be combinations of others, or outnumber the dimensions.
 
@@ -83,10 +86,10 @@ def nonnegative_quadratic(p: Tensor, q: Tensor, tolerance: float = 1e-14) -> Ten
 
 
 def _exchange(p: Tensor, q: Tensor, eye: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """All variables of the wrong sign change sides at once: a few rounds where P is regular, with no promise otherwise.
+    """Block principal pivoting: all variables of the wrong sign switch at once, which may fail where P is singular.
 
     Returns:
-        v and whether it is the minimiser, `[*L]`.
+        v `[*L, K]`, and whether it is the minimiser, `[*L]`.
     """
     free = q < -tolerance
     for exchange in range(12):
@@ -101,8 +104,10 @@ def _exchange(p: Tensor, q: Tensor, eye: Tensor, tolerance: float) -> tuple[Tens
 
 
 def _active_sets(p: Tensor, q: Tensor, eye: Tensor, tolerance: float, solved: Tensor) -> Tensor:
-    """Lawson and Hanson's: one variable enters at a time, while the objective falls with it, so that the free part of
-    P stays regular although P itself is singular."""
+    """Active-set method of Lawson and Hanson: one variable enters at a time, while the objective falls with it.
+
+    The block of P of the free variables thereby stays regular although P itself is singular.
+    """
     size = q.shape[-1]
     places = torch.arange(size, device=q.device)
     v, free, refused = torch.zeros_like(q), torch.zeros_like(q, dtype=torch.bool), torch.zeros_like(q, dtype=torch.bool)
@@ -135,14 +140,14 @@ def _active_sets(p: Tensor, q: Tensor, eye: Tensor, tolerance: float, solved: Te
 
 
 def _minimiser(p: Tensor, q: Tensor, free: Tensor, eye: Tensor) -> Tensor:
-    """The minimiser over the free variables, the others at 0."""
+    """Minimiser over the free variables, with the others at 0, `[*L, K]`."""
     both = free.unsqueeze(-1) & free.unsqueeze(-2)
     s: Tensor = torch.linalg.solve_ex(torch.where(both, p, eye), torch.where(free, -q, torch.zeros_like(q)))[0]
     return torch.where(free, torch.nan_to_num(s, nan=-1.0), torch.zeros_like(s))
 
 
 def project_average(gradient: Tensor, reference: Tensor) -> Tensor:
-    """A-GEM: g - ⟨g, r⟩ / ⟨r, r⟩ r where ⟨g, r⟩ < 0, else g, bit for bit.
+    """A-GEM's gradient projection: g - ⟨g, r⟩ / ⟨r, r⟩ r where ⟨g, r⟩ < 0, else g, bit for bit.
 
     Args:
         gradient: g, `[*L, P]`.

@@ -1,4 +1,4 @@
-"""Pruning by size: which of the weights that are still free a task keeps."""
+"""Magnitude pruning: which of the weights that are still free a task keeps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def largest_free(size: Tensor, free: Tensor, count: Tensor) -> Tensor:
-    """The `count` largest of the free entries, as a mask `[*L, P]`; of equal ones the first.
+    """Mask `[*L, P]` of the `count` largest free entries; of equal ones the first.
 
     Args:
-        size: 0 or more, `[*L, P]`.
+        size: magnitude of each weight, 0 or more, `[*L, P]`.
         free: which entries may be chosen, `[*L, P]` bool.
         count: how many, at most as many as are free, `[*L, 1]` int64.
     """

@@ -1,4 +1,4 @@
-"""Quadratic penalties about anchors, Σₖ Fₖ (θ - θₖ)², summed in closed form: what elastic weight consolidation keeps.
+"""Quadratic penalties Σₖ Fₖ (θ - θₖ)² of elastic weight consolidation, summed in closed form.
 
 The sum of many quadratics with diagonal curvature is one quadratic about their weighted mean (Huszár, 2018), so memory
 and time do not grow with their number:
@@ -15,18 +15,18 @@ from rlmeta.functional.axes import align
 
 
 def no_quadratic(flat: Tensor) -> dict[str, Tensor]:
-    """The quadratic that is 0 for every θ: `precision` A and `centre` c `[*L, P]` like `flat`, `constant` `[*L]`."""
+    """Zero quadratic penalty, before any task: `precision` A, `centre` c like `flat` `[*L, P]`, `constant` `[*L]`."""
     zero = torch.zeros_like(flat)
     return {"precision": zero, "centre": zero.clone(), "constant": zero[..., 0].clone()}
 
 
 def add_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor) -> dict[str, Tensor]:
-    """The sum of a quadratic A (θ - c)² + constant and F (θ - θₖ)²: the centre moves by the new part of the precision.
+    """Sum of the quadratic penalties A (θ - c)² + constant and F (θ - θₖ)², as one quadratic.
 
     Args:
-        q: the sum so far.
-        fisher: F `[*L, P]`, 0 or more.
-        theta: θₖ `[*L, P]`.
+        q: the sum so far, as `no_quadratic` begins it.
+        fisher: F, the new curvature `[*L, P]`, 0 or more.
+        theta: θₖ, the new anchor `[*L, P]`.
     """
     total = q["precision"] + fisher
     share = torch.where(total > 0, fisher / torch.where(total > 0, total, torch.ones_like(total)), 0.0)
@@ -39,10 +39,10 @@ def add_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor) -> dict[s
 
 
 def replace_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor, decay: Tensor) -> dict[str, Tensor]:
-    """The quadratic of online EWC, (γ A + F) (θ - θₖ)², about the latest weights alone (Schwarz et al., 2018).
+    """Quadratic penalty of online EWC, (γ A + F) (θ - θₖ)², about the latest weights alone (Schwarz et al., 2018).
 
     Args:
-        q: the one so far.
+        q: the penalty so far.
         fisher: F `[*L, P]`, 0 or more.
         theta: θₖ `[*L, P]`.
         decay: γ `[*L]`.
@@ -52,5 +52,5 @@ def replace_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor, decay
 
 
 def quadratic_value(q: dict[str, Tensor], theta: Tensor) -> Tensor:
-    """The value Σ A (θ - c)² + constant of a quadratic at θ `[*L, P]`, `[*L]`."""
+    """Value Σ A (θ - c)² + constant of a quadratic penalty at θ `[*L, P]`, `[*L]`."""
     return (q["precision"] * (theta - q["centre"]).square()).sum(-1) + q["constant"]

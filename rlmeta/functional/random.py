@@ -1,7 +1,7 @@
 """Counter-based random numbers: every draw is a pure function of (key, stream, counter).
 
-A learner's numbers depend on its own key alone, whatever company it keeps, and a new consumer with its own stream
-changes no other's. The generator is SplitMix64 (Steele, Lea and Flood, 2014) started at a hash of the three.
+A learner's numbers depend on its own key alone, whichever learners it is trained with, and a new consumer with its own
+stream changes no other's. The generator is SplitMix64 (Steele, Lea and Flood, 2014) seeded with a hash of the three.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _ALL = (1 << 64) - 1
 
 
 def _shift_right(x: Tensor, count: int) -> Tensor:
-    """Logical right shift; torch's own repeats the sign."""
+    """Logical right shift; torch's own is arithmetic, it repeats the sign bit."""
     return (x >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser: a bijection of 64 bits in which every input bit flips half the output bits."""
+    """Finaliser of SplitMix64: a bijection of 64 bits in which every input bit flips half the output bits."""
     x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
     x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
     return _shift_right(x, 31).bitwise_xor_(x)
@@ -42,7 +42,7 @@ def _stream_number(stream: str) -> int:
 
 
 def make_keys(seeds: Iterable[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Keys `[S]` of the given seeds; equal seeds have equal keys, different ones different keys.
+    """Random keys `[S]` of seeds; equal seeds have equal keys, different seeds different ones.
 
     Args:
         seeds: integers in [-2^63, 2^63): a sequence, an array or a tensor `[S]`.
@@ -51,27 +51,27 @@ def make_keys(seeds: Iterable[int] | Tensor, device: torch.device | str = "cpu")
     Raises:
         SettingError: a seed is no integer (a real number would be cut, a switch is none), or does not fit 64 bits.
     """
-    given = seeds.tolist() if isinstance(seeds, Tensor | np.ndarray) else seeds
-    if not isinstance(given, Iterable):
+    values = seeds.tolist() if isinstance(seeds, Tensor | np.ndarray) else seeds
+    if not isinstance(values, Iterable):
         raise SettingError(f"seeds is {seeds!r}, expected several integers, such as [0] or range(8)")
-    numbers = [_seed(seed) for seed in given]
+    numbers = [_seed(seed) for seed in values]
     return _mix(torch.tensor(numbers, dtype=torch.int64, device=device) * _GOLDEN + 1)
 
 
-def _seed(given: object) -> int:
-    """A seed as a Python integer."""
-    if isinstance(given, Tensor) and given.dim() == 0:
-        given = given.item()
-    if isinstance(given, bool | np.bool_) or not isinstance(given, Integral):
-        raise SettingError(f"seed {given!r} is a {type(given).__name__}, expected an integer")
-    number = int(given)
+def _seed(value: object) -> int:
+    """Seed as a Python integer, checked to fit 64 bits."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
+        raise SettingError(f"seed {value!r} is a {type(value).__name__}, expected an integer")
+    number = int(value)
     if not -(1 << 63) <= number < 1 << 63:
         raise SettingError(f"seed {number} does not fit 64 bits, expected an integer from -2^63 to 2^63 - 1")
     return number
 
 
 def _mix_number(x: int) -> int:
-    """`_mix` of a Python number, as int64."""
+    """Finaliser of SplitMix64 for a Python integer; the result is signed, as int64."""
     x &= _ALL
     x = ((x ^ (x >> 30)) * _MIX_1) & _ALL
     x = ((x ^ (x >> 27)) * _MIX_2) & _ALL
@@ -81,12 +81,12 @@ def _mix_number(x: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _increment(data: int | str) -> int:
-    """What `fold` adds to a key for a number or a name."""
+    """Increment that `fold` adds to a key for a number or a name."""
     return _mix_number((_stream_number(data) if isinstance(data, str) else data) * _GOLDEN + 2)
 
 
 def fold(key: Tensor, data: int | str | Tensor) -> Tensor:
-    """A new key from a key and what sets it apart: different numbers, or names, give different keys.
+    """Fold data into a random key: different integers, or names, give different new keys.
 
     Args:
         key: `[*L]` int64.
@@ -99,31 +99,31 @@ def fold(key: Tensor, data: int | str | Tensor) -> Tensor:
         SettingError: the key is not of int64, or data is a real number, which would be cut.
     """
     if key.dtype is not torch.int64:
-        raise SettingError(f"a key is {key.dtype}, expected torch.int64, as make_keys(seeds) gives it")
+        raise SettingError(f"key has dtype {key.dtype}, expected torch.int64, as make_keys(seeds) returns it")
     if isinstance(data, Tensor):
         if data.is_floating_point() or data.is_complex():
-            raise SettingError(f"a key is told apart by integers or a name, but data is {data.dtype}")
+            raise SettingError(f"data to fold into a key has dtype {data.dtype}, expected integers or a name")
         return _mix(key + _mix(data.to(torch.int64) * _GOLDEN + 2))
     if not isinstance(data, Integral | str):
-        raise SettingError(f"a key is told apart by integers or a name, but data is {data!r}")
+        raise SettingError(f"data to fold into a key is {data!r}, expected integers or a name")
     return _mix(key + _increment(data if isinstance(data, str) else int(data)))
 
 
 def bits(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int]) -> Tensor:
-    """64 random bits as int64.
+    """Random bits, 64 in each int64.
 
     Args:
         key: `[*L]` int64.
         stream: the consumer's name.
         counter: a number, or `[*L]`: how often this stream was drawn from before.
-        shape: what each learner gets.
+        shape: of the numbers that each learner gets.
 
     Returns:
         `[*L, *shape]` int64
     """
     start = fold(fold(key, stream), counter)
     count = math.prod(shape)
-    # not kept from call to call: what torch.export or a mode of torch's makes of a tensor would stay behind
+    # not cached: a tensor created under torch.export or a torch mode would outlive it
     offsets = torch.arange(1, count + 1, dtype=torch.int64, device=key.device) * _GOLDEN
     drawn = _mix(start.unsqueeze(-1) + offsets)
     return drawn.reshape((*start.shape, *shape))
@@ -132,10 +132,10 @@ def bits(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int]) 
 def uniform(
     key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Uniform numbers in the open interval (0, 1), `[*L, *shape]`, centred.
+    """Uniform random numbers in the open interval (0, 1), `[*L, *shape]`; arguments as for `bits`.
 
-    They have one bit less than the dtype's significand (52 in float64, 23 in float32, 10 in float16, 7 in bfloat16),
-    so that every one of them is exact and none is rounded to 1.
+    They lie at the centres of equal cells and have one bit less than the dtype's significand (52 in float64, 23 in
+    float32, 10 in float16, 7 in bfloat16), so that every one of them is exact and none is rounded to 1.
     """
     spacing = torch.finfo(dtype).eps
     precision = 1 - math.frexp(spacing)[1]
@@ -146,23 +146,23 @@ def uniform(
 def normal(
     key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normal numbers `[*L, *shape]`, by the inverse of the distribution function."""
+    """Standard normal random numbers `[*L, *shape]`, by the inverse distribution function; arguments as for `bits`."""
     return torch.special.ndtri(uniform(key, stream, counter, shape, dtype))
 
 
 def gumbel(
     key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard Gumbel numbers `[*L, *shape]`: argmax(logits + gumbel) samples softmax(logits)."""
+    """Standard Gumbel random numbers `[*L, *shape]`: argmax(logits + gumbel) samples softmax(logits)."""
     return uniform(key, stream, counter, shape, dtype).log_().neg_().log_().neg_()
 
 
 def integers(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], high: int | Tensor) -> Tensor:
-    """Integers in [0, high), `[*L, *shape]`; `high` is a number or broadcasts against the result."""
+    """Random integers in [0, high), `[*L, *shape]`; `high` is a number or broadcasts against the result."""
     draw = uniform(key, stream, counter, shape, torch.float64)
     return (draw * high).floor().to(torch.int64)
 
 
 def permutation(key: Tensor, stream: str, counter: int | Tensor, n: int) -> Tensor:
-    """A permutation of 0 ... n - 1 for every learner, `[*L, n]` int64."""
+    """Random permutation of 0 ... n - 1 for every learner, `[*L, n]` int64."""
     return bits(key, stream, counter, (n,)).argsort(dim=-1, stable=True)

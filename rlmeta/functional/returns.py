@@ -1,6 +1,6 @@
-"""Returns and advantages of rollouts.
+"""Returns and advantages of rollouts: discounted, Monte Carlo, n-step and λ-returns, and GAE.
 
-Row t of a rollout is one transition. All arguments are `[*L, T, N]` tensors of one shape, and they mean
+Row t of a rollout is one transition. All arguments are `[*L, T, N]` tensors of one shape:
 
     reward      rₜ      what the transition paid
     discount    dₜ      γ (1 - terminatedₜ): 0 where nothing follows; see `discounts`
@@ -29,7 +29,7 @@ from rlmeta.functional.shapes import flags, same_shape
 
 
 def discounts(gamma: float | Tensor, terminated: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The discount of every transition, dₜ = γ (1 - terminatedₜ).
+    """Discount of every transition, dₜ = γ (1 - terminatedₜ).
 
     Args:
         gamma: γ, a number or `[*L]`.
@@ -44,7 +44,7 @@ def discounts(gamma: float | Tensor, terminated: Tensor, dtype: torch.dtype = to
 
 
 def discounted_return(reward: Tensor, discount: Tensor, bootstrap: Tensor) -> Tensor:
-    """Discounted sum of rewards along an unbroken rollout: Gₜ = rₜ + dₜ Gₜ₊₁, with G_T = bootstrap.
+    """Discounted return of a rollout without truncation: Gₜ = rₜ + dₜ Gₜ₊₁, with G_T = bootstrap.
 
     Args:
         reward: `[*L, T, N]`.
@@ -61,7 +61,7 @@ def discounted_return(reward: Tensor, discount: Tensor, bootstrap: Tensor) -> Te
 
 
 def monte_carlo_return(reward: Tensor, discount: Tensor, next_value: Tensor | None, cut: Tensor) -> Tensor:
-    """Discounted sum of rewards up to the end of the episode or of the rollout, and what is expected beyond.
+    """Monte Carlo return: discounted rewards to the end of the episode or rollout, then the bootstrap value.
 
     Gₜ = rₜ + dₜ (v'ₜ where row t is cut or the last, else Gₜ₊₁)
 
@@ -78,7 +78,7 @@ def monte_carlo_return(reward: Tensor, discount: Tensor, next_value: Tensor | No
 
 
 def n_step_return(reward: Tensor, discount: Tensor, next_value: Tensor, cut: Tensor, n: int) -> Tensor:
-    """Up to n rewards, then the value (Sutton and Barto, 2018, section 7.1).
+    """n-step return: up to n discounted rewards, then the bootstrap value (Sutton and Barto, 2018, section 7.1).
 
     Gₜ = rₜ + dₜ rₜ₊₁ + ... + dₜ ... dₜ₊ₘ₋₁ v'ₜ₊ₘ₋₁, where m is n, or fewer if row t + m - 1 is cut or the last.
 
@@ -106,7 +106,7 @@ def n_step_return(reward: Tensor, discount: Tensor, next_value: Tensor, cut: Ten
 def lambda_return(
     reward: Tensor, discount: Tensor, next_value: Tensor, cut: Tensor, lambda_: float | Tensor = 1.0
 ) -> Tensor:
-    """The λ-return: a mixture of all n-step returns (Sutton, 1988).
+    """λ-return: an exponentially weighted mixture of all n-step returns (Sutton, 1988).
 
     Gₜ = rₜ + dₜ [(1 - λₜ) v'ₜ + λₜ Gₜ₊₁], with λₜ = λ (1 - cₜ), and 0 in the last row.
 
@@ -158,16 +158,16 @@ def generalized_advantage(
 
 
 def _check_discount(discount: Tensor) -> None:
-    """Refuse a rollout of no rows, and flags in the place of discounts: they bootstrap just where nothing follows."""
+    """Refuse empty rollouts, and flags in place of discounts, which would bootstrap exactly at terminal states."""
     if not discount.is_floating_point():
         kind = str(discount.dtype).removeprefix("torch.")
-        raise SettingError(f"discount is {kind}, expected real numbers γ (1 - terminated): `discounts` makes them")
+        raise SettingError(f"discount is {kind}, expected real numbers γ (1 - terminated): `discounts` computes them")
     if not discount.shape[-2]:
         raise SettingError(f"the rollout has shape {list(discount.shape)}, expected [*L, T, N] with at least one row")
 
 
 def _recurse_back(x: Tensor, decay: Tensor, last: Tensor) -> Tensor:
-    """yₜ = xₜ + decayₜ yₜ₊₁ from the last row to the first, with y_T = last `[*L, N]`; one operation a row."""
+    """Backward linear recurrence yₜ = xₜ + decayₜ yₜ₊₁ with y_T = last `[*L, N]`; one operation a row."""
     y, rows = last, []
     for x_t, decay_t in zip(reversed(x.unbind(-2)), reversed(decay.unbind(-2))):
         y = torch.addcmul(x_t, decay_t, y)

@@ -1,10 +1,10 @@
-"""Schedules: settings as functions of progress, the part of the training that is done, in [0, 1].
+"""Schedules of settings, such as learning rates, over progress: the fraction of training done, in [0, 1].
 
     learning_rate = warm_up(cosine(3e-4, 0.0), 0.05)
     learning_rate(0.25)
 
 Progress is a number or a tensor, the ends are numbers or tensors (one per learner), and the value is elementwise in
-all of them. Progress outside [0, 1] counts as the nearer end: the last rollout of a training may overshoot.
+all of them. Progress outside [0, 1] counts as the nearer end: the last rollout of a run may overshoot.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from rlmeta.errors import SettingError, require_choice
 Value: TypeAlias = float | Tensor
 Schedule: TypeAlias = Callable[[Value], Value]
 ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
-"""How a setting is annealed over the budget."""
+"""Schedule of a setting over the budget."""
 
 
 def anneal(value: Tensor, schedule: ScheduleName, progress: Tensor) -> Tensor:
-    """A setting annealed to 0 over the budget, or kept.
+    """Annealing: a setting that falls to 0 over the budget, or stays constant.
 
     Args:
-        value: `[*L]`, what it begins with.
+        value: `[*L]`, the initial value.
         schedule: "constant", "linear" or "cosine".
         progress: `[*L]`, the fraction of the budget that is spent.
 
     Returns:
-        `[*L]` of the value's type.
+        `[*L]` in the dtype of `value`.
 
     Raises:
         SettingError: no such schedule.
@@ -47,7 +47,7 @@ def anneal(value: Tensor, schedule: ScheduleName, progress: Tensor) -> Tensor:
 
 
 def constant(value: Value) -> Schedule:
-    """The same value throughout.
+    """Constant schedule.
 
     Args:
         value: a number or a tensor.
@@ -59,7 +59,7 @@ def constant(value: Value) -> Schedule:
 
 
 def linear(start: Value, end: Value = 0.0) -> Schedule:
-    """start (1 - p) + end p.
+    """Linear schedule, start (1 - p) + end p.
 
     Args:
         start: the value at progress 0.
@@ -77,7 +77,7 @@ def linear(start: Value, end: Value = 0.0) -> Schedule:
 
 
 def cosine(start: Value, end: Value = 0.0) -> Schedule:
-    """end + (start - end) (1 + cos(π p)) / 2: level at both ends (Loshchilov and Hutter, 2017, without restarts).
+    """Cosine schedule, end + (start - end) (1 + cos(π p)) / 2 (Loshchilov and Hutter, 2017, without restarts).
 
     Args:
         start: the value at progress 0.
@@ -96,7 +96,7 @@ def cosine(start: Value, end: Value = 0.0) -> Schedule:
 
 
 def exponential(start: Value, end: Value) -> Schedule:
-    """start (end / start)ᵖ: the same factor for the same progress, a straight line on a logarithmic axis.
+    """Exponential schedule, start (end / start)ᵖ: a straight line on a logarithmic axis.
 
     Args:
         start: the value at progress 0, positive.
@@ -115,10 +115,10 @@ def exponential(start: Value, end: Value) -> Schedule:
 
 
 def warm_up(schedule: Schedule, fraction: float) -> Schedule:
-    """From 0 up to the schedule's first value in a straight line, then the whole schedule in the time that is left.
+    """Linear warm-up from 0 to the schedule's first value, then the whole schedule in the remaining progress.
 
     Args:
-        schedule: what follows.
+        schedule: of the rest.
         fraction: the progress at which it starts, in [0, 1); 0 changes nothing.
 
     Returns:
@@ -139,5 +139,5 @@ def _unit(progress: Value) -> Value:
 
 
 def _typed(fraction: Value, value: Value) -> Value:
-    """A fraction in the value's type: progress is float64, settings are float32."""
+    """Fraction in the dtype of the value: progress is float64, settings are float32."""
     return fraction.to(value.dtype) if isinstance(fraction, Tensor) and isinstance(value, Tensor) else fraction

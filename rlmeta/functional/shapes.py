@@ -1,7 +1,7 @@
-"""The checks that open every function of data.
+"""Argument checks of shapes and flags.
 
-Torch broadcasts `[B]` with `[B, 1]` to `[B, B]`, and negates the bits of an integer where `~` is meant to negate a
-flag, and says nothing.
+Torch silently broadcasts `[B]` with `[B, 1]` to `[B, B]`, and `~` of an integer negates its bits where a flag was
+meant.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rlmeta.errors import SettingError
 
 
 def same_shape(dims: int = 1, **tensors: Tensor | None) -> None:
-    """Refuse tensors that differ in shape; None stands for an argument that was left out.
+    """Check that tensors have one shape; None stands for an argument that was left out.
 
     Args:
         dims: how many axes they must have at least.
@@ -25,30 +25,32 @@ def same_shape(dims: int = 1, **tensors: Tensor | None) -> None:
     shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor is not None}
     first = next(iter(shapes.values()))
     if len(first) < dims or any(shape != first for shape in shapes.values()):
-        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise ValueError(f"expected one shape, of at least {dims} axes, for all of: {given}")
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"expected one shape, of at least {dims} axes, for all of: {listed}")
 
 
-def flags(given: Tensor, name: str) -> Tensor:
-    """Flags as bool: bool is returned as it is, integers are set where they are not 0, anything else is refused.
+def flags(tensor: Tensor, name: str) -> Tensor:
+    """Flags as a bool tensor: bool is returned as it is, integers are set where not 0, anything else is refused.
 
-    A real number is refused for what it usually is: another argument in the wrong place (a discount, which is 0 where
+    Real numbers are refused because they usually are another argument in the wrong place (a discount, which is 0 where
     a flag is 1), or a mask that is added to logits.
 
     Args:
-        given: bool or integers, of any shape.
+        tensor: bool or integers, of any shape.
         name: of the caller's argument, which the message repeats.
 
     Raises:
-        SettingError: it is no tensor, or not of such numbers.
+        SettingError: `tensor` is no tensor, or neither bool nor integers.
     """
-    if not isinstance(given, Tensor):
-        raise SettingError(f"{name} is a {type(given).__name__}, expected a tensor of flags: torch.as_tensor makes one")
-    if given.dtype is torch.bool:
-        return given
-    if given.is_floating_point() or given.is_complex():
+    if not isinstance(tensor, Tensor):
         raise SettingError(
-            f"{name} is {str(given.dtype).removeprefix('torch.')}, expected flags, bool or integers 0 and 1: where "
+            f"{name} is a {type(tensor).__name__}, expected a tensor of flags: torch.as_tensor makes one"
+        )
+    if tensor.dtype is torch.bool:
+        return tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise SettingError(
+            f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected flags, bool or integers 0 and 1: where "
             f"numbers other than 0 stand for set, pass `{name} != 0`"
         )
-    return given != 0
+    return tensor != 0

@@ -1,8 +1,8 @@
-"""Scores of many runs on several tasks, and how sure one can be of them (Agarwal et al., 2021).
+"""Statistics of scores over runs and tasks, and bootstrap confidence intervals (rliable, Agarwal et al., 2021).
 
 Scores are `[runs, tasks]`, or `[runs]` for one task. Every statistic takes any number of further axes in front
 (`[..., runs, tasks]`), which is how the bootstrap computes all its replicates at once. A score that is NaN makes the
-statistic NaN: decide what a run that failed is worth, rather than leave it out.
+statistic NaN: give a failed run a score rather than leave it out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Statistic: TypeAlias = Callable[[NDArray[np.float64]], Any]
 
 
 def mean(scores: ArrayLike) -> Any:
-    """Mean over all runs and tasks; one outstanding run can carry it.
+    """Mean score over all runs and tasks, which a single outlier can dominate.
 
     Args:
         scores: `[..., runs, tasks]` or `[runs]`.
@@ -31,7 +31,7 @@ def mean(scores: ArrayLike) -> Any:
 
 
 def median(scores: ArrayLike) -> Any:
-    """Median over the tasks of their means over runs, so with one task the mean of its runs (as rliable defines it).
+    """Median over tasks of the mean over runs, as rliable defines it; with one task the mean of its runs.
 
     Args:
         scores: `[..., runs, tasks]` or `[runs]`.
@@ -62,7 +62,7 @@ def iqm(scores: ArrayLike) -> Any:
 
 
 def optimality_gap(scores: ArrayLike, target: float = 1.0) -> Any:
-    """How far runs stay below a target score: target - mean(min(score, target)), 0 where all reach it.
+    """Optimality gap, how far runs stay below a target score: target - mean(min(score, target)).
 
     Args:
         scores: `[..., runs, tasks]` or `[runs]`.
@@ -75,7 +75,7 @@ def optimality_gap(scores: ArrayLike, target: float = 1.0) -> Any:
 
 
 def performance_profile(scores: ArrayLike, thresholds: ArrayLike) -> NDArray[np.float64]:
-    """The part of all runs that score above each threshold.
+    """Performance profile: the fraction of all runs that score above each threshold.
 
     Args:
         scores: `[..., runs, tasks]` or `[runs]`.
@@ -90,7 +90,7 @@ def performance_profile(scores: ArrayLike, thresholds: ArrayLike) -> NDArray[np.
 
 
 def probability_of_improvement(scores: ArrayLike, baseline: ArrayLike) -> Any:
-    """The chance that a run scores above a run of the baseline on the same task, a tie counting one half.
+    """Probability of improvement: that a run scores above a baseline run on the same task; ties count one half.
 
     The mean over tasks of Mann and Whitney's U / (runs · baseline runs).
 
@@ -114,7 +114,7 @@ def probability_of_improvement(scores: ArrayLike, baseline: ArrayLike) -> Any:
 def stratified_bootstrap_interval(
     scores: ArrayLike, statistic: Statistic = iqm, reps: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[Any, Any]:
-    """A percentile bootstrap interval; runs are drawn anew within each task, tasks are kept.
+    """Stratified percentile bootstrap interval: runs are resampled within each task, tasks are kept.
 
     With three runs there are ten different samples of a task and no interval means much: show the runs as points.
 
@@ -122,8 +122,8 @@ def stratified_bootstrap_interval(
         scores: `[runs, tasks]` or `[runs]`.
         statistic: from `[reps, runs, tasks]` to `[reps, ...]`: any of this file.
         reps: how many replicates.
-        confidence: what part of them lies in the interval.
-        seed: the interval is a function of it and of the other arguments alone.
+        confidence: fraction of them that lies in the interval.
+        seed: of the resampling; equal arguments give equal intervals.
 
     Returns:
         Lower and upper end, `[...]` each.

@@ -1,7 +1,7 @@
-"""Finite Markov decision processes whose dynamics are known: values, soft (maximum causal entropy) policies, visits.
+"""Tabular Markov decision processes with known dynamics: value iteration, soft policies, state occupancy.
 
 Letters: S states, A actions, H horizon. `P` is `[S, A, S]` or `[*L, S, A, S]`, the probability of each next state; a
-row that sums to less than 1 ends the episode with what is missing, at value 0. `reward` is `[*L, S, A]`, or
+row that sums to less than 1 ends the episode with the missing probability, at value 0. `reward` is `[*L, S, A]`, or
 `[*L, S, 1]` where it depends on the state alone; it is paid for acting in s. Everything is differentiable.
 """
 
@@ -16,7 +16,7 @@ from rlmeta.errors import SettingError
 
 
 class Plan(NamedTuple):
-    """Values and the policy that follows from them; `[*L, H, ...]` with a horizon, `[*L, ...]` without."""
+    """Solution of a Markov decision process, values and policy; `[*L, H, ...]` with a horizon, `[*L, ...]` without."""
 
     value: Tensor
     """V, `[*L, (H,) S]`."""
@@ -27,20 +27,23 @@ class Plan(NamedTuple):
 
 
 def expected_reward(P: Tensor, reward: Tensor) -> Tensor:
-    """E[r(s, a, s') | s, a], `[*L, S, A]`, of a reward `[*L, S, A, S]` that also depends on the next state."""
+    """Expected reward E[r(s, a, s') | s, a], `[*L, S, A]`, of a reward `[*L, S, A, S]` of the next state too."""
     return (P * reward).sum(-1)
 
 
 def soft_plan(P: Tensor, reward: Tensor, horizon: int, gamma: float = 1.0) -> Plan:
-    """The policy of maximum causal entropy over H steps (Ziebart, 2010).
+    """Soft value iteration over H steps: the maximum causal entropy policy (Ziebart, 2010).
 
     Q_t = r + gamma P V_{t+1}, V_t = log sum_a exp Q_t, pi_t = exp(Q_t - V_t), with V_H = 0.
 
     Args:
         P: see above.
         reward: see above.
-        horizon: H, steps acted.
+        horizon: H, the number of steps.
         gamma: discount factor.
+
+    Raises:
+        SettingError: the horizon is less than 1, or the shapes disagree.
     """
     if horizon < 1:
         raise SettingError(f"horizon is {horizon}, expected at least one step")
@@ -59,17 +62,17 @@ def soft_plan(P: Tensor, reward: Tensor, horizon: int, gamma: float = 1.0) -> Pl
 def soft_plan_discounted(
     P: Tensor, reward: Tensor, gamma: float, tolerance: float = 1e-12, max_iterations: int = 100_000
 ) -> Plan:
-    """The same without a horizon: the fixed point of V = log sum_a exp(r + gamma P V).
+    """Soft value iteration without a horizon: the fixed point of V = log sum_a exp(r + gamma P V).
 
     Args:
         P: see above.
         reward: see above.
         gamma: discount factor, below 1 unless every episode ends.
         tolerance: the largest change of a value in the last iteration.
-        max_iterations: give up after so many.
+        max_iterations: limit on iterations.
 
     Raises:
-        SettingError: it has not converged by then.
+        SettingError: the iteration has not converged by then.
     """
     reward = _expand(P, reward)
     value = torch.zeros_like(reward[..., 0])
@@ -102,7 +105,7 @@ def optimal_plan(
 
 
 def occupancy(P: Tensor, start: Tensor, policy: Tensor, gamma: float = 1.0) -> Tensor:
-    """How often each state is visited at each time, D_t(s) = gamma^t P(s_t = s), for t = 0 ... H.
+    """State occupancy at each time step, D_t(s) = gamma^t P(s_t = s) for t = 0 ... H.
 
     Args:
         P: see above.
@@ -120,7 +123,7 @@ def occupancy(P: Tensor, start: Tensor, policy: Tensor, gamma: float = 1.0) -> T
 
 
 def occupancy_discounted(P: Tensor, start: Tensor, policy: Tensor, gamma: float) -> Tensor:
-    """The discounted visits of each state over an endless time, sum_t gamma^t P(s_t = s): d = start + gamma P_pi^T d.
+    """Discounted state occupancy sum_t gamma^t P(s_t = s) without a horizon: d = start + gamma P_pi^T d.
 
     Args:
         P: see above.
@@ -137,14 +140,14 @@ def occupancy_discounted(P: Tensor, start: Tensor, policy: Tensor, gamma: float)
 
 
 def policy_value(P: Tensor, reward: Tensor, policy: Tensor, gamma: float) -> Tensor:
-    """V of a policy `[*L, S, A]` without a horizon, `[*L, S]`: V = r_pi + gamma P_pi V."""
+    """Policy evaluation without a horizon: V `[*L, S]` of a policy `[*L, S, A]`, V = r_pi + gamma P_pi V."""
     moves = torch.einsum("...sa,...saz->...sz", policy, P)
     system = torch.eye(moves.shape[-1], dtype=moves.dtype, device=moves.device) - gamma * moves
     return torch.linalg.solve(system, (policy * reward).sum(-1).unsqueeze(-1)).squeeze(-1)
 
 
 def policy_value_horizon(P: Tensor, reward: Tensor, policy: Tensor, gamma: float = 1.0) -> Tensor:
-    """V of a policy `[*L, H, S, A]` over its H steps, from the first, `[*L, S]`."""
+    """Policy evaluation over H steps: V at the first step `[*L, S]` of a policy `[*L, H, S, A]`."""
     value = torch.zeros_like(policy[..., 0, :, 0])
     for pi in policy.flip(-3).unbind(-3):
         value = (pi * (reward + gamma * _expectation(P, value))).sum(-1)
@@ -152,7 +155,7 @@ def policy_value_horizon(P: Tensor, reward: Tensor, policy: Tensor, gamma: float
 
 
 def causal_log_likelihood(policy_visits: Tensor, log_policy: Tensor, gamma: float = 1.0) -> Tensor:
-    """E[sum_t gamma^t log pi_t(a_t | s_t)] of demonstrations, which maximum causal entropy IRL maximises.
+    """Causal log-likelihood E[sum_t gamma^t log pi_t(a_t | s_t)] of demonstrations, the objective of MaxCausalEnt IRL.
 
     For a reward of the state alone its gradient with respect to the reward is D_demonstrations - D_pi, the difference
     of `occupancy` summed over the H steps that are acted.
@@ -170,7 +173,7 @@ def causal_log_likelihood(policy_visits: Tensor, log_policy: Tensor, gamma: floa
 
 
 def _expand(P: Tensor, reward: Tensor) -> Tensor:
-    """The reward with all actions, after a check of the shapes."""
+    """Reward expanded to `[*L, S, A]`, after a check of the shapes."""
     states, actions = P.shape[-3:-1]
     if P.dim() < 3 or P.shape[-1] != states:
         raise SettingError(f"P has shape {tuple(P.shape)}, expected [*L, states, actions, states]")
@@ -183,10 +186,10 @@ def _expand(P: Tensor, reward: Tensor) -> Tensor:
 
 
 def _expectation(P: Tensor, value: Tensor) -> Tensor:
-    """E[V(s') | s, a], `[*L, S, A]`."""
+    """Expected next value E[V(s') | s, a], `[*L, S, A]`."""
     return torch.einsum("...saz,...z->...sa", P, value)
 
 
 def _move(P: Tensor, visits: Tensor) -> Tensor:
-    """Visits `[*L, S, A]` one step later, `[*L, S]`."""
+    """State occupancy `[*L, S]` one step after the state-action occupancy `visits` `[*L, S, A]`."""
     return torch.einsum("...sa,...saz->...z", visits, P)

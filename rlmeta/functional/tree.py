@@ -1,6 +1,6 @@
-"""Nested dictionaries of tensors: what states, rollouts and observations are made of.
+"""Trees: nested dictionaries of tensors, such as states, rollouts and observations.
 
-Leaves are paired by name: in which order a dictionary was filled never matters.
+Leaves are paired by name; the insertion order of a dictionary never matters.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:  # noq
     """Apply `function` to every leaf of `tree` and the leaves of the same name in `others`.
 
     Returns:
-        A tree of the names of `tree`, in its order.
+        A tree with the names of `tree`, in its order.
 
     Raises:
-        SettingError: one of the others has other names.
+        SettingError: the names of another tree differ.
     """
     if isinstance(tree, dict):
         for other in others:
@@ -37,18 +37,18 @@ def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:  # noq
 
 
 def _other_names(tree: Tree, other: Tree) -> SettingError:
-    """What to say of two trees that can't be paired."""
+    """Error of two trees whose names or nesting differ."""
     if not (isinstance(tree, dict) and isinstance(other, dict)):
-        first, second = ("a dictionary" if isinstance(one, dict) else type(one).__name__ for one in (tree, other))
+        first, second = ("a dictionary" if isinstance(node, dict) else type(node).__name__ for node in (tree, other))
         return SettingError(f"trees of different form can't be paired: {first} against {second} at the same place")
     lacks, has = sorted(tree.keys() - other.keys()), sorted(other.keys() - tree.keys())
-    said = [f"the second lacks {', '.join(lacks)}"] if lacks else []
-    said += [f"the first lacks {', '.join(has)}"] if has else []
-    return SettingError(f"trees with different names can't be paired: {'; '.join(said)}")
+    differences = [f"the second lacks {', '.join(lacks)}"] if lacks else []
+    differences += [f"the first lacks {', '.join(has)}"] if has else []
+    return SettingError(f"trees with different names can't be paired: {'; '.join(differences)}")
 
 
 def leaves(tree: Tree) -> Iterator[Tensor]:
-    """Every tensor of the tree, sorted by name at every level: equal trees give their leaves in one order."""
+    """Leaves of a tree, sorted by name at every level, so that equal trees give them in one order."""
     if isinstance(tree, dict):
         for name in sorted(tree):
             yield from leaves(tree[name])
@@ -56,16 +56,16 @@ def leaves(tree: Tree) -> Iterator[Tensor]:
         yield tree
 
 
-def rebuild(like: Tree, found: Iterator[Any]) -> Tree:
-    """The inverse of `leaves`: a tree of the names of `like`, in its order."""
+def rebuild(like: Tree, leaf_iterator: Iterator[Any]) -> Tree:
+    """Inverse of `leaves`: a tree with the names of `like`, in its order."""
     if isinstance(like, dict):
-        parts = {name: rebuild(like[name], found) for name in sorted(like)}
+        parts = {name: rebuild(like[name], leaf_iterator) for name in sorted(like)}
         return {name: parts[name] for name in like}
-    return next(found)
+    return next(leaf_iterator)
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
-    """`{"a": {"b": t}}` as `{"a/b": t}`, sorted by name at every level; a bare tensor is named ''."""
+    """Flatten `{"a": {"b": t}}` to `{"a/b": t}`, sorted by name at every level; a bare tensor is named ''."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     flat: dict[str, Tensor] = {}
@@ -75,7 +75,7 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Tensor]:
 
 
 def unflatten(flat: dict[str, Tensor]) -> Tree:
-    """The inverse of `flatten` (empty dictionaries are lost)."""
+    """Inverse of `flatten` (empty dictionaries are lost)."""
     if set(flat) == {""}:
         return flat[""]
     tree: dict[str, Tree] = {}

@@ -1,4 +1,4 @@
-"""Imitation: one file an algorithm that learns from expert demonstrations."""
+"""Imitation learning from expert demonstrations, with a module per algorithm."""
 
 from rlmeta.imitation.behaviour_cloning import BehaviourCloning
 from rlmeta.imitation.gail import GAIL, AdversarialReward
@@ -8,4 +8,4 @@ from rlmeta.learning.settings import settings_classes
 __all__ = ["GAIL", "IRL", "AdversarialReward", "BehaviourCloning"]
 
 ALL = settings_classes(globals())
-"""The settings class of every imitator that can be named on the command line."""
+"""Settings class of every imitation algorithm, by its name on the command line."""

@@ -36,17 +36,17 @@ class BehaviourCloning:
     """Settings of behaviour cloning. A list for a number marked per learner compares its values."""
 
     demonstrations: Demonstrations | str | None = None
-    """What to imitate: a file of `rlmeta record`, or Demonstrations."""
+    """Expert demonstrations: a file of `rlmeta record`, or Demonstrations."""
     episodes: int = 0
-    """Of the demonstrations, take only the first so many; 0 takes all."""
+    """Number of demonstrated episodes to use, the first ones; 0 for all."""
     num_steps: int = 50
-    """Gradient steps in an iteration; budgets count gradient steps, for no environment is acted in."""
+    """Gradient steps per iteration; budgets count gradient steps, since no environment is stepped."""
     batch_size: int = 64
     """Steps of demonstrations in a minibatch, drawn with replacement."""
     learning_rate: PerLearner = 1e-3
-    """Adam's step size."""
+    """Adam's learning rate."""
     learning_rate_schedule: ScheduleName = "linear"
-    """Keep the learning rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
+    """Schedule of the learning rate: constant, or annealed to 0 over the budget, linearly or along a cosine."""
     entropy_coefficient: PerLearner = 1e-3
     """Weight of the entropy bonus."""
     weight_decay: PerLearner = 0.0
@@ -54,23 +54,23 @@ class BehaviourCloning:
     max_grad_norm: PerLearner = 0.5
     """Clip each learner's gradient to this norm."""
     normalise_observation: bool = True
-    """Whiten observations by the statistics of the demonstrations."""
+    """Normalise observations by the statistics of the demonstrations."""
     action_bounds: ActionBounds = "scale"
-    """Box actions: take the bounds for the policy's unit, so that it acts on the scale of the task whatever it counts
-    in; or squash actions into them by a tanh; or act in raw units, clipped at the bounds."""
+    """Box actions: scale them by the bounds, so that the policy starts on the scale of the task in any units; squash
+    them into the bounds by a tanh; or use raw units, clipped to the bounds."""
     initial_log_std: float = 0.0
-    """Box actions: the logarithm of the initial deviation, in the policy's unit."""
+    """Box actions: initial log standard deviation, in the policy's units."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of the default network."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation of the default network."""
     network: NetworkFactory | None = None
-    """Your own network: from an observation space to a module that gives features [B, D]."""
+    """Feature network: a function from the observation space to a module that returns features [B, D]."""
 
     num_envs = 1
 
     adapts = False
-    """A meta-learner's inner loop can't take its gradient steps."""
+    """Whether it can be the inner loop of a meta-learner."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -85,12 +85,12 @@ class BehaviourCloning:
     def bind(
         self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> BehaviourCloningAgent:
-        """The imitator for environments of these spaces."""
+        """Create the agent for environments of these spaces."""
         return BehaviourCloningAgent(self, observation_space, action_space, methods)
 
 
 class BehaviourCloningAgent(Agent):
-    """Behaviour cloning on given spaces."""
+    """Behaviour cloning agent."""
 
     settings: BehaviourCloning
     counts = "gradient steps"
@@ -104,17 +104,17 @@ class BehaviourCloningAgent(Agent):
     ) -> None:
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
-        given = chosen(settings.demonstrations, settings.episodes, observation_space, action_space)
-        self.transitions: tree.Tree = None if given is None else given.transitions()
+        loaded = load_demonstrations(settings.demonstrations, settings.episodes, observation_space, action_space)
+        self.transitions: tree.Tree = None if loaded is None else loaded.transitions()
         self.policy = bare(self.networks)["policy"]
         self.head: Any = self.policy.head
 
     def networks(self) -> dict[str, Block]:
-        """`policy` gives a distribution's parameters."""
+        """Networks: `policy`, from observations to the parameters of an action distribution."""
         return {"policy": policy_network(self.settings, self.observation_space, self.action_space)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run."""
+        """Initial state of a run."""
         state = super().init(key, hyper, world)
         state["optimizer"] = init_optimizer(optim.adamw(hyper["learning_rate"]), state)
         return state if self.transitions is None else self.watch(state, self.transitions["observation"])
@@ -122,12 +122,12 @@ class BehaviourCloningAgent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Actions `[*L, N, ...]`: a sample of the policy, or its mode."""
+        """Actions `[*L, N, ...]`, sampled from the policy or its mode."""
         distribution = self.forward(self.policy, "policy", p, observation)
         return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """-log pi(a | s) and the entropy bonus, `[*L]`, of a minibatch of demonstrations `[*L, B, ...]`."""
+        """Negative log-likelihood of demonstrated actions and entropy bonus, `[*L]`, on a minibatch `[*L, B, ...]`."""
         distribution = self.forward(self.policy, "policy", p, batch["observation"], ctx)
         log_prob, entropy = self.head.log_prob(distribution, batch["action"]), self.head.entropy(distribution)
         ctx.info["losses/entropy"] = entropy.mean(-1)
@@ -135,11 +135,11 @@ class BehaviourCloningAgent(Agent):
         return {"policy": -log_prob.mean(-1), "entropy": -p["hyper"]["entropy_coefficient"] * entropy.mean(-1)}
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
+        """Log-probability of actions `[*L, B]`, for Fisher information and distillation."""
         return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
-        """Gradient steps on minibatches of the demonstrations; nothing is acted."""
+        """Iteration: gradient steps on minibatches of the demonstrations, without acting."""
         s, h, average = self.settings, state["params"]["hyper"], Average()
         rate = anneal(h["learning_rate"], s.learning_rate_schedule, state["progress"])
         optimizer = optim.adamw(rate, weight_decay=h["weight_decay"])
@@ -150,41 +150,41 @@ class BehaviourCloningAgent(Agent):
         return count_steps(state, s.num_steps), {**average.result(), "charts/learning_rate": rate}
 
     def draw(self, state: State, world: World, n: int) -> tree.Tree:
-        """n steps of the demonstrations, `[*L, n, ...]`."""
+        """Draw n steps of the demonstrations, `[*L, n, ...]`."""
         return draw(self.transitions, random.fold(state["key"], "draw"), state["count"]["iterations"], n)
 
 
-def chosen(
-    given: Demonstrations | Unread | str | Path | None,
+def load_demonstrations(
+    source: Demonstrations | Unread | str | Path | None,
     episodes: int,
     observation_space: gym.Space,
     action_space: gym.Space,
 ) -> Demonstrations | None:
-    """The demonstrations to imitate, after a check that they are of these spaces; None where they are left unread.
+    """Load the demonstrations to imitate and check their spaces; None if they are left unread.
 
     Args:
-        given: a file, or demonstrations.
-        episodes: take only the first so many; 0 takes all.
+        source: a file, or demonstrations.
+        episodes: number of episodes to use, the first ones; 0 for all.
         observation_space: of the task.
         action_space: of the task.
 
     Raises:
-        DemonstrationError: none given, a broken file, too few episodes, or other spaces.
+        DemonstrationError: there are no demonstrations or too few episodes, the file is broken, or spaces differ.
     """
-    if given is None:
+    if source is None:
         raise DemonstrationError(
             "nothing to imitate: give demonstrations= (on the command line --demonstrations FILE, which "
             "`rlmeta record RUN --out FILE` writes)"
         )
-    if isinstance(given, Unread):
+    if isinstance(source, Unread):
         return None
-    loaded = given if isinstance(given, Demonstrations) else Demonstrations.load(given)
+    loaded = source if isinstance(source, Demonstrations) else Demonstrations.load(source)
     loaded.check(observation_space, action_space)
     return loaded.first(episodes) if episodes else loaded
 
 
 def count_steps(state: State, steps: int) -> State:
-    """Count an iteration that acted nowhere: what a budget counts are its gradient steps."""
+    """Count the steps of an iteration without acting: budgets count its gradient steps."""
     count = state["count"]
     moved = {name: count[name] + steps for name in ("vector_steps", "env_steps", "task_steps")}
     state["count"] = {**count, **moved, "iterations": count["iterations"] + 1}
@@ -192,33 +192,36 @@ def count_steps(state: State, steps: int) -> State:
 
 
 def draw(transitions: tree.Tree, key: Tensor, counter: int | Tensor, count: int) -> tree.Tree:
-    """`count` random steps of demonstrations `[M, ...]` for every learner: `[*L, count, ...]`."""
+    """Draw `count` random steps of demonstrations `[M, ...]` for every learner: `[*L, count, ...]`."""
     rows = random.integers(key, "demonstrations", counter, (count,), len(next(tree.leaves(transitions))))
     return tree.map(lambda leaf: leaf.to(key.device)[rows], transitions)
 
 
 class _Cloner:
-    """What `step` needs to move any agent's policy towards demonstrated actions."""
+    """Behaviour cloning loss of any agent's policy, with the interface that `step` needs."""
 
     def __init__(self, agent: Any) -> None:
         self.agent, self.capture = agent, None if agent.capture is None else Capture()
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """-log pi(a | s), `[*L]`."""
+        """Negative log-likelihood of demonstrated actions, `[*L]`."""
         return {"policy": -self.agent.log_prob(p, batch).mean(-1)}
 
 
 def warm_start(agent: Any, state: State, transitions: tree.Tree, steps: int, batch_size: int, rate: float) -> State:
-    """Clone demonstrations with any agent's policy before it acts for the first time.
+    """Pretrain any agent's policy by behaviour cloning, before its first rollout.
 
     Args:
-        agent: has `log_prob`, and normalises observations by those of the demonstrations from here on.
-        state: consumed; comes back with the policy's weights trained, and with what it shares with the value. The
-            value's own weights and the optimizer's moments are as they were: both begin with the first rollout.
+        agent: has `log_prob`; its observation statistics from here on include the demonstrations.
+        state: initial state, consumed.
         transitions: of `Demonstrations.transitions()`.
-        steps: gradient steps.
+        steps: number of gradient steps.
         batch_size: of a minibatch.
-        rate: Adam's step size.
+        rate: Adam's learning rate.
+
+    Returns:
+        The state with the policy's weights trained, and those it shares with the value function. The value function's
+        own weights and the optimizer's moments are unchanged.
     """
     state = agent.watch(state, transitions["observation"])
     moments, optimizer = state["optimizer"], optim.adam(torch.full_like(state["progress"], rate, dtype=torch.float32))

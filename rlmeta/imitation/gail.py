@@ -1,4 +1,4 @@
-"""Generative adversarial imitation learning (Ho and Ermon, 2016): a reward for looking like the demonstrations."""
+"""Generative adversarial imitation learning (GAIL, Ho and Ermon, 2016): PPO with the reward of a discriminator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.normalise import normalise, running_init, running_update
-from rlmeta.imitation.behaviour_cloning import chosen, draw, warm_start
+from rlmeta.imitation.behaviour_cloning import draw, load_demonstrations, warm_start
 from rlmeta.learning import owners
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types, shown
@@ -35,45 +35,45 @@ from rlmeta.rewards import distinct
 from rlmeta.rewards.reward import Memory, Rewards, check_name
 
 SMALLEST_VARIANCE = 1e-4
-"""Of an input that the demonstrations hardly vary: less would make every other value of it infinitely far."""
+"""Lower bound on the variance of a discriminator input, for inputs that hardly vary in demonstrations."""
 
 Form = Literal["softplus", "logit", "log_sigmoid"]
-"""The reward of a logit x: -log(1 - D) = softplus(x), x itself (the sum of both), or log D = -softplus(-x)."""
+"""Reward of a logit x: -log(1 - D) = softplus(x), x itself (the sum of both), or log D = -softplus(-x)."""
 
 
 @dataclass(frozen=True)
 class GAIL(PPO):
-    """Settings of GAIL: PPO's, whose reward is how much a step looks like the demonstrations.
+    """Settings of GAIL: those of PPO, whose reward is that of a discriminator, and of the discriminator.
 
     Any other agent learns from the same reward with `rewards=(AdversarialReward(...),)`.
     """
 
     demonstrations: Demonstrations | str | None = None
-    """What to imitate: a file of `rlmeta record`, or Demonstrations."""
+    """Expert demonstrations: a file of `rlmeta record`, or Demonstrations."""
     episodes: int = 0
-    """Of the demonstrations, take only the first so many; 0 takes all."""
+    """Number of demonstrated episodes to use, the first ones; 0 for all."""
     shuffled: bool = False
-    """A control that must fail: which steps are demonstrated and which are the agent's is shuffled."""
+    """Control that must fail: shuffle which steps are of the demonstrations and which of the agent."""
     form: Form = "softplus"
-    """The learned reward: softplus (the paper's, always positive), logit, or log_sigmoid (always negative)."""
+    """Form of the learned reward: softplus (the paper's, always positive), logit, or log_sigmoid (always negative)."""
     discriminator_updates: int = 50
     """Gradient steps of the discriminator for each rollout."""
     discriminator_batch_size: int = 256
-    """Steps of the demonstrations, and of the rollout, in a minibatch of the discriminator."""
+    """Batch size of the discriminator, for demonstrations and rollout each."""
     discriminator_learning_rate: PerLearner = 3e-3
-    """Adam's step size for the discriminator."""
+    """Adam's learning rate for the discriminator."""
     discriminator_hidden_sizes: tuple[int, ...] = (32, 32)
     """Widths of the discriminator's hidden layers."""
     gradient_penalty: PerLearner = 1.0
-    """Weight of (|d logit / d input| - 1)^2 between the two sides (Gulrajani et al., 2017)."""
+    """Weight of (|d logit / d input| - 1)^2 between demonstrations and rollout (Gulrajani et al., 2017)."""
     absorbing: bool = False
-    """Let the discriminator see what comes after a terminal state (Kostrikov et al., 2019): without it a reward that is
-    always positive pays for surviving, and one that is always negative for ending soon, whatever was demonstrated."""
+    """Absorbing states after terminal ones in the discriminator (Kostrikov et al., 2019). Without them, an always
+    positive reward favours long episodes and an always negative one short ones, whatever the demonstrations."""
     warm_start: int = 0
     """Gradient steps of behaviour cloning before the first rollout."""
 
     adapts = False
-    """A meta-learner's inner loop can't take its gradient steps."""
+    """Whether it can be the inner loop of a meta-learner."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,15 +85,15 @@ class GAIL(PPO):
             require_range(self, name, 0)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
-        """PPO for environments of these spaces, with the discriminator before its other rewards.
+        """Create the PPO agent for environments of these spaces, with the discriminator as its first reward.
 
-        Where the demonstrations are left unread it can only act.
+        If the demonstrations are left unread, the agent can only act.
         """
-        given = chosen(self.demonstrations, self.episodes, observation_space, action_space)
-        if given is None:
+        loaded = load_demonstrations(self.demonstrations, self.episodes, observation_space, action_space)
+        if loaded is None:
             return PPOAgent(self, observation_space, action_space, methods)
         learned = AdversarialReward(
-            given,
+            loaded,
             self.form,
             self.discriminator_updates,
             self.discriminator_batch_size,
@@ -104,38 +104,39 @@ class GAIL(PPO):
         agent = PPOAgent(self, observation_space, action_space, methods)
         agent.rewards = distinct((learned, *agent.rewards))
         if self.warm_start:
-            steps = given.transitions()
+            steps = loaded.transitions()
             agent.pretrain = lambda state: warm_start(agent, state, steps, self.warm_start, 64, 1e-3)
         return agent
 
 
 @dataclass(frozen=True, eq=False)
 class AdversarialReward:
-    """Replaces the task's reward by a discriminator's, which is trained on every rollout before it judges it.
+    """Adversarial reward: replaces the task's reward by that of a discriminator.
 
-    The discriminator maximises E_demonstrations[log D] + E_agent[log(1 - D)] with D = sigmoid(logit(s, a)).
+    The discriminator is trained on every rollout, before it computes the rewards of that rollout. It maximises
+    E_demonstrations[log D] + E_agent[log(1 - D)] with D = sigmoid(logit(s, a)).
     """
 
     demonstrations: Demonstrations
-    """What to imitate."""
+    """Expert demonstrations."""
     form: Form = "softplus"
     """See `Form`."""
     updates: int = 50
     """Gradient steps for each rollout."""
     batch_size: int = 256
-    """Steps of each side in a minibatch."""
+    """Batch size, for demonstrations and rollout each."""
     learning_rate: float = 3e-3
-    """Adam's step size; an agent with the setting `discriminator_learning_rate` brings its own."""
+    """Adam's learning rate, unless the agent has the setting `discriminator_learning_rate`."""
     gradient_penalty: float = 1.0
-    """Weight of (|d logit / d input| - 1)^2 between the two sides; an agent with this setting brings its own."""
+    """Weight of (|d logit / d input| - 1)^2 between the two sides, unless the agent has this setting."""
     hidden_sizes: tuple[int, ...] = (32, 32)
     """Widths of the hidden layers."""
     absorbing: bool = False
-    """Let the discriminator see what comes after a terminal state."""
+    """Absorbing states after terminal ones in the discriminator."""
     shuffled: bool = False
-    """A control: tell the discriminator at random which steps are demonstrated."""
+    """Control that must fail: shuffle which steps are of the demonstrations and which of the agent."""
     name: str = "imitation"
-    """Of the stream and the memory."""
+    """Name of the reward stream and of its state."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -154,14 +155,14 @@ class AdversarialReward:
 
     @cached_property
     def discriminator(self) -> Discriminator:
-        """The network on the demonstrations' spaces."""
+        """Discriminator for the demonstrations' spaces."""
         return Discriminator(self.demonstrations, self.hidden_sizes, self.absorbing)
 
     def init(self, agent: Any, state: State, world: World) -> Memory:
-        """A fresh discriminator for every learner and its optimizer.
+        """Initial discriminator of every learner, with its optimizer.
 
         Raises:
-            DemonstrationError: demonstrations of other spaces than the task's.
+            DemonstrationError: the demonstrations' spaces are not the task's.
             SettingError: `absorbing` without a discount below 1.
         """
         self.demonstrations.check(world.observation_space, world.action_space)
@@ -175,19 +176,19 @@ class AdversarialReward:
         return memory
 
     def hyper(self, state: State) -> dict[str, Tensor]:
-        """The agent's settings `[*L]` of the discriminator, or this reward's own."""
+        """Settings `[*L]` of the discriminator: the agent's if it has them, else this reward's."""
         own = {"discriminator_learning_rate": self.learning_rate, "gradient_penalty": self.gradient_penalty}
         full = {name: torch.full_like(state["progress"], value, dtype=torch.float32) for name, value in own.items()}
         return {name: state["params"]["hyper"].get(name, value) for name, value in full.items()}
 
-    # ------------------------------------------------------------------ learn, then judge
+    # ------------------------------------------------------------------ training and rewards
 
     def relabel(
         self, agent: Any, state: State, memory: Memory, rollout: Rollout, rewards: Rewards
     ) -> tuple[Memory, Rewards, dict[str, Tensor]]:
-        """Train the discriminator on the rollout, then let its reward take the place of the task's.
+        """Train the discriminator on a rollout, and replace the task's reward by its reward.
 
-        Metrics: loss, entropy and, on each side, accuracy of the discriminator.
+        Metrics: loss and entropy of the discriminator, and its accuracy on either side.
         """
         if bool((memory["digest"] != int(self.demonstrations.digest[:15], 16)).any()):
             raise DemonstrationError("the demonstrations are not those the run began with: give it the same file")
@@ -202,7 +203,7 @@ class AdversarialReward:
         return memory, {self.name: reward, **others}, metrics
 
     def read(self, rollout: Rollout) -> dict[str, Tensor]:
-        """A rollout as the discriminator sees it, `[*L, T, N, ...]`: `input`, and `ends` and `valid` as numbers."""
+        """Input of the discriminator for a rollout, `[*L, T, N, ...]`: `input`, and `ends` and `valid` as numbers."""
         inputs = self.discriminator.encode(rollout["observation"], rollout["action"])
         ends = rollout["terminated"] & rollout["valid"]
         return {"input": inputs, "ends": ends.to(inputs.dtype), "valid": rollout["valid"].to(inputs.dtype)}
@@ -210,14 +211,14 @@ class AdversarialReward:
     def train(
         self, memory: Memory, steps: dict[str, Tensor], hyper: dict[str, Tensor], active: Tensor
     ) -> tuple[Memory, dict[str, Tensor]]:
-        """Gradient steps on minibatches of the demonstrations and of a rollout `[*L, M, ...]`."""
+        """Train the discriminator on minibatches of the demonstrations and of a rollout `[*L, M, ...]`."""
         batches = (self._minibatch(memory, number, steps, hyper) for number in range(self.updates))
         optimizer = optim.adam(hyper["discriminator_learning_rate"])
         memory, reported = owners.train(self.discriminator, memory, batches, optimizer, active)
         return memory, {f"discriminator/{name.split('/')[-1]}": value for name, value in reported.items()}
 
     def _minibatch(self, memory: Memory, number: int, steps: dict[str, Tensor], hyper: dict[str, Tensor]) -> tree.Tree:
-        """The minibatch of a gradient step: so many steps after those of the memory."""
+        """Minibatch of a gradient step, by its number after those counted in `memory`."""
         key, counter = memory["key"], memory["count"]["gradient_steps"] + number
         rows = random.integers(key, "rollout", counter, (self.batch_size,), steps["input"].shape[-2])
         shown, own = draw(self.discriminator.shown, key, counter, self.batch_size), gather(steps, rows)
@@ -231,9 +232,10 @@ class AdversarialReward:
         }
 
     def judge(self, p: Params, steps: dict[str, Tensor], gamma: Tensor) -> Tensor:
-        """The reward `[*L, T, N]` of a rollout's steps; what follows a terminal state is paid with its last.
+        """Reward `[*L, T, N]` of the steps of a rollout.
 
-        The absorbing state pays r for ever: a terminal step gets r gamma / (1 - gamma) on top.
+        With `absorbing`, a terminal step also gets r gamma / (1 - gamma), the return of an absorbing state with reward
+        r at every step.
         """
         reward = _form(self.form, self.discriminator.logit(p, steps["input"]))
         if self.absorbing:
@@ -243,15 +245,14 @@ class AdversarialReward:
 
 
 class Discriminator:
-    """The logit of "this step is demonstrated" from an observation and an action; what `step` trains.
+    """Discriminator: the logit that a step is of the demonstrations, from observation and action.
 
-    Inputs are whitened by the demonstrations' own mean and deviation, so that where an agent strays far they say so
-    and where it is close they tell small differences.
+    Inputs are normalised by the mean and standard deviation of the demonstrations.
 
     Args:
-        demonstrations: what to tell apart.
+        demonstrations: expert data.
         hidden_sizes: widths of the hidden layers.
-        absorbing: give it a further input that is 1 in the absorbing state and 0 elsewhere.
+        absorbing: add an input that is 1 in the absorbing state and 0 elsewhere.
     """
 
     def __init__(self, demonstrations: Demonstrations, hidden_sizes: tuple[int, ...], absorbing: bool) -> None:
@@ -270,22 +271,24 @@ class Discriminator:
         self.statistics = running_update(running_init((), inputs.shape[-1:]), inputs)
         whitened = self.encode(steps["observation"], steps["action"])
         self.shown = {"input": whitened, "ends": steps["terminated"].to(whitened.dtype)}
-        """The demonstrations as it reads them: `input` `[M, D]`, `ends` `[M]`."""
+        """Input of the discriminator for the demonstrations: `input` `[M, D]`, `ends` `[M]`."""
 
     def networks(self) -> dict[str, Block]:
-        """A fresh network."""
+        """Networks: `discriminator`, from inputs to a logit."""
         return {"discriminator": MLP(self.features, self.hidden_sizes, 1)}
 
     def encode(self, observation: tree.Tree, action: Tensor) -> Tensor:
-        """Steps `[*L, ...]` as whitened inputs `[*L, ..., D]`."""
+        """Encode steps `[*L, ...]` as normalised inputs `[*L, ..., D]`."""
         features = self._features(observation, action)
         statistics = tree.map(lambda leaf: leaf.to(features.device), self.statistics)
         whitened = normalise(features, statistics, eps=SMALLEST_VARIANCE)
         return torch.cat((whitened, torch.zeros_like(whitened[..., :1])), -1) if self.absorbing else whitened
 
     def _features(self, observation: tree.Tree, action: Tensor) -> Tensor:
-        """Observation and action side by side; Box actions within their bounds, as environments take them, and in
-        units of these, or `SMALLEST_VARIANCE` would decide how well actions of a small scale can be told apart."""
+        """Concatenated observation and action; Box actions are clipped to their bounds and in units of these.
+
+        In their own units, actions of a small scale would be divided by `SMALLEST_VARIANCE` instead of their variance.
+        """
         seen = self.observation.run({}, observation, Context())
         if self.bounds is None:
             return torch.cat([seen, self.action.run({}, action, Context())], -1)
@@ -293,24 +296,25 @@ class Discriminator:
         return torch.cat([seen, self.units.to_policy(action.clamp(low, high)).to(seen.dtype)], -1)
 
     def logit(self, p: Params, inputs: Tensor) -> Tensor:
-        """`[*L, ..., D]` -> `[*L, ...]`"""
+        """Logit of inputs, `[*L, ..., D]` -> `[*L, ...]`."""
         return self.network.run(p["weights"], inputs, Context(), "discriminator.").squeeze(-1)
 
     def absorbing_logit(self, p: Params) -> Tensor:
-        """Of the absorbing state, `[*L]`."""
+        """Logit of the absorbing state, `[*L]`."""
         return self.logit(p, self._absorbing_input(p)).squeeze(-1)
 
     def _absorbing_input(self, p: Params) -> Tensor:
-        """Nothing observed and nothing done, `[*L, 1, D]`."""
+        """Input of the absorbing state, `[*L, 1, D]`."""
         weight = next(iter(p["weights"].values()))
         row = torch.zeros(1, self.features, dtype=weight.dtype, device=weight.device)
         row[..., -1] = 1.0
         return row.expand(*weight.shape[:-2], 1, self.features)
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Binary cross-entropy `[*L]` of the demonstrations as 1 and the agent as 0, the two sides weighted alike.
+        """Discriminator loss `[*L]`: binary cross-entropy with equal weights of both sides, and gradient penalty.
 
-        Every end is followed by a visit of the absorbing state where that is seen.
+        Demonstrations have label 1, steps of the agent label 0. With `absorbing`, a visit of the absorbing state
+        follows every terminal step.
         """
         shown, own = batch["demonstrations"], batch["agent"]
         inputs = [shown["input"], own["input"]]
@@ -338,7 +342,7 @@ class Discriminator:
 
 
 def _shuffled(shown: tree.Tree, own: tree.Tree, swap: Tensor) -> tuple[tree.Tree, tree.Tree]:
-    """Two minibatches `[*L, B, ...]` whose rows change sides where `swap` `[*L, B]` is set."""
+    """Swap the rows of two minibatches `[*L, B, ...]` where `swap` `[*L, B]` is set."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(align(swap, a), a, b)
@@ -354,7 +358,7 @@ def _form(form: Form, logit: Tensor) -> Tensor:
 
 
 def _warn_of_horizons(form: Form) -> None:
-    """Name the bias of rewards of one sign where episodes end by terminating."""
+    """Warn about the survival bias of a learned reward if episodes terminate (Kostrikov et al., 2019)."""
     bias = {
         "softplus": "form='softplus' is always positive and so pays for surviving",
         "log_sigmoid": "form='log_sigmoid' is always negative and so pays for ending soon",

@@ -1,4 +1,4 @@
-"""Inverse reinforcement learning by maximum causal entropy, where the dynamics are known (Ziebart, 2010)."""
+"""Maximum causal entropy inverse reinforcement learning, with known dynamics (Ziebart, 2010)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlmeta.envs.native import Tabular
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import optim, random, tabular, tree
-from rlmeta.imitation.behaviour_cloning import chosen, count_steps, draw
+from rlmeta.imitation.behaviour_cloning import count_steps, draw, load_demonstrations
 from rlmeta.learning.average import Average
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.field_types import check_types
@@ -36,28 +36,28 @@ class IRL:
     """Settings of maximum causal entropy IRL. A list for a number marked per learner compares its values."""
 
     demonstrations: Demonstrations | str | None = None
-    """What to explain by a reward: a file of `rlmeta record`, or Demonstrations."""
+    """Expert demonstrations: a file of `rlmeta record`, or Demonstrations."""
     episodes: int = 0
-    """Of the demonstrations, take only the first so many; 0 takes all."""
+    """Number of demonstrated episodes to use, the first ones; 0 for all."""
     horizon: int = 0
-    """Steps the demonstrator plans for, with a policy for each; 0 for an endless discounted future and one policy."""
+    """Planning horizon of the demonstrator, with a policy per step; 0 for one stationary policy with discounting."""
     gamma: float = 0.9
     """Discount factor of the demonstrator."""
     num_steps: int = 10
-    """Gradient steps in an iteration; budgets count gradient steps, for no environment is acted in."""
+    """Gradient steps per iteration; budgets count gradient steps, since no environment is stepped."""
     learning_rate: PerLearner = 0.05
-    """Adam's step size."""
+    """Adam's learning rate."""
     hidden_sizes: tuple[int, ...] = ()
-    """Hidden layers of the reward network: none is a table, one number a state; some is deep MaxEnt."""
+    """Widths of the hidden layers of the reward network: none for a table of the states; some for deep MaxEnt."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation of the reward network."""
     network: NetworkFactory | None = None
-    """Your own features of a state: from the observation space to a module that gives features [B, D]."""
+    """Feature network: a function from the observation space to a module that returns features [B, D]."""
 
     num_envs = 1
 
     adapts = False
-    """A meta-learner's inner loop can't take its gradient steps."""
+    """Whether it can be the inner loop of a meta-learner."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -70,12 +70,15 @@ class IRL:
             raise SettingError("IRL: gamma is 1 without a horizon, expected below 1: an endless sum has no value")
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> IRLAgent:
-        """The learner for tabular tasks of these spaces."""
+        """Create the learner for tabular tasks of these spaces."""
         return IRLAgent(self, observation_space, action_space, methods)
 
 
 class IRLAgent(Agent):
-    """Finds a reward of the state under which the demonstrations are most likely, and acts by its soft policy."""
+    """Maximum causal entropy IRL: learns a state reward that maximises the likelihood of the demonstrations.
+
+    It acts by the soft policy of the reward.
+    """
 
     settings: IRL
     counts = "gradient steps"
@@ -88,21 +91,21 @@ class IRLAgent(Agent):
                 raise SpaceError(f"IRL plans over {role} that can be counted, the task has {space}: use GAIL")
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
-        given = chosen(settings.demonstrations, settings.episodes, observation_space, action_space)
+        loaded = load_demonstrations(settings.demonstrations, settings.episodes, observation_space, action_space)
         self.num_states: int = int(observation_space.n)  # type: ignore[attr-defined]
-        if given is not None:
-            self.transitions = given.transitions()
-            self.visits = demonstrated_visits(given, self.num_states, settings.horizon, settings.gamma)
-            self.cut = cut_off(given, self.num_states, settings.gamma if settings.horizon == 0 else 0.0)
+        if loaded is not None:
+            self.transitions = loaded.transitions()
+            self.visits = demonstrated_visits(loaded, self.num_states, settings.horizon, settings.gamma)
+            self.cut = cut_off(loaded, self.num_states, settings.gamma if settings.horizon == 0 else 0.0)
         self.reward_network = bare(self.networks)["reward"]
-        self.capture = None  # planning without a horizon ends when values stand still, which no recording can know
+        self.capture = None  # without a horizon, planning stops on convergence, which cannot be recorded
 
     def networks(self) -> dict[str, Block]:
-        """`reward` gives a number for a state."""
+        """Networks: `reward`, from a state to a number."""
         return {"reward": value_network(self.settings, self.observation_space)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run.
+        """Initial state of a run.
 
         Raises:
             SettingError: the dynamics of the task are not known.
@@ -121,13 +124,13 @@ class IRLAgent(Agent):
     # ------------------------------------------------------------------ plan
 
     def reward(self, p: Params, ctx: Context | None = None) -> Tensor:
-        """The learned reward of every state, `[*L, S]` float64."""
+        """Learned reward of every state, `[*L, S]` float64."""
         states = torch.arange(self.num_states, device=self.P.device)
         learners = next(tree.leaves(p["hyper"])).shape
         return self.forward(self.reward_network, "reward", p, states.expand(*learners, -1), ctx).double()
 
     def plan(self, reward: Tensor) -> tabular.Plan:
-        """The soft policy of a reward `[*L, S]`, paid for acting in a state and for ending in one."""
+        """Soft policy of a reward `[*L, S]`, which is paid for acting in a state and for terminating in one."""
         s = self.settings
         paid = reward.unsqueeze(-1) + s.gamma * torch.einsum("saz,...z->...sa", self.P_end, reward)
         if s.horizon:
@@ -135,13 +138,13 @@ class IRLAgent(Agent):
         return tabular.soft_plan_discounted(self.P, paid, s.gamma)
 
     def policy_visits(self, plan: tabular.Plan) -> Tensor:
-        """How often that policy acts or ends in every state, `[*L, S]`, discounted.
+        """Discounted state occupancy of a policy, `[*L, S]`: how often it acts or terminates in every state.
 
-        Of an endless future they end where a time limit cut the demonstrations, as theirs do: with log pi = Q - V,
+        Without a horizon, the visits after a time limit of the demonstrations are subtracted: with log pi = Q - V,
 
             sum_(t < T) gamma^t log pi(a_t | s_t) = sum_(t < T) gamma^t r(s_t) + gamma^T V(s_T) - V(s_0)
 
-        in expectation over transitions, and dV(s) / dr are the policy's visits from s on.
+        in expectation over transitions, and dV(s) / dr is the occupancy of the policy from s on.
         """
         s, policy = self.settings, plan.log_policy.exp()
         if s.horizon:
@@ -155,9 +158,10 @@ class IRLAgent(Agent):
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Something `[*L]` whose gradient is that of the demonstrations' negative log-likelihood.
+        """Surrogate loss `[*L]` with the gradient of the demonstrations' negative log-likelihood.
 
-        It is visits of the policy less those of the demonstrations (`batch["visits"]` `[*L, S]`), times d reward.
+        The gradient is the occupancy of the policy minus that of the demonstrations (`batch["visits"]` `[*L, S]`),
+        times d reward.
         """
         reward = self.reward(p, ctx)
         with torch.no_grad():
@@ -166,7 +170,7 @@ class IRLAgent(Agent):
         return {"reward": (difference * reward).sum(-1)}
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
-        """Gradient steps of planning and comparing; nothing is acted."""
+        """Iteration: gradient steps on the reward, without acting."""
         average, rate = Average(), state["params"]["hyper"]["learning_rate"]
         visits = self.visits.to(self.P.device).expand(*state["key"].shape, -1)
         for _ in range(self.settings.num_steps):
@@ -177,18 +181,18 @@ class IRLAgent(Agent):
     # ------------------------------------------------------------------ act
 
     def initial_memory(self, p: Params, rows: tuple[int, ...]) -> tree.Tree:
-        """With a horizon, the time of every row."""
+        """Initial memory: with a horizon, the time step of every row."""
         return {"time": torch.zeros(rows, dtype=torch.int64, device=self.P.device)} if self.settings.horizon else {}
 
     def evaluate(self, p: Params, world: Any, key: Tensor, episodes: int, *, deterministic: bool = True) -> Evaluation:
-        """Play `episodes` episodes with every learner; the policy is planned once."""
+        """Evaluate every learner on `episodes` episodes, with a policy that is planned once."""
         planned = {**p, "log_policy": self.plan(self.reward(p)).log_policy}
         return super().evaluate(planned, world, key, episodes, deterministic=deterministic)
 
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Actions `[*L, N]` of the soft policy in states `[*L, N]`: a sample, or the most probable."""
+        """Actions `[*L, N]` of the soft policy in states `[*L, N]`, sampled or the most probable."""
         log_policy = p["log_policy"] if "log_policy" in p else self.plan(self.reward(p)).log_policy
         learner_axes, last = observation.dim() - 1, self.settings.horizon - 1
         if memory:
@@ -204,7 +208,7 @@ class IRLAgent(Agent):
         return (chances + noise).argmax(-1), memory
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log pi(a | s) `[*L, B]`, of the first step's policy where there is one for each."""
+        """Log-probability of actions `[*L, B]`; with a horizon, under the policy of the first step."""
         log_policy = self.plan(self.reward(p)).log_policy
         log_policy = log_policy.select(-3, 0) if self.settings.horizon else log_policy
         rows = batch["observation"].unsqueeze(-1)
@@ -212,17 +216,17 @@ class IRLAgent(Agent):
         return chosen_rows.gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
 
     def draw(self, state: State, world: World, n: int) -> tree.Tree:
-        """n steps of the demonstrations, `[*L, n, ...]`."""
+        """Draw n steps of the demonstrations, `[*L, n, ...]`."""
         return draw(self.transitions, random.fold(state["key"], "draw"), state["count"]["iterations"], n)
 
 
 def demonstrated_visits(demonstrations: Demonstrations, num_states: int, horizon: int, gamma: float) -> Tensor:
-    """How often the demonstrations act or end in every state, discounted, per episode: `[S]` float64.
+    """Discounted state occupancy of the demonstrations, per episode: `[S]` float64.
 
     Args:
         demonstrations: their observations are states.
         num_states: S.
-        horizon: count the first so many steps of an episode; 0 counts all.
+        horizon: number of steps of an episode to count, 0 for all.
         gamma: discount factor.
     """
     visits = torch.zeros(num_states, dtype=torch.float64, device=demonstrations.observation.device)
@@ -236,12 +240,12 @@ def demonstrated_visits(demonstrations: Demonstrations, num_states: int, horizon
 
 
 def cut_off(demonstrations: Demonstrations, num_states: int, gamma: float) -> Tensor:
-    """gamma^T where a time limit cut an episode after T steps, at its last state, mean over episodes: `[S]` float64.
+    """Discounted weight gamma^T of the last states of truncated episodes of T steps, per episode: `[S]` float64.
 
     Args:
         demonstrations: their observations are states.
         num_states: S.
-        gamma: discount factor; 0 where no future is seen.
+        gamma: discount factor; 0 to ignore truncation.
     """
     last = (demonstrations.lengths + 1).cumsum(0) - 1
     weight = gamma ** demonstrations.lengths.double() * ~demonstrations.terminated

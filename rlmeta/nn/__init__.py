@@ -1,4 +1,4 @@
-"""Building blocks with learner axes."""
+"""Neural network modules (blocks) with learner axes: layers, heads, encoders, lifting, and Fisher information."""
 
 from rlmeta.nn.block import Block, Context, NeedsKey, Params, apply, bare, split, stack
 from rlmeta.nn.checks import check_block

@@ -1,4 +1,4 @@
-"""Blocks: ordinary modules that also run on parameters with any number of leading learner axes."""
+"""Blocks: PyTorch modules that also run on stacked parameters with any number of leading learner axes."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ Params: TypeAlias = dict[str, Tensor]
 """Parameters and buffers under torch's state-dict names, each `[*L, ...]` with torch's own shape at its end."""
 
 alone = threading.RLock()
-"""Held by whoever uses what all threads share: torch's generator under a seed, the tensors inside a lifted module."""
+"""Lock around state that all threads share: torch's seeded generator, and the tensors inside a lifted module."""
 
 
 class NeedsKey(SettingError):
-    """A block draws random numbers, and its context has no key."""
+    """A block draws random numbers and the context has no key for them."""
 
 
 @dataclass(slots=True)
 class Context:
-    """What travels with a forward pass.
+    """Options and outputs of a forward pass besides its input: mode, random key, new buffers.
 
     Attributes:
-        training: False evaluates every block; True trains those that are in training mode themselves, so that one
-            that was put in `eval()` (a frozen batch normalisation) stays as it is.
-        key: `[*L]`, for what draws random numbers; a caller passes another one in every step.
-        new_buffers: filled in training by what keeps statistics, under the names of `Params`; `{**params,
-            **new_buffers}` is what the next step starts from. Nothing is written in place.
-        learner_axes: how many learner axes there are, where a block has no parameter to tell it by. Containers fill it.
-        taps: None, or what every linear layer leaves its calls in, `{place in params: [(input, output), ...]}`: with
-            the gradient at the output, the gradient of every single sample follows (`nn.sample_gradients`).
+        training: False evaluates every block; True trains those that are in training mode themselves, so that a
+            block in `eval()` (a frozen batch normalisation) is not changed.
+        key: random key `[*L]` of blocks that draw numbers; a caller passes another one at every step.
+        new_buffers: filled in training by blocks with running statistics, under the names of `Params`; the next step
+            starts from `{**params, **new_buffers}`. Nothing is written in place.
+        learner_axes: number of learner axes, for blocks without a parameter that shows it. Containers fill it in.
+        taps: None, or a dictionary in which every linear layer records its calls, `{prefix in params: [(input,
+            output), ...]}`. With the gradient at the output they give per-sample gradients (`nn.sample_gradients`).
     """
 
     training: bool = False
@@ -48,7 +48,7 @@ class Context:
 
 
 class _Finished(type):
-    """Tells a block when it has been made."""
+    """Metaclass that marks a block as complete once its `__init__` has returned."""
 
     def __call__(cls, *args: Any, **named: Any) -> Any:
         block = super().__call__(*args, **named)
@@ -57,30 +57,30 @@ class _Finished(type):
 
 
 class Block(nn.Module, metaclass=_Finished):
-    """A module with one computation for its own tensors and for any number of learners at once.
+    """Module whose forward pass also runs on the stacked parameters of any number of learners at once.
 
-    `block(x)` runs it on its own parameters as every `nn.Module` does; `run` on those it is given. Subclasses
-    implement `run`, and register parameters and buffers as usual, in float32 on the CPU.
+    `block(x)` runs it on its own parameters as every `nn.Module` does; `run` takes parameters as an argument.
+    Subclasses implement `run`, and register parameters and buffers as usual, in float32 on the CPU.
 
-    A block knows its parts, and computes with them without calling them as modules. So what torch does by hooks, by
-    replacing a layer or by a parametrization (weight norm, pruning) is for the module before it is lifted; on a block
-    it is refused, once that is made.
+    A block computes with its submodules' tensors without calling them as modules. Hooks, replaced layers and
+    parametrizations (weight norm, pruning) would therefore have no effect: apply them to a module before it is lifted;
+    on a complete block they are refused.
     """
 
     _finished = False
     _bare = False
-    """Whether the block serves to run on others' tensors alone, and has none of its own; see `bare`."""
+    """Whether the block has no values of its own and only runs on parameters passed to `run`; see `bare`."""
     _calls_parts = False
-    """Whether it calls its parts as modules, with the tensors they are to use in them."""
+    """Whether it calls its submodules as modules, after putting the tensors to use into them."""
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
-        """The computation.
+        """Forward pass on the tensors in `params`.
 
         Args:
-            params: this block's tensors are those whose name starts with `prefix`, each `[*L, ...]`.
+            params: tensors `[*L, ...]`; this block's are those whose name starts with `prefix`.
             x: `[*L, ..., features]`, with exactly the learner axes of the parameters in front.
             ctx: mode, key, and where new buffers go.
-            prefix: this block's place in `params`, empty or ending in a dot.
+            prefix: of this block's names in `params`, empty or ending in a dot.
 
         Returns:
             `[*L, ..., features]`
@@ -95,15 +95,15 @@ class Block(nn.Module, metaclass=_Finished):
         return False
 
     def keeps_ties(self) -> bool:
-        """Whether a tensor that stands in several places in this block is one tensor in `params`, by its first name."""
+        """Whether tied weights of this block are one tensor in `params`, under their first name."""
         return False
 
     def trains(self, ctx: Context) -> bool:
-        """Whether this block itself is to train: in a context that trains, unless it was put in `eval()`."""
+        """Whether this block itself is in training mode: the context trains, and it was not put in `eval()`."""
         return ctx.training and self.training
 
     def forward(self, x: Tree) -> Tree:
-        """Run on the block's own tensors as an ordinary module: no learner axes, buffers written, torch's generator."""
+        """Forward pass on the block's own tensors, as in any module: no learner axes, buffers updated in place."""
         if self._bare:
             _refuse_bare(self)
         params: Params = {}
@@ -117,7 +117,7 @@ class Block(nn.Module, metaclass=_Finished):
                 params[name].copy_(value)
         return out
 
-    # ------------------------------------------------------------------ what a block is made of stays
+    # ------------------------------------------------------------------ submodules and tensors cannot change
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._finished and isinstance(value, nn.Module):
@@ -130,37 +130,37 @@ class Block(nn.Module, metaclass=_Finished):
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As torch's, until the block is made; afterwards a parameter may only take the place of its like."""
+        """As `nn.Module`'s; once the block is complete, only to replace a parameter of the same name."""
         if self._finished and name not in self._parameters:
             self._refuse(f"new part {name!r}")
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As torch's, until the block is made."""
+        """As `nn.Module`'s, until the block is complete."""
         if self._finished:
             self._refuse(f"new part {name!r}")
         super().register_buffer(name, tensor, persistent)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As torch's, until the block is made."""
+        """As `nn.Module`'s, until the block is complete."""
         if self._finished:
             self._refuse(f"new part {name!r}")
         super().add_module(name, module)
 
     def register_forward_hook(self, *args: Any, **named: Any) -> NoReturn:
-        """Refused: see the class."""
+        """Refused: a block does not call its submodules, so hooks would not run."""
         self._refuse("hook")
 
     def register_forward_pre_hook(self, *args: Any, **named: Any) -> NoReturn:
-        """Refused: see the class."""
+        """Refused: a block does not call its submodules, so hooks would not run."""
         self._refuse("hook")
 
     def register_full_backward_hook(self, *args: Any, **named: Any) -> NoReturn:
-        """Refused: see the class."""
+        """Refused: a block does not call its submodules, so hooks would not run."""
         self._refuse("hook")
 
     def register_full_backward_pre_hook(self, *args: Any, **named: Any) -> NoReturn:
-        """Refused: see the class."""
+        """Refused: a block does not call its submodules, so hooks would not run."""
         self._refuse("hook")
 
     def _refuse(self, what: str) -> NoReturn:
@@ -174,7 +174,7 @@ AnyBlock = TypeVar("AnyBlock", bound=Block)
 
 
 def _collect(module: nn.Module, prefix: str, params: Params) -> tuple[bool, bool]:
-    """Gather the module's own tensors, faster than `own_tensors`; whether anything in it may draw, and is to train."""
+    """Collect the module's tensors, faster than `own_tensors`; whether a part may draw, and whether one trains."""
     draws, training = isinstance(module, Block) and module.may_draw(), module.training
     for tensors in (module._parameters, module._buffers):
         for name, value in tensors.items():
@@ -191,20 +191,21 @@ def _collect(module: nn.Module, prefix: str, params: Params) -> tuple[bool, bool
 
 
 def bare(networks: Callable[[], Mapping[str, AnyBlock]]) -> dict[str, AnyBlock]:
-    """Networks to run on a learner's weights, with no numbers of their own that could be taken for trained ones.
+    """Networks without weights of their own, which run on a learner's parameters alone.
 
-    Their tensors are on the device "meta", and calling one as a module, or asking for its state, is refused.
+    Initial weights could be mistaken for trained ones, so their tensors are on the device "meta", and calling such a
+    network as a module, or asking for its state dict, is refused.
 
     Args:
-        networks: makes them by name; torch's generator is left as it was.
+        networks: builds them by name; torch's generator is left as it was.
     """
     with alone, torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        made = networks()
-    return {name: _without_numbers(block) for name, block in made.items()}
+        built = networks()
+    return {name: _without_numbers(block) for name, block in built.items()}
 
 
 def _without_numbers(block: AnyBlock) -> AnyBlock:
-    """A copy whose tensors have shapes alone; the block, which may share its own with a user's module, stays."""
+    """Copy of a block with tensors on the device "meta"; the block itself may share a user's tensors."""
     memo: dict[int, Any] = {}
     for value in own_tensors(block).values():
         empty = torch.empty_like(value, device="meta")
@@ -237,11 +238,11 @@ def own_tensors(module: nn.Module) -> Params:
 
 
 def apply(block: Block, params: Params, x: Tree, ctx: Context | None = None) -> Tree:
-    """Run a block on stacked parameters: a loop over the learners of `block(x[i])` with parameters `[i]`, in one go.
+    """Run a block on stacked parameters: `block(x[i])` with parameters `[i]` for all learners at once.
 
     Args:
         block: any block; its own tensors are not used.
-        params: as `stack` makes them, each `[*L, ...]`.
+        params: as `stack` returns them, each `[*L, ...]`.
         x: `[*L, ..., features]`, or a dictionary of such tensors where the block takes one.
         ctx: mode and key; evaluation without a key where it is left out.
 
@@ -255,11 +256,11 @@ def apply(block: Block, params: Params, x: Tree, ctx: Context | None = None) -> 
 
 
 def stack(factory: Callable[[], nn.Module], seeds: Tensor) -> Params:
-    """One set of initial parameters and buffers for every learner.
+    """Stacked initial parameters and buffers, one set per learner.
 
-    Every module is built under its own seed, so that a learner's weights depend on that alone: not on the other
-    learners, and not on torch's global generator, which is left as it was. They are built on the CPU, so that they
-    are the same on every device.
+    Every module is built under its own seed, so that a learner's weights depend on its seed alone: not on the other
+    learners, and not on torch's global generator, which is left as it was. They are built on the CPU, so that they are
+    the same on every device.
 
     Args:
         factory: builds the module.
@@ -297,14 +298,14 @@ def stack(factory: Callable[[], nn.Module], seeds: Tensor) -> Params:
 
 
 def split(block: nn.Module, params: Params) -> tuple[Params, Params]:
-    """Separate what an optimizer may change from the rest.
+    """Split parameters into trainable ones and the rest.
 
     Args:
         block: the module that `params` belongs to.
         params: parameters and buffers.
 
     Returns:
-        The parameters that require gradients in `block`; the frozen ones and the buffers.
+        The parameters that require gradients in `block`, and the frozen ones with the buffers.
     """
     trainable = {name for name, value in block.named_parameters() if value.requires_grad}
     parameters = {name: value for name, value in params.items() if name in trainable}
@@ -312,7 +313,7 @@ def split(block: nn.Module, params: Params) -> tuple[Params, Params]:
 
 
 def learner_axes(block: Block, params: Params, ctx: Context, prefix: str) -> int:
-    """How many learner axes there are: by the context, else by a parameter of the block, else by the key, else none."""
+    """Number of learner axes: by the context, else by a parameter of the block, else by the key, else 0."""
     if ctx.learner_axes is not None:
         return ctx.learner_axes
     anchor = _first_tensor(block, "_parameters") or _first_tensor(block, "_buffers")
@@ -323,51 +324,51 @@ def learner_axes(block: Block, params: Params, ctx: Context, prefix: str) -> int
 
 
 def _first_tensor(module: nn.Module, kind: str) -> tuple[str, int] | None:
-    """Name of a tensor of the module and how many axes it has for one learner."""
+    """Name of the first tensor of a module, and its number of axes for one learner."""
     for name, value in getattr(module, kind).items():
         if value is not None:
             return name, value.dim()
     for name, child in module._modules.items():
-        found = None if child is None else _first_tensor(child, kind)
-        if found is not None:
-            return f"{name}.{found[0]}", found[1]
+        first = None if child is None else _first_tensor(child, kind)
+        if first is not None:
+            return f"{name}.{first[0]}", first[1]
     return None
 
 
 def with_learner_axes(block: Block, params: Params, ctx: Context, prefix: str) -> Context:
-    """The context with its learner axes filled in, which shares `new_buffers` with the one given."""
+    """Context with its learner axes filled in; it shares `new_buffers` with `ctx`."""
     if ctx.learner_axes is not None:
         return ctx
     return replace(ctx, learner_axes=learner_axes(block, params, ctx, prefix))
 
 
 def share_tensors(block: Block, module: nn.Module) -> None:
-    """Make the tensors and children of `module` those of `block` under the same names, so that state dicts fit both."""
+    """Let `block` share the tensors and children of `module` under the same names, so that state dicts fit both."""
     block._parameters, block._buffers, block._modules = module._parameters, module._buffers, module._modules
     block._non_persistent_buffers_set = module._non_persistent_buffers_set
     block.training = module.training
 
 
 def fetch(block: nn.Module, params: Params, prefix: str, name: str) -> Tensor | None:
-    """The tensor `name` of the block in `params`, or None where the block was made without it."""
+    """Tensor `name` of a block in `params`, or None where the block has none (no bias, for example)."""
     if block._parameters.get(name) is None and block._buffers.get(name) is None:
         return None
     return params[prefix + name]
 
 
 def latest(params: Params, ctx: Context, name: str) -> Tensor:
-    """A buffer as an earlier forward pass in this context left it, so that a second one continues the first."""
+    """Latest value of a buffer: as an earlier forward pass in this context left it, else that in `params`."""
     value = ctx.new_buffers.get(name)
     return params[name] if value is None else value
 
 
 def between(parameter: Tensor, x: Tensor, axes: int) -> Tensor:
-    """`[*L, *F]` as `[*L, 1, ..., 1, *F]`, so that it broadcasts against `x` `[*L, ..., *F]`.
+    """Reshape a parameter `[*L, *F]` to `[*L, 1, ..., 1, *F]`, which broadcasts against `x` `[*L, ..., *F]`.
 
     Args:
         parameter: a tensor with `axes` learner axes.
-        x: the data it meets.
-        axes: how many learner axes there are.
+        x: data `[*L, ..., *F]`.
+        axes: number of learner axes.
 
     Raises:
         ValueError: `x` does not start with the learner axes of `parameter`.

@@ -1,7 +1,7 @@
-"""What a user's network must not do, since learners and environments share its calls: found by calling it.
+"""Checks of a user's network, by calling it: rows must be independent, and calls must not depend on earlier calls.
 
-A network mixes rows where it takes the batch for something else (time, in a recurrent layer without `batch_first`), or
-normalises over it; it remembers where it keeps an attribute from one call to the next.
+Learners and environments share the calls of a network. It mixes rows if it takes the batch axis for another (time, in a
+recurrent layer without `batch_first`) or normalises over it; it has memory if it changes an attribute in a call.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from rlmeta.nn.block import Block, Context, NeedsKey, Params
 
 @torch.no_grad()
 def check_block(block: Block, x: tree.Tree, other: tree.Tree, *, rows: bool = True, key: Tensor | None = None) -> None:
-    """Refuse a block that is no function of its rows.
+    """Refuse a block whose features of a row are no function of that row alone.
 
     Args:
         block: from a batch to features `[B, D]`; runs on its own tensors.
         x: a batch of inputs `[B, ...]`, B at least 2.
         other: another one of the same shapes.
-        rows: whether a row's features must depend on that row alone, as in evaluation everywhere but where a batch's
-            own statistics are asked for.
-        key: what its learner's training draws from, None if it has nothing.
+        rows: whether rows must be independent in evaluation; not with batch statistics instead of running ones.
+        key: random key of the learner's training, None if it has none.
 
     Raises:
-        SettingError: it writes to its input, mixes rows, remembers a call in the next one, or draws random numbers
-            without a key.
+        SettingError: it writes to its input, mixes rows, keeps memory between calls, or draws random numbers without
+            a key.
     """
     tensors = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
     params = {name: value.detach() for name, value in tensors}
@@ -39,12 +38,12 @@ def check_block(block: Block, x: tree.Tree, other: tree.Tree, *, rows: bool = Tr
 
 
 def _check_repeats(block: Block, params: Params, x: tree.Tree, other: tree.Tree, ctx: Context, when: str) -> None:
-    """One batch, another, and the first again."""
+    """Refuse a block that gives other features for the same batch after a call with another batch."""
 
     def features(x: tree.Tree) -> Tensor:
         fresh = Context(training=ctx.training, key=ctx.key, learner_axes=0)
-        found: Tensor = block.run(params, x, fresh)
-        return found
+        outputs: Tensor = block.run(params, x, fresh)
+        return outputs
 
     kept = tree.map(torch.clone, x)
     try:
@@ -68,11 +67,11 @@ def _check_repeats(block: Block, params: Params, x: tree.Tree, other: tree.Tree,
 
 
 def _check_rows(block: Block, params: Params, x: tree.Tree, other: tree.Tree) -> None:
-    """Change the first row, then the last, and look at the others."""
+    """Refuse a block in which changing the first or the last row changes the features of other rows."""
 
     def features(x: tree.Tree) -> Tensor:
-        found: Tensor = block.run(params, x, Context(learner_axes=0))
-        return found
+        outputs: Tensor = block.run(params, x, Context(learner_axes=0))
+        return outputs
 
     count, before = len(next(tree.leaves(x))), features(x)
     for row in range(count):
@@ -88,7 +87,7 @@ def _check_rows(block: Block, params: Params, x: tree.Tree, other: tree.Tree) ->
 
 
 def _with_row(x: tree.Tree, place: int, other: tree.Tree, row: int) -> tree.Tree:
-    """A copy of the batch in which the row at `place` is that of another batch."""
+    """Copy of a batch with the row at `place` replaced by row `row` of another batch."""
 
     def put(a: Tensor, b: Tensor) -> Tensor:
         changed = a.clone()
@@ -99,7 +98,7 @@ def _with_row(x: tree.Tree, place: int, other: tree.Tree, row: int) -> tree.Tree
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether features are the same up to rounding, of their largest."""
+    """Whether features are equal up to rounding, relative to the largest."""
     a, b = a.double(), b.double()
     scale = max(1.0, float(a.abs().max())) if a.numel() else 1.0
     return a.shape == b.shape and bool(((a - b).abs() <= 1e-6 * scale).all())

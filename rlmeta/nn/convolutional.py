@@ -1,4 +1,4 @@
-"""Networks of convolutions, as `network=` of a learner takes them."""
+"""Convolutional networks for the `network=` argument of a learner."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from rlmeta.errors import SpaceError
 
 
 def strided_convolutions(space: gym.Space, channels: int = 32, layers: int = 4) -> nn.Sequential:
-    """The few-shot network without pooling: 3 x 3 convolutions of stride 2, each normalised by its batch, and ReLU.
+    """Few-shot convolutional network of Omniglot: 3 x 3 convolutions of stride 2, batch normalisation and ReLU.
 
-    Finn et al., "Model-agnostic meta-learning", 2017, with 64 channels, for Omniglot. No running statistics are kept:
-    a batch is one task's support or query.
+    The network without pooling of Finn et al., "Model-agnostic meta-learning", 2017, who take 64 channels. There are no
+    running statistics: a batch is the support or query set of one task.
 
     Args:
-        space: of grey pictures, `[H, W]`, numbers.
+        space: Box of grayscale images `[H, W]`.
         channels: of every layer.
-        layers: each halves the sides.
+        layers: number of convolutions; each halves height and width.
 
     Returns:
-        `[B, H, W]` -> `[B, features]`.
+        A network `[B, H, W]` -> `[B, features]`.
 
     Raises:
-        SpaceError: the observations are no grey pictures.
+        SpaceError: the observations are no grayscale images.
     """
     return _convolutions(space, channels, layers, running=False)
 
 
 def running_convolutions(space: gym.Space, channels: int = 32, layers: int = 4) -> nn.Sequential:
-    """`strided_convolutions` with running statistics, which normalise where nothing is trained: a picture's features
-    are then its own, whatever else is in the batch."""
+    """Few-shot convolutional network with running statistics; arguments as for `strided_convolutions`.
+
+    In evaluation an image's features do not depend on the rest of its batch.
+    """
     return _convolutions(space, channels, layers, running=True)
 
 

@@ -1,4 +1,4 @@
-"""Dropout whose masks are a function of a key."""
+"""Dropout with masks drawn from a random key."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from rlmeta.nn.block import Block, Context, NeedsKey, Params
 
 
 class Dropout(Block):
-    """In training, zeros with probability `p` and the rest divided by 1 - p: any shape to the same shape.
+    """Dropout: in training, zeros with probability `p` and the rest divided by 1 - p; the shape stays the same.
 
-    In evaluation, and where the block was put in `eval()`, the input as it is.
-
-    The mask is drawn from the context's key and the block's name: a learner's own, whatever company it keeps.
+    In evaluation, and where the block was put in `eval()`, the input is returned unchanged. The mask is drawn from the
+    context's key and the block's name, so a learner's mask does not depend on the other learners.
 
     Source: Srivastava et al., "Dropout", 2014.
     """
@@ -29,12 +28,12 @@ class Dropout(Block):
         if not 0.0 <= p <= 1.0:
             raise SettingError(f"dropout probability is {p}, expected a number in [0, 1]")
         self._p = p
-        self._key: Tensor | None = None  # where a lifted module begins, until it ends
+        self._key: Tensor | None = None  # set during a call of a lifted module
         self._name = ""
         self._calls = 0
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """Same shape as `x`.
+        """Drop entries of `x` in training.
 
         Raises:
             NeedsKey: training without a key.
@@ -49,15 +48,15 @@ class Dropout(Block):
         return self._drop(x, ctx.key, prefix, 0)
 
     def may_draw(self) -> bool:
-        """In training."""
+        """Whether it is in training mode with a positive probability."""
         return self.training and self._p > 0.0
 
     def begin(self, key: Tensor | None, name: str) -> None:
-        """Draw from `key` when called inside a lifted module, one mask after another; None ends that."""
+        """Set the key of the next calls inside a lifted module, each with a mask of its own; None unsets it."""
         self._key, self._name, self._calls = key, name, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """As an ordinary module: from the lifted module's key where there is one, else from torch's generator."""
+        """Forward pass as in any module: masks from the lifted module's key if set, else from torch's generator."""
         if self._key is None or not self.may_draw():
             return super().forward(x)
         self._calls += 1

@@ -1,4 +1,4 @@
-"""From the observations of any space to a vector of features."""
+"""Observation encoder: observations of any Gymnasium space as a feature vector."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rlmeta.functional.tree import Tree
 from rlmeta.nn.block import Block, Context, Params
 
 ACTION_MASK = "action_mask"
-"""The key of a Dict observation that says which actions are allowed, and is no feature."""
+"""Key of the action mask in a Dict observation, which is no feature."""
 
 
 def feature_axes(space: gym.Space, path: str = "") -> Tree:
-    """How many feature axes an observation of `space` has behind its learner and batch axes.
+    """Number of feature axes of an observation of `space`, after its learner and batch axes.
 
     Args:
         space: an observation space.
-        path: its place in a larger one, for the message.
+        path: of the space in a larger one, for the error message.
 
     Returns:
         A number, or a dictionary of them for Dict and Tuple (whose entries are named "0", "1", ...).
@@ -59,10 +59,10 @@ def _one_hot(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def byte_bound(space: gym.Space) -> float | Tensor | None:
-    """What bytes of a space are divided by: the largest values that it declares, one number or one for each entry.
+    """Divisor of a byte space: its largest declared values, as one number or one for each entry; else None.
 
-    None for any other space. Only bytes (uint8) are scaled, and only while they are bytes: numbers that come as floats
-    or wider integers, or that something has made floats of (a wrapper, `normalise_observation`), are taken as they are.
+    Only bytes (uint8) are scaled, and only while they are bytes: floats and wider integers are taken as they are, also
+    where a wrapper or `normalise_observation` has converted bytes to floats.
     """
     if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8 or space.high.size == 0:
         return None
@@ -73,7 +73,7 @@ def byte_bound(space: gym.Space) -> float | Tensor | None:
 
 
 def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """How many features an elementary space has, and the function that makes them: `[..., *shape]` -> `[..., D]`."""
+    """Number of features of an elementary space, and its encoding function `[..., *shape]` -> `[..., D]`."""
     shape = space.shape or ()
     if isinstance(space, gym.spaces.Discrete):
         return int(space.n), lambda x: _one_hot(x, int(space.n), dtype)
@@ -101,16 +101,16 @@ def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[
 
 
 class Encoder(Block):
-    """Observations of any supported space as features `[*L, ..., D]`; it has no parameters.
+    """Observation encoder without parameters: any supported space to features `[*L, ..., D]`.
 
-    Box is flattened (bytes, as in images, are divided by their bound, see `byte_bound`), Discrete and MultiDiscrete,
-    counted from 0 as worlds give them, become one-hot, MultiBinary zeros and ones. Entries of Dict are concatenated in
-    alphabetical order, whichever the space lists them in, and without the key "action_mask"; those of Tuple in theirs.
-    A Tuple's observation is a dictionary with the keys "0", "1", ..., or a tuple.
+    Box is flattened (bytes, as in images, are divided by their bound, see `byte_bound`); Discrete and MultiDiscrete,
+    counted from 0, become one-hot vectors; MultiBinary becomes zeros and ones. Entries of Dict are concatenated in
+    alphabetical order, without the key "action_mask"; those of Tuple in their own order. A Tuple's observation is a
+    dictionary with the keys "0", "1", ..., or a tuple.
     """
 
     features: int
-    """D."""
+    """D, the number of features."""
 
     def __init__(self, observation_space: gym.Space, dtype: torch.dtype = torch.float32) -> None:
         """Create the encoder.
@@ -133,15 +133,15 @@ class Encoder(Block):
             raise SpaceError(f"observation space {observation_space} has no entry to learn from: give it at least one")
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tensor:
-        """Observations `[*L, ..., *shape]`, a dictionary of them for Dict -> `[*L, ..., D]`."""
+        """Encode observations `[*L, ..., *shape]`, a dictionary of them for Dict, as `[*L, ..., D]`."""
         parts = []
         for path, shape, _, encode in self._entries:
             leaf = x
             for name in path:
                 leaf = _entry(leaf, name)
             if not isinstance(leaf, Tensor) or tuple(leaf.shape[leaf.dim() - len(shape) :]) != shape:
-                given = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(f"observation{list(path) or ''} has shape {given}, expected {('...', *shape)}")
+                received = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"observation{list(path) or ''} has shape {received}, expected {('...', *shape)}")
             parts.append(encode(leaf))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -151,5 +151,5 @@ def _entry(x: Tree, name: str) -> Tree:
         return x[name]
     if isinstance(x, tuple) and name.isdigit() and int(name) < len(x):
         return x[int(name)]
-    given = f"the keys {list(x)}" if isinstance(x, dict) else type(x).__name__
-    raise SpaceError(f"the observation has no entry {name!r}, which its space has: it has {given}")
+    entries = f"the keys {list(x)}" if isinstance(x, dict) else type(x).__name__
+    raise SpaceError(f"the observation has no entry {name!r}, which its space has: it has {entries}")

@@ -1,4 +1,4 @@
-"""Ensembles: several copies of a block as one more axis behind the learners'."""
+"""Ensembles: several copies of a block, as one more axis after the learner axes."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from rlmeta.nn.block import Block, Context, Params, learner_axes
 
 
 class Ensemble(Block):
-    """n blocks of one form, each with weights of its own, on the same input: `[*L, ..., D]` -> `[*L, n, ...]`.
+    """Ensemble of n blocks with separate weights on the same input: `[*L, ..., D]` -> `[*L, n, ...]`.
 
-    Their weights are stacked, `[*L, n, ...]`, under the names that one of them has behind `member.`, so all are
-    computed at once as learners are.
+    The weights are stacked, `[*L, n, ...]`, under the names of one member with the prefix `member.`, so that all
+    members are computed at once, as learners are.
     """
 
     def __init__(self, make: Callable[[], Block], count: int) -> None:
         """Create the ensemble.
 
         Args:
-            make: makes a member; called `count` times, so that initial weights differ.
+            make: builds a member; called `count` times, so that initial weights differ.
             count: n.
 
         Raises:
-            SettingError: no member is asked for, or `make` gives the same block twice.
+            SettingError: `count` is below 1, or `make` returns the same block twice.
         """
         super().__init__()
         if count < 1:
             raise SettingError(f"an ensemble of {count} members, expected 1 or more")
         members = [make() for _ in range(count)]
         if len({id(member) for member in members}) < count:
-            raise SettingError("an ensemble needs a function that makes a new block in every call")
+            raise SettingError("an ensemble needs a function that returns a new block at every call")
         self.count = count
         parts = [list(member.modules()) for member in members]
         for same in zip(*parts, strict=True):
@@ -44,7 +44,7 @@ class Ensemble(Block):
         self.member = members[0]
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
-        """All members' outputs for `x`."""
+        """Outputs of all members for `x`, `[*L, n, ...]`."""
         axes = learner_axes(self, params, ctx, prefix)
         many = tree.map(lambda t: t.unsqueeze(axes).expand(*t.shape[:axes], self.count, *t.shape[axes:]), x)
         key = None if ctx.key is None else random.fold(ctx.key.unsqueeze(-1), torch.arange(self.count))
@@ -52,7 +52,7 @@ class Ensemble(Block):
 
 
 def _stack_tensors(same: tuple[nn.Module, ...]) -> None:
-    """Give the first of some modules of one form the tensors of all, stacked."""
+    """Stack the tensors of modules of the same form into the first of them, in place."""
     first = same[0]
     for name, value in first._parameters.items():
         if value is not None:

@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information: how much a predictive distribution changes with each weight.
+"""Diagonal Fisher information: how much a predictive distribution changes with each weight.
 
 F = E_x E_{y ~ p(.|x)} (∂ log p(y|x) / ∂w)², averaged over samples. With η the distribution's parameters (logits, say)
 and G(η) = Σᵣ vᵣ vᵣᵀ its Fisher information in them, the diagonal in the weights is Σᵣ (Jᵀ vᵣ)², J the Jacobian of η:
@@ -29,7 +29,7 @@ from rlmeta.nn.block import Context
 from rlmeta.nn.sample_gradients import Forward, Params, check_outputs, squared_gradients
 
 FisherKind: TypeAlias = Literal["exact", "sample", "empirical"]
-"""What is done about the labels."""
+"""Where the labels come from: expectation, sample of the model, or the data; see the table above."""
 
 
 def categorical_fisher(
@@ -47,15 +47,15 @@ def categorical_fisher(
     """Diagonal Fisher information of a categorical distribution, per sample on average.
 
     Args:
-        logits: gives `[*L, B, C]` for a batch.
+        logits: function that returns `[*L, B, C]` for a batch.
         p: `{"weights": {name: [*L, ...]}}`, and buffers if there are some; evaluated without dropout and with running
             statistics.
         batch: samples `[*L, n, ...]`.
         learner_axes: how many learner axes there are.
-        kind: what is done about the labels.
+        kind: where the labels come from, see `FisherKind`.
         target: kind "empirical": the labels `[*L, n]` int64.
         key: kind "sample": `[*L]`.
-        names: the weights it is wanted for, all where left out; 0 for the others.
+        names: the weights to compute it for, all where left out; 0 for the others.
         chunk: samples at a time.
 
     Returns:
@@ -68,7 +68,7 @@ def categorical_fisher(
     require_choice("fisher: kind", kind, FisherKind)
     if target is not None and kind != "empirical":
         raise SettingError(
-            f'fisher: kind "{kind}" makes its own labels, but target was given: did you mean "empirical"?'
+            f'fisher: kind "{kind}" takes its labels from the model, but target was given: did you mean "empirical"?'
         )
     some = check_outputs(logits, p, batch, learner_axes)
     _refuse_probabilities(some, learner_axes)
@@ -87,7 +87,7 @@ def categorical_fisher(
 
 
 def _refuse_probabilities(out: Tensor, learner_axes: int) -> None:
-    """Refuse outputs that are no logits: what is 0 or more and sums to 1 in every row was normalised already."""
+    """Refuse probabilities in place of logits: rows of nonnegative numbers that sum to 1."""
     if out.dim() != learner_axes + 2:
         raise SettingError(f"fisher: the outputs have shape {tuple(out.shape)}, expected logits [*L, B, C]")
     if out.shape[-1] > 1 and bool((out >= 0).all() & ((out.sum(-1) - 1).abs() < 1e-3).all()):
@@ -95,17 +95,17 @@ def _refuse_probabilities(out: Tensor, learner_axes: int) -> None:
 
 
 def _drawn_labels(logits: Forward, p: Params, batch: tree.Tree, key: Tensor | None, learner_axes: int) -> Tensor:
-    """Labels `[*L, n]` of the distribution itself."""
+    """Labels `[*L, n]` sampled from the predicted distribution."""
     if key is None or key.dim() != learner_axes:
-        given = "without a key" if key is None else f"with a key of shape {tuple(key.shape)}"
-        raise SettingError(f'fisher: kind "sample" draws labels, {given}: pass a key [*L]')
+        key_text = "without a key" if key is None else f"with a key of shape {tuple(key.shape)}"
+        raise SettingError(f'fisher: kind "sample" draws labels, {key_text}: pass a key [*L]')
     with torch.no_grad():
         drawn = logits(p, batch, Context())
     return (drawn + random.gumbel(key, "fisher", 0, drawn.shape[key.dim() :], drawn.dtype)).argmax(-1)
 
 
 def _checked_labels(target: Tensor | None, out: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The labels as int64; `out` are logits of some samples."""
+    """Labels as int64, checked against the number of classes of the logits `out`."""
     if target is None:
         raise SettingError('fisher: kind "empirical" is of the data\'s labels: pass target')
     if target.is_floating_point() or tuple(target.shape) != shape:
@@ -124,14 +124,16 @@ def gaussian_fisher(
     names: Sequence[str] | None = None,
     chunk: int = 512,
 ) -> Tensor:
-    """Exact diagonal Fisher information of a diagonal Gaussian: Σⱼ (∂μⱼ)² / σⱼ² + 2 (∂ log σⱼ)², per sample on average.
+    """Exact diagonal Fisher information of a diagonal Gaussian, per sample on average.
+
+    Σⱼ (∂μⱼ)² / σⱼ² + 2 (∂ log σⱼ)²
 
     Args:
-        parameters: gives the means and the logarithms of the deviations, joined: `[*L, B, 2 A]`.
+        parameters: function that returns means and log standard deviations, concatenated: `[*L, B, 2 A]`.
         p: parameters.
         batch: samples `[*L, n, ...]`.
         learner_axes: how many learner axes there are.
-        names: the weights it is wanted for, all where left out; 0 for the others.
+        names: the weights to compute it for, all where left out; 0 for the others.
         chunk: samples at a time.
 
     Returns:
@@ -156,14 +158,16 @@ def score_fisher(
     names: Sequence[str] | None = None,
     chunk: int = 512,
 ) -> Tensor:
-    """Mean of (∂ log p)² over samples, of any distribution: "sample" where it drew its batch itself, else "empirical".
+    """Fisher information from scores, the mean of (∂ log p)² over samples of any distribution.
+
+    It is of kind "sample" where the batch was drawn from the model itself, else "empirical".
 
     Args:
-        log_prob: gives `[*L, B]`.
+        log_prob: function that returns `[*L, B]`.
         p: parameters.
         batch: samples `[*L, n, ...]`, with their labels or actions.
         learner_axes: how many learner axes there are.
-        names: the weights it is wanted for, all where left out; 0 for the others.
+        names: the weights to compute it for, all where left out; 0 for the others.
         chunk: samples at a time.
 
     Returns:
@@ -184,17 +188,17 @@ def score_fisher(
 
 
 def categorical_roots(logits: Tensor, batch: tree.Tree = None) -> Iterator[Tensor]:
-    """√p_y (e_y - p) for every label y: the square root of diag(p) - p pᵀ."""
+    """Roots √p_y (e_y - p) of a categorical's Fisher information diag(p) - p pᵀ in its logits, one per label y."""
     probabilities = logits.softmax(-1)
     for label in range(logits.shape[-1]):
-        one = probabilities[..., label : label + 1].sqrt()
-        root = -one * probabilities
-        root[..., label : label + 1] += one
+        scale = probabilities[..., label : label + 1].sqrt()
+        root = -scale * probabilities
+        root[..., label : label + 1] += scale
         yield root
 
 
 def gaussian_roots(parameters: Tensor, batch: tree.Tree = None) -> Iterator[Tensor]:
-    """1 / σⱼ for every mean and √2 for every log deviation, `[*L, B, 2 A]` each."""
+    """Roots of a Gaussian's Fisher information: 1 / σⱼ per mean, √2 per log deviation, `[*L, B, 2 A]` each."""
     mean, log_std = parameters.chunk(2, -1)
     scales = torch.cat([(-log_std).exp(), torch.full_like(mean, 2.0**0.5)], -1)
     for j in range(scales.shape[-1]):
@@ -204,7 +208,7 @@ def gaussian_roots(parameters: Tensor, batch: tree.Tree = None) -> Iterator[Tens
 
 
 def _label_roots(logits: Tensor, batch: tree.Tree) -> Iterator[Tensor]:
-    """e_y - p of the given labels."""
+    """Gradient of log p(y) in the logits, e_y - p, for the labels y of the batch."""
     root = -logits.softmax(-1)
     target = batch["target"].unsqueeze(-1)
     yield root.scatter_add(-1, target, torch.ones_like(target, dtype=root.dtype))

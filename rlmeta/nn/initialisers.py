@@ -1,4 +1,4 @@
-"""How layers get their first weights."""
+"""Weight initialisation."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from torch import Tensor, nn
 from rlmeta.errors import SettingError
 
 Initialiser: TypeAlias = Literal["orthogonal", "torch"]
-"""Name of a way to draw a linear layer's first weights; see `initialise`."""
+"""Name of a weight initialisation; see `initialise`."""
 
 
 def parameter(*shape: int, value: float = 0.0) -> nn.Parameter:
-    """A parameter full of one value: float32 on the CPU, whatever torch's defaults are; `Module.to` moves it."""
+    """Parameter filled with one value: float32 on the CPU, whatever torch's defaults are; `Module.to` moves it."""
     return nn.Parameter(torch.full(shape, value, dtype=torch.float32, device="cpu"))
 
 
 def initialise(weight: Tensor, bias: Tensor | None, initialiser: Initialiser, gain: float = 1.0) -> None:
-    """Fill a linear layer's weight `[out, in]` and bias `[out]` in place, drawing from torch's generator.
+    """Initialise a linear layer's weight and bias in place, drawing from torch's generator.
 
-    "orthogonal": orthonormal rows or columns times `gain`, bias 0 (Saxe et al., 2014), as policy gradient codes do.
-    "torch": what `torch.nn.Linear` starts from, uniform within 1 / sqrt(in), times `gain`.
+    "orthogonal": orthonormal rows or columns times `gain`, bias 0 (Saxe et al., 2014), usual for policy gradients.
+    "torch": as `torch.nn.Linear`, uniform within 1 / sqrt(in), times `gain`.
 
     Args:
         weight: `[out, in]`.
         bias: `[out]` or None.
         initialiser: one of the two.
         gain: factor of the weights.
+
+    Raises:
+        SettingError: the initialiser is unknown.
     """
     if initialiser == "orthogonal":
         nn.init.orthogonal_(weight, gain)

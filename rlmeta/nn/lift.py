@@ -1,4 +1,4 @@
-"""An ordinary module as a block, so that it runs on stacked parameters; a sequence of modules."""
+"""Lifting: converts PyTorch modules to blocks, which run on stacked parameters; sequences of modules."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ _ELEMENTWISE = (
 
 
 def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
-    """Make a block of an ordinary module, so that it runs on stacked parameters.
+    """Convert a PyTorch module to a block, which runs on stacked parameters.
 
     A learner `i` gets `module(x[i])` under its own parameters: the module is written for one learner and sees no
-    learner axis. Names stay those of the module, so its state dicts go in and out, and its tensors stay shared with it.
-    Linear, LayerNorm, BatchNorm, Dropout, Flatten, elementwise activations and sequences of them become the blocks of
-    this package. Of any other module a copy runs under `torch.func.vmap`, or where an operation has no rule for that
-    (an LSTM) in a loop over the learners; batch normalisation and dropout inside are replaced by this package's,
-    buffers that the module writes are returned, and what else it draws comes from torch's generator, seeded by the
-    context's key. Every part keeps the mode, `train()` or `eval()`, that it has when it is lifted.
+    learner axis. Names stay those of the module, so its state dicts can be loaded and saved, and it shares its tensors
+    with the block. Linear, LayerNorm, BatchNorm, Dropout, Flatten, elementwise activations and sequences of them become
+    the blocks of this package. A copy of any other module runs under `torch.func.vmap`, or in a loop over the learners
+    where an operation has no batching rule (an LSTM). In the copy, batch normalisation and dropout are replaced by this
+    package's, buffers that the module writes are returned, and other random numbers come from torch's generator, seeded
+    by the context's key. Every submodule keeps the mode, `train()` or `eval()`, that it has when it is lifted.
 
-    What a module must not do, because learners and environments share its one call: mix the rows of its batch, remember
-    one call in the next, or draw random numbers where there is no key. Learners check that in a `network=`
-    (`rlmeta.nn.checks`), since they know what it will be given; `lift` alone does not.
+    Learners and environments share one call of the module, so it must not mix the rows of its batch, keep memory
+    between calls, or draw random numbers without a key. Learners check this for a `network=` (`rlmeta.nn.checks`),
+    since they know its inputs; `lift` alone does not.
 
     Args:
         module: any module of one input; blocks are returned as they are. A dictionary of tensors is one input.
         feature_axes: how many axes of `x` are features (for an image 3), as a number or as a dictionary in the shape of
             `x`; see `feature_axes` of a space. All axes between the learners' and these are folded into one batch
-            axis for the module. None: the module gets `x[i]` as it is.
+            axis for the module. None: the module gets `x[i]` unchanged.
 
     Returns:
         The block.
 
     Raises:
-        SettingError: `module` is no module, or can't be copied.
+        SettingError: `module` is no module, or cannot be copied.
     """
     if not isinstance(module, nn.Module):
         raise SettingError(f"cannot lift {type(module).__name__}: expected a torch.nn.Module, built (not its class)")
@@ -73,7 +73,7 @@ def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
 
 
 def _native(module: nn.Module) -> Block | None:
-    """The block that does the same, sharing the module's tensors; None where there is none."""
+    """Equivalent block of this package that shares the module's tensors; None if there is none."""
     if isinstance(module, Block):
         return module
     if hooked(module):
@@ -99,7 +99,7 @@ def _native(module: nn.Module) -> Block | None:
 
 
 class Sequential(Block):
-    """Blocks one after another, named "0", "1", ... as in `nn.Sequential`; other modules are lifted."""
+    """Sequence of blocks named "0", "1", ... as in `nn.Sequential`; other modules are lifted."""
 
     def __init__(self, *modules: nn.Module | OrderedDict[str, nn.Module]) -> None:
         """Create the sequence from modules, or from one ordered dictionary of named modules."""
@@ -111,7 +111,7 @@ class Sequential(Block):
             self.add_module(str(name), lift(module))
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
-        """Each block's output is the next one's input."""
+        """Run the blocks in turn, each on the output of the previous."""
         ctx = with_learner_axes(self, params, ctx, prefix)
         for name, block in self._modules.items():
             x = block.run(params, x, ctx, f"{prefix}{name}.")  # type: ignore[union-attr, operator]
@@ -119,10 +119,10 @@ class Sequential(Block):
 
 
 class Folded(Block):
-    """A block whose batch axes, however many, are folded into one before it runs and unfolded after."""
+    """Block whose batch axes, however many, are folded into one before it runs and unfolded afterwards."""
 
     def __init__(self, inner: Block, feature_axes: Tree) -> None:
-        """Create the block around `inner`, under whose names its tensors stay; `feature_axes` as for `lift`."""
+        """Create the block around `inner`, whose tensors keep their names; `feature_axes` as for `lift`."""
         super().__init__()
         self._inner = (inner,)
         self._feature_axes = feature_axes
@@ -130,15 +130,15 @@ class Folded(Block):
         share_tensors(self, inner)
 
     def may_draw(self) -> bool:
-        """As the block inside."""
+        """As the inner block."""
         return self._inner[0].may_draw()
 
     def keeps_ties(self) -> bool:
-        """As the block inside."""
+        """As the inner block."""
         return self._inner[0].keeps_ties()
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
-        """`[*L, ..., *features]` -> `[*L, ..., *features]`."""
+        """Run the inner block on one batch axis: `[*L, ..., *features]` -> `[*L, ..., *features]`."""
         inner = self._inner[0]
         ctx = with_learner_axes(inner, params, ctx, prefix)
         axes = ctx.learner_axes or 0
@@ -158,8 +158,8 @@ class Folded(Block):
 def _fold(x: Tree, feature_axes: Tree, axes: int, batches: list[torch.Size], path: str) -> Tree:
     if isinstance(feature_axes, dict):
         if not isinstance(x, dict) or not feature_axes.keys() >= x.keys():
-            given = list(x) if isinstance(x, dict) else type(x).__name__
-            raise ValueError(f"x{path} has the entries {given}, expected some of {list(feature_axes)}")
+            entries = list(x) if isinstance(x, dict) else type(x).__name__
+            raise ValueError(f"x{path} has the entries {entries}, expected some of {list(feature_axes)}")
         return {name: _fold(x[name], feature_axes[name], axes, batches, f"{path}[{name!r}]") for name in x}
     end = x.dim() - feature_axes
     if end < axes:

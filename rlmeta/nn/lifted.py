@@ -1,4 +1,4 @@
-"""A module that is no block, run on any number of learners: all at once under vmap, or one after the other."""
+"""Arbitrary PyTorch modules on stacked parameters: under `torch.func.vmap`, or in a loop over the learners."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from rlmeta.nn.norm import BATCH_NORMS, BatchNorm1d
 from rlmeta.nn.product import is_plain_graph
 
 Outcome: TypeAlias = tuple[Tree, Params]
-"""What a module returned, and its buffers afterwards."""
+"""Output of a module, and its buffers after the call."""
 
 
 class _Parts(NamedTuple):
-    """What a module is made of at the moment."""
+    """Submodules and tensors of a module."""
 
     modules: list[nn.Module]
     slots: list[tuple[dict[str, Any], str, str]]
-    """Where it keeps each tensor: a dictionary, the name there, and the name in `own_tensors`; a tensor that is tied to
-    another has the name of the first."""
+    """Slot of each tensor: its dictionary, its name there, and its name in `own_tensors`; tied tensors have the name of
+    the first."""
     buffers: list[str]
     dropouts: list[tuple[str, Dropout]]
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors, each once."""
+        """Names of all tensors, each once."""
         return list(dict.fromkeys(path for _, _, path in self.slots))
 
 
@@ -77,31 +77,31 @@ def _parts_of(module: nn.Module) -> _Parts:
 
 
 class _Call(NamedTuple):
-    """One call of a lifted module: its parts now, where they stand in the parameters, and who draws."""
+    """One call of a lifted module: its parts, the prefix of their names in `params`, and their modes."""
 
     parts: _Parts
     prefix: str
     modes: tuple[bool, ...]
-    """Which parts train."""
+    """Whether each submodule is in training mode."""
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy of a module; `memo` as for `copy.deepcopy`.
+    """Deep copy of a module; `memo` as for `copy.deepcopy`.
 
     Raises:
-        SettingError: it can't be copied.
+        SettingError: the module cannot be copied.
     """
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:
         raise SettingError(
-            f"cannot lift {type(module).__name__}, which can't be copied: {error}. Of torch's tools, take "
-            "torch.nn.utils.parametrizations instead of hooks, and end a pruning by torch.nn.utils.prune.remove"
+            f"cannot lift {type(module).__name__}, which can't be copied: {error}. Use "
+            "torch.nn.utils.parametrizations instead of hooks, and finish pruning with torch.nn.utils.prune.remove"
         ) from error
 
 
 class Lifted(Block):
-    """An arbitrary module as a block; made by `lift`."""
+    """Block of an arbitrary module, as created by `lift`."""
 
     _calls_parts = True
 
@@ -113,33 +113,33 @@ class Lifted(Block):
         _obey_own_modes(template)
         self._template = (template,)
         self._looped_modes: set[tuple[bool, ...]] = set()
-        """In which modes learners can't run at once, which spares further attempts."""
+        """Modes in which vmap failed, so that it is not tried again."""
         self._drawing_modes: set[tuple[bool, ...]] = set()
-        """In which modes it draws from torch's generator, which spares a first call without a seed."""
+        """Modes in which the module draws from torch's generator, so that no call without a seed is tried again."""
         share_tensors(self, template)
 
     def may_draw(self) -> bool:
-        """Random numbers may be drawn: what a module does is not known before it runs."""
+        """True: whether a module draws random numbers is not known before it runs."""
         return True
 
     def keeps_ties(self) -> bool:
-        """As the module does."""
+        """True: tied weights of a module stay tied."""
         return True
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "", memory: Tree | None = None) -> Tree:
-        """What the module returns for every learner, `[*L, ...]`: a tensor, or a dictionary or tuple of them.
+        """Forward pass of the module for every learner, `[*L, ...]`: a tensor, or a dictionary or tuple of them.
 
         Args:
             params: this block's tensors are those whose name starts with `prefix`.
             x: `[*L, ...]`, a tensor or a dictionary of tensors.
             ctx: mode, key, and where new buffers go.
-            prefix: this block's place in `params`.
+            prefix: of this block's names in `params`.
             memory: second input of the module where it takes one, `[*L, ...]`, a tensor or a dictionary or tuple.
 
         Raises:
             ValueError: an input does not start with the learner axes.
             NeedsKey: the module draws random numbers and the context has no key.
-            SettingError: the module has been given a new part since `params` were made.
+            SettingError: the module got a new tensor after `params` were created.
         """
         axes = learner_axes(self, params, ctx, prefix)
         inputs = (x,) if memory is None else (x, memory)
@@ -155,8 +155,8 @@ class Lifted(Block):
     def _tensor(self, params: Params, ctx: Context, prefix: str, name: str) -> Tensor:
         if prefix + name not in params:
             raise SettingError(
-                f"{type(self._template[0]).__name__} has a part {name!r} that it did not have when its parameters were "
-                "made: change a module before it is lifted, and make the parameters from the changed one"
+                f"{type(self._template[0]).__name__} has a tensor {name!r} that it did not have when its parameters "
+                "were created: change a module before it is lifted, and create the parameters from the changed module"
             )
         return latest(params, ctx, prefix + name)
 
@@ -173,14 +173,14 @@ class Lifted(Block):
     def _together(
         self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, call: _Call
     ) -> Outcome:
-        """All learners, axis 0 of everything, at once where every operation has a rule for it."""
+        """All learners at once under vmap, along axis 0; in a loop if an operation has no batching rule."""
         recurrent = any(isinstance(part, nn.RNNBase) for part in call.parts.modules)
         if recurrent or learners == 1 or call.modes in self._looped_modes:
             return self._looped(own, inputs, key, learners, call)
         try:
             with _no_silent_loops():
                 return self._vmapped(own, inputs, key, call)
-        except Exception:  # whatever it was: the loop shows the user's own error, or none
+        except Exception:  # of any kind: the loop raises the user's own error, or none
             outcome = self._looped(own, inputs, key, learners, call)
             self._looped_modes.add(call.modes)
             return outcome
@@ -204,7 +204,7 @@ class Lifted(Block):
         return pytree.tree_unflatten(stacked, outcomes[0][1])
 
     def _alone(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
-        """One learner, without learner axes, torch's generator under control."""
+        """One learner, without learner axes, with torch's generator seeded by the key if the module draws."""
         devices = _generator_devices(own, inputs)
         if key is None or call.modes not in self._drawing_modes:
             before = _generator_states(devices)
@@ -222,15 +222,15 @@ class Lifted(Block):
             return self._call(own, inputs, key, call)
 
     def _draws(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> bool:
-        """Whether the module draws from torch's generator, and not another thread at the same time."""
+        """Whether the module itself, rather than another thread, draws from torch's generator."""
         with torch.random.fork_rng(devices=_generator_devices(own, inputs)), _Draws() as seen:  # type: ignore[no-untyped-call]
             self._call(own, inputs, key, call)
         return seen.any
 
     def _call(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
-        """The module itself on one learner's tensors; it writes its buffers, if it does, into copies.
+        """Call the module with one learner's tensors; buffers it writes are copies.
 
-        This is `torch.func.functional_call`, which takes longer than the forward pass of a small network.
+        `torch.func.functional_call` does the same, but takes longer than the forward pass of a small network.
         """
         parts = call.parts
         state = {**own, **{name: own[name].clone() for name in parts.buffers}}
@@ -251,7 +251,7 @@ class Lifted(Block):
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches this thread for operations that draw random numbers."""
+    """Dispatch mode that notes whether an operation of this thread draws random numbers."""
 
     any = False
 
@@ -262,7 +262,7 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def _modes(modules: list[nn.Module], root: bool, training: bool) -> Iterator[tuple[bool, ...]]:
-    """Within, a module and its parts are in their own modes, or all in evaluation; `root` is the module's own."""
+    """Context in which submodules have their own modes, or are all in evaluation; `root` is the module's own mode."""
     own = [root, *(part.training for part in modules[1:])]
     modes = tuple(mode and training for mode in own)
     for part, mode in zip(modules, modes):
@@ -275,24 +275,24 @@ def _modes(modules: list[nn.Module], root: bool, training: bool) -> Iterator[tup
 
 
 def _obey_own_modes(module: nn.Module) -> None:
-    """Let parts with a `train` of their own, which keeps some of theirs in evaluation, have their way."""
+    """Apply overridden `train` methods, which keep some submodules in evaluation mode."""
     for part in module.modules():
         if part.training and type(part).train is not nn.Module.train:
-            before = [(one, one.training) for one in part.modules()]
+            before = [(child, child.training) for child in part.modules()]
             part.train()
-            for one, mode in before:
-                one.training = one.training and mode
+            for child, mode in before:
+                child.training = child.training and mode
 
 
 def _attention_as_products() -> contextlib.AbstractContextManager[None]:
-    """Within, attention is made of ordinary operations: torch's fused ones have no second derivative."""
+    """Context in which attention is computed by plain operations: the fused ones have no second derivative."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def _replace(module: nn.Module) -> None:
-    """Replace batch normalisation and dropout inside `module`."""
+    """Replace torch's batch normalisation and dropout inside `module` by this package's."""
     replaced: dict[int, Block] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
@@ -304,8 +304,7 @@ def _replace(module: nn.Module) -> None:
 
 
 def norm_or_dropout(module: nn.Module) -> Block | None:
-    """The block that does what torch's batch normalisation or dropout does, sharing its tensors; None of any other, or
-    of one with hooks."""
+    """Block of torch's batch normalisation or dropout, sharing its tensors; None for other and for hooked modules."""
     if hooked(module):
         return None
     if type(module) in BATCH_NORMS:
@@ -318,16 +317,16 @@ def norm_or_dropout(module: nn.Module) -> Block | None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something runs before or after the module."""
+    """Whether the module has forward or backward hooks."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
 
 def recordable(module: nn.Module) -> bool:
-    """Whether a module depends on its tensors alone, so that its operations may be recorded and replayed.
+    """Whether a module is a pure function of its tensors, so that its operations may be recorded and replayed.
 
-    It does where it is made of torch's and rlmeta's own classes, without hooks or functions of somebody's own in them;
-    another class may count its calls, or look at the clock, and does where it says so: `recordable = True`.
+    Modules of torch's and rlmeta's own classes are, without hooks and user functions in them. User classes may count
+    their calls or read the clock, so they are recorded only if they declare `recordable = True`.
     """
     for part in module.modules():
         known = type(part).__module__.startswith(("torch.nn.modules.", "rlmeta.nn."))
@@ -339,7 +338,7 @@ def recordable(module: nn.Module) -> bool:
 
 
 def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int) -> torch.Size:
-    """The learner axes, which every tensor must start with."""
+    """Sizes of the learner axes, with which every tensor must start."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     shape = next((value.shape[:axes] for value in (*own.values(), *tensors)), torch.Size())
     for value in (*own.values(), *tensors, *(() if key is None else (key,))):
@@ -351,13 +350,13 @@ def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, ax
 
 
 def _reshaper(axes: int, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """A function that replaces the first `axes` axes by `shape`."""
+    """Function that reshapes the first `axes` axes to `shape`."""
     return lambda value: value.reshape((*shape, *value.shape[axes:]))
 
 
 @contextlib.contextmanager
 def _no_silent_loops() -> Iterator[None]:
-    """Let vmap raise on an operation without a rule, where it would run that in a loop of its own, and more slowly."""
+    """Context in which vmap raises on operations without a batching rule, instead of looping over them slowly."""
     functorch: Any = torch._C._functorch
     enabled = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
@@ -368,7 +367,7 @@ def _no_silent_loops() -> Iterator[None]:
 
 
 def _generator_devices(own: Params, inputs: tuple[Tree, ...]) -> list[torch.device]:
-    """The GPUs whose generators the module may draw from."""
+    """CUDA devices whose generators the module may draw from."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     leaves = pytree.tree_leaves((own, inputs))

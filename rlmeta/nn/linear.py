@@ -1,4 +1,4 @@
-"""The affine map, and the small blocks that stand between two of them."""
+"""Linear layers, activations and flattening."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ActivationName: TypeAlias = Literal["tanh", "relu", "elu", "gelu", "silu", "sigm
 
 
 def activation_function(activation: ActivationName | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function of an activation's name; a function is returned as it is.
+    """Activation function by name; a function is returned as it is.
 
     Raises:
         SettingError: the name is not one of `ActivationName`.
@@ -49,7 +49,7 @@ def check_linear(x: Tensor, weight: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x Wᵀ + b for every learner.
+    """Linear map y = x Wᵀ + b for every learner.
 
     Args:
         x: `[*L, ..., in]`.
@@ -79,9 +79,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def tapped(ctx: Context, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` of the layer at `prefix`, which leaves its call in the context's taps where it has them.
+    """Linear map that records its input and output in the context's taps, if there are some, for per-sample gradients.
 
-    It then takes its weights for constants: their gradients follow from the taps, and what else uses them shows.
+    The weights are then treated as constants: their gradients follow from the taps, so that in the graph they have a
+    gradient only where something else uses them too.
     """
     if ctx.taps is None or not torch.is_grad_enabled():
         return linear(x, weight, bias)
@@ -96,7 +97,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(Block):
-    """y = x Wᵀ + b: `[*L, ..., in]` -> `[*L, ..., out]`; weight `[*L, out, in]` and bias `[*L, out]` as torch's."""
+    """Linear layer y = x Wᵀ + b: `[*L, ..., in]` -> `[*L, ..., out]`.
+
+    The weight is `[*L, out, in]` and the bias `[*L, out]`, as torch's.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -124,28 +128,28 @@ class Linear(Block):
         initialise(self.weight, self.bias, initialiser, gain)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """`[*L, ..., in]` -> `[*L, ..., out]`."""
+        """Apply the layer: `[*L, ..., in]` -> `[*L, ..., out]`."""
         return tapped(ctx, prefix, x, params[prefix + "weight"], fetch(self, params, prefix, "bias"))
 
 
 class Activation(Block):
-    """An elementwise function as a block: any shape to the same shape."""
+    """Activation function as a block: elementwise, any shape."""
 
     def __init__(self, function: ActivationName | Callable[[Tensor], Tensor]) -> None:
         """Create the block from a function (an `nn.ReLU()` is one, too) or its name."""
         super().__init__()
-        if getattr(function, "inplace", False):  # its input may be a view, or be needed by somebody else
+        if getattr(function, "inplace", False):  # its input may be a view, or be used elsewhere
             function = copy.copy(function)
             function.inplace = False  # type: ignore[union-attr]
         self._function = (activation_function(function),)  # in a tuple, since a module would become a child
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """`f(x)`."""
+        """Apply the function to `x`."""
         return self._function[0](x)
 
 
 class Flatten(Block):
-    """`nn.Flatten`: joins axes `start_dim` to `end_dim`, counted as one learner sees them (axis 0 is its batch)."""
+    """Flattening of axes `start_dim` to `end_dim`, as `nn.Flatten` of one learner (axis 0 is its batch)."""
 
     def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
         """Create the block with the arguments of `nn.Flatten`."""
@@ -153,7 +157,7 @@ class Flatten(Block):
         self._start_dim, self._end_dim = start_dim, end_dim
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """`[*L, B, ...]` -> `[*L, B, D]` with the default axes."""
+        """Flatten `[*L, B, ...]` to `[*L, B, D]` with the default axes."""
         axes = learner_axes(self, params, ctx, prefix)
         ends = [dim + axes if dim >= 0 else dim for dim in (self._start_dim, self._end_dim)]
         return x.flatten(*ends)

@@ -1,4 +1,4 @@
-"""The multi-layer perceptron."""
+"""Multi-layer perceptron."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlmeta.nn.product import affine, layers
 
 
 class MLP(Block):
-    """Linear layers with an activation between them: `[*L, ..., in]` -> `[*L, ..., out]`.
+    """Multi-layer perceptron (MLP), linear layers with activations: `[*L, ..., in]` -> `[*L, ..., out]`.
 
     Parameters are named as those of `nn.Sequential(nn.Linear, nn.Tanh, nn.Linear, ...)`: "0.weight", "0.bias",
     "2.weight", ...
@@ -39,8 +39,8 @@ class MLP(Block):
             hidden_sizes: units of the hidden layers, each followed by `activation`.
             out_features: units of a last linear layer; None for none, so that the last hidden layer is the output.
             activation: a name or an elementwise function.
-            final_activation: what follows the last linear layer, None for nothing.
-            initialiser: "orthogonal" with zero biases, or "torch", for which the gains do not count.
+            final_activation: of the last linear layer, None for none.
+            initialiser: "orthogonal" with zero biases, or "torch", which ignores the gains.
             gain: of the hidden layers' orthogonal weights.
             final_gain: of the last linear layer's orthogonal weights.
 
@@ -69,7 +69,7 @@ class MLP(Block):
         self._functions = tuple(functions)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """`[*L, ..., in]` -> `[*L, ..., out]`."""
+        """Apply the network: `[*L, ..., in]` -> `[*L, ..., out]`."""
         first = params[prefix + "0.weight"]
         check_linear(x, first)
         if ctx.taps is not None:
@@ -94,7 +94,7 @@ class MLP(Block):
         return x if x.shape[:-1] == batch_shape else x.reshape(*batch_shape, x.shape[-1])
 
     def _tapped(self, params: Params, x: Tensor, ctx: Context, prefix: str) -> Tensor:
-        """Layer by layer, each leaving its call in the context's taps."""
+        """Apply the network layer by layer, recording every layer's call in the context's taps."""
         for (weight, bias), activation in zip(self._names, self._functions):
             x = tapped(ctx, prefix + weight.removesuffix("weight"), x, params[prefix + weight], params[prefix + bias])
             x = x if activation is None else activation(x)

@@ -1,4 +1,4 @@
-"""Normalisation: over the features of a sample, or over a batch with running statistics."""
+"""Layer normalisation and batch normalisation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlmeta.nn.initialisers import parameter
 
 
 class LayerNorm(Block):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axes: `[*L, ..., *shape]` to the same shape.
+    """Layer normalisation, (x - mean) / sqrt(var + eps) * weight + bias over the last axes: `[*L, ..., *shape]`.
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", 2016.
     """
@@ -31,7 +31,7 @@ class LayerNorm(Block):
         self.register_parameter("bias", parameter(*self._shape) if has_bias else None)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """Any number of axes between the learners' and the features'."""
+        """Normalise `[*L, ..., *shape]`, with any number of axes in between."""
         if tuple(x.shape[x.dim() - len(self._shape) :]) != self._shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {('...', *self._shape)}")
         weight, bias = fetch(self, params, prefix, "weight"), fetch(self, params, prefix, "bias")
@@ -44,12 +44,12 @@ class LayerNorm(Block):
 
 
 class BatchNorm1d(Block):
-    """(x - mean) / sqrt(var + eps) * weight + bias, each channel over its learner's whole batch: `[*L, ..., C]`.
+    """Batch normalisation of each channel over the whole batch of its learner: `[*L, ..., C]`.
 
-    In training the statistics are the batch's, and new running ones go to `ctx.new_buffers`; in evaluation, and where
-    the block was put in `eval()`, the running ones are used. Names and arithmetic are those of `torch.nn.BatchNorm1d`;
-    what `from_torch` makes of one, or of its 2d and 3d kin, keeps torch's layout, too: `[*L, B, C]` or `[*L, B, C,
-    ...]`.
+    (x - mean) / sqrt(var + eps) * weight + bias. In training the statistics are the batch's, and new running ones go to
+    `ctx.new_buffers`; in evaluation, and where the block was put in `eval()`, the running ones are used. Names and
+    arithmetic are those of `torch.nn.BatchNorm1d`. A block from `from_torch`, also of the 2d and 3d modules, keeps
+    torch's layout: `[*L, B, C]` or `[*L, B, C, ...]`.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
@@ -76,7 +76,7 @@ class BatchNorm1d(Block):
 
     @classmethod
     def from_torch(cls, module: nn.modules.batchnorm._BatchNorm) -> BatchNorm1d:
-        """The block that shares the tensors of torch's module and expects its layout."""
+        """Block that shares the tensors of a batch normalisation module of torch and expects its layout."""
         block = cls(module.num_features, module.eps, module.momentum, affine=False, track_running_stats=False)
         block._channels_last = False
         block._parameters, block._buffers = module._parameters, module._buffers
@@ -84,7 +84,7 @@ class BatchNorm1d(Block):
         return block
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """Same shape as `x`."""
+        """Normalise `x`; the shape stays the same."""
         axes = learner_axes(self, params, ctx, prefix)
         channel = x.dim() - 1 if self._channels_last else axes + 1
         if channel <= axes or channel >= x.dim() or x.shape[channel] != self._features:
@@ -116,7 +116,7 @@ class BatchNorm1d(Block):
         ctx: Context,
         prefix: str,
     ) -> Tensor:
-        """Normalise `[*L, B, C, ...]` by its own statistics, for torch a batch with the channels of all learners."""
+        """Normalise `[*L, B, C, ...]` by batch statistics, in one call of torch with all learners' channels."""
         folded = x.movedim(axes, 0).flatten(1, axes + 1)
         count = folded.numel() // max(1, folded.shape[1])
         if count < 2:
@@ -130,7 +130,7 @@ class BatchNorm1d(Block):
         return out.reshape(x.shape[axes], *x.shape[:axes], *x.shape[axes + 1 :]).movedim(0, axes)
 
     def _track(self, params: Params, mean: Tensor, var: Tensor, count: int, ctx: Context, prefix: str) -> None:
-        """Leave the new running statistics in the context; `mean` and biased `var` `[*L, C]` of `count` values."""
+        """Put new running statistics into `ctx.new_buffers`; `mean`, biased `var` `[*L, C]` are of `count` values."""
         tracked = latest(params, ctx, prefix + "num_batches_tracked") + 1
         for name, value in (("running_mean", mean), ("running_var", var * (count / (count - 1)))):
             old = latest(params, ctx, prefix + name)
@@ -142,4 +142,4 @@ class BatchNorm1d(Block):
 BATCH_NORMS = cast(
     "tuple[type[nn.modules.batchnorm._BatchNorm], ...]", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 )
-"""Torch's own, which `from_torch` takes."""
+"""Batch normalisation modules of torch that `from_torch` accepts."""

@@ -1,7 +1,7 @@
-"""Products of every learner's data with its own weights, and stacks of them as one node of autograd's graph.
+"""Batched matrix products of every learner's data and weights, and fused linear layers as one autograd node.
 
-For small networks the bookkeeping of a node for every product, transpose and activation costs as much as the
-arithmetic, and matrix libraries are slow where one side of a product is narrow; here is where both are dealt with.
+For small networks, autograd nodes for every product, transpose and activation cost as much as the arithmetic, and
+matrix libraries are slow where one side of a product is narrow. This module avoids both.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 Elementwise: TypeAlias = Callable[[Tensor], Tensor]
 
 _NARROW = 8
-"""Up to this many features a product is laid out the other way round, which is faster."""
+"""Up to this many output features the transposed product is computed, which is faster."""
 
 _LARGE = 6_000_000
-"""From this many multiplications on a product is oneDNN's, which is faster than MKL's there, on an AMD EPYC."""
+"""From this many multiplications on, products use oneDNN, which is faster than MKL there (on an AMD EPYC)."""
 
 _ONEDNN: bool = torch._C._has_mkldnn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-"""Where that was measured."""
+"""Whether this machine is of the kind on which that was measured."""
 
 
 def _tanh_(x: Tensor) -> Tensor:
-    """tanh x = 1 - 2 / (1 + exp 2x), which takes a third of `torch.tanh`'s time; the error is the last digit of 1."""
+    """In-place tanh x = 1 - 2 / (1 + exp 2x), three times as fast as `torch.tanh`; the error is the last digit of 1."""
     return torch.rsub(x.mul_(-2).sigmoid_(), 1, alpha=2)
 
 
@@ -37,7 +37,7 @@ _IN_PLACE: dict[Elementwise, Elementwise] = {
     torch.relu: torch.relu_,
     torch.sigmoid: torch.sigmoid_,
 }
-"""The same functions where the argument may be written over."""
+"""In-place versions of activation functions."""
 
 _SLOPES: dict[Elementwise | None, Callable[[Tensor, Tensor], Tensor]] = {
     None: lambda grad, out: grad,
@@ -45,7 +45,7 @@ _SLOPES: dict[Elementwise | None, Callable[[Tensor, Tensor], Tensor]] = {
     torch.relu: lambda grad, out: torch.ops.aten.threshold_backward(grad, out, 0),
     torch.sigmoid: torch.ops.aten.sigmoid_backward,
 }
-"""From the gradient behind an activation and the activation's output to the gradient before it."""
+"""Backward functions of activations: from the output's gradient and the output to the input's gradient."""
 
 
 class _Graph(threading.local):
@@ -57,7 +57,7 @@ _graph = _Graph()
 
 @contextmanager
 def plain_graph() -> Iterator[None]:
-    """Within, layers are ordinary nodes: one node would compute twice what is differentiated twice."""
+    """Context in which layers are plain autograd nodes, since a fused node computes second derivatives twice."""
     before, _graph.plain = _graph.plain, True
     try:
         yield
@@ -66,12 +66,12 @@ def plain_graph() -> Iterator[None]:
 
 
 def is_plain_graph() -> bool:
-    """Whether the graph that is built now is to be differentiated twice."""
+    """Whether layers are to be plain autograd nodes, because the graph will be differentiated twice."""
     return _graph.plain
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, as `torch.matmul` has it, of matrices with the same axes before them: `[..., M, K]`, `[..., K, N]`."""
+    """Matrix product as `torch.matmul`, of equal leading axes: `[..., M, K]`, `[..., K, N]` -> `[..., M, N]`."""
     weight = b.mT
     if not (_large(a, weight) and _plain(a, weight)):
         return a @ b
@@ -80,7 +80,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` of one learner: `[..., in]`, `[out, in]`, `[out]` -> `[..., out]`."""
+    """Affine map of one learner, as `torch.nn.functional.linear`: `[..., in]`, `[out, in]`, `[out]` -> `[..., out]`."""
     if bias is None or x.dim() < 2 or not _large(x.reshape(-1, x.shape[-1]), weight):
         return F.linear(x, weight, bias)
     tensors = weight.unsqueeze(0), bias.reshape(1, 1, -1)
@@ -88,7 +88,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _large(a: Tensor, weight: Tensor) -> bool:
-    """Whether `[..., M, K]` times `[..., N, K]` is fast by oneDNN."""
+    """Whether the product of `[..., M, K]` and `[..., N, K]` is large enough for oneDNN, in float32 on the CPU."""
     if not _ONEDNN or a.shape[-2] * a.shape[-1] * weight.shape[-2] < _LARGE or a.shape[:-2] != weight.shape[:-2]:
         return False
     single = a.dtype == weight.dtype == torch.float32
@@ -96,33 +96,33 @@ def _large(a: Tensor, weight: Tensor) -> bool:
 
 
 def _plain(a: Tensor, weight: Tensor) -> bool:
-    """Whether nobody asks how the product came about."""
+    """Whether a product needs no derivative: no gradient is required and no functorch transform is active."""
     if torch.is_grad_enabled() and (a.requires_grad or weight.requires_grad):
         return False
     return not torch._C._are_functorch_transforms_active()
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[S, M, K]`, `[S, N, K]`, `[S, 1, N]` -> `[S, M, N]`, one call for each learner."""
-    found: Tensor = torch.ops.rlmeta.products(x, weight, bias)
-    return found
+    """Linear layers by oneDNN, one call per learner: `[S, M, K]`, `[S, N, K]`, `[S, 1, N]` -> `[S, M, N]`."""
+    out: Tensor = torch.ops.rlmeta.products(x, weight, bias)
+    return out
 
 
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     call = torch.ops.mkldnn._linear_pointwise
     offsets = (None,) * len(x) if bias is None else bias.squeeze(-2).unbind()
-    found = [call(*tensors, "none", [], "") for tensors in zip(x.unbind(), weight.unbind(), offsets)]
-    return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+    outputs = [call(*tensors, "none", [], "") for tensors in zip(x.unbind(), weight.unbind(), offsets)]
+    return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
 
 
 _library = torch.library.Library("rlmeta", "DEF")  # type: ignore[no-untyped-call]
 _library.define("products(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl("products", _products, "CPU")  # type: ignore[no-untyped-call]
-# An operation of its own: the one it calls has arguments that no recording can hold.
+# A custom operator: the operator it calls has arguments that a recorded program cannot hold.
 
 
 def learner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[S, B, in]`, `[S, out, in]`, `[S, 1, out]` -> `[S, B, out]`, one batched product."""
+    """Linear layer of all learners, a batched product: `[S, B, in]`, `[S, out, in]`, `[S, 1, out]` -> `[S, B, out]`."""
     if not _plain(x, weight):
         return _differentiable_product(x, weight, bias)
     if _large(x, weight):
@@ -134,7 +134,7 @@ def learner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _differentiable_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`learner_product` where it is differentiated, perhaps more than once, or transformed."""
+    """Linear layer of all learners where it is differentiated, perhaps twice, or under a functorch transform."""
     multiply = torch.bmm if torch._C._are_functorch_transforms_active() else _Product.apply
     narrow = weight.shape[-2] <= _NARROW
     out: Tensor = multiply(weight, x.mT).mT if narrow else multiply(x, weight.mT)
@@ -142,24 +142,24 @@ def _differentiable_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm`, which is slow where both matrices lie transposed: so (bᵀ aᵀ)ᵀ there."""
+    """Batched matrix product; as (bᵀ aᵀ)ᵀ where both matrices are stored transposed, which `torch.bmm` is slow at."""
     if a.stride(-2) == b.stride(-2) == 1 and a.stride(-1) > 1 and b.stride(-1) > 1:
         return torch.bmm(b.mT, a.mT).mT
     return torch.bmm(a, b)
 
 
 class _Product(torch.autograd.Function):
-    """`_bmm`, and the same in its derivatives of every order."""
+    """Batched matrix product `_bmm` as an autograd function, whose derivatives of every order use `_bmm`."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        """`[S, M, K]`, `[S, K, N]` -> `[S, M, N]`."""
+        """Product `[S, M, K]`, `[S, K, N]` -> `[S, M, N]`."""
         ctx.save_for_backward(a, b)
         return _bmm(a, b)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """g bᵀ and aᵀ g, as nodes of this kind where they are differentiated again."""
+        """Gradients g bᵀ and aᵀ g, as nodes of this kind where they are differentiated again."""
         a, b = ctx.saved_tensors
         multiply = _Product.apply if torch.is_grad_enabled() else _bmm
         wanted = ctx.needs_input_grad
@@ -167,18 +167,18 @@ class _Product(torch.autograd.Function):
 
 
 def layers(x: Tensor, tensors: Sequence[Tensor], functions: Sequence[Elementwise | None]) -> Tensor:
-    """Linear layers in turn, each followed by its elementwise function.
+    """Multi-layer perceptron of all learners: linear layers, each followed by its elementwise function.
 
     Args:
         x: `[S, B, in]`.
         tensors: weight `[S, out, in]` and bias `[S, 1, out]` of each layer.
-        functions: what follows each layer, None for nothing.
+        functions: activation of each layer, None for none.
 
     Returns:
         `[S, B, out]`
     """
     if not torch.is_grad_enabled():
-        # A product is nobody else's: writing over it saves a third of a large forward pass.
+        # A product is used nowhere else: overwriting it saves a third of a large forward pass.
         return _one_by_one(x, tensors, [_IN_PLACE.get(f, f) if f else None for f in functions])
     transformed = torch._C._are_functorch_transforms_active()
     if _graph.plain or transformed or any(function not in _SLOPES for function in functions):
@@ -195,11 +195,11 @@ def _one_by_one(x: Tensor, tensors: Sequence[Tensor], functions: Sequence[Elemen
 
 
 class _Layers(torch.autograd.Function):
-    """`_one_by_one` as one node of the graph."""
+    """Multi-layer perceptron as one autograd node."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, functions: Sequence[Elementwise | None], *tensors: Tensor) -> Tensor:
-        """Keep the input of every layer."""
+        """Forward pass that saves the input of every layer."""
         ctx.functions = functions
         inputs = [x]
         for weight, bias, function in zip(tensors[::2], tensors[1::2], functions):
@@ -210,34 +210,34 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """The chain rule, layer by layer; by autograd where it is itself to be differentiated."""
+        """Backpropagation layer by layer; by autograd where the gradient is itself differentiated."""
         count = len(ctx.functions)
         inputs, tensors = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
         if torch.is_grad_enabled():
             return _Layers._differentiable(ctx, grad, inputs[0], tensors)
         wanted = ctx.needs_input_grad[2:]
-        found: list[Tensor | None] = [None] * (2 * count)
+        gradients: list[Tensor | None] = [None] * (2 * count)
         for i in reversed(range(count)):
             grad = _SLOPES[ctx.functions[i]](grad, inputs[i + 1])
             if wanted[2 * i]:
-                found[2 * i] = _weight_gradient(grad, inputs[i])
+                gradients[2 * i] = _weight_gradient(grad, inputs[i])
             if wanted[2 * i + 1]:
-                found[2 * i + 1] = grad.sum(-2, keepdim=True)
+                gradients[2 * i + 1] = grad.sum(-2, keepdim=True)
             if i > 0 or ctx.needs_input_grad[0]:
                 grad = product(grad, tensors[2 * i])
-        return grad if ctx.needs_input_grad[0] else None, None, *found
+        return grad if ctx.needs_input_grad[0] else None, None, *gradients
 
     @staticmethod
     def _differentiable(ctx: Any, grad: Tensor, x: Tensor, tensors: Sequence[Tensor]) -> Any:
         wanted = [tensor for tensor in (x, *tensors) if tensor.requires_grad]
         out = _one_by_one(x, tensors, ctx.functions)
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-        first, *rest = [next(found) if tensor.requires_grad else None for tensor in (x, *tensors)]
+        gradients = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        first, *rest = [next(gradients) if tensor.requires_grad else None for tensor in (x, *tensors)]
         return first, None, *rest
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`[S, B, out]`, `[S, B, in]` -> `[S, out, in]`."""
+    """Gradient of a linear layer's weight: `[S, B, out]`, `[S, B, in]` -> `[S, out, in]`."""
     if x.shape[-1] <= _NARROW:
         return torch.bmm(x.mT, grad).mT
     return product(grad.mT, x)

@@ -1,4 +1,4 @@
-"""Recurrent cells."""
+"""Recurrent cells: LSTM and GRU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlmeta.nn.product import is_plain_graph
 
 
 class LSTMCell(Block):
-    """One step of long short-term memory (Hochreiter and Schmidhuber, 1997), named and ordered as `nn.LSTMCell`.
+    """LSTM cell (Hochreiter and Schmidhuber, 1997) with the parameter names and gate order of `nn.LSTMCell`.
 
     i, f, g, o = W_ih x + b_ih + W_hh h + b_hh;  c' = σ(f) c + σ(i) tanh(g);  h' = σ(o) tanh(c')
 
@@ -31,7 +31,7 @@ class LSTMCell(Block):
         _register(self, 4, in_features, hidden_size)
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tree:
-        """`{"input": [*L, ..., in], "hidden": [*L, ..., H], "cell": [*L, ..., H]}` -> the new `hidden` and `cell`."""
+        """One step: `{"input": [*L, ..., in], "hidden": [*L, ..., H], "cell": [*L, ..., H]}` -> new hidden, cell."""
         bias = params[prefix + "bias_ih"] + params[prefix + "bias_hh"]
         gates = linear(x["input"], params[prefix + "weight_ih"], bias)
         gates = gates + linear(x["hidden"], params[prefix + "weight_hh"], None)
@@ -41,7 +41,7 @@ class LSTMCell(Block):
 
 
 class GRUCell(Block):
-    """One step of a gated recurrent unit (Cho et al., 2014), named and ordered as `nn.GRUCell`.
+    """GRU cell (Cho et al., 2014) with the parameter names and gate order of `nn.GRUCell`.
 
     r, z, n = W_ih x + b_ih;  r', z', n' = W_hh h + b_hh
     c = tanh(n + σ(r + r') n');  h' = c + σ(z + z') (h - c)
@@ -55,20 +55,20 @@ class GRUCell(Block):
         _register(self, 3, in_features, hidden_size)
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tensor:
-        """`{"input": [*L, ..., in], "hidden": [*L, ..., H]}` -> the new hidden state `[*L, ..., H]`."""
+        """One step: `{"input": [*L, ..., in], "hidden": [*L, ..., H]}` -> the new hidden state `[*L, ..., H]`."""
         own = linear(x["hidden"], params[prefix + "weight_hh"], params[prefix + "bias_hh"])
         return _advance(self._gates(params, x["input"], prefix), own, x["hidden"])[0]
 
     def unroll(self, params: Params, x: Tensor, hidden: Tensor, begins: Tensor | None, prefix: str = "") -> Tensor:
-        """The hidden state after every step of sequences `[*L, T, B, H]`, each step's from the one before it.
+        """Unroll over sequences: the hidden state after every step, `[*L, T, B, H]`.
 
         Args:
             params: this cell's tensors are those whose name starts with `prefix`.
             x: `[*L, T, B, in]`.
             hidden: before the first step, `[*L, B, H]`.
-            begins: `[*L, T, B]` bool: the step is the first of an episode, so that the state before it is 0; None:
-                none is.
-            prefix: this cell's place in `params`.
+            begins: `[*L, T, B]` bool, set at the first step of an episode, before which the hidden state is reset to 0;
+                None for no reset.
+            prefix: of this cell's names in `params`.
         """
         axes = hidden.dim() - 2
         weight, bias = params[prefix + "weight_hh"], params[prefix + "bias_hh"]
@@ -86,13 +86,21 @@ class GRUCell(Block):
         return states.reshape(*x.shape[:-1], -1)
 
     def _gates(self, params: Params, x: Tensor, prefix: str) -> Tensor:
-        """What the input adds to the gates, `[*L, ..., 3H]`: of all steps at once."""
+        """Contribution of the input to the gates, `[*L, ..., 3H]`, for all steps at once."""
         return linear(x, params[prefix + "weight_ih"], params[prefix + "bias_ih"])
 
 
 def _advance(gates: Tensor, own: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From what input and state add to the gates, `[..., 3H]`, and the state, to the new one, σ of the first two gates
-    `[..., 2H]` and the candidate."""
+    """GRU step from the contributions of input and state to the gates.
+
+    Args:
+        gates: contribution of the input, `[..., 3H]`.
+        own: contribution of the hidden state, `[..., 3H]`.
+        hidden: `[..., H]`.
+
+    Returns:
+        The new hidden state `[..., H]`, reset and update gates `[..., 2H]`, and the candidate `[..., H]`.
+    """
     size = hidden.shape[-1]
     switches = torch.sigmoid(gates[..., : 2 * size] + own[..., : 2 * size])
     reset, update = switches.chunk(2, -1)
@@ -101,7 +109,7 @@ def _advance(gates: Tensor, own: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor
 
 
 def _unrolled(gates: Tensor, hidden: Tensor, begins: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """`[S, T, B, 3H]`, `[S, B, H]`, `[S, T, B, 1]`, `[S, 3H, H]`, `[S, 1, 3H]` -> `[S, T, B, H]`."""
+    """Unrolled GRU: `[S, T, B, 3H]`, `[S, B, H]`, `[S, T, B, 1]`, `[S, 3H, H]`, `[S, 1, 3H]` -> `[S, T, B, H]`."""
     states = []
     for gate, begin in zip(gates.unbind(1), _of_steps(begins, gates.shape[1])):
         hidden = hidden if begin is None else hidden.masked_fill(begin, 0.0)
@@ -115,11 +123,11 @@ def _of_steps(begins: Tensor | None, steps: int) -> Sequence[Tensor | None]:
 
 
 class _Unrolled(torch.autograd.Function):
-    """`_unrolled` as one node of the graph, whose weights get their gradient of all steps in one product."""
+    """Unrolled GRU as one autograd node, which computes the weights' gradient over all steps in one product."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, hidden: Tensor, begins: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        """Keep what every step had: the state before it, its gates, its candidate."""
+        """Forward pass that saves the previous state, the gates and the candidate of every step."""
         states, kept, now = [], [], hidden
         for gate, begin in zip(gates.unbind(1), _of_steps(begins, gates.shape[1])):
             before = now if begin is None else now.masked_fill(begin, 0.0)
@@ -132,7 +140,7 @@ class _Unrolled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """The chain rule, step by step from the last; by autograd where it is itself to be differentiated."""
+        """Backpropagation through time; by autograd where the gradient is itself differentiated."""
         inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         if torch.is_grad_enabled():
             return _Unrolled._differentiable(grad, *inputs)
@@ -161,12 +169,12 @@ class _Unrolled(torch.autograd.Function):
     @staticmethod
     def _differentiable(grad: Tensor, *inputs: Tensor | None) -> Any:
         wanted = [x for x in inputs if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(_unrolled(*inputs), wanted, grad, create_graph=True))  # type: ignore[arg-type]
-        return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
+        gradients = iter(torch.autograd.grad(_unrolled(*inputs), wanted, grad, create_graph=True))  # type: ignore[arg-type]
+        return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)
 
 
 def _register(cell: Block, gates: int, in_features: int, hidden_size: int) -> None:
-    """The parameters of a cell of so many gates, uniform in ±1 / √H."""
+    """Register the parameters of a cell with `gates` gates, uniform in ±1 / √H."""
     bound = 1.0 / math.sqrt(hidden_size)
     shapes = {
         "weight_ih": (gates * hidden_size, in_features),

@@ -1,14 +1,14 @@
-"""Gradients of single samples, and of groups of samples, from one batched backward pass.
+"""Per-sample gradients, squared and summed, and gradients of groups of samples, from one batched backward pass.
 
 The gradient of sample i at a linear layer y = x Wᵀ + b is the outer product δᵢ xᵢᵀ of the gradient at the layer's
-output and its input (Goodfellow, "Efficient per-example gradient computations", 2015). So sums of squared gradients,
-and the gradients of groups, are matrix products of what the layers leave in `Context.taps`; no gradient of a sample is
-ever made. What is reached otherwise than by a linear layer of this package is differentiated sample by sample, by
-`torch.func.vmap` where it can run the function and in a loop elsewhere, and group by group.
+output and its input (Goodfellow, "Efficient per-example gradient computations", 2015). Sums of squared gradients, and
+gradients of groups, are therefore matrix products of what the layers record in `Context.taps`, and no per-sample
+gradient is ever formed. Weights that are not used by a linear layer of this package are differentiated sample by
+sample, by `torch.func.vmap` or in a loop if that cannot run the function, and group by group.
 
-A function of samples may be anything that computes its outputs from the weights it is given; what would make the result
-wrong without a word (outputs that depend on none of these weights, rows of the batch that depend on one another) is
-looked for and refused.
+The function may be any that computes its outputs from the weights in its arguments. Functions for which the result
+would be silently wrong (outputs that depend on none of these weights, rows of the batch that depend on each other) are
+detected and refused.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from rlmeta.nn.block import Context
 from rlmeta.nn.product import product
 
 Params: TypeAlias = dict[str, Any]
-"""`weights` `{name: [*L, ...]}` and whatever else a forward pass needs, every leaf starting with `*L`."""
+"""`weights` `{name: [*L, ...]}` and other inputs of a forward pass, every leaf starting with `*L`."""
 
 Forward: TypeAlias = Callable[[Params, tree.Tree, Context], Tensor]
-"""From parameters, a batch `[*L, B, ...]` and a context to one output for every sample, `[*L, B]` or `[*L, B, K]`.
+"""Function from parameters, a batch `[*L, B, ...]` and a context to an output per sample, `[*L, B]` or `[*L, B, K]`.
 
-It computes them from the weights in the parameters. A sample's output depends on that sample alone, so batch
-normalisation and dropout run in evaluation mode. Blocks that are given the context are fastest."""
+It computes the outputs from the weights in the parameters. A sample's output depends on that sample alone, so batch
+normalisation and dropout run in evaluation mode. It is fastest if it passes the context to blocks."""
 
 Roots: TypeAlias = Callable[[Tensor, tree.Tree], Iterator[Tensor]]
-"""From outputs `[*L, B, K]` and their batch to cotangents `[*L, B, K]`, one after another."""
+"""Function from outputs `[*L, B, K]` and their batch to cotangents `[*L, B, K]`, one after another."""
 
 _LARGEST = 1 << 24
-"""Entries of the largest temporary tensor of the ways that make the gradient of every sample."""
+"""Maximal number of entries of a temporary tensor where per-sample gradients are formed."""
 
 _FEW = 16
-"""Samples on which a function is tried."""
+"""Number of samples on which a function is checked."""
 
 
 def squared_gradients(
@@ -53,13 +53,15 @@ def squared_gradients(
     names: Sequence[str] | None = None,
     chunk: int = 512,
 ) -> Tensor:
-    """Σᵢ Σᵣ (Jᵢᵀ vᵢᵣ)² over samples i and roots r, with Jᵢ the Jacobian of sample i's outputs in the weights.
+    """Sum of squared per-sample gradients, Σᵢ Σᵣ (Jᵢᵀ vᵢᵣ)² over samples i and roots r.
+
+    Jᵢ is the Jacobian of sample i's outputs in the weights.
 
     Args:
-        forward: gives outputs `[*L, B, K]` or `[*L, B]`.
-        p: parameters; not touched.
+        forward: function that returns outputs `[*L, B, K]` or `[*L, B]`.
+        p: parameters; not modified.
         batch: samples `[*L, n, ...]`.
-        roots: gives v, one cotangent for every output and r.
+        roots: function that yields v, one cotangent for every output and r.
         learner_axes: how many learner axes there are.
         names: the weights to compute it for, all where left out; 0 for the others.
         chunk: samples at a time; the result does not depend on it but for rounding.
@@ -69,42 +71,42 @@ def squared_gradients(
 
     Raises:
         SettingError: the outputs have another shape, depend on none of the weights, or on other samples than their own,
-            or `chunk` is no count.
+            or `chunk` is less than 1.
     """
     axes, wanted = learner_axes, _wanted(p, names)
     require_count("fisher: chunk", chunk)
     with _differentiating():
         constants, batch = _constants(p), _constants(batch)
-        found = {name: torch.zeros_like(weight) for name, weight in constants["weights"].items()}
+        sums = {name: torch.zeros_like(weight) for name, weight in constants["weights"].items()}
         check_outputs(forward, constants, batch, axes)
         samples, few = _samples(constants, batch, axes), _few(batch, axes)
         reached = _reached(forward, constants, few, wanted)
         tapped = _tapped_names(forward, constants, few, reached, axes)
         for start in range(0, samples if tapped else 0, chunk):
             part = _narrow(batch, axes, start, min(chunk, samples - start))
-            _add_tapped_squares(found, tapped, forward, constants, part, roots, axes)
+            _add_tapped_squares(sums, tapped, forward, constants, part, roots, axes)
         if reached - tapped:
-            _add_single_squares(found, sorted(reached - tapped), forward, constants, batch, roots, axes, chunk)
-        return torch.cat([value.reshape(*value.shape[:axes], -1) for value in found.values()], -1)
+            _add_single_squares(sums, sorted(reached - tapped), forward, constants, batch, roots, axes, chunk)
+        return torch.cat([value.reshape(*value.shape[:axes], -1) for value in sums.values()], -1)
 
 
 def group_gradients(
     losses: Forward, p: Params, batch: tree.Tree, learner_axes: int, names: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """The gradient of the mean loss of every group of samples.
+    """Gradient of the mean loss of every group of samples.
 
-    No value is looked at, so that it can be recorded: `check_outputs` says whether samples depend on one another, and a
-    function that moves the rows of its batch about between its layers must not give them the context.
+    No value is read, so that the computation can be recorded. Check with `check_outputs` that samples do not depend on
+    each other; a function that reorders the rows of its batch between layers must not pass them the context.
 
     Args:
-        losses: gives a loss `[*L, B]` for every sample.
-        p: parameters; not touched.
+        losses: function that returns a loss `[*L, B]` for every sample.
+        p: parameters; not modified.
         batch: K groups of M samples, `[*L, K, M, ...]`.
         learner_axes: how many learner axes there are.
         names: the weights to compute it for, all where left out.
 
     Returns:
-        `{name: [*L, K, ...]}` of those weights.
+        Gradients `{name: [*L, K, ...]}`.
 
     Raises:
         SettingError: the losses have another shape, or depend on none of the weights.
@@ -112,26 +114,26 @@ def group_gradients(
     wanted = _wanted(p, names)
     with _differentiating():
         constants, batch = _constants(p), _constants(batch)
-        found = _tapped_groups(wanted, losses, constants, batch, learner_axes)
-        left = [name for name in constants["weights"] if name in wanted and name not in found]
+        gradients = _tapped_groups(wanted, losses, constants, batch, learner_axes)
+        left = [name for name in constants["weights"] if name in wanted and name not in gradients]
         if left:
-            found |= _single_groups(left, losses, constants, batch, learner_axes, bool(found))
-        return {name: found[name] for name in p["weights"] if name in wanted}
+            gradients |= _single_groups(left, losses, constants, batch, learner_axes, bool(gradients))
+        return {name: gradients[name] for name in p["weights"] if name in wanted}
 
 
 def check_outputs(forward: Forward, p: Params, batch: tree.Tree, learner_axes: int) -> Tensor:
-    """The outputs of up to 16 samples, after a check that each is its sample's own.
+    """Check that outputs are independent across samples, on up to 16 of them.
 
-    The first and the last of them alone must have the outputs that they have among the others.
+    The first and the last of them must have the same outputs alone as among the others.
 
     Args:
-        forward: gives outputs `[*L, B, K]` or `[*L, B]`.
+        forward: function that returns outputs `[*L, B, K]` or `[*L, B]`.
         p: parameters.
         batch: samples `[*L, n, ...]`.
         learner_axes: how many learner axes there are.
 
     Returns:
-        `[*L, B, K]` or `[*L, B]` of the first B.
+        The outputs of the first B samples, `[*L, B, K]` or `[*L, B]`.
 
     Raises:
         SettingError: the outputs have another shape, or depend on other samples or on random numbers.
@@ -154,41 +156,41 @@ def check_outputs(forward: Forward, p: Params, batch: tree.Tree, learner_axes: i
             if alone.shape != together.shape or not torch.allclose(
                 alone, together, rtol=near, atol=float(near * scale), equal_nan=True
             ):
-                raise SettingError(f"a sample's output is another one without the rest of its batch: {_ALONE}")
+                raise SettingError(f"a sample's output changes without the rest of its batch: {_ALONE}")
     return out
 
 
 _ALONE = (
-    "every sample's output has to be its own; batch normalisation with the batch's statistics, a recurrent layer that "
-    "takes the batch for time, and dropout can't be used here (put the module in evaluation mode)"
+    "a sample's output must depend on that sample alone; batch normalisation with batch statistics, a recurrent layer "
+    "that takes the batch axis for time, and dropout cannot be used here (put the module in evaluation mode)"
 )
 
 
-# ---------------------------------------------------------------------- what is given
+# ---------------------------------------------------------------------- arguments and their checks
 
 
 @contextmanager
 def _differentiating() -> Iterator[None]:
-    """Within, gradients are found whatever the caller has switched off."""
+    """Context in which gradients are computed, even under `torch.no_grad` or inference mode of the caller."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
-def _constants(given: tree.Tree) -> tree.Tree:
-    """The same numbers, of which nothing is differentiated yet; those made in inference mode never could be."""
-    return tree.map(lambda x: x.clone() if x.is_inference() else x.detach(), given)
+def _constants(tensors: tree.Tree) -> tree.Tree:
+    """Detached tensors; those of inference mode are copied, since they cannot be differentiated."""
+    return tree.map(lambda x: x.clone() if x.is_inference() else x.detach(), tensors)
 
 
 def _wanted(p: Params, names: Sequence[str] | None) -> set[str]:
     wanted = set(p["weights"] if names is None else names)
     if not wanted <= set(p["weights"]):
         unknown = ", ".join(sorted(wanted - set(p["weights"])))
-        raise SettingError(f"there is no weight {unknown}; there are {', '.join(p['weights'])}")
+        raise SettingError(f"there is no weight {unknown}, expected names among {', '.join(p['weights'])}")
     return wanted
 
 
 def _samples(p: Params, batch: tree.Tree, axes: int) -> int:
-    """How many samples each learner has."""
+    """Number of samples of each learner, after a check of the shapes."""
     if not isinstance(p.get("weights"), dict):
         raise SettingError(f'the parameters have the keys {", ".join(p)}, expected {{"weights": {{name: [*L, ...]}}}}')
     shapes = {name: tuple(leaf.shape) for name, leaf in tree.flatten(batch).items()}
@@ -206,46 +208,48 @@ def _narrow(batch: tree.Tree, axis: int, start: int, count: int) -> tree.Tree:
 
 
 def _few(batch: tree.Tree, axes: int) -> tree.Tree:
-    """The first samples of a batch, on which a function is tried before it is believed."""
+    """First samples of a batch, on which a function is checked."""
     return tree.map(lambda x: x.narrow(axes, 0, min(_FEW, x.shape[axes])), batch)
 
 
 def _check_shape(out: Any, rows: Sequence[int]) -> None:
-    """Refuse what is not one output, or one vector of them, for every sample."""
-    given = f"a {type(out).__name__}" if not isinstance(out, Tensor) else f"{out.dtype} of shape {tuple(out.shape)}"
+    """Refuse outputs other than one number, or one vector, for every sample."""
+    actual = f"a {type(out).__name__}" if not isinstance(out, Tensor) else f"{out.dtype} of shape {tuple(out.shape)}"
     fits = isinstance(out, Tensor) and out.is_floating_point() and len(rows) <= out.dim() <= len(rows) + 1
     if not fits or out.shape[: len(rows)] != torch.Size(rows):
         expected = ", ".join(map(str, rows))
-        raise SettingError(f"the outputs are {given}, expected numbers [{expected}] or [{expected}, K]: not their mean")
+        raise SettingError(
+            f"the outputs are {actual}, expected numbers [{expected}] or [{expected}, K]: not their mean"
+        )
 
 
 def _with_leaves(p: Params, names: Iterable[str]) -> tuple[Params, dict[str, Tensor]]:
-    """The parameters with leaves of a graph for the named weights."""
+    """Parameters whose named weights are leaves that require gradients, and these leaves."""
     leaves = {name: p["weights"][name].detach().requires_grad_() for name in sorted(names)}
     return _with(p, leaves), leaves
 
 
 def _with(p: Params, weights: Mapping[str, Tensor]) -> Params:
-    """The parameters with these instead of their own weights."""
+    """Parameters with some of their weights replaced."""
     return {**p, "weights": {**p["weights"], **weights}}
 
 
 _UNREACHED = (
-    "the outputs depend on none of the weights they are to be differentiated in: compute them from p['weights'], not "
+    "the outputs depend on none of the weights to differentiate with respect to: compute them from p['weights'], not "
     "from a module's own, and without detach, item or torch.no_grad"
 )
 
 
 def _reached(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) -> set[str]:
-    """The wanted weights that the outputs depend on."""
+    """Names of the wanted weights on which the outputs depend."""
     if not wanted:
         return set()
-    given, leaves = _with_leaves(p, wanted)
-    out = forward(given, batch, Context())
+    with_leaves, leaves = _with_leaves(p, wanted)
+    out = forward(with_leaves, batch, Context())
     if not out.requires_grad:
         raise SettingError(_UNREACHED)
-    found = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
-    reached = {name for name, gradient in zip(leaves, found) if gradient is not None}
+    gradients = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
+    reached = {name for name, gradient in zip(leaves, gradients) if gradient is not None}
     if not reached:
         raise SettingError(_UNREACHED)
     return reached
@@ -254,18 +258,18 @@ def _reached(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) ->
 # ---------------------------------------------------------------------- linear layers, by their taps
 
 Taps: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
-"""What the layers left, `{place in weights: [(input, output), ...]}`."""
+"""Recorded calls of linear layers, `{prefix in weights: [(input, output), ...]}`; see `Context.taps`."""
 
 
 def _run(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) -> tuple[Tensor, Taps, dict[str, Tensor]]:
-    """The outputs with their graph, what the layers with wanted weights left, and these weights.
+    """Run a function: outputs, recorded calls of the layers with wanted weights, and those weights as leaves.
 
-    Layers with taps take their weights for constants, so that a weight is in the graph only where something else uses
-    it, too (a layer tied to another, a penalty).
+    Tapped layers treat their weights as constants, so a weight is in the graph only if something else uses it too (a
+    tied layer, a penalty).
     """
     taps: Taps = {}
-    given, leaves = _with_leaves(p, wanted)
-    out = forward(given, batch, Context(taps=taps))
+    with_leaves, leaves = _with_leaves(p, wanted)
+    out = forward(with_leaves, batch, Context(taps=taps))
     names = {place: [n for n in (f"{place}weight", f"{place}bias") if n in wanted] for place in taps}
     taps = {place: calls for place, calls in taps.items() if names[place]}
     return out, taps, {name: leaves[name] for place in taps for name in names[place]}
@@ -274,19 +278,19 @@ def _run(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) -> tup
 def _backward(
     out: Tensor, taps: Taps, leaves: Mapping[str, Tensor], cotangent: Tensor, keep: bool = False
 ) -> tuple[dict[str, list[Tensor]], set[str]]:
-    """The gradients at the outputs of the layers, and the weights that something else uses, too."""
+    """Gradients at the outputs of the tapped layers, and names of the weights that something else uses too."""
     ends = [end for calls in taps.values() for _, end in calls]
-    found = torch.autograd.grad(out, [*ends, *leaves.values()], cotangent, retain_graph=keep, allow_unused=True)
-    gradients = iter([torch.zeros_like(end) if g is None else g for g, end in zip(found, ends)])
-    used = {name for name, gradient in zip(leaves, found[len(ends) :]) if gradient is not None}
-    return {place: [next(gradients) for _ in calls] for place, calls in taps.items()}, used
+    gradients = torch.autograd.grad(out, [*ends, *leaves.values()], cotangent, retain_graph=keep, allow_unused=True)
+    at_outputs = iter([torch.zeros_like(end) if g is None else g for g, end in zip(gradients, ends)])
+    used = {name for name, gradient in zip(leaves, gradients[len(ends) :]) if gradient is not None}
+    return {place: [next(at_outputs) for _ in calls] for place, calls in taps.items()}, used
 
 
 def _tapped_names(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str], axes: int) -> set[str]:
-    """The wanted weights that are used by tapped layers only, in which a sample's rows are its own.
+    """Names of the wanted weights that are used by tapped layers alone, whose rows are samples.
 
-    With cotangents of some of the samples the gradients at the rows of the others are 0, unless the function has moved
-    rows about, or folded further axes into them.
+    If only some samples have a cotangent, the gradients at the rows of the others are 0, unless the function has
+    reordered rows or folded further axes into them.
     """
     out, taps, leaves = _run(forward, p, batch, wanted)
     if not taps or not out.requires_grad:
@@ -295,20 +299,20 @@ def _tapped_names(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str
     chosen = random.integers(random.make_keys([0], out.device)[0], "chosen", 0, (samples,), 2) == 0
     cotangent = torch.where(chosen.reshape(-1, *(1,) * (out.dim() - axes - 1)), torch.ones_like(out), 0.0)
     gradients, used = _backward(out, taps, leaves, cotangent)
-    apart = {place: all(_is_apart(g, chosen, axes) for g in found) for place, found in gradients.items()}
+    apart = {place: all(_is_apart(g, chosen, axes) for g in at_outputs) for place, at_outputs in gradients.items()}
     own = {f"{place}{kind}" for place in taps if apart[place] for kind in ("weight", "bias")}
     return set(leaves) & own - used
 
 
 def _is_apart(gradient: Tensor, chosen: Tensor, axes: int) -> bool:
-    """Whether a layer's rows are samples, and only the chosen ones have a gradient."""
+    """Whether a layer's rows are samples, of which only the chosen ones have a gradient."""
     if gradient.dim() < axes + 2 or gradient.shape[axes] != len(chosen):
         return False
     return bool((gradient.index_select(axes, (~chosen).nonzero().flatten()) == 0).all())
 
 
 def _add_tapped_squares(
-    found: dict[str, Tensor],
+    sums: dict[str, Tensor],
     wanted: set[str],
     forward: Forward,
     p: Params,
@@ -316,45 +320,48 @@ def _add_tapped_squares(
     roots: Roots,
     axes: int,
 ) -> None:
-    """Add the squared gradients of linear layers."""
+    """Add the squared per-sample gradients of tapped linear layers to `sums`, in place."""
     out, taps, _ = _run(forward, p, batch, wanted)
-    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     for root in roots(out.detach(), batch):
         for place, gradients in _backward(out, taps, {}, root, keep=True)[0].items():
             if len(gradients) == 1 and gradients[0].dim() == axes + 2:
-                square = sums.get(place)
+                square = squares.get(place)
                 first = gradients[0]
-                sums[place] = first.square() if square is None else square.addcmul_(first, first)
+                squares[place] = first.square() if square is None else square.addcmul_(first, first)
             else:
-                _add_outer_squares(found, wanted, place, [x for x, _ in taps[place]], gradients, axes)
-    for place, square in sums.items():  # the roots are summed before the product, which is made once
+                _add_outer_squares(sums, wanted, place, [x for x, _ in taps[place]], gradients, axes)
+    for place, square in squares.items():  # the roots are summed before the product, so that there is one product
         if f"{place}weight" in wanted:
-            found[f"{place}weight"] += product(square.mT, taps[place][0][0].square())
+            sums[f"{place}weight"] += product(square.mT, taps[place][0][0].square())
         if f"{place}bias" in wanted:
-            found[f"{place}bias"] += square.sum(-2)
+            sums[f"{place}bias"] += square.sum(-2)
 
 
 def _add_outer_squares(
-    found: dict[str, Tensor],
+    sums: dict[str, Tensor],
     wanted: set[str],
     place: str,
     inputs: list[Tensor],
     gradients: list[Tensor],
     axes: int,
 ) -> None:
-    """A layer that a sample passes several times: its gradient is a sum of products, which is squared as a whole."""
+    """Add the squared per-sample gradients of a layer that every sample passes several times to `sums`, in place.
+
+    Such a gradient is a sum of outer products, which is squared as a whole.
+    """
     x = torch.cat([x.flatten(axes + 1, -2) if x.dim() > axes + 2 else x.unsqueeze(-2) for x in inputs], -2)
     g = torch.cat([g.flatten(axes + 1, -2) if g.dim() > axes + 2 else g.unsqueeze(-2) for g in gradients], -2)
     size = max(1, _LARGEST // (x.shape[-1] * g.shape[-1] * x.shape[:axes].numel()))
     for some_x, some_g in zip(torch.split(x, size, axes), torch.split(g, size, axes)):
         if f"{place}weight" in wanted:
-            found[f"{place}weight"] += (some_g.mT @ some_x).square().sum(axes)
+            sums[f"{place}weight"] += (some_g.mT @ some_x).square().sum(axes)
         if f"{place}bias" in wanted:
-            found[f"{place}bias"] += some_g.sum(-2).square().sum(axes)
+            sums[f"{place}bias"] += some_g.sum(-2).square().sum(axes)
 
 
 def _tapped_groups(wanted: set[str], losses: Forward, p: Params, batch: tree.Tree, axes: int) -> dict[str, Tensor]:
-    """The groups' gradients in the linear layers: one pass over all samples, a product a layer."""
+    """Gradients of groups in the tapped linear layers: one backward pass over all samples, a product per layer."""
     rows = next(tree.leaves(batch)).shape[: axes + 2]
     groups, samples = rows[axes:]
     out, taps, leaves = _run(losses, p, tree.map(lambda x: x.flatten(axes, axes + 1), batch), wanted)
@@ -364,31 +371,31 @@ def _tapped_groups(wanted: set[str], losses: Forward, p: Params, batch: tree.Tre
         return {}
     leaves = {name: leaf for name, leaf in leaves.items() if name.removesuffix("weight").removesuffix("bias") in taps}
     cotangent = torch.full_like(out, 1.0 / samples)
-    found: dict[str, Tensor] = {}
-    gradients, used = _backward(out, taps, leaves, cotangent)
-    for place, ends in gradients.items():
+    gradients: dict[str, Tensor] = {}
+    at_outputs, used = _backward(out, taps, leaves, cotangent)
+    for place, ends in at_outputs.items():
         for (x, _), g in zip(taps[place], ends):
             shape = (*g.shape[:axes], groups, -1)
             x, g = x.reshape(*shape, x.shape[-1]), g.reshape(*shape, g.shape[-1])
-            _accumulate(found, f"{place}weight", product(g.mT, x))
-            _accumulate(found, f"{place}bias", g.sum(-2))
-    return {name: found[name] for name in leaves if name not in used}
+            _accumulate(gradients, f"{place}weight", product(g.mT, x))
+            _accumulate(gradients, f"{place}bias", g.sum(-2))
+    return {name: gradients[name] for name in leaves if name not in used}
 
 
 def _are_rows(calls: list[tuple[Tensor, Tensor]], axes: int, samples: int) -> bool:
-    """Whether the rows of a layer are samples, in all its calls."""
+    """Whether the rows of a layer are samples in all its calls."""
     return all(end.dim() >= axes + 2 and end.shape[axes] == samples for _, end in calls)
 
 
-def _accumulate(found: dict[str, Tensor], name: str, value: Tensor) -> None:
-    found[name] = found[name] + value if name in found else value
+def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
 
 
-# ---------------------------------------------------------------------- anything else: samples, and groups, one by one
+# ---------------------------------------------------------------------- other weights: sample by sample, group by group
 
 
 def _add_single_squares(
-    found: dict[str, Tensor],
+    sums: dict[str, Tensor],
     names: Sequence[str],
     forward: Forward,
     p: Params,
@@ -397,11 +404,11 @@ def _add_single_squares(
     axes: int,
     chunk: int,
 ) -> None:
-    """Add the squared gradients of every sample alone."""
+    """Add the squared per-sample gradients of any weights to `sums`, in place, sample by sample."""
     weights = {name: p["weights"][name] for name in names}
 
     def squares(sample: tree.Tree, cotangents: Tensor) -> dict[str, Tensor]:
-        """Σᵣ (Jᵀ vᵣ)² of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`."""
+        """Squared gradients Σᵣ (Jᵀ vᵣ)² of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`."""
         alone = tree.map(lambda x: x.unsqueeze(axes), sample)
         _, pull, *_ = torch.func.vjp(lambda w: forward(_with(p, w), alone, Context()), weights)
         gradients = [pull(cotangent.unsqueeze(axes))[0] for cotangent in cotangents.unbind(0)]
@@ -414,19 +421,19 @@ def _add_single_squares(
         with torch.no_grad():
             cotangents = torch.stack(list(roots(forward(p, part, Context()), part)))
         for name, square in _each(squares, part, cotangents, axes).items():
-            found[name] += square
+            sums[name] += square
 
 
 Squares: TypeAlias = Callable[[tree.Tree, Tensor], dict[str, Tensor]]
 
 
 def _each(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> dict[str, Tensor]:
-    """The sum over samples, all at once where `torch.func.vmap` can run the function."""
+    """Sum of squared gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function."""
     try:
         dims = tree.map(lambda _: axes, batch), axes + 1
         many = torch.func.vmap(squares, in_dims=dims)(batch, cotangents)
         return {name: square.sum(0) for name, square in many.items()}
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):  # an operation without a rule for it
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):  # an operation has no batching rule
         total: dict[str, Tensor] = {}
         for row in range(cotangents.shape[axes + 1]):
             sample = tree.map(lambda x: x.select(axes, row), batch)  # noqa: B023 - used at once
@@ -438,19 +445,19 @@ def _each(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> 
 def _single_groups(
     names: Sequence[str], losses: Forward, p: Params, batch: tree.Tree, axes: int, reached: bool
 ) -> dict[str, Tensor]:
-    """The gradients of one group after the other; `reached` says that the losses depend on some other weight."""
+    """Gradients of groups, one group after another; `reached`: the losses depend on some other weight."""
     rows = next(tree.leaves(batch)).shape[: axes + 2]
     columns: list[list[Tensor]] = []
     for group in range(rows[axes]):
-        given, leaves = _with_leaves(p, names)
-        out = losses(given, tree.map(lambda x: x.select(axes, group), batch), Context())  # noqa: B023 - used at once
+        with_leaves, leaves = _with_leaves(p, names)
+        out = losses(with_leaves, tree.map(lambda x: x.select(axes, group), batch), Context())  # noqa: B023 - used at once
         _check_shape(out, (*rows[:axes], rows[axes + 1]))
-        found: Sequence[Tensor | None] = [None] * len(leaves)
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if out.requires_grad:
             cotangent = torch.full_like(out, 1.0 / rows[axes + 1])
-            found = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
-        reached = reached or any(gradient is not None for gradient in found)
-        columns.append([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves.values())])
+            gradients = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
+        reached = reached or any(gradient is not None for gradient in gradients)
+        columns.append([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves.values())])
     if not reached:
         raise SettingError(_UNREACHED)
     return {name: torch.stack(column, axes) for name, column in zip(leaves, zip(*columns))}

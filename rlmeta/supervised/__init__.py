@@ -1,4 +1,4 @@
-"""Supervised learning: one file a learner of labelled samples."""
+"""Supervised learning, with a module per learner."""
 
 from rlmeta.learning.settings import settings_classes
 from rlmeta.supervised.classifier import Classifier
@@ -7,4 +7,4 @@ from rlmeta.supervised.regressor import Regressor
 __all__ = ["Classifier", "Regressor"]
 
 ALL = settings_classes(globals())
-"""The settings class of every supervised learner that can be named on the command line."""
+"""Settings class of every supervised learner, by its name on the command line."""

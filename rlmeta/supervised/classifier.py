@@ -1,4 +1,4 @@
-"""Classification by maximum likelihood; of the classes of a task, of all seen so far, or of a domain's."""
+"""Classification by maximum likelihood, over the classes of a task, of all tasks so far, or of a domain."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Classifier(SupervisedSettings):
     def bind(
         self, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> ClassifierLearner:
-        """The learner for inputs and targets of these spaces."""
+        """Create the learner for inputs and targets of these spaces."""
         return ClassifierLearner(self, observation_space, target_space, methods)
 
 
 class ClassifierLearner(Supervised):
-    """A classifier on given spaces."""
+    """Classifier. In a stream, only known ("born") classes, those of tasks so far, can be predicted."""
 
     score = Score("accuracy")
 
@@ -48,32 +48,32 @@ class ClassifierLearner(Supervised):
         super().__init__(settings, observation_space, target_space, methods)
 
     def outputs(self) -> int:
-        """One logit for every class."""
+        """Number of outputs: a logit per class."""
         return self.classes
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
-        """The state at the start of a run, with the classes that exist from the beginning."""
+        """Initial state of a run, with the classes that are known from the beginning."""
         state = super().init(key, hyper, world)
         state["params"]["buffers"]["born"] = world.born().expand(*key.shape, -1).clone()
         return state
 
     def begin_task(self, state: State, world: DataWorld, key: Tensor) -> State:
-        """Turn to the world's task; where it is announced, its classes are born."""
+        """Begin the world's task; if it is announced, its classes become known."""
         state = super().begin_task(state, world, key)
-        return _bear(state, world.classes()) if world.announces else state
+        return _add_classes(state, world.classes()) if world.announces else state
 
     def meet(self, state: State, world: DataWorld, batch: tree.Tree) -> State:
-        """Where no task is announced, classes are born when the first sample of them is met."""
+        """Add the classes of a minibatch to the known ones, if tasks are not announced."""
         if world.announces or world.scenario != "class":
             return state
         met = torch.zeros_like(state["params"]["buffers"]["born"])
-        return _bear(state, met.scatter(-1, batch["target"], torch.ones_like(batch["target"], dtype=torch.bool)))
+        return _add_classes(state, met.scatter(-1, batch["target"], torch.ones_like(batch["target"], dtype=torch.bool)))
 
     def logits(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
-        """Of every class, `[*L, B, C]`.
+        """Logits of every class, `[*L, B, C]`.
 
-        Minus infinity for classes not born yet, and for those that the batch's `allowed` `[*L, B, C]` closes because
-        the task is known.
+        They are minus infinity for classes that are not known yet, and for those that `allowed` `[*L, B, C]` of the
+        batch excludes because the task is known.
         """
         output = self.output(p, batch, ctx)
         open_ = p["buffers"]["born"].unsqueeze(-2) if "born" in p["buffers"] else None
@@ -82,11 +82,11 @@ class ClassifierLearner(Supervised):
         return output if open_ is None else output.masked_fill(~open_, -torch.inf)
 
     def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
-        """`logits` of every class, `[*L, B, C]`."""
+        """Predictive distribution: `logits` of every class, `[*L, B, C]`."""
         return {"logits": self.logits(p, batch, ctx)}
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Mean cross-entropy in nats, `[*L]`."""
+        """Cross-entropy loss in nats, `[*L]`."""
         logits = self.logits(p, batch, ctx)
         if ctx.report:
             with torch.no_grad():
@@ -98,28 +98,27 @@ class ClassifierLearner(Supervised):
     def evaluate(
         self, p: Params, world: DataWorld, key: Tensor, episodes: int = 1, *, deterministic: bool = True
     ) -> Evaluation:
-        """The accuracy on all test samples of the world's task, `[*L, 1]`; NaN before all its classes are born, when
-        nobody could be right about them."""
-        found = super().evaluate(p, world, key, episodes, deterministic=deterministic)
+        """Accuracy on all test samples of the world's task, `[*L, 1]`; NaN while a class of it is not known yet."""
+        evaluation = super().evaluate(p, world, key, episodes, deterministic=deterministic)
         unborn = (world.classes().to(key.device) & ~p["buffers"]["born"]).any(-1, keepdim=True)
-        return found._replace(returns=found.returns.masked_fill(unborn, torch.nan))
+        return evaluation._replace(returns=evaluation.returns.masked_fill(unborn, torch.nan))
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log p(target | input), `[*L, B]`."""
+        """Log-probability of the targets, `[*L, B]`."""
         logits = self.logits(p, batch).log_softmax(-1)
         return logits.gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1)
 
     def prediction(self, p: Params, batch: tree.Tree) -> Tensor:
-        """The logits."""
+        """Prediction of an evaluation: the logits."""
         return self.logits(p, batch)
 
     def score_of(self, output: Tensor, batch: tree.Tree) -> Tensor:
-        """1 where the most probable class is the right one, `[*L, B]`."""
+        """Accuracy of every sample, 0 or 1, `[*L, B]`."""
         return (output.argmax(-1) == batch["target"]).float()
 
 
-def _bear(state: State, classes: Tensor) -> State:
-    """The state with these classes `[*L, C]` among those that are born."""
+def _add_classes(state: State, classes: Tensor) -> State:
+    """State with classes `[*L, C]` added to the known ones."""
     p = state["params"]
     born = p["buffers"]["born"]
     return {**state, "params": {**p, "buffers": {**p["buffers"], "born": born | classes.to(born.device)}}}

@@ -1,4 +1,4 @@
-"""What supervised learners share: a network, minibatches of the task at hand, an optimizer, tests."""
+"""Base of supervised learners: network, optimizer, minibatches of the current task, and evaluation."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from rlmeta.nn import Block, Context, Distribution, Linear, Sequential, bare
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 
 EVALUATED_AT_ONCE = 1000
-"""Test samples of each learner in one forward pass."""
+"""Number of test samples of each learner in a forward pass."""
 
 
 @dataclass(frozen=True)
 class SupervisedSettings:
-    """What all supervised learners can be set to."""
+    """Settings that all supervised learners share."""
 
     batch_size: int = 32
-    """Samples in a minibatch."""
+    """Number of samples in a minibatch."""
     num_steps: int = 10
-    """Gradient steps in an iteration, the grain of budgets and records."""
+    """Gradient steps per iteration; budgets and records are in whole iterations."""
     optimizer: OptimizerName = "adam"
-    """Which optimizer."""
+    """Optimizer."""
     learning_rate: PerLearner = 1e-3
-    """The optimizer's step size."""
+    """Learning rate of the optimizer."""
     learning_rate_schedule: ScheduleName = "constant"
-    """Keep the learning rate, or anneal it to 0 over the budget (of each task of a stream): in a straight line or along
-    a cosine."""
+    """Schedule of the learning rate: constant, or annealed to 0 over the budget (of each task of a stream), linearly or
+    along a cosine."""
     momentum: PerLearner = 0.0
-    """Of the optimizers sgd and rmsprop."""
+    """Momentum of the optimizers sgd and rmsprop."""
     weight_decay: PerLearner = 0.0
-    """L2 in the gradient; decoupled for optimizer="adamw"."""
+    """Weight decay: L2 in the gradient, decoupled for optimizer="adamw"."""
     max_grad_norm: PerLearner = math.inf
     """Clip each learner's gradient to this norm."""
     hidden_sizes: tuple[int, ...] = (400, 400)
@@ -62,7 +62,7 @@ class SupervisedSettings:
     activation: Literal["tanh", "relu"] = "relu"
     """Activation of the default network."""
     network: Callable[[gym.Space], nn.Module] | None = None
-    """Your own network: from an observation space to a module that gives features [B, D]."""
+    """Feature network: a function from the observation space to a module that returns features [B, D]."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -81,9 +81,9 @@ class SupervisedSettings:
 
 
 class Supervised:
-    """A learner of labelled samples, bound to the spaces of its inputs and targets.
+    """Supervised learner, bound to the spaces of its inputs and targets.
 
-    A subclass gives `outputs`, `losses`, `distribution` and `score_of`.
+    A subclass implements `outputs`, `losses`, `distribution` and `score_of`.
 
     Args:
         settings: of the learner.
@@ -101,7 +101,7 @@ class Supervised:
     acts = answers = False
     predicts: tuple[str, ...] = ("net",)
     classes = 0
-    """How many classes its targets are of; 0 for numbers."""
+    """Number of classes of the targets; 0 for regression."""
 
     def __init__(
         self, settings: Any, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
@@ -117,31 +117,31 @@ class Supervised:
         self._draws = any(isinstance(m, Block) and m.may_draw() for m in self.net.modules())
 
     def outputs(self) -> int:
-        """How many numbers the network gives for an input."""
+        """Number of outputs of the network."""
         raise NotImplementedError
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The loss `[*L]` of a minibatch."""
+        """Loss `[*L]` of a minibatch, by group of parameters."""
         raise NotImplementedError
 
     def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
-        """The parameters of the distribution over targets, `{name: [*L, B, ...]}`."""
+        """Parameters of the predictive distribution over targets, `{name: [*L, B, ...]}`."""
         raise NotImplementedError
 
     def score_of(self, output: Tensor, batch: tree.Tree) -> Tensor:
-        """The score `[*L, B]` of every sample."""
+        """Score of every sample, `[*L, B]`."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ set-up
 
     def networks(self) -> dict[str, Block]:
-        """`net` turns an input into the numbers that the loss is of."""
+        """Networks: `net`, from an input to `outputs()` numbers."""
         s = self.settings
         body, features = build_body(s.network, self.observation_space, s.hidden_sizes, s.activation, "torch")
         return {"net": Sequential(body, Linear(features, self.outputs(), initialiser="torch"))}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
-        """The state at the start of a run."""
+        """Initial state of a run."""
         if not hasattr(world, "next_batch"):
             name = type(self.settings).__name__
             raise SettingError(f"{name} learns from labelled samples, this problem is to act in: use PPO or DQN")
@@ -152,22 +152,22 @@ class Supervised:
         return state
 
     def begin_task(self, state: State, world: DataWorld, key: Tensor) -> State:
-        """Turn to the samples of the task that the world has been set to."""
+        """Begin the task that the world is set to."""
         state["world"] = world.reset(key)
         state["count"] = {**state["count"], "task_steps": torch.zeros_like(state["count"]["task_steps"])}
         return state
 
     def enter(self, state: State, world: DataWorld, key: Tensor) -> State:
-        """Go on with the samples of the task that the world has been set to, untold that it is another."""
+        """Continue with samples of the task that the world is set to, without notice of a task boundary."""
         state["world"] = world.reset(key)
         return state
 
     def meet(self, state: State, world: DataWorld, batch: tree.Tree) -> State:
-        """Take note of what a minibatch shows before anything is learned from it."""
+        """Update the state by a minibatch before the gradient step on it; here a no-op."""
         return state
 
     def optimizer(self, state: State) -> optim.Optimizer:
-        """The optimizer at the learner's progress."""
+        """Optimizer, with the learning rate at the current progress."""
         s, h = self.settings, state["params"]["hyper"]
         rate = anneal(h["learning_rate"], s.learning_rate_schedule, state["progress"])
         if s.optimizer == "sgd":
@@ -179,20 +179,20 @@ class Supervised:
     # ------------------------------------------------------------------ learn
 
     def output(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
-        """What the network gives for the batch's inputs, `[*L, B, outputs]`."""
+        """Outputs of the network for a batch, `[*L, B, outputs]`."""
         return self._run(self.net, "net.", p, batch, ctx or Context())
 
     def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
-        """What the network's last layer is given, `[*L, B, D]`."""
+        """Features, the input of the network's last layer, `[*L, B, D]`."""
         return self._run(self.net.get_submodule("0"), "net.0.", p, batch, ctx)
 
     def _run(self, block: Block, prefix: str, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
-        found: Tensor = block.run(tensors, batch["observation"], ctx, prefix)
-        return found
+        out: Tensor = block.run(tensors, batch["observation"], ctx, prefix)
+        return out
 
     def iterate(self, state: State, world: DataWorld) -> tuple[State, Metrics]:
-        """`num_steps` gradient steps, each on the next minibatch of the current task."""
+        """Iteration: `num_steps` gradient steps, each on the next minibatch of the current task."""
         average, optimizer = Average(), self.optimizer(state)
         for _ in range(self.steps_per_iteration):
             state["world"], batch = world.next_batch(state["world"])
@@ -224,20 +224,20 @@ class Supervised:
         return state, average.result()
 
     def seen(self, state: State) -> Params:
-        """The parameters as forward passes see them, through the lifelong methods' hooks."""
+        """Effective parameters of forward passes, after the hooks of lifelong methods."""
         return seen(self.methods, state)
 
     # ------------------------------------------------------------------ evaluation, and samples for lifelong methods
 
     def evaluation_rows(self, episodes: int, native: bool) -> int:
-        """One: all test samples are looked at, whatever the number of rows."""
+        """Number of rows of an evaluation: 1, since it uses all test samples anyway."""
         return 1
 
     @torch.no_grad()
     def evaluate(
         self, p: Params, world: DataWorld, key: Tensor, episodes: int = 1, *, deterministic: bool = True
     ) -> Evaluation:
-        """The mean score over all test samples of the world's task, one figure for every learner `[*L, 1]`."""
+        """Mean score over all test samples of the world's task, `[*L, 1]`."""
         total = torch.zeros(key.shape, dtype=torch.float64, device=key.device)
         count = torch.zeros(key.shape, dtype=torch.int64, device=key.device)
         for batch in world.test_batches(EVALUATED_AT_ONCE):
@@ -248,28 +248,28 @@ class Supervised:
         return Evaluation((total / count).unsqueeze(-1), count.unsqueeze(-1))
 
     def prediction(self, p: Params, batch: tree.Tree) -> Tensor:
-        """What the learner says of the batch's inputs when it is evaluated, `[*L, B, outputs]`."""
+        """Prediction of an evaluation, `[*L, B, outputs]`."""
         return self.output(p, batch)
 
     def _decide(self, p: Params, batch: tree.Tree) -> Tensor:
-        """The learner's prediction, or that of the first method with a decision rule of its own."""
+        """Prediction of the learner, or of the first lifelong method with a decision rule of its own."""
         for method in self.methods:
             memory = p.get("memories", {}).get(method.name)
-            found = None if memory is None else method.predict(self, p, memory, batch, p["task"])
-            if found is not None:
-                return hooks.logits(method, found, (*batch["valid"].shape, self.outputs()))
+            prediction = None if memory is None else method.predict(self, p, memory, batch, p["task"])
+            if prediction is not None:
+                return hooks.logits(method, prediction, (*batch["valid"].shape, self.outputs()))
         return self.prediction(p, batch)
 
     def draw(self, state: State, world: DataWorld, n: int) -> tree.Tree:
-        """n training samples `[*L, n, ...]` of the current task, drawn without replacement; all if there are fewer."""
+        """Draw n training samples `[*L, n, ...]` of the current task without replacement; all if there are fewer."""
         return world.sample(random.fold(state["key"], "draw"), n)
 
 
 def require_target(space: gym.Space, kind: type[gym.Space], learner: str, other: str) -> None:
-    """Refuse a problem whose targets are of another kind.
+    """Refuse a target space of another kind than the learner's.
 
     Raises:
-        SpaceError: with the learner to use instead.
+        SpaceError: the space is of another kind; the message names the learner to use instead.
     """
     if not isinstance(space, kind):
         raise SpaceError(f"{learner} learns targets in {kind.__name__}, the task has {space}: use {other}")

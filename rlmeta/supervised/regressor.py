@@ -29,12 +29,12 @@ class Regressor(SupervisedSettings):
     def bind(
         self, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> RegressorLearner:
-        """The learner for inputs and targets of these spaces."""
+        """Create the learner for inputs and targets of these spaces."""
         return RegressorLearner(self, observation_space, target_space, methods)
 
 
 class RegressorLearner(Supervised):
-    """A regressor on given spaces."""
+    """Regressor by least squares."""
 
     score = Score("squared error", maximise=False)
 
@@ -45,23 +45,23 @@ class RegressorLearner(Supervised):
         super().__init__(settings, observation_space, target_space, methods)
 
     def outputs(self) -> int:
-        """One for every component of a target."""
+        """Number of outputs: one per component of a target."""
         return int(np.prod(self.target_space.shape or (1,)))
 
     def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
-        """`mean` of a normal of deviation 1, `[*L, B, D]`."""
+        """Predictive distribution: `mean` of a Gaussian with standard deviation 1, `[*L, B, D]`."""
         return {"mean": self.output(p, batch, ctx)}
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The mean squared error, `[*L]`."""
+        """Mean squared error, `[*L]`."""
         loss = losses.squared_loss(self.output(p, batch, ctx), batch["target"], batch.get("valid"))
         ctx.info["losses/loss"] = loss.detach()
         return {"net": loss}
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log density of the target under a normal of deviation 1 about the prediction, up to a constant, `[*L, B]`."""
+        """Log-density of the targets under a Gaussian around the prediction, up to a constant, `[*L, B]`."""
         return -0.5 * (self.output(p, batch) - batch["target"]).square().sum(-1)
 
     def score_of(self, output: Tensor, batch: tree.Tree) -> Tensor:
-        """The squared error of every sample, `[*L, B]`."""
+        """Squared error of every sample, `[*L, B]`."""
         return (output - batch["target"]).square().mean(-1)

@@ -477,7 +477,7 @@ def test_own_family_by_name_is_given_again(
     _, error = rlmeta_says(capfd, "train maml my_family:MyFamily --env.slop 3", 2)
     assert "my_family:MyFamily takes other settings: got an unexpected keyword argument 'slop'" in error
     _, error = rlmeta_says(capfd, "train ppo my_family:MyFamily", 2)
-    assert "'MyFamily' is a family of tasks to learn to learn, PPO learns one" in error
+    assert "'MyFamily' is a family of tasks for meta-learners, PPO learns one task" in error
 
 
 def test_template_stream_can_be_learned(project: Path, capfd: pytest.CaptureFixture[str]) -> None:

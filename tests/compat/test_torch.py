@@ -832,7 +832,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "the outputs depend on none of the weights": lambda: plain.fisher_information(
         nn.Linear(4, 3), X, logits=lambda m, x: m(x).detach()
     ),
-    "a sample's output is another one without the rest of its batch": lambda: plain.fisher_information(
+    "a sample's output changes without the rest of its batch": lambda: plain.fisher_information(
         nn.Linear(4, 3), torch.randn(5, 4), logits=lambda m, x: m(x) - m(x).mean(0)
     ),
     "the outputs are a tuple, expected|the outputs are torch.float32 of shape": lambda: plain.fisher_information(

@@ -1,4 +1,4 @@
-"""An environment with something wrong with it, of every kind that users' environments had."""
+"""Broken environment, with every kind of fault that users' environments have had."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESETS = 4
 
 
 class Odd(BaseException):
-    """What no `except Exception` catches; it has no text, and it can't be sent to another process."""
+    """Exception that is no `Exception`, has no text, and cannot be pickled."""
 
     def __str__(self) -> str:
         raise ZeroDivisionError
@@ -33,7 +33,7 @@ class Odd(BaseException):
 
 
 class Bad(gym.Env[Any, Any]):
-    """Episodes of 20 steps; from its 60th step on it does what its kind says.
+    """Environment with episodes of 20 steps and a fault of the given kind from its 60th step on.
 
     Args:
         kind: a key of `STEPS`, or one of `ELSEWHERE`.
@@ -93,7 +93,7 @@ def _put(place: int, value: Any) -> Callable[[Bad, list[Any]], list[Any]]:
 
 
 def _do(action: Callable[[], Any]) -> Callable[[Bad, list[Any]], list[Any]]:
-    """A step that does something besides."""
+    """Step with a side effect."""
 
     def step(env: Bad, result: list[Any]) -> list[Any]:
         action()
@@ -205,7 +205,7 @@ WARNS = {
 
 
 def train(kind: str, mode: Any, folder: str | Path | None = None, hanging: Path | None = None, **budget: Any) -> rl.Run:
-    """Two learners on such environments, of which each is bad in its third episode or later."""
+    """Train two learners on such environments, whose faults begin in the third episode or later."""
     settings = rl.PPO(num_envs=2, num_steps=20, batch_size=40, num_epochs=1, hidden_sizes=(8,))
     task = rl.task(lambda: Bad(kind, hanging=hanging), name="bad", mode=mode)
     about = rl.Budget(**{"steps": 200, "final_episodes": 2, "eval_episodes": 2, "checkpoint_seconds": 0.0, **budget})

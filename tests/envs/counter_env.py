@@ -1,4 +1,4 @@
-"""The conformance environment: it shows its step and episode number, and its actions say how it ends."""
+"""Conformance environment: observes its step and episode numbers; actions determine how an episode ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTINUE, TERMINATE, TRUNCATE, BOTH = range(4)
 
 
 class CounterEnv(gym.Env[Any, Any]):
-    """Observes (step, episode) and pays 10 episode + step; resets without a step in between are one."""
+    """Environment that observes (step, episode), with reward 10 episode + step; consecutive resets count as one."""
 
     observation_space: gym.Space[Any] = spaces.Box(0, np.inf, (2,), np.float32)
     action_space = spaces.Discrete(4)
@@ -44,7 +44,7 @@ class CounterEnv(gym.Env[Any, Any]):
 
 
 def step_and_episode(observation: Any) -> tuple[Tensor, Tensor]:
-    """What a (nested) counter shows, float64 `[...]`."""
+    """Step and episode numbers from the observation of a (nested) counter, float64 `[...]`."""
     if isinstance(observation, dict):
         assert torch.equal(observation["more"]["1"], observation["step"][..., 0].long())
         return observation["step"][..., 0].double(), observation["more"]["0"].double()

@@ -1,4 +1,4 @@
-"""Every kind of foreign environment, and every autoreset mode, tells the same story of the same episodes."""
+"""Autoreset modes: all kinds of gymnasium environments give the same transitions for the same episodes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CASES = [
 
 
 def _rollout(world: GymnasiumWorld) -> dict[str, Tensor]:
-    """Follow the schedule until every row saw `EPISODES` whole episodes; everything `[*L, T, N]`."""
+    """Roll out the schedule until every row has `EPISODES` whole episodes; all tensors `[*L, T, N]`."""
     axes = len(world.learner_shape)
     batch = (*world.learner_shape, world.num_envs)
     row = torch.arange(int(np.prod(batch))).view(batch)
@@ -75,7 +75,7 @@ def _rollout(world: GymnasiumWorld) -> dict[str, Tensor]:
         )
         ended += transition.terminated | transition.truncated
     assert len(steps) < 200
-    return {name: torch.stack([one[name] for one in steps], axes) for name in steps[0]}
+    return {name: torch.stack([row[name] for row in steps], axes) for name in steps[0]}
 
 
 def _value(step: Tensor, episode: Tensor) -> Tensor:
@@ -94,14 +94,14 @@ def _advantages(rollout: dict[str, Tensor]) -> Tensor:
 
 
 def _by_row(rollout: dict[str, Tensor], column: Tensor) -> list[Tensor]:
-    """Of each row, the column at its valid steps within the whole episodes."""
+    """Values of each row at its valid steps within whole episodes."""
     take = rollout["valid"] & (rollout["episode"] < EPISODES)
     columns, takes = column.movedim(-2, -1).flatten(0, -2), take.movedim(-2, -1).flatten(0, -2)
-    return [one[mask] for one, mask in zip(columns, takes)]
+    return [values[mask] for values, mask in zip(columns, takes)]
 
 
 def _expected(row: int) -> dict[str, list[float]]:
-    """The story of a row, computed without any environment; advantages by their definition as a sum."""
+    """Expected transitions of a row, computed without any environment; advantages by their definition as a sum."""
     story: dict[str, list[float]] = {name: [] for name in ("step", "episode", "reward", "terminated", "truncated")}
     advantages: list[float] = []
     for episode in range(EPISODES):
@@ -158,14 +158,14 @@ def test_no_transition_crosses_an_episode(kind: str, shape: tuple[tuple[int, ...
 
 
 def test_advantages_are_identical_in_all_modes() -> None:
-    found = {}
+    by_kind = {}
     for kind in ("factory", "next step", "same step", "disabled"):
         world = GymnasiumWorld(learner_shape=(2,), num_envs=2, **KINDS[kind](4, False))
         rollout = _rollout(world)
-        found[kind] = torch.cat(_by_row(rollout, _advantages(rollout)))
+        by_kind[kind] = torch.cat(_by_row(rollout, _advantages(rollout)))
         world.close()
-    reference = found.pop("factory")
-    for kind, advantages in found.items():
+    reference = by_kind.pop("factory")
+    for kind, advantages in by_kind.items():
         assert torch.equal(advantages, reference), kind
 
 
@@ -173,7 +173,7 @@ def test_advantages_are_identical_in_all_modes() -> None:
 
 
 class _Batched(SyncVectorEnv):
-    """A VectorEnv whose infos, metadata and calls a test can look at and change."""
+    """VectorEnv with infos, metadata and calls that a test can inspect and change."""
 
     def __init__(self, mode: AutoresetMode, rows: int = 2, nested: bool = False) -> None:
         super().__init__([lambda: CounterEnv(nested)] * rows, autoreset_mode=mode)
@@ -196,31 +196,31 @@ def _end_first(world: GymnasiumWorld) -> Any:
     return world.step(state, torch.tensor([TERMINATE, 0]))
 
 
-@pytest.mark.parametrize("given", [None, "Sometimes", 3, "missing"])
-def test_unknown_autoreset_mode_is_refused(given: Any) -> None:
+@pytest.mark.parametrize("mode", [None, "Sometimes", 3, "missing"])
+def test_unknown_autoreset_mode_is_refused(mode: Any) -> None:
     env = _Batched(AutoresetMode.SAME_STEP)
-    env.metadata = {} if given == "missing" else {"autoreset_mode": given}
-    expected = "declares no autoreset mode" if given in (None, "missing") else repr(given)
+    env.metadata = {} if mode == "missing" else {"autoreset_mode": mode}
+    expected = "declares no autoreset mode" if mode in (None, "missing") else repr(mode)
     with pytest.raises(SettingError, match=expected):
         GymnasiumWorld(env, (), 2)
 
 
 def test_what_was_made_for_a_refused_world_is_closed_and_what_was_given_is_not() -> None:
-    made: list[_Batched] = []
+    created: list[_Batched] = []
 
     def make() -> _Batched:
-        made.append(_Batched(AutoresetMode.SAME_STEP, 3))
-        return made[-1]
+        created.append(_Batched(AutoresetMode.SAME_STEP, 3))
+        return created[-1]
 
     for settings in ({"mode": "async"}, {}):  # refused for its mode, refused for its size
         with pytest.raises(SettingError):
             GymnasiumWorld(make, (), 2, **settings)
-        assert made[-1].closed
-        given = _Batched(AutoresetMode.SAME_STEP, 3)
+        assert created[-1].closed
+        passed = _Batched(AutoresetMode.SAME_STEP, 3)
         with pytest.raises(SettingError):
-            GymnasiumWorld(given, (), 2, **settings)
-        assert not given.closed
-        given.close()
+            GymnasiumWorld(passed, (), 2, **settings)
+        assert not passed.closed
+        passed.close()
 
 
 def test_mode_may_be_named_by_its_value() -> None:
@@ -283,12 +283,12 @@ def test_final_observations_as_a_dictionary_of_arrays() -> None:
 
 
 def test_final_observations_as_a_list_of_dictionaries() -> None:
-    """One for each row, as they are where observations are dictionaries; None where no episode ended."""
+    """An entry per row, as with dictionary observations; None where no episode ended."""
     env = _Batched(AutoresetMode.SAME_STEP, nested=True)
-    given: list[Any] = []
-    env.final = lambda f: given.append(list(f)) or given[-1]
+    finals: list[Any] = []
+    env.final = lambda f: finals.append(list(f)) or finals[-1]
     _, transition = _end_first(GymnasiumWorld(env, (), 2))
-    (rows,) = given
+    (rows,) = finals
     assert isinstance(rows[0], dict) and rows[1] is None
     step, episode = step_and_episode(transition.next_observation)
     assert step.tolist() == [1, 1] and episode.tolist() == [0, 0]
@@ -314,7 +314,7 @@ def test_a_list_of_other_things_than_dictionaries_is_refused(final: Any, match: 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_infos_may_be_a_list_of_dictionaries(mode: AutoresetMode, nested: bool) -> None:
-    """As gymnasium's own wrapper makes them, whose rows without an entry lack its key."""
+    """As from gymnasium's DictInfoToList, where rows without an entry lack its key."""
     plain = GymnasiumWorld(_vector(mode, 4, nested), (2,), 2)
     listed = GymnasiumWorld(gym.wrappers.vector.DictInfoToList(_vector(mode, 4, nested)), (2,), 2)
     first, second = _rollout(plain), _rollout(listed)
@@ -342,13 +342,13 @@ def test_reset_forgets_the_pending_reset_of_next_step() -> None:
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 def test_seeds_are_those_that_were_given(mode: AutoresetMode) -> None:
-    """A VectorEnv that resets its environments itself is never given another."""
+    """A VectorEnv that resets its environments itself gets no further seeds."""
     world = GymnasiumWorld(_Batched(mode), (), 2)
     state = world.reset(random.make_keys([0])[0])
-    given = state["seed"].clone()
+    seeds = state["seed"].clone()
     for _ in range(3):
         state, _ = world.step(state, torch.tensor([TERMINATE, 0]))
-    assert state["episode"][0] > 0 and torch.equal(state["seed"], given)
+    assert state["episode"][0] > 0 and torch.equal(state["seed"], seeds)
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])

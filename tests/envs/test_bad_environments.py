@@ -1,4 +1,4 @@
-"""Environments with something wrong with them, trained on: to the end, or to one sentence that names what is wrong."""
+"""Training on broken environments: it ends normally, or with one sentence that names the fault."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_a_bad_environment(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
         else:
             run = train(kind, "sync", tmp_path / "run")
             assert run.env_steps == 200 or not run.state["active"].any()
-    said = [str(one.message) for one in caught if "'Bad'" in str(one.message)]
-    assert re.search(WARNS.get(kind, ""), "".join(said))
-    assert bool(said) == (kind in WARNS), said
+    messages = [str(warning.message) for warning in caught if "'Bad'" in str(warning.message)]
+    assert re.search(WARNS.get(kind, ""), "".join(messages))
+    assert bool(messages) == (kind in WARNS), messages
     if kind != "reset without info":
         assert checkpoint.load(tmp_path / "run" / "state")
 
@@ -62,12 +62,12 @@ def test_a_bad_environment(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_row_that_raised_is_named_and_what_it_raised_is_the_cause() -> None:
-    made = [-1]  # the first is only looked at
+    index = [-1]  # the first is only looked at
 
     class Raises(Bad):
         def __init__(self) -> None:
-            super().__init__("raises" if made[0] == 2 else "fine", begins=2)
-            made[0] += 1
+            super().__init__("raises" if index[0] == 2 else "fine", begins=2)
+            index[0] += 1
 
     world = GymnasiumWorld(Raises, (2,), 2)
     state, _ = world.step(world.reset(KEYS), ACTIONS)
@@ -139,7 +139,7 @@ def test_an_error_of_the_first_look_is_told() -> None:
 
 
 class Stuck(Bad):
-    """Its close() raises."""
+    """Environment whose close() raises."""
 
     closed: list[int] = []  # noqa: RUF012
 
@@ -152,17 +152,17 @@ def _closing(world: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         world().close()
-    return [str(one.message) for one in caught]
+    return [str(warning.message) for warning in caught]
 
 
 def test_all_are_closed_where_one_raises_and_it_is_said_once() -> None:
     Stuck.closed.clear()
-    (said,) = _closing(lambda: GymnasiumWorld(Stuck, (2,), 3))
+    (message,) = _closing(lambda: GymnasiumWorld(Stuck, (2,), 3))
     assert len(Stuck.closed) == 7, "six, and the first that is only looked at"
     assert re.fullmatch(
         r"close\(\) of environment 'Stuck' failed with BaseException: the door is stuck \(.*, in close\): what it "
         "holds may stay until this process ends",
-        said,
+        message,
     )
 
 
@@ -184,7 +184,7 @@ def test_a_vector_env_whose_close_raises() -> None:
                     GymnasiumWorld(make, (2,), 2, max_episode_steps=5)
             else:
                 GymnasiumWorld(make, (2,), 2).close()
-        assert ["the door is stuck" in str(one.message) for one in caught] == [True]
+        assert ["the door is stuck" in str(warning.message) for warning in caught] == [True]
 
 
 def test_an_environment_of_other_spaces_is_closed() -> None:

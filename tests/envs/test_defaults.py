@@ -1,4 +1,4 @@
-"""Environments are the same whatever torch's default dtype and device are."""
+"""Environments do not depend on torch's default dtype and device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEYS = make_keys([0, 1])
 
 @pytest.fixture(params=["float64", "meta"])
 def defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
-    """A function that sets the default dtype or device, until the test ends."""
+    """Fixture: a function that sets the default dtype or device until the test ends."""
 
     def change() -> None:
         if request.param == "meta":
@@ -39,7 +39,7 @@ def defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
 
 
 def _story(world: Any, steps: int = 12) -> list[Any]:
-    """What a world shows from its reset on, under the action that its space's bounds suggest."""
+    """Transitions of a world from its reset on, with actions from the bounds of its space."""
     state = world.reset(KEYS)
     shape, low = world.action_space.shape or (), getattr(world.action_space, "low", None)
     kind = torch.int64 if low is None else torch.float32
@@ -90,12 +90,12 @@ def test_worlds_ignore_torchs_defaults(name: str, defaults: Callable[[], None]) 
 def test_conversions_ignore_torchs_defaults(defaults: Callable[[], None]) -> None:
     defaults()
     space = gym.spaces.Dict(a=gym.spaces.Box(-1, 1, (2,), np.float64), b=gym.spaces.Discrete(3))
-    found = to_tree(space, {"a": np.zeros(2), "b": 1})
-    assert {name: (leaf.dtype, leaf.device.type) for name, leaf in found.items()} == {
+    converted = to_tree(space, {"a": np.zeros(2), "b": 1})
+    assert {name: (leaf.dtype, leaf.device.type) for name, leaf in converted.items()} == {
         "a": (torch.float32, "cpu"),
         "b": (torch.int64, "cpu"),
     }
-    assert space.contains(to_numpy(space, found))
+    assert space.contains(to_numpy(space, converted))
 
 
 def test_dynamics_ignore_torchs_defaults(defaults: Callable[[], None]) -> None:
@@ -105,7 +105,7 @@ def test_dynamics_ignore_torchs_defaults(defaults: Callable[[], None]) -> None:
 
 
 def test_demonstrations_ignore_torchs_defaults(defaults: Callable[[], None], tmp_path: Path) -> None:
-    made = Demonstrations(
+    created = Demonstrations(
         observation=torch.arange(10.0).reshape(5, 2),
         action=torch.tensor([0, 1, 1]),
         reward=torch.ones(3),
@@ -115,10 +115,10 @@ def test_demonstrations_ignore_torchs_defaults(defaults: Callable[[], None], tmp
         observation_space=gym.spaces.Box(-np.inf, np.inf, (2,)),
         action_space=gym.spaces.Discrete(2),
     )
-    expected = made.transitions(), made.shuffled().observation
+    expected = created.transitions(), created.shuffled().observation
     defaults()
-    made.save(tmp_path / "demonstrations")
+    created.save(tmp_path / "demonstrations")
     again = Demonstrations.load(tmp_path / "demonstrations")
-    assert again.digest == made.digest and again.returns.tolist() == [2, 1] and again.returns.dtype == torch.float64
+    assert again.digest == created.digest and again.returns.tolist() == [2, 1] and again.returns.dtype == torch.float64
     assert _same(again.transitions(), expected[0]) and torch.equal(again.shuffled().observation, expected[1])
     assert join([again.first(1), again]).steps == 5

@@ -22,7 +22,7 @@ KEY = random.make_keys([0, 1, 2])
 
 
 def labelled(classes=12, each=6, size=2):
-    """Images whose pixels all are their own number."""
+    """Images whose pixels all equal their own index."""
     n = classes * each
     images = torch.arange(n, dtype=torch.float32).reshape(n, 1, 1).expand(n, size, size).clone()
     return images, torch.arange(n) // each
@@ -84,7 +84,7 @@ def test_support_and_query_are_disjoint_and_of_the_same_classes():
                 assert target[part].bincount(minlength=3).tolist() == [each] * 3
                 assert (numbers[part] // 6 < 6).all()
             classes = [{int(n) // 6 for n in together[torch.cat(list(target.values())) == i]} for i in range(3)]
-            assert all(len(found) == 1 for found in classes) and len(set.union(*classes)) == 3
+            assert all(len(members) == 1 for members in classes) and len(set.union(*classes)) == 3
 
 
 def test_every_class_gives_samples_of_its_own_draw():
@@ -127,14 +127,14 @@ def test_rotations_are_new_classes_of_the_training_side_alone():
     turned = {tuple(torch.rot90(torch.arange(4.0).reshape(2, 2), i).flatten().tolist()) for i in range(4)}
     for split, count in (("train", 4), ("test", 1)):
         tasks = family.tasks(KEY, 0, 60, split)
-        found = tasks["support"]["observation"].flatten(0, 2).floor()
-        assert len({tuple((image % 10).flatten().tolist()) for image in found} & turned) == count
+        support = tasks["support"]["observation"].flatten(0, 2).floor()
+        assert len({tuple((image % 10).flatten().tolist()) for image in support} & turned) == count
         query = tasks["query"]["observation"].flatten(0, 2).floor()
-        assert torch.equal(found, query)  # a class is one turn of one character
+        assert torch.equal(support, query)  # a class is one turn of one character
 
 
 def test_equal_images_are_taken_once_and_never_in_two_classes():
-    """A query is no picture of its support, and no picture stands in two splits."""
+    """No query image is in the support set, and no image is in two splits."""
     images, labels = labelled(each=8)
     images[3], images[5] = images[2], images[4]  # copies within class 0
     images[60] = images[1]  # of class 0, trained on, and of class 7, tested: which is it?
@@ -168,16 +168,16 @@ def test_alphabets_are_held_out_whole():
 def test_few_shot_takes_arrays():
     images, labels = (part.numpy() for part in labelled())
     classes = {"train": np.arange(6), "validation": torch.arange(6, 9), "test": range(9, 12)}
-    made = FewShot(images.astype(np.float64), labels.astype(np.int16), classes, 3, 2, 3)
+    of_arrays = FewShot(images.astype(np.float64), labels.astype(np.int16), classes, 3, 2, 3)
     for split in ("train", "validation", "test"):
         for part in ("support", "query"):
             for name in ("observation", "target"):
-                ours, theirs = (f.tasks(KEY, 0, 4, split)[part][name] for f in (made, few_shot()))
+                ours, theirs = (f.tasks(KEY, 0, 4, split)[part][name] for f in (of_arrays, few_shot()))
                 assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
 
 def broken(part, change):
-    """The images or labels, changed."""
+    """Images or labels with a fault."""
     return {part: change(labelled()[part == "labels"])}
 
 
@@ -193,8 +193,8 @@ def broken(part, change):
         (broken("labels", lambda x: [str(int(i)) for i in x]), "tensors or arrays of numbers"),
         (broken("images", lambda x: x.to(torch.uint8)), "images are torch.uint8, expected floats: divide .* by 255"),
         (broken("images", lambda x: x.index_fill(0, torch.tensor([7]), torch.nan)), "image 7 is not finite"),
-        ({"rotations": True, **broken("images", lambda x: x.flatten(1))}, r"squares .* images are \[72, 4\]"),
-        ({"rotations": True, **broken("images", lambda x: x[:, :1])}, r"squares .* images are \[72, 1, 2\]"),
+        ({"rotations": True, **broken("images", lambda x: x.flatten(1))}, r"square images .* images are \[72, 4\]"),
+        ({"rotations": True, **broken("images", lambda x: x[:, :1])}, r"square images .* images are \[72, 1, 2\]"),
         (
             {"classes": {"train": torch.arange(7), "test": torch.arange(6, 12)}},
             "class 6 is in split 'train' and in 'test'",
@@ -208,9 +208,16 @@ def broken(part, change):
 )
 def test_few_shot_refuses_data_that_are_none(change, message):
     images, labels = labelled()
-    given = {"images": images, "labels": labels, "classes": {"train": range(6)}, "ways": 3, "shots": 2, "queries": 3}
+    arguments = {
+        "images": images,
+        "labels": labels,
+        "classes": {"train": range(6)},
+        "ways": 3,
+        "shots": 2,
+        "queries": 3,
+    }
     with pytest.raises(SettingError, match=message):
-        FewShot(**{**given, **change})
+        FewShot(**{**arguments, **change})
 
 
 @pytest.mark.parametrize("count", [0, -1])
@@ -268,24 +275,24 @@ def test_quadratics_are_the_squared_norm_of_a_random_residual():
     assert abs(float((problem["target"] * problem["matrix"][..., 0]).mean())) < 0.05, "one says nothing of the other"
     x = random.normal(KEY, "x", 0, (2000, 3))
     residual = torch.einsum("skij,skj->ski", problem["matrix"], x) - problem["target"]
-    found = Quadratics(3).loss({"x": x}, problem, torch.zeros(3, 2000, dtype=torch.int64))
-    torch.testing.assert_close(found, torch.linalg.vector_norm(residual, dim=-1) ** 2)
+    loss = Quadratics(3).loss({"x": x}, problem, torch.zeros(3, 2000, dtype=torch.int64))
+    torch.testing.assert_close(loss, torch.linalg.vector_norm(residual, dim=-1) ** 2)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
 def test_the_loss_of_a_digit_mlp_is_torchs_cross_entropy(activation):
-    """On images that are all the same, so that the minibatch does not matter."""
+    """On equal images, so that the minibatch does not matter."""
     family, image = DigitMLPs(hidden=5, batch_size=7, activation=activation), torch.linspace(-1, 1, 64)
     family.__dict__["_digits"] = image.expand(10, 64), torch.full((10,), 3)
     problem = family.tasks(KEY, 0, 2, "train")
     weights = {n: w + 0.1 * random.normal(KEY, n, 0, w.shape[1:]) for n, w in family.start(problem).items()}
-    found = family.loss(weights, problem, torch.zeros(3, 2, dtype=torch.int64))
+    loss = family.loss(weights, problem, torch.zeros(3, 2, dtype=torch.int64))
     for s in range(3):
         for k in range(2):
             w = {n: value[s, k] for n, value in weights.items()}
             hidden = getattr(torch, activation)(torch.nn.functional.linear(image, w["0.weight"], w["0.bias"]))
             logits = torch.nn.functional.linear(hidden, w["1.weight"], w["1.bias"])
-            torch.testing.assert_close(found[s, k], torch.nn.functional.cross_entropy(logits, torch.tensor(3)))
+            torch.testing.assert_close(loss[s, k], torch.nn.functional.cross_entropy(logits, torch.tensor(3)))
 
 
 def test_digit_mlps_start_with_deviations_of_one_over_the_root_of_their_inputs():
@@ -333,9 +340,7 @@ def test_named_families_are_made_with_settings():
     assert digits.tasks(KEY, 0, 2, "test")["support"]["observation"].shape == (3, 2, 3, 8, 8)
     assert len(digits._pools["train"][0]) == 16 and len(digits._pools["test"][0]) == 3
     assert rl.family("quadratics").source == Quadratics() and rl.family("digit-mlps").source == DigitMLPs()
-    with pytest.raises(
-        SettingError, match=r"family is Sinusoid.*expected a name; a family of your own is passed to train"
-    ):
+    with pytest.raises(SettingError, match=r"family is Sinusoid.*expected a name; pass a family of your own to train"):
         rl.family(Sinusoid())
     with pytest.raises(UnknownNameError, match="unknown setting of sinusoid 'shot': did you mean shots"):
         rl.family("sinusoid", {"shot": 5})

@@ -1,4 +1,4 @@
-"""Whether an episode ended may come as integers: from tables and from recorded files."""
+"""Integer flags of episode ends: in tables and in recorded files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_tables_of_integer_flags_have_the_same_dynamics():
     expected = grid.dynamics()
     integers = GridWorld()
     integers.__dict__["tables"] = grid.tables._replace(terminated=grid.tables.terminated.to(torch.uint8))
-    for found, right in zip(integers.dynamics(), expected):
-        assert torch.equal(found, right)
+    for actual, right in zip(integers.dynamics(), expected):
+        assert torch.equal(actual, right)
 
 
 def test_demonstrations_of_integer_flags_are_the_same_demonstrations():
@@ -35,10 +35,10 @@ def test_demonstrations_of_integer_flags_are_the_same_demonstrations():
         action_space=gym.spaces.Discrete(2),
     )
     for dtype in (torch.uint8, torch.int64):
-        given = {name: getattr(right, name).to(dtype) for name in ("terminated", "truncated")}
-        found = dataclasses.replace(right, **given)
-        assert found.digest == right.digest
-        assert torch.equal(cut_off(found, 4, 0.5), cut_off(right, 4, 0.5))
-        assert cut_off(found, 4, 0.5).tolist() == [0, 0.25, 0, 0]
+        flags = {name: getattr(right, name).to(dtype) for name in ("terminated", "truncated")}
+        with_integers = dataclasses.replace(right, **flags)
+        assert with_integers.digest == right.digest
+        assert torch.equal(cut_off(with_integers, 4, 0.5), cut_off(right, 4, 0.5))
+        assert cut_off(with_integers, 4, 0.5).tolist() == [0, 0.25, 0, 0]
     with pytest.raises(SettingError, match="terminated is float32"):
         dataclasses.replace(right, terminated=torch.tensor([1.0, 0.0]))

@@ -1,4 +1,4 @@
-"""Foreign environments as a world: seeds, worker processes, resuming, action masks, what is refused."""
+"""World of gymnasium environments: seeds, worker processes, resuming, action masks, refused sources."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ Factory = Callable[..., GymnasiumWorld]
 
 @pytest.fixture
 def world_of() -> Iterator[Factory]:
-    """A maker of worlds that are closed in the end."""
-    made: list[GymnasiumWorld] = []
+    """Fixture: a factory of worlds, which are closed at the end of the test."""
+    worlds: list[GymnasiumWorld] = []
 
     def make(source: Any, learner_shape: tuple[int, ...] = (2,), num_envs: int = 2, **rest: Any) -> GymnasiumWorld:
-        made.append(GymnasiumWorld(source, learner_shape, num_envs, **rest))
-        return made[-1]
+        worlds.append(GymnasiumWorld(source, learner_shape, num_envs, **rest))
+        return worlds[-1]
 
     yield make
-    for world in made:
+    for world in worlds:
         world.close()
 
 
@@ -141,7 +141,7 @@ def test_rows_belong_to_learners_in_order(world_of: Factory) -> None:
 
 
 def test_episodes_start_from_their_seeds(world_of: Factory) -> None:
-    """Each is what gymnasium itself gives for `state["seed"]`, and no two seeds are the same."""
+    """Episodes equal those of gymnasium with `state["seed"]`, and no two seeds are equal."""
     world, alone = world_of("CartPole-v1", (2,), 3), gym.make("CartPole-v1")
     state = world.reset(KEYS)
     seen = set()
@@ -169,8 +169,8 @@ def test_a_learner_does_not_see_its_company(world_of: Factory) -> None:
     keys = random.make_keys([4, 5, 6])
     together, alone = world_of(Toy, (3,), 2), world_of(Toy, (1,), 2)
     _, many = _run(together, together.reset(keys), range(40), keys)
-    _, one = _run(alone, alone.reset(keys[1:2]), range(40), keys[1:2])
-    for a, b in zip(many, one):
+    _, single = _run(alone, alone.reset(keys[1:2]), range(40), keys[1:2])
+    for a, b in zip(many, single):
         assert _equal(tree.map(lambda leaf: leaf[1:2], a._asdict()), b._asdict())
 
 
@@ -246,7 +246,7 @@ def test_info_and_options_are_left_alone(world_of: Factory) -> None:
 
 
 class Nested(Toy):
-    """A dictionary observation, a Tuple action, and an action that is kept."""
+    """Environment with dictionary observations and Tuple actions, which keeps an action."""
 
     action_space = spaces.Tuple([spaces.Discrete(2, start=3), spaces.Box(-1, 1, (2,), np.float64)])
     observation_space = spaces.Dict(
@@ -403,7 +403,7 @@ if __name__ == "__main__":
 
 
 def test_workers_end_with_their_parent_and_print_nothing(tmp_path: Path) -> None:
-    """Ctrl-C goes to the whole group, a kill to the parent alone."""
+    """Ctrl-C reaches the whole process group, a kill the parent alone."""
     script = tmp_path / "script.py"
     script.write_text(_SCRIPT)
     process = subprocess.Popen(
@@ -460,7 +460,7 @@ def test_restored_world_continues_as_the_uninterrupted_one(name: str, envs: int,
 
 
 def test_restore_of_continuous_actions_replays_what_was_executed(world_of: Factory) -> None:
-    """Actions beyond the bounds, in float64: what the log holds and what was executed are one."""
+    """Actions outside the bounds, in float64: the log has the executed actions."""
     box = spaces.Box(-0.3, 0.3, (2,), np.float64)
     world, fresh = (world_of(lambda: Toy(action_space=box), max_log=100) for _ in range(2))
     state = world.reset(KEYS)
@@ -493,15 +493,15 @@ def test_restore_in_place_rewinds(world_of: Factory) -> None:
 
 
 class Forgetful(Toy):
-    """Its walk depends on how many episodes it has seen, which no seed brings back; one environment in two does so."""
+    """Random walk that, in every second environment, also depends on the number of earlier episodes."""
 
-    made = 0
+    instances = 0
     seen = 0
 
     def __init__(self) -> None:
         super().__init__()
-        type(self).made += 1
-        self.honest = self.made % 2 == 0
+        type(self).instances += 1
+        self.honest = self.instances % 2 == 0
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -530,7 +530,7 @@ def test_environment_that_cannot_be_replayed_is_reported(world_of: Factory) -> N
 
 
 def test_episode_that_ends_early_in_its_replay_is_reported(world_of: Factory) -> None:
-    """What is observed does not show it."""
+    """The observation does not reveal the difference."""
 
     class Shortens(Toy):
         lives = 0
@@ -656,7 +656,7 @@ def test_interrupted_step_asks_for_restore(world_of: Factory) -> None:
 
 
 class Masked(Toy):
-    """Allows action a at count c where (a + c) is not divisible by 3; says so in the way that is asked for."""
+    """Environment that allows action a at count c if (a + c) is not divisible by 3, with a choice of mask sources."""
 
     def __init__(self, says: str, actions: Any = None) -> None:
         super().__init__(limit=7)
@@ -713,18 +713,18 @@ def test_action_masks_are_part_of_the_observation(says: str, vector: Any, world_
 
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_masks_in_a_list_of_infos(mode: AutoresetMode, world_of: Factory) -> None:
-    """Equal to those in one dictionary of infos, in every row and step."""
+    """Equal to those in a dictionary of infos, in every row and step."""
     stories = []
     for wrap in (lambda env: env, gym.wrappers.vector.DictInfoToList):
         world = world_of(wrap(SyncVectorEnv([lambda: Masked("info")] * 4, autoreset_mode=mode)))
         assert "action_mask" in world.observation_space.spaces  # type: ignore[attr-defined]
         stories.append(_run(world, world.reset(KEYS), range(30))[1])
     assert _same_story(*stories)
-    assert any((one.observation["action_mask"] == 0).any() for one in stories[0])
+    assert any((step.observation["action_mask"] == 0).any() for step in stories[0])
 
 
 def test_masks_of_actions_that_are_not_counted_from_zero(world_of: Factory) -> None:
-    """A mask is counted from 0 as the actions of an agent are, whatever the space begins with."""
+    """Masks and the actions of agents are counted from 0, wherever the space begins."""
 
     class FromOne(Masked):
         def step(self, action: Any) -> Any:

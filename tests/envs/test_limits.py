@@ -1,4 +1,4 @@
-"""Limits of episodes: where they are declared, what is said where they are not, and that a configuration keeps them."""
+"""Time limits of episodes: their declaration, warnings without one, and their round trip through a configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlmeta.runs.configuration import problem_again
 
 
 class Endless(gym.Env[Any, Any]):
-    """Nothing ends it."""
+    """Environment whose episodes never end."""
 
     observation_space = spaces.Box(-1, 1, (1,), np.float32)
     action_space = spaces.Discrete(2)
@@ -40,7 +40,7 @@ class Endless(gym.Env[Any, Any]):
 
 
 def _first_cut(task: Task) -> int:
-    """After how many steps the task's episodes are cut."""
+    """Number of steps after which the task's first episode is truncated."""
     world = task.world((), 1)
     state = world.reset(make_keys([0])[0])
     for step in range(1, 60):
@@ -53,7 +53,7 @@ def _first_cut(task: Task) -> int:
 
 
 def _again(task: Task, source: Any = None) -> Any:
-    """The task of a configuration that was written and read."""
+    """Task after a round trip through its configuration."""
     return problem_again(json.loads(json.dumps(task.describe())), source, "run")
 
 
@@ -124,7 +124,7 @@ def test_a_configuration_keeps_the_timeout() -> None:
     ids=["own", "native", "stream"],
 )
 def test_nothing_is_said_of_a_limit_before_an_episode_needed_one(task: Any) -> None:
-    """Episodes may well end by themselves; evaluation says where one did not."""
+    """Episodes may end by themselves; an evaluation warns if one did not."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         task().world((), 2).close()
@@ -137,5 +137,5 @@ def test_training_says_which_evaluation_was_cut_and_nothing_else(monkeypatch: py
         warnings.simplefilter("always")
         budget = rl.Budget(steps=32, eval_every=32, final_episodes=2, eval_episodes=2)
         rl.train(settings, rl.task(Endless), budget=budget, threads=1)
-    said = [str(one.message).partition(" did not")[0] for one in caught]
-    assert said == ["environment 'Endless': 2 of 2 evaluation episodes"]
+    messages = [str(warning.message).partition(" did not")[0] for warning in caught]
+    assert messages == ["environment 'Endless': 2 of 2 evaluation episodes"]

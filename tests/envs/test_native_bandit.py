@@ -11,7 +11,7 @@ from rlmeta.functional.random import make_keys
 
 
 def pulls(env: Bandit, count: int = 5_000, **physics: torch.Tensor) -> torch.Tensor:
-    """`[arms, count]` rewards: the learners are the arms."""
+    """Rewards `[arms, count]`, with a learner per arm."""
     arms = len(env.mean)
     world = NativeWorld(env, (arms,), count, physics or None)
     _, transition = world.step(world.reset(make_keys(range(arms))), torch.arange(arms)[:, None].expand(arms, count))

@@ -137,7 +137,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("name", CONTROL)
 @pytest.mark.parametrize("per_row", [True, False])
 def test_changed_constants_equal_gymnasium(name: str, per_row: bool) -> None:
-    """Every constant changed at once: one value per row through physics, or in the dataclass."""
+    """All constants changed at once: a value per row through physics, or in the dataclass."""
     count, rng = 400, np.random.default_rng(7)
     env = NATIVE[name]
     fields = ATTRIBUTES[name]
@@ -182,7 +182,7 @@ def test_constants_that_gymnasium_hard_codes_do_something() -> None:
 
 @pytest.mark.parametrize("name", CONTROL)
 def test_first_states_cover_gymnasiums(name: str) -> None:
-    """Noise from 0 to 1 spans the bounds between which gymnasium draws the first state."""
+    """Noise from 0 to 1 spans the range in which gymnasium draws initial states."""
     env = NATIVE[name]
     reference: Any = gym.make(name).unwrapped
 

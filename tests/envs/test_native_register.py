@@ -1,4 +1,4 @@
-"""The native environments as gymnasium's: checked by its checker, one equal to a row of many."""
+"""Native environments registered with gymnasium: they pass its checker, and a single one equals a row of a vector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tabular environments: tables equal to gymnasium's, known optima, sampling, and arrays of one's own."""
+"""Tabular environments: tables equal to gymnasium's, known optima, sampling, and MDPs from arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PAIRS: list[tuple[str, dict[str, Any], Tabular]] = [
 
 
 def optimum(env: Tabular, horizon: int, discount: float = 1.0) -> Tensor:
-    """The value `[S]` of the best policy over `horizon` steps."""
+    """Value `[S]` of the optimal policy over `horizon` steps."""
     going_on, reward = env.dynamics()
     value = torch.zeros(len(reward), dtype=torch.float64)
     for _ in range(horizon):
@@ -147,7 +147,7 @@ def test_slipping_frequencies() -> None:
 
 @pytest.mark.parametrize(("env", "name"), [(FrozenLake(), "success_rate"), (GridWorld(slip=0.5), "slip")])
 def test_the_rate_of_slipping_may_differ_by_row(env: Tabular, name: str) -> None:
-    """Physics 1 and 0: as meant, always or never."""
+    """Physics 1 and 0: always or never in the intended direction."""
     count = 300
     rate = torch.tensor([1.0, 0.0], dtype=torch.float64)
     world = NativeWorld(env, (2,), count, {name: rate})

@@ -1,4 +1,4 @@
-"""NativeWorld: rows, keys, episodes, physics, and what a transition says."""
+"""NativeWorld: rows, keys, episodes, physics and transitions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from rlmeta.functional.random import fold, make_keys
 
 @dataclass(frozen=True)
 class Clock(NativeEnv):
-    """Counts its steps, shows them, and ends at `end` or, by the action 1, at once."""
+    """Environment that observes its step number and ends at `end`, or at once by action 1."""
 
     end: float = 5.0
     max_episode_steps: int | None = None
@@ -176,7 +176,7 @@ CONTROLLERS = {
 
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_whole_episodes_equal_gymnasium_and_end_at_the_same_step(name: str) -> None:
-    """From one first state by one controller, to gymnasium's own time limit.
+    """With the same initial state and controller, up to gymnasium's time limit.
 
     The states are made equal after every step: what rounding leaves between them would grow, for a pole is unstable.
     """
@@ -203,7 +203,7 @@ def test_whole_episodes_equal_gymnasium_and_end_at_the_same_step(name: str) -> N
 
 
 def reference_rollout(env: NativeEnv, key: Tensor, row: int, actions: Tensor) -> list[Tensor]:
-    """One row by the definition: next observations, observations, rewards and ends, one step after another."""
+    """Reference rollout of a row by a loop: next observations, observations, rewards and ends."""
     key = fold(key, row)
     episode, elapsed, out = 0, 0, []
 
@@ -248,7 +248,7 @@ def test_rows_equal_a_loop_that_draws_one_number_at_a_time(env: NativeEnv) -> No
 
 @pytest.mark.parametrize("rows", [1, 30, 3000])
 def test_what_is_drawn_ahead_is_what_would_be_drawn(rows: int) -> None:
-    """For few rows and for so many that nothing is; counters go on, stay, jump and go back."""
+    """With few rows, and with too many to draw ahead; counters advance, stay, jump and go back."""
     ahead = _Ahead("stream", 4, rows)
     assert ahead.counters == {1: 64, 30: 64, 3000: 2}[rows]
     key, counters = make_keys(range(rows)), torch.arange(rows)
@@ -343,7 +343,7 @@ def test_a_saved_state_goes_on_as_the_one_that_was_not(name: str) -> None:
 
 
 def test_two_states_may_take_turns_in_one_world() -> None:
-    """What is drawn ahead for one is not used for the other."""
+    """Random numbers drawn ahead for one state are not used for the other."""
     world = NativeWorld(Clock(end=2.0), (), 2)
     act = torch.zeros(2, dtype=torch.int64)
     a, b = world.reset(make_keys([0])[0]), world.reset(make_keys([1])[0])
@@ -499,7 +499,7 @@ def test_mistakes_are_named() -> None:
 
 
 class Puck(Clock):
-    """Of the user's own, with a Box whose shape and bounds are not those of any other."""
+    """User environment with a Box of unusual shape and bounds."""
 
     action_space = gym.spaces.Box(np.array([-1, -np.inf], np.float32), np.array([np.inf, 2], np.float32))  # type: ignore[assignment]
 
@@ -561,7 +561,7 @@ def test_box_actions_are_clipped_to_bounds_of_which_some_are_infinite() -> None:
 
 
 class Wrong(Clock):
-    """Gives what a subclass of it changes."""
+    """Base of environments with a fault."""
 
     reset_noise, step_noise = 1, 0
 

@@ -1,4 +1,4 @@
-"""What spoils learning without being an error is said once, with the environment's name and row."""
+"""Warnings about NaN, infinity and observations outside their space: once, with name and row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlmeta.functional.random import make_keys
 
 
 class Shows(gym.Env[Any, Any]):
-    """Observations and rewards are 0 but for those that are put in, by step, where the action is 1.
+    """Environment with observations and rewards 0, except for given ones by step, if the action is 1.
 
     Episodes have 4 steps under the action 1, else 3.
     """
@@ -55,14 +55,14 @@ class Shows(gym.Env[Any, Any]):
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 
 
-def _said(
+def _messages(
     spoil: dict[Any, Any] | None = None,
     rewards: dict[int, Any] | None = None,
     space: Any = BOX,
     vector: AutoresetMode | None = None,
     steps: int = 12,
 ) -> list[str]:
-    """The warnings of a world of 2 learners with 3 environments each, in which row 4 is spoilt."""
+    """Warnings of a world of 2 learners with 3 environments each, in which row 4 has the fault."""
 
     def make() -> gym.Env[Any, Any]:
         return Shows(spoil or {}, rewards or {}, space)
@@ -75,7 +75,7 @@ def _said(
         for _ in range(steps):
             state, _ = world.step(state, action)
         world.close()
-    return [str(one.message) for one in caught]
+    return [str(warning.message) for warning in caught]
 
 
 ROW = "in row 4, environment 1 of learner 1, at step {}"
@@ -84,22 +84,22 @@ ROW = "in row 4, environment 1 of learner 1, at step {}"
 @pytest.mark.parametrize("vector", [None, *AutoresetMode], ids=str)
 @pytest.mark.parametrize("step", [2, 4])
 def test_the_first_observation_that_is_not_finite_is_named(step: int, vector: Any) -> None:
-    """Also where it is the final one of an episode, which is not what is seen next."""
+    """Also for the final observation of an episode, which is not the next one to act on."""
     for value in (np.nan, np.inf):
-        (said,) = _said({step: value}, vector=vector)
-        assert "Shows" in said or "SyncVectorEnv" in said
-        assert "an observation that is not finite" in said and ROW.format(step) in said
+        (message,) = _messages({step: value}, vector=vector)
+        assert "Shows" in message or "SyncVectorEnv" in message
+        assert "an observation that is not finite" in message and ROW.format(step) in message
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_the_first_reward_that_is_not_finite_is_named(value: float) -> None:
-    (said,) = _said(rewards={3: value})
-    assert said.startswith(f"environment 'Shows' gave the reward {value} " + ROW.format(3)), said
+    (message,) = _messages(rewards={3: value})
+    assert message.startswith(f"environment 'Shows' gave the reward {value} " + ROW.format(3)), message
 
 
 def test_a_first_observation_that_is_not_finite_is_named() -> None:
-    (said,) = _said({0: np.nan})
-    assert "in row 0, environment 0 of learner 0, at its reset" in said
+    (message,) = _messages({0: np.nan})
+    assert "in row 0, environment 0 of learner 0, at its reset" in message
 
 
 @pytest.mark.parametrize(
@@ -122,20 +122,20 @@ def test_a_first_observation_that_is_not_finite_is_named() -> None:
 )
 @pytest.mark.parametrize("step", [0, 1, 4])
 def test_an_observation_outside_of_its_space_is_said_once(space: Any, value: Any, outside: bool, step: int) -> None:
-    said = _said({step: value}, space=space)
-    assert len(said) == outside
-    assert all(f"'Shows' gave an observation outside of its space {space}" in one for one in said)
+    messages = _messages({step: value}, space=space)
+    assert len(messages) == outside
+    assert all(f"'Shows' gave an observation outside of its space {space}" in message for message in messages)
 
 
 def test_the_entry_of_a_dictionary_is_named() -> None:
-    both = _said({2: np.nan, 3: 7.0}, space=spaces.Dict(b=spaces.Box(-1, 1, ()), a=BOX))
+    both = _messages({2: np.nan, 3: 7.0}, space=spaces.Dict(b=spaces.Box(-1, 1, ()), a=BOX))
     assert len(both) == 2 and "observation at 'a' that is not finite" in both[0]
     assert "observation at 'a' outside of its space" in both[1]
 
 
 def test_nothing_is_said_of_what_is_in_order() -> None:
-    assert _said() == []
-    assert _said({"plain": 7}, space=spaces.Box(5, 9, (2,))) == []  # of which 0 is no part
+    assert _messages() == []
+    assert _messages({"plain": 7}, space=spaces.Box(5, 9, (2,))) == []  # of which 0 is no part
 
 
 def test_a_single_learner_has_no_number() -> None:

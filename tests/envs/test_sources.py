@@ -1,4 +1,4 @@
-"""What environments are made from: EnvPool's names, the user's functions and what they raise, what can't be one."""
+"""Sources of environments: EnvPool names, user functions and their exceptions, and refused sources."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rlmeta.functional.random import make_keys
 
 
 class Line(gym.Env[Any, Any]):
-    """Counts to 5."""
+    """Environment that counts to 5."""
 
     observation_space: gym.Space[Any] = spaces.Box(0, 9, (1,), np.float32)
     action_space: gym.Space[Any] = spaces.Discrete(2)
@@ -49,7 +49,7 @@ class Line(gym.Env[Any, Any]):
 
 @dataclass(frozen=True)
 class Still(NativeEnv):
-    """Nothing moves."""
+    """Environment without dynamics."""
 
     max_episode_steps: int | None = 3
 
@@ -99,7 +99,7 @@ def test_what_makes_environments_is_trained_on(problem: Any) -> None:
 
 
 class Agents:
-    """Of several agents, by PettingZoo's interface."""
+    """Environment of several agents, with PettingZoo's interface."""
 
     possible_agents = ("one", "two")
 
@@ -109,7 +109,7 @@ class Agents:
 
 
 class OldStyle:
-    """No gymnasium.Env, though it looks like one."""
+    """Class with the interface of gymnasium.Env that does not extend it."""
 
     def reset(self) -> Any: ...
 
@@ -139,7 +139,7 @@ def test_what_is_no_task_is_told_what_to_give(verb: Any, problem: Any, match: st
     [
         (Agents, "Agents returned Agents.*several agents, such as PettingZoo's, are not supported"),
         (OldStyle, "let its class extend gymnasium.Env"),
-        (lambda: rl.stream(["CartPole-v1"]), "TaskStream is given as it is"),
+        (lambda: rl.stream(["CartPole-v1"]), "pass a TaskStream as it is"),
         (lambda: Still(), "returned Still"),
         (lambda: None, "returned NoneType"),
     ],
@@ -271,7 +271,7 @@ def _pool(*shape: int, source: Any = "envpool:CartPole-v1", **settings: Any) -> 
 
 
 def _walk(world: GymnasiumWorld, keys: Tensor, steps: int = 40) -> list[dict[str, Any]]:
-    """What is seen from the reset on; every learner acts by its number of step."""
+    """Transitions from the reset on; every learner acts by its step number."""
     state = world.reset(keys)
     seen = [{"observation": world.observation(state)}]
     for t in range(steps):
@@ -295,12 +295,12 @@ def test_envpools_rows_have_their_own_seeds_and_repeat_them() -> None:
         together, again, alone = _walk(_pool(), keys), _walk(_pool(), keys), _walk(_pool(1), keys[1:])
     first = together[0]["observation"].flatten(0, 1)
     assert len(first.unique(dim=0)) == 6
-    for one, other, own in zip(together, again, alone, strict=True):
-        for name, leaf in tree.flatten(one).items():
+    for step, other, own in zip(together, again, alone, strict=True):
+        for name, leaf in tree.flatten(step).items():
             assert torch.equal(leaf, tree.flatten(other)[name])
             assert torch.equal(leaf[1:], tree.flatten(own)[name])
-    invalid = torch.stack([~one["valid"] for one in together[1:]])
-    ended = torch.stack([one["terminated"] | one["truncated"] for one in together[1:]])
+    invalid = torch.stack([~step["valid"] for step in together[1:]])
+    ended = torch.stack([step["terminated"] | step["truncated"] for step in together[1:]])
     assert ended[:-1].any() and torch.equal(invalid[1:], ended[:-1])
 
 
@@ -335,17 +335,17 @@ def test_a_function_is_told_the_seeds_of_an_envpool() -> None:
 
     keys = make_keys([0, 1])
     by_name, by_function = _walk(_pool(), keys, 3), _walk(_pool(source=make), keys, 3)
-    for one, other in zip(by_name, by_function, strict=True):
-        assert all(torch.equal(leaf, tree.flatten(other)[name]) for name, leaf in tree.flatten(one).items())
+    for step, other in zip(by_name, by_function, strict=True):
+        assert all(torch.equal(leaf, tree.flatten(other)[name]) for name, leaf in tree.flatten(step).items())
 
 
 def test_an_envpool_whose_seeds_would_be_ignored_is_refused() -> None:
     envpool = pytest.importorskip("envpool")
-    made = envpool.make_gymnasium("CartPole-v1", num_envs=6)
-    assert is_envpool(made) and not is_envpool(gym.make("CartPole-v1"))
+    pool = envpool.make_gymnasium("CartPole-v1", num_envs=6)
+    assert is_envpool(pool) and not is_envpool(gym.make("CartPole-v1"))
     with pytest.raises(SettingError, match="envpool:"):
-        rl.task(made)
-    for source in (made, lambda num_envs: envpool.make_gymnasium("CartPole-v1", num_envs=num_envs)):
+        rl.task(pool)
+    for source in (pool, lambda num_envs: envpool.make_gymnasium("CartPole-v1", num_envs=num_envs)):
         with pytest.raises(SettingError, match="takes its seeds only when it is made: name the task envpool:NAME"):
             _pool(source=source)
     with pytest.raises(SettingError, match="steps 2 of its 6 environments"):

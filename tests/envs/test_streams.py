@@ -1,4 +1,4 @@
-"""Streams: what each scenario shows of the classes, the orders, and worlds in which every learner has its own task."""
+"""Streams: scenarios, orders of tasks, and worlds in which every learner has its own task."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_split_digits_in_the_three_scenarios():
     assert task.reveals == {"boundaries", "train_id", "test_id"}
     assert domain.reveals == klass.reveals == {"boundaries", "train_id"}
     whole = labelled("digits")
-    assert sum(len(one.train.target) for one in task.tasks) == len(whole.train.target)
-    assert sum(len(one.test.target) for one in task.tasks) == len(whole.test.target)
+    assert sum(len(part.train.target) for part in task.tasks) == len(whole.train.target)
+    assert sum(len(part.test.target) for part in task.tasks) == len(whole.test.target)
     assert domain.world((2,), 4).action_space.n == 2 and klass.world((2,), 4).action_space.n == 10
     assert task.world((2,), 4).action_space.n == 10
     for i, (own, shared) in enumerate(zip(task.tasks, shared_classes(domain.tasks))):
@@ -56,7 +56,7 @@ def test_rotations_turn_pictures_by_their_angle():
 
 def test_a_task_can_have_samples_of_its_own():
     data = labelled("digits")
-    first, second = (one.train.observation for one in splits.permute(data, 2, samples=100))
+    first, second = (task.train.observation for task in splits.permute(data, 2, samples=100))
     assert first.shape == (100, 64)
     assert not torch.equal(first.sort(-1).values, second.sort(-1).values), "other samples, not only other pixels"
 
@@ -96,21 +96,21 @@ GROUPS = [[0, 1], [2, 3], [4, 5]]
 
 
 def test_one_place_says_the_scenario():
-    """What `split` says the stream need not say again, and can't say otherwise."""
+    """The scenario of `split` need not be repeated for the stream, which cannot have another."""
     data, scenarios = labelled("digits"), ("task", "domain", "class")
-    for said in (None, *scenarios):
-        tasks = splits.split(data, GROUPS, said)
-        assert rl.stream(tasks).scenario == (said or "task")
+    for declared in (None, *scenarios):
+        tasks = splits.split(data, GROUPS, declared)
+        assert rl.stream(tasks).scenario == (declared or "task")
         for other in scenarios:
-            if said in (None, other):
-                made, plain = rl.stream(tasks, scenario=other), rl.stream(splits.split(data, GROUPS), scenario=other)
-                assert made.reveals == plain.reveals == (EVERYTHING if other == "task" else EVERYTHING - {"test_id"})
-                worlds = [one.world((1,), 4) for one in (made, plain)]
+            if declared in (None, other):
+                stream, plain = rl.stream(tasks, scenario=other), rl.stream(splits.split(data, GROUPS), scenario=other)
+                assert stream.reveals == plain.reveals == (EVERYTHING if other == "task" else EVERYTHING - {"test_id"})
+                worlds = [problem.world((1,), 4) for problem in (stream, plain)]
                 assert worlds[0].action_space == worlds[1].action_space
                 assert torch.equal(worlds[0].table.train.target, worlds[1].table.train.target)
             else:
                 with pytest.raises(
-                    SettingError, match=f"split for the scenario '{said}', but its stream's is '{other}'"
+                    SettingError, match=f"split for the scenario '{declared}', but its stream's is '{other}'"
                 ):
                     rl.stream(tasks, scenario=other)
 
@@ -187,8 +187,8 @@ def test_pictures_of_any_shape_are_permuted_and_rotated_as_flat_ones_are():
         expected = make(flat, 3)[2].train.observation
         for shape in ((8, 8), (1, 8, 8)):
             shaped = Labelled(*(Samples(x.reshape(-1, *shape), y) for x, y in flat[:2]), 10)
-            found = make(shaped, 3)[2].train.observation
-            assert found.shape == (20, *shape) and torch.equal(found.flatten(1), expected)
+            images = make(shaped, 3)[2].train.observation
+            assert images.shape == (20, *shape) and torch.equal(images.flatten(1), expected)
     small = Labelled(*(Samples(x.float() / 255, y) for x, y in flat[:2]), 10)
     turned = splits.rotate(small, 3)[2].train.observation
     assert turned.dtype == torch.float32 and ((turned > 0.01) & (turned < 0.99)).any(), "floats are not rounded"
@@ -236,8 +236,8 @@ def test_the_task_stands_at_the_end_of_an_observation():
     assert world.observation_space.shape == (8,) and plain.observation_space.shape == (4,)
     assert world.observation_space.contains(np.zeros(8, np.float32))
     identity, keys, action = torch.tensor([2, 0]), make_keys([5, 6]), torch.ones(2, 3, dtype=torch.int64)
-    for one in (world, plain):
-        one.select(identity)
+    for either in (world, plain):
+        either.select(identity)
     state, other = world.reset(keys), plain.reset(keys)
     expected = torch.eye(4)[identity].unsqueeze(1).expand(2, 3, 4)
     for _ in range(60):  # episodes end
@@ -249,7 +249,7 @@ def test_the_task_stands_at_the_end_of_an_observation():
 
 
 def test_steps_of_a_stream_with_numbers_drawn_ahead():
-    """What a recorded step is made of, for every learner's own task."""
+    """Steps as in a recorded program, with a task of its own for every learner."""
     world, action = rl.stream("cartpole-conflicts").world((4,), 2), torch.ones(4, 2, dtype=torch.int64)
     world.select(torch.arange(4))
     state = other = world.reset(make_keys([5, 6, 7, 8]))
@@ -310,7 +310,7 @@ def test_wrong_tables_are_refused(table, message):
 def test_streams_say_how_to_make_them_again():
     from rlmeta.runs.configuration import problem_again
 
-    for given in (
+    for stream in (
         rl.stream("split-digits", scenario="class", order=3),
         rl.stream("cartpole-conflicts", order="all"),
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two"),
@@ -321,15 +321,15 @@ def test_streams_say_how_to_make_them_again():
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", restart_optimizer=False),
         rl.stream(["CartPole-v1", "cartpole-long-pole"], name="two", observe_identity=True),
     ):
-        again = problem_again(given.describe(), None, "here")
-        assert again.orders() == given.orders() and again.scenario == given.scenario
-        assert [one.name for one in again.tasks] == [one.name for one in given.tasks]
-        assert again.reveals == given.reveals and again.restarts == given.restarts
-        assert dataclasses.replace(again, tasks=given.tasks, table=given.table) == given
+        again = problem_again(stream.describe(), None, "here")
+        assert again.orders() == stream.orders() and again.scenario == stream.scenario
+        assert [task.name for task in again.tasks] == [task.name for task in stream.tasks]
+        assert again.reveals == stream.reveals and again.restarts == stream.restarts
+        assert dataclasses.replace(again, tasks=stream.tasks, table=stream.table) == stream
 
 
 def test_every_shipped_stream_of_embedded_data_can_be_made():
-    found = [name for name, path in names("envs").items() if read_toml(path).get("data") == "digits"]
-    assert set(found) >= {"split-digits", "permuted-digits", "rotated-digits"}
-    for name in found:
+    with_digits = [name for name, path in names("envs").items() if read_toml(path).get("data") == "digits"]
+    assert set(with_digits) >= {"split-digits", "permuted-digits", "rotated-digits"}
+    for name in with_digits:
         assert len(rl.stream(name)) >= 5

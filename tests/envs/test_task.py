@@ -1,4 +1,4 @@
-"""Tasks from settings: what is no value of a native environment's constant is refused by name."""
+"""Tasks from settings: invalid values of a native environment's constants are refused by name."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from rlmeta.functional.random import make_keys
 def test_constants_of_another_type_are_refused(name: str, constant: str, value: Any, expected: str) -> None:
     with pytest.raises(SettingError) as raised:
         rl.task(name, settings={constant: value})
-    said = str(raised.value)
-    assert said.startswith(f"constant {constant} of ") and said.endswith(f" is {value!r}, expected {expected}")
+    message = str(raised.value)
+    assert message.startswith(f"constant {constant} of ") and message.endswith(f" is {value!r}, expected {expected}")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ CARTPOLE = rl.task("CartPole-v1")
         (CARTPOLE, {"length": (0.5, float("inf"))}, "expected finite numbers"),
         (CARTPOLE, {"length": 0.5}, r"length is 0.5, expected \[low, high\]"),
         (CARTPOLE, {"lenght": (0.5, 1.0)}, "unknown constant 'lenght': did you mean length"),
-        (CARTPOLE, {"max_episode_steps": (5, 9)}, "max_episode_steps is a whole number or None, which no range"),
+        (CARTPOLE, {"max_episode_steps": (5, 9)}, "max_episode_steps is a whole number or None, expected a number"),
         (CARTPOLE, [("length", (0.5, 1.0))], "expected a dictionary such as"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Trials of several episodes: one draw of the constants, one episode to the agent, every episode scored."""
+"""Trials of several episodes: constants drawn once, one episode to the agent, every episode scored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import rlmeta as rl
 from rlmeta.envs.native import Bandit, CartPole, NativeWorld, TrialWorld
-from rlmeta.envs.task import TaskFamily, drawn
+from rlmeta.envs.task import TaskFamily, draw_constants
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning.collect import collect, episode_statistics
@@ -21,7 +21,7 @@ POLES = TaskFamily("poles", rl.task(CartPole(max_episode_steps=4), name="poles")
 
 
 def both(episodes):
-    """A world of trials and the plain one of the same environment, constants the same for good."""
+    """World of trials and plain world of the same environment, with fixed constants."""
     physics = {"length": torch.linspace(0.3, 1.0, S * N).reshape(S, N).double()}
     env = CartPole(max_episode_steps=4, initial_range=0.2)
     keys = random.make_keys(range(S))
@@ -35,15 +35,17 @@ def test_within_a_trial_episodes_follow_one_another_and_only_its_end_is_told():
     count = torch.zeros(S, N, dtype=torch.int64)
     for t in range(20):
         action = random.integers(random.make_keys(range(S)), "action", t, (N,), 2)
-        (a, found), (b, expected) = trials.step(a, action), plain.step(b, action)
+        (a, transition), (b, expected) = trials.step(a, action), plain.step(b, action)
         ended = expected.terminated | expected.truncated
         count += ended
         over = ended & (count % K == 0)
-        assert found.ended.equal(ended) and found.memory_reset.equal(over) and found.terminated.equal(over)
-        assert not found.truncated.any()
-        assert found.observation.equal(expected.observation) and found.reward.equal(expected.reward)
+        assert (
+            transition.ended.equal(ended) and transition.memory_reset.equal(over) and transition.terminated.equal(over)
+        )
+        assert not transition.truncated.any()
+        assert transition.observation.equal(expected.observation) and transition.reward.equal(expected.reward)
         inside = (ended & ~over).unsqueeze(-1)
-        assert found.next_observation.equal(torch.where(inside, expected.observation, expected.next_observation))
+        assert transition.next_observation.equal(torch.where(inside, expected.observation, expected.next_observation))
     assert (count >= 2 * K).all()
     tree.map(torch.testing.assert_close, a, b)
 
@@ -70,10 +72,10 @@ def test_statistics_and_evaluations_score_every_episode():
     _, figures = episode_statistics(state, rollout)
     assert figures["episodes"].equal(rollout["ended"].sum((1, 2)).double())
     assert rollout["terminated"].sum() < rollout["ended"].sum()
-    found = agent.evaluate(agent.seen(state), world, random.make_keys(range(S)), 2 * N)
-    assert found.returns.shape == (S, 2 * N * K)
-    assert found.returns.max() <= 4 and found.returns.equal(found.lengths.double())
-    assert found.of_trials(K)[:, 1, 0].equal(found.returns[:, K])
+    evaluation = agent.evaluate(agent.seen(state), world, random.make_keys(range(S)), 2 * N)
+    assert evaluation.returns.shape == (S, 2 * N * K)
+    assert evaluation.returns.max() <= 4 and evaluation.returns.equal(evaluation.lengths.double())
+    assert evaluation.of_trials(K)[:, 1, 0].equal(evaluation.returns[:, K])
 
 
 def test_an_actor_sees_where_an_episode_of_its_trial_starts_and_keeps_its_memory():
@@ -93,10 +95,10 @@ def test_an_actor_sees_where_an_episode_of_its_trial_starts_and_keeps_its_memory
 
 def test_ranges_of_a_list_draw_every_entry_and_those_of_numbers_as_before():
     key = random.make_keys(range(S))
-    found = drawn(key, "physics", Bandit(mean=(0.5,) * 5), {"mean": (0.25, 0.75)})["mean"]
-    assert found.shape == (S, 5) and found.min() >= 0.25 and found.max() <= 0.75
-    assert (found.unsqueeze(-1) - found.unsqueeze(-2)).abs().flatten(1).sort(-1).values[:, 5:].min() > 0
-    numbers = drawn(key, "physics", CartPole(), {"length": (0.0, 1.0), "gravity": (2.0, 4.0)})
+    means = draw_constants(key, "physics", Bandit(mean=(0.5,) * 5), {"mean": (0.25, 0.75)})["mean"]
+    assert means.shape == (S, 5) and means.min() >= 0.25 and means.max() <= 0.75
+    assert (means.unsqueeze(-1) - means.unsqueeze(-2)).abs().flatten(1).sort(-1).values[:, 5:].min() > 0
+    numbers = draw_constants(key, "physics", CartPole(), {"length": (0.0, 1.0), "gravity": (2.0, 4.0)})
     draws = random.uniform(key, "physics", 0, (2,), torch.float64)
     assert numbers["length"].equal(draws[:, 0]) and numbers["gravity"].equal(2 + 2 * draws[:, 1])
     family = TaskFamily("b", rl.task(Bandit(mean=(0.5,) * 5), name="b"), {"mean": (0.0, 1.0)})

@@ -1,4 +1,4 @@
-"""Worker processes: how they start, what is said of one that hangs, and that they end with whoever started them."""
+"""Worker processes: their start, messages about a hanging one, and their end with the parent process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ACTIONS = torch.zeros(2, 2, dtype=torch.int64)
 
 
 class Walk(gym.Env[Any, Any]):
-    """A seeded random walk that calls `before()` before every step."""
+    """Random walk with a seed, which calls `before()` before every step."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = spaces.Discrete(2)
@@ -68,7 +68,7 @@ def _until_gone(pids: list[int]) -> None:
 
 
 def _script(tmp_path: Path, text: str, folder: str = ".") -> subprocess.Popen[str]:
-    """A started program, in a folder within that of its file."""
+    """Start a program in a subfolder of its own folder."""
     script = tmp_path / "script.py"
     script.write_text(text)
     return subprocess.Popen(
@@ -120,7 +120,7 @@ for make in (Torch, "Torch-v0", lambda: gym.make("Torch-v0")):
 
 
 def test_environments_that_use_torch_do_not_wait_for_threads_of_their_parent(tmp_path: Path) -> None:
-    """In a program whose top level nothing guards: it runs once, and what is defined in it reaches the workers."""
+    """In a program without a main guard: it runs once, and its definitions reach the workers."""
     process = _script(tmp_path, _TORCH)
     try:
         out, err = process.communicate(timeout=200)
@@ -131,7 +131,7 @@ def test_environments_that_use_torch_do_not_wait_for_threads_of_their_parent(tmp
 
 
 def test_a_forked_copy_starts_workers_of_its_own(tmp_path: Path) -> None:
-    """Neither these nor the program's own take modules from the current folder, which others may have filled."""
+    """Neither these workers nor the program's own import modules from the current folder."""
     (tmp_path / "data").mkdir()
     for name in ("torch", "numpy", "gymnasium"):
         (tmp_path / "data" / f"{name}.py").write_text("open('imported', 'w'); raise SystemExit('imported')")
@@ -160,7 +160,7 @@ run()
 
 
 def test_workers_see_the_surroundings_of_now(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Their server was started in others: variables, and the current folder."""
+    """The fork server was started with other environment variables and another current folder."""
     GymnasiumWorld(Walk, (2,), 2, mode="async", workers=1).close()
     monkeypatch.setenv("RLMETA_TEST_SAYS", "1234")
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
@@ -189,14 +189,14 @@ def test_what_can_not_be_sent_is_refused() -> None:
 
 
 def _hangs(row: int, how: Callable[[], Any]) -> Callable[[], gym.Env[Any, Any]]:
-    """Walks, of which that in a worker's given row does something at its third step."""
-    made = [-1]  # the first is made here, and only looked at
+    """Random walks; the one in a given row of a worker does something at its third step."""
+    count = [-1]  # the first is made here, and only looked at
 
     class Hangs(Walk):
         def __init__(self) -> None:
             super().__init__()
-            self.number, self.steps = made[0], 0
-            made[0] += 1
+            self.number, self.steps = count[0], 0
+            count[0] += 1
 
         def step(self, action: Any) -> Any:
             self.steps += 1
@@ -223,26 +223,26 @@ def test_an_environment_that_does_not_answer_is_named_and_ended(how: Callable[[]
         warnings.simplefilter("always")
         world.step(state, ACTIONS)
     place = f"environment 'Hangs' in row 1, worker process 0 of 1 (pid {pids[0]}), has not answered for "
-    said = [str(one.message) for one in caught]
-    assert len(said) >= 2 and all(text.startswith(place) for text in [*said, str(failed.value)]), said
-    seconds = [float(text.removeprefix(place).split()[0]) for text in said]
-    assert seconds == sorted(seconds) and "waiting up to 1 s" in said[0] and "worker_timeout" in str(failed.value)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) >= 2 and all(text.startswith(place) for text in [*messages, str(failed.value)]), messages
+    seconds = [float(text.removeprefix(place).split()[0]) for text in messages]
+    assert seconds == sorted(seconds) and "waiting up to 1 s" in messages[0] and "worker_timeout" in str(failed.value)
     _until_gone(pids)
 
 
 def test_slow_environments_that_go_on_are_waited_for() -> None:
-    """A worker of four may take longer than each of them may."""
+    """A worker with four environments may take longer than a single environment may."""
     world = GymnasiumWorld(lambda: Walk(lambda: time.sleep(0.6)), (2,), 2, "async", 1, worker_timeout=2.0)
     state = world.reset(KEYS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         state, _ = world.step(state, ACTIONS)
-    assert all("has not answered" in str(one.message) for one in caught)
+    assert all("has not answered" in str(warning.message) for warning in caught)
     world.close()
 
 
 class Odd(BaseException):
-    """What no `except Exception` catches, and has no text."""
+    """Exception that is no `Exception` and has no text."""
 
     def __str__(self) -> str:
         raise ValueError
@@ -254,8 +254,8 @@ def test_whatever_a_worker_raises_is_told(error: type[BaseException]) -> None:
         raise error
 
     world = GymnasiumWorld(lambda: Walk(fail), (2,), 2, mode="async", workers=1)
-    said = f"environment 'Walk' in row 0 failed with {error.__name__}: .*in fail\\)"
-    with pytest.raises(EnvironmentFailedError, match=said) as failed:
+    message = f"environment 'Walk' in row 0 failed with {error.__name__}: .*in fail\\)"
+    with pytest.raises(EnvironmentFailedError, match=message) as failed:
         world.step(world.reset(KEYS), ACTIONS)
     assert "Traceback" in failed.value.__notes__[0]
 
@@ -303,13 +303,13 @@ rl.train(settings, task, seeds=[0], budget=budget, threads=1)
 
 
 def _stuck(tmp_path: Path, does: str, timeout: float) -> tuple[subprocess.Popen[str], list[int]]:
-    """A training process, and its workers once one of them hangs."""
+    """Start training; the process, and its workers once one of them hangs."""
     process = _script(tmp_path, _TRAIN.format(how="hang", does=does, timeout=timeout))
     deadline = time.monotonic() + 120
-    while not (found := [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]):
+    while not (pids := [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    return process, found
+    return process, pids
 
 
 WAYS_TO_HANG = {
@@ -329,7 +329,7 @@ def test_a_hanging_worker_ends_when_training_is_killed(does: str, tmp_path: Path
 
 
 def test_ctrl_c_ends_training_that_waits(tmp_path: Path) -> None:
-    """At once when it has waited a while: training's own handler would wait for an iteration that never ends."""
+    """At once after some waiting: training's own handler would wait for an iteration that never ends."""
     process, workers = _stuck(tmp_path, "time.sleep(1000)", 40.0)
     assert process.stderr is not None
     while "has not answered" not in (line := process.stderr.readline()):

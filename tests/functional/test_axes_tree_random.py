@@ -78,15 +78,15 @@ def test_tree_map_leaves_flatten() -> None:
 
 
 def test_trees_are_paired_by_name() -> None:
-    one, other = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 30, "c": 20}, "a": 10}
-    assert list(tree.leaves(one)) == [1, 2, 3] and list(tree.leaves(other)) == [10, 20, 30]
-    assert tree.map(lambda x, y: x + y, one, other) == {"a": 11, "b": {"c": 22, "d": 33}}
-    rebuilt = tree.rebuild(other, iter([4, 5, 6]))
+    first, second = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 30, "c": 20}, "a": 10}
+    assert list(tree.leaves(first)) == [1, 2, 3] and list(tree.leaves(second)) == [10, 20, 30]
+    assert tree.map(lambda x, y: x + y, first, second) == {"a": 11, "b": {"c": 22, "d": 33}}
+    rebuilt = tree.rebuild(second, iter([4, 5, 6]))
     assert rebuilt == {"a": 4, "b": {"c": 5, "d": 6}} and list(rebuilt) == ["b", "a"]
 
 
 @pytest.mark.parametrize(
-    "other, said",
+    "other, message",
     [
         ({"a": 1}, "the second lacks b"),
         ({"a": 1, "b": {"c": 2}, "e": 4, "f": 5}, "the first lacks e, f"),
@@ -96,8 +96,8 @@ def test_trees_are_paired_by_name() -> None:
         (7, "a dictionary against int"),
     ],
 )
-def test_trees_with_other_names_are_refused(other: object, said: str) -> None:
-    with pytest.raises(SettingError, match=said):
+def test_trees_with_other_names_are_refused(other: object, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         tree.map(lambda x, y: x, {"a": 1, "b": {"c": 2}}, other)
 
 
@@ -119,14 +119,14 @@ def test_numbers_are_a_function_of_key_stream_and_counter() -> None:
 
 
 def test_numbers_stay_the_same_for_ever() -> None:
-    """Saved runs resume, and published ones repeat, only while this holds."""
+    """Golden values: saved runs resume, and published runs repeat, only with the same random numbers."""
     drawn = random.bits(random.make_keys([0, -3]), "policy", torch.tensor([0, 5]), (2,))
     assert drawn[0].tolist() == [reference(0, "policy", 0, i) for i in (1, 2)]
     assert drawn[1].tolist() == [reference(-3, "policy", 5, i) for i in (1, 2)]
 
 
 def reference(seed: int, stream: str, counter: int, index: int) -> int:
-    """SplitMix64 as published, in integers without bounds."""
+    """Reference implementation of SplitMix64 in unbounded Python integers."""
     wrap = (1 << 64) - 1
 
     def mix(z: int) -> int:
@@ -180,7 +180,7 @@ def test_no_two_keys_streams_counters_or_positions_share_a_number() -> None:
 
 
 def test_folded_keys_are_distinct() -> None:
-    """Environment seeds: every (seed, row, episode) is another one, as are nearby seeds of any sign."""
+    """Environment seeds: keys of every (seed, row, episode) differ, and those of nearby seeds of either sign."""
     rows = random.fold(KEYS.unsqueeze(-1), torch.arange(50))
     episodes = random.fold(rows.unsqueeze(-1), torch.arange(50))
     assert episodes.shape == (64, 50, 50)
@@ -197,7 +197,7 @@ def test_folded_keys_are_distinct() -> None:
 
 
 def draws(kind: str) -> dict[str, Tensor]:
-    """Many numbers gathered along each axis in turn: positions, counters, seeds, streams, folds."""
+    """Many random numbers, varied along one axis at a time: positions, counters, seeds, streams, folds."""
     draw = getattr(random, kind)
     key, count = random.make_keys([7])[0], 40_000
     many = random.make_keys(range(count))
@@ -239,7 +239,7 @@ def test_one_flipped_bit_of_a_key_flips_half_the_output() -> None:
 
 
 def test_streams_and_learners_are_independent() -> None:
-    """Chi-square of the joint 16 x 16 table of two sources that must know nothing of each other."""
+    """Chi-squared test of independence on the joint 16 x 16 table of two sources."""
     key, n = random.make_keys([1, 2]), 40_000
     policy, environment = (random.uniform(key, stream, 0, (n,)) for stream in ("policy", "environment"))
     for a, b in ((policy[0], environment[0]), (policy[0], policy[1]), (policy[0], environment[1])):
@@ -251,7 +251,7 @@ def test_streams_and_learners_are_independent() -> None:
 def test_uniform_numbers_lie_in_the_open_interval(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, precision: int
 ) -> None:
-    """At both ends of what the generator can give, where a log or the inverse normal would be infinite."""
+    """At both ends of the generator's range, where a log or the inverse normal would be infinite."""
     ends = torch.tensor([0, -1])
     monkeypatch.setattr(random, "bits", lambda *_: ends)
     low, high = random.uniform(KEYS, "a", 0, (), dtype).tolist()
@@ -275,7 +275,7 @@ def test_uniform_numbers_of_half_precision_never_round_to_one(
 
 
 def test_nothing_stays_behind_from_an_export_or_a_mode() -> None:
-    """A tensor kept from one of them is fake, or of inference, for everybody who draws as many numbers afterwards."""
+    """A cached tensor would be fake, or of inference mode, for all later draws of as many numbers."""
     shape = (7, 13)  # drawn by no other test
 
     class Draws(torch.nn.Module):
@@ -292,7 +292,7 @@ def test_nothing_stays_behind_from_an_export_or_a_mode() -> None:
 
 
 def test_keys_of_seeds_that_are_no_integers_are_refused() -> None:
-    """A real number would be cut, so that 0.5 and 0.7 were one seed; a switch is no number."""
+    """A real number would be truncated, so that 0.5 and 0.7 were the same seed; a bool is no number."""
     from rlmeta.errors import SettingError
 
     strange: list[tuple[object, str]] = [
@@ -332,7 +332,7 @@ def test_what_sets_a_key_apart_is_not_cut() -> None:
     for data in (0.5, torch.tensor(0.5), None):
         with pytest.raises(SettingError, match="integers or a name"):
             random.fold(key, data)
-    with pytest.raises(SettingError, match=r"a key is torch\.int32"):
+    with pytest.raises(SettingError, match=r"key has dtype torch\.int32"):
         random.fold(key.to(torch.int32), 1)
     assert torch.equal(random.fold(key, np.int64(5)), random.fold(key, 5))
     assert torch.equal(random.fold(key, torch.tensor(5)), random.fold(key, 5))

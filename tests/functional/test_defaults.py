@@ -1,4 +1,4 @@
-"""Nothing is made on torch's default device, of its default dtype, or of whether gradients are on."""
+"""Results depend neither on torch's default device and dtype, nor on gradient and inference modes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ BY_NAME: dict[str, Any] = {
     "scores": np.arange(12.0).reshape(4, 3),
     "baseline": np.arange(9.0).reshape(3, 3),
     "thresholds": [1.0, 5.0],
-    "given": FLAGS.to(torch.uint8),
+    "tensor": FLAGS.to(torch.uint8),
     "q": {"precision": SQUARE["x"].square(), "centre": SQUARE["value"], "constant": SQUARE["reward"][..., 0]},
     "fisher": SQUARE["reward"].square(),
     "theta": SQUARE["next_value"],
@@ -145,8 +145,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "evolution.evolution_gradient": lambda: called("evolution.evolution_gradient", sigma=0.5),
     "fisher.categorical_fisher": lambda: [
-        fisher.categorical_fisher(linear, {"weights": PARAMS}, SQUARE["value"], 1, kind, **given)
-        for kind, given in (("exact", {}), ("sample", {"key": KEYS}), ("empirical", {"target": CHOSEN}))
+        fisher.categorical_fisher(linear, {"weights": PARAMS}, SQUARE["value"], 1, kind, **labels)
+        for kind, labels in (("exact", {}), ("sample", {"key": KEYS}), ("empirical", {"target": CHOSEN}))
     ],
     "fisher.gaussian_fisher": lambda: fisher.gaussian_fisher(two, {"weights": PARAMS}, SQUARE["value"], 1),
     "fisher.score_fisher": lambda: fisher.score_fisher(log_prob, {"weights": PARAMS}, SQUARE["value"], 1),
@@ -223,34 +223,34 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 def public() -> dict[str, Callable[..., Any]]:
     """Every function of rlmeta.functional."""
-    found = {}
+    functions = {}
     for module in pkgutil.iter_modules(rlmeta.functional.__path__):
         content = importlib.import_module(f"rlmeta.functional.{module.name}")
         for name, function in inspect.getmembers(content, inspect.isfunction):
             if function.__module__ == content.__name__ and not name.startswith("_"):
-                found[f"{module.name}.{name}"] = function
-    return found
+                functions[f"{module.name}.{name}"] = function
+    return functions
 
 
 FUNCTIONS = public()
 
 
 def called(name: str, **others: Any) -> Any:
-    """A function with what its parameters' names stand for; optional ones are given where they are known."""
+    """Result of a function called with the values of its parameters in `BY_NAME`, optional ones too, and others."""
     parameters = inspect.signature(FUNCTIONS[name]).parameters
     known = {parameter: BY_NAME[parameter] for parameter in parameters if parameter in BY_NAME}
     return FUNCTIONS[name](**known | others)
 
 
-def leaves(found: Any) -> Iterator[Tensor | np.ndarray | float]:
-    if isinstance(found, dict):
-        for name in sorted(found):
-            yield from leaves(found[name])
-    elif isinstance(found, list | tuple):
-        for one in found:
-            yield from leaves(one)
+def leaves(values: Any) -> Iterator[Tensor | np.ndarray | float]:
+    if isinstance(values, dict):
+        for name in sorted(values):
+            yield from leaves(values[name])
+    elif isinstance(values, list | tuple):
+        for entry in values:
+            yield from leaves(entry)
     else:
-        yield found
+        yield values
 
 
 @contextmanager
@@ -278,12 +278,12 @@ def test_results_are_the_same_whatever_torchs_defaults_are(name: str, mode: str)
     call = CALLS.get(name, lambda: called(name))
     expected = list(leaves(call()))
     with MODES[mode]():
-        found = list(leaves(call()))
-    assert len(found) == len(expected)
-    for one, right in zip(found, expected):
+        results = list(leaves(call()))
+    assert len(results) == len(expected)
+    for result, right in zip(results, expected):
         if isinstance(right, Tensor):
-            assert isinstance(one, Tensor) and one.dtype == right.dtype and one.device == right.device
-            same = torch.equal(one.nan_to_num(7), right.nan_to_num(7))
+            assert isinstance(result, Tensor) and result.dtype == right.dtype and result.device == right.device
+            same = torch.equal(result.nan_to_num(7), right.nan_to_num(7))
             assert same
         else:
-            np.testing.assert_array_equal(one, right)
+            np.testing.assert_array_equal(result, right)

@@ -27,8 +27,8 @@ def test_a_quadratic_is_exact_in_expectation_for_any_sigma(sigma):
     w, a = random.normal(KEY, "test", 0, (2, 4), torch.float64).unbind(1)
     noise = antithetic_noise(KEY, 0, 200_000, 4, sigma, torch.float64)
     loss = (w.unsqueeze(1) + noise - a.unsqueeze(1)).square().sum(-1)
-    found = evolution_gradient(loss, noise, sigma)
-    torch.testing.assert_close(found, 2 * (w - a), rtol=0, atol=0.1)
+    estimate = evolution_gradient(loss, noise, sigma)
+    torch.testing.assert_close(estimate, 2 * (w - a), rtol=0, atol=0.1)
 
 
 def test_the_variance_falls_with_the_number_of_perturbations():
@@ -46,9 +46,9 @@ def test_the_variance_falls_with_the_number_of_perturbations():
 def test_it_is_the_loop_over_learners():
     noise = antithetic_noise(KEY, 0, 4, 4, 0.1)
     loss = noise.square().sum(-1) + noise.sum(-1)
-    found = evolution_gradient(loss, noise, torch.tensor([0.1, 0.2, 0.3]))
+    estimate = evolution_gradient(loss, noise, torch.tensor([0.1, 0.2, 0.3]))
     for i, sigma in enumerate((0.1, 0.2, 0.3)):
         expected = sum(noise[i, n] * loss[i, n] for n in range(4)) / (4 * sigma**2)
-        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(estimate[i], expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="loss has shape"):
         evolution_gradient(loss.mT[:2], noise, 0.1)

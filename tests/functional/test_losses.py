@@ -85,7 +85,7 @@ def test_batched_learners_equal_a_loop(name: str, learners: tuple[int, ...], mas
 
 @pytest.mark.parametrize("name", MASKED)
 def test_rows_that_are_not_valid_count_for_nothing(name: str) -> None:
-    """Equal to the valid rows alone, whatever the others hold, NaN included; flags and integers 0 and 1."""
+    """Equal to the loss of the valid rows alone, even if others are NaN; with bool and integer flags."""
     function, count, has_setting, _ = FUNCTIONS[name]
     inputs, setting = data(count, 6), [0.2] if has_setting else []
     valid = torch.tensor([True, False, True, True, False, True])
@@ -212,7 +212,7 @@ def test_value_loss_is_torchs_mean_squared_error() -> None:
 
 
 def test_clipped_value_loss_literal() -> None:
-    """ε = 1, G = 0: values that came from 4 by a small step, by a step too large, away by one too large."""
+    """ε = 1, G = 0: values moved from 4 by a small step, by one too large, and by one too large away from G."""
     value = torch.tensor([3.5, 1.0, 6.0], requires_grad=True)
     loss = clipped_value_loss(value, torch.zeros(3), torch.full((3,), 4.0), 1.0)
     assert loss.item() == pytest.approx((3.5**2 + 3.0**2 + 6.0**2) / 3)

@@ -24,10 +24,10 @@ def batch(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 5
 
 
-def assert_same(one: Statistics, other: Statistics) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-10, atol=1e-12)
+def assert_same(actual: Statistics, expected: Statistics) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-12)
 
 
 # --- running statistics ---
@@ -167,7 +167,7 @@ def test_reward_literal() -> None:
 
 @given(st.integers(0, 2**31))
 def test_returns_are_those_of_every_episode_alone(seed: int) -> None:
-    """By the definition, over two rollouts: Rₜ = Σ γᵏ rₜ₋ₖ back to the start of the episode, rows skipped left out."""
+    """By the definition, over two rollouts: Rₜ = Σ γᵏ rₜ₋ₖ back to the start of the episode, without skipped rows."""
     steps, envs, gamma = 12, 2, 0.9
     reward, cut = batch(steps, envs, seed=seed), flags(steps, envs, chance=0.3, seed=seed)
     valid = ~torch.cat([torch.zeros(1, envs, dtype=torch.bool), cut[:-1]])  # NEXT_STEP: the row after an end
@@ -208,7 +208,7 @@ def test_reward_statistics_of_batched_learners_equal_a_loop() -> None:
 
 
 def test_reward_statistics_are_stable_baselines3s() -> None:
-    """Row for row its VecNormalize: up to its prior of 1e-4 samples of mean 0 and variance 1."""
+    """Equal to Stable-Baselines3's VecNormalize, up to its prior of 1e-4 samples of mean 0 and variance 1."""
     running = pytest.importorskip("stable_baselines3.common.running_mean_std").RunningMeanStd(epsilon=1e-12, shape=())
     reward, cut = batch(20, 4), flags(20, 4, chance=0.2, seed=1)
     total = np.zeros(4)

@@ -61,7 +61,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 def make(name: str, **changes: Any) -> Optimizer:
-    """The case's optimizer, with some settings replaced."""
+    """Optimizer of a case, with some settings replaced."""
     factory, settings, _, switches = CASES[name]
     return factory(**{**settings, **switches, **changes})
 
@@ -77,14 +77,14 @@ def make_torch(name: str, params: list[Tensor], **changes: float) -> torch.optim
 
 
 def start(*learner_shape: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """A matrix and a vector with 3 rows (as many as learners), and a scalar, per learner."""
+    """Initial parameters per learner: a matrix and a vector with 3 rows (as many as learners), and a scalar."""
     generator = torch.Generator().manual_seed(1)
     shapes = {"weight": (3, 3), "bias": (3,), "scale": ()}
     return {name: torch.randn((*learner_shape, *s), generator=generator, dtype=dtype) for name, s in shapes.items()}
 
 
 def loss_of(params: dict[str, Tensor], learner_axes: int = 0) -> Tensor:
-    """Not convex, different for each parameter, and with gradients that change sign on the way; `[*L]`."""
+    """Non-convex loss `[*L]`, different for each parameter, with gradients that change sign."""
     total: Tensor | float = 0.0
     for index, value in enumerate(params.values()):
         flat = value.reshape(*value.shape[:learner_axes], -1)
@@ -177,7 +177,7 @@ def test_two_learner_axes_and_settings_of_the_first_only(name: str) -> None:
     [(torch.float32, torch.float64, 1e-5), (torch.float64, torch.float32, 1e-4), (torch.bfloat16, torch.float32, 2e-2)],
 )
 def test_settings_of_another_type(name: str, dtype: torch.dtype, settings_dtype: torch.dtype, tolerance: float) -> None:
-    """Nothing changes its type, and the numbers are those of settings that are Python's."""
+    """Dtypes are preserved, and results equal those with Python numbers as settings."""
     values = {key: torch.full((3,), value, dtype=settings_dtype) for key, value in CASES[name][1].items()}
     params, state = run(make(name, **values), start(3, dtype=dtype), 3, (3,))
     leaves = {**tree.flatten(params), **tree.flatten(state)}
@@ -210,7 +210,7 @@ def test_adams_bias_correction_keeps_its_digits_in_float32(per_learner: bool) ->
 
 
 def test_adams_rate_is_worked_out_in_float32_for_half_precision() -> None:
-    """With m = v = g = 1 the update is the rate itself, rounded once: 500 learners, each at another step."""
+    """With m = v = g = 1 the update is the rate itself, rounded once: 500 learners, each at a different step."""
     ones, count = torch.ones(500, 1, dtype=torch.bfloat16), torch.arange(500)
     optimizer = optim.adam(1.0, eps=0.0)
     state = {"count": count, "mean": {"w": ones}, "square": {"w": ones}}
@@ -268,7 +268,7 @@ def test_inputs_are_not_modified_and_not_shared(name: str) -> None:
 
 @every_case
 def test_learners_are_not_coupled(name: str) -> None:
-    """NaN gradients of one learner leave the others bit-identical, and `torch.where` keeps a learner as it was."""
+    """NaN gradients of a learner leave the others bit-identical, and `torch.where` restores a learner."""
     params = start(3)
     optimizer = make(name)
     _, state = run(optimizer, params, 2, (3,))
@@ -328,7 +328,7 @@ DIFFERENTIATED = {  # every setting that is differentiated through, besides the 
 
 
 def unrolled(name: str, steps: int, names: list[str]) -> Callable[..., Tensor]:
-    """The parameters after `steps` steps of two learners, as a function of the first ones and of settings `[2]`."""
+    """Parameters of two learners after `steps` steps, as a function of the initial ones and of settings `[2]`."""
 
     def function(weight: Tensor, *settings: Tensor) -> Tensor:
         optimizer = make(name, **dict(zip(names, settings)))
@@ -525,13 +525,13 @@ def test_chain_of_clip_and_adam_equals_torch() -> None:
 
 
 def test_states_survive_being_flattened() -> None:
-    """Empty dictionaries are lost on the way to a checkpoint, so no optimizer may have one."""
+    """Checkpoints drop empty dictionaries, so no optimizer state may have one."""
     for optimizer in (*(make(name) for name in CASES), optim.chain(optim.clip(1.0), optim.sgd(0.1))):
         params = start(3)
         state = optimizer.init(params, (3,))
         expected, _ = optimizer.update(grads_of(params, 1), state, params)
-        found, _ = optimizer.update(grads_of(params, 1), tree.unflatten(tree.flatten(state)), params)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        updates, _ = optimizer.update(grads_of(params, 1), tree.unflatten(tree.flatten(state)), params)
+        assert all(torch.equal(updates[name], expected[name]) for name in expected)
 
 
 def test_apply_updates_leaves_parameters_without_an_update_alone() -> None:

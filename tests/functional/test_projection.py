@@ -75,7 +75,7 @@ def test_projection_of_any_shape_meets_its_constraints(constraints, dimensions, 
 def test_projection_equals_slsqp(seed):
     gradient, references = problem("plain", 6, 8, seed)
     g, r = gradient.numpy(), references.numpy()
-    found = minimize(
+    solution = minimize(
         lambda z: 0.5 * np.square(z - g).sum(),
         np.zeros(8),
         jac=lambda z: z - g,
@@ -83,7 +83,7 @@ def test_projection_equals_slsqp(seed):
         method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 500},
     )
-    np.testing.assert_allclose(project(gradient, references).numpy(), found.x, atol=1e-6)
+    np.testing.assert_allclose(project(gradient, references).numpy(), solution.x, atol=1e-6)
 
 
 @pytest.mark.parametrize("learners", [(5,), (5, 5), ()])
@@ -108,7 +108,7 @@ def test_margin_is_the_lower_bound_of_the_multipliers_as_in_the_reference_code(m
         assert torch.equal(project(gradient, references, margin), gradient)
         return
     p, q = (references @ references.T).numpy(), (references @ gradient).numpy()
-    found = minimize(
+    solution = minimize(
         lambda v: 0.5 * v @ p @ v + q @ v,
         np.full(4, margin),
         jac=lambda v: p @ v + q,
@@ -116,7 +116,7 @@ def test_margin_is_the_lower_bound_of_the_multipliers_as_in_the_reference_code(m
         method="L-BFGS-B",
         options={"ftol": 1e-16, "gtol": 1e-12},
     )
-    expected = gradient.numpy() + found.x @ references.numpy()
+    expected = gradient.numpy() + solution.x @ references.numpy()
     np.testing.assert_allclose(project(gradient, references, margin).numpy(), expected, atol=1e-5)
     v = projection_weights(references @ references.T, references @ gradient, gradient.square().sum(), margin)
     assert v.min() >= margin * (1 - 1e-12)

@@ -1,4 +1,4 @@
-"""The largest of the free weights."""
+"""Magnitude pruning: the largest of the free weights."""
 
 from __future__ import annotations
 

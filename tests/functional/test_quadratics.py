@@ -1,4 +1,4 @@
-"""One quadratic instead of many."""
+"""Quadratic penalties of EWC, summed to one quadratic."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_one_quadratic_equals_the_sum_over_fifty_tasks(learners):
 
 def test_online_with_decay_one_and_equal_anchors_is_the_sum_and_with_zero_the_last_task():
     fisher, anchors = history(5, (3,), 4)
-    one, zero = torch.ones(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
+    keep, forget = torch.ones(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
     exact, online, last = (no_quadratic(anchors[0]) for _ in range(3))
     for f in fisher:
-        exact, online = add_quadratic(exact, f, anchors[0]), replace_quadratic(online, f, anchors[0], one)
-        last = replace_quadratic(last, f, anchors[0], zero)
+        exact, online = add_quadratic(exact, f, anchors[0]), replace_quadratic(online, f, anchors[0], keep)
+        last = replace_quadratic(last, f, anchors[0], forget)
     torch.testing.assert_close(online["precision"], exact["precision"])
     used = exact["precision"] > 0
     torch.testing.assert_close(online["centre"][used], exact["centre"][used])

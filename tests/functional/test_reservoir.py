@@ -1,4 +1,4 @@
-"""A minibatch offered to a reservoir at once is a loop over its samples."""
+"""Reservoir sampling: inserting a minibatch at once equals a loop over its samples."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ FUNCTIONS: list[tuple[Callable[..., Tensor], tuple[str, ...], dict[str, Any]]] =
 
 
 def rollout(*shape: int, seed: int = 0, gamma: float | Tensor = GAMMA) -> dict[str, Tensor]:
-    """Random rows in which a third of the episodes' ends are terminated, a third truncated, a third both."""
+    """Random rollout, in which a third of the episode ends are terminated, a third truncated, a third both."""
     generator = torch.Generator().manual_seed(seed)
     reward, value, next_value, chance = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
     chance = torch.special.ndtr(chance)
@@ -46,7 +46,7 @@ def without(data: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 
 def columns(data: dict[str, Tensor]) -> list[dict[str, list[float]]]:
-    """One dictionary of plain lists for every environment."""
+    """Rollout as a dictionary of plain lists for every environment."""
     flat = {name: tensor.movedim(-2, -1).reshape(-1, tensor.shape[-2]).tolist() for name, tensor in data.items()}
     return [{name: rows[i] for name, rows in flat.items()} for i in range(len(flat["reward"]))]
 
@@ -56,7 +56,7 @@ def by_column(result: Tensor) -> list[list[float]]:
 
 
 def brute_n_step(c: dict[str, list[float]], t: int, n: int, gamma: float) -> float:
-    """Follow one episode, reward by reward, knowing nothing of discounts and cuts."""
+    """n-step return by a loop over the rewards of an episode, without discounts and cuts."""
     total = 0.0
     for k in range(n):
         total += gamma**k * c["reward"][t + k]
@@ -233,15 +233,15 @@ def test_batched_learners_equal_a_loop(learners: tuple[int, ...]) -> None:
         "plain": discounted_return(data["reward"], data["discount"], data["value"][..., 0, :]),
     }
     for index in torch.cartesian_prod(*(torch.arange(n) for n in learners)).reshape(-1, len(learners)).tolist():
-        one = {name: tensor[tuple(index)] for name, tensor in data.items()}
-        one["discount"] = discounts(gamma[index[0]].item(), one["terminated"], torch.float64)
+        single = {name: tensor[tuple(index)] for name, tensor in data.items()}
+        single["discount"] = discounts(gamma[index[0]].item(), single["terminated"], torch.float64)
         setting = lambda_[tuple(index)].item()
         alone = {
-            "advantage": generalized_advantage(**without(one), lambda_=setting),
-            "lambda": lambda_return(**without(one, "value"), lambda_=setting),
-            "monte_carlo": monte_carlo_return(**without(one, "value")),
-            "n_step": n_step_return(**without(one, "value"), n=3),
-            "plain": discounted_return(one["reward"], one["discount"], one["value"][0]),
+            "advantage": generalized_advantage(**without(single), lambda_=setting),
+            "lambda": lambda_return(**without(single, "value"), lambda_=setting),
+            "monte_carlo": monte_carlo_return(**without(single, "value")),
+            "n_step": n_step_return(**without(single, "value"), n=3),
+            "plain": discounted_return(single["reward"], single["discount"], single["value"][0]),
         }
         for name, expected in alone.items():
             torch.testing.assert_close(batched[name][tuple(index)], expected)
@@ -298,13 +298,13 @@ def test_other_wrong_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_integer_rewards_are_numbers_of_the_discounts_type(dtype: torch.dtype) -> None:
-    """Whatever torch's default type is."""
+    """Independent of torch's default dtype."""
     reward, value = torch.tensor([[1], [2], [3]]), torch.ones(3, 1, dtype=torch.float32)
     discount, cut = torch.full((3, 1), 0.5, dtype=torch.float32), torch.tensor([[False], [False], [True]])
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        found = [
+        actual = [
             lambda_return(reward, discount, value, cut, 0.9),
             generalized_advantage(reward, discount, value, value, cut, 0.9),
             monte_carlo_return(reward, discount, None, cut),
@@ -317,8 +317,8 @@ def test_integer_rewards_are_numbers_of_the_discounts_type(dtype: torch.dtype) -
         generalized_advantage(real, discount, value, value, cut, 0.9),
         monte_carlo_return(real, discount, None, cut),
     ]
-    for one, other in zip(found, right):
-        assert one.dtype == torch.float32 and torch.equal(one, other)
+    for result, other in zip(actual, right):
+        assert result.dtype == torch.float32 and torch.equal(result, other)
 
 
 @pytest.mark.parametrize("n", [0, 2.0, True, "3"])

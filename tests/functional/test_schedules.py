@@ -36,7 +36,7 @@ def test_between_the_ends_and_clamped(shape: Callable[..., Schedule], p: float) 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_elementwise_in_progress_and_ends(shape: Callable[..., Schedule]) -> None:
-    """Numbers and tensors `[*L]` in any combination agree; a number of progress stays a number."""
+    """Numbers and tensors `[*L]` agree in any combination; with numbers alone the result is a number."""
     starts, ends, progress = [0.5, 1.0, 4.0], [0.25, 2.0, 0.1], [-0.5, 0.3, 1.5]
     expected = [shape(s, e)(p) for s, e, p in zip(starts, ends, progress)]
     assert all(isinstance(value, float) for value in expected)
@@ -89,13 +89,13 @@ def test_wrong_arguments_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_settings_are_annealed_to_zero_in_their_own_type(name: Any) -> None:
-    """One value a learner, of progress that each learner has for itself; the linear one in the bits of v (1 - p)."""
+    """A value and a progress per learner; the linear schedule equals v (1 - p) bit for bit."""
     value = torch.tensor([3e-4, 1e-3, 0.2])
     progress = torch.tensor([0.0, 0.37, 1.0], dtype=torch.float64)
-    found = anneal(value, name, progress)
+    annealed = anneal(value, name, progress)
     left = {"constant": lambda p: 1.0, "linear": lambda p: 1 - p, "cosine": lambda p: (1 + math.cos(math.pi * p)) / 2}
     expected = [v * left[name](p) for v, p in zip(value.double().tolist(), progress.tolist())]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    assert annealed.dtype == torch.float32
+    torch.testing.assert_close(annealed.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
     if name == "linear":
-        assert torch.equal(found, value * (1 - progress).float())
+        assert torch.equal(annealed, value * (1 - progress).float())

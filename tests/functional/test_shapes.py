@@ -1,4 +1,4 @@
-"""What opens every function of data: one shape, and flags that are flags."""
+"""Argument checks: equal shapes, and flags of bool or integers."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ CALLS: dict[tuple[str, str], Callable[[Any], Any]] = {
 
 
 def test_every_function_that_takes_flags_is_called_here() -> None:
-    found = set()
+    with_flags = set()
     for module in pkgutil.iter_modules(rlmeta.functional.__path__):
         content = importlib.import_module(f"rlmeta.functional.{module.name}")
         for name, function in inspect.getmembers(content, inspect.isfunction):
             if function.__module__ == content.__name__ and not name.startswith("_"):
                 taken = {"terminated", "cut", "valid", "mask"} & set(inspect.signature(function).parameters)
-                found |= {(f"{module.name}.{name}", parameter) for parameter in taken}
-    assert found == set(CALLS)
+                with_flags |= {(f"{module.name}.{name}", parameter) for parameter in taken}
+    assert with_flags == set(CALLS)
 
 
-def same(found: Any, expected: Any) -> bool:
+def same(actual: Any, expected: Any) -> bool:
     if isinstance(expected, dict):
-        return all(same(found[name], value) for name, value in expected.items())
-    return found.dtype == expected.dtype and torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+        return all(same(actual[name], value) for name, value in expected.items())
+    return actual.dtype == expected.dtype and torch.equal(actual.nan_to_num(7), expected.nan_to_num(7))
 
 
 @pytest.mark.parametrize("call", CALLS, ids=".".join)
@@ -82,14 +82,14 @@ def test_integer_flags_mean_what_bool_does(call: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("call", CALLS, ids=".".join)
 def test_real_numbers_are_no_flags(call: tuple[str, str]) -> None:
-    """Where they may be weights, those of 0 and 1 do what flags do."""
-    given = FLAGS.float()
+    """Where real numbers may be weights, 0 and 1 act as flags."""
+    real = FLAGS.float()
     try:
-        found = CALLS[call](given)
+        result = CALLS[call](real)
     except SettingError as error:
         assert call[1] in str(error) and "float32" in str(error)
     else:
-        assert call[1] == "valid" and same(found, CALLS[call](FLAGS))
+        assert call[1] == "valid" and same(result, CALLS[call](FLAGS))
     with pytest.raises(SettingError, match=f"{call[1]} is a ndarray, expected a tensor"):
         CALLS[call](FLAGS.numpy())
 
@@ -97,17 +97,17 @@ def test_real_numbers_are_no_flags(call: tuple[str, str]) -> None:
 def test_discounts_and_advantages_by_hand() -> None:
     done = torch.tensor([0, 1])
     assert returns.discounts(0.5, done).tolist() == [0.5, 0.0]
-    one, cut = torch.ones(2, 1), done.unsqueeze(-1)
-    found = returns.generalized_advantage(one, one, 0 * one, 0 * one, cut, 0.5)
-    assert found.flatten().tolist() == [1.5, 1.0]
+    ones, cut = torch.ones(2, 1), done.unsqueeze(-1)
+    advantage = returns.generalized_advantage(ones, ones, 0 * ones, 0 * ones, cut, 0.5)
+    assert advantage.flatten().tolist() == [1.5, 1.0]
 
 
 def test_bool_passes_as_it_is_and_the_others_are_recorded() -> None:
     assert flags(FLAGS, "cut") is FLAGS
     capture, done = Capture(2), FLAGS.to(torch.uint8)
     for _ in range(6):
-        found = capture("discounts", lambda x: {"d": returns.discounts(0.9, x["done"])}, {"done": done})
-    assert torch.equal(found["d"], returns.discounts(0.9, FLAGS))
+        recorded = capture("discounts", lambda x: {"d": returns.discounts(0.9, x["done"])}, {"done": done})
+    assert torch.equal(recorded["d"], returns.discounts(0.9, FLAGS))
     assert all(program is not None for program in capture._programs.values())
     with pytest.raises(SettingError, match="complex64"):
         flags(torch.zeros(2, dtype=torch.complex64), "cut")

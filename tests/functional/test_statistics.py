@@ -125,7 +125,7 @@ def test_interval_is_scipys_percentile_bootstrap_for_one_task(statistic, confide
 
 
 def test_tasks_are_strata() -> None:
-    """Tasks far apart whose runs agree: drawn across tasks the interval would be wide, within them it is a point."""
+    """Tasks with different scores but equal runs: the interval is a point, and would be wide across tasks."""
     scores = np.tile([0.0, 10.0, 200.0], (6, 1))
     assert stratified_bootstrap_interval(scores, mean) == (70, 70)
     # Runs are drawn for each task on its own; drawn as whole rows, these would cancel and the interval be a point.
@@ -135,7 +135,7 @@ def test_tasks_are_strata() -> None:
 
 
 def test_coverage() -> None:
-    """Of 400 experiments of 30 runs, about 95 % of the intervals hold the truth."""
+    """About 95 % of the intervals of 400 experiments of 30 runs contain the true value."""
     rng = np.random.default_rng(2)
     hits = 0
     for seed in range(400):

@@ -1,4 +1,4 @@
-"""Planning in finite MDPs: published numbers, identities, finite differences, loops over learners."""
+"""Planning in tabular MDPs: published numbers, identities, finite differences, loops over learners."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rlmeta.functional import tabular
 torch.set_printoptions(precision=8)
 
 
-def close(found: Tensor, expected: list[float], tolerance: float = 1e-6) -> None:
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
+def close(actual: Tensor, expected: list[float], tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
 
 
 def reasonable() -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def reasonable() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def grid5() -> tuple[Tensor, Tensor]:
-    """A 5x5 grid: north, east, south, west, a uniform move with probability 0.3; state 24 keeps and pays 1."""
+    """A 5x5 grid: north, east, south, west, a random move with probability 0.3; state 24 is absorbing and pays 1."""
     P = torch.zeros(25, 4, 25, dtype=torch.float64)
     moves = ((-1, 0), (0, 1), (1, 0), (0, -1))
     for s in range(25):
@@ -105,7 +105,10 @@ def test_the_gradient_of_the_likelihood_is_the_difference_of_occupancies(gamma):
     policy = tabular.soft_plan(P, other[:, None], 8, gamma).log_policy.exp()
     difference = [tabular.occupancy(P, start, pi, gamma)[:-1].sum(0) for pi in (demonstrator, policy)]
     numeric = torch.stack(
-        [(likelihood(other + 1e-5 * one) - likelihood(other - 1e-5 * one)) / 2e-5 for one in torch.eye(6).double()]
+        [
+            (likelihood(other + 1e-5 * direction) - likelihood(other - 1e-5 * direction)) / 2e-5
+            for direction in torch.eye(6).double()
+        ]
     )
     torch.testing.assert_close(difference[0] - difference[1], numeric, rtol=0, atol=1e-8)
     leaf = other.clone().requires_grad_()
@@ -167,16 +170,18 @@ def test_batched_equals_looped(learners, states, actions, horizon, shared):
     value = tabular.policy_value_horizon(P, reward, plan.log_policy.exp(), 0.9)
     for index in torch.cartesian_prod(*(torch.arange(size) for size in learners)).reshape(-1, len(learners)).tolist():
         i = tuple(index)
-        one = P if shared else P[i]
-        alone = tabular.soft_plan(one, reward[i], horizon, 0.9)
+        dynamics = P if shared else P[i]
+        alone = tabular.soft_plan(dynamics, reward[i], horizon, 0.9)
         torch.testing.assert_close(plan.value[i], alone.value)
         torch.testing.assert_close(plan.log_policy[i], alone.log_policy)
-        torch.testing.assert_close(endless.value[i], tabular.soft_plan_discounted(one, reward[i], 0.9).value)
-        torch.testing.assert_close(best.value[i], tabular.optimal_plan(one, reward[i], 0.9).value)
-        torch.testing.assert_close(visits[i], tabular.occupancy(one, start, alone.log_policy.exp(), 0.9))
-        alone_forever = tabular.occupancy_discounted(one, start, endless.log_policy[i].exp(), 0.9)
+        torch.testing.assert_close(endless.value[i], tabular.soft_plan_discounted(dynamics, reward[i], 0.9).value)
+        torch.testing.assert_close(best.value[i], tabular.optimal_plan(dynamics, reward[i], 0.9).value)
+        torch.testing.assert_close(visits[i], tabular.occupancy(dynamics, start, alone.log_policy.exp(), 0.9))
+        alone_forever = tabular.occupancy_discounted(dynamics, start, endless.log_policy[i].exp(), 0.9)
         torch.testing.assert_close(forever[i], alone_forever)
-        torch.testing.assert_close(value[i], tabular.policy_value_horizon(one, reward[i], alone.log_policy.exp(), 0.9))
+        torch.testing.assert_close(
+            value[i], tabular.policy_value_horizon(dynamics, reward[i], alone.log_policy.exp(), 0.9)
+        )
 
 
 def test_wrong_shapes_and_endless_iterations_are_refused():

@@ -427,7 +427,7 @@ def test_dropout_is_refused_by_name():
 def test_problems_of_another_kind_are_refused():
     with pytest.raises(SettingError, match="MAML learns from a family of tasks, 'CartPole-v1' is none"):
         rl.train(rl.MAML(), rl.task("CartPole-v1"))
-    with pytest.raises(SettingError, match="'sinusoid' is a family of tasks to learn to learn, Regressor learns one"):
+    with pytest.raises(SettingError, match="'sinusoid' is a family of tasks for meta-learners, Regressor learns one"):
         rl.train(Regressor(), "sinusoid")
     with pytest.raises(SettingError, match="LearnedOptimizer minimises functions, Sinusoid is a family of other tasks"):
         rl.train(rl.LearnedOptimizer(), "sinusoid")

@@ -1,4 +1,4 @@
-"""What the tests of blocks share: a loop over learners as the reference, and parameters that all differ."""
+"""Helpers for tests of blocks: a loop over learners as the reference, and parameters that all differ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def keys(*shape: int, seed: int = 0) -> Tensor:
 
 
 def scattered(params: nn.Params, seed: int = 0) -> nn.Params:
-    """Double-precision parameters of the same shapes, all different (a weight of ones hides a misaligned broadcast)."""
+    """Random double-precision parameters of the same shapes: weights of ones would hide a misaligned broadcast."""
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for name, value in params.items():
@@ -51,7 +51,7 @@ def assert_close(actual: Any, expected: Any, **tolerance: float) -> None:
 
 
 def _with_gradients(tree: Any) -> tuple[Any, list[Tensor]]:
-    """A copy in which all but running statistics requires gradients, and those of its leaves that do."""
+    """Copy of a tree in which all but running statistics require gradients, and the leaves that do."""
 
     def copy(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -91,5 +91,5 @@ def assert_equals_loop(
 
 
 def as_torch(module: torch.nn.Module) -> Callable[[nn.Params, Any, tuple[int, ...]], Any]:
-    """The reference of `assert_equals_loop`: the module itself, called as torch calls it."""
+    """Reference for `assert_equals_loop`: the module itself under `torch.func.functional_call`."""
     return lambda params, x, index: torch.func.functional_call(module, params, (x,))

@@ -41,7 +41,7 @@ def nested() -> st.SearchStrategy[gym.Space]:
 
 
 def as_tensors(space: gym.Space, samples: list[Any]) -> Any:
-    """Observations of several rows as a tree of tensors; a tuple's entries are named by place, counts start at 0."""
+    """Observations of several rows as a tree of tensors; entries of tuples are named by index, counts start at 0."""
     if isinstance(space, spaces.Dict):
         return {name: as_tensors(child, [sample[name] for sample in samples]) for name, child in space.spaces.items()}
     if isinstance(space, spaces.Tuple):

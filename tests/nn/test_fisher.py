@@ -20,7 +20,7 @@ DOUBLE = torch.float64
 
 
 class Repeated(Block):
-    """A layer that every sample passes twice, once for each of several positions: per-sample sums of outer products."""
+    """Network with a layer used twice, for several positions: per-sample gradients are sums of outer products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,9 +108,9 @@ def test_softmax_regression_in_closed_form():
     probability = (x @ p["weights"]["weight"].mT + p["weights"]["bias"].unsqueeze(-2)).softmax(-1)
     variance = probability * (1 - probability)
     expected = (variance.mT @ x.square()) / 50
-    found = categorical_fisher(logits_of(block), p, x, 1)
-    torch.testing.assert_close(found[:, :9].reshape(3, 3, 3), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[:, 9:], variance.mean(-2), rtol=1e-12, atol=0)
+    fisher = categorical_fisher(logits_of(block), p, x, 1)
+    torch.testing.assert_close(fisher[:, :9].reshape(3, 3, 3), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(fisher[:, 9:], variance.mean(-2), rtol=1e-12, atol=0)
 
 
 def test_sampled_labels_are_unbiased():
@@ -118,15 +118,15 @@ def test_sampled_labels_are_unbiased():
     p["weights"] = {n: 0.3 * w for n, w in p["weights"].items()}  # so that no label is too rare for 4,000 draws
     draws = random.make_keys(range(4000))
     many = {"weights": {n: w.expand(4000, *w.shape) for n, w in p["weights"].items()}}
-    found = categorical_fisher(logits_of(block), many, x.expand(4000, 4, 3), 1, "sample", key=draws)
+    fisher = categorical_fisher(logits_of(block), many, x.expand(4000, 4, 3), 1, "sample", key=draws)
     exact = categorical_fisher(logits_of(block), p, x, 0)
-    error = (found.mean(0) - exact) / (found.std(0) / 4000**0.5).clamp(min=1e-9)
+    error = (fisher.mean(0) - exact) / (fisher.std(0) / 4000**0.5).clamp(min=1e-9)
     assert error.abs().max() < 4.5  # 45 weights: about one chance in 3,000 under the hypothesis
-    assert (found.std(0) > 0).float().mean() > 0.5
+    assert (fisher.std(0) > 0).float().mean() > 0.5
 
 
 def test_the_squared_gradient_of_the_mean_is_something_else():
-    """What most implementations compute; at a stationary point it is smaller by the size of the batch."""
+    """Most implementations compute it; at a stationary point it is smaller by a factor of the batch size."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 3, generator=generator, dtype=DOUBLE)
     block = Linear(3, 3)
@@ -166,11 +166,11 @@ def test_linear_gaussian_regression_in_closed_form():
         d = head.run(p["weights"], batch, ctx)
         return torch.cat([d["mean"], d["log_std"]], -1)
 
-    found = nn_split(gaussian_fisher(parameters, {"weights": weights}, x, 1), weights)
+    fisher = nn_split(gaussian_fisher(parameters, {"weights": weights}, x, 1), weights)
     moment = x.square().mean(-2)
-    torch.testing.assert_close(found["linear.weight"], moment.unsqueeze(-2).expand(3, 2, 3), rtol=1e-12, atol=0)
-    torch.testing.assert_close(found["linear.bias"], torch.ones(3, 2, dtype=DOUBLE))
-    torch.testing.assert_close(found["log_std"], torch.full((3, 2), 2.0, dtype=DOUBLE))
+    torch.testing.assert_close(fisher["linear.weight"], moment.unsqueeze(-2).expand(3, 2, 3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(fisher["linear.bias"], torch.ones(3, 2, dtype=DOUBLE))
+    torch.testing.assert_close(fisher["log_std"], torch.full((3, 2), 2.0, dtype=DOUBLE))
 
 
 def nn_split(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -202,8 +202,8 @@ def test_a_policys_fisher_is_the_curvature_of_the_divergence(space):
         return d["logits"] if "logits" in d else torch.cat([d["mean"], d["log_std"]], -1)
 
     kind = categorical_fisher if isinstance(space, gym.spaces.Discrete) else gaussian_fisher
-    found = kind(forward, {"weights": tensors}, x, 0)
-    torch.testing.assert_close(found, hessian.diagonal(), rtol=2e-3, atol=2e-6)
+    fisher = kind(forward, {"weights": tensors}, x, 0)
+    torch.testing.assert_close(fisher, hessian.diagonal(), rtol=2e-3, atol=2e-6)
 
 
 def test_score_fisher_is_that_of_the_given_actions():
@@ -213,9 +213,9 @@ def test_score_fisher_is_that_of_the_given_actions():
     def log_prob(p, batch, ctx):
         return distributions.categorical_log_prob(block.run(p["weights"], batch["x"], ctx), batch["y"])
 
-    found = score_fisher(log_prob, p, {"x": x, "y": target}, 1)
+    fisher = score_fisher(log_prob, p, {"x": x, "y": target}, 1)
     expected = categorical_fisher(logits_of(block), p, x, 1, "empirical", target=target)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fisher, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_only_the_named_weights_and_nothing_is_touched():
@@ -252,13 +252,13 @@ def test_gradients_of_groups_equal_a_loop(name, learners):
     def losses(p, batch, ctx):
         return -distributions.categorical_log_prob(logits_of(block)(p, batch["x"], ctx), batch["y"])
 
-    found = group_gradients(losses, p, {"x": x, "y": y}, len(learners))
+    gradients = group_gradients(losses, p, {"x": x, "y": y}, len(learners))
     axes = len(learners)
     for k in range(3):
         leaves = {n: w.clone().requires_grad_() for n, w in p["weights"].items()}
         loss = losses({"weights": leaves}, {"x": x.select(axes, k), "y": y.select(axes, k)}, Context()).mean(-1).sum()
         for n, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
-            torch.testing.assert_close(found[n].select(axes, k), gradient, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(gradients[n].select(axes, k), gradient, rtol=1e-10, atol=1e-12)
 
 
 def test_a_frozen_weight_beside_a_trained_bias_of_a_layer_that_is_passed_several_times():
@@ -270,7 +270,7 @@ def test_a_frozen_weight_beside_a_trained_bias_of_a_layer_that_is_passed_several
         return layer.run({**p["weights"], **p.get("buffers", {})}, batch["x"], ctx).sum(-2)
 
     frozen = {"weights": {"bias": tensors["bias"]}, "buffers": {"weight": tensors["weight"]}}
-    found = categorical_fisher(logits, frozen, x, 1)
+    fisher = categorical_fisher(logits, frozen, x, 1)
     whole = categorical_fisher(logits, {"weights": {"bias": tensors["bias"], "weight": tensors["weight"]}}, x, 1)
-    torch.testing.assert_close(found, whole[:, :3], rtol=1e-10, atol=1e-12)
-    assert found.min() > 0
+    torch.testing.assert_close(fisher, whole[:, :3], rtol=1e-10, atol=1e-12)
+    assert fisher.min() > 0

@@ -1,4 +1,4 @@
-"""Fisher information and gradients of whatever a user may write for a network: right, or refused."""
+"""Fisher information and group gradients of arbitrary user functions: correct, or refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def numbers(name: str, *shape: int) -> Tensor:
 
 
 def loop(forward, p: dict, x: Tensor, target: Tensor | None = None) -> Tensor:
-    """Σ over labels, mean over samples, of squared derivatives of log p, a call of autograd each; no learner axes."""
+    """Reference: squared derivatives of log p, summed over labels, averaged over samples; no learner axes."""
     leaves = {name: w.clone().requires_grad_() for name, w in p["weights"].items()}
     total = torch.zeros(sum(w.numel() for w in leaves.values()), dtype=x.dtype)
     for row in range(len(x)):
@@ -38,7 +38,7 @@ def loop(forward, p: dict, x: Tensor, target: Tensor | None = None) -> Tensor:
 
 
 class Tied(nn.Module):
-    """An encoder whose decoder is its transpose, and a layer that is called twice."""
+    """Network with a decoder tied to the encoder, and a layer that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Tied(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Features as time: torch.func.vmap has no rule for an LSTM."""
+    """LSTM over features as time steps, for which torch.func.vmap has no batching rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Remembers(nn.Module):
 
 
 class OneByOne(nn.Module):
-    """Looks at values, so it can't be transformed."""
+    """Network that reads values, so torch.func cannot transform it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class OneByOne(nn.Module):
 
 
 def evaluated(module: nn.Module) -> nn.Module:
-    """With running statistics of some data."""
+    """Module in evaluation mode, with running statistics of some data."""
     with torch.no_grad():
         module(torch.randn(64, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)))
     return module.eval()
@@ -95,7 +95,7 @@ MODULES = {
 
 
 def built(name: str) -> tuple[nn.Module, dict]:
-    """A module of float64 and its parameters."""
+    """Build a float64 module and its parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = MODULES[name]().double()
@@ -114,10 +114,10 @@ def running(block: Block):
 def test_any_module_under_functional_call(name):
     module, p = built(name)
     x, target = numbers("x", 5, 3), torch.tensor([0, 1, 2, 1, 0])
-    found = categorical_fisher(calling(module), p, x, 0)
-    torch.testing.assert_close(found, loop(calling(module), p, x), rtol=1e-9, atol=1e-12)
-    found = categorical_fisher(calling(module), p, x, 0, "empirical", target=target, chunk=2)
-    torch.testing.assert_close(found, loop(calling(module), p, x, target), rtol=1e-9, atol=1e-12)
+    fisher = categorical_fisher(calling(module), p, x, 0)
+    torch.testing.assert_close(fisher, loop(calling(module), p, x), rtol=1e-9, atol=1e-12)
+    fisher = categorical_fisher(calling(module), p, x, 0, "empirical", target=target, chunk=2)
+    torch.testing.assert_close(fisher, loop(calling(module), p, x, target), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if n not in ("one by one", "lstm")])
@@ -133,15 +133,15 @@ def test_any_module_lifted_with_learners(name):
         buffers = {n: b.expand(*batch.shape[:axes], *b.shape) for n, b in own.items()}
         return block.run({**p["weights"], **buffers}, batch, ctx)
 
-    found = categorical_fisher(forward, many, x, 1)
+    fisher = categorical_fisher(forward, many, x, 1)
     for learner in range(3):
         alone = {"weights": {n: w[learner] for n, w in many["weights"].items()}}
         expected = loop(calling(module), alone, x[learner])
-        torch.testing.assert_close(found[learner], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(fisher[learner], expected, rtol=1e-9, atol=1e-12)
 
 
 def by_hand(p, batch, ctx):
-    """With learner axes or without."""
+    """Network by hand, with or without learner axes."""
     w = p["weights"]
     hidden = torch.tanh(batch @ w["a"].mT + w["c"].unsqueeze(-2))
     return hidden @ w["b"].mT
@@ -152,12 +152,12 @@ BY_HAND = {"a": numbers("a", 3, 4, 3), "c": numbers("c", 3, 4), "b": numbers("b"
 
 def test_a_closure_of_products_with_learners_and_without():
     x = numbers("x", 3, 3, 3)
-    found = categorical_fisher(by_hand, {"weights": BY_HAND}, x, 1)
+    fisher = categorical_fisher(by_hand, {"weights": BY_HAND}, x, 1)
     for learner in range(3):
         alone = {"weights": {n: w[learner] for n, w in BY_HAND.items()}}
-        torch.testing.assert_close(found[learner], loop(by_hand, alone, x[learner]), rtol=1e-9, atol=1e-12)
-        one = categorical_fisher(by_hand, alone, x[learner], 0)
-        torch.testing.assert_close(one, found[learner], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(fisher[learner], loop(by_hand, alone, x[learner]), rtol=1e-9, atol=1e-12)
+        single = categorical_fisher(by_hand, alone, x[learner], 0)
+        torch.testing.assert_close(single, fisher[learner], rtol=1e-9, atol=1e-12)
 
 
 FIRST, LAST = Linear(3, 3), Linear(3, 3)
@@ -170,30 +170,30 @@ def layer(p, x, ctx, place, block=FIRST):
 
 
 def used_outside(p, batch, ctx):
-    """A weight that a layer has, and something else."""
+    """A weight that is used by a layer and elsewhere."""
     return layer(p, torch.tanh(layer(p, batch, ctx, 0)), ctx, 1) @ p["weights"]["0.weight"]
 
 
 def time_first(p, batch, ctx):
-    """`[T, B, D]` inside."""
+    """Network with time first inside, `[T, B, D]`."""
     steps = torch.stack([batch, batch.square(), batch.sin()])
     return layer(p, torch.tanh(layer(p, steps, ctx, 0)).sum(0), ctx, 1)
 
 
 def time_folded(p, batch, ctx):
-    """`[B T, D]` inside."""
+    """Network with time folded into the batch inside, `[B T, D]`."""
     steps = torch.stack([batch, batch.square()], -2).reshape(-1, 3)
     return layer(p, torch.tanh(layer(p, steps, ctx, 0)).reshape(-1, 2, 3).sum(-2), ctx, 1)
 
 
 def turned_round(p, batch, ctx):
-    """Twice through a layer, once in another order of the samples."""
+    """Network with a layer used twice, once with the samples in another order."""
     first = torch.tanh(layer(p, batch, ctx, 0))
     return layer(p, torch.tanh(layer(p, first.flip(0), ctx, 0)).flip(0) + first, ctx, 1)
 
 
 def features_without_gradient(p, batch, ctx):
-    """Nothing below the last layer is trained."""
+    """Network whose features have no gradient: only the last layer is trained."""
     with torch.no_grad():
         features = layer(p, batch, ctx, 0)
     return layer(p, torch.tanh(features), ctx, 1)
@@ -227,27 +227,29 @@ CLOSURES = [
 @pytest.mark.parametrize("samples", [2, 3, 20])
 def test_layers_used_in_other_ways_than_row_by_row(forward, samples):
     p, x = {"weights": LAYERS}, numbers("x", samples, 3)
-    found = categorical_fisher(forward, p, x, 0, chunk=8)
-    torch.testing.assert_close(found, loop(forward, p, x), rtol=1e-9, atol=1e-12)
+    fisher = categorical_fisher(forward, p, x, 0, chunk=8)
+    torch.testing.assert_close(fisher, loop(forward, p, x), rtol=1e-9, atol=1e-12)
 
 
 def test_only_what_is_not_a_linear_layers_is_differentiated_sample_by_sample(monkeypatch):
-    made = []
+    differentiated = []
     original = sample_gradients._add_single_squares
     monkeypatch.setattr(
-        sample_gradients, "_add_single_squares", lambda *given: (made.append(given[1]), original(*given))
+        sample_gradients,
+        "_add_single_squares",
+        lambda *arguments: (differentiated.append(arguments[1]), original(*arguments)),
     )
     for name, left in (("mlp", []), ("group norm", [["1.bias", "1.weight"]])):
         module, p = built(name)
         block = lift(module)
-        made.clear()
+        differentiated.clear()
         squared_gradients(running(block), p, numbers("x", 5, 3), categorical_roots, 0)
-        assert made == left
+        assert differentiated == left
 
 
 @pytest.mark.parametrize("forward", CLOSURES)
 def test_groups_of_any_closure(forward):
-    """What takes a row of a layer for another sample's leaves the context out, as its documentation asks for."""
+    """Functions that reorder rows between layers do not pass the context, as documented."""
     if forward is turned_round:
         check_groups(lambda p, batch, ctx: turned_round(p, batch, Context()), {"weights": LAYERS})
     else:
@@ -266,15 +268,15 @@ def check_groups(forward, p: dict) -> None:
     def losses(p, batch, ctx):
         return -distributions.categorical_log_prob(forward(p, batch["x"], ctx), batch["y"])
 
-    found = group_gradients(losses, p, {"x": x, "y": y}, 0)
-    assert list(found) == list(p["weights"])
+    gradients = group_gradients(losses, p, {"x": x, "y": y}, 0)
+    assert list(gradients) == list(p["weights"])
     for group in range(3):
         leaves = {n: w.clone().requires_grad_() for n, w in p["weights"].items()}
         loss = losses({**p, "weights": leaves}, {"x": x[group], "y": y[group]}, Context()).mean()
         right = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         for (name, leaf), gradient in zip(leaves.items(), right):
-            assert found[name].shape == (3, *leaf.shape)
-            torch.testing.assert_close(found[name][group], gradient, rtol=1e-9, atol=1e-12)
+            assert gradients[name].shape == (3, *leaf.shape)
+            torch.testing.assert_close(gradients[name][group], gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_a_gaussian_and_a_score_of_an_ordinary_module():
@@ -285,18 +287,18 @@ def test_a_gaussian_and_a_score_of_an_ordinary_module():
         return functional_call(module, p["weights"], batch)[:, :2]
 
     def log_prob(p, batch, ctx):
-        found = functional_call(module, p["weights"], batch["x"])
-        return distributions.normal_log_prob(found[:, :1], found[:, 1:2], batch["y"])
+        outputs = functional_call(module, p["weights"], batch["x"])
+        return distributions.normal_log_prob(outputs[:, :1], outputs[:, 1:2], batch["y"])
 
     draws = 4000
-    found = gaussian_fisher(both, p, x, 0)
+    fisher = gaussian_fisher(both, p, x, 0)
     mean, log_std = both(p, x, None).chunk(2, -1)
     y = mean + log_std.exp() * numbers("y", draws, 4, 1)
     scores = torch.stack([score_fisher(log_prob, p, {"x": x, "y": drawn}, 0) for drawn in y[:3]])
     many = score_fisher(log_prob, p, {"x": x.repeat(draws, 1), "y": y.reshape(-1, 1)}, 0)
     assert not torch.allclose(scores[0], scores[1])
-    used = found > 0
-    assert ((many - found)[used].abs() / found[used]).max() < 0.15  # 16,000 scores of a normal's square
+    used = fisher > 0
+    assert ((many - fisher)[used].abs() / fisher[used]).max() < 0.15  # 16,000 scores of a normal's square
     assert torch.equal(many > 0, used)
 
 
@@ -312,9 +314,9 @@ def test_gradients_are_found_without_gradients_and_in_inference_mode():
         with mode():
             inside = {"weights": {n: w.clone() for n, w in p["weights"].items()}}
             for closure in (forward, calling(module)):
-                found = categorical_fisher(closure, inside, x.clone(), 0)
-                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-                assert not found.requires_grad
+                fisher = categorical_fisher(closure, inside, x.clone(), 0)
+                torch.testing.assert_close(fisher, expected, rtol=1e-9, atol=1e-12)
+                assert not fisher.requires_grad
 
 
 # ---------------------------------------------------------------------- refused
@@ -364,12 +366,12 @@ def test_samples_that_meet_in_the_network_are_refused():
         nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 3)).double(),
     ):
         p = {"weights": {n: w.detach() for n, w in module.named_parameters()}}
-        with pytest.raises(SettingError, match="every sample's output has to be its own"):
+        with pytest.raises(SettingError, match="a sample's output must depend on that sample alone"):
             categorical_fisher(calling(module.train()), p, numbers("x", 5, 3), 0)
 
     lstm = nn.LSTM(3, 3).double()  # takes [B, 3] for B steps
     p = {"weights": {n: w.detach() for n, w in lstm.named_parameters()}}
-    with pytest.raises(SettingError, match="takes the batch for time"):
+    with pytest.raises(SettingError, match="takes the batch axis for time"):
         categorical_fisher(lambda p, b, ctx: functional_call(lstm, p["weights"], b)[0], p, numbers("x", 5, 3), 0)
 
     def centred(p, batch, ctx):
@@ -402,7 +404,7 @@ def test_kinds_labels_keys_and_shapes_that_do_not_fit_are_refused():
         call("exact", x[:0])
     with pytest.raises(SettingError, match="expected learner axes"):
         categorical_fisher(calling(module), p, x.expand(2, 5, 3), 1)
-    with pytest.raises(SettingError, match="there is no weight head; there are"):
+    with pytest.raises(SettingError, match="there is no weight head, expected names among"):
         squared_gradients(calling(module), p, x, lambda out, batch: iter([out]), 0, ["head"])
     assert torch.equal(call("empirical", target=y.to(torch.uint8)), call("empirical", target=y))
 

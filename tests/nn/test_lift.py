@@ -29,7 +29,7 @@ from tests.nn.learners import (
 
 
 class Residual(torch.nn.Module):
-    """An ordinary network; counts its calls."""
+    """Residual network that counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Recurrent(torch.nn.Module):
 
 
 class Counting(torch.nn.Module):
-    """Keeps statistics of its own: one buffer written in place, one replaced."""
+    """Network with statistics of its own: a buffer written in place and a replaced one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Noise(torch.nn.Module):
 
 
 class Sensors(torch.nn.Module):
-    """A dictionary in, a dictionary out."""
+    """Network from a dictionary to a dictionary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,8 +297,8 @@ def test_batch_axes_are_folded_where_the_features_are_known(learner_shape: tuple
     expected = nn.apply(lifted(Sensors), params, flat)
     for name in ("image", "state"):
         assert_close(out[name], expected[name].reshape(*learner_shape, 3, 3, -1))
-    one = nn.apply(block, params, {"image": image[..., 0, 0, :, :, :], "state": state[..., 0, 0, :]})
-    assert_close(one["state"], out["state"][..., 0, 0, :])
+    single = nn.apply(block, params, {"image": image[..., 0, 0, :, :, :], "state": state[..., 0, 0, :]})
+    assert_close(single["state"], out["state"][..., 0, 0, :])
     with pytest.raises(ValueError, match="batch axes"):
         nn.apply(block, params, {"image": image, "state": state[..., :2, :]})
     with pytest.raises(ValueError, match="has the entries"):

@@ -126,7 +126,7 @@ def test_initialise() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """The names of the tensor operations that run within; a view moves no number."""
+    """Dispatch mode that records the names of tensor operations, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_one_learner_takes_the_operations_of_torch() -> None:
-    """So it costs no more; what it costs is timed by `rlmeta bench`."""
+    """So it costs no more than torch; `rlmeta bench` measures the time."""
     module, block = reference(width=64), nn.MLP(3, [64, 64], 2)
     params, x = dict(module.state_dict()), torch.randn(8, 3)
     with torch.no_grad(), Operations() as ours:

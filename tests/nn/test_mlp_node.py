@@ -1,4 +1,4 @@
-"""The layers of an MLP as one node of the graph: first and second derivatives, and torch.func's transforms."""
+"""The layers of an MLP as one autograd node: first and second derivatives, and torch.func's transforms."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def test_function_transforms_agree_with_autograd():
     loss = apply(block, params, x).square().sum()
     expected = torch.autograd.grad(loss, list(params.values()))
     plain = {name: value.detach() for name, value in params.items()}
-    found = torch.func.grad(lambda p: apply(block, p, x.detach()).square().sum())(plain)
+    gradients = torch.func.grad(lambda p: apply(block, p, x.detach()).square().sum())(plain)
     for name, value in zip(params, expected):
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(gradients[name], value)

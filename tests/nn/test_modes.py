@@ -1,4 +1,4 @@
-"""Each part's own mode: `Context.training` trains what is not in `eval()`, as torch does, whatever was called."""
+"""Training and evaluation modes of submodules: `Context.training` does not affect those in `eval()`, as in torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.nn.learners import assert_close, data, keys
 
 
 class Own(torch.nn.Module):
-    """A network that no block stands for, with everything that has modes."""
+    """Network without an equivalent block, with every kind of layer that has modes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def plain() -> torch.nn.Module:
 
 
 def frozen(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """With its first norm and its dropout in evaluation."""
+    """Network with its first normalisation and its dropout in evaluation mode."""
     module = build().double()
     for part in list(module.children())[1:3]:
         part.eval()
@@ -42,7 +42,7 @@ BUILDS = [plain, Own]
 
 
 def moved(ctx: nn.Context, params: nn.Params) -> set[str]:
-    """The parts whose buffers another forward pass finds changed."""
+    """Submodules whose buffers a forward pass changes."""
     changed = [name for name, value in ctx.new_buffers.items() if not torch.equal(value, params[name])]
     return {name.split(".")[0] for name in changed}
 

@@ -1,4 +1,4 @@
-"""What torch does to modules by hooks, new layers and parametrizations: works before lifting, is refused after."""
+"""Hooks, new layers and parametrizations of modules: they work before lifting and are refused after it."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_parametrized_modules_are_lifted(build: Callable, training: bool) -> Non
     params = {name: torch.stack([value.detach()] * 2) for name, value in nn.block.own_tensors(module).items()}
     x = data(2, 4, 3)
     out = nn.apply(nn.lift(module), params, x, nn.Context(training=training))
-    assert_close(out, torch.stack([module(one) for one in x]))
+    assert_close(out, torch.stack([module(row) for row in x]))
 
 
 def test_a_pruned_module_is_refused_with_what_to_do() -> None:
     module = torch.nn.Linear(3, 3)
     prune.l1_unstructured(module, "weight", 0.5)
-    with pytest.raises(SettingError, match=r"end a pruning by torch\.nn\.utils\.prune\.remove"):
+    with pytest.raises(SettingError, match=r"finish pruning with torch\.nn\.utils\.prune\.remove"):
         nn.lift(module)
     prune.remove(module, "weight")
     x = torch.randn(2, 3)
@@ -98,7 +98,7 @@ def test_parts_of_a_lifted_module_behave_as_modules_do() -> None:
     handle.remove()
     assert torch.equal(nn.apply(block, params, x), expected)
     parametrizations.weight_norm(block.layer)
-    with pytest.raises(SettingError, match=r"Own has a part 'layer\.parametrizations.* did not have"):
+    with pytest.raises(SettingError, match=r"Own has a tensor 'layer\.parametrizations.* did not have"):
         nn.apply(block, params, x)
 
 
@@ -107,7 +107,7 @@ def test_bare_blocks_can_be_run_but_not_taken_for_trained_ones() -> None:
     kept = {name: value.clone() for name, value in pretrained.state_dict().items()}
     block = nn.bare(lambda: {"net": nn.lift(pretrained)})["net"]
     params, x = nn.stack(lambda: pretrained, keys(2)), torch.randn(2, 4, 3)
-    assert_close(nn.apply(block, params, x), torch.stack([pretrained(one) for one in x]), rtol=1e-5, atol=1e-6)
+    assert_close(nn.apply(block, params, x), torch.stack([pretrained(row) for row in x]), rtol=1e-5, atol=1e-6)
     assert_close(dict(pretrained.state_dict()), kept, rtol=0, atol=0)  # the user's module keeps its numbers
     assert all(value.device.type == "meta" for value in block.parameters())
     for use in (

@@ -1,4 +1,4 @@
-"""Layers as one node of the graph: equal to a loop over learners, also where a layer is narrow, to the second order."""
+"""Layers as one autograd node: equal to a loop over learners, also for narrow layers, to second order."""
 
 import itertools
 
@@ -52,8 +52,8 @@ def test_layers_equal_a_loop_in_value_and_gradient(
     with torch.no_grad():
         torch.testing.assert_close(layers(x, tensors, functions), expected)  # type: ignore[arg-type]
     seed = torch.randn_like(out)
-    found = torch.autograd.grad(out, [x, *tensors], seed)
-    for gradient, wanted in zip(found, torch.autograd.grad(expected, [x, *tensors], seed)):
+    gradients = torch.autograd.grad(out, [x, *tensors], seed)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, [x, *tensors], seed)):
         torch.testing.assert_close(gradient, wanted)
 
 
@@ -97,13 +97,13 @@ def test_a_product_without_bias(out: int) -> None:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every product counts as large, and its library is used where this build of torch has it."""
+    """Fixture in which every product counts as large and uses oneDNN, if this build of torch has it."""
     monkeypatch.setattr(product_module, "_LARGE", 1)
     monkeypatch.setattr(product_module, "_ONEDNN", torch._C._has_mkldnn)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many learners each call of oneDNN had."""
+    """Number of learners in each call of oneDNN."""
     calls: list[int] = []
     original = product_module._onednn
 
@@ -125,10 +125,10 @@ def test_large_products_equal_small_ones_in_value_and_gradient(
     single = [t.detach().float().requires_grad_() for t in (x, *tensors)]
     out, expected = layers(single[0], single[1:], functions), looped(x, tensors, functions)
     seed = torch.randn_like(expected)
-    found = torch.autograd.grad(out, single, seed.float())
+    gradients = torch.autograd.grad(out, single, seed.float())
     assert len(calls) == 9 and set(calls) == {learners}  # three layers, their weights' and inputs' gradients
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
-    for gradient, wanted in zip(found, torch.autograd.grad(expected, [x, *tensors], seed)):
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, [x, *tensors], seed)):
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -139,11 +139,11 @@ def test_a_large_product_without_learners_keeps_its_gradient(large: None, monkey
     weight, bias = torch.randn(9, 12, requires_grad=True), torch.randn(9, requires_grad=True)
     out, expected = affine(x, weight, bias), torch.nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    for found, wanted in zip(
+    for gradient, wanted in zip(
         torch.autograd.grad(out.square().sum(), (x, weight, bias)),
         torch.autograd.grad(expected.square().sum(), (x, weight, bias)),
     ):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
     assert calls == [1, 1, 1]
     assert affine(x[0, 0], weight, bias).shape == (9,)
 
@@ -161,8 +161,8 @@ def test_what_is_differentiated_mapped_or_double_stays_with_torch(large: None, m
     torch.testing.assert_close(product(a.double(), b.double()), a.double() @ b.double())
     torch.testing.assert_close(product(a, b[:1]), a @ b[:1])
     torch.testing.assert_close(torch.func.vmap(product)(a, b), a @ b)
-    (found,) = torch.autograd.grad(product(a, b.requires_grad_()).sum(), b)
-    torch.testing.assert_close(found, a.sum(1).unsqueeze(-1).expand_as(b))
+    (gradient,) = torch.autograd.grad(product(a, b.requires_grad_()).sum(), b)
+    torch.testing.assert_close(gradient, a.sum(1).unsqueeze(-1).expand_as(b))
     assert not calls
 
 

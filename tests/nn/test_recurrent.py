@@ -17,11 +17,11 @@ def test_lstm_cell_is_torchs_and_batched_is_looped():
         n: torch.stack([dict(t.named_parameters())[n].detach() for t in theirs]) for n in LSTMCell(2, h)._parameters
     }
     x, hidden, cell = (torch.randn(s, b, n, dtype=torch.float64) for n in (2, h, h))
-    found = LSTMCell(2, h).run(params, {"input": x, "hidden": hidden, "cell": cell}, Context())
+    state = LSTMCell(2, h).run(params, {"input": x, "hidden": hidden, "cell": cell}, Context())
     for i, their in enumerate(theirs):
         expected = their(x[i], (hidden[i], cell[i]))
-        torch.testing.assert_close(found["hidden"][i], expected[0])
-        torch.testing.assert_close(found["cell"][i], expected[1])
+        torch.testing.assert_close(state["hidden"][i], expected[0])
+        torch.testing.assert_close(state["cell"][i], expected[1])
 
 
 def test_as_an_ordinary_module_it_has_torchs_state_dict():
@@ -29,20 +29,20 @@ def test_as_an_ordinary_module_it_has_torchs_state_dict():
     ours.load_state_dict(theirs.state_dict())
     x, hidden, cell = torch.randn(4, 2), torch.randn(4, 3), torch.randn(4, 3)
     expected = theirs(x, (hidden, cell))
-    found = ours({"input": x, "hidden": hidden, "cell": cell})
-    torch.testing.assert_close(found["hidden"], expected[0])
-    torch.testing.assert_close(found["cell"], expected[1])
+    state = ours({"input": x, "hidden": hidden, "cell": cell})
+    torch.testing.assert_close(state["hidden"], expected[0])
+    torch.testing.assert_close(state["cell"], expected[1])
 
 
 def test_initial_weights_are_torchs():
-    """Uniform in ±1 / √H, whatever the inputs."""
+    """Uniform in ±1 / √H, for any number of inputs."""
     for name, weight in LSTMCell(3, 100).named_parameters():
         assert weight.shape == getattr(torch.nn.LSTMCell(3, 100), name).shape
         assert 0.095 < weight.abs().max() <= 0.1 and weight.min() < -0.09, name
 
 
 def torchs(learners, inputs, hidden):
-    """torch's cells in float64, and their weights as those of a batch of learners."""
+    """torch's cells in float64, and their weights stacked as those of learners."""
     torch.manual_seed(0)
     cells = [torch.nn.GRUCell(inputs, hidden).double() for _ in range(learners)]
     names = [name for name, _ in cells[0].named_parameters()]
@@ -55,11 +55,11 @@ def test_gru_cell_is_torchs_its_gradients_too_and_batched_is_looped():
     params = {name: value.requires_grad_() for name, value in params.items()}
     x = torch.randn(s, b, 2, dtype=torch.float64, requires_grad=True)
     hidden = torch.randn(s, b, h, dtype=torch.float64, requires_grad=True)
-    found = GRUCell(2, h).run(params, {"input": x, "hidden": hidden}, Context())
-    gradients = torch.autograd.grad(found.square().sum(), [*params.values(), x, hidden])
+    states = GRUCell(2, h).run(params, {"input": x, "hidden": hidden}, Context())
+    gradients = torch.autograd.grad(states.square().sum(), [*params.values(), x, hidden])
     for i, their in enumerate(theirs):
         expected = their(x[i], hidden[i])
-        torch.testing.assert_close(found[i], expected)
+        torch.testing.assert_close(states[i], expected)
         own = torch.autograd.grad(expected.square().sum(), [*their.parameters(), x, hidden])
         torch.testing.assert_close([g[i] for g in gradients[:4]], list(own[:4]))
         torch.testing.assert_close([g[i] for g in gradients[4:]], [g[i] for g in own[4:]])
@@ -78,17 +78,17 @@ def test_unrolled_is_step_by_step_and_forgets_where_an_episode_begins():
     x, first = torch.randn(s, t, b, 2, dtype=torch.float64), torch.randn(s, b, 4, dtype=torch.float64)
     begins = torch.zeros(s, t, b, dtype=torch.bool)
     begins[0, 1, 2] = begins[1, 2, 0] = begins[2, 0, 1] = True
-    found = GRUCell(2, 4).unroll(params, x, first, begins)
+    unrolled = GRUCell(2, 4).unroll(params, x, first, begins)
     for i, their in enumerate(theirs):
         for row in range(b):
             hidden = first[i, row]
             for step in range(t):
                 hidden = their(x[i, step, row], torch.zeros_like(hidden) if begins[i, step, row] else hidden)
-                torch.testing.assert_close(found[i, step, row], hidden)
+                torch.testing.assert_close(unrolled[i, step, row], hidden)
     for learner in range(s):
         alone = {name: value[learner] for name, value in params.items()}
         torch.testing.assert_close(
-            GRUCell(2, 4).unroll(alone, x[learner], first[learner], begins[learner]), found[learner]
+            GRUCell(2, 4).unroll(alone, x[learner], first[learner], begins[learner]), unrolled[learner]
         )
     zero = torch.zeros_like(begins)
     torch.testing.assert_close(
@@ -97,7 +97,7 @@ def test_unrolled_is_step_by_step_and_forgets_where_an_episode_begins():
 
 
 def test_gradients_of_the_unrolled_are_those_of_autograd_and_of_finite_differences():
-    """Of the first order by one node, of the second through it, and in a graph that is to be differentiated twice."""
+    """First order by the fused node, second order through it, and in a plain graph."""
     s = t = b = 2
     _, weights = torchs(s, 2, 3)
     names = list(weights)
@@ -112,7 +112,7 @@ def test_gradients_of_the_unrolled_are_those_of_autograd_and_of_finite_differenc
 
     assert torch.autograd.gradcheck(states, tensors)
     assert torch.autograd.gradgradcheck(states, tensors)
-    found = torch.autograd.grad(states(*tensors).square().sum(), tensors)
+    gradients = torch.autograd.grad(states(*tensors).square().sum(), tensors)
     with plain_graph():
         expected = torch.autograd.grad(states(*tensors).square().sum(), tensors)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, expected)

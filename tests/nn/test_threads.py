@@ -1,4 +1,4 @@
-"""Nothing is kept between calls, so that threads may share blocks."""
+"""Thread safety: blocks keep nothing between calls, so that threads may share them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Residual(torch.nn.Module):
 
 
 def in_threads(work: Callable[[int], bool], times: int) -> list[int]:
-    """How often the work of each of three threads went wrong."""
+    """Number of wrong results of each of three threads."""
     wrong = [0, 0, 0]
 
     def repeat(number: int) -> None:
@@ -52,8 +52,8 @@ def test_threads_draw_initial_weights_of_their_own() -> None:
     expected = [nn.stack(Residual, keys(2, seed=seed)) for seed in range(3)]
 
     def same(number: int) -> bool:
-        found = nn.stack(Residual, keys(2, seed=number))
-        return all(torch.equal(found[name], value) for name, value in expected[number].items())
+        weights = nn.stack(Residual, keys(2, seed=number))
+        return all(torch.equal(weights[name], value) for name, value in expected[number].items())
 
     assert in_threads(same, 30) == [0, 0, 0]
 

@@ -1,4 +1,4 @@
-"""Units of actions: where a policy's numbers lie among an environment's."""
+"""Action scaling between a policy's units and the environment's."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ INFINITE, LARGEST = math.inf, torch.finfo(torch.float32).max
 )
 def test_bounds_are_the_unit(low, high, at_minus_one, at_one):
     units = ActionUnits((1,), [low], [high])
-    found = units.to_environment(torch.tensor([[-1.0], [1.0]], dtype=torch.float64))
-    torch.testing.assert_close(found.flatten().tolist(), [at_minus_one, at_one], rtol=1e-6, atol=0)
+    actions = units.to_environment(torch.tensor([[-1.0], [1.0]], dtype=torch.float64))
+    torch.testing.assert_close(actions.flatten().tolist(), [at_minus_one, at_one], rtol=1e-6, atol=0)
     assert units.bounded == (math.isfinite(at_minus_one) and (low, high) == (at_minus_one, at_one))
 
 

@@ -1,4 +1,4 @@
-"""The conditional variational autoencoder: its bound by hand and by quadrature, learners at once as in a loop."""
+"""Conditional variational autoencoder: its bound by hand and by quadrature, and learners as in a loop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ S = B = 3
 
 def bound(latent: int = 2) -> tuple[ConditionalVAE, dict[str, Tensor], dict[str, Tensor]]:
     key = random.make_keys(range(S))
-    made: list[Any] = []
+    blocks: list[Any] = []
 
     def build() -> nn.Module:
-        made.append(ConditionalVAE(4, 3, latent, (5,)))
-        module: nn.Module = made[-1]
+        blocks.append(ConditionalVAE(4, 3, latent, (5,)))
+        module: nn.Module = blocks[-1]
         return module
 
     p = {name: value.double() for name, value in stack(build, key).items()}
@@ -29,14 +29,14 @@ def bound(latent: int = 2) -> tuple[ConditionalVAE, dict[str, Tensor], dict[str,
         "condition": torch.eye(3, dtype=torch.float64).expand(S, 3, 3),
         "noise": random.normal(key, "z", 0, (B, latent), torch.float64),
     }
-    return made[0], p, x
+    return blocks[0], p, x
 
 
 def test_learners_at_once_are_a_loop_and_the_bound_is_its_two_terms() -> None:
     block, p, x = bound()
-    said = block.run(p, x, Context())
-    found = negative_elbo(said, x["input"])
-    assert found.shape == (S, B)
+    outputs = block.run(p, x, Context())
+    bounds = negative_elbo(outputs, x["input"])
+    assert bounds.shape == (S, B)
     for s in range(S):
         w = {name: value[s] for name, value in p.items()}
         for b in range(B):
@@ -50,22 +50,22 @@ def test_learners_at_once_are_a_loop_and_the_bound_is_its_two_terms() -> None:
             likelihood = torch.distributions.Bernoulli(logits=ink, validate_args=False).log_prob(x["input"][s, b]).sum()
             q, prior = torch.distributions.Normal(mean, log_std.exp()), torch.distributions.Normal(0.0, 1.0)
             expected = torch.distributions.kl_divergence(q, prior).sum() - likelihood
-            torch.testing.assert_close(found[s, b], expected)
+            torch.testing.assert_close(bounds[s, b], expected)
 
 
 def test_it_bounds_the_likelihood_from_below() -> None:
-    """With one latent number the likelihood of a picture of ink and paper is an integral on a grid."""
+    """With one latent variable the likelihood of a binary image is an integral on a grid."""
     block, p, x = bound(latent=1)
     x["input"] = x["input"].round()
     grid = torch.linspace(-8, 8, 2001, dtype=torch.float64)
     weight = torch.distributions.Normal(0.0, 1.0).log_prob(grid).exp() * (grid[1] - grid[0])
     draws = random.normal(random.make_keys(range(S)), "many", 0, (4000, 1), torch.float64)
     for b in range(B):
-        one = {"input": x["input"][:, b : b + 1], "condition": x["condition"][:, b : b + 1]}
+        sample = {"input": x["input"][:, b : b + 1], "condition": x["condition"][:, b : b + 1]}
         z = grid.reshape(1, -1, 1).expand(S, -1, 1)
-        logits = block.decode(p, z, one["condition"].expand(-1, 2001, -1), Context())
-        given = torch.distributions.Bernoulli(logits=logits).log_prob(one["input"].expand(-1, 2001, -1)).sum(-1)
-        likelihood = (given.exp() * weight).sum(-1).log()
-        many = {name: value.expand(-1, 4000, -1) for name, value in one.items()} | {"noise": draws}
+        logits = block.decode(p, z, sample["condition"].expand(-1, 2001, -1), Context())
+        log_prob = torch.distributions.Bernoulli(logits=logits).log_prob(sample["input"].expand(-1, 2001, -1)).sum(-1)
+        likelihood = (log_prob.exp() * weight).sum(-1).log()
+        many = {name: value.expand(-1, 4000, -1) for name, value in sample.items()} | {"noise": draws}
         elbo = -negative_elbo(block.run(p, many, Context()), many["input"]).mean(-1)
         assert bool((elbo < likelihood).all()) and bool((likelihood - elbo < 2).all())

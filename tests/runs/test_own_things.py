@@ -53,7 +53,7 @@ def test_a_family_of_ones_own_needs_no_name(tmp_path):
     with pytest.raises(SettingError, match=r"learned from your own family 'Lines': pass it again as env="):
         rl.load(tmp_path / "run")
     assert torch.equal(rl.load(tmp_path / "run", env=Lines()).evaluate(64).returns, run.evaluation.returns)
-    with pytest.raises(SettingError, match="'Lines' is a family of tasks to learn to learn, Regressor learns one"):
+    with pytest.raises(SettingError, match="'Lines' is a family of tasks for meta-learners, Regressor learns one task"):
         rl.train(rl.Regressor(), Lines(), steps=8)
 
 

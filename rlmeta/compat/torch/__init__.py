@@ -10,12 +10,12 @@ for loader in tasks:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    ewc.consolidate(inputs)  # some hundreds of the task
+    ewc.consolidate(inputs)  # some hundred samples of the task
 ```
 
-Each is a small object over the parameters of one module; there is no learner, no world and no run. It looks at what
-requires a gradient when it is called, takes a tied parameter once, and leaves frozen ones alone. The maths is that of
-`rlmeta.lifelong`, which has many learners at once. What is to survive the process is in `state_dict()`.
+Each is a small object for the parameters of a module, without learners, worlds and runs. It considers the parameters
+that require a gradient at the time of a call, tied ones once, and leaves frozen ones alone. The maths is that of
+`rlmeta.lifelong`, which trains many learners at once. The state to save in a checkpoint is `state_dict()`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""EWC as a penalty beside the loss."""
+"""Elastic weight consolidation (EWC) as a penalty in a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from rlmeta.functional.quadratics import add_quadratic, no_quadratic, quadratic_
 class EWC:
     """Elastic weight consolidation (Kirkpatrick et al., 2017): a penalty ½ λ Σₖ Fₖ (θ - θₖ)² to add to the loss.
 
-    After each task `consolidate` measures how much its weights θₖ matter, by the Fisher information Fₖ. The sum over
-    tasks is kept as one quadratic, so memory and time do not grow with their number.
+    After each task, `consolidate` estimates the importance of its weights θₖ, the Fisher information Fₖ. The sum over
+    tasks is stored as one quadratic, so memory and time do not grow with the number of tasks.
 
     Args:
-        module: whose parameters are held. It may grow: what is new is free until it is consolidated itself.
+        module: with the parameters to consolidate. It may grow: new parameters are free until the next consolidation.
         strength: λ.
-        online: one anchor at the latest weights and F <- decay F + new F (Schwarz et al., 2018), instead of the sum.
+        online: online EWC, with an anchor at the latest weights and F <- decay F + new F (Schwarz et al., 2018).
         decay: γ of online EWC.
 
     Raises:
-        SettingError: a number is out of its range, or the module is none.
+        SettingError: a number is out of its range, or `module` is no module.
     """
 
     def __init__(self, module: nn.Module, strength: float = 1e3, *, online: bool = False, decay: float = 1.0) -> None:
@@ -48,11 +48,11 @@ class EWC:
 
     @quiet()
     def consolidate(self, batch: Batch, **distribution: Unpack[Distribution]) -> None:
-        """Hold the present weights as strongly as the samples of the task that has just been learned need them.
+        """Consolidate the current weights at the end of a task, with the Fisher information of its samples.
 
         Args:
-            batch: samples of the task; some hundreds will do.
-            distribution: as for `fisher_information`: what the module's outputs are, if not logits.
+            batch: samples of the task; some hundred suffice.
+            distribution: as for `fisher_information`, if the module's outputs are no logits.
 
         Raises:
             SettingError: as `fisher_information`.
@@ -71,10 +71,10 @@ class EWC:
             self._quadratics[name] = after
 
     def penalty(self) -> Tensor:
-        """½ λ Σₖ Fₖ (θ - θₖ)², one number, differentiable in the module's parameters; 0 before the first task ends.
+        """Penalty ½ λ Σₖ Fₖ (θ - θₖ)², a scalar, differentiable in the module's parameters; 0 during the first task.
 
         Raises:
-            SettingError: a parameter that is held is no longer there, or has another shape.
+            SettingError: a consolidated parameter is missing, or has another shape.
         """
         parameters = dict(self.module.named_parameters())
         self._check(parameters)
@@ -86,14 +86,14 @@ class EWC:
         return 0.5 * self.strength * torch.stack(values).sum() if values else torch.zeros((), device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is held, by parameter."""
+        """State to save: the quadratics, by parameter."""
         return {"quadratics": {name: dict(quadratic) for name, quadratic in self._quadratics.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Hold what `state_dict` gave.
+        """Load the state of `state_dict`.
 
         Raises:
-            SettingError: it is of another module.
+            SettingError: the state is of another module.
         """
         check_state(state, ("quadratics",), "EWC")
         before, self._quadratics = self._quadratics, {n: dict(q) for n, q in state["quadratics"].items()}
@@ -104,7 +104,7 @@ class EWC:
             raise
 
     def _quadratic(self, name: str, like: Tensor) -> Named:
-        """What holds a parameter, where that is now."""
+        """Quadratic of a parameter, moved to the parameter's device."""
         quadratic = self._quadratics[name]
         if quadratic["centre"].device != like.device:
             quadratic = self._quadratics[name] = {part: value.to(like.device) for part, value in quadratic.items()}

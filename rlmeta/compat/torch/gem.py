@@ -1,4 +1,4 @@
-"""GEM and A-GEM as a projection of `.grad`."""
+"""Gradient episodic memory (GEM) and A-GEM, as a projection of `.grad` in a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlmeta.functional.projection import project, project_average
 
 
 class _Episodic:
-    """Samples of every task, and a projection of the gradient that keeps their losses from rising."""
+    """Episodic memory of every task, and gradients of the loss on it."""
 
     def __init__(self, module: nn.Module, memory: int, seed: int) -> None:
         name = type(self).__name__
@@ -41,18 +41,18 @@ class _Episodic:
         self._pool: list[Tensor] = []
 
     def __len__(self) -> int:
-        """How many tasks are remembered."""
+        """Number of tasks in memory."""
         return len(self._tasks)
 
     @quiet()
     def remember(self, *batch: Batch) -> None:
-        """Keep samples of a task: `memory` of those given, drawn at random, or all where they are fewer.
+        """Store `memory` random samples of a task, or all if there are fewer.
 
         Args:
-            batch: what the loss will be given back, such as inputs and targets: each a `Batch` of the same samples.
+            batch: arguments of the loss, such as inputs and targets: each a `Batch` of the same samples.
 
         Raises:
-            SettingError: there are none, or they differ in number.
+            SettingError: there are no samples, or their numbers differ.
         """
         leaves, structure = leaves_of(batch, type(self).__name__)
         self._check(leaves, structure)
@@ -62,58 +62,59 @@ class _Episodic:
         self._tasks.append(pytree.tree_unflatten([take(leaf, rows) for leaf in leaves], structure))
 
     def _check(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> None:
-        """Whether a task's samples may differ in form from those of others."""
+        """Check the shapes of a task's samples against those in memory."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered of every task."""
+        """State to save: the samples in memory."""
         return {"tasks": list(self._tasks), "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state_dict` gave."""
+        """Load the state of `state_dict`."""
         check_state(state, ("tasks", "steps"), type(self).__name__)
         self._tasks, self._steps, self._pool = list(state["tasks"]), int(state["steps"]), []
 
     def _gradient(self) -> tuple[dict[str, nn.Parameter], Tensor]:
-        """The trainable parameters and their gradient `[P]`, 0 where there is none."""
+        """Trainable parameters and their gradient `[P]`, 0 for those without."""
         name = type(self).__name__
         parameters = trainable(self.module, name)
         require_gradients(parameters, f"{name}: project()")
         return parameters, _flat([_zero(p) if p.grad is None else p.grad for p in parameters.values()])
 
     def _reference(self, loss: Callable[..., Tensor], samples: Batch, parameters: dict[str, nn.Parameter]) -> Tensor:
-        """The gradient `[P]` of the loss on what is remembered."""
+        """Reference gradient `[P]`: of the loss on samples in memory."""
         name = type(self).__name__
         with evaluation(self.module), torch.inference_mode(False), torch.enable_grad():
             value = loss(*samples)
             if not isinstance(value, Tensor) or value.numel() != 1:
-                given = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise SettingError(f"{name}: the loss of the memories is {given}, expected one number: take its mean")
-            found: Sequence[Tensor | None] = [None]
+                actual = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise SettingError(f"{name}: the loss of the memories is {actual}, expected one number: take its mean")
+            gradients: Sequence[Tensor | None] = [None]
             if value.requires_grad:
-                found = torch.autograd.grad(value.reshape(()), list(parameters.values()), allow_unused=True)
-        if all(gradient is None for gradient in found):
+                gradients = torch.autograd.grad(value.reshape(()), list(parameters.values()), allow_unused=True)
+        if all(gradient is None for gradient in gradients):
             raise SettingError(
                 f"{name}: the loss of the memories does not depend on the module's parameters: compute it from the "
                 "module, without detach or no_grad"
             )
-        return _flat([_zero(p) if g is None else g for p, g in zip(parameters.values(), found)])
+        return _flat([_zero(p) if g is None else g for p, g in zip(parameters.values(), gradients)])
 
 
 class GEM(_Episodic):
-    """Gradient episodic memory (Lopez-Paz and Ranzato, 2017): no step may raise the loss on what is remembered.
+    """Gradient episodic memory (GEM, Lopez-Paz and Ranzato, 2017): no step may increase the loss on earlier tasks.
 
-    Between `loss.backward()` and `optimizer.step()`, `project` replaces the gradient by the nearest one that points
-    against none of the gradients of old tasks. Momentum, Adam and weight decay come after it and bend that promise.
+    Between `loss.backward()` and `optimizer.step()`, `project` replaces the gradient by the nearest one that has no
+    negative product with the gradient of an earlier task. Momentum, Adam and weight decay are applied after it, so
+    with them the constraint holds only approximately.
 
     Args:
         module: whose gradient is projected.
-        memory: samples kept of every task.
-        margin: lower bound of the multipliers where a constraint is violated; above 0 the step leans towards old tasks.
-            In units of the gradient: unscale it before, if it is scaled.
-        seed: of the samples that are kept.
+        memory: number of samples stored of every task.
+        margin: lower bound of the multipliers if a constraint is violated; above 0 it favours earlier tasks. In units
+            of the gradient: unscale a scaled gradient before.
+        seed: of the choice of samples.
 
     Raises:
-        SettingError: a number is out of its range, or the module is none.
+        SettingError: a number is out of its range, or `module` is no module.
     """
 
     def __init__(self, module: nn.Module, memory: int = 256, margin: float = 0.5, *, seed: int = 0) -> None:
@@ -123,17 +124,18 @@ class GEM(_Episodic):
 
     @quiet()
     def project(self, loss: Callable[..., Tensor]) -> bool:
-        """Change `.grad` in place so that no remembered loss rises to first order.
+        """Project `.grad` in place, so that to first order no earlier task's loss increases.
 
         Args:
-            loss: from what `remember` was given, of one task, to its mean loss, `lambda x, y: cross_entropy(model(x),
-                y)`. The module is in evaluation then, so that its running statistics stay those of training.
+            loss: function from the arguments of `remember`, for a task, to its mean loss, `lambda x, y:
+                cross_entropy(model(x), y)`. The module is in evaluation mode then, so that running statistics stay
+                those of training.
 
         Returns:
-            Whether the gradient was changed; it is left bit for bit where it agrees with every task.
+            Whether the gradient was changed; without a violated constraint it stays the same bit for bit.
 
         Raises:
-            SettingError: there is no gradient, or the loss is not one number that depends on the parameters.
+            SettingError: there is no gradient, or the loss is no scalar that depends on the parameters.
         """
         parameters, gradient = self._gradient()
         if not self._tasks:
@@ -143,16 +145,16 @@ class GEM(_Episodic):
 
 
 class AGEM(_Episodic):
-    """Averaged GEM (Chaudhry et al., 2019): one reference gradient, on a few samples of all that is remembered.
+    """Averaged GEM (A-GEM, Chaudhry et al., 2019): one reference gradient, on a random sample of all tasks in memory.
 
     Args:
         module: whose gradient is projected.
-        memory: samples kept of every task.
-        batch_size: of them, drawn in every step over all old tasks.
-        seed: of the samples that are kept and drawn.
+        memory: number of samples stored of every task.
+        batch_size: number of samples drawn in every step, over all earlier tasks.
+        seed: of the choice of samples.
 
     Raises:
-        SettingError: a number is out of its range, or the module is none.
+        SettingError: a number is out of its range, or `module` is no module.
     """
 
     def __init__(self, module: nn.Module, memory: int = 256, batch_size: int = 256, *, seed: int = 0) -> None:
@@ -162,16 +164,16 @@ class AGEM(_Episodic):
 
     @quiet()
     def project(self, loss: Callable[..., Tensor]) -> bool:
-        """Change `.grad` in place so that the average remembered loss does not rise to first order.
+        """Project `.grad` in place, so that to first order the average loss of earlier tasks does not increase.
 
         Args:
-            loss: from samples as `remember` was given them, of all tasks, to their mean loss; see `GEM.project`.
+            loss: function from samples of all tasks to their mean loss; see `GEM.project`.
 
         Returns:
             Whether the gradient was changed.
 
         Raises:
-            SettingError: there is no gradient, or the loss is not one number that depends on the parameters.
+            SettingError: there is no gradient, or the loss is no scalar that depends on the parameters.
         """
         parameters, gradient = self._gradient()
         if not self._tasks:
@@ -200,19 +202,19 @@ def _zero(parameter: Tensor) -> Tensor:
 
 
 def _flat(gradients: Sequence[Tensor]) -> Tensor:
-    """`[P]`, on the device of the first, in single precision or better."""
+    """Flat gradient `[P]`, on the device of the first, in single precision or better."""
     device = gradients[0].device
     return torch.cat([precise(gradient.detach()).flatten().to(device) for gradient in gradients])
 
 
 def _write(parameters: Mapping[str, nn.Parameter], before: Tensor, after: Tensor) -> bool:
-    """Put a gradient `[P]` in the place of another one, if it differs."""
+    """Write a projected gradient `[P]` to `.grad`, if it differs from before; whether it did."""
     if torch.equal(before, after) or not bool(torch.isfinite(after).all()):
         return False
     for parameter, part in zip(parameters.values(), torch.split(after, [p.numel() for p in parameters.values()])):
         part = part.view(parameter.shape).to(parameter.device, parameter.dtype)
         if parameter.grad is not None:
             parameter.grad.copy_(part)
-        elif bool((part != 0).any()):  # only old tasks use it
+        elif bool((part != 0).any()):  # a parameter that only earlier tasks use
             parameter.grad = part.clone()
     return True

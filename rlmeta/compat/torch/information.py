@@ -1,4 +1,4 @@
-"""The Fisher information of any module."""
+"""Fisher information of any module."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rlmeta.nn.fisher import FisherKind, categorical_fisher, gaussian_fisher, sc
 from rlmeta.nn.lift import lift
 
 Outputs: TypeAlias = Callable[[Callable[..., Any], Batch], Tensor]
-"""From a function that runs the module, and a batch, to what is wanted of each sample: `lambda model, x: model(x)`."""
+"""Function from a callable of the module and a batch to an output per sample, such as `lambda model, x: model(x)`."""
 
 
 class Distribution(TypedDict, total=False):
-    """What a module's outputs are, and what is done about the labels: further arguments of `fisher_information`."""
+    """Keyword arguments of `fisher_information`: the kind of a module's outputs, and the origin of labels."""
 
     logits: Outputs
     mean: Outputs
@@ -48,36 +48,36 @@ def fisher_information(
     seed: int = 0,
     chunk: int = 512,
 ) -> dict[str, Tensor]:
-    """The diagonal Fisher information of a module's predictive distribution, per sample on average.
+    """Diagonal Fisher information of a module's predictive distribution, per sample on average.
 
-    One of three functions says what the distribution is; without one, the module's output is logits. Each must call the
-    model that it is given, which runs in evaluation: without dropout, with running statistics.
+    One of three functions defines the distribution; by default the module's output is logits. The function must call
+    its argument `model`, which runs in evaluation mode: without dropout, with running statistics.
 
     Args:
         module: any module; its mode, gradients and buffers are left as they are.
-        batch: samples, n of them.
+        batch: n samples.
         logits: of a categorical distribution, `[n, C]`.
         mean: of a Gaussian of variance 1, `[n, D]` or `[n]` (regression by squared error).
-        log_prob: of what the batch holds, under any distribution, `[n]`: where the module drew it itself this estimates
-            the Fisher information, else it is the empirical one.
-        kind: with logits, what is done about the labels; see `rlmeta.nn.fisher`.
+        log_prob: log-probability of the samples under any distribution, `[n]`: an estimate of the Fisher information if
+            the module drew the samples itself, else the empirical one.
+        kind: with logits, the origin of the labels; see `rlmeta.nn.fisher`.
         target: kind "empirical": the labels `[n]`.
-        seed: kind "sample": of the labels that are drawn.
+        seed: kind "sample": of the labels.
         chunk: samples at a time.
 
     Returns:
-        `{name: like the parameter}`, of those that require a gradient.
+        `{name: tensor of the parameter's shape}`, of parameters that require a gradient.
 
     Raises:
-        SettingError: nothing requires a gradient or depends on what does, a sample's output depends on other samples,
-            or the arguments do not fit one another.
+        SettingError: no parameter requires a gradient or affects the outputs, a sample's output depends on other
+            samples, or arguments exclude each other.
     """
     parameters = trainable(module, "fisher_information")
     chosen = {"logits": logits, "mean": mean, "log_prob": log_prob}
-    given = [name for name, function in chosen.items() if function is not None]
-    if len(given) > 1:
-        raise SettingError(f"fisher_information was given {' and '.join(given)}, expected one of them")
-    what = given[0] if given else "logits"
+    functions = [name for name, function in chosen.items() if function is not None]
+    if len(functions) > 1:
+        raise SettingError(f"fisher_information was given {' and '.join(functions)}, expected one of them")
+    what = functions[0] if functions else "logits"
     if what != "logits" and (kind != "exact" or target is not None):
         raise SettingError(f"fisher_information: kind and target are for logits, but {what} was given: leave them out")
     leaves, structure = leaves_of(batch, "fisher_information")
@@ -96,14 +96,14 @@ def fisher_information(
     p = {"weights": weights, "rest": rest_of(module, parameters)}
     if what == "logits":
         key = random.make_keys([seed], next(iter(parameters.values())).device)[0]
-        found = categorical_fisher(forward, p, named, 0, kind, target=target, key=key, chunk=chunk)
+        information = categorical_fisher(forward, p, named, 0, kind, target=target, key=key, chunk=chunk)
     else:
-        found = (gaussian_fisher if what == "mean" else score_fisher)(forward, p, named, 0, chunk=chunk)
-    return dict(Packed.view(found, weights, 0))
+        information = (gaussian_fisher if what == "mean" else score_fisher)(forward, p, named, 0, chunk=chunk)
+    return dict(Packed.view(information, weights, 0))
 
 
 def _model(module: nn.Module) -> Callable[[dict[str, Named], Context, tuple[Any, ...], dict[str, Any]], Any]:
-    """A function that runs the module on other weights, with the context's taps where that is right."""
+    """Function that runs the module on given weights, with the context's taps unless weights are tied."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, value in (
@@ -128,11 +128,11 @@ def _model(module: nn.Module) -> Callable[[dict[str, Named], Context, tuple[Any,
 
 
 class _Several(nn.Module):
-    """A module of several inputs as one of a single input, as `lift` takes them."""
+    """Module of several inputs as a module of a single input, as `lift` requires."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, given: dict[str, Any]) -> Any:
-        return self.module(*given["inputs"], **given["further"])
+    def forward(self, arguments: dict[str, Any]) -> Any:
+        return self.module(*arguments["inputs"], **arguments["further"])

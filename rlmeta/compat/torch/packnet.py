@@ -1,4 +1,4 @@
-"""PackNet around an optimizer's step."""
+"""PackNet around optimizer steps in a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlmeta.functional import random
 from rlmeta.functional.pruning import largest_free
 
 _FREE = 0
-"""Owner of entries that no task has kept; task k (from 0) is owner k + 1."""
+"""Owner of free weights; task k (from 0) is owner k + 1."""
 
 
 class PackNet:
@@ -26,26 +26,26 @@ class PackNet:
         packnet.begin()
         train(model, loader)  # loss.backward(); packnet.step(optimizer)
         packnet.prune()
-        train(model, loader)  # without what was pruned
+        train(model, loader)  # without the pruned weights
     with packnet.use(0):
         test(model)
     ```
 
-    A task trains what is free, beside the weights of earlier tasks, which it may use. `prune` gives the smallest of its
-    own back, in every layer. What earlier tasks own stays bit for bit, whatever momentum, Adam and weight decay do:
-    `step` takes what is not to move out of the gradient, and brings it back after the optimizer. Biases, parameters of
-    normalisation and buffers are few, and every task has its own copy. As `rlmeta.lifelong.PackNet`, which says why,
-    does, a task keeps only weights that have had a gradient, and what is free when a later one begins is drawn anew:
-    from the numbers that the layer began with.
+    A task trains the free weights, beside the frozen weights of earlier tasks, which it uses. `prune` frees the
+    smallest of its weights in every layer. Weights of earlier tasks stay the same bit for bit, despite momentum, Adam
+    and weight decay: `step` masks their gradients, and restores them after the optimizer. Biases, parameters of
+    normalisation and buffers are few, and every task has its own copy. As in `rlmeta.lifelong.PackNet`, which gives the
+    reasons, a task keeps only weights that have had a gradient, and weights that are free when a later task begins are
+    redrawn from the layer's initial values.
 
     Args:
         module: whose parameters are packed. It may grow: new layers are free.
-        share: part of the free weights of every layer that a task keeps.
-        give_back: whether a task also gives back, when the next one begins, what has had no gradient since its pruning:
-            units that its training has pushed out of use. Its answers on the samples of that second training do not
-            depend on them, but others may change then; so may those in evaluation where batch normalisation has running
-            statistics.
-        seed: of the weights drawn anew.
+        share: fraction of the free weights of every layer that a task keeps.
+        give_back: whether a task also frees, when the next one begins, weights without a gradient since its pruning:
+            those of units that its training has made inactive. Its outputs on the samples of the second training do
+            not depend on them, but other outputs may change, as may those in evaluation with running statistics of
+            batch normalisation.
+        seed: of redrawn weights.
 
     Raises:
         SettingError: the share is not in (0, 1], or the module has no matrix to pack.
@@ -71,10 +71,10 @@ class PackNet:
 
     @quiet()
     def begin(self) -> int:
-        """Start the next task, from 0 on; what the last one did not keep is free, and drawn anew.
+        """Begin the next task; free weights are redrawn.
 
         Returns:
-            The task's number, which `use` takes.
+            Index of the task, from 0, the argument of `use`.
         """
         self._require_working("begin()")
         if self._task >= 0:
@@ -95,12 +95,12 @@ class PackNet:
 
     @quiet()
     def prune(self, share: float | None = None) -> None:
-        """Let the task keep the largest of its weights in every layer; the others are 0, and free after it.
+        """Prune: the task keeps the largest of its weights in every layer; the others are set to 0 and free.
 
-        Train again afterwards: only what is kept moves then.
+        Train again afterwards: only the kept weights change then.
 
         Args:
-            share: part of the layer's free weights that it keeps; that of the class where left out.
+            share: fraction of a layer's free weights that it keeps; None for that of the class.
 
         Raises:
             SettingError: there is no task to prune, it is pruned already, or the share is not in (0, 1].
@@ -123,7 +123,7 @@ class PackNet:
         self._pruned, self._trained = True, False
 
     def _end(self) -> None:
-        """Free what had no gradient since the pruning, and keep the task's copies."""
+        """End a task: free weights without a gradient since the pruning, if `give_back`, and store its copies."""
         self.restore()
         for name, parameter in self._packed().items():
             if self._trained and self.give_back:
@@ -133,7 +133,7 @@ class PackNet:
         self._copies.append({name: value.clone() for name, value in self._copied().items()})
 
     def _drawn(self, name: str) -> Tensor:
-        """Numbers that a layer began with, drawn at random."""
+        """Weights redrawn at random from a layer's initial values."""
         begun = self._begun[name].flatten()
         key = random.fold(random.fold(self._key, name), self._task)
         index = random.integers(key, "packnet", 0, (begun.numel(),), begun.numel())
@@ -142,14 +142,14 @@ class PackNet:
     # ------------------------------------------------------------------ every step
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """`mask_gradients`, the optimizer's step, and `restore`: call it where `optimizer.step()` would be."""
+        """Optimizer step between `mask_gradients` and `restore`, in place of `optimizer.step()`."""
         self.mask_gradients()
         optimizer.step()
         self.restore()
 
     @quiet()
     def mask_gradients(self) -> None:
-        """Set the gradient of what must not move to 0, and note which weights the task has a use for.
+        """Set the gradient of frozen weights to 0, and record which weights have a gradient.
 
         Raises:
             SettingError: no task has begun, there is no gradient, or `use` shows an old task.
@@ -165,7 +165,7 @@ class PackNet:
 
     @quiet()
     def restore(self) -> None:
-        """Bring back what must not have moved, bit for bit: after the optimizer's step."""
+        """Restore frozen weights bit for bit, after an optimizer step."""
         self._require_working("restore()")
         if self._task < 0:
             return
@@ -173,7 +173,7 @@ class PackNet:
             parameter.copy_(torch.where(self._frozen(name), self._kept[name], parameter))
 
     def _frozen(self, name: str) -> Tensor:
-        """What must not move now: weights of earlier tasks, after the pruning all but the task's own."""
+        """Mask of frozen weights: those of earlier tasks, and after the pruning all but the task's own."""
         owner = self._owner[name]
         return owner != self._task + 1 if self._pruned else owner != _FREE
 
@@ -181,13 +181,13 @@ class PackNet:
 
     @quiet()
     def use(self, task: int | None) -> _Using:
-        """Let the module be the network of a task, as it was when the task had been learned, bit for bit.
+        """Set the module to the network of a task as it was at the task's end, bit for bit.
 
-        As `with packnet.use(task):` for the block that follows, and otherwise until `use(None)`, which brings back what
-        is in training.
+        In `with packnet.use(task):` for the block that follows, otherwise until `use(None)`, which restores the network
+        in training.
 
         Args:
-            task: its number; None or the present one for what is in training.
+            task: its index; None or the current one for the network in training.
 
         Raises:
             SettingError: no such task has begun.
@@ -212,7 +212,7 @@ class PackNet:
 
     @quiet()
     def state_dict(self) -> dict[str, Any]:
-        """Who owns which weight, and the tasks' copies; the weights themselves are in the module's.
+        """State to save: owners of the weights, and the tasks' copies; the weights are in the module's state.
 
         Raises:
             SettingError: `use` shows an old task.
@@ -225,10 +225,10 @@ class PackNet:
 
     @quiet()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, after the module's own state was loaded.
+        """Load the state of `state_dict`, after the module's own state.
 
         Raises:
-            SettingError: it is of another module.
+            SettingError: the state is of another module.
         """
         check_state(state, ("task", "pruned", "trained", "owner", "useful", "begun", "copies"), "PackNet")
         parameters = dict(self.module.named_parameters())
@@ -245,7 +245,7 @@ class PackNet:
         self._packed()
 
     def _packed(self) -> dict[str, nn.Parameter]:
-        """The parameters that tasks share out, each with all that is kept of it, on its device."""
+        """Packed parameters, those with two axes or more; their bookkeeping is created or moved to their device."""
         parameters = trainable(self.module, "PackNet")
         for name in self._owner:
             if name not in parameters or parameters[name].shape != self._owner[name].shape:
@@ -267,7 +267,7 @@ class PackNet:
         return packed
 
     def _copied(self) -> Named:
-        """What every task has its own copy of."""
+        """Tensors of which every task has a copy: biases, normalisation and buffers."""
         few = {n: p.detach() for n, p in self.module.named_parameters() if p.dim() <= 1}
         return {**few, **dict(self.module.named_buffers())}
 
@@ -287,7 +287,7 @@ class PackNet:
 
 
 class _Using:
-    """What `PackNet.use` gives: in a `with`, until its end."""
+    """Context manager of `PackNet.use`."""
 
     def __init__(self, packnet: PackNet, before: int | None) -> None:
         self._packnet, self._before = packnet, before

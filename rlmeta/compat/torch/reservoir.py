@@ -1,4 +1,4 @@
-"""Replay from a reservoir."""
+"""Replay buffer by reservoir sampling, for a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlmeta.functional.reservoir import last_on_place, reservoir_places
 
 
 class Reservoir:
-    """A replay buffer by reservoir sampling (Vitter, 1985): of all samples ever added each is kept with equal chance.
+    """Replay buffer by reservoir sampling (Vitter, 1985): all samples ever added are kept with equal probability.
 
     ```python
     memory = Reservoir(200, torch.Generator().manual_seed(0))
@@ -24,11 +24,11 @@ class Reservoir:
     ```
 
     Args:
-        capacity: how many samples it has room for.
-        generator: draws which are kept, and which are given back.
+        capacity: largest number of samples.
+        generator: of the random choices in `add` and `sample`.
 
     Raises:
-        SettingError: the capacity is no count, or there is no generator.
+        SettingError: the capacity is less than 1, or `generator` is no generator.
     """
 
     def __init__(self, capacity: int, generator: torch.Generator) -> None:
@@ -39,23 +39,23 @@ class Reservoir:
             )
         self.capacity, self.generator = capacity, generator
         self.added = 0
-        """How many samples were ever added."""
+        """Number of samples ever added."""
         self._kept: list[Tensor] = []
         self._structure: pytree.TreeSpec | None = None
 
     def __len__(self) -> int:
-        """How many samples it holds."""
+        """Number of samples in the buffer."""
         return min(self.added, self.capacity)
 
     @quiet()
     def add(self, *batch: Batch) -> None:
-        """Offer a minibatch, of which later samples have the smaller chance the more there were.
+        """Add a minibatch; the n-th sample ever added is stored with probability min(1, capacity / n).
 
         Args:
             batch: such as inputs and targets, each a `Batch` of the same samples.
 
         Raises:
-            SettingError: there are none, they differ in number, or in form from those before.
+            SettingError: there are no samples, their numbers differ, or shapes or dtypes differ from earlier samples.
         """
         leaves, structure = leaves_of(batch, "Reservoir")
         if self._structure is None:
@@ -78,33 +78,33 @@ class Reservoir:
 
     @quiet()
     def sample(self, count: int) -> Any:
-        """A minibatch of what is held, every sample with the same chance each time, in the form that was added.
+        """Draw a minibatch uniformly with replacement, in the structure that was added.
 
         Args:
-            count: how many; some may be the same.
+            count: number of samples; some may be equal.
 
         Raises:
-            SettingError: nothing was added yet, or `count` is no count.
+            SettingError: the buffer is empty, or `count` is less than 1.
         """
         require_count("Reservoir: count", count)
         if self._structure is None:
-            raise SettingError("Reservoir: sample() of an empty buffer: add to it first, or ask `if len(buffer)`")
+            raise SettingError("Reservoir: sample() of an empty buffer: add to it first, or check `if len(buffer)`")
         rows = torch.randint(len(self), (count,), generator=self.generator, device=self.generator.device)
         batch = pytree.tree_unflatten([take(room, rows) for room in self._kept], self._structure)
         return batch[0] if len(batch) == 1 else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What is held, how many were added, and the generator's state."""
+        """State to save: the samples, the number ever added, and the generator's state."""
         kept = [tensor.clone() for tensor in self._kept]
         held = None if self._structure is None else pytree.tree_unflatten(kept, self._structure)
         return {"samples": held, "added": self.added, "generator": self.generator.get_state()}
 
     @quiet()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Load the state of `state_dict`.
 
         Raises:
-            SettingError: it is of a buffer of another capacity.
+            SettingError: the state is of a buffer of another capacity.
         """
         check_state(state, ("samples", "added", "generator"), "Reservoir")
         kept, structure = pytree.tree_flatten(state["samples"])

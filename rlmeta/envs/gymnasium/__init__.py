@@ -1,3 +1,3 @@
-"""The Gymnasium adapter: many environments of one kind as a world, in this process or in workers."""
+"""Gymnasium adapter: environments as a world, in this process or in worker processes."""
 
 __all__ = ["rows", "world"]

@@ -1,4 +1,4 @@
-"""Exceptions of a user's environment: each becomes one sentence with the environment's name and where it was raised."""
+"""Exceptions of user environments, converted to one-sentence errors with the environment's name and the source line."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _ADAPTER = str(Path(__file__).parent)
 
 
 def failed(what: str, error: BaseException) -> EnvironmentFailedError:
-    """The error that says what failed, with which exception, and where; raise it from `error`.
+    """Error with the name of the failed environment, its exception and source line; raise it from `error`.
 
     Args:
-        what: the environment, and its row, in words.
-        error: what it raised, of any class: simulators in compiled code raise what no `except Exception` catches.
+        what: description of the environment and its row.
+        error: the exception, of any class: simulators in compiled code may raise one that is no `Exception`.
     """
     return EnvironmentFailedError(f"{what} failed with {type(error).__name__}: {_text(error)} ({_place(error)})")
 
 
 @contextmanager
-def telling(what: str | Callable[[], str]) -> Iterator[None]:
-    """Within, what an environment raises is raised as an `EnvironmentFailedError`; Ctrl-C passes.
+def converting(what: str | Callable[[], str]) -> Iterator[None]:
+    """Context that converts exceptions of an environment to `EnvironmentFailedError`, except Ctrl-C.
 
     Args:
-        what: the environment in words, or what gives them once something was raised.
+        what: description of the environment, or a function that returns it when an exception occurs.
     """
     try:
         yield
@@ -41,50 +41,53 @@ def telling(what: str | Callable[[], str]) -> Iterator[None]:
         raise failed(what if isinstance(what, str) else what(), error) from error
 
 
-def made(said: str, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
-    """What `make` returns.
+def construct(what: str, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """Call a constructor of an environment, with errors that name the environment.
 
     Args:
-        said: what is made, in words.
-        settings: its keyword arguments, for the message where they are wrong.
-        make: makes an environment, or imports what does.
+        what: description of the environment.
+        settings: its keyword arguments, for the error message.
+        make: function without arguments that creates the environment, or imports its module.
+
+    Returns:
+        The result of `make`.
 
     Raises:
-        MissingExtraError: it needs a package that is not installed.
-        SettingError: it does not take the settings.
-        EnvironmentFailedError: it raised something else.
+        MissingExtraError: the environment needs a package that is not installed.
+        SettingError: the environment does not accept the settings.
+        EnvironmentFailedError: another exception.
     """
-    with telling(said):
+    with converting(what):
         try:
             return make()
         except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
-            raise MissingExtraError(f"{said} needs a package that is not installed: {error}") from error
+            raise MissingExtraError(f"{what} needs a package that is not installed: {error}") from error
         except TypeError as error:
             if not settings or isinstance(error, RlmetaError) or "argument" not in str(error):
                 raise
             reason = str(error).partition("\n")[0]
-            raise SettingError(f"{said} cannot be made with {settings}: {reason}") from error
+            raise SettingError(f"{what} cannot be made with {settings}: {reason}") from error
 
 
 def close(env: Any, name: str) -> None:
-    """Close an environment; a warning says so where its `close()` raises, for what it was needed for is done.
+    """Close an environment; an exception of its `close()` becomes a warning, since its results are complete.
 
     Args:
         env: an environment, or a VectorEnv.
-        name: in words.
+        name: description of the environment.
     """
     try:
         env.close()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        # the same words and the same line whatever the environment, so that it is said once
+        # the same text and line for all environments, so that Python shows the warning once
         text = f"{failed(f'close() of {name}', error)}: what it holds may stay until this process ends"
         warnings.warn(text, RuntimeWarning, stacklevel=1)
 
 
 def _text(error: BaseException) -> str:
-    """The exception's message on one line; the user's own may have none that can be shown."""
+    """Message of an exception on one line; that of a user's class may raise."""
     try:
         return " ".join(str(error).split())
     except Exception:
@@ -92,7 +95,7 @@ def _text(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where an exception was raised; of the user's own files the innermost."""
+    """Source line of an exception, the innermost in the user's own files."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_ADAPTER)]
     own = [frame for frame in frames if "site-packages" not in frame.filename]
     if not frames:

@@ -1,4 +1,4 @@
-"""Live gymnasium environments, one a row, stepped one after another in this process."""
+"""Live gymnasium environments, one per row, stepped in a loop in this process."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from rlmeta.envs.gymnasium import failures
 from rlmeta.errors import SettingError, SpaceError, require_choice, require_count
 
 MaskSource: TypeAlias = Literal["method", "info"] | None
-"""Where an environment says which actions are allowed: `action_masks()`, `info["action_mask"]`, or not at all."""
+"""Source of an environment's action mask: `action_masks()`, `info["action_mask"]`, or none."""
 
 WORKER_TIMEOUT = 600.0
-"""Seconds that one call of an environment, its `step`, `reset` or making, may take in a worker process."""
+"""Seconds that a call of an environment, its `step`, `reset` or construction, may take in a worker process."""
 
 
 _calls = threading.local()
-"""`began`: when the environment that a thread calls was called."""
+"""`began`: start time of the current call of an environment, per thread."""
 
 
 def seconds_in_call() -> float:
-    """For how long this thread has been within a call of an environment; 0 where it is in none."""
+    """Seconds since the start of this thread's current call of an environment; 0 if there is none."""
     began: float | None = getattr(_calls, "began", None)
     return 0.0 if began is None else time.monotonic() - began
 
 
 def require_timeout(value: object) -> None:
-    """Refuse what is no finite number of seconds above 0.
+    """Refuse a timeout that is no finite number of seconds above 0.
 
     Raises:
-        SettingError: it is another.
+        SettingError: the value is no such number.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise SettingError(f"worker_timeout is {value!r}, expected seconds, a finite number above 0")
@@ -50,12 +50,12 @@ def require_timeout(value: object) -> None:
 
 @dataclass
 class Buffers:
-    """What the last step of R environments left; the next one overwrites it."""
+    """Results of the last step of R environments, overwritten by the next step."""
 
     observation: list[Array]
-    """One `[R, ...]` per leaf of the observation space: what is seen next."""
+    """Observation to act on next, `[R, ...]` per leaf of the observation space."""
     final: list[Array]
-    """The same, written only in the rows where an episode ended: its last observation."""
+    """Final observation of the episode, `[R, ...]` per leaf, written only in rows where one ended."""
     reward: Array
     """`[R]` float32."""
     terminated: Array
@@ -65,29 +65,29 @@ class Buffers:
     valid: Array
     """`[R]` bool: False where the action was ignored."""
     begins: Array
-    """`[R]` bool: `observation` is the first of an episode; where the step was valid, `final` ends the one before."""
+    """`[R]` bool: `observation` begins an episode; if the step was valid, `final` is the last of the previous one."""
 
     @staticmethod
     def allocate(layout: Layout, rows: int) -> Buffers:
-        """Room for `rows` environments."""
+        """Allocate buffers of `rows` environments."""
         flags = [np.zeros(rows, np.bool_) for _ in range(4)]
         return Buffers(layout.empty(rows), layout.empty(rows), np.zeros(rows, np.float32), *flags)
 
     def arrays(self) -> list[Array]:
-        """Every array, in a fixed order."""
+        """All arrays, in a fixed order."""
         flags = [self.terminated, self.truncated, self.valid, self.begins]
         return [*self.observation, *self.final, self.reward, *flags]
 
     @staticmethod
     def of(arrays: Sequence[Array]) -> Buffers:
-        """The inverse of `arrays`."""
+        """Buffers of the arrays that `arrays` returns."""
         leaves = (len(arrays) - 5) // 2
         return Buffers(list(arrays[:leaves]), list(arrays[leaves:-5]), *arrays[-5:])
 
 
 @dataclass(frozen=True)
 class Template:
-    """How to make one environment, and what every one that it makes has in common."""
+    """Factory of single environments, with their common name, spaces and time limit."""
 
     make: Callable[[], gym.Env[Any, Any]]
     name: str
@@ -97,13 +97,13 @@ class Template:
     max_episode_steps: int | None
 
     def environment(self) -> gym.Env[Any, Any]:
-        """A new environment.
+        """Create an environment.
 
         Raises:
-            EnvironmentFailedError: it can't be made.
-            SpaceError: it has other spaces than the first one had.
+            EnvironmentFailedError: its construction failed.
+            SpaceError: its spaces differ from those of the first environment.
         """
-        with failures.telling(self.name):
+        with failures.converting(self.name):
             env = with_mask(self.make(), self.mask)
             same = Layout(env.observation_space).signature == Layout(self.observation_space).signature
         if not same or env.action_space != self.action_space:
@@ -115,10 +115,10 @@ class Template:
         return env
 
     def limited(self, steps: int) -> Template:
-        """Environments that cut their episodes after so many steps, by gymnasium's TimeLimit.
+        """Template of environments with a time limit, by gymnasium's TimeLimit.
 
         Raises:
-            SettingError: no count, or they cut them sooner by themselves.
+            SettingError: `steps` is less than 1, or more than the environment's own limit.
         """
         require_count("max_episode_steps", steps)
         own = self.max_episode_steps
@@ -135,17 +135,17 @@ def _limited(make: Callable[[], gym.Env[Any, Any]], steps: int) -> gym.Env[Any, 
 
 
 class Rows:
-    """R live environments.
+    """R live environments in this process.
 
     Args:
-        template: how to make one.
+        template: factory of the environments.
         count: R.
-        buffers: where to write; by default memory of its own.
-        progress: `[2]`, where the row whose environment is called is written, and how many calls there were.
-        first: the number of its first row, for messages: a worker process has some of all rows.
+        buffers: for results; allocated if None.
+        progress: `[2]`, in which the row of the current call and the number of calls are written.
+        first: index of its first row, for messages: a worker process has a part of all rows.
 
     Raises:
-        RlmetaError: here and below, one sentence of whatever an environment did wrong, with its row.
+        RlmetaError: here and in all methods, an environment failed; the message names its row.
     """
 
     def __init__(
@@ -174,17 +174,17 @@ class Rows:
         self._write_final = self.observations.writer(self.buffers.final, self.name)
 
     def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Start an episode from the given seed in each of the rows."""
+        """Reset the environments of some rows, each with its seed."""
         with self._calling():
             for row, seed in zip(rows, seeds):
                 self._write_reset(row, int(seed))
 
     def step(self, actions: Sequence[Array], next_seeds: Array) -> None:
-        """Act in every row, and start the next episode from `next_seeds` `[R]` in those where one ended.
+        """Step every environment; where an episode ended, reset it with its entry of `next_seeds`.
 
         Args:
-            actions: executable ones, `[R, ...]` per leaf, not written to afterwards.
-            next_seeds: `[R]`.
+            actions: executable actions, `[R, ...]` per leaf, not written to afterwards.
+            next_seeds: seeds of the next episodes, `[R]`.
         """
         rewards, terminated, truncated = [], [], []
         with self._calling():
@@ -205,15 +205,15 @@ class Rows:
         np.logical_or(self.buffers.terminated, self.buffers.truncated, out=self.buffers.begins)
 
     def replay(self, rows: Sequence[int], seeds: Sequence[int], actions: Sequence[Sequence[Array]]) -> list[bool]:
-        """Bring each of the rows to where its episode was after the given actions.
+        """Replay episodes from their seeds and actions.
 
         Args:
-            rows: which.
+            rows: indices of the environments.
             seeds: of their episodes.
-            actions: for each row, its executable actions so far, `[steps, ...]` per leaf.
+            actions: the executable actions of each row, `[steps, ...]` per leaf.
 
         Returns:
-            For each row, whether the episode was still running; the observations are in `buffers`.
+            Whether the episode of each row still runs at the end; the observations are in `buffers`.
         """
         with self._calling():
             return [self._replay(row, int(seed), taken) for row, seed, taken in zip(rows, seeds, actions)]
@@ -226,32 +226,32 @@ class Rows:
 
     @property
     def current(self) -> str:
-        """The environment that is called, or was called last, in words."""
+        """Description of the environment that is, or was last, called."""
         return f"{self.name} in row {self._first + self._progress[0]}"
 
     def _step(self, env: gym.Env[Any, Any], action: Any) -> tuple[Any, Any, Any, Any]:
-        """What `step` gives but its infos.
+        """Observation, reward, terminated and truncated of a step.
 
         Raises:
-            SpaceError: something else than gymnasium's five values.
+            SpaceError: the environment did not return gymnasium's five values.
         """
         result: Any = env.step(action)
         if not isinstance(result, tuple | list) or len(result) != 5:
-            given = f"{len(result)} values" if isinstance(result, tuple | list) else type(result).__name__
-            raise SpaceError(f"{self.name} gave {given} from step(), expected gymnasium's 5")
+            returned = f"{len(result)} values" if isinstance(result, tuple | list) else type(result).__name__
+            raise SpaceError(f"{self.name} gave {returned} from step(), expected gymnasium's 5")
         return result[0], result[1], result[2], result[3]
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
-        """Within, environments are called, see `_call`; what one raises is told with its row."""
+        """Context of calls of environments (see `_call`), whose exceptions are converted to errors with the row."""
         try:
-            with failures.telling(lambda: self.current):
+            with failures.converting(lambda: self.current):
                 yield
         finally:
             _calls.began = None
 
     def _call(self, row: int) -> None:
-        """Note that the row's environment is called now, for whoever waits."""
+        """Record that a row's environment is called now, for processes that wait for it."""
         self._progress[0] = row
         self._progress[1] += 1
         _calls.began = time.monotonic()
@@ -262,14 +262,14 @@ class Rows:
         self.envs.append(env)
 
     def _is_over(self, terminated: Any, truncated: Any) -> bool:
-        """Whether either flag is set.
+        """Whether an episode is over, by either flag.
 
         Raises:
-            SpaceError: one is an array of another number of entries than one.
+            SpaceError: a flag is an array of several entries, or of none.
         """
         try:
             return bool(terminated or truncated)
-        except (ValueError, RuntimeError):  # numpy's, and torch's
+        except (ValueError, RuntimeError):  # of numpy and of torch
             what, odd = ("terminated", terminated) if np.size(terminated) != 1 else ("truncated", truncated)
             raise SpaceError(f"{self.name} gave {what} {odd!r} from step(), expected one number") from None
 
@@ -279,13 +279,13 @@ class Rows:
         except ValueError:  # ragged
             array = np.zeros((), object)
         if array.shape != buffer.shape or array.dtype.kind not in "biuf":
-            odd = next((one for one in column if np.shape(one) or np.asarray(one).dtype.kind not in "biuf"), column[0])
+            odd = next((x for x in column if np.shape(x) or np.asarray(x).dtype.kind not in "biuf"), column[0])
             raise SpaceError(f"{self.name} gave {what} {odd!r} from step(), expected one number")
         buffer[:] = array
 
     def _reset(self, row: int, seed: int) -> Any:
         self._call(row)
-        return first_of(self.envs[row], seed, self.name)[0]
+        return first_reset(self.envs[row], seed, self.name)[0]
 
     def _write_reset(self, row: int, seed: int) -> None:
         self._write(row, self._reset(row, seed))
@@ -302,17 +302,17 @@ class Rows:
         return True
 
 
-def first_of(env: gym.Env[Any, Any], seed: int, name: str) -> tuple[Any, dict[str, Any]]:
-    """What `reset(seed=seed)` gives, `(observation, info)`.
+def first_reset(env: gym.Env[Any, Any], seed: int, name: str) -> tuple[Any, dict[str, Any]]:
+    """Observation and info of a reset with a seed.
 
     Raises:
-        SpaceError: something else.
+        SpaceError: the environment did not return `(observation, info)`.
     """
     result: Any = env.reset(seed=seed)
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
         kind = type(result).__name__
-        said = f"{kind} of {', '.join(type(one).__name__ for one in result)}" if isinstance(result, tuple) else kind
-        raise SpaceError(f"{name} gave {said} from reset(), expected (observation, info), info a dictionary")
+        text = f"{kind} of {', '.join(type(part).__name__ for part in result)}" if isinstance(result, tuple) else kind
+        raise SpaceError(f"{name} gave {text} from reset(), expected (observation, info), info a dictionary")
     return result
 
 
@@ -320,9 +320,9 @@ def first_of(env: gym.Env[Any, Any], seed: int, name: str) -> tuple[Any, dict[st
 
 
 class ActionMaskObservation(gym.Wrapper[Any, Any, Any, Any]):
-    """Shows the mask of allowed actions as a part of the observation, `{"observation": ..., "action_mask": ...}`.
+    """Wrapper that adds the action mask to the observation, `{"observation": ..., "action_mask": ...}`.
 
-    A terminated episode allows everything: nothing is chosen there, and its environment may not answer.
+    The mask of a terminal state allows every action: no action is chosen there, and the environment may have no mask.
     """
 
     def __init__(self, env: gym.Env[Any, Any], source: MaskSource) -> None:
@@ -333,12 +333,12 @@ class ActionMaskObservation(gym.Wrapper[Any, Any, Any, Any]):
         self.observation_space = masked_space(env.observation_space, env.action_space)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """As the environment's own, with the mask."""
+        """Reset the environment, with the mask in its observation."""
         observation, info = self.env.reset(seed=seed, options=options)
         return self._with_mask(observation, info), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """As the environment's own, with the mask."""
+        """Step the environment, with the mask in its observation."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         shown = {"observation": observation, "action_mask": self._ones}
         return shown if terminated else self._with_mask(observation, info), reward, terminated, truncated, info
@@ -354,10 +354,10 @@ class ActionMaskObservation(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def mask_length(action_space: gym.Space[Any]) -> int:
-    """How many entries the mask of allowed actions has.
+    """Number of entries of the action mask.
 
     Raises:
-        SpaceError: actions that can't be masked.
+        SpaceError: the actions of this space cannot be masked.
     """
     if isinstance(action_space, spaces.Discrete):
         return int(action_space.n)
@@ -367,16 +367,16 @@ def mask_length(action_space: gym.Space[Any]) -> int:
 
 
 def masked_space(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> spaces.Dict:
-    """The space of observations that show the mask of allowed actions."""
+    """Observation space with the action mask added."""
     mask = spaces.MultiBinary(mask_length(action_space))
     return spaces.Dict({"observation": observation_space, "action_mask": mask})
 
 
 def with_mask(env: gym.Env[Any, Any], source: MaskSource) -> gym.Env[Any, Any]:
-    """The environment, its mask made a part of the observation if it has one."""
+    """Environment with its action mask, if it has one, added to the observation."""
     return env if source is None else ActionMaskObservation(env, source)
 
 
 def has_own_mask(observation_space: gym.Space[Any]) -> bool:
-    """Whether the observations show a mask by themselves."""
+    """Whether observations have an action mask of their own."""
     return isinstance(observation_space, spaces.Dict) and "action_mask" in observation_space.spaces

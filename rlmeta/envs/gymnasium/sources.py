@@ -1,4 +1,4 @@
-"""What environments are made from: gymnasium's ids, EnvPool's names, functions that make one environment or many."""
+"""Sources of environments: gymnasium ids, EnvPool names, and functions that return an environment or a VectorEnv."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ from gymnasium.vector import VectorEnv
 
 from rlmeta.data.spaces import Layout
 from rlmeta.envs.gymnasium import failures
-from rlmeta.envs.gymnasium.rows import MaskSource, Template, first_of, has_own_mask, with_mask
+from rlmeta.envs.gymnasium.rows import MaskSource, Template, first_reset, has_own_mask, with_mask
 from rlmeta.errors import MissingExtraError, SettingError, SpaceError, nearest_names, unknown_name
 
 ENVPOOL = "envpool:"
-"""What the names of EnvPool's environments begin with, as tasks."""
+"""Prefix of EnvPool names."""
 
 _OURS = ("num_envs", "batch_size", "seed", "env_type")
-"""Arguments of EnvPool's that are not the user's to choose."""
+"""Arguments of EnvPool that the user cannot set."""
 
 
 @dataclass(frozen=True)
 class VectorSource:
-    """A VectorEnv, and how to make it again where its environments take their seeds only when they are made."""
+    """VectorEnv, with a constructor if its environments take seeds only on construction."""
 
     env: VectorEnv[Any, Any, Any]
     name: str
     remake: Callable[[Sequence[int]], VectorEnv[Any, Any, Any]] | None = None
-    """From one seed for each environment."""
+    """Constructor from a seed for each environment, None if `reset` takes seeds."""
 
 
 def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | VectorSource:
-    """The template of single environments, or the VectorEnv, that `make` stands for.
+    """Resolve a source to a template of single environments or a VectorEnv.
 
     Args:
-        make: a gymnasium id, `envpool:NAME`, an EnvSpec, a VectorEnv, or a function that makes an environment or a
+        make: a gymnasium id, `envpool:NAME`, an EnvSpec, a VectorEnv, or a function that returns an environment or a
             VectorEnv.
         settings: its keyword arguments.
-        rows: how many are wanted; told to a function that has a parameter `num_envs`. One that also has a parameter
-            `seed` is told a seed for each, and called again for others.
+        rows: number of environments, passed to a function with a parameter `num_envs`. One that also has a parameter
+            `seed` gets a list of seeds, and is called again for other seeds.
 
     Raises:
         UnknownNameError: the id is not registered.
         MissingExtraError: the environment needs a package that is not installed.
-        EnvironmentFailedError: the user's own code raised; the message says what, and where.
-        SettingError, SpaceError: anything else that cannot be made, a single environment, one of several agents.
+        EnvironmentFailedError: user code raised; the message has the exception and source line.
+        SettingError, SpaceError: any other source that cannot be used, such as an instance of a single environment
+            or an environment of several agents.
     """
     if isinstance(make, VectorEnv):
         if settings:
@@ -70,12 +71,12 @@ def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | Vector
 
 
 def is_envpool(env: Any) -> bool:
-    """Whether an environment is one of EnvPool's, which ignore the seed that `reset` is given."""
+    """Whether an environment is of EnvPool, which ignores the seed of `reset`."""
     return any(cls.__module__.partition(".")[0] == "envpool" for cls in type(env).__mro__)
 
 
 def vector_name(env: VectorEnv[Any, Any, Any]) -> str:
-    """A VectorEnv's id, or its class, in words."""
+    """Description of a VectorEnv, with its id or class."""
     return f"vector environment {_id_of(env)!r}"
 
 
@@ -87,26 +88,27 @@ def _id_of(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any]) -> str:
 
 
 def _registered(make: str | EnvSpec, settings: dict[str, Any]) -> Template:
-    said = f"environment {(make if isinstance(make, str) else make.id)!r}"
-    spec = _spec(make, said) if isinstance(make, str) else make
+    what = f"environment {(make if isinstance(make, str) else make.id)!r}"
+    spec = _spec(make, what) if isinstance(make, str) else make
     # gymnasium's checker warns at every step about what is an error here
     factory = partial(gym.make, spec, disable_env_checker=True, **settings)
-    return _template(failures.made(said, settings, factory), factory, said)
+    return _template(failures.construct(what, settings, factory), factory, what)
 
 
-def _spec(identifier: str, said: str) -> EnvSpec:
-    """What `package.module:MyEnv-v0` or `MyEnv-v0` is registered as, after its module is imported."""
+def _spec(identifier: str, what: str) -> EnvSpec:
+    """Registered spec of an id `package.module:MyEnv-v0` or `MyEnv-v0`, after the import of its module."""
     module, colon, registered = identifier.rpartition(":")
     if colon:
-        failures.made(said, {}, partial(importlib.import_module, module))
+        failures.construct(what, {}, partial(importlib.import_module, module))
     try:
         return gym.spec(registered)
     except gym.error.UnregisteredEnv as error:
-        known = [str(one) for one in gym.registry]
-        near = [f"{module}{colon}{one}" for one in nearest_names(registered, known)]  # the module makes nothing alike
+        known = [str(spec_id) for spec_id in gym.registry]
+        # without the module, which would count as likeness
+        near = [f"{module}{colon}{match}" for match in nearest_names(registered, known)]
         raise unknown_name("gymnasium environment", identifier, near or known) from error
     except gym.error.Error as error:
-        raise SettingError(f"{said} cannot be made: {error}") from error
+        raise SettingError(f"{what} cannot be made: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- EnvPool
@@ -131,34 +133,34 @@ def _envpool(name: str, settings: dict[str, Any], rows: int) -> VectorSource:
     def make(seeds: Sequence[int]) -> VectorEnv[Any, Any, Any]:
         maker = partial(envpool.make_gymnasium, identifier, num_envs=rows, seed=list(seeds), **settings)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r".*precision lowered by casting")  # of bounds, at every make
-            made: VectorEnv[Any, Any, Any] = failures.made(f"environment {name!r}", settings, maker)
-            _ = made.observation_space, made.action_space
-        return made
+            warnings.filterwarnings("ignore", r".*precision lowered by casting")  # of bounds, at every construction
+            env: VectorEnv[Any, Any, Any] = failures.construct(f"environment {name!r}", settings, maker)
+            _ = env.observation_space, env.action_space
+        return env
 
-    made, said = make(range(rows)), f"vector environment {name!r}"
-    _check_envpool(made, said, make)
-    return VectorSource(made, said, make)
+    env, what = make(range(rows)), f"vector environment {name!r}"
+    _check_envpool(env, what, make)
+    return VectorSource(env, what, make)
 
 
-def _check_envpool(env: VectorEnv[Any, Any, Any], said: str, remake: Any) -> None:
-    """Refuse an EnvPool of several agents, one that steps a part of its environments, or one that can't be made again.
+def _check_envpool(env: VectorEnv[Any, Any, Any], what: str, remake: Any) -> None:
+    """Refuse an EnvPool of several agents, with partial steps, or that cannot be constructed again with other seeds.
 
-    It would ignore the seeds, so that all runs began in the same states.
+    EnvPool ignores the seeds of `reset`, so that all runs would begin in the same states.
     """
     if not is_envpool(env.unwrapped):
         return
     config: dict[str, Any] = dict(env.unwrapped.config)  # type: ignore[attr-defined]
     if remake is None:
         raise SettingError(
-            f"{said} is EnvPool's, which takes its seeds only when it is made: name the task {ENVPOOL}NAME, or give a "
+            f"{what} is EnvPool's, which takes its seeds only when it is made: name the task {ENVPOOL}NAME, or give a "
             "function with the parameters num_envs and seed that hands both on"
         )
     if config["max_num_players"] > 1:
-        raise SettingError(f"{said} is of several agents ({config['max_num_players']}): only single ones are supported")
+        raise SettingError(f"{what} is of several agents ({config['max_num_players']}): only single ones are supported")
     if config["batch_size"] not in (0, env.num_envs):
         raise SettingError(
-            f"{said} steps {config['batch_size']} of its {env.num_envs} environments at a time: set no batch_size"
+            f"{what} steps {config['batch_size']} of its {env.num_envs} environments at a time: set no batch_size"
         )
 
 
@@ -166,52 +168,54 @@ def _check_envpool(env: VectorEnv[Any, Any, Any], said: str, remake: Any) -> Non
 
 
 def _from_function(make: Callable[..., Any], settings: dict[str, Any], rows: int) -> Template | VectorSource:
-    said = f"the function {getattr(make, '__qualname__', type(make).__name__)}"
+    what = f"the function {getattr(make, '__qualname__', type(make).__name__)}"
     remake = None
     if has_parameter(make, "num_envs"):
         settings = {"num_envs": rows, **settings}
         if has_parameter(make, "seed"):
-            remake = partial(_seeded, make, settings, said)
+            remake = partial(_seeded, make, settings, what)
     factory = partial(make, **settings) if settings else make
-    made = failures.made(said, settings, factory) if remake is None else remake(range(rows))
-    if isinstance(made, VectorEnv):
-        _check_envpool(made, vector_name(made), remake)
-        return VectorSource(made, vector_name(made), remake)
-    if not isinstance(made, gym.Env):
-        raise SettingError(f"{said} returned {told(made)}, expected a gymnasium.Env or VectorEnv{_instead_of(made)}")
-    return _template(made, factory, f"environment {_id_of(made)!r}")
+    result = failures.construct(what, settings, factory) if remake is None else remake(range(rows))
+    if isinstance(result, VectorEnv):
+        _check_envpool(result, vector_name(result), remake)
+        return VectorSource(result, vector_name(result), remake)
+    if not isinstance(result, gym.Env):
+        raise SettingError(
+            f"{what} returned {_type_name(result)}, expected a gymnasium.Env or VectorEnv{_instead_of(result)}"
+        )
+    return _template(result, factory, f"environment {_id_of(result)!r}")
 
 
-def _seeded(make: Callable[..., Any], settings: dict[str, Any], said: str, seeds: Sequence[int]) -> Any:
-    return failures.made(said, settings, partial(make, **settings, seed=list(seeds)))
+def _seeded(make: Callable[..., Any], settings: dict[str, Any], what: str, seeds: Sequence[int]) -> Any:
+    return failures.construct(what, settings, partial(make, **settings, seed=list(seeds)))
 
 
-def told(value: Any) -> str:
-    """A value that was given for an environment, in a few words."""
+def _type_name(value: Any) -> str:
+    """Name of a class, or of the class of a value."""
     return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
 def several_agents(value: Any) -> bool:
-    """Whether it is an environment of several agents by PettingZoo's interface."""
+    """Whether a value has PettingZoo's interface of environments with several agents."""
     return hasattr(value, "possible_agents") or (hasattr(value, "agents") and hasattr(value, "observe"))
 
 
-def _instead_of(made: Any) -> str:
-    """What to do where it is something else that rlmeta or others know."""
-    if is_envpool(made):
-        return ": make it by envpool.make_gymnasium"
-    if several_agents(made):
+def _instead_of(result: Any) -> str:
+    """Advice for an error message about a known kind of object that is no gymnasium environment."""
+    if is_envpool(result):
+        return ": create it with envpool.make_gymnasium"
+    if several_agents(result):
         return ": environments of several agents, such as PettingZoo's, are not supported"
-    kind = type(made)
+    kind = type(result)
     if kind.__module__.startswith("rlmeta."):
-        return f"; a {kind.__name__} is given as it is, without the function around it"
-    if hasattr(made, "reset") and hasattr(made, "step"):
+        return f"; pass a {kind.__name__} as it is, without the function around it"
+    if hasattr(result, "reset") and hasattr(result, "step"):
         return ": let its class extend gymnasium.Env"
     return ""
 
 
 def has_parameter(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function can be told something by this name."""
+    """Whether a function has a parameter of this name."""
     try:
         return name in inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -222,7 +226,7 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
 
 
 def _template(first: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], name: str) -> Template:
-    """Look at a first environment, which is thrown away: looking may reset it, and rows must all be alike."""
+    """Template from a first environment, which is closed: its inspection may reset it, and rows must be alike."""
     try:
         _check_form(first, name)
         mask: MaskSource = None
@@ -230,10 +234,10 @@ def _template(first: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], n
             if first.has_wrapper_attr("action_masks"):
                 mask = "method"
             elif isinstance(first.action_space, spaces.Discrete | spaces.MultiDiscrete):
-                with failures.telling(name):
-                    mask = "info" if "action_mask" in first_of(first, 0, name)[1] else None
+                with failures.converting(name):
+                    mask = "info" if "action_mask" in first_reset(first, 0, name)[1] else None
         limit = first.spec.max_episode_steps if isinstance(first.spec, EnvSpec) else None
-        if limit is None and first.has_wrapper_attr("_max_episode_steps"):  # a TimeLimit that its maker wrapped around
+        if limit is None and first.has_wrapper_attr("_max_episode_steps"):  # of a TimeLimit in the user's function
             limit = first.get_wrapper_attr("_max_episode_steps")
         shown = with_mask(first, mask)
         Layout(shown.observation_space), Layout(shown.action_space, "action")
@@ -243,7 +247,7 @@ def _template(first: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], n
 
 
 def _check_form(env: gym.Env[Any, Any], name: str) -> None:
-    """Refuse an environment that does not have gymnasium's form, or whose episodes can't be seeded."""
+    """Refuse an environment without gymnasium's interface, or whose episodes cannot be seeded."""
     for space in ("observation_space", "action_space"):
         if not isinstance(getattr(env, space, None), gym.Space):
             raise SpaceError(f"{name} has no {space}: set it in its __init__ to one of gymnasium.spaces")
@@ -262,6 +266,6 @@ def _takes(function: Callable[..., Any], keyword: str) -> bool:
         inspect.signature(function).bind_partial(**{keyword: None})
     except TypeError:
         return False
-    except ValueError:  # written in C, and says nothing of its parameters
+    except ValueError:  # written in C, without a signature
         return True
     return True

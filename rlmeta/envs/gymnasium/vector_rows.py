@@ -1,4 +1,4 @@
-"""The rows of a gymnasium VectorEnv, whatever its autoreset mode, as if each were an environment of its own."""
+"""Rows of a gymnasium VectorEnv, in any of the three autoreset modes."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from rlmeta.errors import SettingError, SpaceError
 
 
 class VectorRows:
-    """The R environments of a VectorEnv.
+    """R environments of a VectorEnv, with the interface of `Rows`.
 
     | autoreset mode | an episode that ends at step t |
     |---|---|
-    | NEXT_STEP | shows its final observation at t; step t + 1 ignores the action (not `valid`), shows the next |
-    | SAME_STEP | shows the next episode at t; the final observation comes from `infos["final_obs"]` |
+    | NEXT_STEP | returns its final observation at t; step t + 1 ignores the action (not `valid`) and resets |
+    | SAME_STEP | is reset at t; the final observation is in `infos["final_obs"]` |
     | DISABLED | is reset here, with `options={"reset_mask": ...}`: the same as SAME_STEP |
 
-    Where actions are masked, a final observation whose mask is not in `infos` allows every action. Infos may be a list
-    of one dictionary a row, as gymnasium's `DictInfoToList` makes them.
+    A final observation without an action mask in `infos` allows every action. Infos may also be a list with a
+    dictionary per row, as of gymnasium's `DictInfoToList`.
 
     Args:
-        source: the VectorEnv, and how to make it again.
+        source: the VectorEnv, perhaps with its constructor.
         count: R.
 
     Raises:
-        SettingError: it has another number of environments, or an autoreset mode that is not one of the three.
+        SettingError: the VectorEnv has another number of environments, or none of the three autoreset modes.
         SpaceError: its spaces are not supported.
     """
 
@@ -55,25 +55,25 @@ class VectorRows:
         self.observations, self.actions = Layout(self.observation_space), Layout(self.action_space, "action")
         self.buffers = Buffers.allocate(self.observations, count)
         self.seeds_rows = True
-        """Whether reset() takes a list of seeds, one a row."""
+        """Whether `reset` takes a list of seeds, one per row."""
         self._pending = np.zeros(count, np.bool_)
         self.episode_limit: int | None = getattr(env.spec, "max_episode_steps", None)
-        """Steps of the longest episodes, where the VectorEnv declares a limit."""
+        """Time limit of episodes in steps, None if the VectorEnv declares none."""
 
     @property
     def reseeds(self) -> bool:
-        """Whether every episode starts from a seed of ours; otherwise only the first does."""
+        """Whether every episode starts from a seed of `reset`, and not only the first."""
         return self.mode is AutoresetMode.DISABLED and self.seeds_rows
 
     def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Start an episode in every row; `rows` are all."""
-        with failures.telling(self.name):
+        """Reset every row; `rows` are all of them."""
+        with failures.converting(self.name):
             value, infos = self._begin([int(seed) for seed in seeds])
         self._pending = np.zeros(self.env.num_envs, np.bool_)
         self.buffers.observation = self._read(value, infos, self._pending)
 
     def _begin(self, seeds: list[int]) -> Any:
-        """The first observations and infos from these seeds."""
+        """Observations and infos of a reset with these seeds."""
         if self._remake is not None:
             failures.close(self.env, self.name)
             self.env = self._remake(seeds)
@@ -92,13 +92,13 @@ class VectorRows:
         return first
 
     def step(self, actions: Sequence[Array], next_seeds: Array) -> None:
-        """Act in every row.
+        """Step every environment.
 
         Args:
-            actions: executable ones, `[R, ...]` per leaf.
-            next_seeds: `[R]`, of the episodes that begin, where `reseeds`.
+            actions: executable actions, `[R, ...]` per leaf.
+            next_seeds: seeds of the next episodes `[R]`, used if `reseeds`.
         """
-        with failures.telling(self.name):
+        with failures.converting(self.name):
             value, reward, terminated, truncated, infos = self.env.step(self.actions.assemble(actions))
         buffers, ignored = self.buffers, self._pending
         buffers.valid = ~ignored
@@ -122,8 +122,8 @@ class VectorRows:
 
     def _reset_done(self, done: Array, next_seeds: Array) -> None:
         seeds = [int(seed) for seed in next_seeds] if self.seeds_rows else None
-        # a new dictionary and a new mask each time: gymnasium removes the one from the other
-        with failures.telling(self.name):
+        # a new dictionary and mask each time: gymnasium removes the mask from the dictionary
+        with failures.converting(self.name):
             value, infos = self.env.reset(seed=seeds, options={"reset_mask": done.copy()})  # type: ignore[arg-type]
         self.buffers.final = self.buffers.observation
         fresh = self._read(value, infos, ~done)
@@ -138,7 +138,7 @@ class VectorRows:
         return array
 
     def _read(self, value: Any, infos: Any, lenient: Array) -> list[Array]:
-        """The observation of every row; rows marked `lenient` `[R]` may lack a mask of actions."""
+        """Observation of every row; those with `lenient` `[R]` may lack an action mask."""
         if self.mask is not None:
             value = {"observation": value, "action_mask": self._masks(infos, lenient)}
         return self.observations.read(value, (self.env.num_envs,), self.name)
@@ -171,7 +171,7 @@ class VectorRows:
         if hasattr(base, "action_masks") or (within and all(env.has_wrapper_attr("action_masks") for env in within)):
             return "method"
         if isinstance(self.env.single_action_space, spaces.Discrete | spaces.MultiDiscrete):
-            with failures.telling(self.name):
+            with failures.converting(self.name):
                 first = self.env.reset() if self._remake else self.env.reset(seed=0)
             return None if _column(first[1], "action_mask") is None else "info"
         return None
@@ -180,8 +180,8 @@ class VectorRows:
         base: Any = self.env.unwrapped
         if self.mask == "method":
             return np.asarray(base.action_masks() if hasattr(base, "action_masks") else base.call("action_masks"))
-        masks, given = self._masks_of(infos)
-        if not (given | lenient).all():
+        masks, has_mask = self._masks_of(infos)
+        if not (has_mask | lenient).all():
             raise SpaceError(f'{self.name} gave infos without the "action_mask" that its first ones had')
         return masks
 
@@ -189,39 +189,39 @@ class VectorRows:
         return self._masks_of(_column(infos, "final_info") or {})[0]
 
     def _masks_of(self, infos: Any) -> tuple[Array, Array]:
-        """Masks `[R, A]`, all ones where none is given, and where one is, `[R]`."""
+        """Action masks `[R, A]`, all ones in rows without one, and whether each row has one, `[R]`."""
         count = self.env.num_envs
         ones = np.ones((count, mask_length(self.action_space)), np.int8)
         column = _column(infos, "action_mask")
         if column is None:
             return ones, np.zeros(count, np.bool_)
         if isinstance(infos, dict) and "_action_mask" in infos:
-            given = np.asarray(infos["_action_mask"])
+            has_mask = np.asarray(infos["_action_mask"])
         else:
-            given = np.array([one is not None for one in column])
-        for row in np.flatnonzero(given):
+            has_mask = np.array([mask is not None for mask in column])
+        for row in np.flatnonzero(has_mask):
             ones[row] = column[row]
-        return ones, given
+        return ones, has_mask
 
 
 def _column(infos: Any, name: str) -> Any:
-    """An entry of the infos of all rows, whether they are one dictionary or a list of them; None where it isn't there.
+    """Entry of the infos of all rows, from a dictionary or a list of dictionaries; None if absent.
 
-    Of a list it is a list, with None in the rows that lack it.
+    From a list it is a list, with None in rows without the entry.
     """
     if isinstance(infos, dict):
         return infos.get(name)
     column = [info.get(name) if isinstance(info, dict) else None for info in infos]
-    return None if all(one is None for one in column) else column
+    return None if all(entry is None for entry in column) else column
 
 
 def _autoreset_mode(env: VectorEnv[Any, Any, Any], name: str) -> AutoresetMode:
-    given = env.metadata.get("autoreset_mode")
+    declared = env.metadata.get("autoreset_mode")
     try:
-        return AutoresetMode(given)
+        return AutoresetMode(declared)
     except ValueError:
         modes = ", ".join(str(mode) for mode in AutoresetMode)
-        problem = "declares no autoreset mode" if given is None else f"declares the autoreset mode {given!r}"
+        problem = "declares no autoreset mode" if declared is None else f"declares the autoreset mode {declared!r}"
         raise SettingError(
             f'{name} {problem} in metadata["autoreset_mode"], expected one of {modes}: set it to what it does'
         ) from None

@@ -1,7 +1,7 @@
-"""Live gymnasium environments divided over worker processes, with observations and actions in shared memory.
+"""Gymnasium environments in worker processes, with observations and actions in shared memory.
 
-Workers are forked from a server process that has imported what they need and run none of it, never from this one: a
-copy of a process that has used torch's threads waits forever for threads that were not copied.
+Workers are forked from a server process that has only imported modules, never from this process: a fork of a process
+that has used torch's threads would wait forever for threads that were not copied.
 """
 
 from __future__ import annotations
@@ -39,43 +39,42 @@ from rlmeta.envs.gymnasium import failures
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, Buffers, Rows, Template, require_timeout
 from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
 
-_FIRST_WORD = 30.0
-"""Seconds of waiting after which it is said at the latest, and again after twice as many, four times, ..."""
+_FIRST_WARNING = 30.0
+"""Seconds of waiting until the first warning, at most; further ones follow after twice the time, four times, ..."""
 
 _QUICK = 3.0
-"""Seconds of waiting after which Ctrl-C ends it at once."""
+"""Seconds of waiting after which Ctrl-C interrupts it at once."""
 
 _PATIENCE = 2.0
-"""Seconds that workers get to close their environments before they are killed."""
+"""Seconds in which workers may close their environments before they are killed."""
 
 _SHORT_PATIENCE = 0.5
-"""The same, after Ctrl-C."""
+"""Seconds in which workers may close their environments after Ctrl-C."""
 
 _ORPHANED = 1.0
-"""Seconds that a worker without a parent gets to close its environments."""
+"""Seconds in which a worker without a parent may close its environments."""
 
 _STUCK = 1.0
-"""Seconds after which one that has not ended by itself is killed."""
+"""Further seconds after which such a worker is killed."""
 
 
 class WorkerRows:
-    """R live environments in worker processes; the same as `Rows` otherwise.
+    """R live environments in worker processes, with the interface of `Rows`.
 
-    What makes an environment is sent by cloudpickle: what stands in the main program travels whole, and it is not
-    imported again; what stands in a module is imported in the worker. torch has one thread there. One more process,
-    which runs none of the environments' code, kills the workers where this one is killed and they don't end by
-    themselves.
+    The template is sent by cloudpickle: code of the main program is sent by value, and the main program is not imported
+    again; code of modules is imported in the worker. torch has one thread there. A guard process, which runs no
+    environment code, kills the workers if this process is killed and they do not end by themselves.
 
     Args:
-        template: how to make one.
+        template: factory of the environments.
         count: R.
-        workers: how many processes; None takes one a core. Never more than R.
-        timeout: seconds that one call of an environment may take before its world fails. Long before (after 30 s, or
-            a twentieth of it) a warning names the environment that is waited for, and again in growing intervals.
+        workers: number of processes, at most R; None takes one per core.
+        timeout: seconds that a call of an environment may take before its world fails. After 30 s, or a twentieth of
+            this time, a warning names the slow environment, and again in growing intervals.
 
     Raises:
-        SettingError: a wrong count or time, or environments that can't be sent.
-        EnvironmentFailedError: an environment could not be made in a worker.
+        SettingError: a wrong count or timeout, or a template that cannot be sent.
+        EnvironmentFailedError: the construction of an environment failed in a worker.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class WorkerRows:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._finalizer = weakref.finalize(self, _stop, os.getpid(), self._processes, self._pipes)
-        sent = _packed(template)
+        sent = _pack(template)
         try:
             with _fresh_start():
                 for worker, (start, stop) in enumerate(self._slices):
@@ -123,22 +122,22 @@ class WorkerRows:
             raise
 
     def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
-        """Start an episode from the given seed in each of the rows."""
+        """Reset the environments of some rows, each with its seed."""
         self._divide("reset", rows, seeds)
 
     def step(self, actions: Sequence[Array], next_seeds: Array) -> None:
-        """Act in every row; see `Rows.step`."""
+        """Step every environment; see `Rows.step`."""
         for shared, action in zip(self._actions, actions):
             shared[:] = action
         self._seeds[:] = next_seeds
         self._exchange(dict.fromkeys(range(len(self._slices)), ("step",)))
 
     def replay(self, rows: Sequence[int], seeds: Sequence[int], actions: Sequence[Sequence[Array]]) -> list[bool]:
-        """Bring each of the rows to where its episode was after the given actions; see `Rows.replay`."""
+        """Replay episodes from their seeds and actions; see `Rows.replay`."""
         return self._divide("replay", rows, seeds, actions)
 
     def close(self) -> None:
-        """Close the environments and end the processes; those that do not end are killed."""
+        """Close the environments and end the worker processes; those that do not end are killed."""
         self._finalizer()
 
     def _start(self, context: Any, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -150,7 +149,7 @@ class WorkerRows:
         theirs.close()
 
     def _divide(self, command: str, rows: Sequence[int], *columns: Sequence[Any]) -> list[Any]:
-        """Send each row's arguments to its worker, and return the answers in the order of `rows`."""
+        """Send each row's arguments to its worker; answers in the order of `rows`."""
         messages, places = {}, []
         for worker, (start, stop) in enumerate(self._slices):
             chosen = [place for place, row in enumerate(rows) if start <= row < stop]
@@ -175,10 +174,10 @@ class WorkerRows:
         return self._receive(messages)
 
     def _receive(self, workers: Any) -> list[Any]:
-        """One answer of each worker.
+        """Receive an answer of each worker.
 
         Raises:
-            RlmetaError: the first that a worker raised; all are closed then.
+            RlmetaError: the first one of a worker; all workers are closed then.
         """
         answers, failure = [], None
         try:
@@ -186,7 +185,7 @@ class WorkerRows:
                 answer = self._answer(worker) if failure is None else failure
                 failure = failure or (answer if isinstance(answer, RlmetaError) else None)
                 answers.append(answer)
-        except BaseException:  # Ctrl-C: whoever was waited for may never answer
+        except BaseException:  # Ctrl-C: the slow worker may never answer
             if self._finalizer.detach():
                 _stop(os.getpid(), self._processes, self._pipes, _SHORT_PATIENCE)
             raise
@@ -197,9 +196,9 @@ class WorkerRows:
         return answers
 
     def _answer(self, worker: int) -> Any:
-        """What a worker sends, or the error that says why nothing comes."""
+        """Answer of a worker, or the error if it died or is too slow."""
         try:
-            quick = min(_QUICK, self._first_word(worker))
+            quick = min(_QUICK, self._first_warning(worker))
             if not self._polls[worker].poll(1000 * quick):
                 with _ctrl_c_at_once():
                     self._wait(worker, quick)
@@ -210,30 +209,30 @@ class WorkerRows:
             return error
 
     def _limit(self, worker: int) -> float:
-        """Seconds that a worker may take for what it is at; until it first calls an environment it imports modules."""
+        """Timeout of a worker in seconds, longer before its first call of an environment, when it imports modules."""
         return self._timeout if self._progress[worker, 1] else max(self._timeout, WORKER_TIMEOUT)
 
-    def _first_word(self, worker: int) -> float:
-        """Seconds after which it is said that a worker is waited for."""
-        return min(_FIRST_WORD, self._limit(worker) / 20)
+    def _first_warning(self, worker: int) -> float:
+        """Seconds of waiting for a worker until the first warning."""
+        return min(_FIRST_WARNING, self._limit(worker) / 20)
 
     def _wait(self, worker: int, waited: float) -> None:
-        """Wait until a worker sends something, and name the environment that is waited for.
+        """Wait for the answer of a worker, with warnings that name the slow environment.
 
         Args:
-            worker: whose answer has not come.
-            waited: seconds that it was waited for already.
+            worker: its index.
+            waited: seconds of waiting so far.
 
         Raises:
             EnvironmentFailedError: a call has taken longer than the timeout.
         """
         calls = int(self._progress[worker, 1])
-        begun, due = time.monotonic() - waited, self._first_word(worker)
+        begun, due = time.monotonic() - waited, self._first_warning(worker)
         while True:
             waited, limit = time.monotonic() - begun, self._limit(worker)
-            if int(self._progress[worker, 1]) != calls:  # slow perhaps, but it goes on
+            if int(self._progress[worker, 1]) != calls:  # slow perhaps, but it makes progress
                 calls = int(self._progress[worker, 1])
-                begun, waited, due = time.monotonic(), 0.0, self._first_word(worker)
+                begun, waited, due = time.monotonic(), 0.0, self._first_warning(worker)
             elif waited >= limit:
                 raise EnvironmentFailedError(
                     f"{self._place(worker)} has not answered for {waited:.3g} s and was ended: correct it, find where "
@@ -243,12 +242,12 @@ class WorkerRows:
                 text = f"{self._place(worker)} has not answered for {waited:.3g} s: waiting up to {limit:.5g} s"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
                 due *= 2
-            pause = min(min(due, limit) - waited, self._first_word(worker))
+            pause = min(min(due, limit) - waited, self._first_warning(worker))
             if self._polls[worker].poll(1000 * max(0.001, pause)):
                 return
 
     def _place(self, worker: int) -> str:
-        """The environment that a worker is at, in words."""
+        """Description of the environment that a worker is calling."""
         (start, _), (row, calls) = self._slices[worker], self._progress[worker].tolist()
         process = f"worker process {worker} of {len(self._slices)} (pid {self._processes[worker].pid})"
         return f"{self._name} in row {start + row}, {process}," if calls else f"{process} of {self._name}"
@@ -264,7 +263,7 @@ class WorkerRows:
 
 
 def _cores() -> int:
-    """How many this process may use, which in a container are fewer than there are."""
+    """Number of cores that this process may use, in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -274,7 +273,7 @@ def _view(block: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 def _stop(owner: int, processes: list[Any], pipes: list[Connection], patience: float = _PATIENCE) -> None:
-    if os.getpid() != owner:  # a forked copy that is collected must not close the original's workers
+    if os.getpid() != owner:  # the garbage collection of a forked process must not close the workers of its parent
         return
     for pipe in pipes:
         with contextlib.suppress(OSError, ValueError):
@@ -291,7 +290,7 @@ def _stop(owner: int, processes: list[Any], pipes: list[Connection], patience: f
 
 @contextlib.contextmanager
 def _ctrl_c_at_once() -> Iterator[None]:
-    """Within, Ctrl-C raises KeyboardInterrupt, whatever it does elsewhere: who waits here would see no flag."""
+    """Context in which Ctrl-C raises KeyboardInterrupt at once, even if its handler elsewhere only sets a flag."""
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield
@@ -303,42 +302,42 @@ def _ctrl_c_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-# ------------------------------------------------------------------------------------------------------ start-up, here
+# ------------------------------------------------------------------------------------- start of workers, in the parent
 
 
-class _Sent(NamedTuple):
-    """What a worker needs of this process."""
+class _Payload(NamedTuple):
+    """State of this process that a worker takes over, and the template."""
 
     environment: dict[str, str]
-    """Of the process: its server may have been started in another."""
+    """Environment variables: those of the server process may be older."""
     specs: dict[str, bytes]
-    """What is registered with gymnasium and not its own, pickled."""
+    """Pickled specs that are registered with gymnasium and not its own."""
     filters: list[Any]
-    """Of warnings."""
+    """Warning filters."""
     path: list[str]
-    """Where modules are searched for, those of the current folder that a command names among them."""
+    """Module search path, with entries for modules of the current folder that a command names."""
     template: bytes
-    """How to make an environment, pickled: it is read when the others are in place."""
+    """Pickled template, which is unpickled after the rest has been set."""
 
 
-def _packed(template: Template) -> bytes:
-    """What is sent to every worker.
+def _pack(template: Template) -> bytes:
+    """Pickle the payload that is sent to every worker.
 
     Raises:
-        SettingError: something that makes the environments can't be sent.
+        SettingError: the template cannot be pickled.
     """
     make: Any = template.make
     if isinstance(make, functools.partial) and make.args and isinstance(make.args[0], EnvSpec):
-        make = functools.partial(make.func, _whole(make.args[0]), *make.args[1:], **make.keywords)
+        make = functools.partial(make.func, _with_class(make.args[0]), *make.args[1:], **make.keywords)
     specs: dict[str, bytes] = {}
     for name, spec in gym.registry.items():
         if not str(spec.entry_point).startswith("gymnasium."):
-            with contextlib.suppress(Exception):  # what can't be sent may not be needed
-                specs[name] = cloudpickle.dumps(_whole(spec))
+            with contextlib.suppress(Exception):  # a spec that cannot be pickled may not be needed
+                specs[name] = cloudpickle.dumps(_with_class(spec))
     try:
         pickled = cloudpickle.dumps(dataclasses.replace(template, make=make))
         path = [entry for entry in sys.path if entry]
-        return cloudpickle.dumps(_Sent(dict(os.environ), specs, list(warnings.filters), path, pickled))
+        return cloudpickle.dumps(_Payload(dict(os.environ), specs, list(warnings.filters), path, pickled))
     except Exception as error:
         raise SettingError(
             f"{template.name} can't be sent to worker processes ({type(error).__name__}: {error}): put what makes it "
@@ -346,8 +345,8 @@ def _packed(template: Template) -> bytes:
         ) from error
 
 
-def _whole(spec: EnvSpec) -> EnvSpec:
-    """A spec that holds a class of the main program itself, for no worker can import it."""
+def _with_class(spec: EnvSpec) -> EnvSpec:
+    """Spec with a class of the main program in place of its name, since no worker can import it."""
     point = spec.entry_point
     if isinstance(point, str) and point.startswith("__main__:"):
         own: Any = load_env_creator(point)
@@ -356,7 +355,7 @@ def _whole(spec: EnvSpec) -> EnvSpec:
 
 
 def _forget_server() -> None:
-    """In a forked copy of this process the server is not a child, which multiprocessing takes for an error."""
+    """Reset the fork server in a forked process, where it is no child and multiprocessing would raise."""
     multiprocessing.forkserver._forkserver.__init__()  # type: ignore[misc]
 
 
@@ -365,19 +364,19 @@ os.register_at_fork(after_in_child=_forget_server)
 
 @contextlib.contextmanager
 def _fresh_start() -> Iterator[None]:
-    """Within, processes start without the main program, and what they import is searched for where this process does.
+    """Context in which processes start without importing the main program, and with this process's search path.
 
-    A main program that is imported again would train again, where nothing guards its top level; and a server that is
-    started by `python -c` would look for modules in the current folder first, whoever's files lie there.
+    A main program without a guard would train again if it were imported again; and a server that is started by
+    `python -c` would import modules from the current folder first, whoever's files are there.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     main = sys.modules["__main__"]
     folders = [entry for entry in sys.path if entry and not entry.startswith(own_folders.PREFIX)]
-    shown = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(folders)}
-    before = {name: os.environ.get(name) for name in shown}
+    variables = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(folders)}
+    before = {name: os.environ.get(name) for name in variables}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # else Ctrl-C ends the server as it imports
     sys.modules["__main__"] = types.ModuleType("__main__")
-    os.environ.update(shown)
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -393,9 +392,9 @@ def _fresh_start() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ in a worker's process
 
 
-def _work(sent: bytes, worker: int, part: tuple[int, int], memory: list[Any], pipe: Connection) -> None:
-    """What a worker process runs: its rows, until it is told to close or its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes us
+def _work(payload: bytes, worker: int, part: tuple[int, int], memory: list[Any], pipe: Connection) -> None:
+    """Main function of a worker process: runs its rows until it is closed or its parent has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which closes this worker
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `_fresh_start` blocked it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -405,14 +404,14 @@ def _work(sent: bytes, worker: int, part: tuple[int, int], memory: list[Any], pi
     try:
         *arrays, progress = [_view(*block) for block in memory]
         arrays = [array[start:stop] for array in arrays]
-        made = _unpacked(sent)
-        name = made.name
-        leaves = len(Layout(made.action_space, "action").leaves)
+        template = _unpack(payload)
+        name = template.name
+        leaves = len(Layout(template.action_space, "action").leaves)
         actions, seeds = arrays[-leaves - 1 : -1], arrays[-1]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the parent has made one, and shown what it warns of
+            warnings.simplefilter("ignore")  # the parent has created an environment too, and shown its warnings
             own, called = Buffers.of(arrays[: -leaves - 1]), memoryview(progress[worker])
-            rows = Rows(made, stop - start, own, called, start)
+            rows = Rows(template, stop - start, own, called, start)
         pipe.send(None)
         for command, *arguments in _commands(pipe):
             if command == "step":
@@ -428,12 +427,12 @@ def _work(sent: bytes, worker: int, part: tuple[int, int], memory: list[Any], pi
     finally:
         if rows is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the parent has closed one, and said what it raises
+                warnings.simplefilter("ignore")  # the parent has closed an environment too, and shown its warnings
                 rows.close()
 
 
 def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
-    """What the parent sends, until it says "close" or is gone."""
+    """Commands of the parent, until it sends "close" or has ended."""
     while True:
         try:
             message = pipe.recv()
@@ -444,38 +443,38 @@ def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
         yield message
 
 
-def _unpacked(sent: bytes) -> Template:
-    """How to make an environment, in a process that is made like the parent."""
-    given: _Sent = pickle.loads(sent)
+def _unpack(payload: bytes) -> Template:
+    """Set the state of the parent process, and unpickle the template."""
+    parent: _Payload = pickle.loads(payload)
     os.environ.clear()
-    os.environ.update(given.environment)
-    warnings.filters[:] = given.filters  # type: ignore[index]
-    own_folders.inherit(given.path)
-    for name, spec in given.specs.items():
+    os.environ.update(parent.environment)
+    warnings.filters[:] = parent.filters  # type: ignore[index]
+    own_folders.inherit(parent.path)
+    for name, spec in parent.specs.items():
         if name not in gym.registry:
             with contextlib.suppress(Exception):
                 gym.registry[name] = pickle.loads(spec)
-    made: Template = pickle.loads(given.template)
-    return made
+    template: Template = pickle.loads(parent.template)
+    return template
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has ended, even where an environment never returns."""
+    """End this process after its parent has ended, even if a call of an environment never returns."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    time.sleep(_ORPHANED)  # in which one that waits for a command sees the end of its pipe, and closes its environments
+    time.sleep(_ORPHANED)  # in this time a worker that waits for a command closes its environments
     os._exit(1)
 
 
 def _guard(workers: list[int], pipe: Connection) -> None:
-    """What one more process runs: it kills workers that outlive their parent.
+    """Main function of the guard process, which kills workers that outlive their parent.
 
-    A worker watches its parent by a thread, which can't run while compiled code holds the interpreter's lock.
+    A worker watches its parent in a thread, which cannot run while compiled code holds the interpreter's lock.
 
     Args:
         workers: their process ids.
-        pipe: from the parent, which says "close" where it ends them itself.
+        pipe: from the parent, which sends "close" if it ends them itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -486,14 +485,14 @@ def _guard(workers: list[int], pipe: Connection) -> None:
         deadline = time.monotonic() + _ORPHANED + _STUCK
     while workers and time.monotonic() < deadline:
         time.sleep(0.05)
-        workers = [pid for pid in workers if _exists(pid)]  # one that has ended may be another's number soon
+        workers = [pid for pid in workers if _exists(pid)]  # the id of an ended worker may soon be reused
     for pid in workers:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
 
 def _exists(pid: int) -> bool:
-    """Whether there is a process of this number; the server reaps those that have ended."""
+    """Whether a process exists; the server reaps ended ones."""
     try:
         os.kill(pid, 0)
     except OSError:
@@ -502,9 +501,9 @@ def _exists(pid: int) -> bool:
 
 
 def _report(error: BaseException, name: str, start: int, stop: int) -> BaseException:
-    """The error to send, with this process's traceback as a note: what it was raised from can't be sent."""
+    """Error to send to the parent, with the traceback as a note, since causes are not pickled."""
     known = isinstance(error, RlmetaError) and type(error).__module__ == RlmetaError.__module__
-    said = error if known else failures.failed(name, error)
-    if said is not error or error.__cause__ is not None:
-        said.add_note(f"in the worker process of rows {start} to {stop - 1}:\n{traceback.format_exc()}")
-    return said
+    report = error if known else failures.failed(name, error)
+    if report is not error or error.__cause__ is not None:
+        report.add_note(f"in the worker process of rows {start} to {stop - 1}:\n{traceback.format_exc()}")
+    return report

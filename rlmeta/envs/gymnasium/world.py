@@ -1,4 +1,4 @@
-"""Foreign environments, gymnasium's, as a world of `N` environments for each of `*L` learners."""
+"""World of gymnasium environments, `N` for each of `*L` learners."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from rlmeta.errors import CheckpointError, InexactResumeError, SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.tree import Tree
 
-_SEED_MASK = (1 << 31) - 1  # what every random generator takes as a seed
+_SEED_MASK = (1 << 31) - 1  # a range that every random generator accepts
 
 
 def episode_seed(row_key: Tensor, episode: int | Tensor) -> Tensor:
-    """The seed in [0, 2^31) of an episode of a row, of the shape of `row_key`."""
+    """Seed of an episode in [0, 2^31), of the shape of `row_key`."""
     return random.fold(row_key, episode) & _SEED_MASK
 
 
 def _vector_rows(source: VectorSource, count: int, mode: str, limit: int | None, ours: bool) -> VectorRows:
-    """The rows of a VectorEnv, which is closed where that fails and it is `ours`.
+    """Rows of a VectorEnv; on failure it is closed if it is `ours`, created here.
 
     Raises:
-        SettingError: it is asked for what only single environments can.
+        SettingError: the options are for single environments alone.
     """
     try:
         if mode == "async":
@@ -55,7 +55,7 @@ def _vector_rows(source: VectorSource, count: int, mode: str, limit: int | None,
 
 
 def _check(mode: str, workers: int | None, num_envs: int, rows: int, max_log: int) -> None:
-    """Refuse settings of a world that contradict each other."""
+    """Refuse contradicting settings of a world."""
     if mode not in ("sync", "async"):
         raise SettingError(f"mode is {mode!r}, expected 'sync' or 'async'")
     if mode == "sync" and workers is not None:
@@ -65,39 +65,39 @@ def _check(mode: str, workers: int | None, num_envs: int, rows: int, max_log: in
 
 
 class GymnasiumWorld:
-    """Gymnasium environments; row r = l N + n of prod(*L) N is environment n of learner l.
+    """World of gymnasium environments; row r = l N + n of prod(*L) N is environment n of learner l.
 
-    Single environments are stepped by a loop of our own, and every episode starts from a seed that is a hash of the
-    learner's key, the environment's number and the episode's, so that it can be replayed from that seed and its
-    actions: this is how `restore` brings live environments back. A VectorEnv resets its environments itself, so it
-    cannot be brought back; all three of gymnasium's autoreset modes are understood.
+    Single environments are stepped in a loop. Every episode starts from a seed that is a hash of the learner's key, the
+    environment's index and the episode's, so that it can be replayed from the seed and its actions: this is how
+    `restore` brings live environments back. A VectorEnv, of any of gymnasium's autoreset modes, resets its environments
+    itself and cannot be brought back.
 
-    Transitions and observations live on the device of the key given to `reset`, the bookkeeping on the CPU. The state:
+    Transitions and observations are on the device of the key passed to `reset`, the bookkeeping on the CPU. The state:
 
-        key          [*L, N] int64     of the row
-        seed         [*L, N] int64     of the running episode (VectorEnv: the last one it was given)
-        episode      [*L, N] int64     its number
-        elapsed      [*L, N] int64     its steps so far
-        observation  [*L, N, ...]      the current one
-        actions      [*L, N, C, ...]   the episode's actions so far, in the smallest dtype; C is the episodes' limit, or
-                                       `max_log` where there is none. Absent for a VectorEnv
+        key          [*L, N] int64     key of the row
+        seed         [*L, N] int64     seed of the current episode (VectorEnv: the last seed passed to it)
+        episode      [*L, N] int64     index of the current episode
+        elapsed      [*L, N] int64     its number of steps so far
+        observation  [*L, N, ...]      current observation
+        actions      [*L, N, C, ...]   actions of the episode so far, in the smallest dtype; C is the time limit, or
+                                       `max_log` without one. Absent for a VectorEnv
 
     Args:
-        make: a gymnasium id, `envpool:NAME`, an EnvSpec, a function that makes an environment, a VectorEnv, or a
-            function that makes one. A function with a parameter `num_envs` is told the number of rows; one that also
-            has a parameter `seed` is told a seed for each of them, and called again at every reset.
+        make: a gymnasium id, `envpool:NAME`, an EnvSpec, a VectorEnv, or a function that returns an environment or a
+            VectorEnv. A function with a parameter `num_envs` gets the number of rows; one that also has a parameter
+            `seed` gets a list of seeds, and is called again at every reset.
         learner_shape: `*L`.
         num_envs: N.
-        mode: "sync" steps the rows in this process, "async" divides them over worker processes; transitions are equal.
-        workers: how many processes, with "async"; None takes one a core.
+        mode: "sync" steps the rows in this process, "async" in worker processes; transitions are equal.
+        workers: number of processes, with "async"; None takes one per core.
         settings: keyword arguments of the environment.
-        max_log: for how many steps actions are kept where episodes have no limit; longer ones can't be resumed exactly.
-        max_episode_steps: cut episodes there, by gymnasium's TimeLimit around every environment.
-        worker_timeout: with "async", seconds that one call of an environment may take; see `WorkerRows`.
+        max_log: steps for which actions are kept if episodes have no limit; longer ones cannot be resumed exactly.
+        max_episode_steps: time limit, by gymnasium's TimeLimit around every environment.
+        worker_timeout: with "async", seconds that a call of an environment may take; see `WorkerRows`.
 
     Raises:
-        SettingError, UnknownNameError, MissingExtraError: `make` does not make environments.
-        EnvironmentFailedError: it raised.
+        SettingError, UnknownNameError, MissingExtraError: `make` is no source of environments.
+        EnvironmentFailedError: user code raised.
         SpaceError: a space is not supported.
     """
 
@@ -120,29 +120,32 @@ class GymnasiumWorld:
         self._batch = (*self.learner_shape, num_envs)
         self._count = math.prod(self._batch)
         _check(mode, workers, num_envs, self._count, max_log)
-        found = resolve(make, dict(settings or {}), self._count)
+        source = resolve(make, dict(settings or {}), self._count)
         self.episode_limit: int | None
-        """Steps of the longest episodes, where the environment declares a limit."""
+        """Time limit of episodes in steps, None if the environment declares none."""
         self._rows: Rows | WorkerRows | VectorRows
-        made: Template | VectorRows
-        if isinstance(found, Template):
-            made = found if max_episode_steps is None else found.limited(max_episode_steps)
+        common: Template | VectorRows
+        if isinstance(source, Template):
+            common = source if max_episode_steps is None else source.limited(max_episode_steps)
             alone = mode == "sync"
-            self._rows = Rows(made, self._count) if alone else WorkerRows(made, self._count, workers, worker_timeout)
-            self._capacity, self.episode_limit = made.max_episode_steps or max_log, made.max_episode_steps
+            self._rows = (
+                Rows(common, self._count) if alone else WorkerRows(common, self._count, workers, worker_timeout)
+            )
+            self._capacity, self.episode_limit = common.max_episode_steps or max_log, common.max_episode_steps
         else:
-            ours = found.env is not make
-            made = self._rows = _vector_rows(found, self._count, mode, max_episode_steps, ours)
-            self._capacity, self.episode_limit = 0, made.episode_limit
-        self.name, self.observation_space, self.action_space = made.name, made.observation_space, made.action_space
+            ours = source.env is not make
+            common = self._rows = _vector_rows(source, self._count, mode, max_episode_steps, ours)
+            self._capacity, self.episode_limit = 0, common.episode_limit
+        self.name = common.name
+        self.observation_space, self.action_space = common.observation_space, common.action_space
         self._observations, self._actions = Layout(self.observation_space), Layout(self.action_space, "action")
         self.exact_resume = not isinstance(self._rows, VectorRows)
-        """Whether `restore` replays episodes; a difference that it sees is reported."""
+        """Whether `restore` replays episodes; it reports differences."""
         self._reports = Reports(self.name, self._observations.leaves, self._batch)
-        self._stand_still()
+        self._initialise_bookkeeping()
 
-    def _stand_still(self) -> None:
-        """Where the live environments are before any reset; a state that says otherwise needs `restore`."""
+    def _initialise_bookkeeping(self) -> None:
+        """Bookkeeping before any reset; a state of another position needs `restore`."""
         self._all = np.arange(self._count)
         self._device = torch.device("cpu")
         self._key = np.zeros(self._count, np.int64)
@@ -152,17 +155,17 @@ class GymnasiumWorld:
 
     @property
     def cuts_after(self) -> int | None:
-        """Steps after which the environments cut an episode, where they declare it."""
+        """Time limit of an episode in steps, None if the environments declare none."""
         return self.episode_limit
 
     def reset(self, key: Tensor) -> State:
-        """Start the first episode of every row.
+        """Reset: start the first episode of every row.
 
         Args:
             key: `[*L]` int64.
 
         Raises:
-            SettingError: `key` is of another shape or dtype.
+            SettingError: `key` has another shape or dtype.
         """
         if tuple(key.shape) != self.learner_shape or key.dtype != torch.int64:
             raise SettingError(f"key is {key.dtype} {tuple(key.shape)}, expected int64 {self.learner_shape}")
@@ -180,19 +183,19 @@ class GymnasiumWorld:
         return self._state(log)
 
     def observation(self, state: State) -> Tree:
-        """The current observation `[*L, N, ...]`."""
+        """Current observation `[*L, N, ...]`."""
         return state["observation"]
 
     def step(self, state: State, action: Tree) -> tuple[State, Transition]:
-        """Act once in every row.
+        """Step every environment.
 
         Args:
-            state: the latest one; consumed, its log of actions is written in place.
-            action: a tree of `[*L, N, ...]`; Boxes are clipped to their bounds, discrete ones counted from 0.
+            state: the latest state; consumed, since its log of actions is written in place.
+            action: a tree of `[*L, N, ...]`; Box actions are clipped to their bounds, discrete ones counted from 0.
 
         Raises:
-            SpaceError: an action that does not fit the space, or an observation that does not.
-            SettingError: `state` is not where the live environments are.
+            SpaceError: an action or observation does not fit its space.
+            SettingError: `state` is not that of the live environments.
         """
         self._check_current(state)
         canonical = self._actions.canonical(action, self._batch)
@@ -230,20 +233,20 @@ class GymnasiumWorld:
         return self._remember(state, log), transition
 
     def restore(self, state: State, inexact: bool = False) -> State:
-        """Bring every live environment to where a saved state says, by replaying its episode.
+        """Bring every live environment to a saved state, by replaying its episode.
 
         Args:
             state: of a world of the same environments and the same shape.
-            inexact: start a new episode in every row that can't be brought back, instead of raising. Such a row has
-                `elapsed` 0 in the state that is returned, and its agent's memory should be cleared.
+            inexact: start a new episode in every row that cannot be brought back, instead of raising. Such a row has
+                `elapsed` 0 in the returned state, and its agent's memory should be reset.
 
         Returns:
-            The state to go on with: equal to the given one where that is exact.
+            The state to continue from: equal to `state` in rows that were brought back.
 
         Raises:
             CheckpointError: `state` is of another world.
-            InexactResumeError: a row shows another observation after its episode was replayed, its episode was longer
-                than the log, or the world is a VectorEnv; and not `inexact`.
+            InexactResumeError: without `inexact`, a row has another observation after its episode was replayed, its
+                episode was longer than the log, or the world is a VectorEnv.
         """
         self._adopt(state)
         try:
@@ -265,7 +268,7 @@ class GymnasiumWorld:
     # ------------------------------------------------------------------------------------------------------- episodes
 
     def _lose_track(self) -> None:
-        """Some environments moved and some did not, so no state is where they are: step() will ask for restore()."""
+        """Invalidate the bookkeeping after a failed step: no state fits the environments until restore()."""
         self._latest = (None, None)
         self._elapsed = np.full(self._count, -1, np.int64)
 
@@ -273,7 +276,7 @@ class GymnasiumWorld:
         return episode_seed(torch.from_numpy(self._key[rows]), torch.from_numpy(episode[rows])).numpy()
 
     def _start(self, rows: Array) -> None:
-        """Start the next episode of the given rows."""
+        """Start the next episode of some rows."""
         self._rows.reset(rows.tolist(), self._next_seed[rows].tolist())
         begins = np.zeros(self._count, np.bool_)
         begins[rows] = True
@@ -315,7 +318,7 @@ class GymnasiumWorld:
         return self._actions.unnest(state["actions"], "a saved log of actions") if self.exact_resume else []
 
     def _log(self, state: State, canonical: Sequence[Array]) -> list[Tensor]:
-        """The log with these actions written into it, in place, where there is room."""
+        """Log of actions with new ones written into it in place, where there is room."""
         log = [part.contiguous() for part in self._log_leaves(state)]
         rows = self._all[self._elapsed < self._capacity]
         for leaf, part, action in zip(self._actions.leaves, log, canonical):
@@ -335,7 +338,7 @@ class GymnasiumWorld:
     # -------------------------------------------------------------------------------------------------------- restore
 
     def _adopt(self, state: State) -> None:
-        """Take over the counters of a saved state."""
+        """Set the bookkeeping to that of a saved state, after a check of its shapes."""
         names = {"key", "seed", "episode", "elapsed", "observation"} | ({"actions"} if self.exact_resume else set())
         if set(state) != names:
             raise CheckpointError(
@@ -368,7 +371,7 @@ class GymnasiumWorld:
         return shapes
 
     def _replay(self, state: State) -> Array:
-        """Replay every row's episode; `[R]`, the rows that are not where the saved observations were."""
+        """Replay every row's episode; `[R]` bool, the rows whose observations differ from the saved ones."""
         if isinstance(self._rows, VectorRows):
             return np.ones(self._count, np.bool_)
         log = [part.cpu().flatten(0, len(self._batch) - 1).numpy() for part in self._log_leaves(state)]

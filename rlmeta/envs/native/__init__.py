@@ -1,4 +1,4 @@
-"""Environments written as batched torch functions, so that any number of rows costs one set of operations."""
+"""Native environments: batched torch functions that step any number of environments at once."""
 
 from rlmeta.envs.native.acrobot import Acrobot
 from rlmeta.envs.native.bandit import Bandit
@@ -23,7 +23,7 @@ NATIVE: dict[str, NativeEnv] = {
     "Bandit-v0": Bandit(),
     "Navigation-v0": Navigation(),
 }
-"""The native environments by the gymnasium id they stand in for, or by their own."""
+"""Native environments by the gymnasium id that they replace, or by an id of their own."""
 
 __all__ = [
     "NATIVE",

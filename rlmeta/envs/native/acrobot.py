@@ -19,10 +19,10 @@ from rlmeta.errors import SettingError
 
 @dataclass(frozen=True)
 class Acrobot(NativeEnv):
-    """gymnasium's Acrobot-v1: -1 a step until the free end is above the target height.
+    """Acrobot-v1 of gymnasium: reward -1 per step until the free end is above the target height.
 
-    The state's one leaf `state` `[*B, 4]` is theta1 (0 hangs down), theta2 (relative to the first link), theta1',
-    theta2', integrated over `dt` by one Runge-Kutta step of fourth order.
+    The only leaf of the state, `state` `[*B, 4]`, is theta1 (0 hangs down), theta2 (relative to the first link),
+    theta1', theta2', integrated over `dt` by one Runge-Kutta step of fourth order.
     """
 
     dt: float = 0.2
@@ -40,9 +40,9 @@ class Acrobot(NativeEnv):
     max_vel_2: float = 9 * math.pi
     target_height: float = 1.0
     initial_range: float = 0.1
-    """The first state is uniform in [-initial_range, initial_range]^4."""
+    """The initial state is uniform in [-initial_range, initial_range]^4."""
     book_or_nips: Literal["book", "nips"] = "book"
-    """The equations of Sutton and Barto's book, or those of the 1996 paper, which lack a term."""
+    """Equations of motion of Sutton and Barto's book, or of the 1996 paper, which lack a term."""
     max_episode_steps: int | None = 500
 
     reset_noise = 4
@@ -53,23 +53,23 @@ class Acrobot(NativeEnv):
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """Cosine and sine of theta1, of theta2, and both angular velocities."""
+        """Space of the cosine and sine of theta1 and of theta2, and both angular velocities."""
         high = np.array([1.0, 1.0, 1.0, 1.0, self.max_vel_1, self.max_vel_2], dtype=np.float32)
         return gym.spaces.Box(-high, high, dtype=np.float32)
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """Torque -1, 0 or 1 on the middle joint."""
+        """Space of the torque on the middle joint: -1, 0 or 1."""
         return gym.spaces.Discrete(3)
 
     def reset(self, noise: Tensor, physics: Physics) -> State:
-        """Hanging, almost at rest."""
+        """Initial state: hanging, almost at rest."""
         span = physics.get("initial_range", self.initial_range)
         span = span.unsqueeze(-1) if isinstance(span, Tensor) else span
         return {"state": (noise * (2 * span)).sub_(span)}
 
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
-        """Hold the torque for `dt` seconds."""
+        """Apply the torque for `dt` seconds."""
         dt = physics.get("dt", self.dt)
         dt = dt.unsqueeze(-1) if isinstance(dt, Tensor) else dt
         torque = (action - 1).to(torch.float64).mul_(physics.get("torque", self.torque))
@@ -87,7 +87,7 @@ class Acrobot(NativeEnv):
         return {"state": torch.cat((angles, velocities), -1)}, terminated.float() - 1, terminated
 
     def observe(self, state: State) -> Tensor:
-        """Cosines and sines rather than angles, in float32."""
+        """Observation: cosines and sines of the angles, and velocities, in float32."""
         angles, velocities = state["state"].split(2, -1)
         waves = torch.stack((angles.cos(), angles.sin()), -1).flatten(-2)
         return torch.cat((waves, velocities), -1).float()
@@ -116,7 +116,7 @@ class Acrobot(NativeEnv):
 
 
 def _wrap(angle: Tensor) -> Tensor:
-    """Into [-pi, pi] by whole turns; an angle inside is left as it is."""
+    """Wrap an angle into [-pi, pi]; an angle inside is not changed."""
     turn = 2 * math.pi
     above = ((angle - math.pi) / turn).ceil_().clamp_(min=0)
     below = ((angle + math.pi) / turn).floor_().clamp_(max=0)

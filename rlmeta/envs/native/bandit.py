@@ -1,4 +1,4 @@
-"""Multi-armed bandits: every episode is one pull of an arm."""
+"""Multi-armed bandits, with episodes of one pull."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlmeta.errors import SettingError
 
 @dataclass(frozen=True)
 class Bandit(NativeEnv):
-    """A bandit of `len(mean)` arms; the observation is always 0 and every pull ends its episode.
+    """Multi-armed bandit with `len(mean)` arms; the observation is always 0 and every pull ends an episode.
 
     The reward of arm a is 1 with probability mean[a], else 0 ("bernoulli"), or normal with that mean and the standard
     deviation `std` ("gaussian").
@@ -39,21 +39,21 @@ class Bandit(NativeEnv):
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """The one state."""
+        """Space of the only state."""
         return gym.spaces.Discrete(1)
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """The arms."""
+        """Space of the arms."""
         return gym.spaces.Discrete(len(self.mean))
 
     def constants(self) -> dict[str, Tensor]:
-        """`mean` `[arms]`, and `std` of Gaussian arms."""
+        """Constants that physics may override: `mean` `[arms]`, and `std` of Gaussian arms."""
         mean = torch.tensor(self.mean, dtype=torch.float64, device="cpu")
         return {"mean": mean} if self.reward == "bernoulli" else {"mean": mean, **super().constants()}
 
     def reset(self, noise: Tensor, physics: Physics) -> State:
-        """The one state, 0."""
+        """Initial state, always 0."""
         return {"state": torch.zeros(noise.shape[:-1], dtype=torch.int64, device=noise.device)}
 
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
@@ -69,5 +69,5 @@ class Bandit(NativeEnv):
         return state, reward.float(), torch.ones_like(action, dtype=torch.bool)
 
     def observe(self, state: State) -> Tensor:
-        """Always 0."""
+        """Observation, always 0."""
         return state["state"]

@@ -1,4 +1,4 @@
-"""The form of a native environment, and the world that runs one for every row of every learner."""
+"""Base class of native environments, and the world that vectorises one over rows and learners."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ import torch
 from torch import Tensor
 
 from rlmeta.data.spaces import Layout
-from rlmeta.envs import spoilt
+from rlmeta.envs import nonfinite
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, unknown_name
 from rlmeta.functional import random, tree
 from rlmeta.functional.tree import Tree
 
 Physics: TypeAlias = Mapping[str, Tensor]
-"""Constants of an environment by name, one value per row: `[*L, N, *shape of the constant]`."""
+"""Constants of an environment by name, a value per row: `[*L, N, *shape of the constant]`."""
 
 Redraw: TypeAlias = Callable[[Tensor], Mapping[str, Tensor]]
-"""From one key per row `[*L, N]` to the physics of the episode that starts there."""
+"""Function from keys of the rows `[*L, N]` to the physics of the episodes that start there."""
 
-_AT_ONCE = 8192  # numbers drawn at a time: about where their own cost passes that of the calls
-_FARTHEST = 64  # counters drawn at a time at most
+_AT_ONCE = 8192  # random numbers drawn at once; with more, their own cost exceeds that of the calls
+_FARTHEST = 64  # most counters drawn at once
 
 
 class NativeEnv(ABC):
-    """An environment as a frozen dataclass of its constants with pure methods on tensors of any leading shape.
+    """Native environment: a frozen dataclass of constants with pure methods on tensors of any leading shape.
 
-    Below `[*B]` is that leading shape (a world passes `[*L, N]`), float tensors of a state are float64, `noise` holds
+    Below, `[*B]` is that leading shape (a world passes `[*L, N]`), float tensors of a state are float64, `noise` holds
     uniform numbers in (0, 1), and `physics` overrides constants by name: a method reads
     `physics.get("gravity", self.gravity)`.
     """
 
     max_episode_steps: int | None
-    """Episodes are truncated after so many steps; None: never."""
+    """Time limit in steps, after which episodes are truncated; None for none."""
 
     @property
     def reset_noise(self) -> int:
-        """How many uniform numbers `reset` needs; a subclass sets a class attribute."""
+        """Number of uniform random numbers that `reset` needs; a subclass sets a class attribute."""
         return 0
 
     @property
     def step_noise(self) -> int:
-        """How many uniform numbers `step` needs; a subclass sets a class attribute."""
+        """Number of uniform random numbers that `step` needs; a subclass sets a class attribute."""
         return 0
 
     @property
     @abstractmethod
     def observation_space(self) -> gym.Space:
-        """Of one environment."""
+        """Observation space of a single environment."""
 
     @property
     @abstractmethod
     def action_space(self) -> gym.Space:
-        """Of one environment: Discrete or Box."""
+        """Action space of a single environment: Discrete or Box."""
 
     @abstractmethod
     def reset(self, noise: Tensor, physics: Physics) -> State:
-        """The first state of an episode; `noise` is `[*B, reset_noise]`."""
+        """Initial state of an episode; `noise` is `[*B, reset_noise]`."""
 
     @abstractmethod
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
-        """One step.
+        """Transition of a step.
 
         Args:
             state: as `reset` or `step` returned it; not written to.
@@ -80,16 +80,16 @@ class NativeEnv(ABC):
 
     @abstractmethod
     def observe(self, state: State) -> Tree:
-        """The observation of a state: float32 for Box, int64 for Discrete."""
+        """Observation of a state: float32 for Box, int64 for Discrete."""
 
     def constants(self) -> dict[str, Tensor]:
-        """What physics may override, with its shape and dtype: here every field declared as a float."""
+        """Constants that physics may override, with shape and dtype: by default every field declared as a float."""
         names = [f.name for f in dataclasses.fields(self) if f.type in ("float", float)]  # type: ignore[arg-type]
         return {name: torch.tensor(getattr(self, name), dtype=torch.float64, device="cpu") for name in names}
 
 
 def clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """`x` within [low, high], where each bound is a number or a tensor that broadcasts against `x`."""
+    """Clamp `x` to [low, high], where each bound is a number or a tensor that broadcasts against `x`."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         low, high = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (low, high))
         return torch.minimum(torch.maximum(x, low), high)
@@ -97,10 +97,10 @@ def clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
 
 
 class _Ahead:
-    """Uniform numbers of one stream, drawn for the next counters of every row at a time.
+    """Cache of uniform random numbers of a stream, drawn ahead for several counters of every row.
 
-    What is returned is exactly `random.uniform(key, stream, counter, (width,))`. For few rows a hash is all overhead,
-    and that of many counters costs hardly more. The numbers are only remembered, so they are no part of any state.
+    The numbers are exactly `random.uniform(key, stream, counter, (width,))`. With few rows the cost of a hash is all
+    overhead, and many counters cost hardly more than one. As a cache the numbers are in no state.
     """
 
     def __init__(self, stream: str, width: int, rows: int) -> None:
@@ -111,10 +111,10 @@ class _Ahead:
         self._window = {"first": self._key, "draws": self._key}
 
     def window(self, key: Tensor, counter: Tensor, count: int) -> dict[str, Tensor]:
-        """Numbers for at least `count` counters from each row's `counter` `[*L, N]` on.
+        """Random numbers for at least `count` counters, from each row's `counter` `[*L, N]` on.
 
         Returns:
-            `draws` `[*L, N, counters, width]`, and `first` `[*L, N]`, the counter they begin at.
+            `draws` `[*L, N, counters, width]`, and `first` `[*L, N]`, the counter of the first.
         """
         known = key.device == self._key.device and torch.equal(key, self._key)
         if known:
@@ -128,12 +128,12 @@ class _Ahead:
         return self._window
 
     def at(self, key: Tensor, counter: Tensor) -> Tensor:
-        """The numbers `[*L, N, width]` of each row's `key` and `counter`, both `[*L, N]`."""
+        """Random numbers `[*L, N, width]` of each row's `key` and `counter`, both `[*L, N]`."""
         return _pick(self.window(key, counter, 1), counter)
 
 
 def _pick(window: Mapping[str, Tensor], counter: Tensor) -> Tensor:
-    """The numbers `[*L, N, width]` of a window that covers each row's `counter` `[*L, N]`."""
+    """Random numbers `[*L, N, width]` at each row's `counter` `[*L, N]`, from a window that covers it."""
     draws = window["draws"]
     offset = counter - window["first"]
     index = offset[..., None, None].expand(*offset.shape, 1, draws.shape[-1])
@@ -141,31 +141,31 @@ def _pick(window: Mapping[str, Tensor], counter: Tensor) -> Tensor:
 
 
 class NativeWorld:
-    """`num_envs` rows of one native environment for every learner: a `World`, with SAME_STEP autoreset.
+    """World of a native environment, `num_envs` rows for every learner, with SAME_STEP autoreset.
 
-    The state holds `env` (the environment's own), `key` (one per row), `episode` and `elapsed` (int64), `step_count`
-    if the environment's steps are random, `physics` if any constant is overridden, and for an environment that is not
-    rlmeta's own `spoilt`, where it first gave a number that is not finite (see `look`); every leaf is `[*L, N, ...]`.
-    A row's numbers depend on its learner's key, its own number, its episode and step, and nothing else. The spaces are
-    those of the dataclass's constants, whatever physics says.
+    The state has `env` (of the environment), `key` (per row), `episode` and `elapsed` (int64), `step_count` if the
+    environment's steps are random, and `physics` if a constant is overridden. For user environments it has
+    `nonfinite`, a code of the first NaN or infinity (see `look`). Every leaf is `[*L, N, ...]`. The random numbers of a
+    row depend on its learner's key, its index, its episode and step alone. The spaces are those of the dataclass's
+    constants, whatever the physics.
 
     Args:
         env: the environment and its constants.
         learner_shape: `*L`.
         num_envs: `N`.
         physics: None; or constants by name, each `[*L', *shape of the constant]` where `*L'` is a prefix of `[*L, N]`;
-            or a function from one key per row `[*L, N]` to such constants, called at the start of every episode.
+            or a function from keys of the rows `[*L, N]` to such constants, called at the start of every episode.
 
     Raises:
-        SettingError: a count below one, or physics of a wrong shape.
-        SpaceError: an action space that is neither Discrete nor Box.
-        UnknownNameError: physics names something that is no constant of the environment.
+        SettingError: a count is below 1, or physics has a wrong shape.
+        SpaceError: the action space is neither Discrete nor Box.
+        UnknownNameError: a name in physics is no constant of the environment.
     """
 
     exact_resume = True
     trial_episodes = 1
     records: bool
-    """Whether steps with numbers drawn `ahead` may be recorded; not where physics is drawn for every episode."""
+    """Whether steps with random numbers from `ahead` may be recorded; not if physics is drawn every episode."""
 
     def __init__(
         self,
@@ -189,24 +189,24 @@ class NativeWorld:
         self._fixed = None if physics is None or callable(physics) else self._per_row(physics)
         self._bounds = _action_bounds(env.action_space)
         self._observations, self._unseen = Layout(env.observation_space), True
-        self._watched, self._said = not type(env).__module__.startswith("rlmeta."), False
+        self._watched, self._reported = not type(env).__module__.startswith("rlmeta."), False
         self._reset_noise = _Ahead("environment/reset", env.reset_noise, math.prod(self._rows))
         self._step_noise = _Ahead("environment/step", env.step_noise, math.prod(self._rows))
 
     @property
     def cuts_after(self) -> int | None:
-        """Steps after which episodes are cut; None: never."""
+        """Time limit of an episode in steps, None for none."""
         return self.env.max_episode_steps
 
     def reset(self, key: Tensor) -> State:
-        """The start of episode 0 in every row; `key` is `[*L]` int64."""
+        """Initial state, at the start of episode 0 of every row; `key` is `[*L]` int64."""
         return self.start(key, 0)
 
     def start(self, key: Tensor, episode: int | Tensor) -> State:
-        """The start of any episode; `episode` is a number or broadcasts against `[*L, N]`.
+        """State at the start of any episode; `episode` is a number or broadcasts against `[*L, N]`.
 
         Raises:
-            SettingError: `key` is not of the learners' shape.
+            SettingError: `key` has another shape than the learners.
         """
         if key.shape != self.learner_shape:
             raise SettingError(
@@ -223,28 +223,28 @@ class NativeWorld:
             "elapsed": torch.zeros_like(episode),
         }
         if self.env.step_noise:
-            state["step_count"] = episode << 32  # no two episodes started so share their noise
+            state["step_count"] = episode << 32  # so that no two episodes share their noise
         if physics:
             state["physics"] = physics
         if self._watched:
             wrong = ~_finite(self.env.observe(state["env"]), self._rows)
-            state["spoilt"] = wrong.to(torch.int64) * _FIRST_OBSERVATION
+            state["nonfinite"] = wrong.to(torch.int64) * _FIRST_OBSERVATION
             self.look(state)
         return state
 
     def observation(self, state: State) -> Tree:
-        """The current observation `[*L, N, ...]`."""
+        """Current observation `[*L, N, ...]`."""
         return self.env.observe(state["env"])
 
     def step(self, state: State, action: Tensor, ahead: Tree | None = None) -> tuple[State, Transition]:
-        """Act once in every row; a row whose episode ends starts its next one at once.
+        """Step every environment; where an episode ends, the next one starts in the same step.
 
-        With the numbers that `ahead` drew no operation depends on a value, so that a step can be recorded; without
-        them a discrete action is looked at, whether there is such a one.
+        With random numbers from `ahead` no operation depends on a tensor's value, so that the step can be recorded;
+        without them, discrete actions are checked to be in their space.
 
         Raises:
-            SpaceError: an action of another shape or kind than the action space's, or that there is not; or, at the
-                first step, what the environment gives is not what a `NativeEnv` should.
+            SpaceError: an action has another shape or dtype than its space, or is outside of it; or, at the first step,
+                the environment returned tensors of wrong shapes or dtypes.
         """
         key, episode, physics = state["key"], state["episode"], state.get("physics", {})
         new: State = {"key": key}
@@ -265,7 +265,7 @@ class NativeWorld:
         if ahead is not None or done.any():
             episode, elapsed = episode + done, elapsed.masked_fill(done, 0)
             if self._redraw is not None:
-                physics = self._physics(key, episode)  # in the rows that go on, what they have already
+                physics = self._physics(key, episode)  # unchanged in rows whose episode continues
             env_state = _where(done, self._fresh(key, episode, physics, ahead), env_state)
             observation = self.env.observe(env_state)
         new.update(env=env_state, episode=episode, elapsed=elapsed)
@@ -274,34 +274,34 @@ class NativeWorld:
         valid = torch.ones_like(done)
         transition = Transition(observation, next_observation, reward, terminated, truncated, valid, done)
         if self._watched:
-            new["spoilt"] = self._spoilt(state, transition)
+            new["nonfinite"] = self._nonfinite(state, transition)
             if ahead is None:
                 self.look(new)
         return new, transition
 
     def look(self, state: State) -> None:
-        """Warn, once in the life of the world, of a reward or observation that was not finite: its row and its step.
+        """Warn once of the first reward or observation that was not finite, with its row and step.
 
-        Of an environment of one's own alone: rlmeta's give none. Steps without numbers drawn `ahead` look by
-        themselves; a recorded step can't, so whoever takes those looks from time to time.
+        Only user environments are checked. Steps without random numbers from `ahead` call this themselves; recorded
+        steps cannot, so their caller does so from time to time.
         """
-        if not self._watched or self._said or not bool((state["spoilt"] != 0).any()):
+        if not self._watched or self._reported or not bool((state["nonfinite"] != 0).any()):
             return
-        self._said, codes = True, state["spoilt"].flatten()
+        self._reported, codes = True, state["nonfinite"].flatten()
         row = int(codes.nonzero()[0])
-        step, what = divmod(int(codes[row]), len(_SPOILT))
-        spoilt.warn(self.name, _SPOILT[what], row, self._rows, step)
+        step, what = divmod(int(codes[row]), len(_FINDINGS))
+        nonfinite.warn(self.name, _FINDINGS[what], row, self._rows, step)
 
-    def _spoilt(self, state: State, transition: Transition) -> Tensor:
-        """`spoilt` after a step, `[*L, N]`: the step of the episode times `len(_SPOILT)`, and what was not finite."""
-        codes = ~_finite(transition.observation, self._rows) * _FIRST_OBSERVATION  # if not the successor's, below
-        step = (state["elapsed"] + 1) * len(_SPOILT)
+    def _nonfinite(self, state: State, transition: Transition) -> Tensor:
+        """Code of the first NaN or infinity so far, `[*L, N]`: episode step times `len(_FINDINGS)`, plus kind."""
+        codes = ~_finite(transition.observation, self._rows) * _FIRST_OBSERVATION
+        step = (state["elapsed"] + 1) * len(_FINDINGS)
         codes = torch.where(_finite(transition.next_observation, self._rows), codes, step + _OBSERVATION)
         codes = torch.where(transition.reward.isfinite(), codes, step + _REWARD)
-        return torch.where(state["spoilt"] == 0, codes, state["spoilt"])
+        return torch.where(state["nonfinite"] == 0, codes, state["nonfinite"])
 
     def ahead(self, state: State) -> tuple[Tree, int]:
-        """Random numbers for `step`, and for how many steps from `state` on they last."""
+        """Random numbers for the next steps, and the number of steps for which they suffice."""
         counters = {"reset": ("episode", self._reset_noise), "step": ("step_count", self._step_noise)}
         if not self.env.step_noise:
             del counters["step"]
@@ -312,11 +312,11 @@ class NativeWorld:
         return drawn, steps
 
     def restore(self, state: State) -> State:
-        """The state itself: nothing is hidden."""
+        """The state itself, since native environments have no hidden state."""
         return state
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Release nothing."""
 
     def _no_noise(self, key: Tensor) -> Tensor:
         return torch.empty((*self._rows, 0), dtype=torch.float64, device=key.device)
@@ -328,7 +328,7 @@ class NativeWorld:
         return self.env.reset(noise, physics)
 
     def _physics(self, key: Tensor, episode: Tensor) -> dict[str, Tensor]:
-        """The physics of these episodes; every call makes new tensors, for a state may be written to."""
+        """Physics of episodes; every call returns new tensors, since a state may be written to."""
         physics = self._fixed or {}
         if self._redraw is not None:
             physics = self._per_row(self._redraw(random.fold(random.fold(key, "environment/physics"), episode)))
@@ -336,12 +336,12 @@ class NativeWorld:
 
     def _per_row(self, physics: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
         aligned = {}
-        for name, given in physics.items():
+        for name, constant_value in physics.items():
             if name not in self._constants:
                 raise unknown_name(f"constant of {type(self.env).__name__}", name, self._constants)
             constant = self._constants[name]
-            device = given.device if isinstance(given, Tensor) else "cpu"
-            value = torch.as_tensor(given, dtype=constant.dtype, device=device)
+            device = constant_value.device if isinstance(constant_value, Tensor) else "cpu"
+            value = torch.as_tensor(constant_value, dtype=constant.dtype, device=device)
             axes = value.dim() - constant.dim()
             if axes < 0 or value.shape != self._rows[:axes] + constant.shape:
                 raise SettingError(
@@ -353,13 +353,13 @@ class NativeWorld:
         return aligned
 
     def _legal(self, action: Tensor, look: bool) -> Tensor:
-        """The action as the environment takes it; its values are only looked at if asked to."""
+        """Action in the dtype of the environment, clipped or, if `look`, checked to be in its space."""
         space, owner = self.action_space, type(self.env).__name__
         expected = (*self._rows, *(space.shape or ()))
         if not isinstance(action, Tensor) or tuple(action.shape) != expected:
-            given = f"of shape {tuple(action.shape)}" if isinstance(action, Tensor) else type(action).__name__
+            received = f"of shape {tuple(action.shape)}" if isinstance(action, Tensor) else type(action).__name__
             raise SpaceError(
-                f"an action for {owner} is {given}, expected a tensor {expected}: the learner and environment axes, "
+                f"an action for {owner} is {received}, expected a tensor {expected}: the learner and environment axes, "
                 f"then the shape of {space}"
             )
         if action.is_complex() or (self._bounds is None and action.is_floating_point()):
@@ -368,7 +368,7 @@ class NativeWorld:
         if self._bounds is None:
             action = action.to(torch.int64)
             if look:
-                least, greatest = (int(one) for one in action.aminmax())
+                least, greatest = (int(extreme) for extreme in action.aminmax())
                 if least < 0 or greatest >= space.n:  # type: ignore[attr-defined]
                     wrong = least if least < 0 else greatest
                     raise SpaceError(f"the action {wrong} for {owner} is not in its space {space}")
@@ -377,35 +377,35 @@ class NativeWorld:
         return action.to(torch.float64).clamp(low, high)
 
     def _check_form(self, observation: Tree, reward: Tensor, terminated: Tensor) -> None:
-        """Refuse what would be broadcast or cast without a word.
+        """Check shapes and dtypes that would be broadcast or cast silently.
 
         Raises:
-            SpaceError: a shape or dtype that is not what a `NativeEnv` should give.
+            SpaceError: a shape or dtype is not that of the interface of `NativeEnv`.
         """
         self._unseen = False
-        given = {f"observation {name}".rstrip(): leaf for name, leaf in tree.flatten(observation).items()}
+        returned = {f"observation {name}".rstrip(): leaf for name, leaf in tree.flatten(observation).items()}
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             f"observation {leaf.name}".rstrip(): ((*self._rows, *leaf.shape), _TORCH[leaf.stored.name])
             for leaf in self._observations.leaves
         }
-        given |= {"reward": reward, "terminated": terminated}
+        returned |= {"reward": reward, "terminated": terminated}
         expected |= {"reward": (self._rows, torch.float32), "terminated": (self._rows, torch.bool)}
-        for name in sorted({*given, *expected}):
-            found = (tuple(given[name].shape), given[name].dtype) if name in given else None
-            if found != expected.get(name):
+        for name in sorted({*returned, *expected}):
+            form = (tuple(returned[name].shape), returned[name].dtype) if name in returned else None
+            if form != expected.get(name):
                 raise SpaceError(
-                    f"{type(self.env).__name__} gave {name} as {_said(found)}, expected {_said(expected.get(name))} "
-                    f"for the rows {self._rows}: correct its step() or observe()"
+                    f"{type(self.env).__name__} gave {name} as {_in_words(form)}, expected "
+                    f"{_in_words(expected.get(name))} for the rows {self._rows}: correct its step() or observe()"
                 )
 
 
-_SPOILT = ("", "gave a reward that is not finite", *["gave an observation that is not finite"] * 2)
+_FINDINGS = ("", "gave a reward that is not finite", *["gave an observation that is not finite"] * 2)
 _REWARD, _OBSERVATION, _FIRST_OBSERVATION = 1, 2, 3
-"""Places in `_SPOILT`; the last one is that of an episode's first observation, whose step is 0."""
+"""Indices into `_FINDINGS`; the last one is for the first observation of an episode, at step 0."""
 
 
 def _finite(observation: Tree, rows: tuple[int, ...]) -> Tensor:
-    """Whether every number of a row's observation is finite, `[*L, N]`; one of another shape is refused elsewhere."""
+    """Whether the observation of each row is finite, `[*L, N]`; those of wrong shape are refused elsewhere."""
     leaves = list(tree.leaves(observation))
     shown = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.shape[: len(rows)] == rows]
     fine = [leaf.isfinite().reshape(*rows, -1).all(-1) for leaf in shown]
@@ -415,7 +415,7 @@ def _finite(observation: Tree, rows: tuple[int, ...]) -> Tensor:
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "uint8": torch.uint8}
 
 
-def _said(form: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+def _in_words(form: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     return "nothing" if form is None else f"{form[1]} of shape {form[0]}"
 
 
@@ -428,11 +428,11 @@ def _action_bounds(space: gym.Space) -> tuple[Tensor, Tensor] | None:
 
 
 def _where(condition: Tensor, chosen: Mapping[str, Any], other: Mapping[str, Any]) -> State:
-    """`chosen` in the rows where `condition` `[*L, N]` is set, `other` elsewhere, leaf by leaf."""
+    """Select `chosen` in rows where `condition` `[*L, N]` is set and `other` elsewhere, leaf by leaf."""
 
     return tree.map(lambda a, b: choose(condition, a, b), chosen, other)
 
 
 def choose(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    """`chosen` `[*L, N, ...]` in the rows where `condition` `[*L, N]` is set, `other` elsewhere."""
+    """Select `chosen` `[*L, N, ...]` in rows where `condition` `[*L, N]` is set and `other` elsewhere."""
     return torch.where(condition.reshape(condition.shape + (1,) * (chosen.dim() - condition.dim())), chosen, other)

@@ -19,7 +19,9 @@ from rlmeta.errors import SettingError
 
 @dataclass(frozen=True)
 class CartPole(NativeEnv):
-    """gymnasium's CartPole-v1. The state's one leaf `state` `[*B, 4]` is x, x', theta, theta' in m, m/s, rad, rad/s.
+    """CartPole-v1 of gymnasium: reward 1 per step while the pole is upright.
+
+    The only leaf of the state, `state` `[*B, 4]`, is x, x', theta, theta' in m, m/s, rad, rad/s.
 
     With F = force_mag or -force_mag, m = masspole, M = masspole + masscart, l = length (half the pole's), c = m l / M,
     temp = F / M + c theta'^2 sin theta,
@@ -31,22 +33,22 @@ class CartPole(NativeEnv):
     masscart: float = 1.0
     masspole: float = 0.1
     length: float = 0.5
-    """Half the pole's."""
+    """Half the length of the pole."""
     force_mag: float = 10.0
     tau: float = 0.02
-    """Seconds between two states."""
+    """Time step in seconds."""
     x_threshold: float = 2.4
     theta_threshold: float = 12 * 2 * math.pi / 360
     initial_range: float = 0.05
-    """The first state is uniform in [-initial_range, initial_range]^4."""
+    """The initial state is uniform in [-initial_range, initial_range]^4."""
     kinematics_integrator: Literal["euler", "semi-implicit"] = "euler"
     sutton_barto_reward: bool = False
-    """0 a step and -1 at the end, rather than 1 a step."""
+    """Whether the reward is 0 per step and -1 at the end, instead of 1 per step."""
     fixed_horizon: bool = False
-    """Never terminate: the angle wraps round and a step pays 1 within the thresholds, 0 outside, as in
-    seals/CartPole-v0. How long an episode lasts then says nothing: a constant reward teaches nothing."""
+    """Whether episodes never terminate, as in seals/CartPole-v0: the angle wraps around and the reward is 1 within the
+    thresholds, 0 outside. A constant reward then teaches nothing, since it cannot prolong an episode."""
     observe_velocities: bool = True
-    """False hides them: who balances the pole has to remember where it was."""
+    """False for partial observability: velocities are hidden, and an agent needs memory to balance the pole."""
     max_episode_steps: int | None = 500
 
     reset_noise = 4
@@ -61,7 +63,7 @@ class CartPole(NativeEnv):
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """x, x', theta, theta', or x and theta; to twice the thresholds, so that final observations are inside."""
+        """Space of x, x', theta, theta', or x and theta, up to twice the thresholds to include final observations."""
         x, theta = (np.inf, np.pi) if self.fixed_horizon else (self.x_threshold * 2, self.theta_threshold * 2)
         high = np.array([x, np.inf, theta, np.inf], dtype=np.float32)
         high = high if self.observe_velocities else high[::2]
@@ -69,11 +71,11 @@ class CartPole(NativeEnv):
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """0 pushes left, 1 right."""
+        """Space of the push: 0 left, 1 right."""
         return gym.spaces.Discrete(2)
 
     def reset(self, noise: Tensor, physics: Physics) -> State:
-        """Uniform around the upright rest."""
+        """Initial state: uniform around the upright rest."""
         span = physics.get("initial_range", self.initial_range)
         span = span.unsqueeze(-1) if isinstance(span, Tensor) else span
         return {"state": (noise * (2 * span)).sub_(span)}
@@ -98,7 +100,7 @@ class CartPole(NativeEnv):
         return {"state": new}, reward, terminated
 
     def observe(self, state: State) -> Tensor:
-        """The state in float32, or its positions alone."""
+        """Observation: the state in float32, or its positions alone."""
         seen = state["state"] if self.observe_velocities else state["state"][..., ::2]
         return seen.float()
 

@@ -16,7 +16,7 @@ from rlmeta.envs.world import State
 
 @dataclass(frozen=True)
 class _MountainCar(NativeEnv):
-    """What both cars share. The state's one leaf `state` `[*B, 2]` is position and velocity.
+    """Dynamics of both mountain cars. The only leaf of the state, `state` `[*B, 2]`, is position and velocity.
 
     With the push u of an action, velocity' = clip(velocity + u - gravity cos(3 position)) and
     position' = clip(position + velocity'); the left wall stops the car.
@@ -29,7 +29,7 @@ class _MountainCar(NativeEnv):
     goal_velocity: float = 0.0
     gravity: float = 0.0025
     initial_low: float = -0.6
-    """The first position is uniform in [initial_low, initial_high], the first velocity 0."""
+    """The initial position is uniform in [initial_low, initial_high], the initial velocity 0."""
     initial_high: float = -0.4
     max_episode_steps: int | None = 200
 
@@ -37,19 +37,19 @@ class _MountainCar(NativeEnv):
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """Position and velocity."""
+        """Space of position and velocity."""
         low = np.array([self.min_position, -self.max_speed], dtype=np.float32)
         high = np.array([self.max_position, self.max_speed], dtype=np.float32)
         return gym.spaces.Box(low, high, dtype=np.float32)
 
     def reset(self, noise: Tensor, physics: Physics) -> State:
-        """At rest, near the bottom of the valley."""
+        """Initial state: at rest, near the bottom of the valley."""
         low = physics.get("initial_low", self.initial_low)
         position = noise[..., 0] * (physics.get("initial_high", self.initial_high) - low) + low
         return {"state": torch.stack((position, torch.zeros_like(position)), -1)}
 
     def observe(self, state: State) -> Tensor:
-        """The state in float32."""
+        """Observation: the state in float32."""
         return state["state"].float()
 
     def _drive(self, state: State, push: Tensor, physics: Physics) -> tuple[State, Tensor]:
@@ -68,17 +68,17 @@ class _MountainCar(NativeEnv):
 
 @dataclass(frozen=True)
 class MountainCar(_MountainCar):
-    """gymnasium's MountainCar-v0: actions push left, not at all, right; -1 a step until the goal."""
+    """MountainCar-v0 of gymnasium: reward -1 per step until the goal; actions push left, not at all, right."""
 
     force: float = 0.001
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """0 pushes left, 1 not at all, 2 right."""
+        """Space of the push: 0 left, 1 none, 2 right."""
         return gym.spaces.Discrete(3)
 
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
-        """One step of time."""
+        """Push the car for a time step."""
         push = (action - 1).to(torch.float64).mul_(physics.get("force", self.force))
         new, terminated = self._drive(state, push, physics)
         return new, torch.full_like(terminated, -1.0, dtype=torch.float32), terminated
@@ -86,7 +86,7 @@ class MountainCar(_MountainCar):
 
 @dataclass(frozen=True)
 class MountainCarContinuous(_MountainCar):
-    """gymnasium's MountainCarContinuous-v0: the action is the force; 100 at the goal, minus 0.1 force^2 a step.
+    """MountainCarContinuous-v0 of gymnasium: the action is the force; reward 100 at the goal, -0.1 force^2 per step.
 
     gymnasium rounds its state to float32 after every step, so that long episodes drift from these by about 1e-7.
     """
@@ -98,11 +98,11 @@ class MountainCarContinuous(_MountainCar):
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """The force, left to right."""
+        """Space of the force, from left to right."""
         return gym.spaces.Box(-self.max_action, self.max_action, (1,), np.float32)
 
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
-        """One step of time; the force is clipped, its cost is not."""
+        """Push the car for a time step; the force is clipped, its cost is not."""
         force = action[..., 0]
         max_action = physics.get("max_action", self.max_action)
         push = clip(force, -max_action, max_action) * physics.get("power", self.power)

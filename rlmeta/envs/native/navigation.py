@@ -1,4 +1,4 @@
-"""2D navigation: go to a goal in the plane that the observation does not show."""
+"""2D navigation to a goal that the observation does not show."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from rlmeta.envs.world import State
 
 @dataclass(frozen=True)
 class Navigation(NativeEnv):
-    """The point robot of MAML (Finn, Abbeel and Levine, 2017). The state's one leaf `state` `[*B, 2]` is the position.
+    """2D navigation, the point robot of MAML (Finn, Abbeel and Levine, 2017).
 
-    From the origin, a step moves by `speed` times the action and costs the distance to the goal after it; the episode
-    terminates where both coordinates are within `radius` of the goal's. A family draws the goal: only the rewards tell
-    where it is.
+    Episodes begin at the origin. A step moves by `speed` times the action, and its reward is minus the distance to the
+    goal after it; the episode terminates if both coordinates are within `radius` of the goal's. A family draws the
+    goal, which only the rewards reveal. The only leaf of the state, `state` `[*B, 2]`, is the position.
     """
 
     goal_x: float = 0.3
     goal_y: float = 0.3
     speed: float = 0.1
-    """How far an action of 1 moves, along each axis."""
+    """Distance that an action of 1 moves along an axis."""
     radius: float = 0.01
     max_episode_steps: int | None = 100
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """The position."""
+        """Space of the position."""
         return gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """The move, as a part of `speed`."""
+        """Space of the move, in units of `speed`."""
         return gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
 
     def reset(self, noise: Tensor, physics: Physics) -> State:
-        """The origin."""
+        """Initial state: the origin."""
         return {"state": torch.zeros((*noise.shape[:-1], 2), dtype=torch.float64, device=noise.device)}
 
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
-        """Move, then measure."""
+        """Move, with minus the distance to the goal as reward."""
         speed, radius = physics.get("speed", self.speed), physics.get("radius", self.radius)
         x, y = state["state"].unbind(-1)
         x, y = x + speed * action[..., 0], y + speed * action[..., 1]
@@ -54,5 +54,5 @@ class Navigation(NativeEnv):
         return {"state": torch.stack((x, y), -1)}, -torch.hypot(dx, dy).float(), there
 
     def observe(self, state: State) -> Tensor:
-        """The position in float32."""
+        """Observation: the position in float32."""
         return state["state"].float()

@@ -17,10 +17,11 @@ from rlmeta.envs.world import State
 
 @dataclass(frozen=True)
 class Pendulum(NativeEnv):
-    """gymnasium's Pendulum-v1. The state's one leaf `state` `[*B, 2]` is theta (0 is upright) and theta'.
+    """Pendulum-v1 of gymnasium.
 
-    theta'' = 3 g / (2 length) sin theta + 3 / (mass length^2) torque, and a step costs
-    theta^2 + 0.1 theta'^2 + 0.001 torque^2 of the state it starts from, with theta in [-pi, pi).
+    theta'' = 3 g / (2 length) sin theta + 3 / (mass length^2) torque, and the cost of a step is
+    theta^2 + 0.1 theta'^2 + 0.001 torque^2 of the state it starts from, with theta in [-pi, pi). The only leaf of the
+    state, `state` `[*B, 2]`, is theta (0 is upright) and theta'.
     """
 
     g: float = 10.0
@@ -30,7 +31,7 @@ class Pendulum(NativeEnv):
     max_speed: float = 8.0
     max_torque: float = 2.0
     initial_angle: float = math.pi
-    """The first angle is uniform in [-initial_angle, initial_angle]."""
+    """The initial angle is uniform in [-initial_angle, initial_angle]."""
     initial_velocity: float = 1.0
     max_episode_steps: int | None = 200
 
@@ -38,23 +39,23 @@ class Pendulum(NativeEnv):
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """Cosine and sine of the angle, and the angular velocity."""
+        """Space of the cosine and sine of the angle, and the angular velocity."""
         high = np.array([1.0, 1.0, self.max_speed], dtype=np.float32)
         return gym.spaces.Box(-high, high, dtype=np.float32)
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """The torque."""
+        """Space of the torque."""
         return gym.spaces.Box(-self.max_torque, self.max_torque, (1,), np.float32)
 
     def reset(self, noise: Tensor, physics: Physics) -> State:
-        """Any angle, slowly turning."""
+        """Initial state: any angle, with a small velocity."""
         angle, velocity = (noise * 2).sub_(1).unbind(-1)
         angle = angle * physics.get("initial_angle", self.initial_angle)
         return {"state": torch.stack((angle, velocity * physics.get("initial_velocity", self.initial_velocity)), -1)}
 
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
-        """Hold the torque for `dt` seconds; never terminates."""
+        """Apply the torque for `dt` seconds; episodes never terminate."""
         theta, velocity = state["state"].unbind(-1)
         length, dt = physics.get("length", self.length), physics.get("dt", self.dt)
         max_torque, max_speed = physics.get("max_torque", self.max_torque), physics.get("max_speed", self.max_speed)
@@ -68,6 +69,6 @@ class Pendulum(NativeEnv):
         return {"state": new}, -cost.float(), torch.zeros_like(theta, dtype=torch.bool)
 
     def observe(self, state: State) -> Tensor:
-        """Cosine and sine rather than the angle, in float32."""
+        """Observation: cosine and sine of the angle, and velocity, in float32."""
         theta, velocity = state["state"].unbind(-1)
         return torch.stack((theta.cos(), theta.sin(), velocity), -1).float()

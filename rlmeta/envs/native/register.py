@@ -1,6 +1,6 @@
-"""Registers the native environments with gymnasium, as `rlmeta/CartPole-v1` and so on, when it is imported.
+"""Registration of the native environments with gymnasium, as `rlmeta/CartPole-v1` and so on, on import.
 
-`gymnasium.make("rlmeta.envs.native.register:rlmeta/CartPole-v1")` imports it. Constants go in as a dictionary:
+`gymnasium.make("rlmeta.envs.native.register:rlmeta/CartPole-v1")` imports it. Constants are passed as a dictionary:
 `gymnasium.make("rlmeta/CartPole-v1", constants={"gravity": 1.6})`.
 """
 
@@ -35,17 +35,17 @@ def _environment(name: str, constants: Mapping[str, Any] | None, max_episode_ste
 
 
 def _draw_key(generator: np.random.Generator) -> Tensor:
-    """One key, so that an environment seeded alone equals the row of a vector seeded the same."""
+    """Random key, such that a single environment equals the row of a VectorEnv with the same seed."""
     return make_keys([int(generator.integers(2**63))])[0]
 
 
 class NativeGymEnv(gym.Env[Any, Any]):
-    """One native environment as a gymnasium environment; its time limit is gymnasium's wrapper.
+    """Native environment as a gymnasium environment; its time limit is gymnasium's wrapper.
 
     Args:
         name: of `NATIVE`.
         constants: fields of the environment's dataclass to change.
-        render_mode: None, for there is nothing to look at.
+        render_mode: None, since native environments are not rendered.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
@@ -61,7 +61,7 @@ class NativeGymEnv(gym.Env[Any, Any]):
         self._next_episode = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start episode 0 of the seed; without one, the next episode of the last."""
+        """Start episode 0 of a seed; without a seed, the next episode of the last one."""
         super().reset(seed=seed)
         if seed is not None or self._key is None:
             self._key, self._next_episode = _draw_key(self.np_random), 0
@@ -70,7 +70,7 @@ class NativeGymEnv(gym.Env[Any, Any]):
         return _first_row(self._world.observation(self._state)), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Act once; the final observation of an episode is returned as it is."""
+        """Step the environment; at the end of an episode the final observation is returned."""
         if self._state is None:
             raise SettingError("step() before the first reset(): call reset() to start an episode")
         _check_action(self.action_space, action)
@@ -80,15 +80,15 @@ class NativeGymEnv(gym.Env[Any, Any]):
 
 
 class NativeVectorEnv(VectorEnv[Any, Any, Any]):
-    """Many native environments as one gymnasium vector environment with SAME_STEP autoreset.
+    """Native environments as a gymnasium VectorEnv with SAME_STEP autoreset.
 
     Row i of `reset(seed=s)` is the single environment after `reset(seed=s + i)`.
 
     Args:
         name: of `NATIVE`.
-        num_envs: how many.
+        num_envs: number of environments.
         constants: fields of the environment's dataclass to change.
-        max_episode_steps: when to truncate; None: never.
+        max_episode_steps: time limit, None for none.
         render_mode: None.
     """
 
@@ -115,7 +115,7 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start every row: from seed + i, or its entry of a list of seeds, or at random."""
+        """Reset every row i: from seed + i, from its entry of a list of seeds, or at random."""
         seeds = self._seeds(seed)
         self._state = self._world.reset(torch.stack([_draw_key(seeding.np_random(s)[0]) for s in seeds]))
         return self._world.observation(self._state).squeeze(1).numpy().copy(), {}
@@ -130,7 +130,7 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
         return [int(self.np_random.integers(2**31)) if s is None else s for s in seeds]
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Act in every row; final observations are in `final_obs` of the infos."""
+        """Step every environment; final observations are in `final_obs` of the infos."""
         if self._state is None:
             raise SettingError("step() before the first reset(): call reset() to start the episodes")
         _check_action(self.action_space, actions)
@@ -146,13 +146,13 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
 
 
 def _check_action(space: gym.Space, action: Any) -> None:
-    """Refuse what is outside a discrete space; Box actions are clipped."""
+    """Refuse actions outside a discrete space; Box actions are clipped."""
     if not isinstance(space, gym.spaces.Box) and not space.contains(action):
         raise SettingError(f"action {action!r}: expected one of {space}")
 
 
 def _first_row(observation: Tensor) -> Any:
-    """As the single environment's space has it: an array, or an int of a discrete space."""
+    """Observation of the first row: an array, or an int of a discrete space."""
     return observation[0].numpy().copy() if observation.dim() > 1 else int(observation[0])
 
 

@@ -1,4 +1,4 @@
-"""Finite Markov decision processes: any one from arrays, and the grids of gymnasium and of the textbooks."""
+"""Tabular Markov decision processes: from arrays, and the grid worlds of gymnasium and of textbooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlmeta.functional.shapes import flags
 
 
 class Tables(NamedTuple):
-    """What may follow each state (S of them) and action (A): K outcomes with their probabilities."""
+    """Transition tables of a tabular MDP: K outcomes with their probabilities for S states and A actions."""
 
     probability: Tensor
     """`[S, A, K]` float64."""
@@ -32,13 +32,13 @@ class Tables(NamedTuple):
     terminated: Tensor
     """`[S, A, K]` bool."""
     start: Tensor
-    """`[S]` float64: the probabilities of the first state."""
+    """`[S]` float64, the probabilities of the initial state."""
 
 
 class Tabular(NativeEnv):
-    """A finite MDP given by its `tables`; the observation is the state's number.
+    """Tabular MDP, defined by its `tables`; the observation is the state's index.
 
-    Physics may replace any of the tables row by row, under its name.
+    Physics may override any of the tables, by name and for every row.
     """
 
     reset_noise = 1
@@ -46,32 +46,32 @@ class Tabular(NativeEnv):
     @cached_property
     @abstractmethod
     def tables(self) -> Tables:
-        """The outcomes of every state and action."""
+        """Transition tables: the outcomes of every state and action."""
 
     @property
     def step_noise(self) -> int:
-        """None where every action has one outcome."""
+        """Number of random numbers of a step: 0 if every action has one outcome."""
         return int(self.tables.next_state.shape[-1] > 1)
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """The states."""
+        """Space of the states."""
         return gym.spaces.Discrete(self.tables.next_state.shape[0])
 
     @cached_property
     def action_space(self) -> gym.Space:
-        """The actions."""
+        """Space of the actions."""
         return gym.spaces.Discrete(self.tables.next_state.shape[1])
 
     def constants(self) -> dict[str, Tensor]:
-        """The tables."""
+        """Constants that physics may override: the tables."""
         return self.tables._asdict()
 
     def dynamics(self) -> tuple[Tensor, Tensor]:
-        """What dynamic programming needs: V = max_a R + discount P V.
+        """Transition matrix and expected reward for dynamic programming, V = max_a R + discount P V.
 
         Returns:
-            P `[S, A, S]`, the probability that the episode goes on in s', and the expected reward R `[S, A]`.
+            P `[S, A, S]`, the probability that the episode continues in s', and the expected reward R `[S, A]`.
         """
         probability, next_state, reward, terminated, _ = self.tables
         going_on = torch.zeros(*next_state.shape[:2], next_state.shape[0], dtype=torch.float64, device="cpu")
@@ -79,12 +79,12 @@ class Tabular(NativeEnv):
         return going_on, (probability * reward).sum(-1)
 
     def reset(self, noise: Tensor, physics: Physics) -> State:
-        """A first state."""
+        """Initial state, drawn at random."""
         levels = _levels(physics["start"]) if "start" in physics else self._flat(noise.device).start
         return {"state": _category(noise, levels)}
 
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
-        """One of the action's outcomes."""
+        """Transition to one of the action's outcomes."""
         flat = self._flat(action.device)
         _, actions, outcomes = self.tables.next_state.shape
         index = state["state"] * actions + action
@@ -101,11 +101,11 @@ class Tabular(NativeEnv):
         return {"state": next_state}, reward.float(), terminated
 
     def observe(self, state: State) -> Tensor:
-        """The state's number."""
+        """Observation: the state's index."""
         return state["state"]
 
     def _ahead_rate(self, physics: Physics) -> Tensor | None:
-        """Per row, how probable the middle one of three outcomes is, if physics says so."""
+        """Probability per row of the middle one of three outcomes, None if physics does not override it."""
         return None
 
     def _outcome_levels(self, index: Tensor, flat: _Flat, physics: Physics) -> Tensor:
@@ -137,7 +137,7 @@ class Tabular(NativeEnv):
 
 
 class _Flat(NamedTuple):
-    """The tables as a step reads them: `[S A, K]`, three times `[S A K]`, `[S]`; probabilities as levels."""
+    """Flattened tables: `[S A, K]`, three times `[S A K]`, `[S]`; probabilities are cumulative."""
 
     outcome: Tensor
     next_state: Tensor
@@ -147,28 +147,28 @@ class _Flat(NamedTuple):
 
 
 def _levels(probability: Tensor) -> Tensor:
-    """Cumulative probabilities `[..., K]`, infinite from the last possible outcome on, whatever rounding does."""
+    """Cumulative probabilities `[..., K]`, infinite from the last possible outcome on, despite rounding."""
     total = probability.cumsum(-1)
     return total.masked_fill(total >= total[..., -1:], math.inf)
 
 
 def _category(noise: Tensor, levels: Tensor) -> Tensor:
-    """The first outcome whose level is above the uniform number: `[*B, 1]` and `[*B, K]` or `[K]` to `[*B]` int64."""
+    """Sample a category by inversion: uniform `[*B, 1]` and cumulative `[*B, K]` or `[K]` to `[*B]` int64."""
     return (noise >= levels).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class TabularMDP(Tabular):
-    """Any finite MDP.
+    """Tabular MDP from arrays.
 
     Args:
         P: `[S, A, S]`, the probability of each next state.
         R: `[S, A]` or `[S, A, S]`, the reward.
-        terminal: `[S]` bool, the states that end an episode when entered; None: none does.
-        start: `[S]`, the probabilities of the first state; None: the same for every state that is not terminal.
+        terminal: `[S]` bool, the states that end an episode when entered; None for none.
+        start: `[S]`, the probabilities of the initial state; None for uniform over all states but terminal ones.
 
     Raises:
-        SettingError: a wrong shape, or probabilities that are negative or don't sum to one.
+        SettingError: a shape is wrong, or probabilities are negative or do not sum to 1.
     """
 
     P: Tensor
@@ -183,9 +183,9 @@ class TabularMDP(Tabular):
             raise SettingError(f"P has shape {shape}: expected [states, actions, states]")
         for name, expected in (("R", (shape[:2], shape)), ("terminal", (shape[:1],)), ("start", (shape[:1],))):
             table = getattr(self, name)
-            given = None if table is None else tuple(torch.as_tensor(table, device="cpu").shape)
-            if given is not None and given not in expected:
-                raise SettingError(f"{name} has shape {given}: expected {' or '.join(map(str, expected))}")
+            actual = None if table is None else tuple(torch.as_tensor(table, device="cpu").shape)
+            if actual is not None and actual not in expected:
+                raise SettingError(f"{name} has shape {actual}: expected {' or '.join(map(str, expected))}")
         for name, probability in (("P", self.tables.probability), ("start", self.tables.start)):
             if bool((probability < 0).any()) or not torch.allclose(
                 probability.sum(-1), torch.ones((), dtype=torch.float64, device="cpu"), rtol=0, atol=1e-5
@@ -194,7 +194,7 @@ class TabularMDP(Tabular):
 
     @cached_property
     def tables(self) -> Tables:
-        """One outcome a next state."""
+        """Transition tables, with an outcome per next state."""
         probability = torch.as_tensor(self.P, dtype=torch.float64, device="cpu")
         states = len(probability)
         reward = torch.as_tensor(self.R, dtype=torch.float64, device="cpu")
@@ -223,12 +223,12 @@ def _grid(layout: Sequence[str], name: str) -> list[str]:
 
 
 def _where_letter(layout: Sequence[str], letters: str) -> Tensor:
-    """`[S]` bool: the cells that hold one of the letters."""
+    """Cells with one of the letters, `[S]` bool."""
     return torch.tensor([letter in letters for row in layout for letter in row], device="cpu")
 
 
 def _neighbours(height: int, width: int, moves: Sequence[tuple[int, int]], walls: Tensor | None = None) -> Tensor:
-    """`[S, A]`: the cell each move leads to; the border and walls stop it."""
+    """Cell reached by each move, `[S, A]`; the border and walls stop it."""
     cell = torch.arange(height * width, device="cpu")
     row, column = cell // width, cell % width
     reached = torch.stack(
@@ -238,12 +238,12 @@ def _neighbours(height: int, width: int, moves: Sequence[tuple[int, int]], walls
 
 
 def _slipping(reached: Tensor) -> Tensor:
-    """`[S, A]` to `[S, A, 3]`: the move before, the one meant and the one after; moves are in circular order."""
+    """Outcomes of slippery moves, `[S, A]` to `[S, A, 3]`: previous, intended and next move in circular order."""
     return torch.stack((reached.roll(1, -1), reached, reached.roll(-1, -1)), -1)
 
 
 def _slip_probability(outcomes: Tensor, ahead: float) -> Tensor:
-    """`[S, A, 3]`: as meant with probability `ahead`, and else to either side; certain where K is 1."""
+    """Probabilities `[S, A, K]` of slippery moves: as intended with probability `ahead`, else to either side."""
     side = (1 - ahead) / 2
     probability = [side, ahead, side] if outcomes.shape[-1] == 3 else [1.0]
     return torch.tensor(probability, dtype=torch.float64, device="cpu").expand(outcomes.shape).contiguous()
@@ -251,19 +251,19 @@ def _slip_probability(outcomes: Tensor, ahead: float) -> Tensor:
 
 @dataclass(frozen=True)
 class FrozenLake(Tabular):
-    """gymnasium's FrozenLake-v1: cross a frozen lake to the goal; actions are left, down, right, up.
+    """FrozenLake-v1 of gymnasium: cross a frozen lake to the goal; actions are left, down, right, up.
 
-    Physics may also vary `success_rate` where the ice is slippery.
+    Physics may also override `success_rate` if the ice is slippery.
     """
 
     desc: Sequence[str] | None = None
-    """Rows of S (start), F (frozen), H (hole) and G (goal); None: the map of that name."""
+    """Rows of S (start), F (frozen), H (hole) and G (goal); None for the map `map_name`."""
     map_name: str = "4x4"
     is_slippery: bool = True
     success_rate: float = 1.0 / 3.0
-    """How often a slippery step goes where it is meant to; else to either side."""
+    """Probability that a slippery step goes in the intended direction, else to either side."""
     reward_schedule: Sequence[float] = (1.0, 0.0, 0.0)
-    """For reaching the goal, a hole, the ice."""
+    """Rewards for reaching the goal, a hole, the ice."""
     max_episode_steps: int | None = 100
 
     def __post_init__(self) -> None:
@@ -279,13 +279,13 @@ class FrozenLake(Tabular):
             )
 
     def constants(self) -> dict[str, Tensor]:
-        """The tables, and `success_rate`."""
+        """Constants that physics may override: the tables, and `success_rate`."""
         rate = torch.tensor(self.success_rate, dtype=torch.float64, device="cpu")
         return {**super().constants(), **({"success_rate": rate} if self.is_slippery else {})}
 
     @cached_property
     def tables(self) -> Tables:
-        """Three outcomes on slippery ice, else one; a hole and the goal keep whom they have."""
+        """Transition tables: three outcomes on slippery ice, else one; holes and the goal are absorbing."""
         layout = MAPS[self.map_name] if self.desc is None else self.desc
         moves = (_LEFT, _DOWN, _RIGHT, _UP)
         reached = _neighbours(len(layout), len(layout[0]), moves)
@@ -311,9 +311,11 @@ class FrozenLake(Tabular):
 
 @dataclass(frozen=True)
 class CliffWalking(Tabular):
-    """gymnasium's CliffWalking-v1 (Sutton and Barto, example 6.6): -1 a step, -100 and back to the start off the cliff.
+    """CliffWalking-v1 of gymnasium (Sutton and Barto, example 6.6).
 
-    Actions are up, right, down, left; slippery steps go a third of the time to either side.
+    The reward is -1 per step, and -100 with a return to the start for a fall off the cliff.
+
+    Actions are up, right, down, left; slippery steps go to either side with probability 1/3 each.
     """
 
     is_slippery: bool = False
@@ -321,7 +323,7 @@ class CliffWalking(Tabular):
 
     @cached_property
     def tables(self) -> Tables:
-        """Three outcomes if slippery, else one."""
+        """Transition tables: three outcomes if slippery, else one."""
         reached = _neighbours(4, 12, (_UP, _RIGHT, _DOWN, _LEFT))
         outcomes = _slipping(reached) if self.is_slippery else reached.unsqueeze(-1)
         cliff = (outcomes > 36) & (outcomes < 47)
@@ -338,18 +340,19 @@ class CliffWalking(Tabular):
 
 @dataclass(frozen=True)
 class GridWorld(Tabular):
-    """A grid of your own; by default the 4x3 world of Russell and Norvig (Artificial Intelligence, section 17.1).
+    """Grid world with a layout of letters.
 
-    Actions are up, right, down, left; the border and walls stop a move. Entering a goal or a trap ends the episode.
-    Physics may also vary `slip`.
+    The default is the 4x3 world of Russell and Norvig (Artificial Intelligence, section 17.1). Actions are up, right,
+    down, left; the border and walls stop a move. Entering a goal or a trap ends the episode. Physics may also override
+    `slip`.
     """
 
     layout: Sequence[str] = ("...G", ".#.H", "S...")
-    """Rows of S (start), G (goal), H (trap), # (wall) and . (free); without an S, any free cell is a start."""
+    """Rows of S (start), G (goal), H (trap), # (wall) and . (free); without an S, every free cell is a start."""
     slip: float = 0.2
-    """How often a step goes to either side instead."""
+    """Probability that a step goes to a side instead."""
     step_reward: float = -0.04
-    """For every step, the last one included."""
+    """Reward of every step, including the last one."""
     goal_reward: float = 1.0
     trap_reward: float = -1.0
     max_episode_steps: int | None = 100
@@ -366,12 +369,12 @@ class GridWorld(Tabular):
             raise SettingError(f"slip={self.slip}: expected a probability")
 
     def constants(self) -> dict[str, Tensor]:
-        """The tables, and `slip`."""
+        """Constants that physics may override: the tables, and `slip`."""
         return {**super().constants(), "slip": torch.tensor(self.slip, dtype=torch.float64, device="cpu")}
 
     @cached_property
     def tables(self) -> Tables:
-        """Three outcomes."""
+        """Transition tables, with three outcomes."""
         goal, trap = _where_letter(self.layout, "G"), _where_letter(self.layout, "H")
         walls = _where_letter(self.layout, "#")
         reached = _neighbours(len(self.layout), len(self.layout[0]), (_UP, _RIGHT, _DOWN, _LEFT), walls)

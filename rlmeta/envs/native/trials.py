@@ -1,4 +1,4 @@
-"""Trials of several episodes of one task, as RL² learns from them (Duan et al., 2016; Wang et al., 2016)."""
+"""Trials of several episodes of the same task, for RL² (Duan et al., 2016; Wang et al., 2016)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rlmeta.functional.tree import Tree
 
 
 class TrialWorld(NativeWorld):
-    """A native world in which so many episodes in a row have the same physics, and are one to their agent.
+    """Native world of trials: several episodes in a row have the same physics, and are one episode to the agent.
 
-    Within a trial the step after the last of an episode is the first of the next: neither flag is set, its successor is
-    that first observation, and the memory stays. Where the trial ends, so does the agent's episode: it terminates.
-    `TrialTransition.ended` says where episodes end, for whoever scores them.
+    Within a trial, the end of an episode sets neither flag, the successor is the first observation of the next episode,
+    and memory is kept. The end of the trial terminates the agent's episode. `TrialTransition.ended` marks the ends of
+    single episodes, which are scored.
 
     Args:
         env, learner_shape, num_envs, physics: as for `NativeWorld`.
-        episodes: of a trial.
+        episodes: number of episodes in a trial.
     """
 
     def __init__(
@@ -40,16 +40,16 @@ class TrialWorld(NativeWorld):
     def step(  # type: ignore[override]
         self, state: State, action: Tensor, ahead: Tree | None = None
     ) -> tuple[State, TrialTransition]:
-        """Act once in every row; a row whose episode ends starts its next one at once, in the same trial or another."""
+        """Step every environment; where an episode ends, the next one of this or the next trial starts."""
         last = (state["episode"] + 1) % self.trial_episodes == 0
-        new, found = super().step(state, action, ahead)
-        ended = found.memory_reset
+        new, inner = super().step(state, action, ahead)
+        ended = inner.memory_reset
         over = ended & last
         successor = tree.map(
-            lambda here, there: choose(ended & ~over, here, there), found.observation, found.next_observation
+            lambda here, there: choose(ended & ~over, here, there), inner.observation, inner.next_observation
         )
         never = torch.zeros_like(over)
-        return new, TrialTransition(found.observation, successor, found.reward, over, never, found.valid, over, ended)
+        return new, TrialTransition(inner.observation, successor, inner.reward, over, never, inner.valid, over, ended)
 
     def _physics(self, key: Tensor, episode: Tensor) -> dict[str, Tensor]:
         return super()._physics(key, episode // self.trial_episodes)

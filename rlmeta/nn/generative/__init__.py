@@ -1,3 +1,3 @@
-"""Generative networks: from noise to samples like those that were seen."""
+"""Generative models."""
 
 __all__ = ["vae"]

@@ -1,4 +1,4 @@
-"""The policy head of an action space."""
+"""Choice of the policy head of an action space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlmeta.nn.units import ActionBounds
 PolicyHead: TypeAlias = (
     CategoricalHead | MultiDiscreteHead | BernoulliHead | GaussianHead | TanhGaussianHead | StateDependentNoiseHead
 )
-"""What `head_for` returns; anything with the methods described above can stand in its place."""
+"""What `head_for` returns; an object with the methods described in `rlmeta.nn.heads` can take its place."""
 
 
 def head_for(
@@ -27,23 +27,25 @@ def head_for(
     action_bounds: ActionBounds = "scale",
     state_dependent_noise: bool = False,
 ) -> PolicyHead:
-    """The policy head of an action space.
+    """Build the policy head of an action space.
 
     Args:
         action_space: of a single environment.
         features: D.
         initial_scale: gain of the orthogonal initial weights.
         initial_log_std: initial log standard deviation of a Box's head, in the policy's units.
-        action_bounds: for a Box: they are the policy's unit (`ActionUnits`), a tanh keeps actions within them
-            (`TanhGaussianHead`), or the policy knows nothing of them.
+        action_bounds: for a Box: "scale" measures actions by the bounds (`ActionUnits`), "squash" keeps them within
+            by a tanh (`TanhGaussianHead`), "clip" ignores the bounds.
         state_dependent_noise: for a Box: `StateDependentNoiseHead`.
 
     Returns:
-        `CategoricalHead`, `MultiDiscreteHead`, `BernoulliHead`, or for a Box `GaussianHead` or the one asked for.
+        `CategoricalHead`, `MultiDiscreteHead`, `BernoulliHead`, or for a Box `GaussianHead` unless the
+        options choose another.
 
     Raises:
         SpaceError: the space has no head.
-        SettingError: an option for a Box with another space, both at once, or squashing into infinite bounds.
+        SettingError: an option for a Box with another space, squashing with state-dependent noise, or squashing into
+            infinite bounds.
     """
     spaces, squash = gym.spaces, action_bounds == "squash"
     if action_bounds not in get_args(ActionBounds):

@@ -1,4 +1,4 @@
-"""What heads share: their linear layer, and actions as one axis."""
+"""Helpers of policy and value heads: their linear layer, and flattening of actions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from rlmeta.nn.block import Context, Params
 from rlmeta.nn.linear import tapped
 
 Distribution: TypeAlias = dict[str, Tensor]
-"""Parameters of one distribution per learner and batch row."""
+"""Parameters of a distribution by name, each `[*L, ..., K]`."""
 
 
 def project(params: Params, x: Tensor, ctx: Context, prefix: str) -> Tensor:
-    """The head's linear layer, without the detour over its module."""
+    """Linear layer of a head, computed from `params` directly: `[*L, ..., D]` -> `[*L, ..., K]`."""
     return tapped(ctx, f"{prefix}linear.", x, params[prefix + "linear.weight"], params[prefix + "linear.bias"])
 
 
 def flat(action: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`[..., *shape]` -> `[..., A]`."""
+    """Flatten actions `[..., *shape]` -> `[..., A]`."""
     return action if len(shape) == 1 else action.reshape(*action.shape[: action.dim() - len(shape)], -1)
 
 
 def shaped(action: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`[..., A]` -> `[..., *shape]`."""
+    """Unflatten actions `[..., A]` -> `[..., *shape]`."""
     return action if len(shape) == 1 else action.reshape((*action.shape[:-1], *shape))

@@ -1,4 +1,4 @@
-"""Deterministic policy head of continuous actions: one action a state, squashed into the bounds by a tanh."""
+"""Deterministic policy head (DDPG, TD3): one action per state, squashed into the bounds by a tanh."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rlmeta.nn.units import ActionUnits
 
 
 class DeterministicHead(Block):
-    """An action for every state: `{"mean": [*L, ..., A]}` in (-1, 1), the policy's units.
+    """Deterministic policy head: `{"mean": [*L, ..., A]}` in (-1, 1), the policy's units.
 
-    Where a density is asked for (lifelong methods ask), it is that of a Gaussian around it with a deviation of 1 in
-    these units, so the divergence of two policies is half the squared distance of their actions.
+    Densities, which lifelong methods need, are those of a Gaussian around the action with standard deviation 1 in these
+    units, so the KL divergence of two policies is half the squared distance of their actions.
 
     Source: Lillicrap et al., "Continuous control with deep reinforcement learning", 2016.
     """
@@ -31,7 +31,7 @@ class DeterministicHead(Block):
             initial_scale: gain of the orthogonal initial weights.
 
         Raises:
-            SettingError: a component has no two different bounds.
+            SettingError: a component of the actions lacks two different finite bounds.
         """
         super().__init__()
         if not units.bounded:
@@ -40,17 +40,17 @@ class DeterministicHead(Block):
         self.linear = Linear(features, units.centre.numel(), initialiser="orthogonal", gain=initial_scale)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:
-        """Features `[*L, ..., D]` to the action in the policy's units."""
+        """Features `[*L, ..., D]` -> the action in the policy's units, `[*L, ..., A]`."""
         return {"mean": project(params, x, ctx, prefix).tanh()}
 
     def mode(self, d: Distribution) -> Tensor:
-        """The action in the environment's units."""
+        """Action in the environment's units, `[*L, ..., *shape]`."""
         return self.units.to_environment(d["mean"])
 
     def log_prob(self, d: Distribution, action: Tensor) -> Tensor:
-        """Log density of a Gaussian of deviation 1 around the action."""
+        """Log-density of a Gaussian with standard deviation 1 around the policy's action, `[*L, ...]`."""
         return distributions.normal_log_prob(d["mean"], torch.zeros_like(d["mean"]), self.units.to_policy(action))
 
     def kl(self, d: Distribution, other: Distribution) -> Tensor:
-        """Half the squared distance of the actions."""
+        """KL divergence: half the squared distance of the actions, `[*L, ...]`."""
         return 0.5 * (d["mean"] - other["mean"]).square().sum(-1)

@@ -1,4 +1,4 @@
-"""Policy heads of discrete actions: categorical, several of them, Bernoulli; action masks."""
+"""Policy heads of discrete actions: categorical, multi-discrete and Bernoulli, with action masks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from rlmeta.nn.linear import Linear
 
 
 def allowed(mask: Tensor, sizes: Sequence[int] = ()) -> Tensor:
-    """Which actions a mask leaves, as bool: of a row that forbids them all, every one.
+    """Allowed actions of a mask, as bool; a row that allows none is taken to allow all.
 
-    Something must be done there, or a value be given to what comes after it; what to do where nothing is allowed is
-    for the environment to say.
+    An agent has to act there, or value the state, all the same; the environment decides what such an action does.
 
     Args:
         mask: `[..., A]`, nonzero where an action is allowed.
-        sizes: of the components that the last axis is made of, if there are several.
+        sizes: numbers of actions of the components, where the last axis concatenates several.
+
+    Returns:
+        `[..., A]` bool
     """
     open_ = mask.bool()
     if not sizes:
@@ -30,7 +32,7 @@ def allowed(mask: Tensor, sizes: Sequence[int] = ()) -> Tensor:
 
 
 class CategoricalHead(Block):
-    """One of A actions: `{"logits": [*L, ..., A]}`; actions `[*L, ...]` int64 in [0, A)."""
+    """Categorical policy head, one of A actions: `{"logits": [*L, ..., A]}`; actions `[*L, ...]` int64 in [0, A)."""
 
     def __init__(self, features: int, actions: int, initial_scale: float = 0.01) -> None:
         """Create the head.
@@ -54,28 +56,31 @@ class CategoricalHead(Block):
         return {"logits": logits if mask is None else distributions.mask_logits(logits, allowed(mask))}
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
-        """An action, by the Gumbel-max trick."""
+        """Sample an action."""
         return distributions.categorical_sample(d["logits"], key)
 
     def mode(self, d: Distribution) -> Tensor:
-        """The most probable action."""
+        """Most probable action."""
         return distributions.categorical_mode(d["logits"])
 
     def log_prob(self, d: Distribution, action: Tensor) -> Tensor:
-        """log π(a)."""
+        """Log-probability of an action, `[*L, ...]`."""
         return distributions.categorical_log_prob(d["logits"], action)
 
     def entropy(self, d: Distribution, key: Tensor | None = None) -> Tensor:
-        """In closed form."""
+        """Entropy in nats, in closed form, `[*L, ...]`."""
         return distributions.categorical_entropy(d["logits"])
 
     def kl(self, d: Distribution, other: Distribution) -> Tensor:
-        """KL(d ‖ other)."""
+        """KL divergence KL(d ‖ other) in nats, `[*L, ...]`."""
         return distributions.categorical_kl(d["logits"], other["logits"])
 
 
 class MultiDiscreteHead(Block):
-    """Independent choices among `sizes`: `{"logits": [*L, ..., sum(sizes)]}`; actions `[*L, ..., *shape]` int64."""
+    """Policy head of independent categorical components.
+
+    `{"logits": [*L, ..., sum(sizes)]}`; actions `[*L, ..., *shape]` int64.
+    """
 
     def __init__(
         self,
@@ -102,34 +107,37 @@ class MultiDiscreteHead(Block):
     ) -> Distribution:
         """Features `[*L, ..., D]` -> logits; `mask` `[*L, ..., sum(sizes)]` is nonzero where an action is allowed.
 
-        A component that has nothing to choose from may choose anything.
+        A component that allows nothing is taken as one that allows everything.
         """
         logits = project(params, x, ctx, prefix)
         return {"logits": logits if mask is None else distributions.mask_logits(logits, allowed(mask, self.sizes))}
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
-        """An action."""
+        """Sample an action."""
         return shaped(distributions.multi_discrete_sample(d["logits"], self.sizes, key), self.shape)
 
     def mode(self, d: Distribution) -> Tensor:
-        """Each component's most probable action."""
+        """Most probable action of each component."""
         return shaped(distributions.multi_discrete_mode(d["logits"], self.sizes), self.shape)
 
     def log_prob(self, d: Distribution, action: Tensor) -> Tensor:
-        """Sum of the components' log-probabilities."""
+        """Log-probability of an action, the sum over its components, `[*L, ...]`."""
         return distributions.multi_discrete_log_prob(d["logits"], flat(action, self.shape), self.sizes)
 
     def entropy(self, d: Distribution, key: Tensor | None = None) -> Tensor:
-        """Sum of the components' entropies."""
+        """Entropy in nats, the sum over the components, `[*L, ...]`."""
         return distributions.multi_discrete_entropy(d["logits"], self.sizes)
 
     def kl(self, d: Distribution, other: Distribution) -> Tensor:
-        """Sum of the components' divergences."""
+        """KL divergence KL(d ‖ other) in nats, the sum over the components, `[*L, ...]`."""
         return distributions.multi_discrete_kl(d["logits"], other["logits"], self.sizes)
 
 
 class BernoulliHead(Block):
-    """Independent zeros and ones: `{"logits": [*L, ..., A]}`, log-odds of 1; actions `[*L, ..., *shape]` int64."""
+    """Policy head of independent binary actions (Bernoulli).
+
+    `{"logits": [*L, ..., A]}`, log-odds of 1; actions `[*L, ..., *shape]` int64.
+    """
 
     def __init__(
         self, features: int, actions: int, initial_scale: float = 0.01, shape: tuple[int, ...] | None = None
@@ -151,21 +159,21 @@ class BernoulliHead(Block):
         return {"logits": project(params, x, ctx, prefix)}
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
-        """An action."""
+        """Sample an action."""
         return shaped(distributions.bernoulli_sample(d["logits"], key), self.shape)
 
     def mode(self, d: Distribution) -> Tensor:
-        """1 where it is the more probable."""
+        """Most probable action: 1 where it is more probable than 0."""
         return shaped(distributions.bernoulli_mode(d["logits"]), self.shape)
 
     def log_prob(self, d: Distribution, action: Tensor) -> Tensor:
-        """Sum of the components' log-probabilities."""
+        """Log-probability of an action, the sum over its components, `[*L, ...]`."""
         return distributions.bernoulli_log_prob(d["logits"], flat(action, self.shape))
 
     def entropy(self, d: Distribution, key: Tensor | None = None) -> Tensor:
-        """Sum of the components' entropies."""
+        """Entropy in nats, the sum over the components, `[*L, ...]`."""
         return distributions.bernoulli_entropy(d["logits"])
 
     def kl(self, d: Distribution, other: Distribution) -> Tensor:
-        """Sum of the components' divergences."""
+        """KL divergence KL(d ‖ other) in nats, the sum over the components, `[*L, ...]`."""
         return distributions.bernoulli_kl(d["logits"], other["logits"])

@@ -21,12 +21,12 @@ _NODES = torch.linspace(-4.5, 4.5, 32, dtype=torch.float64, device="cpu")
 
 
 _WEIGHTS = (-0.5 * _NODES.square()).softmax(0)
-"""E f(x) = Σ w f(node) of a standard normal x: the trapezoidal rule, which for smooth functions on the whole line is
-more exact than Gauss and Hermite's with as many nodes."""
+"""Quadrature weights: E f(x) = Σ w f(node) for standard normal x by the trapezoidal rule, which for smooth functions on
+the whole line is more exact than Gauss-Hermite quadrature with as many nodes."""
 
 
 class GaussianHead(Block):
-    """A diagonal Gaussian whose spread is a parameter `log_std` `[*L, A]`, the same in every state.
+    """Diagonal Gaussian policy head with a state-independent parameter `log_std` `[*L, A]`.
 
     `{"mean": [*L, ..., A], "log_std": [*L, ..., A]}` in the policy's units; actions `[*L, ..., *shape]` in the
     environment's, not kept within any bounds. Density and entropy are those in the policy's units.
@@ -48,7 +48,7 @@ class GaussianHead(Block):
             features: D.
             actions: A.
             initial_scale: gain of the mean's orthogonal initial weights.
-            initial_log_std: where `log_std` starts.
+            initial_log_std: initial value of `log_std`.
             low: lower bounds to measure actions by, see `ActionUnits`; none where left out.
             high: upper bounds.
             shape: of an action, `(A,)` where left out.
@@ -65,32 +65,32 @@ class GaussianHead(Block):
         return {"mean": mean, "log_std": between(log_std, mean, log_std.dim() - 1).expand_as(mean)}
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
-        """μ + σ ε, differentiable."""
+        """Sample μ + σ ε, differentiable."""
         return self.units.to_environment(distributions.normal_sample(d["mean"], d["log_std"], key))
 
     def mode(self, d: Distribution) -> Tensor:
-        """The mean."""
+        """Deterministic action, the mean."""
         return self.units.to_environment(distributions.normal_mode(d["mean"]))
 
     def log_prob(self, d: Distribution, action: Tensor) -> Tensor:
-        """Log density."""
+        """Log-density of an action, `[*L, ...]`."""
         return distributions.normal_log_prob(d["mean"], d["log_std"], self.units.to_policy(action))
 
     def entropy(self, d: Distribution, key: Tensor | None = None) -> Tensor:
-        """In closed form."""
+        """Entropy in nats, in closed form, `[*L, ...]`."""
         return distributions.normal_entropy(d["log_std"])
 
     def kl(self, d: Distribution, other: Distribution) -> Tensor:
-        """KL(d ‖ other)."""
+        """KL divergence KL(d ‖ other) in nats, `[*L, ...]`."""
         return distributions.normal_kl(d["mean"], d["log_std"], other["mean"], other["log_std"])
 
 
 class TanhGaussianHead(Block):
-    """A Gaussian squashed into the bounds of the action space, mean and spread functions of the state, as in SAC.
+    """SAC's squashed Gaussian policy head: tanh of a Gaussian, within the action space's bounds.
 
-    `{"mean": [*L, ..., A], "log_std": [*L, ..., A]}` before squashing; an action is centre + half width * tanh(u). The
-    densities are those of the action in its own units: for a target entropy of -A in units of [-1, 1], as the paper has
-    it, add `log_half_width`.
+    `{"mean": [*L, ..., A], "log_std": [*L, ..., A]}` before squashing, both functions of the state; an action is
+    centre + half width * tanh(u). Densities are those of the action in the environment's units: for the paper's target
+    entropy of -A in units of [-1, 1], add `log_half_width`.
 
     Source: Haarnoja et al., "Soft Actor-Critic", 2018.
     """
@@ -115,10 +115,10 @@ class TanhGaussianHead(Block):
             features: D.
             actions: A.
             initial_scale: gain of the orthogonal initial weights, of the mean and the spread.
-            initial_log_std: bias with which `log_std` starts.
+            initial_log_std: initial bias of `log_std`.
             low: lower bounds, -1 where left out.
             high: upper bounds, 1 where left out.
-            log_std_range: where `log_std` is clamped.
+            log_std_range: limits to which `log_std` is clamped.
             shape: of an action, `(A,)` where left out.
 
         Raises:
@@ -144,25 +144,25 @@ class TanhGaussianHead(Block):
         return {"mean": mean, "log_std": log_std.clamp(*self._log_std_range)}
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
-        """An action within the bounds, differentiable."""
+        """Sample an action within the bounds, differentiable."""
         return self.units.to_environment(distributions.tanh_normal_sample(d["mean"], d["log_std"], key))
 
     def sample_log_prob(self, d: Distribution, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The action of `sample` and its log density, exact however near the bounds it is."""
+        """Sample an action, with its log-density, which is exact even next to the bounds."""
         action, log_prob = distributions.tanh_normal_sample_log_prob(d["mean"], d["log_std"], key)
         return self.units.to_environment(action), log_prob - self.log_half_width
 
     def mode(self, d: Distribution) -> Tensor:
-        """The median, tanh μ within the bounds."""
+        """Deterministic action: the median, tanh μ within the bounds."""
         return self.units.to_environment(distributions.tanh_normal_mode(d["mean"]))
 
     def log_prob(self, d: Distribution, action: Tensor) -> Tensor:
-        """Log density; an action on a bound is taken a rounding error inside it."""
+        """Log-density of an action, `[*L, ...]`; one on a bound is moved inside by a rounding error."""
         squashed = self.units.to_policy(action)
         return distributions.tanh_normal_log_prob(d["mean"], d["log_std"], squashed) - self.log_half_width
 
     def entropy(self, d: Distribution, key: Tensor | None = None) -> Tensor:
-        """There is no closed form: by quadrature, or with a key an unbiased estimate from one sample.
+        """Entropy in nats by quadrature, or with a key an unbiased estimate from one sample, `[*L, ...]`.
 
         H = H[N(μ, σ)] + Σ_k E log(1 - tanh² u_k) + log half width; log(1 - tanh² u) = 2 (log 2 - u - softplus(-2u)).
         The quadrature is within 0.01 nats a component for every spread that `log_std_range` allows by default.
@@ -174,5 +174,5 @@ class TanhGaussianHead(Block):
         return distributions.normal_entropy(d["log_std"]) + squeezed.sum((-2, -1)) + self.log_half_width
 
     def kl(self, d: Distribution, other: Distribution) -> Tensor:
-        """KL(d ‖ other), that of the Gaussians before squashing."""
+        """KL divergence KL(d ‖ other) in nats, that of the Gaussians before squashing, `[*L, ...]`."""
         return distributions.tanh_normal_kl(d["mean"], d["log_std"], other["mean"], other["log_std"])

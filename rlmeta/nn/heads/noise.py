@@ -1,4 +1,4 @@
-"""The policy head of state-dependent exploration: noise that is a function of the features."""
+"""Policy head of generalised state-dependent exploration (gSDE)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class StateDependentNoiseHead(Block):
     """Generalised state-dependent exploration (gSDE): the noise is a random linear function of the features.
 
     a = μ(s) + Wᵀ f with W `[D, A]`, W_ij ~ N(0, exp(log_std_ij)²) drawn once and held for several steps, so that
-    exploration is smooth within them. Over W an action is Gaussian with σ_j² = Σ_i f_i² exp(log_std_ij)², which is what
-    log-probability, entropy and divergence are of. Gradients do not reach the features through the noise.
+    exploration is smooth within them. Over W an action is Gaussian with σ_j² = Σ_i f_i² exp(log_std_ij)², to which
+    log-probability, entropy and divergence refer. Gradients do not reach the features through the noise.
 
     `{"mean": [*L, ..., A], "log_std": [*L, ..., A] (of the action), "features": [*L, ..., D], "noise_log_std":
-    [*L, D, A] (of W)}`; the last two only serve to sample, and the last has no batch axes. All of it, density and
-    entropy too, is in the policy's units; actions are in the environment's.
+    [*L, D, A] (of W)}`; the last two are for sampling alone, and the last has no batch axes. All of these, density
+    and entropy too, are in the policy's units; actions are in the environment's.
 
     Source: Raffin, Kober and Stulp, "Smooth Exploration for Robotic Reinforcement Learning", 2021.
     """
@@ -44,7 +44,7 @@ class StateDependentNoiseHead(Block):
             features: D.
             actions: A.
             initial_scale: gain of the mean's orthogonal initial weights.
-            initial_log_std: where `log_std` `[D, A]` starts.
+            initial_log_std: initial value of `log_std` `[D, A]`.
             low: lower bounds to measure actions by, see `ActionUnits`; none where left out.
             high: upper bounds.
             shape: of an action, `(A,)` where left out.
@@ -55,7 +55,7 @@ class StateDependentNoiseHead(Block):
         self.units = ActionUnits((actions,) if shape is None else shape, low, high)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Distribution:
-        """Features `[*L, ..., D]` -> mean, spread, and what sampling needs."""
+        """Features `[*L, ..., D]` -> mean and log_std of the action, and the parameters of the noise."""
         mean = project(params, x, ctx, prefix)
         noise_log_std, features = params[prefix + "log_std"], x.detach()
         variance = linear(features.square(), (2.0 * noise_log_std).exp().mT, None)
@@ -68,7 +68,7 @@ class StateDependentNoiseHead(Block):
         }
 
     def sample(self, d: Distribution, key: Tensor) -> Tensor:
-        """An action, one noise matrix per learner and batch row; the same key gives the same matrices.
+        """Sample an action, with a noise matrix per learner and batch row; equal keys give equal matrices.
 
         Pass one key for as many steps as the noise is held, with rows in the same order.
         """
@@ -80,17 +80,17 @@ class StateDependentNoiseHead(Block):
         return self.units.to_environment(d["mean"] + noise)
 
     def mode(self, d: Distribution) -> Tensor:
-        """The mean."""
+        """Deterministic action, the mean."""
         return self.units.to_environment(distributions.normal_mode(d["mean"]))
 
     def log_prob(self, d: Distribution, action: Tensor) -> Tensor:
-        """Log density over the noise matrices."""
+        """Log-density of an action over the noise matrices, `[*L, ...]`."""
         return distributions.normal_log_prob(d["mean"], d["log_std"], self.units.to_policy(action))
 
     def entropy(self, d: Distribution, key: Tensor | None = None) -> Tensor:
-        """In closed form, over the noise matrices."""
+        """Entropy in nats over the noise matrices, in closed form, `[*L, ...]`."""
         return distributions.normal_entropy(d["log_std"])
 
     def kl(self, d: Distribution, other: Distribution) -> Tensor:
-        """KL(d ‖ other), over the noise matrices."""
+        """KL divergence KL(d ‖ other) in nats over the noise matrices, `[*L, ...]`."""
         return distributions.normal_kl(d["mean"], d["log_std"], other["mean"], other["log_std"])

@@ -1,4 +1,4 @@
-"""Value heads: of states, and of every discrete action (Q-values)."""
+"""Value heads: state values V(s), and Q-values of discrete actions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlmeta.nn.linear import Linear
 
 
 class ValueHead(Block):
-    """One value per state: `[*L, ..., D]` -> `[*L, ...]`."""
+    """State-value head V(s): `[*L, ..., D]` -> `[*L, ...]`."""
 
     def __init__(self, features: int, initial_scale: float = 1.0, initialiser: Initialiser = "orthogonal") -> None:
         """Create the head.
@@ -25,12 +25,12 @@ class ValueHead(Block):
         self.linear = Linear(features, 1, initialiser=initialiser, gain=initial_scale)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """`[*L, ..., D]` -> `[*L, ...]`."""
+        """Features `[*L, ..., D]` -> values `[*L, ...]`."""
         return project(params, x, ctx, prefix).squeeze(-1)
 
 
 class QHead(Block):
-    """One value per action: `[*L, ..., D]` -> `[*L, ..., A]`."""
+    """Q-value head Q(s, ·) of discrete actions: `[*L, ..., D]` -> `[*L, ..., A]`."""
 
     def __init__(
         self,
@@ -51,13 +51,13 @@ class QHead(Block):
         self.linear = Linear(features, actions, initialiser=initialiser, gain=initial_scale)
 
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
-        """`[*L, ..., D]` -> `[*L, ..., A]`."""
+        """Features `[*L, ..., D]` -> Q-values `[*L, ..., A]`."""
         return project(params, x, ctx, prefix)
 
     def mode(self, values: Tensor) -> Tensor:
-        """The best action, `[..., A]` -> `[...]`."""
+        """Greedy action, `[..., A]` -> `[...]`."""
         return values.argmax(-1)
 
     def take(self, values: Tensor, action: Tensor) -> Tensor:
-        """The values of the given actions, `[..., A]` and `[...]` -> `[...]`."""
+        """Q-values of the actions taken, `[..., A]` and `[...]` -> `[...]`."""
         return values.gather(-1, action.unsqueeze(-1)).squeeze(-1)

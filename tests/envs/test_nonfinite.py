@@ -1,4 +1,4 @@
-"""NaN and infinity from a native environment of one's own: it is named, with the row and the step, not the learner."""
+"""NaN and infinity from a user's native environment: the warning names the environment, row and step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACTIONS = torch.ones(2, 3, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class Counts(NativeEnv):
-    """Counts the steps of its episodes."""
+    """Environment that counts the steps of its episodes."""
 
     observed: float = math.inf
     """The time from which the observation is NaN."""
@@ -54,14 +54,14 @@ class Counts(NativeEnv):
         return torch.stack((torch.zeros_like(shown), shown), -1)
 
 
-def _said(env: NativeEnv, steps: int, action: Tensor = ACTIONS, **about: Any) -> list[str]:
+def _messages(env: NativeEnv, steps: int, action: Tensor = ACTIONS, **about: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         world = NativeWorld(env, (2,), 3, **about)
         state = world.reset(KEYS)
         for _ in range(steps):
             state, _ = world.step(state, action)
-    return [str(one.message) for one in caught]
+    return [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def _said(env: NativeEnv, steps: int, action: Tensor = ACTIONS, **about: Any) ->
 def test_the_row_and_the_step_are_named_once(env: NativeEnv, what: str, when: str) -> None:
     lone = torch.zeros(2, 3, dtype=torch.int64)
     lone[1, 1] = 1
-    (said,) = _said(env, 12, lone if "reset" not in when else ACTIONS)
+    (message,) = _messages(env, 12, lone if "reset" not in when else ACTIONS)
     row = "row 4, environment 1 of learner 1" if "reset" not in when else "row 0, environment 0 of learner 0"
-    assert said == (
+    assert message == (
         f"environment 'Counts' gave {what} that is not finite in {row}, {when}: a learner that learns from it is not "
         "finite any more; correct the environment"
     )
@@ -87,7 +87,7 @@ def test_the_row_and_the_step_are_named_once(env: NativeEnv, what: str, when: st
 
 @dataclass(frozen=True)
 class Sours(Counts):
-    """Every tenth episode begins with NaN."""
+    """Environment of which every tenth episode begins with NaN."""
 
     reset_noise = 1
 
@@ -96,7 +96,7 @@ class Sours(Counts):
 
 
 def test_an_episode_that_begins_so_after_another_is_named() -> None:
-    """Not as the end of the one before it."""
+    """The NaN is not attributed to the end of the previous episode."""
     world = NativeWorld(Sours(), (2,), 3)
     state = world.reset(KEYS)
     assert world.observation(state).isfinite().all()
@@ -111,24 +111,24 @@ def test_an_episode_that_begins_so_after_another_is_named() -> None:
 
 
 def test_nothing_is_said_of_finite_numbers_and_nothing_is_kept_of_rlmetas_own() -> None:
-    assert _said(Counts(), 12) == []
-    assert "spoilt" not in NativeWorld(CartPole(), (2,), 3).reset(KEYS)
+    assert _messages(Counts(), 12) == []
+    assert "nonfinite" not in NativeWorld(CartPole(), (2,), 3).reset(KEYS)
 
 
 @pytest.mark.parametrize("steps", [4, 40], ids=["as it is", "recorded"])
 @pytest.mark.parametrize("spoils", ["observed", "rewarded"])
 def test_training_names_the_environment_before_the_learner(spoils: str, steps: int) -> None:
-    """Recorded steps look at nothing themselves; one learner of two meets what is not finite."""
+    """Recorded steps do not check for NaN themselves; one learner of two gets a number that is not finite."""
     settings = rl.PPO(num_envs=2, num_steps=steps, batch_size=2 * steps, num_epochs=1, hidden_sizes=(4,))
     env = dataclasses.replace(Counts(max_episode_steps=40), **{spoils: 4.0})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = rl.train(settings, rl.task(env), seeds=2, steps=2 * steps * 4, threads=1)
-    said = [str(one.message) for one in caught]
+    messages = [str(one.message) for one in caught]
     what = {"observed": "an observation", "rewarded": "a reward"}[spoils]
     assert not run.state["active"].any()
-    assert said[0].startswith(f"environment 'Counts' gave {what} that is not finite in row ")
-    assert any("is no longer finite" in one for one in said[1:])
+    assert messages[0].startswith(f"environment 'Counts' gave {what} that is not finite in row ")
+    assert any("is no longer finite" in one for one in messages[1:])
 
 
 def test_a_stream_looks_at_the_task_it_is_in() -> None:
