@@ -105,7 +105,7 @@ def _methods(lifelong: Any) -> Any:
     """The methods, those that are named with their defaults; what is no list is refused later."""
     if not isinstance(lifelong, list | tuple):
         return lifelong
-    return [own_code.made_method(own_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
+    return [own_code.build_method(own_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
 
 
 def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:
@@ -209,10 +209,10 @@ def _again(folder: str | Path, agent: Any, network: Any, env: Any, lifelong: Seq
     where = Path(folder)
     named = all(isinstance(method, str) for method in lifelong)
     return {
-        "agent": own_code.agent_again(agent) if isinstance(agent, str) else agent,
-        "network": own_code.network_again(network) if isinstance(network, str) else network,
-        "env": own_code.env_again(where, env) if isinstance(env, str) else env,
-        "lifelong": own_code.own_methods_again(where, ",".join(lifelong)) if named else lifelong,
+        "agent": own_code.user_agent(agent) if isinstance(agent, str) else agent,
+        "network": own_code.user_network(network) if isinstance(network, str) else network,
+        "env": own_code.user_env(where, env) if isinstance(env, str) else env,
+        "lifelong": own_code.user_methods(where, ",".join(lifelong)) if named else lifelong,
     }
 
 

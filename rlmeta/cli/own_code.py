@@ -49,10 +49,10 @@ class OwnCode:
         if self.demonstrations is not None:
             own["demonstrations"] = self.demonstrations
         return {
-            "agent": own_code.agent_again(self.agent),
-            "network": own_code.network_again(self.network),
-            "env": own_code.env_again(folder, self.env),
-            "lifelong": own_code.own_methods_again(folder, self.lifelong),
+            "agent": own_code.user_agent(self.agent),
+            "network": own_code.user_network(self.network),
+            "env": own_code.user_env(folder, self.env),
+            "lifelong": own_code.user_methods(folder, self.lifelong),
             "own": own,
         }
 

@@ -111,7 +111,7 @@ class Plan:
             if name not in [one.name for one in found]:
                 flag = "--population" if name in POPULATIONS else "--lifelong"
                 raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to {flag}")
-        return tuple(own_code.made_method(one, self.lifelong.get(one.name, {})) for one in found)
+        return tuple(own_code.build_method(one, self.lifelong.get(one.name, {})) for one in found)
 
     def population(self) -> Population | None:
         """How its learners go on from one another.

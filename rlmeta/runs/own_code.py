@@ -1,8 +1,7 @@
-"""What is the user's own and named as `package.module:name`: agents, environments, streams, families,
-networks, methods.
+"""User code named as `package.module:name`: agents, environments, streams, families, networks, methods, populations.
 
-A run folder names such code and never loads it by itself: whoever reads the run gives the names again, or allows the
-modules (`rlmeta.envs.trusted`).
+A run folder names such code and never loads it by itself: to load the run, the user gives the names again, or allows
+the modules (`rlmeta.envs.trusted`).
 """
 
 from __future__ import annotations
@@ -38,14 +37,15 @@ from rlmeta.runs.shipped import AGENTS, METHODS, agent_class
 
 
 def own_names(text: str | None) -> list[str]:
-    """The user's names, `package.module:Name`, in a text that joins them by commas or +; none of rlmeta's or extras."""
-    found = [one.strip() for one in re.split(r"[,+]", text or "")]
-    return [one for one in found if ":" in one and not one.startswith("rlmeta.") and _module(one) not in trusted.EXTRAS]
+    """Names of user code, `package.module:Name`, in a text joined by commas or +; rlmeta's and extras' are left out."""
+    names = [name.strip() for name in re.split(r"[,+]", text or "")]
+    users = [name for name in names if ":" in name and not name.startswith("rlmeta.")]
+    return [name for name in users if _module(name) not in trusted.EXTRAS]
 
 
 def modules_of(text: str | None) -> list[str]:
-    """The modules of the user's names in a text."""
-    return [_module(one) for one in own_names(text)]
+    """Modules of the user code that a text names."""
+    return [_module(name) for name in own_names(text)]
 
 
 def _module(name: str) -> str:
@@ -53,21 +53,24 @@ def _module(name: str) -> str:
 
 
 def names_in(text: str) -> list[str]:
-    """The names joined by commas."""
-    return [one.strip() for one in text.split(",") if one.strip()]
+    """Split names joined by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @contextlib.contextmanager
 def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[None]:
-    """Within, files may name what the words of a command name: modules, and single names; the current folder may have
-    them.
+    """Allow files to name user code within the block, and let it be imported from the current folder.
+
+    Args:
+        modules: modules of which any name is allowed.
+        names: single names, `package.module:Name`.
 
     Raises:
-        SettingError: what is given are no names of modules.
+        SettingError: `modules` are not names of modules.
     """
-    given = list(modules)
-    with trusted.allowing(given, names):
-        for module in (*given, *map(_module, names)):
+    module_names = list(modules)
+    with trusted.allowing(module_names, names):
+        for module in (*module_names, *map(_module, names)):
             own_folders.allow(module)
         yield
 
@@ -76,13 +79,14 @@ def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[
 
 
 def source_of(name: str, settings: Mapping[str, Any]) -> Any:
-    """What a problem's name on the command line stands for: the user's object where it is one, else the name itself."""
-    return made(load_object(name), settings, name) if _is_object(name) else name
+    """Resolve a problem's name on the command line: the user's object if it names one, else the name itself."""
+    return user_problem(load_object(name), settings, name) if _is_object(name) else name
 
 
 def _is_object(name: str) -> bool:
-    """Whether it names an object in a module; else it is rlmeta's, gymnasium's, EnvPool's, or an id that the module has
-    registered with gymnasium.
+    """Whether a name is that of an object in a user's module.
+
+    Other names are rlmeta's, gymnasium's, EnvPool's, or ids that the module has registered with gymnasium.
 
     Raises:
         SettingError: there is no such module, or neither such an object in it nor such an id.
@@ -95,64 +99,69 @@ def _is_object(name: str) -> bool:
     return there or not identifies
 
 
-def made(found: Any, settings: Mapping[str, Any], name: str) -> Any:
-    """The user's object; a stream or family in place of the function or class that makes it.
+def user_problem(loaded: Any, settings: Mapping[str, Any], name: str) -> Any:
+    """The user's problem: an environment factory stays as it is, a factory of a stream or family is called.
 
-    Whether a function makes an environment, a stream or a family shows only when it is called, so it is, once.
+    Only a call shows whether a function creates an environment, a stream or a family, so it is called once.
+
+    Args:
+        loaded: the object that `name` names.
+        settings: arguments for the factory.
+        name: for error messages.
 
     Raises:
         SettingError: settings for a problem that has its own, or that a family does not take.
     """
-    if isinstance(found, type):
-        if issubclass(found, NativeEnv):
-            return found()
-        return _called(found, settings, name) if is_problem(found) else found
-    problem = found
-    if isinstance(found, types.FunctionType | functools.partial):
-        problem = _called(found, settings, name)
-        if not is_problem(problem):
-            getattr(problem, "close", lambda: None)()  # an environment
-            return found
-    if is_problem(problem) and settings:
+    if isinstance(loaded, type):
+        if issubclass(loaded, NativeEnv):
+            return loaded()
+        return _called(loaded, settings, name) if is_problem(loaded) else loaded
+    created = loaded
+    if isinstance(loaded, types.FunctionType | functools.partial):
+        created = _called(loaded, settings, name)
+        if not is_problem(created):
+            getattr(created, "close", lambda: None)()  # an environment
+            return loaded
+    if is_problem(created) and settings:
         raise SettingError(f"--env.{next(iter(settings))}: {name!r} has its settings made already")
-    return problem
+    return created
 
 
-def _called(found: Any, settings: Mapping[str, Any], name: str) -> Any:
+def _called(factory: Any, settings: Mapping[str, Any], name: str) -> Any:
     try:
-        inspect.signature(found).bind(**settings)
+        inspect.signature(factory).bind(**settings)
     except TypeError as error:
         raise SettingError(f"{name} takes other settings: {error}") from None
-    return found(**settings)
+    return factory(**settings)
 
 
-def env_again(folder: Path, name: str | None) -> Any:
-    """The user's environment, stream or family that a run had, with the settings it had there; None for no name."""
+def user_env(folder: Path, name: str | None) -> Any:
+    """Load the user's environment, stream or family of a saved run, with its saved settings; None for no name."""
     if name is None:
         return None
     if not _is_object(name):
         return name
-    found, had = load_object(name), run_folder.read_config(folder).get("task", {})
-    if isinstance(found, type) and issubclass(found, NativeEnv):
-        return found(**had.get("constants", {}))
-    if had.get("kind") in ("stream", "family", "data"):
-        return made(found, had.get("settings", {}) if isinstance(found, type) else {}, name)
-    return found
+    loaded, saved = load_object(name), run_folder.read_config(folder).get("task", {})
+    if isinstance(loaded, type) and issubclass(loaded, NativeEnv):
+        return loaded(**saved.get("constants", {}))
+    if saved.get("kind") in ("stream", "family", "data"):
+        return user_problem(loaded, saved.get("settings", {}) if isinstance(loaded, type) else {}, name)
+    return loaded
 
 
-def agent_again(name: str | None) -> type | None:
-    """The settings class of a name."""
+def user_agent(name: str | None) -> type | None:
+    """Load an agent's settings class by name; None for no name."""
     return None if name is None else agent_class(name)
 
 
 def own_class(settings: Any) -> type | None:
-    """The class of the settings, or of those of a learner within them, where it is the user's own."""
-    classes = [type(one) for one in (settings, getattr(settings, "learner", None)) if one is not None]
+    """The class of settings, or of a learner's settings within them, if it is user code; else None."""
+    classes = [type(owner) for owner in (settings, getattr(settings, "learner", None)) if owner is not None]
     return next((cls for cls in classes if cls not in AGENTS.values()), None)
 
 
-def network_again(name: str | None) -> NetworkFactory | None:
-    """The network factory of a name."""
+def user_network(name: str | None) -> NetworkFactory | None:
+    """Load a network factory by name; None for no name."""
     return None if name is None else load_object(name)
 
 
@@ -160,51 +169,55 @@ def network_again(name: str | None) -> NetworkFactory | None:
 
 
 def method_named(name: str) -> Any:
-    """The class of a lifelong method, or the user's own class or instance where the name is `package.module:name`.
+    """Look up a lifelong method by name: the class, or a class or instance in user code, `package.module:name`.
 
     Raises:
         UnknownNameError: there is no such method.
-        SettingError: no such module or name, or what it names is no method.
+        SettingError: no such module or name, or the object is not a method.
     """
     if ":" not in name:
         if name not in METHODS:
             raise unknown_name("lifelong method", name, [*METHODS, "package.module:MyMethod"])
         return METHODS[name]
-    found = load_object(name)
-    if not isinstance(found, Method) and not (isinstance(found, type) and issubclass(found, Method)):
-        raise SettingError(f"--lifelong: {name} is {found!r}, expected a class that extends rlmeta's Method")
-    return found
+    method = load_object(name)
+    if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
+        raise SettingError(f"--lifelong: {name} is {method!r}, expected a class that extends rlmeta's Method")
+    return method
 
 
 def methods_named(text: str) -> list[Any]:
-    """The methods of the names joined by commas."""
+    """Look up lifelong methods by their names, joined by commas."""
     return [method_named(name) for name in names_in(text)]
 
 
-def made_method(found: Any, settings: Mapping[str, Any]) -> Method:
-    """A lifelong method with these settings, given as the command line's; a comma compares, as in the agent's.
+def build_method(method: Any, settings: Mapping[str, Any]) -> Method:
+    """Build a lifelong method with settings from the command line; a comma separates values to compare.
+
+    Args:
+        method: its class, or an instance, which takes no settings.
+        settings: values by setting.
 
     Raises:
-        SettingError: it has no such setting, or the setting no such value.
+        SettingError: it has no such setting, or a value is malformed.
     """
-    name = found.name
-    if isinstance(found, Method) or not hasattr(found, "__dataclass_fields__"):
+    name = method.name
+    if isinstance(method, Method) or not hasattr(method, "__dataclass_fields__"):
         if settings:
             raise SettingError(f"--{name}.{next(iter(settings))}: {name} has no settings, or they are made already")
-        return found if isinstance(found, Method) else found()
-    check_names(found, dict(settings), f"--{name}")
+        return method if isinstance(method, Method) else method()
+    check_names(method, dict(settings), f"--{name}")
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        given = grammar.values(found, key, grammar.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
-        if len(given) > 1 and key not in per_learner_names(found):
+        parsed = grammar.values(method, key, grammar.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
+        if len(parsed) > 1 and key not in per_learner_names(method):
             raise SettingError(f"{where} is {value!r}, expected one value: learners of one batch share it")
-        values[key] = given if len(given) > 1 else given[0]
-    one: Method = found(**values)
-    return one
+        values[key] = parsed if len(parsed) > 1 else parsed[0]
+    built: Method = method(**values)
+    return built
 
 
 def population_class(name: str) -> Any:
-    """The class of a population's name, or of the user's own, `package.module:Name`.
+    """Look up a population's class by name: rlmeta's, or user code `package.module:Name`.
 
     Raises:
         UnknownNameError, SettingError: there is none.
@@ -217,7 +230,7 @@ def population_class(name: str) -> Any:
 
 
 def population_named(name: str, settings: Mapping[str, Any] | None = None) -> Population:
-    """A population with these settings, given as the command line's."""
+    """Build a population by name, with settings from the command line."""
     cls = population_class(name)
     check_names(cls, dict(settings or {}), f"--{cls.name}")
     texts = {key: grammar.text_of(value) for key, value in (settings or {}).items()}
@@ -225,10 +238,10 @@ def population_named(name: str, settings: Mapping[str, Any] | None = None) -> Po
     return population
 
 
-def own_methods_again(folder: Path, text: str) -> tuple[Method, ...]:
-    """The lifelong methods that a run had, with its settings, where the user's own are named again; () for no name."""
-    found = methods_named(text)
-    if not found:
+def user_methods(folder: Path, text: str) -> tuple[Method, ...]:
+    """Restore a run's lifelong methods with their saved settings, with user code by the names in a text; () for ''."""
+    methods = methods_named(text)
+    if not methods:
         return ()
     tables = run_folder.read_config(folder).get("methods", [])
-    return methods_again(tables, str(folder), {one.name: one for one in found})
+    return methods_again(tables, str(folder), {method.name: method for method in methods})
