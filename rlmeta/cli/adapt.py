@@ -1,4 +1,4 @@
-"""`rlmeta adapt RUN`."""
+"""The command `rlmeta adapt RUN`: adaptation curve of a meta-learner on held-out tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def adapt(arguments: list[str]) -> int:
-    """`rlmeta adapt RUN`."""
+    """Run `rlmeta adapt RUN`; returns the exit status."""
     from rlmeta.cli import flags
     from rlmeta.report import adaptation
     from rlmeta.runs import grammar
@@ -37,13 +37,13 @@ def _adapt(folder: Path, chosen: AdaptFlags, own: OwnCode) -> int:
     for label, member in members(folder).items():
         run = load(member, **own.again(member))
         try:
-            found = adaptation.adapt(run, chosen.tasks, chosen.steps, chosen.seed)
+            curve = adaptation.adapt(run, chosen.tasks, chosen.steps, chosen.seed)
             title = f"{run.experiment.agent_name} on {run.experiment.problem.name}" + (f", {label}" if label else "")
             seeds, tasks = len(run.experiment.learners), chosen.tasks
             learners = f"{seeds} learner{'s' if seeds > 1 else ''}"
             title = f"{title}: {learners}, {tasks} held-out task{'s' if tasks > 1 else ''} each"
-            console().print(adaptation.table(found, title))
-            say("saved " + " and ".join(map(str, adaptation.write(run, found, member, chosen.seed))))
+            console().print(adaptation.table(curve, title))
+            say("saved " + " and ".join(map(str, adaptation.write(run, curve, member, chosen.seed))))
         finally:
             run.close()
     return 0

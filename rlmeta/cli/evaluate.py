@@ -1,4 +1,4 @@
-"""`rlmeta eval RUN`."""
+"""The command `rlmeta eval RUN`: evaluate a run's learners on new episodes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class EvaluateFlags:
     episodes: int = 256
     """Episodes of each learner."""
     best: bool = False
-    """The parameters of each learner's best periodic evaluation instead of the final ones."""
+    """Use the parameters of each learner's best periodic evaluation instead of the final ones."""
     sampled: bool = False
     """Sample actions instead of taking the policy's mode."""
     seed: int = 1
-    """Another seed plays other episodes."""
+    """Seed of the episodes."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -31,7 +31,7 @@ class EvaluateFlags:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """`rlmeta eval RUN`."""
+    """Run `rlmeta eval RUN`; returns the exit status."""
     from rlmeta.cli import flags
     from rlmeta.runs import grammar
 

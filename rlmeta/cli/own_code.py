@@ -1,4 +1,4 @@
-"""The flags that give a user's own code again, which a run folder names and never loads."""
+"""Flags that name user code for commands on a run folder, which never loads any by itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class OwnCode:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Within, a folder may name what these flags name, and that may come from the current folder."""
+        """Allow a run folder to load the user code that these flags name, also from the current folder."""
         from rlmeta.runs.own_code import allowed_here, names_in, own_names
 
         texts = (self.agent, self.network, self.env, self.lifelong, self.rewards)
@@ -40,7 +40,7 @@ class OwnCode:
             yield
 
     def again(self, folder: Path) -> dict[str, Any]:
-        """What `load` and `resume` are given of it for the run in a folder."""
+        """Load the user code that the flags name, as arguments of `load` and `resume` for the run in a folder."""
         from rlmeta.runs import own_code
         from rlmeta.runs.grammar import load_objects
 
@@ -57,6 +57,6 @@ class OwnCode:
         }
 
     def words(self) -> str:
-        """The flags that were given, to be given again."""
+        """Format the flags that differ from their defaults, for a hint."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
         return " ".join(f"--{name} {shlex.quote(value)}" for name, value in values.items())

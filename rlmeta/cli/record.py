@@ -1,4 +1,4 @@
-"""`rlmeta record RUN`."""
+"""The command `rlmeta record RUN`: record demonstrations of one of a run's learners."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class RecordFlags:
     """The episodes."""
 
     out: str = ""
-    """The file to write; needed."""
+    """The file to write; required."""
     episodes: int = 60
-    """How many."""
+    """Number of episodes."""
     learner: int = -1
-    """Which learner plays; -1 for the best in the final evaluation."""
+    """Index of the learner; -1 for the best in the final evaluation."""
     best: bool = False
-    """The parameters of its best periodic evaluation instead of the final ones."""
+    """Use the parameters of its best periodic evaluation instead of the final ones."""
     sampled: bool = False
     """Sample actions instead of taking the policy's mode."""
     seed: int = 0
-    """Another seed plays other episodes."""
+    """Seed of the episodes."""
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -43,7 +43,7 @@ class RecordFlags:
 
 
 def record(arguments: list[str]) -> int:
-    """`rlmeta record RUN --out FILE`."""
+    """Run `rlmeta record RUN --out FILE`; returns the exit status."""
     from rlmeta.cli import flags
     from rlmeta.runs import grammar
 
@@ -67,7 +67,7 @@ def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
         )
     run = load(folder, **own.again(folder))
     try:
-        made = play(
+        demonstrations = play(
             run,
             chosen.episodes,
             learner=None if chosen.learner < 0 else chosen.learner,
@@ -77,10 +77,10 @@ def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
         )
     finally:
         run.close()
-    made.save(chosen.out)
-    returns = made.returns
+    demonstrations.save(chosen.out)
+    returns = demonstrations.returns
     say(
-        f"{len(made)} episodes of learner {made.about['learner']}, {made.steps:,} steps, returns "
-        f"{returns.mean():g} ({returns.min():g} to {returns.max():g}), saved in {chosen.out}"
+        f"{len(demonstrations)} episodes of learner {demonstrations.about['learner']}, {demonstrations.steps:,} steps, "
+        f"returns {returns.mean():g} ({returns.min():g} to {returns.max():g}), saved in {chosen.out}"
     )
     return 0

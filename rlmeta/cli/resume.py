@@ -1,4 +1,4 @@
-"""`rlmeta resume RUN`."""
+"""The command `rlmeta resume RUN`: continue a run from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class ResumeFlags:
     """The run."""
 
     steps: int = 0
-    """Train to so many steps of each learner, more than it was begun with; 0 for those."""
+    """Extend the budget to this many steps of each learner; 0 keeps the old budget."""
     inexact: bool = False
-    """Go on even where the environments cannot be brought back to where they were."""
+    """Resume with new episodes if the environments' state cannot be restored."""
     quiet: bool = False
     """No live progress."""
     wandb: str = ""
-    """Log on to this project of Weights & Biases, or ENTITY/PROJECT: a run folder alone never sends anything there."""
+    """Log to this project of Weights & Biases, or ENTITY/PROJECT: a run folder alone never sends anything there."""
 
 
 def resume(arguments: list[str]) -> int:
-    """`rlmeta resume RUN`."""
+    """Run `rlmeta resume RUN`; returns the exit status."""
     from rlmeta.cli import flags
     from rlmeta.runs import grammar
 

@@ -495,7 +495,7 @@ def read(
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
         with within_memory(str(folder)):
             run.start()
-        run.state = fit(run.state, state, str(folder))
+        run.state = fit(run.state, state, str(folder), own_network=network is not None)
         run.evaluation = _final_evaluation(folder, run.id, len(experiment.learners))
     except BaseException:
         run.close()
@@ -560,27 +560,31 @@ def _final_evaluation(folder: Path, run: str, learners: int) -> Evaluation | Non
         raise run_folder.damaged_summary(folder, error) from error
 
 
-def fit(fresh: State, saved: State, where: str) -> State:
+def fit(fresh: State, saved: State, where: str, own_network: bool = False) -> State:
     """Move a loaded state to the run's device, after a check that its tensors are those of this agent and task.
 
     Args:
         fresh: the run's initial state, with the expected names, shapes and dtypes.
         saved: the loaded state.
         where: the run's folder, for error messages.
+        own_network: whether the network is the user's, given again, which may be another one.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype than the agent's.
     """
+    hint = "it is of another agent, task or number of learners"
+    hint = "network= is not the network that the run was trained with, give the same" if own_network else hint
     expected, leaves = tree.flatten(fresh), tree.flatten(saved)
     for name in expected.keys() - leaves.keys():
         _check_frozen(name, leaves, where)
     for name, leaf in expected.items():
         if name not in leaves:
-            raise CheckpointError(f"{where}: the checkpoint lacks {name!r}: it is of another agent, task or version")
-        if leaves[name].shape != leaf.shape or leaves[name].dtype != leaf.dtype:
+            raise CheckpointError(f"{where}: the checkpoint lacks {name!r}: {hint}")
+        value = leaves[name]
+        if value.shape != leaf.shape or value.dtype != leaf.dtype:
             raise CheckpointError(
-                f"{where}: {name!r} is {leaves[name].dtype} {tuple(leaves[name].shape)} in the checkpoint, the agent has "
-                f"{leaf.dtype} {tuple(leaf.shape)}: it is of another agent, task or number of learners"
+                f"{where}: {name!r} is {value.dtype} {tuple(value.shape)} in the checkpoint, the agent has "
+                f"{leaf.dtype} {tuple(leaf.shape)}: {hint}"
             )
     key = fresh["key"]
     loaded: State = tree.map(lambda leaf: leaf.to(key.device), saved)
