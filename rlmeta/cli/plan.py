@@ -35,7 +35,7 @@ from rlmeta.runs import grammar, own_code, presets
 from rlmeta.runs import train as training
 from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
 from rlmeta.runs.populations import POPULATIONS
-from rlmeta.runs.shipped import METHODS, agent_class
+from rlmeta.runs.shipped import METHODS, agent_class, check_family
 
 MOST_SEEDS = 100_000
 """Largest number of seeds; more are taken for a typing error."""
@@ -139,7 +139,10 @@ class Plan:
         Raises:
             SettingError, UnknownNameError: no such problem, or flags that are not for one of its kind.
         """
-        source, options = self.source, self.options
+        source, options, cls = self.source, self.options, agent_class(self.agent)
+        meta = getattr(cls, "learns_from_tasks", False)
+        if meta and isinstance(source, str):
+            check_family(source, cls.__name__)
         order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")
         if isinstance(source, str) and streams.is_stream(source):
             if self.env:
@@ -158,7 +161,6 @@ class Plan:
                 "--lifelong, --order, --scenario and --no-restart-optimizer are for streams of tasks, "
                 f"{self.task!r} is none: `rlmeta list streams` shows them"
             )
-        meta = getattr(agent_class(self.agent), "learns_from_tasks", False)
         if isinstance(source, str) and (is_data_family(source) or (meta and not self.env)):
             return family(source, self.env)
         if is_problem(source):

@@ -102,6 +102,18 @@ def available_threads() -> int:
     return int(threads) if threads.isdigit() and int(threads) > 0 else os.cpu_count() or 1
 
 
+def check_method_names(methods: Sequence[Method]) -> None:
+    """Refuse lifelong methods without a valid name of their own, by which the state stores their memory."""
+    for method in methods:
+        cls, name = type(method).__name__, method.name
+        valid = isinstance(name, str) and name != "" and "/" not in name
+        if not valid or (name == Method.name and len(methods) > 1):
+            raise SettingError(
+                f"the lifelong method {cls} is named {name!r}: give its class a name of its own without '/', such as "
+                f"name = {cls.lower()!r}"
+            )
+
+
 class Problem(Protocol):
     """Protocol of a training problem: a task, labelled samples, a family, or a stream of tasks."""
 
@@ -147,7 +159,7 @@ class Experiment:
         require_type(self.threads, int, "threads")
         require(0 <= self.threads <= MOST_THREADS, f"threads is {self.threads}, expected 0 to {MOST_THREADS}")
         require_type(self.device, str, "device")
-        checked_methods(self.methods)
+        check_method_names(checked_methods(self.methods))
         for settings in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
             settings_.check_choices(settings)
         try:

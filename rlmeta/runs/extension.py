@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def extended(experiment: Experiment, steps: int) -> Experiment:
-    """The experiment with a longer budget, and the same evaluation interval.
-
-    Args:
-        experiment: the experiment as it was begun.
-        steps: the new total of steps of each learner.
+    """The experiment with a longer budget of `steps` in total, and the same evaluation interval.
 
     Raises:
         SettingError: it cannot be trained for longer, or `steps` are fewer than before.

@@ -162,13 +162,7 @@ def forms(cls: type) -> dict[str, Form]:
 
 
 def values(cls: type, name: str, text: str, where: str = "") -> list[Any]:
-    """Parse the comma-separated values of one field.
-
-    Args:
-        cls: the settings dataclass.
-        name: the field's name.
-        text: the text to parse.
-        where: what an error message names instead of the flag.
+    """Parse the comma-separated values of one field; errors name the flag, or `where`.
 
     Raises:
         SettingError: a value is malformed, or is given twice.

@@ -240,11 +240,7 @@ class Loop:
         return self.run.state["active"].tolist()
 
     def _name_frozen(self, before: Sequence[bool]) -> None:
-        """Warn of learners that turned NaN or infinite, after checking their environments for non-finite values.
-
-        Args:
-            before: which learners were active before the last iterations, `[S]`.
-        """
+        """Warn of learners, active `before`, that turned NaN or infinite, and of non-finite values of environments."""
         names, look = self._names(), getattr(self.run.world, "look", None)
         if look is not None:
             look(self.run.state["world"])

@@ -59,11 +59,7 @@ def names_in(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[None]:
-    """Allow files to name user code within the block, and let it be imported from the current folder.
-
-    Args:
-        modules: modules of which any name is allowed.
-        names: single names, `package.module:Name`.
+    """Allow files to name user code of these modules, or these single names, also from the current folder.
 
     Raises:
         SettingError: `modules` are not names of modules.
@@ -102,12 +98,8 @@ def _is_object(name: str) -> bool:
 def user_problem(loaded: Any, settings: Mapping[str, Any], name: str) -> Any:
     """The user's problem: an environment factory stays as it is, a factory of a stream or family is called.
 
-    Only a call shows whether a function creates an environment, a stream or a family, so it is called once.
-
-    Args:
-        loaded: the object that `name` names.
-        settings: arguments for the factory.
-        name: for error messages.
+    Only a call shows whether a function creates an environment, a stream or a family, so it is called once, with the
+    settings as arguments.
 
     Raises:
         SettingError: settings for a problem that has its own, or that a family does not take.
@@ -191,11 +183,7 @@ def methods_named(text: str) -> list[Any]:
 
 
 def build_method(method: Any, settings: Mapping[str, Any]) -> Method:
-    """Build a lifelong method with settings from the command line; a comma separates values to compare.
-
-    Args:
-        method: its class, or an instance, which takes no settings.
-        settings: values by setting.
+    """Build a lifelong method from its class and settings of the command line; an instance takes no settings.
 
     Raises:
         SettingError: it has no such setting, or a value is malformed.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from rlmeta import agents, imitation, lifelong, meta, supervised
-from rlmeta.errors import SettingError, unknown_name
+from rlmeta.envs.kinds import kind_named
+from rlmeta.envs.names import names
+from rlmeta.errors import RlmetaError, SettingError, did_you_mean, unknown_name
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import name_of, settings_classes
 from rlmeta.runs.objects import load_object
@@ -27,6 +31,17 @@ def agent_class(name: str) -> type:
     if name not in AGENTS:
         raise unknown_name("agent", name, [*AGENTS, "package.module:MyAgent"])
     return AGENTS[name]
+
+
+def check_family(name: str, learner: str) -> None:
+    """Refuse the name of a task or stream for a meta-learner, which needs a family; the error lists the families."""
+    families = []
+    for known in names("envs"):
+        with contextlib.suppress(RlmetaError):  # an unreadable file hides no other family
+            families += [known] if kind_named(known) == "family" else []
+    if name not in families and kind_named(name) != "family":
+        hint = did_you_mean(name, families) or f": expected one of {', '.join(families)}"
+        raise SettingError(f"{learner} learns from a family of tasks, {name!r} is none{hint}")
 
 
 def checked_class(value: object, name: str) -> type:

@@ -55,13 +55,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(problem: Problem, methods: Sequence[Method], iterations: Sequence[int]) -> list[Stage]:
-    """Stages of a run.
-
-    Args:
-        problem: a single problem or a stream.
-        methods: the lifelong methods, which may add phases to every task.
-        iterations: number of training iterations on every task, in task order.
-    """
+    """Stages of a run; `iterations` are the training iterations on every task, in task order; methods add phases."""
     announced = not isinstance(problem, TaskStream) or "boundaries" in problem.revealed
     stages: list[Stage] = []
     first = 0

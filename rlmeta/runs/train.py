@@ -22,12 +22,13 @@ from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
 from rlmeta.runs import budgets, extension, populations
 from rlmeta.runs import folder as run_folder
-from rlmeta.runs.experiment import Budget, Experiment, chosen_seeds, compare
+from rlmeta.runs.experiment import Budget, Experiment, Problem, chosen_seeds, compare
 from rlmeta.runs.initial import take_weights
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
 from rlmeta.runs.memory import explain_out_of_memory
 from rlmeta.runs.run import Run, load, read
+from rlmeta.runs.shipped import check_family
 from rlmeta.runs.surroundings import undisturbed
 
 
@@ -61,7 +62,7 @@ def prepare(
     experiment = Experiment(
         variants=compared,
         seeds=chosen_seeds(seeds),
-        problem=problem_of(problem, type(agent).__name__, getattr(type(agent), "learns_from_tasks", False)),
+        problem=_resolved(problem, type(agent)),
         budget=budget,
         methods=methods,
         population=population,
@@ -83,6 +84,14 @@ def prepare(
         run.close()
         raise
     return run
+
+
+def _resolved(problem: Any, agent: type) -> Problem:
+    """The problem that is given or named, after a check that this class of agent can learn it."""
+    learns_from_tasks = getattr(agent, "learns_from_tasks", False)
+    if learns_from_tasks and isinstance(problem, str):
+        check_family(problem, agent.__name__)
+    return problem_of(problem, agent.__name__, learns_from_tasks)
 
 
 def _check_place(out: Any) -> None:
