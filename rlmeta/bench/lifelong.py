@@ -81,7 +81,9 @@ def lifelong(options: Lifelong) -> int:
         if name not in makers:
             raise unknown_name("table", name, makers)
     if options.seeds < 1 or options.control_steps < 1:
-        raise SettingError("bench lifelong: seeds and control-steps are at least 1")
+        raise SettingError(
+            f"bench lifelong: seeds is {options.seeds}, control-steps {options.control_steps}, expected at least 1"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     for name in wanted:
         makers[name](options)

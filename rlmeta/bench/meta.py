@@ -72,7 +72,7 @@ def main(flags: Sequence[str]) -> int:
     """Run `rlmeta bench meta [flags]`; returns the exit status."""
     options = tyro.cli(Meta, prog="rlmeta bench meta", args=list(flags))
     if options.seeds < 1 or options.rounds < 1:
-        raise SettingError("bench meta: seeds and rounds are at least 1")
+        raise SettingError(f"bench meta: seeds is {options.seeds}, rounds {options.rounds}, expected at least 1")
     if not 0 < options.budget <= 1:
         raise SettingError(f"bench meta: budget is {options.budget:g}, expected above 0 and at most 1")
     parts: dict[str, Callable[[Meta], list[Row]]] = {

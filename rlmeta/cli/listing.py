@@ -110,7 +110,7 @@ def runs_table(folder: Path = Path("runs")) -> Table:
             content = run_folder.read_config(run)
             cells = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
             row = [*map(str, cells), *_outcome(run, run_folder.run_id(content, run))]
-        except Exception as error:  # whatever a file says, the others are shown
+        except Exception as error:  # a malformed file must not hide the other runs
             row = ["", "", "", "", f"unreadable: {error}", ""]
         table.add_row(*(Text(printable(cell)) for cell in (str(run), *row)))
     return table

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(" ".join(str(error).split()), 2)
-    except SystemExit as stop:  # of tyro: 0 after its help
+    except SystemExit as stop:  # tyro exits after its help
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
         say("interrupted", error=True)

@@ -146,13 +146,16 @@ class Plan:
         order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")
         if isinstance(source, str) and streams.is_stream(source):
             if self.env:
-                raise SettingError(f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have settings")
+                raise SettingError(
+                    f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have their own settings, leave "
+                    "the flag out"
+                )
             scenario: Any = options.scenario or None
             restarts = None if options.restart_optimizer else False
             return streams.stream(source, scenario=scenario, order=order, restart_optimizer=restarts)
         if isinstance(source, TaskStream):
             if options.scenario:
-                raise SettingError(f"--scenario: the stream {self.task!r} is made already, with its own")
+                raise SettingError(f"--scenario: the stream {self.task!r} has its own scenario, leave the flag out")
             if not options.restart_optimizer:
                 source = dataclasses.replace(source, restart_optimizer=False)
             return source if order == "given" else dataclasses.replace(source, order=order)
@@ -184,7 +187,7 @@ class Plan:
     def check(self) -> None:
         """Validate the task, the seeds and all groups before anything is written or trained."""
         if self.options.wandb_project != Options.wandb_project and not self.options.wandb:
-            raise SettingError("--wandb-project is given without --wandb")
+            raise SettingError("--wandb-project is given without --wandb: add --wandb")
         if not self.seeds or (isinstance(self.seeds, int) and self.seeds < 1):
             raise SettingError(f"--seeds is {self.options.seeds!r}, expected at least one")
         try:
@@ -293,7 +296,7 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     groups = {"run": (Options, {}), "budget": (Budget, steps), title: (cls, preset.settings), "own_code": (Code, {})}
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
     texts["settings"] = texts.pop(title)
-    del texts["own_code"]  # for this command alone
+    del texts["own_code"]  # a saved plan must not allow user code
     plan = Plan(agent, task_name, env, dotted, exchange, texts, preset)
     plan.check()
     return plan

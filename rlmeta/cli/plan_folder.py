@@ -127,7 +127,7 @@ def check_settings(folder: Path, settings: Any) -> None:
     """
     tables = run_folder.read_config(folder).get("variants")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        return  # reading the run says so
+        return  # loading the run reports the error
     left_out = {*per_learner_names(type(settings)), "demonstrations"}
     for name in (f.name for f in dataclasses.fields(settings) if f.name not in left_out):
         planned = getattr(settings, name)

@@ -79,7 +79,7 @@ class Progress(Listener):
         self._samples: deque[tuple[float, int]] = deque([(self._due, done)])
         console = Console(stderr=True)
         if console.file.isatty() and not console.is_dumb_terminal:
-            # what is printed meanwhile appears above the bar; but what goes to a file or a pipe is not ours
+            # other output appears above the bar, unless stdout is a file or a pipe
             self._live = Live(
                 console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty(), redirect_stderr=True
             )

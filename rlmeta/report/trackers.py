@@ -264,7 +264,7 @@ class WandbTracker:
         """Turn an error of W&B into a warning, as training does not depend on it."""
         try:
             yield
-        except Exception as error:  # wandb lets errors of sockets, of its mailbox and its own through
+        except Exception as error:  # wandb raises errors of sockets and of its mailbox, besides its own
             if not self._failed:
                 warnings.warn(
                     f"W&B failed while {doing} ({type(error).__name__}: {error}); the run goes on without it, "

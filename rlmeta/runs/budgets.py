@@ -19,7 +19,7 @@ from rlmeta.learning.settings import name_of
 from rlmeta.runs.experiment import Budget, Problem
 
 SHARE = 5
-"""Training steps for each evaluation step: by default the periodic evaluations, and the final one, take no more."""
+"""By default all periodic evaluations together take at most one step per `SHARE` training steps; so does the final."""
 FEWEST_EPISODES = 4
 """Minimum number of episodes in an evaluation, however small the budget."""
 EVALUATIONS, EPISODES, FINAL_EPISODES = 9, 16, 64
@@ -69,7 +69,7 @@ def check_learns(problem: Problem, learner: Learner, iterations: tuple[int, ...]
 def warn_of_rounding(budget: Budget, iterations: tuple[int, ...], every: int) -> None:
     """Warn when a single iteration takes more steps than the whole budget."""
     if not budget.epochs and budget.steps < every and max(iterations) == 1:
-        text = f"steps is {budget.steps:,}, but an iteration takes {every:,}: one is trained for"
+        text = f"steps is {budget.steps:,}, but an iteration takes {every:,}: training takes one iteration"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 

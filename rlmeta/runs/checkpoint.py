@@ -435,7 +435,7 @@ def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
     except Exception as error:  # the library raises errors of several kinds on malformed input
         raise Damaged(f"{path} is not a safetensors file ({error})") from error
     _remember(path)
-    # in memory of their own: the bits of a matrix product depend on where its factors begin, and these begin anywhere
+    # copied to aligned memory: the bits of a matrix product depend on the alignment of its factors
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -496,7 +496,7 @@ def _collect(folder: Path) -> tuple[str, ...]:
             try:
                 named |= read_manifest(folder / manifest).files.keys()
             except CheckpointError:
-                named = None  # someone may still rescue what a damaged manifest names
+                named = None  # keep all files: a damaged manifest may still be repaired by hand
     removed: list[str] = []
     try:
         present = sorted(os.listdir(folder))

@@ -92,7 +92,7 @@ def _saved_variant(settings: Any, saved: Mapping[str, Any], where_config: str) -
         return compared[0]
     same = [variant for variant in compared if settings_table(variant).get("rewards") == saved.get("rewards")]
     if not same:
-        raise SettingError(f"{where_config} had the rewards {saved.get('rewards')}, which those given again are not")
+        raise SettingError(f"{where_config} had the rewards {saved.get('rewards')}, got others: give the same")
     return same[0]
 
 
@@ -149,7 +149,7 @@ def check_table(table: Any, kinds: Kinds, where: str) -> None:
         raise CheckpointError(f"{where} has {table!r}, expected a table: restore it from a copy")
     for name, types in kinds.items():
         if name not in table:
-            raise CheckpointError(f"{where} lacks {name!r}; it is not the configuration of a run")
+            raise CheckpointError(f"{where} lacks {name!r}; it is not the configuration of a run: restore it")
         if type(table[name]) not in types:
             expected = " or ".join(WORDS[kind] for kind in types)
             raise CheckpointError(f"{where}: {name} is {table[name]!r}, expected {expected}: restore it from a copy")

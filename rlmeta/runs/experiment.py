@@ -88,7 +88,7 @@ def chosen_seeds(value: Any) -> tuple[int, ...]:
     if not isinstance(listed, Iterable):
         raise SettingError(expected)
     seeds = tuple(itertools.islice(listed, MOST_SEEDS + 1))
-    require(len(seeds) <= MOST_SEEDS, f"seeds are more than {MOST_SEEDS:,}, expected as many at most")
+    require(len(seeds) <= MOST_SEEDS, f"more than {MOST_SEEDS:,} seeds are given, expected at most that many")
     if not all(isinstance(s, Integral) and not isinstance(s, bool) and 0 <= int(s) < 1 << 63 for s in seeds):
         raise SettingError(expected)
     require(len(seeds) > 0, "no seeds given, expected at least one")
@@ -163,7 +163,7 @@ class Experiment:
         for settings in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
             settings_.check_choices(settings)
         try:
-            torch.empty(0, device=self.device).cpu()  # of "meta" there are no numbers
+            torch.empty(0, device=self.device).cpu()  # refuses "meta", whose tensors hold no numbers
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
         if self.population is not None:

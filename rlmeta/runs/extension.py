@@ -44,7 +44,7 @@ def begin(run: Run) -> None:
     over_budget = scheduled(run.experiment.variants[0])
     if over_budget:
         warnings.warn(
-            f"scheduled over the budget: {', '.join(over_budget)}; from here on as if it had been "
+            f"scheduled over the budget: {', '.join(over_budget)}; the schedule goes on as if the budget had been "
             f"{run.experiment.budget.steps:,} steps from the start",
             RuntimeWarning,
             stacklevel=2,

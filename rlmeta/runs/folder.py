@@ -195,7 +195,7 @@ class Hold:
         """
         if not is_at(self.file, self.folder / LOCK):
             raise CheckpointError(
-                f"{self.folder} is not the folder that this run began in any more, it was moved, deleted or made anew: "
+                f"{self.folder} is not this run's folder any more, it was moved, deleted or created again: "
                 "the run ends here and leaves what is there alone"
             )
 

@@ -94,7 +94,9 @@ def _check_same(run: Run, source: Run) -> None:
     for name in SAME:
         before, now = getattr(theirs, name, None), getattr(ours, name, None)
         if before is not None and now is not None and before != now:
-            raise SettingError(f"init: {_named(source)} was trained with {name} = {before!r}: it is {now!r} here")
+            raise SettingError(
+                f"init: {_named(source)} was trained with {name} = {before!r}: it is {now!r} here, set the same"
+            )
     heads = [type(getattr(_inner(each), "head", None)) for each in (source, run)]
     if type(None) not in heads and heads[0] is not heads[1]:
         raise SettingError(
@@ -112,8 +114,8 @@ def _warn_of_fresh(run: Run, source: Run, fresh: list[str]) -> None:
     """Warn of the networks that keep their initial weights."""
     if fresh:
         warnings.warn(
-            f"init: {', '.join(fresh)} of {run.experiment.agent_name} begin anew, {_named(source)} has none of their "
-            "form",
+            f"init: {', '.join(fresh)} of {run.experiment.agent_name} keep their initial weights, {_named(source)} has "
+            "no networks of these names and shapes",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -138,7 +140,7 @@ def _check_normalisers(p: Params, taken: Params, source: Run) -> None:
     if ours:
         sizes = [tree.leaves(params["normalisers"]["observation"]) for params in (p, taken)]
         if any(a.shape[1:] != b.shape[1:] for a, b in zip(*sizes, strict=True)):
-            raise SettingError(f"init: {_named(source)} observed something of another shape: use the same spaces")
+            raise SettingError(f"init: {_named(source)} has observations of another shape: use the same spaces")
 
 
 def _named(source: Run) -> str:

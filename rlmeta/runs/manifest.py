@@ -101,7 +101,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = unsealed(data)
         if content["format"] != FORMAT:
-            raise ValueError("it says it is something else")
+            raise ValueError(f"its format is not {FORMAT!r}")
         schema = content["schema"]
     except (ValueError, KeyError) as error:
         raise Damaged(f"{path} is corrupted or not a checkpoint of rlmeta ({error})") from error

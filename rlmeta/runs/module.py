@@ -44,8 +44,8 @@ class TrainedModule(nn.Module):
         needed = {part: p[part] for part in ("weights", "buffers", "normalisers", "hyper")}
         if hasattr(learner, "initial_memory") and learner.initial_memory(needed, (1,)):
             raise SettingError(
-                f"the learner keeps a memory between its steps, so {name!r} is no function of an observation alone: "
-                "use run.act(observation, memory)"
+                f"the learner is recurrent, it keeps a memory between steps, so {name!r} is not a function of the "
+                "observation alone: use run.act(observation, memory)"
             )
         self.name, self._learner = name, learner
         self._networks = None if isinstance(learner, Supervised) else dict(bare(learner.networks))

@@ -42,5 +42,5 @@ def load_module(name: str) -> types.ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise  # the module is there; what it imports is not
+            raise  # the module exists, but a module that it imports does not
         raise SettingError(f"no module {name!r} can be imported: run where it lies, or install it") from None

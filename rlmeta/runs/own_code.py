@@ -112,10 +112,10 @@ def user_problem(loaded: Any, settings: Mapping[str, Any], name: str) -> Any:
     if isinstance(loaded, types.FunctionType | functools.partial):
         created = _called(loaded, settings, name)
         if not is_problem(created):
-            getattr(created, "close", lambda: None)()  # an environment
+            getattr(created, "close", lambda: None)()  # it is an environment
             return loaded
     if is_problem(created) and settings:
-        raise SettingError(f"--env.{next(iter(settings))}: {name!r} has its settings made already")
+        raise SettingError(f"--env.{next(iter(settings))}: {name!r} already has its settings, leave the flag out")
     return created
 
 
@@ -191,7 +191,7 @@ def build_method(method: Any, settings: Mapping[str, Any]) -> Method:
     name = method.name
     if isinstance(method, Method) or not hasattr(method, "__dataclass_fields__"):
         if settings:
-            raise SettingError(f"--{name}.{next(iter(settings))}: {name} has no settings, or they are made already")
+            raise SettingError(f"--{name}.{next(iter(settings))}: {name} takes no settings here, leave the flag out")
         return method if isinstance(method, Method) else method()
     check_names(method, dict(settings), f"--{name}")
     values: dict[str, Any] = {}

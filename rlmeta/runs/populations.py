@@ -72,8 +72,8 @@ def check(run: Run) -> None:
         other = [part for part, value in fixed.items() if now.get(part) != value]
         require(
             not other,
-            f"population: {setting} can't change while it trains: {name}'s {', '.join(other)} is made of it once, a "
-            f"constant of what is recorded; give one value ({getattr(first, setting, None)})",
+            f"population: {setting} can't change during training, as {name} computes {', '.join(other)} from it once "
+            f"and for all: give a single value ({getattr(first, setting, None)})",
         )
 
 

@@ -88,7 +88,7 @@ def _tensors(space: gym.Space, value: Any, what: str, device: torch.device) -> t
     if len(fronts) > 1:
         raise SpaceError(f"the parts of {what} have the axes {sorted(map(list, fronts))} in front, expected the same")
     if not all(bool(x.isfinite().all()) for x in tensors.values()):
-        raise SpaceError(f"{what} are not finite: expected numbers")
+        raise SpaceError(f"{what} are not finite: expected finite numbers")
     return unflatten(tensors), fronts.pop()
 
 

@@ -123,7 +123,7 @@ def _tables(path: Path | None) -> dict[str, dict[str, Any]]:
     content = read_toml(path)
     for name, table in content.items():
         if not isinstance(table, dict):
-            raise SettingError(f"{path}: {name!r} stands in no table: put it below [{DEFAULTS}] or a task's name")
+            raise SettingError(f"{path}: {name!r} is not in a table: put it below [{DEFAULTS}] or a task's name")
     return content
 
 

@@ -173,7 +173,7 @@ def joined(rows: list[list[dict[str, Any]]], world: World, about: dict[str, Any]
         steps.append(step)
         if bool(step["terminated"] | step["truncated"]):
             observations.append(step["next_observation"])
-            # losses let `terminated` win where an environment says both, and so do demonstrations
+            # as in losses, `terminated` wins if an environment reports both
             ends.append((len(steps) - since, bool(step["terminated"])))
             since = len(steps)
     return Demonstrations(

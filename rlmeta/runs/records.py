@@ -41,7 +41,7 @@ class Mark(NamedTuple):
         """
         if isinstance(saved, list) and len(saved) == 2 and type(saved[0]) is int and isinstance(saved[1], str):
             return Mark(*saved)
-        raise ValueError(f"{saved!r} is no mark of records")
+        raise ValueError(f"{saved!r} is not the mark of a record file")
 
 
 class Records:
@@ -76,7 +76,7 @@ class Records:
         rest = memoryview(line)
         if not is_at(self._file, self.path):
             raise CheckpointError(
-                f"{self.path} is not the file this run writes any more, the folder was moved, deleted or made anew: "
+                f"{self.path} is not this run's file any more, the folder was moved, deleted or created again: "
                 "the run ends here and leaves what is there alone"
             )
         try:

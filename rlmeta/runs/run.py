@@ -273,7 +273,10 @@ class Run:
         """
         agent: Any = self.agent
         if not agent.answers:
-            raise SettingError(f"a run of {self.experiment.agent_name} is not shown tasks: MAML's and ProtoNet's are")
+            raise SettingError(
+                f"a run of {self.experiment.agent_name} does not predict from a support set: give one of MAML or "
+                "ProtoNet"
+            )
         chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
         device, spaces_ = state["key"].device, (self.world.observation_space, self.world.action_space)
         support_batch, query_batch, several = prediction.to_batches(*spaces_, support, query, device)
@@ -512,7 +515,7 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
     config, where = folder / run_folder.CONFIG, folder / run_folder.STATE
     if not checkpoint.is_saved(where):
         raise CheckpointError(
-            f"{folder} holds no checkpoint, its run did not come to the first one: train it again with the same --out"
+            f"{folder} holds no checkpoint, its run ended before the first one: train it again with the same --out"
         )
     state, saved = checkpoint.load(where)
     about = dict(saved)
@@ -528,7 +531,7 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
             raise ValueError(f"extended_to {about['extended_to']!r}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"what the checkpoint in {where} says of itself is not of a run ({error!r}): restore it from a copy"
+            f"the metadata of the checkpoint in {where} is not of a run ({error!r}): restore it from a copy"
         ) from error
     if digest != run_folder.config_digest(folder):
         raise CheckpointError(

@@ -44,7 +44,7 @@ class Interruption:
         try:
             for number in STOPPING:
                 self._before[number] = signal.signal(number, self._note)
-        except ValueError:  # not in the main thread: whoever runs us handles them
+        except ValueError:  # only the main thread may install handlers
             self._before = {}
         try:
             yield

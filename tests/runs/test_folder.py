@@ -346,7 +346,7 @@ def test_who_holds_a_folder_sees_that_it_is_another_now(tmp_path: Path, change: 
         if change == "locked anew":
             folder.mkdir()
             assert in_a_fork(folder) == "locked"
-        with pytest.raises(CheckpointError, match=r"moved, deleted or made anew: the run ends here") as caught:
+        with pytest.raises(CheckpointError, match=r"moved, deleted or created again: the run ends here") as caught:
             held.check()
         assert "\n" not in str(caught.value)
 

@@ -64,7 +64,7 @@ def test_what_has_no_counterpart_begins_anew_and_is_named():
     source = train(a2c)
     only = {n: v for n, v in source.state["params"]["weights"].items() if n.startswith("policy.")}
     source.state["params"]["weights"] = only
-    with pytest.warns(RuntimeWarning, match="value of ppo begin anew"):
+    with pytest.warns(RuntimeWarning, match="value of ppo keep their initial weights"):
         begun = start_of(source, SMALL)
     assert all(torch.equal(begun.state["params"]["weights"][name], value) for name, value in only.items())
     with pytest.raises(SettingError, match="has no network 'policy' of the names and shapes that ppo's has"):
