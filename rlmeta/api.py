@@ -14,9 +14,9 @@ from rlmeta.learning.populations import Population
 from rlmeta.report.listeners import Pictures, Tracking
 from rlmeta.report.progress import Progress
 from rlmeta.report.trackers import TrackerFactory
-from rlmeta.runs import own_code
 from rlmeta.runs import run as saved_run
 from rlmeta.runs import train as runs
+from rlmeta.runs import user_code
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback
@@ -88,12 +88,12 @@ def train(
     with trusted.allowing(code):
         run = runs.prepare(
             agent_class(agent)() if isinstance(agent, str) else agent,
-            own_code.source_of(problem, {}) if isinstance(problem, str) else problem,
+            user_code.source_of(problem, {}) if isinstance(problem, str) else problem,
             _budget(fields, budget),
             seeds=seeds,
             out=out,
             lifelong=_methods(lifelong),
-            population=own_code.population_named(population) if isinstance(population, str) else population,
+            population=user_code.population_named(population) if isinstance(population, str) else population,
             device=device,
             threads=threads,
             init=init,
@@ -105,7 +105,7 @@ def _methods(lifelong: Any) -> Any:
     """Replace names of methods by methods with default settings; a value that is not a list is refused later."""
     if not isinstance(lifelong, list | tuple):
         return lifelong
-    return [own_code.build_method(own_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
+    return [user_code.build_method(user_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
 
 
 def _budget(fields: dict[str, Any], budget: Budget | None) -> Budget:
@@ -210,10 +210,10 @@ def _again(folder: str | Path, agent: Any, network: Any, env: Any, lifelong: Seq
     where = Path(folder)
     named = all(isinstance(method, str) for method in lifelong)
     return {
-        "agent": own_code.user_agent(agent) if isinstance(agent, str) else agent,
-        "network": own_code.user_network(network) if isinstance(network, str) else network,
-        "env": own_code.user_env(where, env) if isinstance(env, str) else env,
-        "lifelong": own_code.user_methods(where, ",".join(lifelong)) if named else lifelong,
+        "agent": user_code.user_agent(agent) if isinstance(agent, str) else agent,
+        "network": user_code.user_network(network) if isinstance(network, str) else network,
+        "env": user_code.user_env(where, env) if isinstance(env, str) else env,
+        "lifelong": user_code.user_methods(where, ",".join(lifelong)) if named else lifelong,
     }
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlmeta.cli.arguments import one_folder
-from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.results import console
 from rlmeta.cli.terminal import say
+from rlmeta.cli.user_code import UserCode
 
 if TYPE_CHECKING:
     from rlmeta.report.adaptation import AdaptFlags
@@ -21,15 +21,15 @@ def adapt(arguments: list[str]) -> int:
     from rlmeta.runs import grammar
 
     folder, rest = one_folder(arguments, "adapt")
-    groups: dict[str, Any] = {"adaptation": (adaptation.AdaptFlags, {}), "own_code": (OwnCode, {})}
+    groups: dict[str, Any] = {"adaptation": (adaptation.AdaptFlags, {}), "user_code": (UserCode, {})}
     about = "Adapt a meta-learner to held-out tasks: the score against inner steps, as a table and a picture."
     texts = flags.read(f"rlmeta adapt {folder}", about, groups, rest)
-    chosen, own = grammar.build(adaptation.AdaptFlags, texts["adaptation"]), grammar.build(OwnCode, texts["own_code"])
+    chosen, own = grammar.build(adaptation.AdaptFlags, texts["adaptation"]), grammar.build(UserCode, texts["user_code"])
     with own.allowed():
         return _adapt(folder, chosen, own)
 
 
-def _adapt(folder: Path, chosen: AdaptFlags, own: OwnCode) -> int:
+def _adapt(folder: Path, chosen: AdaptFlags, own: UserCode) -> int:
     from rlmeta.cli.plan_folder import members
     from rlmeta.report import adaptation
     from rlmeta.runs.run import load

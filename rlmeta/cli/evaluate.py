@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.cli.arguments import one_folder
-from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.results import print_results
+from rlmeta.cli.user_code import UserCode
 from rlmeta.errors import SettingError
 
 
@@ -36,14 +36,14 @@ def evaluate(arguments: list[str]) -> int:
     from rlmeta.runs import grammar
 
     folder, rest = one_folder(arguments, "eval")
-    groups: dict[str, Any] = {"evaluation": (EvaluateFlags, {}), "own_code": (OwnCode, {})}
+    groups: dict[str, Any] = {"evaluation": (EvaluateFlags, {}), "user_code": (UserCode, {})}
     texts = flags.read(f"rlmeta eval {folder}", "Play fresh episodes with a run's learners.", groups, rest)
-    chosen, own = grammar.build(EvaluateFlags, texts["evaluation"]), grammar.build(OwnCode, texts["own_code"])
+    chosen, own = grammar.build(EvaluateFlags, texts["evaluation"]), grammar.build(UserCode, texts["user_code"])
     with own.allowed():
         return _evaluate(folder, chosen, own)
 
 
-def _evaluate(folder: Path, chosen: EvaluateFlags, own: OwnCode) -> int:
+def _evaluate(folder: Path, chosen: EvaluateFlags, own: UserCode) -> int:
     from rlmeta.cli.plan_folder import members
     from rlmeta.runs.run import load
 

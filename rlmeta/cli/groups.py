@@ -18,7 +18,7 @@ from rlmeta.envs.native import NativeEnv
 from rlmeta.errors import CheckpointError
 from rlmeta.learning.method import Method
 from rlmeta.report.trackers import logged_to_wandb, trackers_of
-from rlmeta.runs import checkpoint, own_code
+from rlmeta.runs import checkpoint, user_code
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs import train as training
 from rlmeta.runs.run import Run, load
@@ -96,7 +96,7 @@ def _go_on(plan: Plan, settings: Any, where: Path, inexact: bool) -> Run:
     if isinstance(env, NativeEnv):
         env = dataclasses.replace(env, **plan.env)  # type: ignore[type-var]
     again: dict[str, Any] = {
-        "agent": own_code.own_class(settings),
+        "agent": user_code.own_class(settings),
         "network": getattr(settings, "network", None),
         "env": env,
         "lifelong": plan.methods(),

@@ -31,7 +31,7 @@ from rlmeta.learning.numbers import whole
 from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import per_learner_names
 from rlmeta.report.trackers import TrackerFactory, to_tensorboard, to_wandb, wandb_of
-from rlmeta.runs import grammar, own_code, presets
+from rlmeta.runs import grammar, presets, user_code
 from rlmeta.runs import train as training
 from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
 from rlmeta.runs.populations import POPULATIONS
@@ -106,12 +106,12 @@ class Plan:
             SettingError, UnknownNameError: no such method, no such setting of it, or settings of one that is not named.
         """
         with trusted.reading(self.file):
-            classes = own_code.methods_named(self.options.lifelong)
+            classes = user_code.methods_named(self.options.lifelong)
         for name in self.lifelong:
             if name not in [method.name for method in classes]:
                 flag = "--population" if name in POPULATIONS else "--lifelong"
                 raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to {flag}")
-        return tuple(own_code.build_method(method, self.lifelong.get(method.name, {})) for method in classes)
+        return tuple(user_code.build_method(method, self.lifelong.get(method.name, {})) for method in classes)
 
     def population(self) -> Population | None:
         """Build the population; None without one.
@@ -121,14 +121,14 @@ class Plan:
         """
         name = self.options.population
         with trusted.reading(self.file):
-            return own_code.population_named(name, self.exchange) if name else None
+            return user_code.population_named(name, self.exchange) if name else None
 
     @cached_property
     def source(self) -> Any:
         """The task's name, or the user's object that it names."""
         with trusted.reading(self.file):
             trusted.check_settings(self.env)
-            source = own_code.source_of(self.task, self.env)
+            source = user_code.source_of(self.task, self.env)
             if isinstance(source, str):
                 trusted.check_id(source)
             return source
@@ -237,9 +237,9 @@ class Plan:
         within = [word.removeprefix("network=") for word in texts.get("learner", "").split() if "network=" in word]
         network = ",".join([text for text in (texts.get("network", "none"), *within) if text != "none"])
         methods = ",".join(name for name in self.options.lifelong.split(",") if ":" in name)
-        learner = ",".join(own_code.own_names((texts.get("learner", "none").split() or [""])[0]))
+        learner = ",".join(user_code.user_names((texts.get("learner", "none").split() or [""])[0]))
         agent = self.agent if ":" in self.agent else learner
-        code = [*code, *own_code.modules_of(self.options.population)]
+        code = [*code, *user_code.modules_of(self.options.population)]
         named = {
             "agent": agent,
             "network": network,
@@ -247,7 +247,7 @@ class Plan:
             "lifelong": methods,
             "rewards": texts.get("rewards", ""),
         }
-        modules_by_flag = {flag: modules for flag, text in named.items() if (modules := own_code.modules_of(text))}
+        modules_by_flag = {flag: modules for flag, text in named.items() if (modules := user_code.modules_of(text))}
         flags = [f"--{flag} {shlex.quote(named[flag])}" for flag in modules_by_flag]
         if len(self.groups) > 1:
             code, flags = [*code, *(module for modules in modules_by_flag.values() for module in modules)], []
@@ -275,7 +275,7 @@ class Plan:
 
 def code_of(arguments: Sequence[str]) -> list[str]:
     """Modules that the flag --code names."""
-    return own_code.names_in(_peek(arguments, "--code") or "")
+    return user_code.names_in(_peek(arguments, "--code") or "")
 
 
 def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
@@ -288,15 +288,15 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     dotted, rest = _dotted_settings(arguments)
     env = dotted.pop("env", {})
     chosen = _peek(arguments, "--population")
-    exchange = dotted.pop(own_code.population_class(chosen).name, {}) if chosen else {}
+    exchange = dotted.pop(user_code.population_class(chosen).name, {}) if chosen else {}
     source = _peek(rest, "--preset")
     preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
     steps = {} if preset.steps is None else {"steps": preset.steps}
     title = "agent" if ":" in agent else agent
-    groups = {"run": (Options, {}), "budget": (Budget, steps), title: (cls, preset.settings), "own_code": (Code, {})}
+    groups = {"run": (Options, {}), "budget": (Budget, steps), title: (cls, preset.settings), "user_code": (Code, {})}
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
     texts["settings"] = texts.pop(title)
-    del texts["own_code"]  # a saved plan must not allow user code
+    del texts["user_code"]  # a saved plan must not allow user code
     plan = Plan(agent, task_name, env, dotted, exchange, texts, preset)
     plan.check()
     return plan
@@ -351,9 +351,9 @@ def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]
     Returns:
         Settings by owner, and the other arguments.
     """
-    users = own_code.methods_named(_peek(arguments, "--lifelong") or "")
+    users = user_code.methods_named(_peek(arguments, "--lifelong") or "")
     population = _peek(arguments, "--population")
-    users += [own_code.population_class(population)] if population else []
+    users += [user_code.population_class(population)] if population else []
     owners = ("env", *METHODS, *POPULATIONS, *(owner.name for owner in users))
     settings: dict[str, dict[str, Any]] = {}
     others, rest = [], deque(arguments)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.cli.arguments import one_folder
-from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.terminal import say
+from rlmeta.cli.user_code import UserCode
 from rlmeta.errors import RunExistsError, SettingError
 
 
@@ -48,15 +48,15 @@ def record(arguments: list[str]) -> int:
     from rlmeta.runs import grammar
 
     folder, rest = one_folder(arguments, "record")
-    groups: dict[str, Any] = {"episodes": (RecordFlags, {}), "own_code": (OwnCode, {})}
+    groups: dict[str, Any] = {"episodes": (RecordFlags, {}), "user_code": (UserCode, {})}
     about = "Write demonstrations: whole episodes of one of a run's learners."
     texts = flags.read(f"rlmeta record {folder}", about, groups, rest)
-    chosen, own = grammar.build(RecordFlags, texts["episodes"]), grammar.build(OwnCode, texts["own_code"])
+    chosen, own = grammar.build(RecordFlags, texts["episodes"]), grammar.build(UserCode, texts["user_code"])
     with own.allowed():
         return _record(folder, chosen, own)
 
 
-def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
+def _record(folder: Path, chosen: RecordFlags, own: UserCode) -> int:
     from rlmeta.cli.plan_folder import is_plan, members
     from rlmeta.runs.record import record as play
     from rlmeta.runs.run import load

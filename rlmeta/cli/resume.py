@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.cli.arguments import one_folder
-from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.results import print_ends, print_results
+from rlmeta.cli.user_code import UserCode
 from rlmeta.errors import SettingError
 
 
@@ -33,14 +33,14 @@ def resume(arguments: list[str]) -> int:
     from rlmeta.runs import grammar
 
     folder, rest = one_folder(arguments, "resume")
-    groups: dict[str, Any] = {"run": (ResumeFlags, {}), "own_code": (OwnCode, {})}
+    groups: dict[str, Any] = {"run": (ResumeFlags, {}), "user_code": (UserCode, {})}
     texts = flags.read(f"rlmeta resume {folder}", "Go on with a run; it ends as if never stopped.", groups, rest)
-    chosen, own = grammar.build(ResumeFlags, texts["run"]), grammar.build(OwnCode, texts["own_code"])
+    chosen, own = grammar.build(ResumeFlags, texts["run"]), grammar.build(UserCode, texts["user_code"])
     with own.allowed():
         return _resume(folder, chosen, own)
 
 
-def _resume(folder: Path, chosen: ResumeFlags, own: OwnCode) -> int:
+def _resume(folder: Path, chosen: ResumeFlags, own: UserCode) -> int:
     from rlmeta.cli.groups import go_on, interrupted, run_groups
     from rlmeta.cli.plan_folder import from_folder, is_plan
 

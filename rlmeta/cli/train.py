@@ -21,7 +21,7 @@ def train(arguments: list[str]) -> int:
     from rlmeta.cli.groups import run_groups
     from rlmeta.cli.plan import code_of, from_flags
     from rlmeta.cli.plan_folder import begin
-    from rlmeta.runs.own_code import allowed_here
+    from rlmeta.runs.user_code import allowed_here
 
     code = code_of(rest)
     with allowed_here(code):

@@ -30,9 +30,9 @@ from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
 from rlmeta.runs import budgets, checkpoint, extension, populations, prediction, stages
 from rlmeta.runs import folder as run_folder
+from rlmeta.runs.allocator import keep_freed_memory
 from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
-from rlmeta.runs.memory import keep_freed_memory
 from rlmeta.runs.module import TrainedModule, names_of
 from rlmeta.runs.records import NAMES, Mark, check_start
 from rlmeta.runs.stages import Stage

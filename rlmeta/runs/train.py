@@ -22,11 +22,11 @@ from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
 from rlmeta.runs import budgets, extension, populations
 from rlmeta.runs import folder as run_folder
+from rlmeta.runs.allocator import explain_out_of_memory
 from rlmeta.runs.experiment import Budget, Experiment, Problem, chosen_seeds, compare
 from rlmeta.runs.initial import take_weights
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
-from rlmeta.runs.memory import explain_out_of_memory
 from rlmeta.runs.run import Run, load, read
 from rlmeta.runs.shipped import check_family
 from rlmeta.runs.surroundings import undisturbed

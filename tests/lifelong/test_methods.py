@@ -214,7 +214,7 @@ def test_ewc_refuses_wrong_settings(wrong):
 
 
 def test_methods_are_named_on_the_command_line():
-    from rlmeta.runs.own_code import build_method, methods_named
+    from rlmeta.runs.user_code import build_method, methods_named
 
     assert methods_named("ewc, gem") == [EWC, GEM]
     assert build_method(EWC, {"strength": 5.0}) == EWC(strength=5.0)

@@ -13,7 +13,7 @@ import torch
 import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.runs.memory import explain_out_of_memory
+from rlmeta.runs.allocator import explain_out_of_memory
 
 PPO = {"num_envs": 2, "num_steps": 8, "batch_size": 16, "num_epochs": 1, "hidden_sizes": (4,)}
 

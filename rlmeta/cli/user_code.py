@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class OwnCode:
+class UserCode:
     """Your own code, where the run had some: a run folder names it but never loads it by itself."""
 
     code: str = ""
@@ -33,15 +33,15 @@ class OwnCode:
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
         """Allow a run folder to load the user code that these flags name, also from the current folder."""
-        from rlmeta.runs.own_code import allowed_here, names_in, own_names
+        from rlmeta.runs.user_code import allowed_here, names_in, user_names
 
         texts = (self.agent, self.network, self.env, self.lifelong, self.rewards)
-        with allowed_here(names_in(self.code), [name for text in texts for name in own_names(text)]):
+        with allowed_here(names_in(self.code), [name for text in texts for name in user_names(text)]):
             yield
 
     def again(self, folder: Path) -> dict[str, Any]:
         """Load the user code that the flags name, as arguments of `load` and `resume` for the run in a folder."""
-        from rlmeta.runs import own_code
+        from rlmeta.runs import user_code
         from rlmeta.runs.grammar import load_objects
 
         rewards = load_objects(self.rewards)
@@ -49,10 +49,10 @@ class OwnCode:
         if self.demonstrations is not None:
             own["demonstrations"] = self.demonstrations
         return {
-            "agent": own_code.user_agent(self.agent),
-            "network": own_code.user_network(self.network),
-            "env": own_code.user_env(folder, self.env),
-            "lifelong": own_code.user_methods(folder, self.lifelong),
+            "agent": user_code.user_agent(self.agent),
+            "network": user_code.user_network(self.network),
+            "env": user_code.user_env(folder, self.env),
+            "lifelong": user_code.user_methods(folder, self.lifelong),
             "own": own,
         }
 

@@ -36,7 +36,7 @@ from rlmeta.runs.shipped import AGENTS, METHODS, agent_class
 # ---------------------------------------------------------------------- modules
 
 
-def own_names(text: str | None) -> list[str]:
+def user_names(text: str | None) -> list[str]:
     """Names of user code, `package.module:Name`, in a text joined by commas or +; rlmeta's and extras' are left out."""
     names = [name.strip() for name in re.split(r"[,+]", text or "")]
     users = [name for name in names if ":" in name and not name.startswith("rlmeta.")]
@@ -45,7 +45,7 @@ def own_names(text: str | None) -> list[str]:
 
 def modules_of(text: str | None) -> list[str]:
     """Modules of the user code that a text names."""
-    return [_module(name) for name in own_names(text)]
+    return [_module(name) for name in user_names(text)]
 
 
 def _module(name: str) -> str:
