@@ -14,7 +14,7 @@ from rlmeta.errors import SettingError
 
 @dataclass(frozen=True)
 class EvaluateFlags:
-    """The episodes."""
+    """Options of the evaluation."""
 
     episodes: int = 256
     """Episodes of each learner."""

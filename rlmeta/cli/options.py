@@ -19,7 +19,7 @@ numbers, --x and --no-x are switches, --env.KEY VALUE is an argument of the envi
 
 @dataclass(frozen=True)
 class Options:
-    """The run."""
+    """Options of the run."""
 
     seeds: str = "1"
     """How many learners of each setting (16), or which seeds (100-115, 3,5,7, both together: 0,100-102; one seed with a
@@ -68,7 +68,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Code:
-    """Your own code."""
+    """Your own code, which files may name."""
 
     code: str = ""
     """Modules that a preset or a file of the envs folders may name and so import: package.module, joined by commas."""

@@ -15,7 +15,7 @@ from rlmeta.errors import RunExistsError, SettingError
 
 @dataclass(frozen=True)
 class RecordFlags:
-    """The episodes."""
+    """Options of the recording."""
 
     out: str = ""
     """The file to write; required."""

@@ -15,7 +15,7 @@ from rlmeta.errors import SettingError
 
 @dataclass(frozen=True)
 class ResumeFlags:
-    """The run."""
+    """Options of the resumed run."""
 
     steps: int = 0
     """Extend the budget to this many steps of each learner; 0 keeps the old budget."""

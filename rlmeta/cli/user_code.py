@@ -13,22 +13,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class UserCode:
-    """Your own code, where the run had some: a run folder names it but never loads it by itself."""
+    """Your own code that the run used: a run folder names it but never loads it by itself."""
 
     code: str = ""
     """Modules that the folder may name and so import, package.module, joined by commas."""
     agent: str | None = None
-    """The agent again, as package.module:Name."""
+    """The agent's settings class, package.module:Name."""
     network: str | None = None
-    """The network again, as package.module:Name."""
+    """The network factory, package.module:Name."""
     env: str | None = None
-    """The environment's factory again, or the stream or family, as package.module:name."""
+    """The environment's factory, or the stream or family, package.module:name."""
     lifelong: str = ""
-    """The lifelong methods again, as package.module:MyMethod, joined by commas."""
+    """The lifelong methods, package.module:MyMethod, joined by commas."""
     rewards: str = "none"
-    """To go on: the rewards again, as package.module:Name, joined by +."""
+    """For a resume: the rewards, package.module:Name, joined by +."""
     demonstrations: str | None = None
-    """To go on: the file of the demonstrations again, where it is no longer where it was."""
+    """For a resume: the file of demonstrations, if it was moved."""
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaptFlags:
-    """The adaptation."""
+    """Options of the adaptation."""
 
     tasks: int = 600
     """Number of held-out tasks for each learner."""

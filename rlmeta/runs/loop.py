@@ -207,11 +207,11 @@ class Loop:
 
     def _evaluate_and_exchange(self) -> Metrics:
         """Periodic evaluation, followed by the exchange of a population if that is due."""
-        scores = self._evaluate()
+        metrics = self._evaluate()
         if self.done % self.exchange_every == 0:
-            scores |= populations.exchange(self.run, scores[self.run.agent.score.metric], self.done)
+            metrics |= populations.exchange(self.run, metrics[self.run.agent.score.metric], self.done)
             self.frozen.hold(self.run.state)
-        return scores
+        return metrics
 
     def _evaluate(self) -> Metrics:
         """Periodic evaluation: keep the best parameters, stop learners that reached the target."""
@@ -259,12 +259,12 @@ class Loop:
         return [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
 
     def _warn_of_scores(self) -> None:
-        """Warn of final scores that are not finite, or that no gradient step has led to."""
+        """Warn if final scores are not finite, or if no learner has taken a gradient step."""
         run = self.run
         names = [name for name, score in zip(self._names(), run.scores.tolist()) if not math.isfinite(score)]
         if names:
-            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            text = f"{len(names)} of {len(run.experiment.learners)} final scores are not finite: {some}"
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            text = f"{len(names)} of {len(run.experiment.learners)} final scores are not finite: {shown}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         if not bool(run.state["count"]["gradient_steps"].any()):
             text = "no learner has taken a gradient step: the scores are those of the initial parameters"
