@@ -36,28 +36,28 @@ class Budget:
     """Training budget: how long to train, how often to evaluate, log and save."""
 
     steps: int = 100_000
-    """Environment steps of each learner (samples, tasks or gradient steps where it does not act), on every task of a
-    stream, rounded up to a whole iteration."""
+    """Environment steps of each learner (samples, tasks or gradient steps for learners that do not act), on every task
+    of a stream, rounded up to a whole iteration."""
     epochs: float = 0.0
-    """Instead of steps, passes over the training samples of every task, each over its own, rounded up to a whole
-    iteration; 0 for steps."""
+    """Instead of steps, epochs over the training samples of every task, rounded up to a whole iteration; 0 for
+    steps."""
     eval_every: int = 0
-    """Environment steps between two evaluations; 0 for a tenth of the budget, or more where gymnasium's episodes may be
-    so long that evaluation would take more than a fifth of the steps. All tasks of a stream are evaluated after each of
-    them instead."""
+    """Environment steps between two evaluations; 0 for a tenth of the budget, or more if gymnasium's episodes may be so
+    long that evaluation would take more than a fifth of the steps. On a stream all tasks are evaluated after each task
+    instead."""
     eval_episodes: int = 0
-    """Episodes of each learner in a periodic evaluation, on every task of a stream; 0 for 16, or fewer (at least 4)
-    where these would take more than a fifth of the steps."""
+    """Episodes of each learner in a periodic evaluation, on every task of a stream; 0 for 16, or fewer (at least 4) if
+    these would take more than a fifth of the steps."""
     final_episodes: int = 0
-    """Episodes of each learner in the evaluation at the end; 0 for 64, or fewer (at least 4) where these would take
-    more than a fifth of the steps."""
+    """Episodes of each learner in the final evaluation; 0 for 64, or fewer (at least 4) if these would take more than a
+    fifth of the steps."""
     target: float = math.inf
-    """A learner stops early once the mean score of a periodic evaluation is this good: as high for returns and
-    accuracies, as low for losses and errors; inf for never, as always on a stream."""
+    """Early stopping: a learner stops once the mean score of a periodic evaluation reaches this value (at least for
+    returns and accuracies, at most for losses and errors); inf for never, as always on a stream."""
     checkpoint_seconds: float = 60.0
     """Seconds between two checkpoints."""
     log_points: int = 200
-    """Lines in metrics.jsonl over the whole budget, about."""
+    """Approximate number of lines in metrics.jsonl over the whole budget."""
 
     def __post_init__(self) -> None:
         check_values(Budget, vars(self), "budget")
