@@ -112,7 +112,7 @@ def save(
     folder = Path(folder)
     leaves = _named_leaves(state)
     if not isinstance(about, dict):
-        raise SettingError(f"`about` is a {type(about).__name__}, expected a dictionary: wrap it in one")
+        raise SettingError(f"`about` is of type {type(about).__name__}, expected a dictionary: wrap it in one")
     _check_json(about, "about")
     try:
         return _commit(folder, leaves, about, frozenset(segmented), learner_axes)
@@ -276,7 +276,7 @@ def _check_name(name: Any, parent: str) -> None:
 
 def _check_leaf(leaf: Any, path: str) -> None:
     if not isinstance(leaf, Tensor):
-        raise SettingError(f"state '{path}' is a {type(leaf).__name__}: keep tensors there and plain values in `about`")
+        raise SettingError(f"state '{path}' is of type {type(leaf).__name__}, expected a tensor: put it into `about`")
     if leaf.dtype not in CODES or leaf.layout != torch.strided or leaf.device.type == "meta":
         raise SettingError(
             f"state '{path}' is a {leaf.layout} tensor of {leaf.dtype} on {leaf.device}, which cannot be saved: "
@@ -295,7 +295,9 @@ def _check_json(value: Any, where: str) -> None:
         for index, child in enumerate(value):
             _check_json(child, f"{where}/{index}")
     elif value is not None and not isinstance(value, str | bool | int | float):
-        raise SettingError(f"{where} is a {type(value).__name__}: give plain numbers, text, lists and dictionaries")
+        raise SettingError(
+            f"{where} is of type {type(value).__name__}: give plain numbers, text, lists and dictionaries"
+        )
 
 
 def _save_error(folder: Path, error: OSError) -> CheckpointError:

@@ -387,4 +387,6 @@ def _without_none(value: Any, where: str) -> Any:
         return [_without_none(child, f"{where}[{index}]") for index, child in enumerate(value)]
     if isinstance(value, str | bool | int | float | datetime.date | datetime.time):
         return value
-    raise SettingError(f"config '{where}' is a {type(value).__name__}, which TOML has no form for: give a plain value")
+    raise SettingError(
+        f"config '{where}' is of type {type(value).__name__}, which TOML has no form for: give a plain value"
+    )

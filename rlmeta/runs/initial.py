@@ -100,8 +100,8 @@ def _check_same(run: Run, source: Run) -> None:
     heads = [type(getattr(_inner(each), "head", None)) for each in (source, run)]
     if type(None) not in heads and heads[0] is not heads[1]:
         raise SettingError(
-            f"init: the policy of {_named(source)} ends in a {heads[0].__name__}, that of "
-            f"{run.experiment.agent_name} in a {heads[1].__name__}: its weights would mean something else"
+            f"init: the policy of {_named(source)} ends in {heads[0].__name__}, that of "
+            f"{run.experiment.agent_name} in {heads[1].__name__}: its weights would mean something else"
         )
 
 

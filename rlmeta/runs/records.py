@@ -223,7 +223,7 @@ def _plain(value: Any, where: str) -> Any:
         return [_plain(child, where) for child in value]
     if callable(getattr(value, "tolist", None)):
         return _plain(value.tolist(), where)
-    raise SettingError(f"{where} is a {type(value).__name__}: give numbers, text, lists or tensors")
+    raise SettingError(f"{where} is of type {type(value).__name__}: give numbers, text, lists or tensors")
 
 
 def _null_to_nan(value: Any) -> Any:

@@ -99,7 +99,7 @@ def test_weights_that_would_mean_something_else_are_refused(change, words):
 
 def test_another_head_and_other_spaces_are_refused():
     source = rl.train(dataclasses.replace(SMALL, activation="relu"), "Pendulum-v1", steps=32, final_episodes=2)
-    with pytest.raises(SettingError, match="ends in a GaussianHead, that of td3 in a DeterministicHead"):
+    with pytest.raises(SettingError, match="ends in GaussianHead, that of td3 in DeterministicHead"):
         prepare(rl.TD3(hidden_sizes=(8,)), "Pendulum-v1", rl.Budget(steps=2000), init=source)
     with pytest.raises(SettingError, match="has no network 'policy'"):
         prepare(SMALL, "Acrobot-v1", rl.Budget(steps=32), init=train())
