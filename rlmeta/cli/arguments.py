@@ -10,7 +10,7 @@ USAGE = """usage: rlmeta COMMAND ...
 
   train AGENT TASK [flags]   train an agent, many seeds at once
   eval RUN [flags]           play fresh episodes with a run's learners
-  resume RUN [flags]         go on with a run that was interrupted or killed
+  resume RUN [flags]         resume a run that was interrupted or killed
   adapt RUN [flags]          follow a meta-learner as it adapts to held-out tasks
   record RUN [flags]         write demonstrations: whole episodes of one of its learners
   list [agents|tasks|families|streams|methods|runs [FOLDER]]

@@ -31,11 +31,11 @@ class Tracking(Listener):
         except RlmetaError as error:
             if run.folder is None:
                 raise
-            saved = f"the run is saved, `rlmeta resume {run.folder}` goes on with it"
+            saved = f"the run is saved, resume it with `rlmeta resume {run.folder}`"
             raise type(error)(f"{error}; {saved}") from error
         except OSError as error:
             why = f"a tracker can't be opened ({error})"
-            raise SettingError(f"{why}; the run is saved, `rlmeta resume {run.folder}` goes on with it") from error
+            raise SettingError(f"{why}; the run is saved, resume it with `rlmeta resume {run.folder}`") from error
 
     def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
         """Log the entries of a line that have a number for every learner."""

@@ -87,7 +87,7 @@ def check_free(path: str | os.PathLike[str]) -> None:
         raise SettingError(f"cannot read the run folder {folder}: {error.strerror}; use another --out") from error
     if content and not _is_failed_start(folder, content):
         raise RunExistsError(
-            f"{folder} exists and holds {content[0]!r}: use another --out, or `rlmeta resume {folder}` to go on with it"
+            f"{folder} exists and holds {content[0]!r}: use another --out, or `rlmeta resume {folder}` to resume it"
         )
 
 

@@ -466,7 +466,7 @@ def read(
 
     Args:
         training: also read what only training needs, and check the records, for a resume.
-        steps: extend the budget to so many steps; 0 for none.
+        steps: extend the budget to this many steps; 0 keeps it.
     """
     folder = Path(folder)
     if not os.path.lexists(folder / run_folder.CONFIG):
@@ -621,7 +621,7 @@ def with_reward(initial: tree.Tree, memory: tree.Tree, reward: Any) -> tree.Tree
     layouts = [{name: leaf.shape for name, leaf in tree.flatten(each).items()} for each in (initial, memory)]
     require(
         layouts[0] == layouts[1],
-        "the memory to act with is not what run.act returned for as many observations of this agent: "
+        "the memory is not one that run.act returned for this agent and this number of observations: "
         "leave it out at the start of an episode" + ("" if initial else "; this agent has none"),
     )
     sees = LAST_REWARD in initial

@@ -113,12 +113,18 @@ def _revealed(state: State, index: Tensor, identity: Tensor, show_index: bool, s
 
 
 def turn_to(
-    learner: Learner, state: State, world: Any, stream: TaskStream, orders: Tensor, position: int, told: bool = True
+    learner: Learner,
+    state: State,
+    world: Any,
+    stream: TaskStream,
+    orders: Tensor,
+    position: int,
+    announced: bool = True,
 ) -> State:
-    """Switch to the task at a position of every learner's order `[*L, T]`; `told` announces it to the learner."""
+    """Switch to the task at a position of every learner's order `[*L, T]`; `announced` or not."""
     state, key = set_task(state, world, stream, orders, position), random.fold(state["key"], "world")
     key = random.fold(key, position) if position else key
-    return learner.begin_task(state, world, key) if told else learner.enter(state, world, key)
+    return learner.begin_task(state, world, key) if announced else learner.enter(state, world, key)
 
 
 def begin(learner: Learner, state: State, world: Any, stream: TaskStream, orders: Tensor, stage: Stage) -> State:
@@ -129,7 +135,7 @@ def begin(learner: Learner, state: State, world: Any, stream: TaskStream, orders
     """
     begun = torch.full_like(state["stage"], stage.number + 1)
     if not stage.announced:
-        state = turn_to(learner, state, world, stream, orders, stage.position, told=stage.number == 0)
+        state = turn_to(learner, state, world, stream, orders, stage.position, announced=stage.number == 0)
         hooks.seen_parameters(learner.methods, state, state["task"])
         return {**state, "stage": begun}
     if stage.begins_task:

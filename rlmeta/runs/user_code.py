@@ -208,7 +208,7 @@ def population_class(name: str) -> Any:
     """Look up a population's class by name: rlmeta's, or user code `package.module:Name`.
 
     Raises:
-        UnknownNameError, SettingError: there is none.
+        UnknownNameError, SettingError: there is no such population.
     """
     if ":" in name:
         return load_object(name)
