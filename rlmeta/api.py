@@ -1,4 +1,4 @@
-"""Training, resuming and loading of runs: `train`, `resume`, `load`, with their progress bar, pictures and trackers."""
+"""Train, resume and load runs: the main functions of rlmeta."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlmeta.learning.populations import Population
 from rlmeta.report.listeners import Pictures, Tracking
 from rlmeta.report.progress import Progress
 from rlmeta.report.trackers import TrackerFactory
-from rlmeta.runs import own_code
-from rlmeta.runs import run as kept
+from rlmeta.runs import run as saved_run
 from rlmeta.runs import train as runs
+from rlmeta.runs import user_code
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback
@@ -51,49 +51,49 @@ def train(
     threads: int = 0,
     code: Sequence[str] = (),
 ) -> Run:
-    """Train learners of all settings and seeds at once, and evaluate their final parameters.
+    """Train a learner with every setting and every seed in one batch, and evaluate the final parameters.
 
     Args:
-        agent: settings of a learner, such as `PPO()`; a list in a setting compares its values, each with all seeds. A
-            name, `ppo` or `package.module:Name`, stands for the default settings, also for methods and problems.
-        problem: a task, a family (for an agent, with constants redrawn every episode), a stream, the name of one, or
-            an argument of `task`, such as a function that returns an environment.
+        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds. A name, `ppo` or
+            `package.module:Name`, means the default settings.
+        problem: a task, a task family, a stream of tasks, the name of one, or anything that `rl.task` accepts, such as
+            a function that creates an environment. Of a family, an agent sees constants redrawn every episode.
         steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
-        epochs: instead of steps, passes over the training samples of every task.
-        seeds: number of seeds, or a list of them.
-        out: folder of the run; None keeps it in memory.
+        epochs: instead of steps, epochs over the training samples of every task.
+        seeds: number of seeds, or a sequence of seeds.
+        out: folder of the run; None keeps the run in memory.
         eval_every, eval_episodes, final_episodes, target, checkpoint_seconds, log_points: as in `Budget`.
-        budget: a `Budget`, instead of steps or epochs and these arguments.
-        init: a run, or its folder, with the initial weights and running statistics: each learner gets those of its
-            counterpart if the numbers of learners are equal, else all get those of the best.
-        lifelong: lifelong-learning methods, which take part in every gradient step.
-        population: population-based training of learners with different settings, such as `PBT()`.
-        callbacks: functions of (run, metrics) that may stop the run.
-        trackers: further destinations of metrics: functions of the run, such as `to_tensorboard()`.
+        budget: a `Budget`, instead of the arguments above.
+        init: a run, or its folder, from which weights and normalisation statistics are initialised: learner by learner
+            if it has equally many, else all from its best learner.
+        lifelong: lifelong learning methods for a stream, or their names.
+        population: population-based training among the compared settings, such as `PBT()`, or its name.
+        callbacks: functions of (run, metrics) that stop the run by returning True.
+        trackers: experiment trackers, such as `to_tensorboard()`.
         progress: show a progress bar.
-        device: of every tensor.
-        threads: number of torch's threads; 0 for all cores.
-        code: modules of your own that a file of the `envs` folders may name and so import.
+        device: device of all tensors.
+        threads: threads for torch; 0 for one a core.
+        code: your own modules that a file of the `envs` folders may name and so import.
 
     Returns:
-        The run, evaluated.
+        The trained run with its final evaluation.
 
     Raises:
-        SettingError, SpaceError, RunExistsError: an argument is invalid; nothing has been trained or written.
+        SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
-    asked = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "eval_episodes": eval_episodes}
-    asked |= {"final_episodes": final_episodes, "target": target}
-    asked |= {"checkpoint_seconds": checkpoint_seconds, "log_points": log_points}
+    fields = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "eval_episodes": eval_episodes}
+    fields |= {"final_episodes": final_episodes, "target": target}
+    fields |= {"checkpoint_seconds": checkpoint_seconds, "log_points": log_points}
     _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
         run = runs.prepare(
             agent_class(agent)() if isinstance(agent, str) else agent,
-            own_code.source_of(problem, {}) if isinstance(problem, str) else problem,
-            _budget(asked, budget),
+            user_code.source_of(problem, {}) if isinstance(problem, str) else problem,
+            _budget(fields, budget),
             seeds=seeds,
             out=out,
             lifelong=_methods(lifelong),
-            population=own_code.population_named(population) if isinstance(population, str) else population,
+            population=user_code.population_named(population) if isinstance(population, str) else population,
             device=device,
             threads=threads,
             init=init,
@@ -102,23 +102,23 @@ def train(
 
 
 def _methods(lifelong: Any) -> Any:
-    """Lifelong methods, with names resolved to default settings; values that are no list are refused later."""
+    """Replace names of methods by methods with default settings; a value that is not a list is refused later."""
     if not isinstance(lifelong, list | tuple):
         return lifelong
-    return [own_code.made_method(own_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
+    return [user_code.build_method(user_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
 
 
-def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:
-    """Budget of a run: the argument, or one of the other arguments.
+def _budget(fields: dict[str, Any], budget: Budget | None) -> Budget:
+    """The budget, or one built from the separate arguments that are not None.
 
     Raises:
-        SettingError: steps and epochs, or a budget and other arguments, are given.
+        SettingError: both are given, or both steps and epochs.
     """
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if {"steps", "epochs"} <= asked.keys() or (budget is not None and asked):
-        names = ", ".join([*asked, *(["budget"] if budget is not None else [])])
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if {"steps", "epochs"} <= fields.keys() or (budget is not None and fields):
+        names = ", ".join([*fields, *(["budget"] if budget is not None else [])])
         raise SettingError(f"{names} say the same twice: give steps or epochs, and the rest beside it or in a budget")
-    return Budget(**asked) if budget is None else budget
+    return Budget(**fields) if budget is None else budget
 
 
 @undisturbed()
@@ -137,29 +137,27 @@ def resume(
     steps: int | None = None,
     code: Sequence[str] = (),
 ) -> Run:
-    """Resume a run from its newest checkpoint; it ends with the same result as an uninterrupted run.
+    """Resume a run from its newest checkpoint; the result is bit-identical to that of an uninterrupted run.
 
     Args:
-        folder: of the run, which may be complete if `steps` is given.
-        steps: new total of steps of each learner, more than before. The result is that of a run with this total from
-            the beginning, except for schedules over the budget, which a warning names.
-        agent: settings class of the user's agent, or its name, `package.module:Name`, if the run had one.
-        network: the user's network, or its name, if the run had one.
-        env: the user's environment factory, or its name, if the run had one.
-        lifelong: the lifelong methods, if the run had some.
-        own: other settings that are code or data (rewards, demonstrations), by name, if the run had some.
+        folder: the run's folder; a run that has ended needs `steps`.
+        agent: settings class of your own agent, or its name `package.module:Name`. User code that the run used has to
+            be given again, here and in the next four arguments, as a run folder names code but never loads any.
+        network: your network factory, or its name.
+        env: your environment factory, stream or family, or its name.
+        lifelong: the lifelong methods, or the names of your own.
+        own: other settings by name that are code or data: rewards, demonstrations.
         callbacks: as for `train`.
         trackers: as for `train`.
         progress: as for `train`.
-        inexact: start new episodes where environments cannot be brought back to their saved state.
+        inexact: start new episodes if the environments' state cannot be restored.
+        steps: extend the budget to this many steps of each learner. The result equals that of a run with this budget
+            from the start, except for schedules over the budget, which a warning names.
         code: as for `load`.
-
-    Returns:
-        The run, evaluated.
 
     Raises:
         CheckpointError: there is no run to resume.
-        InexactResumeError: environments cannot be brought back, and `inexact` is not set.
+        InexactResumeError: the environments' state cannot be restored, and `inexact` is false.
     """
     _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
@@ -184,54 +182,51 @@ def load(
     own: Mapping[str, Any] | None = None,
     code: Sequence[str] = (),
 ) -> Run:
-    """Load a run to inspect, act with or evaluate it: its settings, state and final evaluation.
+    """Load a run from its folder, to inspect it, act with it or evaluate it.
 
-    Demonstrations and rewards, which only training needs, are not required, unlike in `resume`.
+    Demonstrations and rewards, which only training needs, are not required; `resume` requires them.
 
     Args:
-        folder: as passed to `train(out=...)`.
-        agent: settings class of the user's agent, or its name, `package.module:Name`, if the run had one; a run folder
-            names code but never loads any by itself.
-        network: the user's network, or its name, if the run had one.
-        env: the user's environment factory, or its name, if the run had one.
-        lifelong: the lifelong methods, if the run had some of the user's own.
-        own: other settings that are code or data, by name, if the run had some that acting needs.
-        code: modules, such as `["package.module"]`, that the folder may name and so import; code that it names in them
-            need not be passed. Allow only modules that you trust.
-
-    Returns:
-        The run.
+        folder: the run's folder, as given to `train(out=...)`.
+        agent: settings class of your own agent, or its name `package.module:Name`. User code that the run used has to
+            be given again, here and in the next four arguments, as a run folder names code but never loads any.
+        network: your network factory, or its name.
+        env: your environment factory, stream or family, or its name.
+        lifelong: the lifelong methods, or their names, if some are your own.
+        own: other settings by name that are code or data and needed for acting.
+        code: modules, such as `["package.module"]`, from which the folder may load the code that it names, instead of
+            the arguments above. Give only modules that you trust.
 
     Raises:
-        CheckpointError: there is no run, or a file is truncated, corrupted or of another agent.
-        SettingError: user code or data was not passed, or differs from that of the run.
+        CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
+        SettingError: user code or data are missing, or differ from those the run began with.
     """
     with trusted.allowing(code):
-        return kept.load(folder, **_again(folder, agent, network, env, lifelong), own=own)
+        return saved_run.load(folder, **_again(folder, agent, network, env, lifelong), own=own)
 
 
 def _again(folder: str | Path, agent: Any, network: Any, env: Any, lifelong: Sequence[Any]) -> dict[str, Any]:
-    """User code for `resume` and `load`, with names resolved."""
+    """Load the user code that is given by name; returns keyword arguments for `load` and `resume`."""
     where = Path(folder)
     named = all(isinstance(method, str) for method in lifelong)
     return {
-        "agent": own_code.agent_again(agent) if isinstance(agent, str) else agent,
-        "network": own_code.network_again(network) if isinstance(network, str) else network,
-        "env": own_code.env_again(where, env) if isinstance(env, str) else env,
-        "lifelong": own_code.own_methods_again(where, ",".join(lifelong)) if named else lifelong,
+        "agent": user_code.user_agent(agent) if isinstance(agent, str) else agent,
+        "network": user_code.user_network(network) if isinstance(network, str) else network,
+        "env": user_code.user_env(where, env) if isinstance(env, str) else env,
+        "lifelong": user_code.user_methods(where, ",".join(lifelong)) if named else lifelong,
     }
 
 
 def listeners(trackers: Sequence[TrackerFactory] = (), progress: bool = False) -> list[Listener]:
-    """Listeners of a run: its trackers, a progress bar, and pictures."""
+    """Listeners of a run: its trackers, a progress bar, and the plots of the finished run."""
     return [*map(Tracking, trackers), *([Progress()] if progress else []), Pictures()]
 
 
 def _check_functions(**arguments: Any) -> None:
-    """Check that callbacks and trackers are lists of functions.
+    """Check that arguments are lists of functions, before the run starts.
 
     Raises:
-        SettingError: an argument is no list of functions.
+        SettingError: one is not.
     """
     for name, functions in arguments.items():
         if not isinstance(functions, Sequence) or not all(map(callable, functions)):

@@ -333,7 +333,7 @@ def test_a_setting_that_is_made_a_constant_is_refused(project: Path, capfd: pyte
     command = f"train own_populations:Constant CartPole-v1 {FLAGS} --population pbt --pbt.every 32"
     assert main(f"{command} --lambda 0.8,0.9 --out a".split()) == 2
     said = capfd.readouterr().err
-    assert "lambda_ can't change while it trains: Constant's farthest is made of it once, a constant of what is" in said
+    assert "lambda_ can't change during training, as Constant computes farthest from it once and for all" in said
     assert main(f"{command} --learning-rate 1e-3,1e-2 --out b".split()) == 0
 
 

@@ -358,7 +358,7 @@ def test_a_checkpoint_that_says_something_else_of_itself_is_refused(changes, cra
     assert "\n" not in str(caught.value) and "copy" in str(caught.value)
     assert content_of(folder) == before
     reseal(folder / "state" / "manifest.json", lambda content: content["about"].pop(next(iter(changes))))
-    with pytest.raises(CheckpointError, match="says of itself is not of a run"):
+    with pytest.raises(CheckpointError, match=r"metadata of the checkpoint in .* is not of a run"):
         rl.resume(folder)
 
 
@@ -413,7 +413,7 @@ def test_a_tracker_that_cannot_be_opened_leaves_a_run_to_resume_and_says_so(ende
         raise PermissionError(errno.EACCES, "Permission denied", "there")
 
     for tracker, folder in ((refuses, tmp_path / "a"), (breaks, tmp_path / "b")):
-        with pytest.raises(SettingError, match=rf"the run is saved, `rlmeta resume {folder}` goes on with it"):
+        with pytest.raises(SettingError, match=rf"the run is saved, resume it with `rlmeta resume {folder}`"):
             rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, trackers=[tracker], threads=1)
         assert_same_run(ended, rl.resume(folder))
     with pytest.raises(SettingError, match=r"^no key$"):
