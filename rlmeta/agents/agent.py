@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlmeta.agents.networks import check_network
 from rlmeta.agents.recurrence import Recurrence
 from rlmeta.agents.streams import Streams
-from rlmeta.data.samples import EVERYTHING
+from rlmeta.data.samples import EVERYTHING, DataWorld
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
@@ -143,7 +143,7 @@ class Agent:
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """The state at the start of a run: fresh weights from each learner's key, environments reset."""
-        if not hasattr(world, "step"):
+        if isinstance(world, DataWorld):
             name = type(self.settings).__name__
             raise SettingError(f"{name} acts in environments, this problem is of labelled samples: use Classifier")
         state = initial_state(self.networks, key, hyper)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,15 @@ class Learner(HasLosses, Protocol):
 
     def draw(self, state: State, world: Any, n: int) -> tree.Tree:
         """n samples `[*L, n, ...]` of what it is trained on now; the state stays as it is."""
+        ...
+
+
+@runtime_checkable
+class OnPolicy(Protocol):
+    """An agent whose losses are of its own rollouts: act, credit, learn."""
+
+    def credit(self, p: Params, rollout: State, rewards: dict[str, Tensor]) -> tree.Tree:
+        """What `losses` learns from, for every step of a rollout `[*L, T, N, ...]` and its streams of reward."""
         ...
 
 

@@ -6,7 +6,7 @@ it through these methods alone, whatever its networks are called and whether it 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -36,6 +36,15 @@ class Predictive(Protocol):
 
     def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
         """What the distribution's last layer is given, `[*L, B, D]`."""
+        ...
+
+
+@runtime_checkable
+class Stepwise(Protocol):
+    """A meta-learner that adapts to a task step by step."""
+
+    def adaptation(self, p: Params, world: Any, key: Tensor, tasks: int, steps: int) -> Tensor:
+        """The score on each of `tasks` held-out tasks after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64."""
         ...
 
 

@@ -12,7 +12,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ LearnerSettings: TypeAlias = Annotated[Any, "learner"]
 S = TypeVar("S")
 
 
+@runtime_checkable
+class Bindable(Protocol):
+    """Settings of a learner."""
+
+    def bind(self, observation_space: Any, action_space: Any, methods: Sequence[Any] = ()) -> Any:
+        """The learner for problems of these spaces, under these lifelong methods."""
+        ...
+
+
 def name_of(settings_class: type) -> str:
     """A learner on the command line: `PPO` is ppo, `LearnedOptimizer` learned_optimizer, `ProtoNet` protonet."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])(?!Net$)", "_", settings_class.__name__).lower()
@@ -37,7 +46,7 @@ def name_of(settings_class: type) -> str:
 def settings_classes(names: Mapping[str, Any]) -> tuple[type, ...]:
     """The settings classes of learners among a package's names: the dataclasses that `bind` to spaces."""
     classes = [value for value in names.values() if isinstance(value, type)]
-    return tuple(cls for cls in classes if dataclasses.is_dataclass(cls) and callable(getattr(cls, "bind", None)))
+    return tuple(cls for cls in classes if dataclasses.is_dataclass(cls) and issubclass(cls, Bindable))
 
 
 def per_learner_names(settings_class: type) -> list[str]:

@@ -16,12 +16,12 @@ from rlmeta.functional import random, tree
 from rlmeta.functional.projection import project_average
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, StepInfo, Task
 from rlmeta.learning.minibatch import gather
+from rlmeta.learning.predictive import predicting
 from rlmeta.learning.settings import require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     check_room,
     keep_samples,
-    names_of,
     recall_loss,
     room_for_tasks,
 )
@@ -65,13 +65,12 @@ class AGEM(Method):
             return gradients.total
         rows = random.integers(m["key"], "rows", m["steps"], (self.batch_size,), (tasks * self.memory).unsqueeze(-1))
         samples = gather(tree.map(lambda x: x.flatten(axes, axes + 1), m["samples"]), rows)
-        names = names_of(p["weights"])
         reference = group_gradients(
             lambda p, batch, ctx: recall_loss(learner, p, batch, ctx),
             p,
             tree.map(lambda x: x.unsqueeze(axes), samples),
             axes,
-            names,
+            predicting(learner, p["weights"]),
         )
         shape = gradients.total.shape[:axes]
         whole = [

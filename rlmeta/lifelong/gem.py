@@ -19,11 +19,11 @@ from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
 from rlmeta.functional.projection import projection_weights
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
+from rlmeta.learning.predictive import predicting
 from rlmeta.learning.settings import PerLearner, require_finite, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     keep_samples,
-    names_of,
     per_learner,
     position_of,
     recall_loss,
@@ -66,7 +66,7 @@ class GEM(Method):
             return gradients.total
         samples = tree.map(lambda x: x.narrow(axes, 0, tasks), m["samples"])
         references = group_gradients(
-            lambda p, batch, ctx: recall_loss(learner, p, batch, ctx), p, samples, axes, names_of(p["weights"])
+            lambda p, batch, ctx: recall_loss(learner, p, batch, ctx), p, samples, axes, predicting(learner, p["weights"])
         )
         return projected(gradients.total, references, p["weights"], m["margin"])
 

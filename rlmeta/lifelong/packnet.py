@@ -36,9 +36,10 @@ from rlmeta.functional.packed import Packed
 from rlmeta.functional.pruning import largest_free
 from rlmeta.learning.learner import initial_tensors
 from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
+from rlmeta.learning.predictive import predicting
 from rlmeta.learning.settings import check_choices, require, require_finite, require_range
 from rlmeta.learning.state import Params, State, select
-from rlmeta.lifelong.recall import names_of, position_of, put_memories
+from rlmeta.lifelong.recall import position_of, put_memories
 
 NOBODYS = -1
 """Owner of entries that are not packed: the copied ones, and with an agent those of the critic."""
@@ -79,7 +80,7 @@ class PackNet(Method):
             SettingError: some layer has fewer weights than the tasks need.
         """
         weights, shape, axes = state["params"]["weights"], state["key"].shape, state["key"].dim()
-        names = self._names(weights, axes)[0]
+        names = self._packed(learner, weights, axes)
         self._check_capacity({name: weights[name] for name in names}, axes, learner.num_tasks)
         owner = [
             torch.full(w.shape, FREE if n in names else NOBODYS, dtype=torch.int16, device=w.device)
@@ -91,7 +92,7 @@ class PackNet(Method):
             "useful": torch.zeros_like(packed, dtype=torch.bool),
             "copies": tree.map(
                 lambda x: torch.zeros_like(x).unsqueeze(axes).repeat_interleave(learner.num_tasks, axes),
-                self._copied(state["params"], axes),
+                self._copied(learner, state["params"], axes),
             ),
             "key": random.fold(state["key"], "packnet"),
             "done": torch.zeros(shape, dtype=torch.int64, device=state["key"].device),
@@ -117,16 +118,21 @@ class PackNet(Method):
         """How many of the free weights of a layer a task keeps at most, with so many tasks left after it."""
         return free if left == 0 else (free.double() * (self.keep or 1.0 / (left + 1))).ceil().long()
 
-    def _names(self, weights: dict[str, Tensor], axes: int) -> tuple[list[str], list[str]]:
-        """The weights that are packed, and those that every task has a copy of."""
-        names = names_of(weights, self.critic)
-        return [n for n in names if weights[n].dim() - axes > 1], [n for n in names if weights[n].dim() - axes <= 1]
+    def _shared_out(self, learner: Any, weights: dict[str, Tensor]) -> list[str]:
+        """The weights that tasks share out: those that the learner predicts by, or all."""
+        some = bool(learner.predicts) and not self.critic
+        return predicting(learner, weights) if some else list(weights)
 
-    def _copied(self, p: Params, axes: int) -> Params:
+    def _packed(self, learner: Any, weights: dict[str, Tensor], axes: int) -> list[str]:
+        """Of those that tasks share out the matrices, of which every entry is one task's."""
+        return [name for name in self._shared_out(learner, weights) if weights[name].dim() - axes > 1]
+
+    def _copied(self, learner: Any, p: Params, axes: int) -> Params:
         """What every task has its own copy of: vectors, running statistics and normalisers of what is packed."""
-        networks = {name.partition(".")[0] for name in names_of(p["weights"], self.critic)}
+        names = self._shared_out(learner, p["weights"])
+        networks = {name.partition(".")[0] for name in names}
         return {
-            "weights": {name: p["weights"][name] for name in self._names(p["weights"], axes)[1]},
+            "weights": {name: p["weights"][name] for name in names if p["weights"][name].dim() - axes <= 1},
             "buffers": {name: value for name, value in p["buffers"].items() if name.partition(".")[0] in networks},
             "normalisers": {name: value for name, value in p["normalisers"].items() if name == "observation"},
         }
@@ -155,7 +161,7 @@ class PackNet(Method):
         given, pruned = self._give_back(p, m, task), self._prune(learner, p, m, task)
         p, m = (select(m["pruned"], given[i], pruned[i]) for i in range(2))
         p = {**p, "weights": Packed.of(p["weights"], axes)}
-        copies = put_memories(m["copies"], position, self._copied(p, axes), axes)
+        copies = put_memories(m["copies"], position, self._copied(learner, p, axes), axes)
         return p, {**m, "copies": copies, "done": torch.full_like(m["done"], position + 1)}
 
     def _prune(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
@@ -167,7 +173,7 @@ class PackNet(Method):
         packed = Packed.of(p["weights"], axes)
         owners, useful = Packed.view(m["owner"], packed, axes), Packed.view(m["useful"], packed, axes)
         kept = dict(owners)
-        for name in self._names(packed, axes)[0]:
+        for name in self._packed(learner, packed, axes):
             owner, size = owners[name].flatten(axes), (packed[name].abs() * useful[name]).flatten(axes)
             free = owner == FREE
             share = self._share(free.sum(-1, keepdim=True), learner.num_tasks - position - 1)
@@ -194,20 +200,22 @@ class PackNet(Method):
         if not bool((old | m["pruned"]).any()):
             return p
         owner, last = m["owner"], torch.where(old, task["index"] + 1, torch.iinfo(torch.int16).max)
-        seen = ((owner > FREE) & (owner <= last.unsqueeze(-1))) | ((owner == FREE) & ~(old | m["pruned"]).unsqueeze(-1))
-        visible = Packed.view(seen, p["weights"], axes)
-        weights = dict(p["weights"])
-        for name in self._names(weights, axes)[0]:
-            weights[name] = torch.where(visible[name], weights[name], 0.0)
+        free = (owner == FREE) & ~(old | m["pruned"]).unsqueeze(-1)
+        seen = ((owner > FREE) & (owner <= last.unsqueeze(-1))) | free | (owner == NOBODYS)
+        visible, copies = Packed.view(seen, p["weights"], axes), m["copies"]
+        weights = {
+            name: weight if name in copies["weights"] else torch.where(visible[name], weight, 0.0)
+            for name, weight in p["weights"].items()
+        }
         p = {**p, "weights": weights}
         if not bool(old.any()):
             return p
-        position, copied = position_of(task), self._copied(p, axes)
+        position = position_of(task)
 
-        def choose(now: Tensor, kept: Tensor) -> Tensor:
+        def choose(kept: Tensor, now: Tensor) -> Tensor:
             return torch.where(align(old, now), kept.select(axes, position), now)
 
-        own = tree.map(choose, copied, m["copies"])
+        own = {part: {name: choose(kept, p[part][name]) for name, kept in copies[part].items()} for part in copies}
         return {**p, **{part: {**p[part], **own[part]} for part in own}}
 
     def frozen(self, p: Params, m: Memory, task: Task) -> Tensor | None:

@@ -29,12 +29,6 @@ SPREAD = 8
 """An agent's samples are every eighth of its fresh steps: neighbours in time are nearly the same."""
 
 
-def names_of(weights: dict[str, Tensor], critic: bool = False) -> list[str]:
-    """The weights that methods look after: all, or with an agent those of its policy, and its critic's if wanted."""
-    policy = [name for name in weights if name.startswith("policy.")]
-    return policy if policy and not critic else list(weights)
-
-
 def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) -> Tensor:
     """How badly what is remembered is known, `[*L, B]`.
 

@@ -142,7 +142,7 @@ class Supervised:
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
         """The state at the start of a run."""
-        if not hasattr(world, "next_batch"):
+        if not isinstance(world, DataWorld):
             name = type(self.settings).__name__
             raise SettingError(f"{name} learns from labelled samples, this problem is to act in: use PPO or DQN")
         state = initial_state(self.networks, key, hyper)
