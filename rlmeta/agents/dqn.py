@@ -187,7 +187,7 @@ class DQNAgent(Agent):
         return {"q": losses.huber_loss(chosen, target, p["hyper"]["huber_delta"], batch["valid"])}
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log softmax of the action values, `[*L, B]`: what Fisher information and distillation are taken of."""
+        """log softmax of the action values, `[*L, B]`."""
         values = self.forward(self.q, "q", p, batch["observation"])
         return self.q.head.take(values.log_softmax(-1), batch["action"])
 

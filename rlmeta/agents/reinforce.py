@@ -195,10 +195,6 @@ class REINFORCEAgent(Agent):
         ctx.info.update({"losses/policy_loss": policy, "losses/entropy": entropy})
         return {"policy": policy - h["entropy_coefficient"] * entropy, **found}
 
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
-        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
-
     def annealed(self, state: State) -> Tensor:
         """The learning rate `[*L]` at the learner's progress."""
         rate = state["params"]["hyper"]["learning_rate"]

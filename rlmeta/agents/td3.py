@@ -197,10 +197,6 @@ class TD3Agent(Agent):
             ctx.info["losses/q_values"] = q.mean((-2, -1))
         return found
 
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """Log density `[*L, B]` of actions around the policy's: what Fisher information is taken of."""
-        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
-
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Remember the rollout; once there is enough, take gradient steps on random transitions."""
         s, rate = self.settings, state["params"]["hyper"]["target_rate"]

@@ -104,13 +104,13 @@ def _further_losses(
     """What the methods add to every group's loss, `[*L]` each like it: of further minibatches, then their own."""
     further: list[list[Tensor]] = []
     for method in methods:
-        memory, task = state["methods"][method.name], state["task"]
+        memory, task, key = state["methods"][method.name], state["task"], method_key(state, method)
         quiet = StepContext(training=True, key=ctx.key, report=False, moving=ctx.moving)
-        given = method.batches(learner, seen, memory, batch, task, method_key(state, method))
-        for more, weight in hooks.further_batches(method, given):
+        replayed = method.batches(learner, seen, memory, batch, task, key)
+        for more, weight in hooks.further_batches(method, replayed):
             losses = learner.losses(seen, more, quiet)
             further.append([weight * group.total(losses) for group in groups])
-        own = method.loss(learner, seen, memory, batch, task)
+        own = method.loss(learner, seen, memory, batch, task, key)
         if own is not None:
             further.append([hooks.further_loss(method, own, like)] * len(groups))
     return further

@@ -93,8 +93,12 @@ class Method:
         return p, m
 
     def learn(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, active: Tensor) -> Learned | None:
-        """In a phase of this method's, a step on what is its own (see `learning.owners`) in the place of a supervised
-        learner's, which then stays as it is; None for the learner's."""
+        """In a phase of this method's, a step on what is its own (see `learning.owners`) in the place of the
+        learner's, which then stays as it is; None for the learner's.
+
+        `batch` `[*L, B, ...]` are labelled samples, or all steps of an agent's rollout (with a memory whole sequences
+        `[*L, B, T, ...]`), as `draw` gives them.
+        """
         return None
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
@@ -111,7 +115,7 @@ class Method:
         """Further minibatches, and the weight `[*L]` of their losses beside the learner's own."""
         return ()
 
-    def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
+    def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor) -> Tensor | None:
         """A further loss `[*L]`, or None."""
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from rlmeta.functional import tree
@@ -36,6 +37,36 @@ class Predictive(Protocol):
 
     def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
         """What the distribution's last layer is given, `[*L, B, D]`."""
+        ...
+
+    def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
+        """A sample of zeros for each of the learners `*L`, `[*L, 1, ...]`: the form of what is remembered of samples,
+        so that room can be made for it."""
+        ...
+
+
+class PredictiveActor(Predictive, Protocol):
+    """An agent whose policy is a distribution over actions.
+
+    A sample of it is a step, or a whole sequence `[*L, B, T, ...]` with the memory before its first step; its
+    distribution and features then are those of every step, `[*L, B, T, ...]`.
+    """
+
+    head: Any
+    """Knows the distribution: its samples, densities and divergences."""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a sample is a whole sequence."""
+        ...
+
+    def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
+        """The logarithm of the chance or density of every sample's actions, `[*L, B]`; of a sequence the sum over its
+        steps."""
+        ...
+
+    def divergence(self, then: Distribution, now: Distribution) -> Tensor:
+        """KL(then || now) in nats of every sample, `[*L, B]`; of a sequence the mean over its steps."""
         ...
 
 

@@ -65,9 +65,8 @@ class GEM(Method):
         if tasks == 0 or not self.memory:
             return gradients.total
         samples = tree.map(lambda x: x.narrow(axes, 0, tasks), m["samples"])
-        references = group_gradients(
-            lambda p, batch, ctx: recall_loss(learner, p, batch, ctx), p, samples, axes, predicting(learner, p["weights"])
-        )
+        names = predicting(learner, p["weights"])
+        references = group_gradients(lambda p, batch, ctx: recall_loss(learner, p, batch, ctx), p, samples, axes, names)
         return projected(gradients.total, references, p["weights"], m["margin"])
 
 

@@ -2,7 +2,8 @@
 
 A supervised learner remembers inputs and targets. An agent remembers observations and what its policy made of them when
 the task ended: transitions would go stale, since returns and ratios belong to the policy that made them, while the
-divergence from a stored policy stays a loss for ever (behaviour cloning, as in CLEAR and ClonEx).
+divergence from a stored policy stays a loss for ever (behaviour cloning, as in CLEAR and ClonEx). Of an agent with a
+memory one sample is a whole sequence, with the memory before its first step: what it remembered later is made anew.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.data.spaces import to_tree
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import Draw
@@ -24,9 +23,6 @@ from rlmeta.learning.predictive import check_predictive
 from rlmeta.learning.settings import values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.nn import Context
-
-SPREAD = 8
-"""An agent's samples are every eighth of its fresh steps: neighbours in time are nearly the same."""
 
 
 def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) -> Tensor:
@@ -36,7 +32,7 @@ def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) ->
     """
     now = learner.distribution(p, remembered, ctx)
     if learner.acts:
-        divergence: Tensor = learner.head.kl(remembered["taught"], now)
+        divergence: Tensor = learner.divergence(remembered["taught"], now)
         return divergence
     if learner.classes:
         target = remembered["target"].unsqueeze(-1)
@@ -64,12 +60,9 @@ def draw_memories(learner: Any, p: Params, draw: Draw, count: int, axes: int) ->
     Raises:
         SettingError: the task has fewer samples.
     """
-    every = SPREAD if learner.acts else 1
-    samples = draw(count * every)
-    available = next(tree.leaves(samples)).shape[axes] // every
-    check_count(count, available)
-    rows = torch.arange(count, device=next(tree.leaves(samples)).device) * every
-    return remember(learner, p, tree.map(lambda x: x.index_select(axes, rows), samples))
+    samples = draw(count)
+    check_count(count, next(tree.leaves(samples)).shape[axes])
+    return remember(learner, p, samples)
 
 
 def check_count(count: int, available: int) -> None:
@@ -119,16 +112,7 @@ def _machine_memory() -> float:
 def _one_memory(learner: Any, state: State) -> tree.Tree:
     """What is kept of one sample, `[*L, 1, ...]`."""
     check_predictive(learner)
-    learner_shape, device = tuple(state["key"].shape), state["key"].device
-    space = learner.observation_space
-    one = to_tree(space, gym.vector.utils.batch_space(space, 1).sample(), (1,), "the task")
-    observation = tree.map(lambda x: torch.zeros_like(x, device=device).expand(*learner_shape, *x.shape), one)
-    samples = {"observation": observation}
-    if not learner.acts:
-        zero = torch.zeros(*learner_shape, 1, dtype=torch.int64, device=device)
-        target = zero if learner.classes else zero.new_zeros((*zero.shape, learner.outputs())).float()
-        samples |= {"target": target, "identity": zero}
-    return remember(learner, state["params"], samples)
+    return remember(learner, state["params"], learner.blank(tuple(state["key"].shape), state["key"].device))
 
 
 def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:

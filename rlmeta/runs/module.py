@@ -98,6 +98,7 @@ def network_output(learner: Any, networks: dict[str, Block], p: Params, name: st
     ctx = Context()
     if name == "value" and getattr(learner.settings, "share_network", False):
         features = learner.forward(networks["policy"].body, "policy.body", p, observation, ctx)
+        features = networks["policy"].placed(features, observation)
         return networks["value"].run({**p["weights"], **p["buffers"]}, features, ctx, "value.")
     block = networks[name] if name in networks else next(iter(networks.values()))  # a copy, such as an average
     return learner.forward(block, name, p, observation, ctx)

@@ -11,7 +11,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import build_body, check_network
+from rlmeta.agents.networks import build_body, check_network, zeros_of
 from rlmeta.data.samples import EVERYTHING, DataWorld
 from rlmeta.engine.capture import Capture
 from rlmeta.errors import SettingError, SpaceError
@@ -98,7 +98,7 @@ class Supervised:
     idle_steps = 0
     counts = "samples"
     score = Score("score")
-    acts = answers = False
+    acts = answers = sequential = False
     predicts: tuple[str, ...] = ("net",)
     classes = 0
     """How many classes its targets are of; 0 for numbers."""
@@ -259,6 +259,13 @@ class Supervised:
             if found is not None:
                 return hooks.logits(method, found, (*batch["valid"].shape, self.outputs()))
         return self.prediction(p, batch)
+
+    def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
+        """A sample of zeros for each of the learners `*L`, `[*L, 1, ...]`: the form of what `draw` gives."""
+        observation = zeros_of(self.observation_space, learners, device)
+        zero = torch.zeros(*learners, 1, dtype=torch.int64, device=device)
+        target = zero if self.classes else zero.new_zeros((*zero.shape, self.outputs())).float()
+        return {"observation": observation, "target": target, "identity": zero}
 
     def draw(self, state: State, world: DataWorld, n: int) -> tree.Tree:
         """n training samples `[*L, n, ...]` of the current task, drawn without replacement; all if there are fewer."""
