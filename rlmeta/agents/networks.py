@@ -90,8 +90,9 @@ def _places(observation_space: gym.Space, tasks: int) -> int:
     """
     if not tasks:
         return 1
-    box = isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1
-    low, high = (observation_space.low, observation_space.high) if box else (np.empty(0), np.empty(0))
+    low = high = np.empty(0)
+    if isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1:
+        low, high = observation_space.low, observation_space.high
     if len(low) < tasks or (low[-tasks:] != 0).any() or (high[-tasks:] != 1).any():
         raise SettingError(
             f"task_heads is {tasks}, but observations of {observation_space} do not end with a one-hot vector of "

@@ -83,9 +83,9 @@ def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
     Raises:
         SettingError: the run's learner takes no inner steps.
     """
-    agent: Any = run.agent
-    if not isinstance(agent, Stepwise):
+    if not isinstance(run.agent, Stepwise):
         raise SettingError(f"a run of {run.experiment.agent_name} does not adapt step by step: give one of MAML")
+    agent: Any = run.agent
     world = run.experiment.world()
     key = random.fold(random.fold(run.state["key"], "adaptation"), seed)
     found = agent.adaptation(agent.seen(run.state), world, key, tasks, steps)
