@@ -215,7 +215,8 @@ class PackNet(Method):
         def choose(kept: Tensor, now: Tensor) -> Tensor:
             return torch.where(align(old, now), kept.select(axes, position), now)
 
-        own = {part: {name: choose(kept, p[part][name]) for name, kept in copies[part].items()} for part in copies}
+        now = {part: {name: p[part][name] for name in copies[part]} for part in copies}
+        own = tree.map(choose, copies, now)
         return {**p, **{part: {**p[part], **own[part]} for part in own}}
 
     def frozen(self, p: Params, m: Memory, task: Task) -> Tensor | None:
