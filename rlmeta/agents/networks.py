@@ -372,11 +372,11 @@ def _features_of(module: nn.Module, observation_space: gym.Space, whitened: bool
         shapes = ", ".join(f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in tree.leaves(observation))
         bytes_ = any(leaf.dtype == torch.uint8 for leaf in tree.leaves(observation))
         hint = ". Bytes come as they are: begin with x.float() / 255" if bytes_ else ""
-        said = f"{type(error).__name__}: {error}"
-        raise SettingError(f"network= fails for two observations, {shapes}: {said}{hint}") from error
+        message = f"{type(error).__name__}: {error}"
+        raise SettingError(f"network= fails for two observations, {shapes}: {message}{hint}") from error
     if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != 2 or not features.shape[1]:
-        given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise SettingError(f"network= must give features [B, D] for B observations; for B = 2 it gave {given}")
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise SettingError(f"network= must give features [B, D] for B observations; for B = 2 it gave {shape}")
     if features.dtype != torch.float32:
         raise SettingError(f"network= gave features of {features.dtype}, expected torch.float32: end with .float()")
     if not bool(features.isfinite().all()):

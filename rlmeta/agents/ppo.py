@@ -282,9 +282,9 @@ class PPOAgent(Agent):
             value_loss = losses.clipped_value_loss(
                 value, batch["return"], batch["old_value"], h["value_clip_range"], valid
             )
-        found = {"policy": policy, "value": h["value_coefficient"] * value_loss}
+        terms = {"policy": policy, "value": h["value_coefficient"] * value_loss}
         if self.rewards_entropy:
-            found["entropy"] = -h["entropy_coefficient"] * masked_mean(self.head.entropy(distribution), valid)
+            terms["entropy"] = -h["entropy_coefficient"] * masked_mean(self.head.entropy(distribution), valid)
         if ctx.report:
             with torch.no_grad():
                 moved = (log_prob - batch["old_log_prob"]).expm1().abs() > align(batch["clip_range"], log_prob)
@@ -293,7 +293,7 @@ class PPOAgent(Agent):
                 ctx.info["losses/entropy"] = masked_mean(self.head.entropy(distribution), valid)
                 ctx.info["losses/approx_kl"] = losses.approx_kl(log_prob, batch["old_log_prob"], valid)
                 ctx.info["losses/clipfrac"] = masked_mean(moved.to(log_prob.dtype), valid)
-        return found
+        return terms
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Learn from a rollout, some of the learners on every core."""

@@ -213,13 +213,13 @@ def _ties(module: nn.Module) -> dict[str, str]:
     modules = module.named_modules(remove_duplicate=False)
     parts = [f"{path}." for path, part in modules if isinstance(part, Block) and part.keeps_ties()]
     first: dict[int, str] = {}
-    found = {}
+    ties = {}
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
         other = first.setdefault(id(tensor), name)
         if other != name and not any(name.startswith(path) and other.startswith(path) for path in parts):
-            found[name] = other
-    return found
+            ties[name] = other
+    return ties
 
 
 def initial_tensors(networks: Callable[[], dict[str, Block]], key: Tensor) -> Params:

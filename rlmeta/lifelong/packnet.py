@@ -158,8 +158,8 @@ class PackNet(Method):
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """Give back what the second training had no use for, or prune where there was none; keep the task's copies."""
         position, axes = position_of(task), task["index"].dim()
-        given, pruned = self._give_back(p, m, task), self._prune(learner, p, m, task)
-        p, m = (select(m["pruned"], given[i], pruned[i]) for i in range(2))
+        returned, pruned = self._give_back(p, m, task), self._prune(learner, p, m, task)
+        p, m = (select(m["pruned"], returned[i], pruned[i]) for i in range(2))
         p = {**p, "weights": Packed.of(p["weights"], axes)}
         copies = put_memories(m["copies"], position, self._copied(learner, p, axes), axes)
         return p, {**m, "copies": copies, "done": torch.full_like(m["done"], position + 1)}

@@ -48,9 +48,9 @@ def remember(learner: Any, p: Params, samples: tree.Tree) -> tree.Tree:
             return {**kept, "taught": learner.distribution(p, kept, Context())}
     kept = {name: samples[name] for name in ("observation", "target", "identity")}
     if learner.classes:
-        given = samples.get("allowed")
+        allowed = samples.get("allowed")
         shape = (*kept["identity"].shape, learner.classes)
-        kept["allowed"] = kept["identity"].new_ones(shape, dtype=torch.bool) if given is None else given
+        kept["allowed"] = kept["identity"].new_ones(shape, dtype=torch.bool) if allowed is None else allowed
     return kept
 
 
@@ -156,10 +156,10 @@ def per_learner(setting: float | Sequence[float], state: State) -> Tensor:
     if key.numel() % len(values):
         raise SettingError(f"{len(values)} values for {key.numel()} learners: give one for each, or for equal blocks")
     dtype = next(iter(state["params"]["weights"].values())).dtype
-    made = torch.tensor(values, dtype=dtype, device=key.device)
-    if not bool(torch.isfinite(made).all()):
+    per_value = torch.tensor(values, dtype=dtype, device=key.device)
+    if not bool(torch.isfinite(per_value).all()):
         raise SettingError(f"{setting!r} is more than {dtype} can hold: choose a smaller number")
-    return made.repeat_interleave(key.numel() // len(values)).reshape(key.shape)
+    return per_value.repeat_interleave(key.numel() // len(values)).reshape(key.shape)
 
 
 def position_of(task: dict[str, Tensor]) -> int:

@@ -100,9 +100,9 @@ class ClassifierLearner(Supervised):
     ) -> Evaluation:
         """The accuracy on all test samples of the world's task, `[*L, 1]`; NaN before all its classes are born, when
         nobody could be right about them."""
-        found = super().evaluate(p, world, key, episodes, deterministic=deterministic)
+        evaluation = super().evaluate(p, world, key, episodes, deterministic=deterministic)
         unborn = (world.classes().to(key.device) & ~p["buffers"]["born"]).any(-1, keepdim=True)
-        return found._replace(returns=found.returns.masked_fill(unborn, torch.nan))
+        return evaluation._replace(returns=evaluation.returns.masked_fill(unborn, torch.nan))
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
         """log p(target | input), `[*L, B]`."""

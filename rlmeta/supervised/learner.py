@@ -188,8 +188,8 @@ class Supervised:
 
     def _run(self, block: Block, prefix: str, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
-        found: Tensor = block.run(tensors, batch["observation"], ctx, prefix)
-        return found
+        output: Tensor = block.run(tensors, batch["observation"], ctx, prefix)
+        return output
 
     def iterate(self, state: State, world: DataWorld) -> tuple[State, Metrics]:
         """`num_steps` gradient steps, each on the next minibatch of the current task."""
@@ -255,9 +255,9 @@ class Supervised:
         """The learner's prediction, or that of the first method with a decision rule of its own."""
         for method in self.methods:
             memory = p.get("memories", {}).get(method.name)
-            found = None if memory is None else method.predict(self, p, memory, batch, p["task"])
-            if found is not None:
-                return hooks.logits(method, found, (*batch["valid"].shape, self.outputs()))
+            logits = None if memory is None else method.predict(self, p, memory, batch, p["task"])
+            if logits is not None:
+                return hooks.logits(method, logits, (*batch["valid"].shape, self.outputs()))
         return self.prediction(p, batch)
 
     def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
