@@ -1,4 +1,4 @@
-"""Act in the environments of all learners and keep what happened."""
+"""Rollouts: act in the environments of all learners and keep what happened."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Actor(Protocol):
 
 @torch.no_grad()
 def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[State, Rollout]:
-    """Take `num_steps` steps in every environment of every learner.
+    """Rollout of `num_steps` steps in every environment of every learner.
 
     Args:
         agent: acts; where it has a `capture`, its steps are recorded and replayed.

@@ -26,7 +26,7 @@ def descend(
     ctx: StepContext,
     axes: int,
 ) -> tree.Tree:
-    """losses -> penalties -> projection -> mask -> clip -> optimizer -> restore frozen -> the methods' memories.
+    """Gradient step: losses -> penalties -> projection -> mask -> clip -> optimizer -> restore frozen -> memories.
 
     Args:
         learner: gives the losses.
@@ -81,7 +81,7 @@ def _union(masks: Sequence[Tensor | None]) -> Tensor | None:
 def _memories_after(
     learner: HasLosses, state: State, moved: tree.Tree, info: StepInfo, methods: Sequence[Method]
 ) -> State:
-    """The memories of the methods after they have looked at the step."""
+    """Memories of the lifelong methods after the gradient step."""
     params, axes = state["params"], info.delta.dim() - 1
     new = {
         **params,

@@ -1,4 +1,4 @@
-"""What the training loop asks of everything it trains: agents, supervised learners, meta-learners, imitators."""
+"""Learner protocol: what the training loop asks of agents, supervised learners, meta-learners, imitators."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
 
 
 def _built(networks: Callable[[], dict[str, Block]], key: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is trained and what is not, `{name: [*L, ...]}` each: the frozen parameters and the modules' buffers."""
+    """Trained parameters and buffers, `{name: [*L, ...]}` each; frozen parameters are among the buffers."""
     trained: list[set[str]] = []
     tied: dict[str, str] = {}
 

@@ -18,7 +18,7 @@ from rlmeta.nn import Context, Distribution
 
 
 class Predictive(Protocol):
-    """A learner that predicts a distribution; one that does not says so by `predicts = ()`."""
+    """Predictive learner: it predicts a distribution; where there is none, `predicts` is ()."""
 
     acts: bool
     """Whether it makes its samples by acting, so that they go stale; else they are labelled and stay true."""
@@ -40,8 +40,7 @@ class Predictive(Protocol):
         ...
 
     def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
-        """A sample of zeros for each of the learners `*L`, `[*L, 1, ...]`: the form of what is remembered of samples,
-        so that room can be made for it."""
+        """Sample of zeros for each of the learners `*L`, `[*L, 1, ...]`, in the form of those of `draw`."""
         ...
 
 

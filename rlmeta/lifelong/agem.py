@@ -46,7 +46,7 @@ class AGEM(Method):
         require_range(self, "batch_size", 1)
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Room for the samples of every task."""
+        """Empty episodic memory, with room for the samples of every task."""
         check_room(learner, state, self.batch_size, "batch_size")
         return {
             "samples": room_for_tasks(learner, state, self.memory),
@@ -55,11 +55,11 @@ class AGEM(Method):
         }
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Keep some samples of the task."""
+        """Episodic memory: keep some samples of the task."""
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.memory, task, draw)}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Project the total gradient."""
+        """Gradient projection: take out what would raise the mean loss on samples of old tasks."""
         tasks, axes = task["index"].clamp(min=0), task["index"].dim()
         if not self.memory or not bool((tasks > 0).any()):
             return gradients.total
@@ -80,5 +80,5 @@ class AGEM(Method):
         return project_average(gradients.total, torch.cat(whole, -1))
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Another draw in the next step."""
+        """Count the gradient step: the next one draws other samples of the memory."""
         return {**m, "steps": m["steps"] + 1}

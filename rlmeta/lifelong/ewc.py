@@ -62,7 +62,7 @@ class EWC(Method):
         return not any(values_of(self.strength))
 
     def init(self, learner: Any, state: State) -> Memory:
-        """No task yet: a quadratic that is 0 everywhere."""
+        """Quadratic penalty of no task yet: 0 everywhere."""
         check_predictive(learner)
         if learner.acts:
             check_room(learner, state, self.samples, "samples")
@@ -75,7 +75,7 @@ class EWC(Method):
         }
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Add the task's quadratic."""
+        """Fisher information of the task that has ended, added to the quadratic penalty."""
         if self._idle:
             return p, m
         axes = task["index"].dim()
@@ -89,7 +89,7 @@ class EWC(Method):
         return p, {**m, "quadratic": quadratic}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Add the penalty's gradient."""
+        """Gradient of the quadratic penalty, added to the total."""
         if self._idle:
             return gradients.total
         q, strength = m["quadratic"], m["strength"].unsqueeze(-1)

@@ -51,16 +51,16 @@ class GEM(Method):
         require_finite(self, "margin")
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Room for the samples of every task."""
+        """Empty episodic memory, with room for the samples of every task."""
         kept = room_for_tasks(learner, state, self.memory)
         return {"samples": kept, "margin": per_learner(self.margin, state)}
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Keep some samples of the task."""
+        """Episodic memory: keep some samples of the task."""
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.memory, task, draw)}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Project the total gradient."""
+        """Gradient projection onto the cone in which no old task's loss rises."""
         tasks, axes = position_of(task), task["index"].dim()
         if tasks == 0 or not self.memory:
             return gradients.total
@@ -71,7 +71,8 @@ class GEM(Method):
 
 
 def projected(total: Tensor, references: dict[str, Tensor], weights: dict[str, Tensor], margin: Tensor) -> Tensor:
-    """`functional.projection.project` of a packed gradient `[*L, P]` and references `{name: [*L, K, ...]}`."""
+    """Gradient projection of a packed gradient `[*L, P]` by reference gradients `{name: [*L, K, ...]}`, as
+    `functional.projection.project`."""
     axes = total.dim() - 1
     parts = Packed.view(total, weights, axes)
     flat = {name: reference.flatten(axes + 1) for name, reference in references.items()}

@@ -73,7 +73,7 @@ class GenerativeReplay(Method):
         return not any(values_of(self.strength))
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
-        """Train the generator after the learner."""
+        """A training phase of the generator, after the learner's."""
         return [] if self._idle else [("generator", max(1, round(self.generator * iterations)))]
 
     def init(self, learner: Any, state: State) -> Memory:
@@ -108,7 +108,7 @@ class GenerativeReplay(Method):
     def batches(
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
     ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
-        """As many samples of the classes met in old tasks as the minibatch has."""
+        """Generated minibatch: as many samples of the classes met in old tasks as the minibatch has."""
         if self._idle or not bool(m["met"].any()):
             return ()
         drawn, target = self.generator_of(learner).draw(m["old"], m["met"], batch["target"].shape[-1], key)
@@ -125,7 +125,7 @@ class GenerativeReplay(Method):
     # ------------------------------------------------------------------ generator
 
     def learn(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, active: Tensor) -> Learned | None:
-        """A step of the generator on the minibatch and as many samples of its old self."""
+        """Gradient step of the generator on the minibatch and as many samples of its old self."""
         vae, target = owners.packed(m["vae"]), batch["target"]
         shown = {"observation": batch["observation"], "target": target}
         shown["key"] = random.fold(vae["key"], vae["count"]["gradient_steps"])
@@ -138,7 +138,7 @@ class GenerativeReplay(Method):
         return Learned({**m, "vae": vae, "allowed": allowed}, vae["active"], {"losses/generator": reports["elbo"]})
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """The generator that draws from now on, and the classes that it was shown."""
+        """Snapshot of the generator, which draws from now on, and the classes that it was shown."""
         old = tree.map(torch.clone, dict(m["vae"]["params"]["weights"]))
         return p, {**m, "old": old, "met": m["allowed"].any(-1)}
 
@@ -149,7 +149,7 @@ Sizes: TypeAlias = tuple[int, int, int, tuple[int, ...]]
 
 @lru_cache(maxsize=8)
 def _network(sizes: Sizes) -> Any:
-    """The form of the network, made once and not in every step."""
+    """The network without weights, cached: to build it in every step would take longer than the step."""
     return bare(lambda: {"vae": ConditionalVAE(*sizes)})["vae"]
 
 

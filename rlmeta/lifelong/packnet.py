@@ -69,12 +69,12 @@ class PackNet(Method):
         check_choices(self)
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
-        """Train again after the pruning."""
+        """A retraining phase, after the pruning."""
         count = round(self.retrain * iterations)
         return [("retrain", count)] if count else []
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Every weight is free.
+        """Ownership of the weights at the start: every one is free.
 
         Raises:
             SettingError: some layer has fewer weights than the tasks need.
@@ -119,16 +119,16 @@ class PackNet(Method):
         return free if left == 0 else (free.double() * (self.keep or 1.0 / (left + 1))).ceil().long()
 
     def _shared_out(self, learner: Any, weights: dict[str, Tensor]) -> list[str]:
-        """The weights that tasks share out: those that the learner predicts by, or all."""
+        """Weights that PackNet looks after: those that the learner's distribution depends on, or all."""
         some = bool(learner.predicts) and not self.critic
         return predicting(learner, weights) if some else list(weights)
 
     def _packed(self, learner: Any, weights: dict[str, Tensor], axes: int) -> list[str]:
-        """Of those that tasks share out the matrices, of which every entry is one task's."""
+        """Weight matrices that are packed: every entry of them is owned by a single task."""
         return [name for name in self._shared_out(learner, weights) if weights[name].dim() - axes > 1]
 
     def _copied(self, learner: Any, p: Params, axes: int) -> Params:
-        """What every task has its own copy of: vectors, running statistics and normalisers of what is packed."""
+        """Vectors, running statistics and normalisers of what is packed, of which every task has its own copy."""
         names = self._shared_out(learner, p["weights"])
         networks = {name.partition(".")[0] for name in names}
         return {
@@ -140,7 +140,7 @@ class PackNet(Method):
     # ------------------------------------------------------------------ tasks and phases
 
     def task_start(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """All free weights take part again; with a later task they are drawn anew."""
+        """Reinitialisation of the free weights, from the second task on; all of them take part again."""
         position, axes = position_of(task), task["index"].dim()
         m = {**m, "pruned": torch.zeros_like(m["pruned"]), "useful": torch.zeros_like(m["useful"])}
         if position == 0:
@@ -165,7 +165,7 @@ class PackNet(Method):
         return p, {**m, "copies": copies, "done": torch.full_like(m["done"], position + 1)}
 
     def _prune(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """In every layer the task keeps the largest weights that have had a gradient; the others are 0, and free.
+        """Magnitude pruning: in every layer the task keeps the largest weights that have had a gradient; others are free.
 
         Where too few have had one, the smallest of its share are weights that have not: `_give_back` finds them.
         """
@@ -185,7 +185,7 @@ class PackNet(Method):
         return new, m
 
     def _give_back(self, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """Weights of the task that have had no gradient since the pruning are 0, and free."""
+        """Pruning of what the task has no use for: weights without a gradient since it was pruned are 0, and free."""
         axes = task["index"].dim()
         packed = Packed.of(p["weights"], axes)
         useless = (m["owner"] == position_of(task) + 1) & ~m["useful"]
@@ -195,7 +195,7 @@ class PackNet(Method):
     # ------------------------------------------------------------------ every step
 
     def params(self, p: Params, m: Memory, task: Task) -> Params:
-        """The weights that the task may see; for a task that is done also its own copies."""
+        """Masked weights: those that the task may see, and of a task that is done its own copies."""
         old, axes = task["index"] < m["done"], task["index"].dim()
         if not bool((old | m["pruned"]).any()):
             return p
@@ -220,12 +220,12 @@ class PackNet(Method):
         return {**p, **{part: {**p[part], **own[part]} for part in own}}
 
     def frozen(self, p: Params, m: Memory, task: Task) -> Tensor | None:
-        """Weights of earlier tasks; after the pruning all but the task's own."""
+        """Mask of frozen weights: those of earlier tasks, after the pruning all but the task's own."""
         owner, pruned = m["owner"], m["pruned"].unsqueeze(-1)
         if not bool(pruned.any() | (task["index"] > 0).any()):
             return None
         return (owner > FREE) & ~(pruned & (owner == (task["index"] + 1).unsqueeze(-1))) | (pruned & (owner == FREE))
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Note which weights the task has a use for: those with a gradient, since it began or was pruned."""
+        """Mask of useful weights: those that have had a gradient since the task began or was pruned."""
         return {**m, "useful": m["useful"] | (info.gradient != 0)}

@@ -1,4 +1,4 @@
-"""What methods remember of a task, and what they ask of a learner: samples and how well they are still known.
+"""Episodic memory and rehearsal loss: what methods keep of a task's samples, and how well these are still known.
 
 A supervised learner remembers inputs and targets. An agent remembers observations and what its policy made of them when
 the task ended: transitions would go stale, since returns and ratios belong to the policy that made them, while the
@@ -26,7 +26,7 @@ from rlmeta.nn import Context
 
 
 def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) -> Tensor:
-    """How badly what is remembered is known, `[*L, B]`.
+    """Rehearsal loss `[*L, B]`: how badly what is remembered is known.
 
     Supervised: minus the log-likelihood of the target. Agents: KL(π then ‖ π now), in nats.
     """
@@ -41,7 +41,7 @@ def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) ->
 
 
 def remember(learner: Any, p: Params, samples: tree.Tree) -> tree.Tree:
-    """What is kept of samples `[*L, n, ...]`."""
+    """Entries of an episodic memory: what is kept of samples `[*L, n, ...]`."""
     if learner.acts:
         kept = {"observation": samples["observation"]}
         with torch.no_grad():
@@ -55,7 +55,7 @@ def remember(learner: Any, p: Params, samples: tree.Tree) -> tree.Tree:
 
 
 def draw_memories(learner: Any, p: Params, draw: Draw, count: int, axes: int) -> tree.Tree:
-    """`remember` of `count` samples of the task that has just ended, `[*L, count, ...]`.
+    """Entries of an episodic memory `[*L, count, ...]` from samples of the task that has just ended.
 
     Raises:
         SettingError: the task has fewer samples.
@@ -75,7 +75,7 @@ def check_count(count: int, available: int) -> None:
 
 
 def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
-    """Room for memories, `[*L, *slots, ...]`; its shapes stay for the whole run.
+    """Empty episodic memory `[*L, *slots, ...]`; its shapes stay for the whole run.
 
     Raises:
         SettingError: more than the machine has memory for.
@@ -110,13 +110,13 @@ def _machine_memory() -> float:
 
 
 def _one_memory(learner: Any, state: State) -> tree.Tree:
-    """What is kept of one sample, `[*L, 1, ...]`."""
+    """Entry of an episodic memory, of a sample of zeros, `[*L, 1, ...]`."""
     check_predictive(learner)
     return remember(learner, state["params"], learner.blank(tuple(state["key"].shape), state["key"].device))
 
 
 def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
-    """Room for `count` samples of every task of the stream, `[*L, T, count, ...]`; {} for none.
+    """Empty episodic memory of `count` samples for every task of the stream, `[*L, T, count, ...]`; {} for none.
 
     Raises:
         SettingError: a task has fewer.
@@ -128,7 +128,7 @@ def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
 def keep_samples(
     learner: Any, p: Params, memories: tree.Tree, count: int, task: dict[str, Tensor], draw: Draw
 ) -> tree.Tree:
-    """The memories `[*L, T, M, ...]` with `count` samples of the task that has just ended at its place."""
+    """Episodic memory `[*L, T, M, ...]` with `count` samples of the task that has just ended at its place."""
     if not count:
         return memories
     axes = task["index"].dim()
@@ -163,5 +163,5 @@ def per_learner(setting: float | Sequence[float], state: State) -> Tensor:
 
 
 def position_of(task: dict[str, Tensor]) -> int:
-    """The place in the stream, which all learners of a batch share whatever their orders."""
+    """Position of the task in the stream, which all learners of a batch share whatever their orders."""
     return int(task["index"].reshape(-1)[0])

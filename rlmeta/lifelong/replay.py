@@ -64,7 +64,7 @@ class Replay(Method):
         return self.size == 0 or not any(values_of(self.strength))
 
     def init(self, learner: Any, state: State) -> Memory:
-        """An empty buffer."""
+        """Empty replay buffer."""
         check_predictive(learner)
         if learner.acts:
             require_revealed(self, frozenset({"boundaries"}), learner.reveals, "the stream")
@@ -91,7 +91,7 @@ class Replay(Method):
     def batches(
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
     ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
-        """A minibatch of the buffer, every sample in it with the same chance."""
+        """Rehearsal minibatch of the buffer, every sample in it with the same chance."""
         if self._idle or learner.acts or not bool(m["met"].any()):
             return ()
         axes = task["index"].dim()
@@ -104,7 +104,7 @@ class Replay(Method):
         return [(gather(m["samples"], torch.searchsorted(ends, chosen, right=True)), m["strength"])]
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Offer the minibatch to the reservoirs."""
+        """Reservoir sampling: offer the minibatch to the reservoirs."""
         if self._idle or learner.acts:
             return m
         groups = m["met"].shape[-1]
@@ -115,13 +115,13 @@ class Replay(Method):
     # ------------------------------------------------------------------ agents
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Keep states of the task and the policy's answers in them."""
+        """Episodic memory of an agent: keep states of the task and the policy's answers in them."""
         if self._idle or not learner.acts:
             return p, m
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.size // learner.num_tasks, task, draw)}
 
     def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor) -> Tensor | None:
-        """The divergence from the policies of old tasks in some of their states."""
+        """Distillation loss `[*L]`: the divergence from the policies of old tasks in some of their states."""
         tasks, axes = task["index"].clamp(min=0), task["index"].dim()
         if self._idle or not learner.acts or not bool((tasks > 0).any()):
             return None
@@ -133,7 +133,7 @@ class Replay(Method):
 
 
 def reservoir(samples: tree.Tree, met: Tensor, new: tree.Tree, group: Tensor, key: Tensor) -> tuple[tree.Tree, Tensor]:
-    """Offer a minibatch to one reservoir a group, sample after sample by Vitter's algorithm R, but all at once.
+    """Reservoir sampling of a minibatch, a reservoir for each group, by Vitter's algorithm R but all samples at once.
 
     The n-th sample of a group is taken while there is room; later it replaces a place drawn from n, if that is one of
     the reservoir's. Where several samples of the minibatch fall on one place the last stays, as in a loop.
