@@ -19,6 +19,7 @@ from rich.table import Table
 
 from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import random, tree
+from rlmeta.learning.predictive import Stepwise
 from rlmeta.runs.run import Run
 from rlmeta.runs.surroundings import undisturbed
 
@@ -82,9 +83,9 @@ def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
     Raises:
         SettingError: the run's learner takes no inner steps.
     """
-    agent: Any = run.agent
-    if not hasattr(agent, "adaptation"):
+    if not isinstance(run.agent, Stepwise):
         raise SettingError(f"a run of {run.experiment.agent_name} does not adapt step by step: give one of MAML")
+    agent: Any = run.agent
     world = run.experiment.world()
     key = random.fold(random.fold(run.state["key"], "adaptation"), seed)
     scores = agent.adaptation(agent.seen(run.state), world, key, tasks, steps)
@@ -155,7 +156,7 @@ def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
     """
     agent: Any = run.agent
     spaces = (run.world.observation_space.shape, run.world.action_space.shape)
-    if spaces != ((1,), (1,)) or not hasattr(agent, "adapted"):
+    if spaces != ((1,), (1,)) or not agent.answers:
         return {}
     world = run.experiment.world()
     tasks = world.tasks(random.fold(run.state["key"], seed), 0, 1, "test")
@@ -166,12 +167,11 @@ def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
         .reshape(1, 1, -1, 1)
         .expand(len(run.experiment.learners), 1, -1, 1)
     )
-    before = agent.start(agent.seen(run.state), 1)
-    after = agent.adapted(before, tasks["support"], agent.settings.inner_steps, "none")
+    p, inputs = agent.seen(run.state), {"observation": x}
     values = {
         "x": x,
-        "before": agent.inner.output(before, {"observation": x}),
-        "after": agent.inner.output(after, {"observation": x}),
+        "before": agent.answer(p, tasks["support"], inputs, 0),
+        "after": agent.answer(p, tasks["support"], inputs),
         "support_x": tasks["support"]["observation"],
         "support_y": tasks["support"]["target"],
         "query_x": tasks["query"]["observation"],

@@ -97,7 +97,8 @@ def network_output(learner: Any, networks: dict[str, Block], p: Params, name: st
     """Output of one of an agent's networks for observations `[*L, B, ...]`."""
     ctx = Context()
     if name == "value" and getattr(learner.settings, "share_network", False):
-        features = learner.forward(networks["policy"].body, "policy.body", p, observation, ctx)
+        policy: Any = networks["policy"]
+        features = policy.placed(learner.forward(policy.body, "policy.body", p, observation, ctx), observation)
         return networks["value"].run({**p["weights"], **p["buffers"]}, features, ctx, "value.")
     block = networks[name] if name in networks else next(iter(networks.values()))  # a copy, such as an average
     return learner.forward(block, name, p, observation, ctx)
