@@ -73,7 +73,6 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the planted module says that it ran; it lies in the current folder and on `sys.path` besides."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
     (tmp_path / "planted.py").write_text(PLANTED.format(marker=str(tmp_path / "marker")))
     yield tmp_path / "marker"
     sys.modules.pop("planted", None)
