@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.agents.agent import NetworkFactory
-from rlmeta.envs import trusted
 from rlmeta.errors import SettingError
 from rlmeta.learning.method import Method
 from rlmeta.learning.populations import Population
@@ -85,7 +84,7 @@ def train(
     asked |= {"final_episodes": final_episodes, "target": target}
     asked |= {"checkpoint_seconds": checkpoint_seconds, "log_points": log_points}
     _check_functions(callbacks=callbacks, trackers=trackers)
-    with trusted.allowing(code):
+    with own_code.allowed_here(code):
         run = runs.prepare(
             agent_class(agent)() if isinstance(agent, str) else agent,
             own_code.source_of(problem, {}) if isinstance(problem, str) else problem,
@@ -159,7 +158,7 @@ def resume(
         InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
     """
     _check_functions(callbacks=callbacks, trackers=trackers)
-    with trusted.allowing(code):
+    with own_code.allowed_here(code):
         return runs.resume(
             folder,
             **_again(folder, agent, network, env, lifelong),
@@ -200,7 +199,7 @@ def load(
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
         SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
-    with trusted.allowing(code):
+    with own_code.allowed_here(code):
         return kept.load(folder, **_again(folder, agent, network, env, lifelong), own=own)
 
 

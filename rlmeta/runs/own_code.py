@@ -65,7 +65,7 @@ def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[
     Raises:
         SettingError: what is given are no names of modules.
     """
-    given = list(modules)
+    given = [modules] if isinstance(modules, str) else list(modules)
     with trusted.allowing(given, names):
         for module in (*given, *map(_module, names)):
             own_folders.allow(module)

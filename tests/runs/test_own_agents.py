@@ -13,6 +13,7 @@ import pytest
 
 import rlmeta as rl
 from rlmeta.cli.main import main
+from rlmeta.envs import own_folders
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.runs import grammar
 from rlmeta.runs.shipped import agent_class
@@ -94,6 +95,16 @@ def test_the_template_needs_no_path_and_learns_the_template_environment() -> Non
     run = rl.train("my_agent:MyAgent", "my_env:MyEnv-v0", steps=256, final_episodes=2, out="run")
     assert run.scores.isfinite().all()
     assert rl.load("run", code=["my_agent", "my_env"]).scores.isfinite().all()
+
+
+def test_code_is_found_where_its_name_was() -> None:
+    """As in another process, which has imported nothing of it."""
+    rl.train("my_agent:MyAgent", "CartPole-v1", steps=256, final_episodes=2, out="run")
+    del sys.modules["my_agent"]
+    sys.path[:] = [entry for entry in sys.path if not entry.startswith(own_folders.PREFIX)]
+    with pytest.raises(SettingError, match="had the agent my_agent:MyAgent: pass it again"):
+        rl.load("run")
+    assert rl.load("run", code=["my_agent"]).scores.isfinite().all()
 
 
 def test_a_meta_learner_takes_it_for_its_inner_learner(capfd: pytest.CaptureFixture[str]) -> None:
