@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.agents.agent import NetworkFactory
-from rlmeta.envs import trusted
 from rlmeta.errors import SettingError
 from rlmeta.learning.method import Method
 from rlmeta.learning.populations import Population
@@ -85,7 +84,7 @@ def train(
     fields |= {"final_episodes": final_episodes, "target": target}
     fields |= {"checkpoint_seconds": checkpoint_seconds, "log_points": log_points}
     _check_functions(callbacks=callbacks, trackers=trackers)
-    with trusted.allowing(code):
+    with user_code.allowed_here(code):
         run = runs.prepare(
             agent_class(agent)() if isinstance(agent, str) else agent,
             user_code.source_of(problem, {}) if isinstance(problem, str) else problem,
@@ -160,7 +159,7 @@ def resume(
         InexactResumeError: the environments' state cannot be restored, and `inexact` is false.
     """
     _check_functions(callbacks=callbacks, trackers=trackers)
-    with trusted.allowing(code):
+    with user_code.allowed_here(code):
         return runs.resume(
             folder,
             **_again(folder, agent, network, env, lifelong),
@@ -201,7 +200,7 @@ def load(
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
         SettingError: user code or data are missing, or differ from those the run began with.
     """
-    with trusted.allowing(code):
+    with user_code.allowed_here(code):
         return saved_run.load(folder, **_again(folder, agent, network, env, lifelong), own=own)
 
 

@@ -64,7 +64,7 @@ def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[
     Raises:
         SettingError: `modules` are not names of modules.
     """
-    module_names = list(modules)
+    module_names = [modules] if isinstance(modules, str) else list(modules)
     with trusted.allowing(module_names, names):
         for module in (*module_names, *map(_module, names)):
             own_folders.allow(module)

@@ -77,7 +77,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("RLMETA_DEBUG", raising=False)
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
     yield tmp_path
     for name in ("own_code", "own_methods", "my_env", "my_native_env", "my_family", "my_stream"):
         sys.modules.pop(name, None)

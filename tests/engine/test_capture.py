@@ -606,7 +606,7 @@ def test_an_error_in_the_program_of_single_calls_is_said_once(times: int):
     assert len(said) == 1
 
 
-def test_what_torchscript_refuses_is_generated_python_and_nobody_is_told():
+def test_what_the_first_backend_refuses_is_generated_python_and_nobody_is_told():
     def normalises(given: tree.Tree) -> tree.Tree:
         weight = given["weight"].detach().requires_grad_()
         with torch.enable_grad():

@@ -47,8 +47,6 @@ SEGMENT = 256
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SEGMENT_BYTES", SEGMENT)
     monkeypatch.setattr(checkpoint, "_verified", {})
-    # what fsync does shows only after a power failure; that it is called in the right places has a test of its own
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def raw(tensor: torch.Tensor) -> bytes:
