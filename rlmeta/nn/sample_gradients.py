@@ -25,10 +25,10 @@ from rlmeta.functional import random, tree
 from rlmeta.nn.block import Context
 from rlmeta.nn.product import product
 
-Params: TypeAlias = dict[str, Any]
+ParamTree: TypeAlias = dict[str, Any]
 """`weights` `{name: [*L, ...]}` and other inputs of a forward pass, every leaf starting with `*L`."""
 
-Forward: TypeAlias = Callable[[Params, tree.Tree, Context], Tensor]
+Forward: TypeAlias = Callable[[ParamTree, tree.Tree, Context], Tensor]
 """Function from parameters, a batch `[*L, B, ...]` and a context to an output per sample, `[*L, B]` or `[*L, B, K]`.
 
 It computes the outputs from the weights in the parameters. A sample's output depends on that sample alone, so batch
@@ -46,7 +46,7 @@ _FEW = 16
 
 def squared_gradients(
     forward: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     roots: Roots,
     learner_axes: int,
@@ -91,7 +91,7 @@ def squared_gradients(
 
 
 def group_gradients(
-    losses: Forward, p: Params, batch: tree.Tree, learner_axes: int, names: Sequence[str] | None = None
+    losses: Forward, p: ParamTree, batch: tree.Tree, learner_axes: int, names: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss of every group of samples.
 
@@ -121,7 +121,7 @@ def group_gradients(
         return {name: gradients[name] for name in p["weights"] if name in wanted}
 
 
-def check_outputs(forward: Forward, p: Params, batch: tree.Tree, learner_axes: int) -> Tensor:
+def check_outputs(forward: Forward, p: ParamTree, batch: tree.Tree, learner_axes: int) -> Tensor:
     """Check that outputs are independent across samples, on up to 16 of them.
 
     The first and the last of them must have the same outputs alone as among the others.
@@ -181,7 +181,7 @@ def _constants(tensors: tree.Tree) -> tree.Tree:
     return tree.map(lambda x: x.clone() if x.is_inference() else x.detach(), tensors)
 
 
-def _wanted(p: Params, names: Sequence[str] | None) -> set[str]:
+def _wanted(p: ParamTree, names: Sequence[str] | None) -> set[str]:
     wanted = set(p["weights"] if names is None else names)
     if not wanted <= set(p["weights"]):
         unknown = ", ".join(sorted(wanted - set(p["weights"])))
@@ -189,7 +189,7 @@ def _wanted(p: Params, names: Sequence[str] | None) -> set[str]:
     return wanted
 
 
-def _samples(p: Params, batch: tree.Tree, axes: int) -> int:
+def _samples(p: ParamTree, batch: tree.Tree, axes: int) -> int:
     """Number of samples of each learner, after a check of the shapes."""
     if not isinstance(p.get("weights"), dict):
         raise SettingError(f'the parameters have the keys {", ".join(p)}, expected {{"weights": {{name: [*L, ...]}}}}')
@@ -223,13 +223,13 @@ def _check_shape(out: Any, rows: Sequence[int]) -> None:
         )
 
 
-def _with_leaves(p: Params, names: Iterable[str]) -> tuple[Params, dict[str, Tensor]]:
+def _with_leaves(p: ParamTree, names: Iterable[str]) -> tuple[ParamTree, dict[str, Tensor]]:
     """Parameters whose named weights are leaves that require gradients, and these leaves."""
     leaves = {name: p["weights"][name].detach().requires_grad_() for name in sorted(names)}
     return _with(p, leaves), leaves
 
 
-def _with(p: Params, weights: Mapping[str, Tensor]) -> Params:
+def _with(p: ParamTree, weights: Mapping[str, Tensor]) -> ParamTree:
     """Parameters with some of their weights replaced."""
     return {**p, "weights": {**p["weights"], **weights}}
 
@@ -240,7 +240,7 @@ _UNREACHED = (
 )
 
 
-def _reached(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) -> set[str]:
+def _reached(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> set[str]:
     """Names of the wanted weights on which the outputs depend."""
     if not wanted:
         return set()
@@ -261,7 +261,7 @@ Taps: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
 """Recorded calls of linear layers, `{prefix in weights: [(input, output), ...]}`; see `Context.taps`."""
 
 
-def _run(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) -> tuple[Tensor, Taps, dict[str, Tensor]]:
+def _run(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> tuple[Tensor, Taps, dict[str, Tensor]]:
     """Run a function: outputs, recorded calls of the layers with wanted weights, and those weights as leaves.
 
     Tapped layers treat their weights as constants, so a weight is in the graph only if something else uses it too (a
@@ -286,7 +286,7 @@ def _backward(
     return {place: [next(at_outputs) for _ in calls] for place, calls in taps.items()}, used
 
 
-def _tapped_names(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str], axes: int) -> set[str]:
+def _tapped_names(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str], axes: int) -> set[str]:
     """Names of the wanted weights that are used by tapped layers alone, whose rows are samples.
 
     If only some samples have a cotangent, the gradients at the rows of the others are 0, unless the function has
@@ -315,7 +315,7 @@ def _add_tapped_squares(
     sums: dict[str, Tensor],
     wanted: set[str],
     forward: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     roots: Roots,
     axes: int,
@@ -360,7 +360,7 @@ def _add_outer_squares(
             sums[f"{place}bias"] += some_g.sum(-2).square().sum(axes)
 
 
-def _tapped_groups(wanted: set[str], losses: Forward, p: Params, batch: tree.Tree, axes: int) -> dict[str, Tensor]:
+def _tapped_groups(wanted: set[str], losses: Forward, p: ParamTree, batch: tree.Tree, axes: int) -> dict[str, Tensor]:
     """Gradients of groups in the tapped linear layers: one backward pass over all samples, a product per layer."""
     rows = next(tree.leaves(batch)).shape[: axes + 2]
     groups, samples = rows[axes:]
@@ -398,7 +398,7 @@ def _add_single_squares(
     sums: dict[str, Tensor],
     names: Sequence[str],
     forward: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     roots: Roots,
     axes: int,
@@ -443,7 +443,7 @@ def _each(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> 
 
 
 def _single_groups(
-    names: Sequence[str], losses: Forward, p: Params, batch: tree.Tree, axes: int, reached: bool
+    names: Sequence[str], losses: Forward, p: ParamTree, batch: tree.Tree, axes: int, reached: bool
 ) -> dict[str, Tensor]:
     """Gradients of groups, one group after another; `reached`: the losses depend on some other weight."""
     rows = next(tree.leaves(batch)).shape[: axes + 2]
