@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, type_name
 
 
 def same_shape(dims: int = 1, **tensors: Tensor | None) -> None:
@@ -43,9 +43,7 @@ def flags(tensor: Tensor, name: str) -> Tensor:
         SettingError: `tensor` is no tensor, or neither bool nor integers.
     """
     if not isinstance(tensor, Tensor):
-        raise SettingError(
-            f"{name} is a {type(tensor).__name__}, expected a tensor of flags: torch.as_tensor makes one"
-        )
+        raise SettingError(f"{name} is {type_name(tensor)}, expected a tensor of flags: torch.as_tensor makes one")
     if tensor.dtype is torch.bool:
         return tensor
     if tensor.is_floating_point() or tensor.is_complex():
