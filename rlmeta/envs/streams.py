@@ -273,6 +273,12 @@ def from_table(
     classes), `permute` (number of tasks) and `rotate` (number of tasks; `degrees`), and `samples`, `scenario`; and
     `reveals`, `restart_optimizer`, and `observe_identity` for environments.
 
+    Args:
+        name: of the table's file.
+        table: its content.
+        scenario: overrides that of the table.
+        order: of the tasks, as for `stream`.
+
     Raises:
         SettingError: the table is of no stream, has an unknown key, or a scenario for tasks that are environments.
     """

@@ -241,7 +241,11 @@ _UNREACHED = (
 
 
 def _reached(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> set[str]:
-    """Names of the wanted weights on which the outputs depend."""
+    """Names of the wanted weights on which the outputs depend.
+
+    Raises:
+        SettingError: there is none.
+    """
     if not wanted:
         return set()
     with_leaves, leaves = _with_leaves(p, wanted)
@@ -262,10 +266,19 @@ Taps: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 def _run(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> tuple[Tensor, Taps, dict[str, Tensor]]:
-    """Run a function: outputs, recorded calls of the layers with wanted weights, and those weights as leaves.
+    """Run a function with taps.
 
     Tapped layers treat their weights as constants, so a weight is in the graph only if something else uses it too (a
     tied layer, a penalty).
+
+    Args:
+        forward: the function.
+        p: parameters.
+        batch: samples `[*L, B, ...]`.
+        wanted: names of weights.
+
+    Returns:
+        The outputs, the recorded calls of layers with wanted weights, and these weights as leaves of the graph.
     """
     taps: Taps = {}
     with_leaves, leaves = _with_leaves(p, wanted)
@@ -278,7 +291,18 @@ def _run(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> 
 def _backward(
     out: Tensor, taps: Taps, leaves: Mapping[str, Tensor], cotangent: Tensor, keep: bool = False
 ) -> tuple[dict[str, list[Tensor]], set[str]]:
-    """Gradients at the outputs of the tapped layers, and names of the weights that something else uses too."""
+    """Backward pass to the outputs of the tapped layers.
+
+    Args:
+        out: outputs of the function.
+        taps: recorded calls of its layers.
+        leaves: their weights.
+        cotangent: of `out`'s shape.
+        keep: whether to keep the graph for another pass.
+
+    Returns:
+        The gradients at the layers' outputs, by prefix, and names of the weights that something else uses too.
+    """
     ends = [end for calls in taps.values() for _, end in calls]
     gradients = torch.autograd.grad(out, [*ends, *leaves.values()], cotangent, retain_graph=keep, allow_unused=True)
     at_outputs = iter([torch.zeros_like(end) if g is None else g for g, end in zip(gradients, ends)])
@@ -320,7 +344,14 @@ def _add_tapped_squares(
     roots: Roots,
     axes: int,
 ) -> None:
-    """Add the squared per-sample gradients of tapped linear layers to `sums`, in place."""
+    """Add the squared per-sample gradients of tapped linear layers to `sums`, in place.
+
+    Args:
+        sums: `{name: like the weight}`, modified.
+        wanted: names of the layers' weights.
+        forward, p, batch, roots: as for `squared_gradients`.
+        axes: number of learner axes.
+    """
     out, taps, _ = _run(forward, p, batch, wanted)
     squares: dict[str, Tensor] = {}
     for root in roots(out.detach(), batch):
@@ -349,6 +380,14 @@ def _add_outer_squares(
     """Add the squared per-sample gradients of a layer that every sample passes several times to `sums`, in place.
 
     Such a gradient is a sum of outer products, which is squared as a whole.
+
+    Args:
+        sums: `{name: like the weight}`, modified.
+        wanted: names of weights.
+        place: prefix of the layer's weights.
+        inputs: of every call of the layer, `[*L, B, ..., in]`.
+        gradients: at the outputs of every call, `[*L, B, ..., out]`.
+        axes: number of learner axes.
     """
     x = torch.cat([x.flatten(axes + 1, -2) if x.dim() > axes + 2 else x.unsqueeze(-2) for x in inputs], -2)
     g = torch.cat([g.flatten(axes + 1, -2) if g.dim() > axes + 2 else g.unsqueeze(-2) for g in gradients], -2)
@@ -404,7 +443,14 @@ def _add_single_squares(
     axes: int,
     chunk: int,
 ) -> None:
-    """Add the squared per-sample gradients of any weights to `sums`, in place, sample by sample."""
+    """Add the squared per-sample gradients of any weights to `sums`, in place, sample by sample.
+
+    Args:
+        sums: `{name: like the weight}`, modified.
+        names: of the weights.
+        forward, p, batch, roots, chunk: as for `squared_gradients`.
+        axes: number of learner axes.
+    """
     weights = {name: p["weights"][name] for name in names}
 
     def squares(sample: tree.Tree, cotangents: Tensor) -> dict[str, Tensor]:
@@ -428,7 +474,14 @@ Squares: TypeAlias = Callable[[tree.Tree, Tensor], dict[str, Tensor]]
 
 
 def _each(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> dict[str, Tensor]:
-    """Sum of squared gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function."""
+    """Sum of squared gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function.
+
+    Args:
+        squares: function of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`.
+        batch: samples `[*L, B, ...]`.
+        cotangents: `[R, *L, B, (K)]`.
+        axes: number of learner axes.
+    """
     try:
         dims = tree.map(lambda _: axes, batch), axes + 1
         many = torch.func.vmap(squares, in_dims=dims)(batch, cotangents)

@@ -393,7 +393,15 @@ def _fresh_start() -> Iterator[None]:
 
 
 def _work(payload: bytes, worker: int, part: tuple[int, int], blocks: list[Any], pipe: Connection) -> None:
-    """Main function of a worker process: runs its rows until it is closed or its parent has ended."""
+    """Main function of a worker process: runs its rows until it is closed or its parent has ended.
+
+    Args:
+        payload: pickled `_Payload`.
+        worker: its index.
+        part: first row and end of its rows.
+        blocks: shared memory, with shape and dtype.
+        pipe: to the parent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which closes this worker
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `_fresh_start` blocked it
     threading.Thread(target=_end_with_parent, daemon=True).start()
