@@ -1,4 +1,4 @@
-"""Training, resuming and loading of runs: `train`, `resume`, `load`, with their progress bar, pictures and trackers."""
+"""Train, resume, load: the verbs of rlmeta, where runs meet what listens to them."""
 
 from __future__ import annotations
 
@@ -51,35 +51,35 @@ def train(
     threads: int = 0,
     code: Sequence[str] = (),
 ) -> Run:
-    """Train learners of all settings and seeds at once, and evaluate their final parameters.
+    """Train every setting with every seed, all at once, and evaluate the final parameters.
 
     Args:
-        agent: settings of a learner, such as `PPO()`; a list in a setting compares its values, each with all seeds. A
-            name, `ppo` or `package.module:Name`, stands for the default settings, also for methods and problems.
-        problem: a task, a family (for an agent, with constants redrawn every episode), a stream, the name of one, or
-            an argument of `task`, such as a function that returns an environment.
+        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds. The name of one,
+            `ppo` or `package.module:Name`, takes its defaults, as with methods and problems.
+        problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
+            `task` makes one of, such as a function that makes an environment.
         steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
         epochs: instead of steps, passes over the training samples of every task.
-        seeds: number of seeds, or a list of them.
+        seeds: how many, or which.
         out: folder of the run; None keeps it in memory.
         eval_every, eval_episodes, final_episodes, target, checkpoint_seconds, log_points: as in `Budget`.
-        budget: a `Budget`, instead of steps or epochs and these arguments.
-        init: a run, or its folder, with the initial weights and running statistics: each learner gets those of its
-            counterpart if the numbers of learners are equal, else all get those of the best.
-        lifelong: lifelong-learning methods, which take part in every gradient step.
-        population: population-based training of learners with different settings, such as `PBT()`.
+        budget: steps or epochs, and the finer points, instead of these.
+        init: a run, or its folder, whose weights and running statistics it begins with: each learner with those of its
+            counterpart where there are as many, else all with the best.
+        lifelong: methods that take part in every gradient step.
+        population: how learners of different settings go on from one another, such as `PBT()`.
         callbacks: functions of (run, metrics) that may stop the run.
-        trackers: further destinations of metrics: functions of the run, such as `to_tensorboard()`.
-        progress: show a progress bar.
+        trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
+        progress: show a live bar.
         device: of every tensor.
-        threads: number of torch's threads; 0 for all cores.
+        threads: cores for torch to use; 0 takes all.
         code: modules of your own that a file of the `envs` folders may name and so import.
 
     Returns:
         The run, evaluated.
 
     Raises:
-        SettingError, SpaceError, RunExistsError: an argument is invalid; nothing has been trained or written.
+        SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
     asked = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "eval_episodes": eval_episodes}
     asked |= {"final_episodes": final_episodes, "target": target}
@@ -102,17 +102,17 @@ def train(
 
 
 def _methods(lifelong: Any) -> Any:
-    """Lifelong methods, with names resolved to default settings; values that are no list are refused later."""
+    """The methods, those that are named with their defaults; what is no list is refused later."""
     if not isinstance(lifelong, list | tuple):
         return lifelong
     return [own_code.made_method(own_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
 
 
 def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:
-    """Budget of a run: the argument, or one of the other arguments.
+    """The budget that was given, or one of the arguments beside it.
 
     Raises:
-        SettingError: steps and epochs, or a budget and other arguments, are given.
+        SettingError: it is said twice.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     if {"steps", "epochs"} <= asked.keys() or (budget is not None and asked):
@@ -137,29 +137,26 @@ def resume(
     steps: int | None = None,
     code: Sequence[str] = (),
 ) -> Run:
-    """Resume a run from its newest checkpoint; it ends with the same result as an uninterrupted run.
+    """Go on with a run from its newest checkpoint; it ends as the one that was never stopped.
 
     Args:
-        folder: of the run, which may be complete if `steps` is given.
-        steps: new total of steps of each learner, more than before. The result is that of a run with this total from
-            the beginning, except for schedules over the budget, which a warning names.
-        agent: settings class of the user's agent, or its name, `package.module:Name`, if the run had one.
-        network: the user's network, or its name, if the run had one.
-        env: the user's environment factory, or its name, if the run had one.
-        lifelong: the lifelong methods, if the run had some.
-        own: other settings that are code or data (rewards, demonstrations), by name, if the run had some.
+        folder: of the run, which may have ended where `steps` are given.
+        steps: train to so many steps of each learner, more than it was begun with. It then ends as the one that was
+            asked for them at once, but for schedules that go over the budget, which a warning names.
+        agent: the class of your own agent's settings again, or its name, `package.module:Name`, where the run had one.
+        network: the user's network again, or its name, where the run had one.
+        env: the user's environment factory again, or its name, where the run had one.
+        lifelong: the lifelong methods again, where the run had some.
+        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
         callbacks: as for `train`.
         trackers: as for `train`.
         progress: as for `train`.
-        inexact: start new episodes where environments cannot be brought back to their saved state.
+        inexact: begin new episodes where the environments cannot be brought back to where they were.
         code: as for `load`.
 
-    Returns:
-        The run, evaluated.
-
     Raises:
-        CheckpointError: there is no run to resume.
-        InexactResumeError: environments cannot be brought back, and `inexact` is not set.
+        CheckpointError: nothing to resume there.
+        InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
     """
     _check_functions(callbacks=callbacks, trackers=trackers)
     with trusted.allowing(code):
@@ -184,34 +181,31 @@ def load(
     own: Mapping[str, Any] | None = None,
     code: Sequence[str] = (),
 ) -> Run:
-    """Load a run to inspect, act with or evaluate it: its settings, state and final evaluation.
+    """Read a run back to look at it, act with it or evaluate it: its settings, its state, its final evaluation.
 
-    Demonstrations and rewards, which only training needs, are not required, unlike in `resume`.
+    What only training needs, demonstrations and rewards, is not asked for; `resume` does.
 
     Args:
-        folder: as passed to `train(out=...)`.
-        agent: settings class of the user's agent, or its name, `package.module:Name`, if the run had one; a run folder
-            names code but never loads any by itself.
-        network: the user's network, or its name, if the run had one.
-        env: the user's environment factory, or its name, if the run had one.
-        lifelong: the lifelong methods, if the run had some of the user's own.
-        own: other settings that are code or data, by name, if the run had some that acting needs.
-        code: modules, such as `["package.module"]`, that the folder may name and so import; code that it names in them
-            need not be passed. Allow only modules that you trust.
-
-    Returns:
-        The run.
+        folder: as given to `train(out=...)`.
+        agent: the class of your own agent's settings again, or its name, `package.module:Name`, where it had one; a run
+            folder names code but never loads any by itself.
+        network: the user's network again, or its name, where it had one.
+        env: the user's environment factory again, or its name, where it had one.
+        lifelong: the lifelong methods again, where it had some of your own.
+        own: other settings that are code or data, by name, again, where it had some that acting needs.
+        code: modules, such as `["package.module"]`, that the folder may name and so import: what it names in them need
+            not be given again. Give those alone that you would run.
 
     Raises:
-        CheckpointError: there is no run, or a file is truncated, corrupted or of another agent.
-        SettingError: user code or data was not passed, or differs from that of the run.
+        CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
+        SettingError: the user's own code or data were not given again, or are others than the run began with.
     """
     with trusted.allowing(code):
         return kept.load(folder, **_again(folder, agent, network, env, lifelong), own=own)
 
 
 def _again(folder: str | Path, agent: Any, network: Any, env: Any, lifelong: Sequence[Any]) -> dict[str, Any]:
-    """User code for `resume` and `load`, with names resolved."""
+    """What was given again of the user's own code, loaded where it was named."""
     where = Path(folder)
     named = all(isinstance(method, str) for method in lifelong)
     return {
@@ -223,16 +217,16 @@ def _again(folder: str | Path, agent: Any, network: Any, env: Any, lifelong: Seq
 
 
 def listeners(trackers: Sequence[TrackerFactory] = (), progress: bool = False) -> list[Listener]:
-    """Listeners of a run: its trackers, a progress bar, and pictures."""
+    """What listens to a run: its trackers, a live bar, and who draws its pictures."""
     return [*map(Tracking, trackers), *([Progress()] if progress else []), Pictures()]
 
 
-def _check_functions(**arguments: Any) -> None:
-    """Check that callbacks and trackers are lists of functions.
+def _check_functions(**given: Any) -> None:
+    """Refuse what a run could not call once it has begun.
 
     Raises:
-        SettingError: an argument is no list of functions.
+        SettingError: no list, or not of functions.
     """
-    for name, functions in arguments.items():
+    for name, functions in given.items():
         if not isinstance(functions, Sequence) or not all(map(callable, functions)):
             raise SettingError(f"{name} is {functions!r}, expected a list of functions")

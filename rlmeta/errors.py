@@ -69,12 +69,6 @@ class InexactResumeError(RlmetaError):
     """An environment that cannot be brought back to its state in a checkpoint."""
 
 
-def type_name(value: object) -> str:
-    """Name of a value's type with its article, for messages: `a float`, `an int`."""
-    name = type(value).__name__
-    return f"an {name}" if name[0] in "aeioAEIO" or name == "ndarray" else f"a {name}"
-
-
 def require_choice(what: str, value: object, choices: Any) -> None:
     """Check that a value is one of a `Literal`.
 

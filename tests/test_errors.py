@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from rlmeta.errors import (
-    CheckpointError,
-    RlmetaError,
-    RunExistsError,
-    nearest_names,
-    printable,
-    type_name,
-    unknown_name,
-)
+from rlmeta.errors import CheckpointError, RlmetaError, RunExistsError, nearest_names, printable, unknown_name
 from rlmeta.runs.shipped import AGENTS
 
 
@@ -71,11 +62,3 @@ def test_no_terminal_obeys_what_is_printed(text: str, shown: str) -> None:
     for kind in (RlmetaError, CheckpointError, RunExistsError):
         assert str(kind(f"{text}: give another")) == f"{shown}: give another"
     shown.encode()
-
-
-@pytest.mark.parametrize(
-    ("value", "named"),
-    [(1, "an int"), (0.5, "a float"), (np.zeros(1), "an ndarray"), (object(), "an object"), (set(), "a set")],
-)
-def test_types_are_named_with_their_article(value: object, named: str) -> None:
-    assert type_name(value) == named

@@ -16,7 +16,7 @@ from rlmeta.data.splits import permute, rotate, split
 from rlmeta.envs.names import read_named
 from rlmeta.envs.stream_world import IDENTITY, ONE_ORDER, StreamWorld, physics_of
 from rlmeta.envs.task import Task, require_named, task
-from rlmeta.errors import SettingError, type_name, unknown_name
+from rlmeta.errors import SettingError, unknown_name
 
 Order: TypeAlias = Literal["given", "all"] | int
 """Task order: as given, every permutation, or a number of distinct random ones. Every order is a learner."""
@@ -88,7 +88,7 @@ class TaskStream:
         for member in self.tasks:
             if not isinstance(member, DataTask | Task):
                 raise SettingError(
-                    f"stream {self.name!r} has {type_name(member)} among its tasks, expected DataTask(...) of "
+                    f"stream {self.name!r} has a task of type {type(member).__name__}, expected DataTask(...) of "
                     "samples (split, permute and rotate make them of a data set), or rl.task(...) and names of tasks"
                 )
         if len({isinstance(member, DataTask) for member in self.tasks}) > 1:

@@ -23,7 +23,7 @@ from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld, TrialWorld
 from rlmeta.envs.task_families import Split, task_keys
 from rlmeta.envs.world import World
-from rlmeta.errors import SettingError, require_choice, require_count, type_name, unknown_name
+from rlmeta.errors import SettingError, require_choice, require_count, unknown_name
 from rlmeta.functional import random
 
 Mode = Literal["sync", "async"]
@@ -324,7 +324,8 @@ def _check_source(source: Any) -> None:
             "supported"
         )
     if isinstance(source, list | tuple):
-        raise SettingError(f"a task can't be {type_name(source)}: rl.stream([...]) creates a stream of tasks")
+        kind = type(source).__name__
+        raise SettingError(f"a task can't be of type {kind}: rl.stream([...]) creates a stream of tasks")
     if not callable(source):
         raise SettingError(
             f"a task can't be {source!r}, expected a name (`rlmeta list tasks`), a gymnasium id, an EnvSpec, a native "

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError, type_name
+from rlmeta.errors import SettingError
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd number nearest 2^64 / golden ratio
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -63,7 +63,7 @@ def _seed(value: object) -> int:
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
-        raise SettingError(f"seed {value!r} is {type_name(value)}, expected an integer")
+        raise SettingError(f"seed {value!r} is of type {type(value).__name__}, expected an integer")
     number = int(value)
     if not -(1 << 63) <= number < 1 << 63:
         raise SettingError(f"seed {number} does not fit 64 bits, expected an integer from -2^63 to 2^63 - 1")

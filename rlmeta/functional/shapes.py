@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError, type_name
+from rlmeta.errors import SettingError
 
 
 def same_shape(dims: int = 1, **tensors: Tensor | None) -> None:
@@ -43,7 +43,8 @@ def flags(tensor: Tensor, name: str) -> Tensor:
         SettingError: `tensor` is no tensor, or neither bool nor integers.
     """
     if not isinstance(tensor, Tensor):
-        raise SettingError(f"{name} is {type_name(tensor)}, expected a tensor of flags: torch.as_tensor makes one")
+        kind = type(tensor).__name__
+        raise SettingError(f"{name} is of type {kind}, expected a tensor of flags: convert it with torch.as_tensor")
     if tensor.dtype is torch.bool:
         return tensor
     if tensor.is_floating_point() or tensor.is_complex():

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rlmeta.errors import SettingError, require_count, type_name
+from rlmeta.errors import SettingError, require_count
 from rlmeta.functional import random, tree
 from rlmeta.nn.block import Context
 from rlmeta.nn.product import product
@@ -214,7 +214,7 @@ def _few(batch: tree.Tree, axes: int) -> tree.Tree:
 
 def _check_shape(out: Any, rows: Sequence[int]) -> None:
     """Refuse outputs other than one number, or one vector, for every sample."""
-    actual = type_name(out) if not isinstance(out, Tensor) else f"{out.dtype} of shape {tuple(out.shape)}"
+    actual = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"of type {type(out).__name__}"
     fits = isinstance(out, Tensor) and out.is_floating_point() and len(rows) <= out.dim() <= len(rows) + 1
     if not fits or out.shape[: len(rows)] != torch.Size(rows):
         expected = ", ".join(map(str, rows))
