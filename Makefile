@@ -5,7 +5,7 @@ BIN := .venv/bin
 SEEDS ?= 8
 STEPS ?= 100k
 
-.PHONY: train test slow lowest check clean
+.PHONY: train test slow backends lowest check clean
 
 train: .venv/.train
 	$(BIN)/rlmeta train ppo CartPole-v1 --seeds $(SEEDS) --steps $(STEPS)
@@ -13,8 +13,14 @@ train: .venv/.train
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-new-skips
 
-slow: .venv/.test
+slow: .venv/.test backends
 	$(BIN)/python -m pytest -n 2 -m slow --timeout 1800 -rA > runs/slow.txt 2>&1; code=$$?; tail -n 40 runs/slow.txt; exit $$code
+
+# nothing but speed may depend on what plays recordings: the parts that record, without torch.jit, and in Python alone
+RECORDING := tests/engine tests/agents tests/learning tests/meta tests/lifelong tests/runs
+backends: .venv/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --without-jit $(RECORDING)
+	RLMETA_BACKEND=python $(BIN)/python -m pytest -n 2 --dist loadfile $(RECORDING)
 
 lowest: .venv/.lowest
 	.venv/lowest/bin/python -m pytest -n 2 --dist loadfile

@@ -1,4 +1,4 @@
-"""Train, resume, load: the verbs of rlmeta, where runs meet what listens to them."""
+"""Train, resume and load runs: the main functions of rlmeta."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.agents.agent import NetworkFactory
-from rlmeta.envs import trusted
 from rlmeta.errors import SettingError
 from rlmeta.learning.method import Method
 from rlmeta.learning.populations import Population
 from rlmeta.report.listeners import Pictures, Tracking
 from rlmeta.report.progress import Progress
 from rlmeta.report.trackers import TrackerFactory
-from rlmeta.runs import own_code
-from rlmeta.runs import run as kept
+from rlmeta.runs import run as saved_run
 from rlmeta.runs import train as runs
+from rlmeta.runs import user_code
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback
@@ -51,49 +50,49 @@ def train(
     threads: int = 0,
     code: Sequence[str] = (),
 ) -> Run:
-    """Train every setting with every seed, all at once, and evaluate the final parameters.
+    """Train a learner with every setting and every seed in one batch, and evaluate the final parameters.
 
     Args:
-        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds. The name of one,
-            `ppo` or `package.module:Name`, takes its defaults, as with methods and problems.
-        problem: a task, a family (an agent meets constants redrawn every episode), a stream, the name of one, or what
-            `task` makes one of, such as a function that makes an environment.
+        agent: a learner's settings, such as `PPO()`; lists in it compare values, each with all seeds. A name, `ppo` or
+            `package.module:Name`, means the default settings.
+        problem: a task, a task family, a stream of tasks, the name of one, or anything that `rl.task` accepts, such as
+            a function that creates an environment. Of a family, an agent sees constants redrawn every episode.
         steps: environment steps (or samples) of each learner, on every task of a stream; 100,000 by default.
-        epochs: instead of steps, passes over the training samples of every task.
-        seeds: how many, or which.
-        out: folder of the run; None keeps it in memory.
+        epochs: instead of steps, epochs over the training samples of every task.
+        seeds: number of seeds, or a sequence of seeds.
+        out: folder of the run; None keeps the run in memory.
         eval_every, eval_episodes, final_episodes, target, checkpoint_seconds, log_points: as in `Budget`.
-        budget: steps or epochs, and the finer points, instead of these.
-        init: a run, or its folder, whose weights and running statistics it begins with: each learner with those of its
-            counterpart where there are as many, else all with the best.
-        lifelong: methods that take part in every gradient step.
-        population: how learners of different settings go on from one another, such as `PBT()`.
-        callbacks: functions of (run, metrics) that may stop the run.
-        trackers: where else metrics go: functions of the run, such as `to_tensorboard()`.
-        progress: show a live bar.
-        device: of every tensor.
-        threads: cores for torch to use; 0 takes all.
-        code: modules of your own that a file of the `envs` folders may name and so import.
+        budget: a `Budget`, instead of the arguments above.
+        init: a run, or its folder, from which weights and normalisation statistics are initialised: learner by learner
+            if it has equally many, else all from its best learner.
+        lifelong: lifelong learning methods for a stream, or their names.
+        population: population-based training among the compared settings, such as `PBT()`, or its name.
+        callbacks: functions of (run, metrics) that stop the run by returning True.
+        trackers: experiment trackers, such as `to_tensorboard()`.
+        progress: show a progress bar.
+        device: device of all tensors.
+        threads: threads for torch; 0 for one a core.
+        code: your own modules that a file of the `envs` folders may name and so import.
 
     Returns:
-        The run, evaluated.
+        The trained run with its final evaluation.
 
     Raises:
         SettingError, SpaceError, RunExistsError: before anything is trained or written.
     """
-    asked = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "eval_episodes": eval_episodes}
-    asked |= {"final_episodes": final_episodes, "target": target}
-    asked |= {"checkpoint_seconds": checkpoint_seconds, "log_points": log_points}
+    fields = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "eval_episodes": eval_episodes}
+    fields |= {"final_episodes": final_episodes, "target": target}
+    fields |= {"checkpoint_seconds": checkpoint_seconds, "log_points": log_points}
     _check_functions(callbacks=callbacks, trackers=trackers)
-    with trusted.allowing(code):
+    with user_code.allowed_here(code):
         run = runs.prepare(
             agent_class(agent)() if isinstance(agent, str) else agent,
-            own_code.source_of(problem, {}) if isinstance(problem, str) else problem,
-            _budget(asked, budget),
+            user_code.source_of(problem, {}) if isinstance(problem, str) else problem,
+            _budget(fields, budget),
             seeds=seeds,
             out=out,
             lifelong=_methods(lifelong),
-            population=own_code.population_named(population) if isinstance(population, str) else population,
+            population=user_code.population_named(population) if isinstance(population, str) else population,
             device=device,
             threads=threads,
             init=init,
@@ -102,23 +101,23 @@ def train(
 
 
 def _methods(lifelong: Any) -> Any:
-    """The methods, those that are named with their defaults; what is no list is refused later."""
+    """Replace names of methods by methods with default settings; a value that is not a list is refused later."""
     if not isinstance(lifelong, list | tuple):
         return lifelong
-    return [own_code.made_method(own_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
+    return [user_code.build_method(user_code.method_named(m), {}) if isinstance(m, str) else m for m in lifelong]
 
 
-def _budget(asked: dict[str, Any], budget: Budget | None) -> Budget:
-    """The budget that was given, or one of the arguments beside it.
+def _budget(fields: dict[str, Any], budget: Budget | None) -> Budget:
+    """The budget, or one built from the separate arguments that are not None.
 
     Raises:
-        SettingError: it is said twice.
+        SettingError: both are given, or both steps and epochs.
     """
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if {"steps", "epochs"} <= asked.keys() or (budget is not None and asked):
-        names = ", ".join([*asked, *(["budget"] if budget is not None else [])])
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if {"steps", "epochs"} <= fields.keys() or (budget is not None and fields):
+        names = ", ".join([*fields, *(["budget"] if budget is not None else [])])
         raise SettingError(f"{names} say the same twice: give steps or epochs, and the rest beside it or in a budget")
-    return Budget(**asked) if budget is None else budget
+    return Budget(**fields) if budget is None else budget
 
 
 @undisturbed()
@@ -137,29 +136,30 @@ def resume(
     steps: int | None = None,
     code: Sequence[str] = (),
 ) -> Run:
-    """Go on with a run from its newest checkpoint; it ends as the one that was never stopped.
+    """Resume a run from its newest checkpoint; the result is bit-identical to that of an uninterrupted run.
 
     Args:
-        folder: of the run, which may have ended where `steps` are given.
-        steps: train to so many steps of each learner, more than it was begun with. It then ends as the one that was
-            asked for them at once, but for schedules that go over the budget, which a warning names.
-        agent: the class of your own agent's settings again, or its name, `package.module:Name`, where the run had one.
-        network: the user's network again, or its name, where the run had one.
-        env: the user's environment factory again, or its name, where the run had one.
-        lifelong: the lifelong methods again, where the run had some.
-        own: other settings that are code or data (rewards, demonstrations), by name, again, where it had some.
+        folder: the run's folder; a run that has ended needs `steps`.
+        agent: settings class of your own agent, or its name `package.module:Name`. User code that the run used has to
+            be given again, here and in the next four arguments, as a run folder names code but never loads any.
+        network: your network factory, or its name.
+        env: your environment factory, stream or family, or its name.
+        lifelong: the lifelong methods, or the names of your own.
+        own: other settings by name that are code or data: rewards, demonstrations.
         callbacks: as for `train`.
         trackers: as for `train`.
         progress: as for `train`.
-        inexact: begin new episodes where the environments cannot be brought back to where they were.
+        inexact: start new episodes if the environments' state cannot be restored.
+        steps: extend the budget to this many steps of each learner. The result equals that of a run with this budget
+            from the start, except for schedules over the budget, which a warning names.
         code: as for `load`.
 
     Raises:
-        CheckpointError: nothing to resume there.
-        InexactResumeError: the environments cannot be brought back, and `inexact` was not asked for.
+        CheckpointError: there is no run to resume.
+        InexactResumeError: the environments' state cannot be restored, and `inexact` is false.
     """
     _check_functions(callbacks=callbacks, trackers=trackers)
-    with trusted.allowing(code):
+    with user_code.allowed_here(code):
         return runs.resume(
             folder,
             **_again(folder, agent, network, env, lifelong),
@@ -181,52 +181,52 @@ def load(
     own: Mapping[str, Any] | None = None,
     code: Sequence[str] = (),
 ) -> Run:
-    """Read a run back to look at it, act with it or evaluate it: its settings, its state, its final evaluation.
+    """Load a run from its folder, to inspect it, act with it or evaluate it.
 
-    What only training needs, demonstrations and rewards, is not asked for; `resume` does.
+    Demonstrations and rewards, which only training needs, are not required; `resume` requires them.
 
     Args:
-        folder: as given to `train(out=...)`.
-        agent: the class of your own agent's settings again, or its name, `package.module:Name`, where it had one; a run
-            folder names code but never loads any by itself.
-        network: the user's network again, or its name, where it had one.
-        env: the user's environment factory again, or its name, where it had one.
-        lifelong: the lifelong methods again, where it had some of your own.
-        own: other settings that are code or data, by name, again, where it had some that acting needs.
-        code: modules, such as `["package.module"]`, that the folder may name and so import: what it names in them need
-            not be given again. Give those alone that you would run.
+        folder: the run's folder, as given to `train(out=...)`.
+        agent: settings class of your own agent, or its name `package.module:Name`. User code that the run used has to
+            be given again, here and in the next four arguments, as a run folder names code but never loads any.
+        network: your network factory, or its name.
+        env: your environment factory, stream or family, or its name.
+        lifelong: the lifelong methods, or their names, if some are your own.
+        own: other settings by name that are code or data and needed for acting.
+        code: modules, such as `["package.module"]`, from which the folder may load the code that it names, instead of
+            the arguments above. Give only modules that you trust.
 
     Raises:
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
-        SettingError: the user's own code or data were not given again, or are others than the run began with.
+        SettingError: user code or data are missing, or differ from those the run began with.
     """
-    with trusted.allowing(code):
-        return kept.load(folder, **_again(folder, agent, network, env, lifelong), own=own)
+    with user_code.allowed_here(code):
+        return saved_run.load(folder, **_again(folder, agent, network, env, lifelong), own=own)
 
 
 def _again(folder: str | Path, agent: Any, network: Any, env: Any, lifelong: Sequence[Any]) -> dict[str, Any]:
-    """What was given again of the user's own code, loaded where it was named."""
+    """Load the user code that is given by name; returns keyword arguments for `load` and `resume`."""
     where = Path(folder)
     named = all(isinstance(method, str) for method in lifelong)
     return {
-        "agent": own_code.agent_again(agent) if isinstance(agent, str) else agent,
-        "network": own_code.network_again(network) if isinstance(network, str) else network,
-        "env": own_code.env_again(where, env) if isinstance(env, str) else env,
-        "lifelong": own_code.own_methods_again(where, ",".join(lifelong)) if named else lifelong,
+        "agent": user_code.user_agent(agent) if isinstance(agent, str) else agent,
+        "network": user_code.user_network(network) if isinstance(network, str) else network,
+        "env": user_code.user_env(where, env) if isinstance(env, str) else env,
+        "lifelong": user_code.user_methods(where, ",".join(lifelong)) if named else lifelong,
     }
 
 
 def listeners(trackers: Sequence[TrackerFactory] = (), progress: bool = False) -> list[Listener]:
-    """What listens to a run: its trackers, a live bar, and who draws its pictures."""
+    """Listeners of a run: its trackers, a progress bar, and the plots of the finished run."""
     return [*map(Tracking, trackers), *([Progress()] if progress else []), Pictures()]
 
 
-def _check_functions(**given: Any) -> None:
-    """Refuse what a run could not call once it has begun.
+def _check_functions(**arguments: Any) -> None:
+    """Check that arguments are lists of functions, before the run starts.
 
     Raises:
-        SettingError: no list, or not of functions.
+        SettingError: one is not.
     """
-    for name, functions in given.items():
+    for name, functions in arguments.items():
         if not isinstance(functions, Sequence) or not all(map(callable, functions)):
             raise SettingError(f"{name} is {functions!r}, expected a list of functions")

@@ -14,7 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes, and those t
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from rlmeta.report import curves, matrices
+from tests import without_jit
 from tests.default_device import DefaultDeviceMeta
 
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
@@ -37,9 +41,44 @@ def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+_DRAWS = {module: module._figure for module in (curves, matrices)}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def light_folders() -> Iterator[None]:
+    """Folders of runs hold blank pictures, for to draw one takes longer than most runs here; and nothing waits for the
+    disk: what that does shows only after a power failure, and that it is asked for in the right places has tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda file: None)
+        for module in _DRAWS:
+            patched.setattr(module, "_figure", lambda *_: FigureCanvasAgg(Figure((1, 1))).figure)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of pictures: they are drawn."""
+    for module, draw in _DRAWS.items():
+        monkeypatch.setattr(module, "_figure", draw)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--default-device-meta", action="store_true", help="see tests/default_device.py")
+    parser.addoption("--without-jit", action="store_true", help="see tests/without_jit.py")
     parser.addoption("--no-new-skips", action="store_true", help="fail where a test is skipped that skips.txt lacks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-jit"):
+        without_jit.take_away()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is about that which was taken away."""
+    if config.getoption("--without-jit"):
+        kept = without_jit.others(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 def _skipped(config: pytest.Config) -> list[str]:

@@ -171,10 +171,6 @@ class A2CAgent(Agent):
         ctx.info.update({"losses/policy_loss": policy, "losses/value_loss": value_loss, "losses/entropy": entropy})
         return {"policy": policy - h["entropy_coefficient"] * entropy, "value": h["value_coefficient"] * value_loss}
 
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
-        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
-
     def annealed(self, state: State) -> Tensor:
         """The learning rate `[*L]` at the learner's progress."""
         rate = state["params"]["hyper"]["learning_rate"]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import check_network
+from rlmeta.agents.networks import check_network, zeros_of
 from rlmeta.agents.recurrence import Recurrence
 from rlmeta.agents.streams import Streams
-from rlmeta.data.samples import EVERYTHING
+from rlmeta.data.samples import EVERYTHING, DataWorld
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.world import World
 from rlmeta.errors import SettingError, SpaceError
@@ -35,6 +35,7 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.minibatch import flatten_time
+from rlmeta.learning.phases import TRAINING, own_step, whose
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy
@@ -55,8 +56,12 @@ ORDINARY = (0.1, 10.0)
 raw units do no harm."""
 
 
+SPREAD = 8
+"""Samples for lifelong methods are every eighth of an agent's fresh steps: neighbours in time are nearly the same."""
+
+
 class Agent:
-    """An agent bound to spaces. An algorithm adds `act`, `credit`, `losses`, `log_prob` and `update`.
+    """An agent bound to spaces. An algorithm adds `act`, `credit`, `losses` and `update`.
 
     Args:
         settings: the algorithm's settings.
@@ -143,7 +148,7 @@ class Agent:
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """The state at the start of a run: fresh weights from each learner's key, environments reset."""
-        if not hasattr(world, "step"):
+        if isinstance(world, DataWorld):
             name = type(self.settings).__name__
             raise SettingError(f"{name} acts in environments, this problem is of labelled samples: use Classifier")
         state = initial_state(self.networks, key, hyper)
@@ -258,16 +263,47 @@ class Agent:
         """The network that `distribution` depends on."""
         return () if self.policy is None else ("policy",)
 
+    @property
+    def sequential(self) -> bool:
+        """Whether a sample is a whole sequence, which a memory goes through."""
+        return self.recurrence is not None
+
     def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
-        """The parameters of the policy's distribution over actions `{name: [*L, B, ...]}`, without those that only
-        serve to sample."""
-        found = self.forward(self.policy, "policy", p, batch["observation"], ctx)
-        return {name: value for name, value in found.items() if name not in ("features", "noise_log_std")}
+        """The parameters of the policy's distribution over actions `{name: [*L, B, ...]}`, in sequences of every step
+        `{name: [*L, B, T, ...]}`, without those that only serve to sample."""
+        parameters = self._of_samples(self.policy, "policy", p, batch["observation"], ctx)
+        return {name: value for name, value in parameters.items() if name not in ("features", "noise_log_std")}
 
     def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
-        """What the policy's head is given, `[*L, B, D]`."""
-        found: Tensor = self.forward(self.policy.body, "policy.body", p, batch["observation"], ctx)
-        return found
+        """What the policy's head is given, `[*L, B, D]`, in sequences `[*L, B, T, D]`."""
+        features: Tensor = self._of_samples(self.policy.body, "policy.body", p, batch["observation"], ctx)
+        return self.policy.placed(features, batch["observation"])
+
+    def _of_samples(self, block: Block, name: str, p: Params, inputs: tree.Tree, ctx: Context) -> Any:
+        """`forward` of single steps, or of every step of sequences, whose memory is made anew from their first one."""
+        if self.recurrence is None:
+            return self.forward(block, name, p, inputs, ctx)
+        axes = inputs["begins"].dim() - 2
+        outputs = self.forward(block, name, p, self.recurrence.time_first(inputs), ctx)
+        return tree.map(lambda x: x.transpose(axes, axes + 1), outputs)
+
+    def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
+        """log pi(a | s) of every sample `[*L, B]`; of a sequence the sum over its steps, log pi(a_1 ... a_T | s_1 ...
+        s_T): what Fisher information is taken of."""
+        log_prob: Tensor = self.head.log_prob(self.distribution(p, batch, ctx or Context()), batch["action"])
+        return log_prob.sum(-1) if self.sequential else log_prob
+
+    def divergence(self, then: Distribution, now: Distribution) -> Tensor:
+        """KL(then || now) in nats of every sample `[*L, B]`; of a sequence the mean over its steps."""
+        divergence: Tensor = self.head.kl(then, now)
+        return divergence.mean(-1) if self.sequential else divergence
+
+    def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
+        """A sample of zeros for each of the learners `*L`, `[*L, 1, ...]`: the form of what `draw` gives."""
+        observation = zeros_of(self.observation_space, learners, device)
+        if self.recurrence is not None:
+            observation = self.recurrence.blank(observation, (*learners, 1), self.steps_per_iteration, device)
+        return {"observation": observation}
 
     # ------------------------------------------------------------------ evaluation, and samples for lifelong methods
 
@@ -282,20 +318,27 @@ class Agent:
         return evaluate(self, p, world, key, episodes, deterministic=deterministic)
 
     @torch.no_grad()
-    def draw(self, state: State, world: World, n: int) -> Rollout:
-        """At least n fresh steps `[*L, n, ...]` of the policy as it is, from where the environments stand.
-
-        With a memory they are whole sequences.
+    def draw(self, state: State, world: World, n: int) -> tree.Tree:
+        """n fresh samples `[*L, n, ...]` of the policy as it is, from where the environments stand: every eighth step,
+        or with a memory sequences as long as those that it learns from, one after another.
 
         The state stays as it is; live environments move on, so a new task must begin, or the run end, after it.
         """
-        axes = state["key"].dim()
-        copied = tree.map(torch.clone, state)
+        axes, every = state["key"].dim(), 1 if self.sequential else SPREAD
+        rows = -(-n * every // world.num_envs)
+        lengths = [self.steps_per_iteration] * rows if self.sequential else [rows]
+        copied, drawn = tree.map(torch.clone, state), []
         copied["key"] = random.fold(state["key"], "draw")
-        _, rollout = collect(self, copied, world, -(-n // world.num_envs))
-        inputs = self.inputs(rollout)
-        del rollout["first_memory"]
-        return self.items({**rollout, "observation": inputs}, axes)
+        for steps in lengths:
+            copied, rollout = collect(self, copied, world, steps)
+            drawn.append(self._experience(rollout, axes))
+        samples = tree.map(lambda *parts: torch.cat(parts, axes), *drawn)
+        return tree.map(lambda x: x[(slice(None),) * axes + (slice(0, n * every, every),)], samples)
+
+    def _experience(self, rollout: Rollout, axes: int) -> tree.Tree:
+        """All of a rollout as samples `[*L, M, ...]`, with what its networks were given as their `observation`."""
+        told = {name: value for name, value in rollout.items() if name != "first_memory"}
+        return self.items({**told, "observation": self.inputs(rollout)}, axes)
 
     def watch(self, state: State, observation: tree.Tree) -> State:
         """Count observations from elsewhere, `[M, ...]` for every learner, among those that observations are
@@ -309,7 +352,8 @@ class Agent:
     # ------------------------------------------------------------------ one iteration
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
-        """Act for `steps_per_iteration` steps, learn from them.
+        """Act for `steps_per_iteration` steps, learn from them; in a phase of a lifelong method's own it may be the
+        method that learns, from all of the rollout's samples, and the agent stays as it is.
 
         Returns:
             The new state and the iteration's metrics `[*L]`.
@@ -319,6 +363,10 @@ class Agent:
         state, rollout = collect(self, state, world, self.steps_per_iteration)
         self._warn_of_masks(rollout)
         state, episodes = episode_statistics(state, rollout)
+        if whose(state["task"]) > TRAINING:
+            own = own_step(self, state, self._experience(rollout, state["key"].dim()))
+            if own is not None:
+                return self._counted(own[0]), {**own[1], **episodes}
         state, rewards, relabelled = self.relabel(state, rollout)
         state, metrics = self.update(state, rollout, rewards)
         return self.end_iteration(state, rollout), {**metrics, **episodes, **relabelled}
@@ -352,6 +400,10 @@ class Agent:
         if "observation" in normalisers:
             observation, valid = rollout["observation"].flatten(axes, axes + 1), rollout["valid"].flatten(axes)
             normalisers["observation"] = running_update(normalisers["observation"], observation, valid)
+        return self._counted(state)
+
+    def _counted(self, state: State) -> State:
+        """The state after an iteration more."""
         count = state["count"]
         state["count"] = {
             **count,

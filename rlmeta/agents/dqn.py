@@ -29,7 +29,7 @@ from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy, follow, with_copy
-from rlmeta.nn import Block, bare
+from rlmeta.nn import Block, Context, bare
 from rlmeta.rewards import Reward, distinct
 
 TARGET = Copy("target", "q")
@@ -186,9 +186,9 @@ class DQNAgent(Agent):
         ctx.info["losses/q_values"] = chosen.mean(-1)
         return {"q": losses.huber_loss(chosen, target, p["hyper"]["huber_delta"], batch["valid"])}
 
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log softmax of the action values, `[*L, B]`: what Fisher information and distillation are taken of."""
-        values = self.forward(self.q, "q", p, batch["observation"])
+    def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
+        """log softmax of the action values, `[*L, B]`."""
+        values = self.forward(self.q, "q", p, batch["observation"], ctx)
         return self.q.head.take(values.log_softmax(-1), batch["action"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:

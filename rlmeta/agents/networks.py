@@ -42,11 +42,16 @@ from rlmeta.nn.lifted import copied, recordable
 
 
 class Network(Block):
-    """A body, then a head. Weights are named `body.*` and `head.*`."""
+    """A body, then a head. Weights are named `body.*` and `head.*`.
 
-    def __init__(self, body: Block, head: Block, features: int) -> None:
+    A head may have last layers for K `tasks`, which the one-hot vector of K entries at the end of an observation tells
+    apart: it is given the features in the place of the task at hand and zeros in those of the others, K * D of them. So
+    a new task begins with an undecided policy, and does not write into the last layer of an old one.
+    """
+
+    def __init__(self, body: Block, head: Block, features: int, tasks: int = 0) -> None:
         super().__init__()
-        self.body, self.head, self.features = body, head, features
+        self.body, self.head, self.features, self.tasks = body, head, features, tasks
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Any:
         """Observations `[*L, ...]` to whatever the head gives.
@@ -56,9 +61,9 @@ class Network(Block):
         """
         return self.answer(params, self.body.run(params, x, ctx, f"{prefix}body."), x, ctx, prefix)
 
-    def answer(self, params: Params, features: torch.Tensor, x: Tree, ctx: Context, prefix: str = "") -> Any:
+    def answer(self, params: Params, features: Tensor, x: Tree, ctx: Context, prefix: str = "") -> Any:
         """What the head gives for features `[*L, ..., D]` of the observations `x`."""
-        head, name = self.head, f"{prefix}head."
+        head, name, features = self.head, f"{prefix}head.", self.placed(features, x)
         if isinstance(self.body, RecurrentBody):
             x = x["observation"]
         if not isinstance(x, dict) or ACTION_MASK not in x or isinstance(head, ValueHead):
@@ -68,38 +73,32 @@ class Network(Block):
         assert isinstance(head, CategoricalHead | MultiDiscreteHead)
         return head.run(params, features, ctx, name, x[ACTION_MASK])
 
-
-class PerTask(Block):
-    """Features of a body in the place of the task at hand, zeros in those of the others, `[*L, ..., K * D]`.
-
-    So the layer that follows is one of its own for every task, as lifelong learning wants it: a new task begins with
-    an undecided policy, and does not write into the last layer of an old one. The task is the one-hot vector of K
-    entries at the end of the observation.
-    """
-
-    def __init__(self, body: Block, tasks: int) -> None:
-        super().__init__()
-        self.body, self.tasks = body, tasks
-
-    def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Any:
-        """Observations `[*L, ..., D]` to features."""
-        features = self.body.run(params, x, ctx, f"{prefix}body.")
-        assert isinstance(x, torch.Tensor)
-        task = x[..., -self.tasks :].to(features.dtype)
+    def placed(self, features: Tensor, x: Tree) -> Tensor:
+        """Features `[*L, ..., D]` as the head is given them: with heads of tasks, in the place of the task at hand."""
+        if not self.tasks:
+            return features
+        observation: Tensor = x["observation"] if isinstance(self.body, RecurrentBody) else x
+        task = observation[..., -self.tasks :].to(features.dtype)
         return (task.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)
 
 
-def _per_task(body: Block, features: int, observation_space: gym.Space, tasks: int) -> tuple[Block, int]:
-    """A body for heads of `tasks` tasks, and its number of features; the body itself where there are none."""
+def _places(observation_space: gym.Space, tasks: int) -> int:
+    """How many places for features a head has with last layers for so many tasks; 0 for one whatever the task.
+
+    Raises:
+        SettingError: observations do not say which task it is.
+    """
     if not tasks:
-        return body, features
-    low, high = getattr(observation_space, "low", np.empty(0)), getattr(observation_space, "high", np.empty(0))
-    if low.ndim != 1 or len(low) < tasks or (low[-tasks:] != 0).any() or (high[-tasks:] != 1).any():
+        return 1
+    low = high = np.empty(0)
+    if isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1:
+        low, high = observation_space.low, observation_space.high
+    if len(low) < tasks or (low[-tasks:] != 0).any() or (high[-tasks:] != 1).any():
         raise SettingError(
             f"task_heads is {tasks}, but observations of {observation_space} do not end with a one-hot vector of "
             f"{tasks} tasks: train on a stream with observe_identity and as many tasks, or leave task_heads 0"
         )
-    return PerTask(body, tasks), features * tasks
+    return tasks
 
 
 def _with_memory(settings: Any, body: Block, features: int, action_space: gym.Space | None) -> tuple[Block, int]:
@@ -207,7 +206,7 @@ def policy_network(
         observation_space: of one environment.
         action_space: of one environment.
         state_dependent: noise that depends on the features.
-        tasks: so many last layers, see `PerTask`; 0 for one whatever the task.
+        tasks: so many last layers, see `Network`; 0 for one whatever the task.
     """
     check_mask(observation_space, action_space)
     body, features = build_body(
@@ -218,8 +217,8 @@ def policy_network(
         "orthogonal",
         whitens(settings),
     )
-    body, features = _per_task(body, features, observation_space, tasks)
     body, features = _with_memory(settings, body, features, action_space)
+    features *= _places(observation_space, tasks)
     head = head_for(
         action_space,
         features,
@@ -228,7 +227,7 @@ def policy_network(
         action_bounds=settings.action_bounds,
         state_dependent_noise=state_dependent,
     )
-    return Network(body, head, features)
+    return Network(body, head, features, tasks)
 
 
 def value_network(
@@ -246,9 +245,9 @@ def value_network(
         "orthogonal",
         whitens(settings),
     )
-    body, features = _per_task(body, features, observation_space, tasks)
     body, features = _with_memory(settings, body, features, action_space)
-    return Network(body, ValueHead(features), features)
+    features *= _places(observation_space, tasks)
+    return Network(body, ValueHead(features), features, tasks)
 
 
 def q_network(settings: Any, observation_space: gym.Space, action_space: gym.Space) -> Network:
@@ -344,6 +343,12 @@ def _observations(space: gym.Space, count: int, whitened: bool, seed: int = 0) -
     return tree.map(lambda x: x.clamp(-10.0, 10.0) if x.is_floating_point() else x, drawn)
 
 
+def zeros_of(space: gym.Space, learners: tuple[int, ...], device: torch.device) -> Tree:
+    """An observation of zeros for each of the learners `*L`, `[*L, 1, ...]`, in the types of a space."""
+    row = to_tree(space, gym.vector.utils.batch_space(space, 1).sample(), (1,), "the task")
+    return tree.map(lambda x: torch.zeros_like(x, device=device).expand(*learners, *x.shape), row)
+
+
 @contextmanager
 def _evaluated(module: nn.Module) -> Iterator[None]:
     """Within, the module and its parts are in evaluation; afterwards each is in the mode it had."""
@@ -367,11 +372,11 @@ def _features_of(module: nn.Module, observation_space: gym.Space, whitened: bool
         shapes = ", ".join(f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in tree.leaves(observation))
         bytes_ = any(leaf.dtype == torch.uint8 for leaf in tree.leaves(observation))
         hint = ". Bytes come as they are: begin with x.float() / 255" if bytes_ else ""
-        said = f"{type(error).__name__}: {error}"
-        raise SettingError(f"network= fails for two observations, {shapes}: {said}{hint}") from error
+        message = f"{type(error).__name__}: {error}"
+        raise SettingError(f"network= fails for two observations, {shapes}: {message}{hint}") from error
     if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != 2 or not features.shape[1]:
-        given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise SettingError(f"network= must give features [B, D] for B observations; for B = 2 it gave {given}")
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise SettingError(f"network= must give features [B, D] for B observations; for B = 2 it gave {shape}")
     if features.dtype != torch.float32:
         raise SettingError(f"network= gave features of {features.dtype}, expected torch.float32: end with .float()")
     if not bool(features.isfinite().all()):

@@ -129,6 +129,11 @@ class PPO:
             not (self.state_dependent_exploration and self.action_bounds == "squash"),
             'PPO: state_dependent_exploration and action_bounds="squash" exclude each other: choose one',
         )
+        require(
+            not (self.task_heads and self.normalise_observation),
+            "PPO: task_heads and normalise_observation exclude each other, for a whitened observation does not say "
+            "which task it is: choose one",
+        )
         samples = self.num_envs * self.num_steps
         require(
             samples % self.batch_size == 0,
@@ -147,10 +152,6 @@ class PPO:
             self.memory == "none" or self.batch_size % self.num_steps == 0,
             f"PPO: batch_size {self.batch_size} is not whole sequences of num_steps = {self.num_steps}, which a memory "
             "learns from: give a multiple of it",
-        )
-        require(
-            self.memory == "none" or not self.task_heads,
-            "PPO: task_heads and a memory exclude each other: choose one",
         )
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
@@ -175,10 +176,6 @@ class PPOAgent(Agent):
         self.value = blocks["value"]
         self.head: Any = self.policy.head
         if settings.memory != "none":
-            require(
-                not self.methods,
-                f"PPO: memory={settings.memory!r} and lifelong methods don't go together: leave out one of them",
-            )
             self.recurrence = Recurrence(settings.sees, settings.memory_size, action_space, blocks)
         self.rewards_entropy = any(value > 0 for value in values_of(settings.entropy_coefficient))
         self.stops_early = any(value < math.inf for value in values_of(settings.stop_kl))
@@ -254,7 +251,7 @@ class PPOAgent(Agent):
         features = self.forward(self.policy.body, "policy.body", p, observation, ctx)
         tensors = {**p["weights"], **p["buffers"]}
         distribution = self.policy.answer(tensors, features, observation, ctx, "policy.")
-        return distribution, self.value.run(tensors, features, ctx, "value.")
+        return distribution, self.value.run(tensors, self.policy.placed(features, observation), ctx, "value.")
 
     def _value(self, p: Params, observation: tree.Tree, ctx: Context) -> Tensor:
         """The value alone."""
@@ -285,9 +282,9 @@ class PPOAgent(Agent):
             value_loss = losses.clipped_value_loss(
                 value, batch["return"], batch["old_value"], h["value_clip_range"], valid
             )
-        found = {"policy": policy, "value": h["value_coefficient"] * value_loss}
+        terms = {"policy": policy, "value": h["value_coefficient"] * value_loss}
         if self.rewards_entropy:
-            found["entropy"] = -h["entropy_coefficient"] * masked_mean(self.head.entropy(distribution), valid)
+            terms["entropy"] = -h["entropy_coefficient"] * masked_mean(self.head.entropy(distribution), valid)
         if ctx.report:
             with torch.no_grad():
                 moved = (log_prob - batch["old_log_prob"]).expm1().abs() > align(batch["clip_range"], log_prob)
@@ -296,12 +293,7 @@ class PPOAgent(Agent):
                 ctx.info["losses/entropy"] = masked_mean(self.head.entropy(distribution), valid)
                 ctx.info["losses/approx_kl"] = losses.approx_kl(log_prob, batch["old_log_prob"], valid)
                 ctx.info["losses/clipfrac"] = masked_mean(moved.to(log_prob.dtype), valid)
-        return found
-
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
-        batch = self.samples(batch)
-        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
+        return terms
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Learn from a rollout, some of the learners on every core."""

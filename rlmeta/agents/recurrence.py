@@ -172,6 +172,27 @@ class Recurrence:
         turned = tree.map(lambda x: x.transpose(axes, axes + 1).contiguous(), {**batch, "observation": inputs})
         return {**turned, "observation": {**turned["observation"], "hidden": hidden}}
 
+    def time_first(self, inputs: tree.Tree) -> tree.Tree:
+        """The inputs of sequences `[*L, B, T, ...]` as a network takes them, `[*L, T, B, ...]`."""
+        axes = inputs["begins"].dim() - 2
+        each = {name: value for name, value in inputs.items() if name != "hidden"}
+        return {**tree.map(lambda x: x.transpose(axes, axes + 1), each), "hidden": inputs["hidden"]}
+
+    def blank(self, observation: tree.Tree, rows: tuple[int, ...], steps: int, device: torch.device) -> tree.Tree:
+        """The inputs of sequences of so many steps, `[*L, B, T, ...]`, that see one observation all the time.
+
+        Args:
+            observation: `[*L, B, ...]`.
+            rows: `[*L, B]`.
+            steps: T.
+            device: of the tensors.
+        """
+        inputs = self.present(observation, self.initial(rows, device))
+        hidden, inputs["begins"] = inputs.pop("hidden"), torch.zeros(rows, dtype=torch.bool, device=device)
+        axis = len(rows)
+        long = tree.map(lambda x: x.unsqueeze(axis).expand(*rows, steps, *x.shape[axis:]), inputs)
+        return {**long, "hidden": hidden}
+
     def samples(self, batch: tree.Tree) -> tree.Tree:
         """Sequences `[*L, B, T, ...]` as samples `[*L, T * B, ...]`, the steps of all of them one after another."""
         inputs = dict(batch["observation"])

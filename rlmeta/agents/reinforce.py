@@ -181,10 +181,10 @@ class REINFORCEAgent(Agent):
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """Policy loss and, with a baseline, value loss `[*L]` of a batch `[*L, B, ...]`."""
         h, valid, credit = p["hyper"], batch["valid"], batch["credit"]
-        found: dict[str, Tensor] = {}
+        baseline_loss: dict[str, Tensor] = {}
         if self.value is not None:
             value = self.forward(self.value, "value", p, batch["observation"], ctx)
-            found["value"] = h["value_coefficient"] * losses.value_loss(value, batch["return"], valid)
+            baseline_loss["value"] = h["value_coefficient"] * losses.value_loss(value, batch["return"], valid)
             credit = credit - value.detach()
         if self.settings.normalise_return:
             credit = losses.normalise_advantage(credit, valid)
@@ -193,11 +193,7 @@ class REINFORCEAgent(Agent):
         policy = losses.twice_differentiable_policy_gradient_loss(log_prob, credit, valid)
         entropy = masked_mean(self.head.entropy(distribution), valid)
         ctx.info.update({"losses/policy_loss": policy, "losses/entropy": entropy})
-        return {"policy": policy - h["entropy_coefficient"] * entropy, **found}
-
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
-        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
+        return {"policy": policy - h["entropy_coefficient"] * entropy, **baseline_loss}
 
     def annealed(self, state: State) -> Tensor:
         """The learning rate `[*L]` at the learner's progress."""

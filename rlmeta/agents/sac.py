@@ -206,10 +206,6 @@ class SACAgent(Agent):
             ctx.info |= {"losses/temperature": alpha, "losses/entropy": entropy, "losses/q_values": q.mean((-2, -1))}
         return {"critic": critic, "actor": actor, "temperature": temperature}
 
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """log pi(a | s) `[*L, B]`: what Fisher information and distillation are taken of."""
-        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
-
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Remember the rollout; once there is enough, take gradient steps on random transitions."""
         off_policy.remember(self, state, rollout, rewards)

@@ -186,20 +186,16 @@ class TD3Agent(Agent):
             target = losses.td_target(batch["reward"], batch["discount"], next_q)
         q = self.values(p, "q", observation, batch["action"], ctx)
         error = (q - target.unsqueeze(axes)).square()
-        found = {"critic": masked_mean(error, valid.unsqueeze(axes).expand_as(error)).sum(-1)}
+        terms = {"critic": masked_mean(error, valid.unsqueeze(axes).expand_as(error)).sum(-1)}
 
         # policy: -Q(s, mu(s)), by the first critic
         if ctx.moves("actor"):
             action = self.head.mode(self.forward(self.policy, "policy", p, observation, ctx))
             first = self.values(p, "q", observation, action, Context()).select(axes, 0)
-            found["actor"] = -masked_mean(first, valid)
+            terms["actor"] = -masked_mean(first, valid)
         if ctx.report:
             ctx.info["losses/q_values"] = q.mean((-2, -1))
-        return found
-
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """Log density `[*L, B]` of actions around the policy's: what Fisher information is taken of."""
-        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
+        return terms
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Remember the rollout; once there is enough, take gradient steps on random transitions."""

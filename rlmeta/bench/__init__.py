@@ -1,3 +1,3 @@
-"""Benchmarks, `rlmeta bench NAME`, and the peers beside them."""
+"""Benchmarks, `rlmeta bench NAME`, with other libraries as baselines."""
 
 __all__: list[str] = []

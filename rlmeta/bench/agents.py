@@ -1,8 +1,9 @@
 """Speed, as a ratio against a peer measured in the same go: equal samples and gradient steps per learner, float32.
 
-`rlmeta bench agents` trains PPO on CartPole-v1 with rl-zoo's settings on both sides, every side in a process of its
-own, the sides in turn, round after round; it prints medians, ratios, and each side's final score, so that speed is
-never bought with learning. `rlmeta bench agents --scale` plots seconds against the number of learners.
+`rlmeta bench agents` trains PPO, or DQN, on CartPole-v1 with rl-zoo's settings on both sides, every side in a process
+of its own, the sides in turn, round after round; it prints medians, ratios, and each side's final score, so that speed
+is never bought with learning. `rlmeta bench agents --scale` plots seconds against the number of learners, and `--jax
+PYTHON` compares with rejax instead.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rlmeta.agents import PPO
+from rlmeta.agents import DQN, PPO
 from rlmeta.bench.seeds import FIRST_SEED, table_seeds
 from rlmeta.errors import SettingError, require_extra, unknown_name
 from rlmeta.runs.experiment import Budget
@@ -43,11 +44,33 @@ ZOO = PPO(
 )
 """rl-zoo's settings of PPO on CartPole-v1."""
 
+ZOO_DQN = DQN(
+    num_envs=1,
+    num_steps=256,
+    gradient_steps=128,
+    batch_size=64,
+    capacity=100_000,
+    learning_starts=1_000,
+    learning_rate=2.3e-3,
+    double=False,
+    target_every=128,
+    epsilon_end=0.04,
+    exploration_fraction=0.16,
+    huber_delta=1.0,
+    hidden_sizes=(256, 256),
+)
+"""rl-zoo's settings of DQN on CartPole-v1. Its target network is copied every 10 environment steps, so always before
+the 128 gradient steps that follow 256 of those."""
+
+SETTINGS = {"ppo": ZOO, "dqn": ZOO_DQN}
+
 
 @dataclass(frozen=True)
 class Agents:
-    """PPO on CartPole-v1 against Stable-Baselines3."""
+    """PPO or DQN on CartPole-v1 against Stable-Baselines3, or PPO against rejax."""
 
+    agent: Literal["ppo", "dqn"] = "ppo"
+    """Which one, against Stable-Baselines3."""
     steps: int = 100_000
     """Environment steps of each learner."""
     rounds: int = 3
@@ -56,13 +79,16 @@ class Agents:
     """Learners of the side with many."""
     scale: bool = False
     """Instead: seconds against 1 ... 256 learners, as a plot."""
+    jax: Path | None = None
+    """Instead: against rejax, which is installed in the environment of this Python."""
     out: Path = Path("runs/results")
     """Where the figures go."""
 
 
 USAGE = """usage: rlmeta bench NAME [flags]
 
-  agents      PPO on CartPole-v1 against Stable-Baselines3; --scale: against the number of learners
+  agents      PPO or DQN on CartPole-v1 against Stable-Baselines3; --jax PYTHON: against rejax; --scale: against the
+              number of learners
   checkout    training seconds of this checkout against another one's
   engine      steps/s of each backend of recordings, and of none
   imitation   imitation and shaping; --speed: against the package imitation
@@ -106,6 +132,10 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
     if options.steps < 1 or options.rounds < 1 or options.seeds < 1:
         raise SettingError("bench: steps, rounds and seeds are at least 1")
+    if options.jax is not None:
+        from rlmeta.bench import against_rejax
+
+        return against_rejax.main(options.jax, options.steps, options.rounds, options.out)
     return scale(options) if options.scale else agents(options)
 
 
@@ -117,13 +147,14 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
     if job["side"] == "sb3":
         from rlmeta.bench.peers import train_sb3
 
-        result = train_sb3("ppo", "CartPole-v1", job["steps"], job["seed"])
+        result = train_sb3(job["agent"], "CartPole-v1", job["steps"], job["seed"])
         scores, steps, seconds = [statistics.fmean(result["returns"])], result["steps"], result["seconds"]
     else:
         from rlmeta.api import train
 
         final = Budget(steps=job["steps"], final_episodes=256, eval_every=10 * job["steps"])
-        run = train(ZOO, "CartPole-v1", seeds=table_seeds(job["seeds"]), budget=final, threads=job["threads"])
+        settings: Any = SETTINGS[job["agent"]]
+        run = train(settings, "CartPole-v1", seeds=table_seeds(job["seeds"]), budget=final, threads=job["threads"])
         scores, steps, seconds = run.scores.tolist(), run.env_steps * job["seeds"], run.seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return {"steps": steps, "seconds": seconds, "scores": scores, "gigabytes": peak}
@@ -140,10 +171,10 @@ def _run(jobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         )
         for job in jobs
     ]
-    said = [process.communicate()[0].splitlines() for process in processes]
+    printed = [process.communicate()[0].splitlines() for process in processes]
     if any(process.returncode for process in processes):
         raise SettingError("bench: a side failed, its message stands above")
-    results = [json.loads(lines[-1]) for lines in said]
+    results = [json.loads(lines[-1]) for lines in printed]
     seconds = max(result["seconds"] for result in results)
     return {
         "steps_per_second": sum(result["steps"] for result in results) / seconds,
@@ -159,14 +190,14 @@ def agents(options: Agents) -> int:
     """Every side in turn, round after round; the table of medians and ratios."""
     require_extra("stable_baselines3", "bench", "the benchmark beside Stable-Baselines3")
     cores = os.cpu_count() or 1
-    ours: dict[str, Any] = {"side": "rlmeta", "steps": options.steps}
-    peer: dict[str, Any] = {"side": "sb3", "steps": options.steps}
-    many, one = f"rlmeta, {options.seeds} seeds in one process", "rlmeta, 1 seed"
+    ours: dict[str, Any] = {"side": "rlmeta", "agent": options.agent, "steps": options.steps}
+    peer: dict[str, Any] = {**ours, "side": "sb3"}
+    many, single = f"rlmeta, {options.seeds} seeds in one process", "rlmeta, 1 seed"
     alone, each = "Stable-Baselines3, 1 process", f"Stable-Baselines3, {cores} processes, one a core"
     sides = {
         alone: [{**peer, "seed": FIRST_SEED}],
         many: [{**ours, "seeds": options.seeds, "threads": cores}],
-        one: [{**ours, "seeds": 1, "threads": 1}],
+        single: [{**ours, "seeds": 1, "threads": 1}],
         each: [{**peer, "seed": seed} for seed in table_seeds(cores)],
     }
     rounds: list[dict[str, dict[str, Any]]] = []
@@ -180,7 +211,8 @@ def agents(options: Agents) -> int:
     (console if console.is_terminal else Console(width=140)).print(_table(options, rows))  # a log has no width
     options.out.mkdir(parents=True, exist_ok=True)
     record = {"steps": options.steps, "cores": cores, "when": time.strftime("%Y-%m-%d"), "rows": rows}
-    (options.out / "bench_agents.json").write_text(json.dumps(record, indent=1) + "\n")
+    name = "bench_agents.json" if options.agent == "ppo" else f"bench_agents_{options.agent}.json"
+    (options.out / name).write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
@@ -202,7 +234,8 @@ def _row(side: str, rounds: Sequence[dict[str, dict[str, Any]]], alone: str, eac
 
 
 def _table(options: Agents, rows: Sequence[dict[str, Any]]) -> Table:
-    title = f"PPO on CartPole-v1, {options.steps:,} steps a learner, median of {options.rounds} rounds"
+    what = f"{options.agent.upper()} on CartPole-v1"
+    title = f"{what}, {options.steps:,} steps a learner, median of {options.rounds} rounds"
     table = Table(title=title)
     for column in ("side", "steps/s (lowest-highest)", "x SB3 alone", "x SB3 a core", "mean final score", "peak GB"):
         table.add_column(column, justify="left" if column == "side" else "right")
@@ -227,7 +260,7 @@ def scale(options: Agents) -> int:
     counts, points = [2**power for power in range(9)], []
     steps = max(256, options.steps // 10)
     for count in counts:
-        job = {"side": "rlmeta", "steps": steps, "seeds": count, "threads": os.cpu_count() or 1}
+        job = {"side": "rlmeta", "agent": "ppo", "steps": steps, "seeds": count, "threads": os.cpu_count() or 1}
         result = _run([job])
         rate = result["steps_per_second"]
         points.append(

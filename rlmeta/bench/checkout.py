@@ -30,6 +30,7 @@ CASES: dict[str, str] = {
     "A2C, 8 learners": "a2c CartPole-v1 --seeds 8 --steps 60k",
     "REINFORCE, 8 learners": "reinforce CartPole-v1 --seeds 8 --steps 120k",
     "DQN, 8 learners": "dqn CartPole-v1 --seeds 8 --steps 10k",
+    "DQN, 16 learners": "dqn CartPole-v1 --seeds 16 --steps 10k",
     "MAML, sinusoid": "maml sinusoid --seeds 2 --steps 5k",
     "learned optimizer": "learned_optimizer quadratics --seeds 2 --steps 600",
     "classifier": "classifier split-digits --seeds 8 --steps 20k",

@@ -143,12 +143,12 @@ def main(options: Engine) -> int:
     table = Table("case", *(f"{side} (steps/s)" for side in SIDES), "operations", box=None)
     rows: list[dict[str, Any]] = []
     for case, sides in results.items():
-        rates = {side: statistics.median(one["steps_per_second"] for one in found) for side, found in sides.items()}
-        equal = len({one["weights"] for found in sides.values() for one in found}) == 1
+        rates = {side: statistics.median(x["steps_per_second"] for x in trials) for side, trials in sides.items()}
+        equal = len({x["weights"] for trials in sides.values() for x in trials}) == 1
         operations: dict[str, int] = sides[SIDES[0]][0]["operations"]
         rows.append({"case": case, "steps_per_second": rates, "equal_weights": equal, "operations": operations})
-        said = [f"{rate:,.0f} ({rate / rates['none']:.2f}x)" for rate in rates.values()]
-        table.add_row(case, *said, ", ".join(f"{name}: {count}" for name, count in operations.items()))
+        cells = [f"{rate:,.0f} ({rate / rates['none']:.2f}x)" for rate in rates.values()]
+        table.add_row(case, *cells, ", ".join(f"{name}: {count}" for name, count in operations.items()))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
     Console(width=200).print(table)

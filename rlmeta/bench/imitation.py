@@ -1,7 +1,7 @@
-"""What imitators and shaped rewards reach, and what GAIL costs against the package imitation.
+"""Benchmark of imitation learning and reward shaping, and of GAIL's speed against the package imitation.
 
-`rlmeta bench imitation` trains every row into a run folder of its own; a row that has ended is read, one that was
-killed goes on. `--speed` times ten seeds of GAIL in one process against one process of imitation 1.0.1.
+`rlmeta bench imitation` trains every row into a run folder of its own; a row that has ended is loaded, one that was
+killed is resumed. `--speed` times ten seeds of GAIL in one process against one process of imitation 1.0.1.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ FIXED = "CartPole-fixed"
 
 @dataclass(frozen=True)
 class Imitation:
-    """Imitation and shaping."""
+    """Options of `rlmeta bench imitation`."""
 
     tables: str = "gail,shaping"
-    """Which tables, separated by commas."""
+    """Tables to produce, separated by commas."""
     seeds: int = 10
-    """Learners of every row, with the seeds 100, 101, ..."""
+    """Number of learners of every row, with the seeds 100, 101, ..."""
     steps: int = 200_000
     """Environment steps of each learner."""
     speed: bool = False
-    """Instead: seconds of GAIL, all seeds in one process, against the package imitation's."""
+    """Instead, time GAIL with all seeds in one process against the package imitation."""
     rounds: int = 2
-    """With --speed: how often every side is measured; medians are printed."""
+    """With --speed: number of measurements of each; medians are printed."""
     imitation: str = os.environ.get("RLMETA_IMITATION_PYTHON", "")
     """With --speed: a Python that has imitation 1.0.1 (its own environment); RLMETA_IMITATION_PYTHON by default."""
     runs: Path = Path("runs/bench_imitation")
-    """Where the runs go."""
+    """Folder for the runs."""
     out: Path = Path("runs/results")
-    """Where the figures go."""
+    """Folder for the results."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "rounds"):
@@ -69,7 +69,7 @@ class Imitation:
 
 
 def imitation(options: Imitation) -> int:
-    """The tables, or the speed."""
+    """Produce the tables, or measure speed; returns the exit status."""
     if options.speed:
         return speed(options)
     for name in options.tables.split(","):
@@ -79,7 +79,7 @@ def imitation(options: Imitation) -> int:
 
 
 def demonstrations(options: Imitation) -> Demonstrations:
-    """Sixty episodes of PPO trained on the task itself, recorded once."""
+    """Load the demonstrations: 60 episodes of an expert, PPO trained on the task; recorded on first use."""
     path = options.runs / "cartpole-fixed.demonstrations"
     if not path.is_file():
         expert = train(preset("ppo", FIXED), FIXED, steps=200_000, seeds=table_seeds(2))
@@ -88,34 +88,34 @@ def demonstrations(options: Imitation) -> Demonstrations:
 
 
 def gail(options: Imitation) -> tuple[str, list[dict[str, Any]]]:
-    """Cloning and GAIL from ten episodes, and the control."""
-    shown = demonstrations(options)
-    imitator = replace(preset("gail", FIXED), demonstrations=shown.path)
-    cloner = replace(preset("behaviour_cloning", FIXED), demonstrations=shown.path)
+    """Behaviour cloning and GAIL from ten episodes, and GAIL with shuffled demonstrations as a control."""
+    recorded = demonstrations(options)
+    imitator = replace(preset("gail", FIXED), demonstrations=recorded.path)
+    cloner = replace(preset("behaviour_cloning", FIXED), demonstrations=recorded.path)
     rows = {
         "gail": (imitator, options.steps),
         "gail-shuffled": (replace(imitator, shuffled=True), options.steps),
         "behaviour-cloning": (cloner, 2_000),
     }
-    found = [_row(name, settings, FIXED, steps, options) for name, (settings, steps) in rows.items()]
-    title = f"{FIXED}, 10 episodes of demonstrations with a mean return of {float(shown.first(10).returns.mean()):g}"
-    return title, found
+    results = [_row(name, settings, FIXED, steps, options) for name, (settings, steps) in rows.items()]
+    title = f"{FIXED}, 10 episodes of demonstrations with a mean return of {float(recorded.first(10).returns.mean()):g}"
+    return title, results
 
 
 def shaping(options: Imitation) -> tuple[str, list[dict[str, Any]]]:
-    """MountainCar by PPO, with and without the energy as a potential."""
+    """PPO on MountainCar, with and without potential-based shaping by the car's energy."""
     plain: PPO = preset("ppo", "MountainCar-v0")
     rows = {"ppo-shaped": replace(plain, rewards=(_energy(),)), "ppo": plain}
-    found = [_row(name, settings, "MountainCar-v0", options.steps, options) for name, settings in rows.items()]
-    return "MountainCar-v0, scores by the task's own reward", found
+    results = [_row(name, settings, "MountainCar-v0", options.steps, options) for name, settings in rows.items()]
+    return "MountainCar-v0, scores by the task's own reward", results
 
 
 TABLES: dict[str, Callable[[Imitation], tuple[str, list[dict[str, Any]]]]] = {"gail": gail, "shaping": shaping}
-"""Title and rows of every table."""
+"""Functions that return the title and rows of a table, by name."""
 
 
 def _energy() -> PotentialShaping:
-    """The potential of the program agents/reward_shaping.py."""
+    """Load the shaping potential of the program agents/reward_shaping.py."""
     import importlib.util
 
     for path in (folder / "agents" / "reward_shaping.py" for folder in shipped()):
@@ -123,13 +123,13 @@ def _energy() -> PotentialShaping:
         if spec is not None and spec.loader is not None and path.is_file():
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            found: PotentialShaping = module.ENERGY
-            return found
+            potential: PotentialShaping = module.ENERGY
+            return potential
     raise SettingError("agents/reward_shaping.py is not there: run in a checkout")
 
 
 def _row(name: str, settings: Any, task: str, steps: int, options: Imitation) -> dict[str, Any]:
-    """A row's run: trained, gone on with, or read."""
+    """Result of a row's run, which is trained, resumed or loaded."""
     folder = options.runs / name
     own = {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {}
     if (folder / "config.toml").is_file():
@@ -175,16 +175,16 @@ def _report(name: str, title: str, rows: list[dict[str, Any]], options: Imitatio
 
 
 def speed(options: Imitation) -> int:
-    """Environment steps a second of all learners, each side in turn, equal samples and gradient steps a learner."""
+    """Time environment steps per second of all learners, with equal samples and gradient steps for each learner."""
     if not options.imitation:
         raise SettingError(
             "--speed needs the package imitation in an environment of its own: pip install imitation==1.0.1 there, "
             "then --imitation PATH/bin/python (or RLMETA_IMITATION_PYTHON)"
         )
-    shown = demonstrations(options).first(10)
-    settings = replace(preset("gail", FIXED), demonstrations=shown, episodes=0, gradient_penalty=0.0)
+    recorded = demonstrations(options).first(10)
+    settings = replace(preset("gail", FIXED), demonstrations=recorded, episodes=0, gradient_penalty=0.0)
     path = options.runs / "demonstrations.npz"
-    _export(shown, path)
+    _export(recorded, path)
     steps = min(options.steps, 5 * settings.num_envs * settings.num_steps)
     many = f"rlmeta, {options.seeds} seeds in one process"
     rates: dict[str, list[float]] = {many: [], "imitation 1.0.1, one process": []}
@@ -201,8 +201,8 @@ def speed(options: Imitation) -> int:
     return 0
 
 
-def _export(shown: Demonstrations, path: Path) -> None:
-    steps = shown.transitions()
+def _export(recorded: Demonstrations, path: Path) -> None:
+    steps = recorded.transitions()
     arrays = {"obs": "observation", "acts": "action", "next_obs": "next_observation", "dones": "terminated"}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **{name: steps[ours].numpy() for name, ours in arrays.items()})
@@ -225,6 +225,6 @@ def _theirs(settings: GAIL, path: Path, steps: int, seed: int, python: str) -> f
     done = subprocess.run([python, script, json.dumps(job)], stdout=subprocess.PIPE, env=environment)
     if done.returncode:
         raise SettingError(f"{python} failed to run imitation (exit {done.returncode}): see above")
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     sys.stdout.flush()
-    return float(found["steps"]) / float(found["seconds"])
+    return float(result["steps"]) / float(result["seconds"])

@@ -1,9 +1,9 @@
-"""Lifelong learning, measured: what methods keep along three streams, and what they cost.
+"""Benchmark of lifelong learning methods on three streams of tasks: accuracy, transfer, forgetting, and speed.
 
-`rlmeta bench lifelong` trains every method on the rotations of the GEM paper, on split MNIST (task- and
-class-incremental) and, under PPO, on a stream of CartPoles that contradict each other; all seeds of a method are one
-batch. `rlmeta bench lifelong --speed` times the Fisher information, EWC's and GEM's steps and ten seeds at once, each
-side in turn.
+`rlmeta bench lifelong` trains every method on the MNIST rotations of the GEM paper, on split MNIST (task- and
+class-incremental) and, with PPO, on a stream of CartPoles with conflicting dynamics; all seeds of a method are one
+batch. `rlmeta bench lifelong --speed` times the Fisher information, EWC's and GEM's gradient steps and ten seeds at
+once, each alternating with its baseline.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ TABLES = ("rotations", "split", "control")
 
 @dataclass(frozen=True)
 class Lifelong:
-    """What lifelong methods keep along three streams, and what they cost."""
+    """Options of `rlmeta bench lifelong`."""
 
     tables: str = ",".join(TABLES)
-    """Which tables: rotations, split, control."""
+    """Tables to produce: rotations, split, control, separated by commas."""
     only: str = ""
     """Only the rows of these names, separated by semicolons."""
     seeds: int = 10
-    """Learners of every row, with the seeds 100, 101, ..."""
+    """Number of learners of every row, with the seeds 100, 101, ..."""
     control_steps: int = 100_000
     """Environment steps of PPO on every task of the control stream."""
     speed: bool = False
-    """Instead: times, each side in turn."""
+    """Instead, time gradient steps and Fisher information against baselines."""
     rounds: int = 5
-    """With speed: how often each side is timed; medians are printed."""
+    """With --speed: number of measurements of each; medians are printed."""
     avalanche: str = ""
-    """With speed: the Python of an environment with avalanche-lib, whose GEM step is timed beside ours."""
+    """With --speed: the Python of an environment with avalanche-lib, whose GEM step is timed as a baseline."""
     out: Path = Path("runs/results")
-    """Where the figures go."""
+    """Folder for the results."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a name and how it is trained."""
+    """A row of a table: its name, the learner's settings, and the lifelong methods."""
 
     name: str
     settings: Any
@@ -70,7 +70,7 @@ class Row:
 
 
 def lifelong(options: Lifelong) -> int:
-    """`rlmeta bench lifelong`: every wanted table, or the times."""
+    """Run `rlmeta bench lifelong`: produce the tables, or measure speed; returns the exit status."""
     if options.speed:
         from rlmeta.bench.lifelong_speed import speed
 
@@ -81,7 +81,9 @@ def lifelong(options: Lifelong) -> int:
         if name not in makers:
             raise unknown_name("table", name, makers)
     if options.seeds < 1 or options.control_steps < 1:
-        raise SettingError("bench lifelong: seeds and control-steps are at least 1")
+        raise SettingError(
+            f"bench lifelong: seeds is {options.seeds}, control-steps {options.control_steps}, expected at least 1"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     for name in wanted:
         makers[name](options)
@@ -91,7 +93,7 @@ def lifelong(options: Lifelong) -> int:
 # ---------------------------------------------------------------------- the GEM paper's rotations
 
 PAPER = Classifier(batch_size=10, num_steps=10, optimizer="sgd", hidden_sizes=(100, 100))
-"""The GEM paper's network and minibatch: 784-100-100-10, plain SGD, one pass over 1,000 samples a task."""
+"""The GEM paper's network and minibatch: 784-100-100-10, plain SGD, one epoch over 1,000 samples a task."""
 
 ROTATIONS = (
     Row("single", replace(PAPER, learning_rate=0.004)),
@@ -99,11 +101,11 @@ ROTATIONS = (
     Row("A-GEM", replace(PAPER, learning_rate=0.1), (AGEM(memory=256, batch_size=256),)),
     Row("GEM", replace(PAPER, learning_rate=0.1), (GEM(memory=256, margin=0.5),)),
 )
-"""Rates as the paper's for GEM and EWC; single's and EWC's strength are the best of a few, see docs/measurements.md."""
+"""Learning rates of GEM and EWC are the paper's; single's, and EWC's strength, were tuned, see docs/measurements.md."""
 
 
 def rotations(options: Lifelong) -> None:
-    """20 rotations, 1,000 samples each, one pass; ACC, BWT and the rest with intervals."""
+    """MNIST rotations: 20 tasks of 1,000 samples, one epoch each."""
     tasks = stream("rotated-mnist")
     rows = [_trained(row, tasks, Budget(steps=1000), options.seeds) for row in _chosen(ROTATIONS, options)]
     _report("rotations", f"MNIST rotations, {len(tasks)} tasks of 1,000 samples, one pass", rows, options)
@@ -112,10 +114,10 @@ def rotations(options: Lifelong) -> None:
 # ---------------------------------------------------------------------- split MNIST
 
 NETWORK = Classifier(batch_size=128, num_steps=50, optimizer="adam", learning_rate=1e-3, hidden_sizes=(200, 200))
-"""van de Ven et al.'s optimizer and minibatch; half as wide as their network."""
+"""The optimizer and minibatch of van de Ven et al. (2022), with half of their network's width."""
 
 SPLIT_STEPS = 400
-"""Gradient steps a task: a fifth of their 2,000, with a seventh of their data."""
+"""Gradient steps on every task: a fifth of their 2,000, with a seventh of their data."""
 
 SPLIT = {
     "task": (
@@ -137,7 +139,7 @@ SPLIT = {
 
 
 def split(options: Lifelong) -> None:
-    """Split MNIST with the task known at test, and not; beside it joint training and training on the buffer alone."""
+    """Split MNIST, task- and class-incremental; baselines: joint training, and training on the replay buffer alone."""
     for scenario, lines in SPLIT.items():
         tasks = stream("split-mnist", scenario=scenario)  # type: ignore[arg-type]
         budget = Budget(steps=SPLIT_STEPS * NETWORK.batch_size)
@@ -156,22 +158,22 @@ def split(options: Lifelong) -> None:
 
 
 def _joint(tasks: TaskStream, seeds: int) -> dict[str, Any]:
-    """All tasks' samples together, as many steps as all tasks have."""
-    parts = [one.train for one in tasks.tasks]
+    """Baseline: joint training on all tasks' samples, for the same total number of gradient steps."""
+    parts = [task_data.train for task_data in tasks.tasks]
     whole = Samples(torch.cat([p.observation for p in parts]), torch.cat([p.target for p in parts]))
     steps = SPLIT_STEPS * len(tasks)
     return _offline("joint", tasks, [replace(tasks[0], train=whole, classes=tuple(range(10)))] * seeds, steps)
 
 
 def _buffer_only(tasks: TaskStream, buffers: Any) -> dict[str, Any]:
-    """Only what each seed's buffer holds at the end, as many steps as all tasks have."""
+    """Baseline: training on each seed's final replay buffer alone, for the same total number of gradient steps."""
     kept = [Samples(x, y) for x, y in zip(buffers["observation"], buffers["target"])]
-    data = [replace(tasks[0], train=one, classes=tuple(range(10))) for one in kept]
+    data = [replace(tasks[0], train=samples, classes=tuple(range(10))) for samples in kept]
     return _offline("buffer only", tasks, data, SPLIT_STEPS * len(tasks))
 
 
 def _offline(name: str, tasks: TaskStream, data: Sequence[DataTask], steps: int) -> dict[str, Any]:
-    """One learner on each data set, then tested on every task of the stream; no matrix, only final scores."""
+    """Train one learner on each data set and evaluate it on every task; only the matrix's last row is filled."""
     began, seeds = time.perf_counter(), len(data)
     distinct = list(data) if data[0] is not data[-1] else [data[0]]
     world = DataWorld(DataTable(distinct), (seeds,), min(NETWORK.batch_size, len(data[0].train.target)))
@@ -183,20 +185,20 @@ def _offline(name: str, tasks: TaskStream, data: Sequence[DataTask], steps: int)
     for _ in range(steps // settings.num_steps):
         state, _ = learner.iterate(state, world)
     orders = torch.arange(len(tasks)).expand(seeds, -1)
-    found = stages.evaluate_tasks(learner, state, tasks.world((seeds,), 1), tasks, orders, keys, 1)
-    final = torch.stack([one.returns.mean(-1) for one in found], -1)
+    evaluations = stages.evaluate_tasks(learner, state, tasks.world((seeds,), 1), tasks, orders, keys, 1)
+    final = torch.stack([evaluation.returns.mean(-1) for evaluation in evaluations], -1)
     matrix = torch.full((seeds, len(tasks) + 1, len(tasks)), torch.nan, dtype=torch.float64)
     matrix[:, -1] = final
     return {"name": name, "matrix": matrix, "seconds": time.perf_counter() - began}
 
 
-# ---------------------------------------------------------------------- CartPoles that contradict each other
+# ---------------------------------------------------------------------- conflicting CartPoles
 
 
 def control(options: Lifelong) -> None:
-    """PPO on four CartPoles, two of which push the other way; first what a policy for one is worth on the others.
+    """PPO on four CartPoles, in two of which the actions are reversed; first the transfer matrix of single tasks.
 
-    An observation says which task it is, and all tasks share every weight.
+    The observation contains the task's identity, and all tasks share every weight.
     """
     tasks, settings = stream("cartpole-conflicts"), preset("ppo", "cartpole-conflicts")
     budget = Budget(steps=options.control_steps, eval_episodes=16, final_episodes=16)
@@ -214,15 +216,15 @@ def control(options: Lifelong) -> None:
 
 
 def _single_tasks(tasks: TaskStream, settings: PPO, budget: Budget, options: Lifelong) -> Tensor:
-    """Train on each task alone; prints the transfer matrix and returns its diagonal `[T]`."""
+    """Train on each task alone and print the transfer matrix; returns its diagonal, the single-task returns `[T]`."""
     transfer = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     plain = replace(tasks, observe_identity=False)
     world = plain.world((options.seeds,), 16)
     orders = torch.arange(len(tasks)).expand(options.seeds, -1)
     for i, task in enumerate(tasks.tasks):
         run = train(settings, task, budget=budget, seeds=table_seeds(options.seeds), progress=False)
-        found = stages.evaluate_tasks(run.agent, run.state, world, plain, orders, run.state["key"], 16)
-        transfer[i] = torch.stack([one.returns.mean() for one in found])
+        evaluations = stages.evaluate_tasks(run.agent, run.state, world, plain, orders, run.state["key"], 16)
+        transfer[i] = torch.stack([evaluation.returns.mean() for evaluation in evaluations])
     table = Table(title=f"Transfer: PPO trained on one task (row), its mean return on each, {options.seeds} seeds")
     for column in ("trained on", *(f"task {j + 1}" for j in range(len(tasks)))):
         table.add_column(column, justify="right")
@@ -244,30 +246,30 @@ def _chosen(rows: Sequence[Row], options: Lifelong) -> list[Row]:
 def _trained(row: Row, tasks: TaskStream, budget: Budget, seeds: int) -> dict[str, Any]:
     run: Run = train(row.settings, tasks, budget=budget, seeds=table_seeds(seeds), lifelong=row.methods, progress=False)
     print(f"{row.name}: {run.seconds:.0f} s", flush=True)
-    said = ", ".join(map(repr, row.methods))
-    return {"name": row.name, "matrix": run.matrix, "seconds": run.seconds, "run": run, "methods": said}
+    methods = ", ".join(map(repr, row.methods))
+    return {"name": row.name, "matrix": run.matrix, "seconds": run.seconds, "run": run, "methods": methods}
 
 
 COLUMNS = ("accuracy", "backward_transfer", "forward_transfer", "forgetting", "learning_accuracy")
 
 
 def _report(name: str, title: str, rows: Sequence[dict[str, Any]], options: Lifelong) -> None:
-    """Print the table and write it, with every matrix, as JSON."""
+    """Print a table of results and write it to JSON, with every score matrix."""
     table = Table(title=f"{title}; {options.seeds} seeds, mean and 95 % bootstrap interval")
     table.add_column("")
     for column in (*COLUMNS, "seconds"):
         table.add_column(column.replace("_", " "), justify="right")
     record = []
     for row in rows:
-        found = metrics.estimates(row["matrix"])
-        cells = ["-" if found[c].mean != found[c].mean else _cell(found[c]) for c in COLUMNS]
+        estimates = metrics.estimates(row["matrix"])
+        cells = ["-" if estimates[c].mean != estimates[c].mean else _cell(estimates[c]) for c in COLUMNS]
         table.add_row(row["name"], *cells, f"{row['seconds']:.0f}")
         record.append(
             {
                 "name": row["name"],
                 "methods": row.get("methods", ""),
                 "seconds": round(row["seconds"], 1),
-                **{key: list(value) for key, value in found.items()},
+                **{key: list(value) for key, value in estimates.items()},
                 "matrix": row["matrix"].tolist(),
                 **({"of_single": row["of_single"].tolist()} if "of_single" in row else {}),
             }

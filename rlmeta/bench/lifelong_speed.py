@@ -1,4 +1,4 @@
-"""What lifelong methods cost: `rlmeta bench lifelong --speed`, each side in turn, round after round."""
+"""Speed of lifelong methods (`rlmeta bench lifelong --speed`): pairs of functions timed alternately."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from rlmeta.runs.experiment import Budget
 from rlmeta.supervised import Classifier
 
 Side = Callable[[], float]
-"""Does a piece of work and returns the seconds it took."""
+"""Function that does some work and returns the seconds it took."""
 
 
 def speed(rounds: int, avalanche: str, out: Path) -> int:
-    """Time every pair of sides and print the ratios."""
+    """Time every pair, print a table of the ratios and write it to JSON; returns the exit status."""
     if rounds < 1:
         raise SettingError(f"bench: rounds is {rounds}, expected at least 1")
     rows = [
@@ -62,7 +62,7 @@ def speed(rounds: int, avalanche: str, out: Path) -> int:
 
 
 def _compare(this: str, against: str, sides: tuple[Side, Side], rounds: int) -> dict[str, Any]:
-    """Both sides in turn; the ratio is the median of the rounds' own."""
+    """Time both sides alternately; the ratio is the median of the rounds' ratios."""
     times = [(sides[0](), sides[1]()) for _ in range(rounds)]
     ours, other = (statistics.median(column) for column in zip(*times))
     print(f"{this}: {ours:.4g} s; {against}: {other:.4g} s", flush=True)
@@ -81,7 +81,12 @@ def _timed(work: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def fisher(images: int = 5000, looped: int = 20) -> tuple[Side, Side]:
-    """All at once, against one autograd call for every image and label; the loop is timed on a part of the images."""
+    """Fisher information batched, against a loop with an autograd call for every image and label.
+
+    Args:
+        images: number of images.
+        looped: number of images that the loop is timed on; its time is scaled to all images.
+    """
     network = MLP(784, (400, 400), 10, activation="relu")
     p = {"weights": {name: value.detach() for name, value in network.named_parameters()}}
     x = torch.rand(images, 784, generator=torch.Generator().manual_seed(0))
@@ -107,7 +112,7 @@ def fisher(images: int = 5000, looped: int = 20) -> tuple[Side, Side]:
 
 
 def _classifier(method: Method | None, tasks: int, memory: int) -> tuple[Any, State, dict[str, Tensor]]:
-    """A learner of 784-100-100-10 on random pictures, its state, and a minibatch of 10."""
+    """A classifier 784-100-100-10 on random images, its state after `tasks - 1` tasks, and a minibatch of 10."""
     generator = torch.Generator().manual_seed(0)
     count = max(memory, 10)
     x, y = torch.rand(count, 784, generator=generator), torch.randint(10, (count,), generator=generator)
@@ -134,26 +139,26 @@ def _steps(method: Method | None, tasks: int, memory: int, repeats: int) -> Side
     learner, state, batch = _classifier(method, tasks, memory)
     optimizer = learner.optimizer(state)
 
-    def one() -> None:
+    def gradient_step() -> None:
         nonlocal state
         state, _ = step(learner, state, batch, optimizer, methods=learner.methods, report=False)
 
-    _timed(one, 3)
-    return lambda: _timed(one, repeats)
+    _timed(gradient_step, 3)
+    return lambda: _timed(gradient_step, repeats)
 
 
 def ewc_steps() -> tuple[Side, Side]:
-    """A step at task 2, and one at task 50."""
+    """EWC's gradient step in task 2, and in task 50."""
     return _steps(EWC(samples=10), 2, 10, 200), _steps(EWC(samples=10), 50, 10, 200)
 
 
 def gem_steps() -> tuple[Side, Side]:
-    """A step with 20 old tasks of 256 memories, and one without any method."""
+    """GEM's gradient step with 20 old tasks of 256 samples, and a step without a lifelong method."""
     return _steps(GEM(memory=256), 21, 256, 10), _steps(None, 1, 10, 200)
 
 
 def gem_products() -> tuple[Side, Side]:
-    """A GEM step, and nothing but the matrix products that no way of finding 20 gradients of 256 samples avoids."""
+    """GEM's gradient step, and the matrix products alone that 20 gradients of 256 samples need in any case."""
     sizes, tasks, memory = (784, 100, 100, 10), 20, 256
     layers = [
         (torch.rand(tasks * memory, fan_in), torch.rand(fan_out, fan_in), torch.rand(tasks * memory, fan_out))
@@ -164,8 +169,8 @@ def gem_products() -> tuple[Side, Side]:
         for i, (x, weight, gradient) in enumerate(layers):
             torch.nn.functional.linear(x, weight)
             grouped = gradient.reshape(tasks, memory, -1), x.reshape(tasks, memory, -1)
-            found = torch.bmm(grouped[0].mT, grouped[1]).flatten(1)
-            torch.mm(found, found.T)
+            gradients = torch.bmm(grouped[0].mT, grouped[1]).flatten(1)
+            torch.mm(gradients, gradients.T)
             if i:
                 torch.mm(gradient, weight)
 
@@ -176,7 +181,7 @@ def gem_products() -> tuple[Side, Side]:
 
 
 def ten_seeds() -> tuple[Side, Side]:
-    """The rotations with EWC: ten seeds as one batch, and ten runs one after another."""
+    """MNIST rotations with EWC: ten seeds in one batch, and ten runs one after another."""
     settings = Classifier(batch_size=10, num_steps=10, optimizer="sgd", hidden_sizes=(100, 100), learning_rate=0.01)
     method, tasks = EWC(strength=10.0, samples=1000), stream("rotated-mnist")
 
@@ -224,11 +229,11 @@ for _ in range(10):
     step()
 print((time.perf_counter() - began) / 10)
 """
-"""A GEM step of Avalanche's plugin, called as its training loop calls it."""
+"""Program that times a GEM step of Avalanche's plugin, called as by its training loop."""
 
 
 def against_avalanche(python: str) -> tuple[Side, Side]:
-    """Our step, and Avalanche's in a process of its own environment."""
+    """Our GEM step, and Avalanche's in a process with the given Python."""
 
     def theirs() -> float:
         done = subprocess.run([python, "-c", AVALANCHE], capture_output=True, text=True)

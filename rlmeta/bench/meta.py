@@ -1,9 +1,9 @@
-"""`rlmeta bench meta`: what the meta-learners reach, each beside its baselines, and how fast a meta-update is.
+"""Benchmark of the meta-learners against baselines (`rlmeta bench meta`), and the speed of a meta-update.
 
-Every part trains its learners (10 seeds from 100 on, in one process), measures them on held-out tasks, prints a table
-with the bar and writes `meta_PART.json`. What a baseline's rate is chosen by are other seeds and the validation tasks;
-the file names them. Intervals are bootstrap 95 % intervals of the mean over seeds. `--speed` measures second-
-order MAML on the sinusoid against learn2learn, whose source RLMETA_LEARN2LEARN names, on one thread.
+Every part trains its learners (10 seeds from 100 on, in one process), evaluates them on held-out tasks, prints a table
+with the target and writes `meta_PART.json`. The baselines' learning rates are tuned on other seeds and the validation
+tasks; the file names them. Intervals are bootstrap 95 % intervals of the mean over seeds. `--speed` times second-order
+MAML on the sinusoid against learn2learn, whose source RLMETA_LEARN2LEARN names, on one thread.
 """
 
 from __future__ import annotations
@@ -52,27 +52,27 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Meta:
-    """What the meta-learners reach."""
+    """Options of `rlmeta bench meta`."""
 
     parts: str = "sinusoid,omniglot,navigation,optimizer,pes"
-    """Which, joined by commas; protonet and evolved-optimizer are there, too."""
+    """Parts to run, joined by commas; also protonet and evolved-optimizer."""
     seeds: int = 10
-    """Learners of each row, with the seeds 100, 101, ..."""
+    """Number of learners of each row, with the seeds 100, 101, ..."""
     budget: float = 1.0
-    """Part of the budget of every training; less is a trial of the command, not its figures."""
+    """Fraction of the training budget; below 1 only to try the command."""
     speed: bool = False
-    """Instead: seconds of a meta-update beside learn2learn's."""
+    """Instead, time a meta-update against learn2learn's."""
     rounds: int = 5
-    """Of --speed: how often either side is measured in turn."""
+    """With --speed: number of measurements of each."""
     out: Path = Path("runs/results")
-    """Where the figures go."""
+    """Folder for the results."""
 
 
 def main(flags: Sequence[str]) -> int:
-    """`rlmeta bench meta [flags]`."""
+    """Run `rlmeta bench meta [flags]`; returns the exit status."""
     options = tyro.cli(Meta, prog="rlmeta bench meta", args=list(flags))
     if options.seeds < 1 or options.rounds < 1:
-        raise SettingError("bench meta: seeds and rounds are at least 1")
+        raise SettingError(f"bench meta: seeds is {options.seeds}, rounds {options.rounds}, expected at least 1")
     if not 0 < options.budget <= 1:
         raise SettingError(f"bench meta: budget is {options.budget:g}, expected above 0 and at most 1")
     parts: dict[str, Callable[[Meta], list[Row]]] = {
@@ -94,7 +94,7 @@ def main(flags: Sequence[str]) -> int:
 
 
 def _publish(part: str, rows: list[Row], options: Meta) -> int:
-    """Print the rows and write them down."""
+    """Print a part's rows and write them to JSON; returns the exit status."""
     table = Table(title=f"bench meta: {part}", title_justify="left")
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("scores", "folds")))
     for column in columns:
@@ -128,16 +128,16 @@ PRESETS = {
     "optimizer": (LearnedOptimizer, "quadratics"),
     "evolved-optimizer": (LearnedOptimizer, "quadratics"),
 }
-"""Learner and task of the parts that take a preset."""
+"""Learner and task of the parts that use a preset."""
 
 
 def _chosen_on(part: str) -> list[int]:
-    """The seeds on which the settings of a part were chosen; none where it has no preset."""
+    """Seeds on which the settings of a part were tuned; [] without a preset."""
     return list(load_preset(*PRESETS[part]).chosen_on_seeds) if part in PRESETS else []
 
 
 def _row(what: str, scores: Tensor, reach: str = "", **further: Any) -> Row:
-    """A row of the table: mean over seeds `[S]` with its interval."""
+    """Build a row of the table: the mean over seeds of scores `[S]`, with its interval; `reach` is the target."""
     values = scores.double().numpy()
     low, high = statistics.stratified_bootstrap_interval(values, statistics.mean)
     shown = {"mean": float(values.mean()), "low": float(low), "high": float(high)}
@@ -153,37 +153,37 @@ def _shorter(steps: int, options: Meta) -> int:
 
 
 def _settings(part: str) -> tuple[Any, int]:
-    """The settings and the budget of the part's preset."""
+    """Settings and training steps of the part's preset."""
     cls, problem = PRESETS[part]
-    found = load_preset(cls, problem)
-    return cls(**found.settings), found.steps or 1
+    loaded = load_preset(cls, problem)
+    return cls(**loaded.settings), loaded.steps or 1
 
 
 def _curve(run: Run, tasks: int, steps: int, rate: float | None = None, split: str | None = None) -> Tensor:
-    """Scores on held-out tasks against inner steps, `[S, E, steps + 1]`, perhaps with another inner rate."""
+    """Adaptation curve on held-out tasks, `[S, E, steps + 1]`; `rate` replaces the inner learning rate."""
     agent: Any = run.agent
     p = agent.seen(run.state)
     if rate is not None:
         hyper = {**p["hyper"], "inner_rate": torch.full_like(p["hyper"]["inner_rate"], rate)}
         p = {**p, "hyper": hyper}
     key = random.fold(run.state["key"], "bench")
-    found: Tensor = agent.adaptation(p, run.experiment.world(), key, tasks, steps, split=split)
-    return found
+    scores: Tensor = agent.adaptation(p, run.experiment.world(), key, tasks, steps, split=split)
+    return scores
 
 
 def _best_rate(settings: Any, problem: NamedFamily, steps: int, rates: Sequence[float]) -> float:
-    """The inner rate with the best score after one step on validation tasks, of learners that the table has not."""
+    """Tune the inner rate of a baseline: the best score after one step, on validation tasks and other seeds."""
     run = train(settings, problem, steps=steps, seeds=SELECTION_SEEDS)
     sign = 1.0 if run.agent.score.maximise else -1.0
-    found = [sign * float(_curve(run, 100, 1, rate, "validation")[..., -1].mean()) for rate in rates]
-    return rates[max(range(len(rates)), key=lambda i: found[i] if math.isfinite(found[i]) else -math.inf)]
+    scores = [sign * float(_curve(run, 100, 1, rate, "validation")[..., -1].mean()) for rate in rates]
+    return rates[max(range(len(rates)), key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)]
 
 
 # ---------------------------------------------------------------------- sinusoid
 
 
 def sinusoid(options: Meta) -> list[Row]:
-    """Mean squared error of 10-shot sine waves after one step; 600 held-out tasks for every seed."""
+    """Sinusoid regression, 10-shot: mean squared error after one inner step, on 600 held-out tasks for every seed."""
     settings, steps = _settings("sinusoid")
     problem = family_named("sinusoid")
     assert isinstance(problem, NamedFamily)
@@ -207,7 +207,7 @@ def sinusoid(options: Meta) -> list[Row]:
 
 
 def _floor(seeds: int) -> Tensor:
-    """The error of the best prediction that does not adapt, `[S]`."""
+    """Mean squared error `[S]` of the best prediction without adaptation."""
     query = Sinusoid().tasks(random.make_keys(table_seeds(seeds)), 0, 6000, "test")["query"]
     return (query["target"] + 1.62 * query["observation"].cos()).square().double().mean((1, 2, 3))
 
@@ -216,23 +216,23 @@ def _floor(seeds: int) -> Tensor:
 
 
 def omniglot(options: Meta) -> list[Row]:
-    """Accuracy in 5-way 1-shot Omniglot, alphabets held out: the mean over four folds of 600 episodes each."""
-    found: dict[str, list[Tensor]] = {"MAML": [], "before": [], "nearest pixel": [], "after 5 steps": []}
+    """Omniglot, 5-way 1-shot: accuracy on held-out alphabets, the mean over four folds of 600 episodes each."""
+    scores: dict[str, list[Tensor]] = {"MAML": [], "before": [], "nearest pixel": [], "after 5 steps": []}
     settings, steps = _settings("omniglot")
     seconds = 0.0
     for fold in range(4):
         run = _on_fold(fold, settings, steps, options)
         curve = _curve(run, 600, 5)
-        found["MAML"].append(curve[..., settings.inner_steps].mean(-1))
-        found["before"].append(curve[..., 0].mean(-1))
-        found["after 5 steps"].append(curve[..., 5].mean(-1))
-        found["nearest pixel"].append(nearest_pixel(run.experiment.world(), options.seeds))
+        scores["MAML"].append(curve[..., settings.inner_steps].mean(-1))
+        scores["before"].append(curve[..., 0].mean(-1))
+        scores["after 5 steps"].append(curve[..., 5].mean(-1))
+        scores["nearest pixel"].append(nearest_pixel(run.experiment.world(), options.seeds))
         seconds += run.seconds
-        print(f"fold {fold}: MAML {float(found['MAML'][-1].mean()):.3f}, {run.seconds:.0f} s", flush=True)
-    percent = {name: 100 * torch.stack(values).mean(0) for name, values in found.items()}
+        print(f"fold {fold}: MAML {float(scores['MAML'][-1].mean()):.3f}, {run.seconds:.0f} s", flush=True)
+    percent = {name: 100 * torch.stack(values).mean(0) for name, values in scores.items()}
     further = {"before": float(percent["before"].mean()), "after 5 steps": float(percent["after 5 steps"].mean())}
     what = f"MAML, 4 convolutions of 32, 1 step, {_shorter(steps, options) // settings.num_envs} meta-batches"
-    folds = {"folds": [[100 * float(score) for score in one] for one in found["MAML"]]}
+    folds = {"folds": [[100 * float(score) for score in fold_scores] for fold_scores in scores["MAML"]]}
     characters = sets.omniglot()
     pictures = {"pictures": len(characters.image), "copies left out": characters.dropped}
     return [
@@ -242,7 +242,7 @@ def omniglot(options: Meta) -> list[Row]:
 
 
 def _on_fold(fold: int, settings: Any, steps: int, options: Meta) -> Run:
-    """A run on Omniglot without a fold's alphabets."""
+    """Train on Omniglot with the alphabets of one fold held out."""
     problem = family_named("few-shot-omniglot", {"fold": fold})
     assert isinstance(problem, NamedFamily)
     budget = Budget(steps=_shorter(steps, options), eval_every=steps, final_episodes=10)
@@ -250,7 +250,7 @@ def _on_fold(fold: int, settings: Any, steps: int, options: Meta) -> Run:
 
 
 def protonet(options: Meta) -> list[Row]:
-    """Accuracy of a prototypical network on the episodes of `omniglot`."""
+    """Prototypical network on Omniglot: accuracy on the same episodes as `omniglot`."""
     settings, steps = _settings("protonet")
     folds, seconds = [], 0.0
     for fold in range(4):
@@ -260,11 +260,11 @@ def protonet(options: Meta) -> list[Row]:
         seconds += run.seconds
         print(f"fold {fold}: ProtoNet {float(folds[-1].mean()):.1f}, {run.seconds:.0f} s", flush=True)
     what = f"ProtoNet, 4 convolutions of 32, {_shorter(steps, options) // settings.num_envs} meta-batches"
-    return [_row(what, torch.stack(folds).mean(0), seconds=seconds, folds=[one.tolist() for one in folds])]
+    return [_row(what, torch.stack(folds).mean(0), seconds=seconds, folds=torch.stack(folds).tolist())]
 
 
 def nearest_pixel(world: FamilyWorld, seeds: int) -> Tensor:
-    """Accuracy `[S]` of the label of the nearest support image, on 600 episodes."""
+    """Baseline: nearest neighbour in pixel space; accuracy `[S]` on 600 episodes."""
     scores = []
     for number in range(6):
         tasks = world.tasks(random.make_keys(table_seeds(seeds)), number, 100, "test")
@@ -279,7 +279,7 @@ def nearest_pixel(world: FamilyWorld, seeds: int) -> Tensor:
 
 
 def navigation(options: Meta) -> list[Row]:
-    """Return of the 2D navigation after one policy-gradient step, 40 held-out goals for every seed."""
+    """2D navigation: return after one policy-gradient step, on 40 held-out goals for every seed."""
     settings, steps = _settings("navigation")
     family: Any = family_named("navigation-short")
     problem = NamedFamily(family.name, family)
@@ -315,7 +315,7 @@ TUNED: dict[str, Callable[[float], optim.Optimizer]] = {
 
 
 def optimizer(options: Meta) -> list[Row]:
-    """Mean loss at step 100 of held-out 10-d quadratics; baselines tuned over 14 rates x 5 seeds."""
+    """Learned optimizer on 10-d quadratics: mean held-out loss at step 100; baselines tuned over 14 rates x 5 seeds."""
     settings, steps = _settings("optimizer")
     problem = NamedFamily("quadratics", Quadratics())
     run = _trained(settings, problem, options, steps)
@@ -333,7 +333,7 @@ def optimizer(options: Meta) -> list[Row]:
 
 
 def evolved_optimizer(options: Meta) -> list[Row]:
-    """The same LSTM meta-trained by PES, whose noise asks for four times the steps."""
+    """Learned optimizer (LSTM) meta-trained by persistent evolution strategies (PES), with four times the steps."""
     settings, steps = _settings("optimizer")
     problem = NamedFamily("quadratics", Quadratics())
     evolving = dataclasses.replace(settings, estimator="pes", sigma=0.03, meta_rate=1e-2)
@@ -343,7 +343,7 @@ def evolved_optimizer(options: Meta) -> list[Row]:
 
 
 def _loss_row(what: str, curve: Tensor, reach: str = "", **further: Any) -> Row:
-    """Losses `[S, E, steps + 1]` at step 100, and before and beyond."""
+    """Build a row from loss curves `[S, E, steps + 1]`: the loss at step 100, and at steps 20 and 300."""
     beside: dict[str, Any] = {f"step {i}": float(curve[..., i].mean()) for i in (20, 300)}
     return _row(what, curve[..., 100].mean(-1), reach, **beside, **further)
 
@@ -352,13 +352,13 @@ class Parabola(Quadratics):
     """f(x) = x² from x = 1: the convergence test of DeepMind's learning-to-learn."""
 
     def tasks(self, key: Tensor, counter: int | Tensor, count: int, split: Any) -> Any:
-        """K of the one problem."""
-        one = torch.ones(*key.shape, count, 1, dtype=torch.float32, device=key.device)
-        return {"matrix": one.unsqueeze(-1), "target": torch.zeros_like(one), "start": one}
+        """`count` copies of the single problem."""
+        ones = torch.ones(*key.shape, count, 1, dtype=torch.float32, device=key.device)
+        return {"matrix": ones.unsqueeze(-1), "target": torch.zeros_like(ones), "start": ones}
 
 
 def _parabola(options: Meta) -> Row:
-    """500 epochs of 5 unrolls of 20 steps on one variable."""
+    """Linear learned optimizer on the parabola: 500 epochs of 5 unrolls of 20 steps."""
     linear: dict[str, Any] = {"hidden_sizes": (), "zero_output": True, "preprocess": 0.0, "output_scale": 1.0}
     settings = LearnedOptimizer(num_envs=1, meta_rate=1e-2, **linear)
     run = _trained(settings, NamedFamily("parabola", Parabola(1)), options, 500 * 100)
@@ -369,7 +369,7 @@ def _parabola(options: Meta) -> Row:
 
 
 def pes(options: Meta) -> list[Row]:
-    """Estimates of a known meta-gradient from pieces of 3 of an unroll of 12 steps; 4,000 repetitions."""
+    """Bias of meta-gradient estimators against the exact one: unrolls of 12 steps in pieces of 3, 4,000 repetitions."""
     theta, expected = torch.tensor([[0.3]], dtype=torch.float64), _scalar_gradient(12)
     rows: list[Row] = [
         {"what": "whole unroll, exact", "mean": expected},
@@ -381,9 +381,9 @@ def pes(options: Meta) -> list[Row]:
         accumulator = torch.zeros(4000, 8, 1, dtype=torch.float64) if persistent else None
         total = torch.zeros(4000, dtype=torch.float64)
         for piece in range(4):
-            found = evolved(_scalar(3), {"a": theta.expand(4000, 1)}, carry, keys, piece, 0.01, accumulator)
-            carry, total = found.carry, total + found.gradient[:, 0] / 4
-            accumulator = found.accumulator if persistent else None
+            estimate = evolved(_scalar(3), {"a": theta.expand(4000, 1)}, carry, keys, piece, 0.01, accumulator)
+            carry, total = estimate.carry, total + estimate.gradient[:, 0] / 4
+            accumulator = estimate.accumulator if persistent else None
         error = float(total.std() / len(total) ** 0.5)
         row = {"what": what, "mean": float(total.mean()), "low": float(total.mean()) - 1.96 * error}
         off = abs(float(total.mean()) - expected) / error
@@ -393,7 +393,7 @@ def pes(options: Meta) -> list[Row]:
 
 
 def _scalar(steps: int) -> Callable[[dict[str, Tensor], Any], tuple[Tensor, Any]]:
-    """x ← 0.9 x + θ, loss (x - 1)²: an early push lasts."""
+    """Unroll of x ← 0.9 x + θ with loss (x - 1)², in which early updates have lasting effects."""
 
     def unroll(theta: dict[str, Tensor], carry: Any) -> tuple[Tensor, Any]:
         x, total = carry["x"], torch.zeros_like(carry["x"])
@@ -419,10 +419,10 @@ def _scalar_gradient(piece: int) -> float:
 
 
 def learn2learn_maml() -> Any:
-    """learn2learn's MAML, without the rest of its package, which needs gym and lightning.
+    """Import learn2learn's MAML without the rest of its package, which needs gym and lightning.
 
     Raises:
-        SettingError: RLMETA_LEARN2LEARN names no unpacked source of it.
+        SettingError: RLMETA_LEARN2LEARN is not the folder of its unpacked source.
     """
     source = os.environ.get("RLMETA_LEARN2LEARN", "")
     if not (Path(source) / "learn2learn" / "algorithms").is_dir():
@@ -438,7 +438,7 @@ def learn2learn_maml() -> Any:
 
 
 def speed(options: Meta) -> list[Row]:
-    """Seconds of a second-order meta-update with Adam: 25 tasks, 10-shot, 40-40, 1 and 5 inner steps, one thread."""
+    """Time a second-order meta-update with Adam: 25 tasks, 10-shot, 40-40, 1 and 5 inner steps, one thread."""
     theirs_class = learn2learn_maml()
     torch.set_num_threads(1)
     rows = []

@@ -1,7 +1,8 @@
-"""GAIL by the package imitation, timed. Run by `rlmeta bench imitation --speed` under an interpreter that has it.
+"""Program that times GAIL of the package imitation, for `rlmeta bench imitation --speed`.
 
-That interpreter lacks rlmeta, so nothing of it is imported here. Argument: a JSON object with `demonstrations` (an npz
-of obs, acts, next_obs, dones), `steps`, `seed` and the settings below. Prints a JSON object.
+Its interpreter has the package imitation but not rlmeta, so nothing of rlmeta is imported here. Argument: a JSON object
+with `demonstrations` (an npz of obs, acts, next_obs, dones), `steps`, `seed` and the settings below. Prints a JSON
+object with `seconds` and `steps`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ if __name__ == "__main__":
     from stable_baselines3 import PPO
 
     job = json.loads(sys.argv[1])
-    shown = np.load(job["demonstrations"])
-    infos = np.array([{}] * len(shown["acts"]))
-    demonstrations = Transitions(shown["obs"], shown["acts"], infos, shown["next_obs"], shown["dones"])
+    recorded = np.load(job["demonstrations"])
+    infos = np.array([{}] * len(recorded["acts"]))
+    demonstrations = Transitions(recorded["obs"], recorded["acts"], infos, recorded["next_obs"], recorded["dones"])
     envs = make_vec_env("seals/CartPole-v0", rng=np.random.default_rng(job["seed"]), n_envs=job["num_envs"])
     learner = PPO(
         "MlpPolicy", envs, n_steps=job["num_steps"], batch_size=job["batch_size"], n_epochs=job["num_epochs"],

@@ -1,4 +1,4 @@
-"""The arguments of a command: names first, then flags; the usage."""
+"""Usage text of the command line, and the split of arguments into names and flags."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ USAGE = """usage: rlmeta COMMAND ...
 
   train AGENT TASK [flags]   train an agent, many seeds at once
   eval RUN [flags]           play fresh episodes with a run's learners
-  resume RUN [flags]         go on with a run that was interrupted or killed
+  resume RUN [flags]         resume a run that was interrupted or killed
   adapt RUN [flags]          follow a meta-learner as it adapts to held-out tasks
   record RUN [flags]         write demonstrations: whole episodes of one of its learners
-  list [agents|tasks|families|streams|methods|runs]
-                             what can be named
+  list [agents|tasks|families|streams|methods|runs [FOLDER]]
+                             what can be named, and the runs in a folder
   bench NAME [flags]         measure speed and scores
 
   rlmeta train ppo CartPole-v1 --seeds 16 --steps 100k
@@ -24,13 +24,17 @@ USAGE = """usage: rlmeta COMMAND ...
 
 
 def names_before_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The names at the start of the arguments, and the flags after them."""
+    """Split arguments into the leading names and the flags after them."""
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     return arguments[:count], arguments[count:]
 
 
 def one_folder(arguments: list[str], command: str) -> tuple[Path, list[str]]:
-    """The run folder that a command is given, and the flags after it."""
+    """Parse the run folder that a command takes; returns it and the flags after it.
+
+    Raises:
+        SettingError: none or several names are given.
+    """
     names, rest = names_before_flags(arguments)
     if len(names) != 1 and not {"-h", "--help"} & set(rest):
         raise SettingError(

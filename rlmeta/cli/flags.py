@@ -1,4 +1,4 @@
-"""The flags of dataclasses: what the command line gives, as texts; `rlmeta.runs.grammar` reads the texts."""
+"""Parse command-line flags of settings dataclasses to text, which `rlmeta.runs.grammar` parses to values."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rlmeta.runs.grammar import SWITCH, SWITCHES, docs, flag_of, forms, text_of
 def read(
     prog: str, description: str, groups: Mapping[str, tuple[type, Mapping[str, Any]]], arguments: Sequence[str]
 ) -> dict[str, dict[str, str]]:
-    """The texts of all flags, group by group; `--help` prints them and exits.
+    """Parse the flags of several dataclasses; `--help` prints them and exits.
 
     Args:
-        prog: for the help.
-        description: for the help.
-        groups: a dataclass and values that replace its defaults, by the name of the group.
-        arguments: of the command line, without the positional ones.
+        prog: the command, for the help.
+        description: the description, for the help.
+        groups: by group name, a dataclass and values that replace its defaults.
+        arguments: the command line without positional arguments.
 
     Returns:
-        `{group: {field: text}}`, defaults included.
+        The text of every flag, `{group: {field: text}}`, defaults included.
 
     Raises:
         SettingError: an unknown flag, a flag without its value, or one that is given twice.
@@ -33,16 +33,16 @@ def read(
     joined = _joined({flag_of(name): shape.metavar == SWITCH for name, shape in fields}, arguments, prog)
     import tyro
 
-    made = [_texts_class(tyro, title, cls, dict(replaced)) for title, (cls, replaced) in groups.items()]
+    classes = [_texts_class(tyro, title, cls, dict(replaced)) for title, (cls, replaced) in groups.items()]
     outer = dataclasses.make_dataclass(
-        "Flags", [(title, cls, dataclasses.field(default_factory=cls)) for title, cls in zip(groups, made)]
+        "Flags", [(title, cls, dataclasses.field(default_factory=cls)) for title, cls in zip(groups, classes)]
     )
-    given: Any = tyro.cli(outer, prog=prog, description=description, args=joined, config=(tyro.conf.OmitArgPrefixes,))
-    return {title: dataclasses.asdict(getattr(given, title)) for title in groups}
+    parsed: Any = tyro.cli(outer, prog=prog, description=description, args=joined, config=(tyro.conf.OmitArgPrefixes,))
+    return {title: dataclasses.asdict(getattr(parsed, title)) for title in groups}
 
 
 def _texts_class(tyro: types.ModuleType, title: str, cls: type, replaced: Mapping[str, Any]) -> type:
-    """A dataclass of the same fields as texts, for tyro."""
+    """Create a dataclass with the same fields, all as text, for tyro."""
     about, shapes = docs(cls), forms(cls)
     fields = []
     for field in dataclasses.fields(cls):
@@ -52,13 +52,22 @@ def _texts_class(tyro: types.ModuleType, title: str, cls: type, replaced: Mappin
         )
         default = text_of(replaced.get(field.name, field.default))
         fields.append((field.name, Annotated[str, flag], dataclasses.field(default=default)))
-    made = dataclasses.make_dataclass(title.title().replace("_", ""), fields)
-    made.__doc__ = (cls.__doc__ or "").strip().splitlines()[0]
-    return made
+    text_class = dataclasses.make_dataclass(title.title().replace("_", ""), fields)
+    text_class.__doc__ = (cls.__doc__ or "").strip().splitlines()[0]
+    return text_class
 
 
 def _joined(known: Mapping[str, bool], arguments: Sequence[str], prog: str) -> list[str]:
-    """Every flag with its value as `--flag=value`; `known` says which flags are switches."""
+    """Normalise arguments to `--flag=value`.
+
+    Args:
+        known: whether a flag is a switch (boolean), by flag.
+        arguments: the command line without positional arguments.
+        prog: the command, for error messages.
+
+    Raises:
+        SettingError: an unknown flag, a flag without its value, or one that is given twice.
+    """
     joined: dict[str, str] = {}
     rest = deque(arguments)
     while rest:
@@ -82,7 +91,7 @@ def _joined(known: Mapping[str, bool], arguments: Sequence[str], prog: str) -> l
 
 
 def _value_after(flag: str, switch: bool, rest: deque[str]) -> str:
-    """The value that follows a flag; a switch may stand alone."""
+    """Take the value that follows a flag from the rest of the arguments; a switch without one is true."""
     if switch and not (rest and set(rest[0].split(",")) <= set(SWITCHES)):
         return "true"
     if not rest or rest[0].startswith("--"):

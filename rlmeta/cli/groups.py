@@ -1,4 +1,4 @@
-"""Train, or go on with, the groups of a plan one after another."""
+"""Train or resume the groups of a plan, one after another."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from rlmeta.envs.native import NativeEnv
 from rlmeta.errors import CheckpointError
 from rlmeta.learning.method import Method
 from rlmeta.report.trackers import logged_to_wandb, trackers_of
-from rlmeta.runs import checkpoint, own_code
+from rlmeta.runs import checkpoint, user_code
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs import train as training
 from rlmeta.runs.run import Run, load
 
 
 def run_groups(plan: Plan, folder: Path, again: str, inexact: bool = False, header: str = "") -> int:
-    """Train, or go on with, every group of the plan; the header stands before the first.
+    """Train or resume every group of a plan and print the results; returns the exit status.
 
     Args:
-        plan: what to train.
-        folder: of the whole plan.
-        again: the flags that a resume needs for the user's own code.
+        plan: the plan.
+        folder: the folder of the whole plan.
+        again: flags that a resume needs for user code, for the hint after an interruption.
         inexact: as for `rlmeta resume`.
-        header: '' for none.
+        header: printed before the first group; '' for none.
     """
     rows: list[dict[str, Any]] = []
     runs: list[Run] = []
@@ -52,17 +52,17 @@ def run_groups(plan: Plan, folder: Path, again: str, inexact: bool = False, head
 
 
 def train(plan: Plan, label: str, folder: Path, inexact: bool = False, header: str = "") -> Run:
-    """Train one group; one that is there already goes on, or is read if it has ended.
+    """Train one group of a plan; resume it if it has a checkpoint, load it if it has ended.
 
     Args:
-        plan: of all.
-        label: of the group.
-        folder: of the whole plan.
+        plan: the plan.
+        label: the group's label.
+        folder: the folder of the whole plan.
         inexact: as for `rlmeta resume`.
-        header: printed once nothing can be wrong with the run any more.
+        header: printed once the run is validated.
 
     Raises:
-        CheckpointError: a group's folder is a link, or what is there can't be read.
+        CheckpointError: a group's folder is a link, or its files cannot be read.
     """
     settings, where, quiet = plan.groups[label], group_folder(folder, label), plan.options.quiet
     if label:
@@ -91,12 +91,12 @@ def train(plan: Plan, label: str, folder: Path, inexact: bool = False, header: s
 
 
 def _go_on(plan: Plan, settings: Any, where: Path, inexact: bool) -> Run:
-    """Go on with a group that has begun, or read one that has ended."""
+    """Resume a group that was begun, or load one that has ended."""
     env = None if isinstance(plan.source, str) else plan.source
     if isinstance(env, NativeEnv):
         env = dataclasses.replace(env, **plan.env)  # type: ignore[type-var]
     again: dict[str, Any] = {
-        "agent": own_code.own_class(settings),
+        "agent": user_code.own_class(settings),
         "network": getattr(settings, "network", None),
         "env": env,
         "lifelong": plan.methods(),
@@ -120,10 +120,12 @@ def go_on(
     inexact: bool,
     steps: int = 0,
 ) -> Run:
-    """Resume a single run, with TensorBoard where it had it, and with W&B where the command says so.
+    """Resume a single run, with TensorBoard if the run used it, and with W&B if the command asks for it.
+
+    Args are those of `rlmeta.api.resume`; `wandb` is the W&B project or ''.
 
     Raises:
-        CheckpointError: nothing to resume there, or what leads out of the folder.
+        CheckpointError: there is no run to resume, or the folder contains links.
     """
     if not is_run(folder):
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
@@ -146,13 +148,13 @@ def go_on(
 
 
 def say_wandb(where: str, had: str) -> None:
-    """Say that a run was logged to W&B, that this resume is not, and how it would be."""
+    """Print that a run was logged to W&B, that this resume is not, and which flag would do so."""
     text = shlex.quote(had)
     say(f"note: {where} says it is logged to W&B as {text}; not now: resume with --wandb {text}", error=True)
 
 
 def interrupted(folder: Path, again: str) -> int:
-    """Say how to go on with a run that was interrupted; the exit status."""
+    """Print the command that resumes an interrupted run; returns the exit status."""
     command = " ".join(filter(None, (f"rlmeta resume {folder}", again)))
     say(f"interrupted; resume with: {command}" if is_run(folder) else "interrupted", error=True)
     return 130

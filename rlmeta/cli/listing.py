@@ -1,4 +1,4 @@
-"""What can be named on the command line, and the runs that are there, as tables."""
+"""Tables of `rlmeta list`: agents, tasks, families, streams, methods, and the runs in a folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ EXTRAS = {
     "phys2d": ("jax", "gymnasium[jax]"),
     "tabular": ("jax", "gymnasium[jax]"),
 }
-"""The package that a group of gymnasium's environments imports, and what brings it."""
+"""Package that a group of gymnasium's environments needs, and the extra that installs it."""
 
 
 def agents_table() -> Table:
-    """Every agent and the tasks it has presets for."""
+    """Table of agents and the tasks they have presets for."""
     from rlmeta.runs.presets import preset_files
     from rlmeta.runs.shipped import AGENTS
 
@@ -36,7 +36,7 @@ def agents_table() -> Table:
 
 
 def tasks_table() -> Table:
-    """Named tasks, native environments, and gymnasium's by group."""
+    """Table of named tasks, native environments, and gymnasium's environments by group."""
     from rlmeta.envs.native import NATIVE
 
     table = _table("tasks", "group", "names", "")
@@ -54,14 +54,14 @@ def tasks_table() -> Table:
 
 
 def gymnasium_groups() -> dict[str, list[str]]:
-    """The newest version of every registered environment that can be made, by its package."""
+    """Ids of registered environments, the newest version of each, by package."""
     import gymnasium as gym
 
     newest: dict[tuple[str | None, str], Any] = {}
     for spec in gym.registry.values():
         key = (spec.namespace, spec.name)
-        made = isinstance(spec.entry_point or spec.vector_entry_point, str)
-        if made and (key not in newest or (spec.version or 0) > (newest[key].version or 0)):
+        importable = isinstance(spec.entry_point or spec.vector_entry_point, str)
+        if importable and (key not in newest or (spec.version or 0) > (newest[key].version or 0)):
             newest[key] = spec
     groups: dict[str, list[str]] = {}
     for spec in newest.values():
@@ -71,17 +71,17 @@ def gymnasium_groups() -> dict[str, list[str]]:
 
 
 def families_table() -> Table:
-    """Named families of tasks."""
+    """Table of named task families."""
     return _described("families", "family")
 
 
 def streams_table() -> Table:
-    """Named streams of tasks."""
+    """Table of named streams of tasks."""
     return _described("streams", "stream")
 
 
 def methods_table() -> Table:
-    """Lifelong methods and their settings: `--lifelong NAME --NAME.SETTING VALUE`."""
+    """Table of lifelong methods and their settings: `--lifelong NAME --NAME.SETTING VALUE`."""
     from rlmeta.runs.grammar import docs, text_of
     from rlmeta.runs.shipped import METHODS
 
@@ -98,15 +98,19 @@ def methods_table() -> Table:
 
 
 def runs_table(folder: Path = Path("runs")) -> Table:
-    """The runs below a folder: what they train, how far they are, how well they did."""
-    table = _table(str(folder), "run", "agent", "task", "seeds", "steps", "state", "IQM")
-    for config in sorted([*folder.glob("*/config.toml"), *folder.glob("*/*/config.toml")]):
+    """Table of the runs in a folder: agent, task, seeds, steps, whether they have ended, and their scores.
+
+    Args:
+        folder: a folder of runs, up to two levels deep, or that of a single run.
+    """
+    table = _table(printable(str(folder)), "run", "agent", "task", "seeds", "steps", "state", "IQM")
+    for config in sorted(path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}config.toml")):
         run = config.parent
         try:
             content = run_folder.read_config(run)
-            said = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
-            row = [*map(str, said), *_outcome(run, run_folder.run_id(content, run))]
-        except Exception as error:  # whatever a file says, the others are shown
+            cells = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
+            row = [*map(str, cells), *_outcome(run, run_folder.run_id(content, run))]
+        except Exception as error:  # a malformed file must not hide the other runs
             row = ["", "", "", "", f"unreadable: {error}", ""]
         table.add_row(*(Text(printable(cell)) for cell in (str(run), *row)))
     return table
@@ -120,11 +124,11 @@ TABLES: dict[str, Callable[[], Table]] = {
     "methods": methods_table,
     "runs": runs_table,
 }
-"""What `rlmeta list` can show."""
+"""Tables of `rlmeta list` by kind."""
 
 
 def _outcome(run: Path, name: str) -> tuple[str, str]:
-    """Whether the run of this id has ended, and the IQM of each setting."""
+    """State of a run (unfinished, finished, or why it stopped), and the IQM of each setting."""
     content = run_folder.read_summary(run, name)
     if content is None:
         return "unfinished", ""
@@ -133,13 +137,13 @@ def _outcome(run: Path, name: str) -> tuple[str, str]:
 
 
 def _iqm(row: dict[str, Any]) -> str:
-    """The score, and its name where it is no return."""
+    """IQM as text, with the score's name unless it is a return."""
     score = row.get("score", "return")
     return f"{row['iqm']:.1f}" if score == "return" else f"{row['iqm']:.3f} {score}"
 
 
 def _named(kind: str) -> Iterator[tuple[str, str]]:
-    """Name and description of every file in the `envs` folders that is of this kind."""
+    """Name and description of every file of a kind in the `envs` folders."""
     for name, path in sorted(names("envs").items()):
         try:
             content = read_toml(path)

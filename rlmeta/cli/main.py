@@ -20,13 +20,13 @@ from rlmeta.errors import RlmetaError, unknown_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Entry point of the command line: run a command.
 
     Args:
-        argv: the arguments; those of the process by default.
+        argv: the arguments; by default those of the process.
 
     Returns:
-        The exit status: 0, 2 after an error of the user's, 1 after any other, 130 after Ctrl-C.
+        The exit status: 0, 2 after a usage error, 1 after any other error, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("RLMETA_DEBUG") == "1"
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(" ".join(str(error).split()), 2)
-    except SystemExit as stop:  # of tyro: 0 after its help
+    except SystemExit as stop:  # tyro exits after its help
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
         say("interrupted", error=True)

@@ -1,4 +1,4 @@
-"""The flags of `rlmeta train` that are neither the agent's settings nor the budget's, and what its help says."""
+"""Flags of `rlmeta train` besides the agent's settings and the budget, and its help texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ numbers, --x and --no-x are switches, --env.KEY VALUE is an argument of the envi
 
 @dataclass(frozen=True)
 class Options:
-    """The run."""
+    """Options of the run."""
 
     seeds: str = "1"
     """How many learners of each setting (16), or which seeds (100-115, 3,5,7, both together: 0,100-102; one seed with a
@@ -29,20 +29,20 @@ class Options:
     preset: str = "auto"
     """A preset's file or name, the task whose settings to take, none, or auto for the task's own."""
     init: str = ""
-    """The folder of a run whose weights and running statistics the learners begin with: each with its counterpart's
-    where there are as many, else all with the best's."""
+    """Initialise weights and normalisation statistics from the run in this folder: learner by learner if it has
+    equally many, else all from its best learner."""
     async_: bool = False
-    """Divide gymnasium's environments over worker processes."""
+    """Run gymnasium's environments in worker processes."""
     worker_timeout: float = WORKER_TIMEOUT
     """With --async, seconds that one call of an environment may take."""
     max_episode_steps: int | None = None
-    """Cut episodes after so many steps, where the environment declares no limit, or a longer one."""
+    """Truncate episodes after this many steps, if the environment declares no limit or a longer one."""
     native: bool = True
-    """Use rlmeta's own batched environment where there is one for the task."""
+    """Use rlmeta's own batched environment if there is one for the task."""
     threads: int = 0
-    """Threads of torch; 0 chooses."""
+    """Threads for torch; 0 chooses."""
     device: str = "cpu"
-    """Where tensors are: cpu, cuda, cuda:1."""
+    """Device of all tensors: cpu, cuda, cuda:1."""
     tensorboard: bool = False
     """Write TensorBoard's files into the run's folder."""
     wandb: bool = False
@@ -55,19 +55,20 @@ class Options:
     """Lifelong methods that work together on a stream of tasks (ewc,replay), of those that `rlmeta list methods` shows
     with their settings, or your own as package.module:MyMethod; --ewc.strength 100 sets one."""
     population: str = ""
-    """How learners of the settings that are compared go on from one another: pbt, population-based training
-    (--pbt.every 20k, --pbt.fraction 0.25), or your own as package.module:MyPopulation."""
+    """Replace worse learners by copies of better ones, among the settings that are compared: pbt, population-based
+    training (--pbt.every 20k, --pbt.fraction 0.25), or your own as package.module:MyPopulation."""
     order: str = "given"
-    """In which order learners meet a stream's tasks: given, all, or how many orders; every order is a learner."""
+    """Order of a stream's tasks: given, all, or how many different orders; every order is a learner."""
     scenario: str = ""
-    """What is known of the classes of a stream of samples: task, domain or class; by default as its file says."""
+    """Scenario of a stream of samples, which says what is known of the classes: task, domain or class; by default as
+    its file says."""
     restart_optimizer: bool = True
-    """Start the optimizer's moments at zero with every task of a stream that reveals when one ends."""
+    """Reset the optimizer's moments at every task boundary that a stream reveals."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """Your own code."""
+    """Your own code, which files may name."""
 
     code: str = ""
     """Modules that a preset or a file of the envs folders may name and so import: package.module, joined by commas."""

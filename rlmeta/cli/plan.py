@@ -1,6 +1,6 @@
-"""What the command line was asked to train: an agent on a task, split into groups that run one after another.
+"""Plan of `rlmeta train`: an agent on a task, split into groups that are trained one after another.
 
-Learners of one batch share their static settings; a comma in one of those (`--num-steps 32,128`) makes one group for
+Learners of one batch share their static settings. A comma in one of those (`--num-steps 32,128`) makes a group for
 every value, each a run in a folder of its own below the common one, which keeps the plan so that it can be resumed.
 """
 
@@ -31,62 +31,62 @@ from rlmeta.learning.numbers import whole
 from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import per_learner_names
 from rlmeta.report.trackers import TrackerFactory, to_tensorboard, to_wandb, wandb_of
-from rlmeta.runs import grammar, own_code, presets
+from rlmeta.runs import grammar, presets, user_code
 from rlmeta.runs import train as training
 from rlmeta.runs.experiment import Budget, Problem, chosen_seeds
 from rlmeta.runs.populations import POPULATIONS
-from rlmeta.runs.shipped import METHODS, agent_class
+from rlmeta.runs.shipped import METHODS, agent_class, check_family
 
 MOST_SEEDS = 100_000
-"""More are a slip of the hand."""
+"""Largest number of seeds; more are taken for a typing error."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train. Everything but names is kept as the text of its flag."""
+    """Training plan of a command. Everything but names is kept as the text of its flag."""
 
     agent: str
     task: str
     env: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment."""
     lifelong: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Settings of lifelong methods by method."""
+    """Settings of lifelong methods, by method."""
     exchange: dict[str, Any] = field(default_factory=dict)
     """Settings of the population."""
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
-    """The flags, in the groups `run`, `budget` and `settings`."""
+    """Text of the flags, in the groups `run`, `budget` and `settings`."""
     preset: presets.Preset = presets.NOTHING
     file: str = ""
-    """The file that it was read from; '' for one of a command's own words."""
+    """The file that the plan was loaded from; '' for the plan of a command line."""
     wandb: str = ""
-    """The project of W&B that the resume of a saved plan logs to; its own flags decide where it is a command's."""
+    """W&B project that the resume of a saved plan logs to; for the plan of a command line its flags decide."""
 
     @cached_property
     def options(self) -> Options:
-        """How to run it."""
+        """Options of the run: seeds, folder, device, trackers."""
         return grammar.build(Options, self.texts["run"])
 
     @cached_property
     def budget(self) -> Budget:
-        """How long to train, how often to look."""
+        """Training budget."""
         return grammar.build(Budget, self.texts["budget"])
 
     @cached_property
     def groups(self) -> dict[str, Any]:
-        """The settings of every group by its label; '' is the label of an only one."""
+        """Settings of every group by its label; '' is the label of a single group."""
         with trusted.reading(self.file):
             cls = agent_class(self.agent)
             per_learner = per_learner_names(cls)
-            settings: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
+            combinations: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
         compared = [n for n, text in self.texts["settings"].items() if n not in per_learner and _compares(cls, n, text)]
-        return {",".join(f"{n}={grammar.text_of(getattr(one, n))}" for n in compared): one for one in settings}
+        return {",".join(f"{n}={grammar.text_of(getattr(s, n))}" for n in compared): s for s in combinations}
 
     @property
     def seeds(self) -> int | tuple[int, ...]:
-        """How many, or which.
+        """Number of seeds, or the seeds.
 
         Raises:
-            SettingError: neither a count nor seeds that differ.
+            SettingError: neither a number nor different seeds.
         """
         text = self.options.seeds.strip()
         try:
@@ -100,56 +100,62 @@ class Plan:
             raise SettingError(f"--seeds is {text!r}, expected a count (16), or seeds (3,5,7 or 100-115)") from None
 
     def methods(self) -> tuple[Method, ...]:
-        """The lifelong methods, in the order they are named.
+        """Build the lifelong methods, in the order they are named.
 
         Raises:
             SettingError, UnknownNameError: no such method, no such setting of it, or settings of one that is not named.
         """
         with trusted.reading(self.file):
-            found = own_code.methods_named(self.options.lifelong)
+            classes = user_code.methods_named(self.options.lifelong)
         for name in self.lifelong:
-            if name not in [one.name for one in found]:
+            if name not in [method.name for method in classes]:
                 flag = "--population" if name in POPULATIONS else "--lifelong"
                 raise SettingError(f"--{name}.{next(iter(self.lifelong[name]), '')}: add {name} to {flag}")
-        return tuple(own_code.made_method(one, self.lifelong.get(one.name, {})) for one in found)
+        return tuple(user_code.build_method(method, self.lifelong.get(method.name, {})) for method in classes)
 
     def population(self) -> Population | None:
-        """How its learners go on from one another.
+        """Build the population; None without one.
 
         Raises:
             SettingError, UnknownNameError: no such population, no such setting of it, or settings without its name.
         """
         name = self.options.population
         with trusted.reading(self.file):
-            return own_code.population_named(name, self.exchange) if name else None
+            return user_code.population_named(name, self.exchange) if name else None
 
     @cached_property
     def source(self) -> Any:
-        """What the task's name stands for: itself, or the user's own."""
+        """The task's name, or the user's object that it names."""
         with trusted.reading(self.file):
             trusted.check_settings(self.env)
-            found = own_code.source_of(self.task, self.env)
-            if isinstance(found, str):
-                trusted.check_id(found)
-            return found
+            source = user_code.source_of(self.task, self.env)
+            if isinstance(source, str):
+                trusted.check_id(source)
+            return source
 
     def problem(self) -> Problem | TaskFamily:
-        """What the learner is trained on.
+        """Create the training problem: a task, family or stream.
 
         Raises:
             SettingError, UnknownNameError: no such problem, or flags that are not for one of its kind.
         """
-        source, options = self.source, self.options
+        source, options, cls = self.source, self.options, agent_class(self.agent)
+        meta = getattr(cls, "learns_from_tasks", False)
+        if meta and isinstance(source, str):
+            check_family(source, cls.__name__)
         order: Any = options.order if options.order in ("given", "all") else _whole(options.order, "--order")
         if isinstance(source, str) and streams.is_stream(source):
             if self.env:
-                raise SettingError(f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have settings")
+                raise SettingError(
+                    f"--env.{next(iter(self.env))}: the tasks of the stream {source!r} have their own settings, leave "
+                    "the flag out"
+                )
             scenario: Any = options.scenario or None
             restarts = None if options.restart_optimizer else False
             return streams.stream(source, scenario=scenario, order=order, restart_optimizer=restarts)
         if isinstance(source, TaskStream):
             if options.scenario:
-                raise SettingError(f"--scenario: the stream {self.task!r} is made already, with its own")
+                raise SettingError(f"--scenario: the stream {self.task!r} has its own scenario, leave the flag out")
             if not options.restart_optimizer:
                 source = dataclasses.replace(source, restart_optimizer=False)
             return source if order == "given" else dataclasses.replace(source, order=order)
@@ -158,13 +164,12 @@ class Plan:
                 "--lifelong, --order, --scenario and --no-restart-optimizer are for streams of tasks, "
                 f"{self.task!r} is none: `rlmeta list streams` shows them"
             )
-        meta = getattr(agent_class(self.agent), "learns_from_tasks", False)
         if isinstance(source, str) and (is_data_family(source) or (meta and not self.env)):
             return family(source, self.env)
         if is_problem(source):
             return source
         mode: Mode = "async" if options.async_ else "sync"
-        made = task(
+        created = task(
             source,
             name=self.task,
             settings=self.env,
@@ -173,16 +178,16 @@ class Plan:
             max_episode_steps=options.max_episode_steps,
             worker_timeout=options.worker_timeout,
         )
-        if made.native and options.async_:
+        if created.native and options.async_:
             raise SettingError(
                 f"--async is for gymnasium's environments, {self.task!r} is rlmeta's own: add --no-native"
             )
-        return made
+        return created
 
     def check(self) -> None:
-        """Find what is wrong with the task, the seeds or any of the groups before anything is written or trained."""
+        """Validate the task, the seeds and all groups before anything is written or trained."""
         if self.options.wandb_project != Options.wandb_project and not self.options.wandb:
-            raise SettingError("--wandb-project is given without --wandb")
+            raise SettingError("--wandb-project is given without --wandb: add --wandb")
         if not self.seeds or (isinstance(self.seeds, int) and self.seeds < 1):
             raise SettingError(f"--seeds is {self.options.seeds!r}, expected at least one")
         try:
@@ -195,10 +200,10 @@ class Plan:
             for settings in groups.values():
                 training.prepare(settings, problem, self.budget, lifelong=methods, population=population).close()
 
-    # ------------------------------------------------------------------ what is printed first
+    # ------------------------------------------------------------------ printed texts
 
     def header(self, folder: Path) -> str:
-        """The task, the preset, and what differs from the agent's defaults."""
+        """Header printed before training: task, budget, preset, and settings that differ from the agent's defaults."""
         seeds = f"seeds {self.options.seeds.rstrip(',')}"
         if isinstance(self.seeds, int):
             seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
@@ -223,18 +228,18 @@ class Plan:
         return "\n".join(lines)
 
     def again(self, code: Sequence[str] = ()) -> str:
-        """The flags by which a resume is told again of the user's own code; a saved plan needs only its modules.
+        """Flags that a resume needs for user code; a saved plan of several groups needs only the modules.
 
         Args:
-            code: modules that the command allows besides.
+            code: further modules that the command allows.
         """
         texts = self.texts["settings"]
         within = [word.removeprefix("network=") for word in texts.get("learner", "").split() if "network=" in word]
         network = ",".join([text for text in (texts.get("network", "none"), *within) if text != "none"])
-        methods = ",".join(one for one in self.options.lifelong.split(",") if ":" in one)
-        learner = ",".join(own_code.own_names((texts.get("learner", "none").split() or [""])[0]))
+        methods = ",".join(name for name in self.options.lifelong.split(",") if ":" in name)
+        learner = ",".join(user_code.user_names((texts.get("learner", "none").split() or [""])[0]))
         agent = self.agent if ":" in self.agent else learner
-        code = [*code, *own_code.modules_of(self.options.population)]
+        code = [*code, *user_code.modules_of(self.options.population)]
         named = {
             "agent": agent,
             "network": network,
@@ -242,16 +247,16 @@ class Plan:
             "lifelong": methods,
             "rewards": texts.get("rewards", ""),
         }
-        found = {flag: modules for flag, text in named.items() if (modules := own_code.modules_of(text))}
-        flags = [f"--{flag} {shlex.quote(named[flag])}" for flag in found]
+        modules_by_flag = {flag: modules for flag, text in named.items() if (modules := user_code.modules_of(text))}
+        flags = [f"--{flag} {shlex.quote(named[flag])}" for flag in modules_by_flag]
         if len(self.groups) > 1:
-            code, flags = [*code, *(one for modules in found.values() for one in modules)], []
+            code, flags = [*code, *(module for modules in modules_by_flag.values() for module in modules)], []
         return " ".join([*flags, *([f"--code {','.join(dict.fromkeys(code))}"] if code else [])])
 
-    # ------------------------------------------------------------------ where it goes
+    # ------------------------------------------------------------------ folder and trackers
 
     def folder(self) -> Path:
-        """Where the run goes."""
+        """Folder of the run: --out, or the first unused runs/AGENT-TASK-N."""
         if self.options.out is not None:
             return Path(self.options.out)
         name = re.sub(r"[^\w.-]+", "-", f"{self.agent}-{self.task}")
@@ -261,7 +266,7 @@ class Plan:
         return Path(f"runs/{name}-{n}")
 
     def trackers(self) -> list[TrackerFactory]:
-        """Where metrics go besides the run's folder; to W&B only if the command says so, whatever a saved plan says."""
+        """Trackers of the run; W&B only if the command asks for it, whatever a saved plan says."""
         options, chosen = self.options, [to_tensorboard()] if self.options.tensorboard else []
         if self.file:
             return [*chosen, *wandb_of(self.wandb)]
@@ -269,12 +274,12 @@ class Plan:
 
 
 def code_of(arguments: Sequence[str]) -> list[str]:
-    """The modules that the flag --code names."""
-    return own_code.names_in(_peek(arguments, "--code") or "")
+    """Modules that the flag --code names."""
+    return user_code.names_in(_peek(arguments, "--code") or "")
 
 
 def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
-    """The plan of a command line, with the preset as the flags' defaults; `--help` prints them and exits.
+    """Parse a command line to a plan, with the preset as the flags' defaults; `--help` prints them and exits.
 
     Raises:
         SettingError, UnknownNameError: a name, a flag or a value that is wrong.
@@ -283,15 +288,15 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     dotted, rest = _dotted_settings(arguments)
     env = dotted.pop("env", {})
     chosen = _peek(arguments, "--population")
-    exchange = dotted.pop(own_code.population_class(chosen).name, {}) if chosen else {}
+    exchange = dotted.pop(user_code.population_class(chosen).name, {}) if chosen else {}
     source = _peek(rest, "--preset")
     preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
     steps = {} if preset.steps is None else {"steps": preset.steps}
     title = "agent" if ":" in agent else agent
-    groups = {"run": (Options, {}), "budget": (Budget, steps), title: (cls, preset.settings), "own_code": (Code, {})}
+    groups = {"run": (Options, {}), "budget": (Budget, steps), title: (cls, preset.settings), "user_code": (Code, {})}
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
     texts["settings"] = texts.pop(title)
-    del texts["own_code"]  # for this command alone
+    del texts["user_code"]  # a saved plan must not allow user code
     plan = Plan(agent, task_name, env, dotted, exchange, texts, preset)
     plan.check()
     return plan
@@ -302,10 +307,10 @@ def _compares(cls: type, name: str, text: str) -> bool:
 
 
 def _count_of(text: str) -> int:
-    """A number of seeds.
+    """Parse a number of seeds.
 
     Raises:
-        ValueError: it is none, or there would be too many.
+        ValueError: malformed, or too many.
     """
     count = whole(text)
     if count > MOST_SEEDS:
@@ -314,11 +319,11 @@ def _count_of(text: str) -> int:
 
 
 def _seeds_of(text: str) -> range:
-    """The seeds of `100-115`, both ends included, or of a single one.
+    """Parse a range of seeds, `100-115` with both ends included, or a single seed.
 
     Raises:
-        SettingError: the last is below the first.
-        ValueError: it is neither.
+        SettingError: the last seed is below the first.
+        ValueError: malformed, or too many.
     """
     first, dash, last = text.partition("-")
     low, high = whole(first), whole(last if dash else first)
@@ -341,12 +346,15 @@ def _whole(text: str, flag: str) -> int:
 
 
 def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Arguments of the environment (`--env.KEY VALUE`) of lifelong methods (`--ewc.KEY VALUE`) and of a
-    population (`--pbt.KEY VALUE`), and the rest."""
-    named = own_code.methods_named(_peek(arguments, "--lifelong") or "")
+    """Parse dotted flags: `--env.KEY VALUE` of the environment, `--ewc.KEY VALUE` of a method, `--pbt.KEY VALUE`.
+
+    Returns:
+        Settings by owner, and the other arguments.
+    """
+    users = user_code.methods_named(_peek(arguments, "--lifelong") or "")
     population = _peek(arguments, "--population")
-    named += [own_code.population_class(population)] if population else []
-    owners = ("env", *METHODS, *POPULATIONS, *(one.name for one in named))
+    users += [user_code.population_class(population)] if population else []
+    owners = ("env", *METHODS, *POPULATIONS, *(owner.name for owner in users))
     settings: dict[str, dict[str, Any]] = {}
     others, rest = [], deque(arguments)
     while rest:
@@ -356,18 +364,18 @@ def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]
         if not flag.startswith("--") or not dot or owner not in owners:
             others.append(token)
             continue
-        name, of = key.replace("-", "_"), settings.setdefault(owner, {})
-        if not name.isidentifier() or name in of:
-            said = "is given twice" if name in of else f"names no argument: --{owner}.KEY VALUE"
-            raise SettingError(f"{flag} {said}")
+        name, values = key.replace("-", "_"), settings.setdefault(owner, {})
+        if not name.isidentifier() or name in values:
+            problem = "is given twice" if name in values else f"names no argument: --{owner}.KEY VALUE"
+            raise SettingError(f"{flag} {problem}")
         if not equals and (not rest or rest[0].startswith("--")):
             raise SettingError(f"{flag} needs a value")
-        of[name] = grammar.scalar(value if equals else rest.popleft())
+        values[name] = grammar.scalar(value if equals else rest.popleft())
     return settings, others
 
 
 def _peek(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of a flag that must be known before all flags are read."""
+    """Value of a flag that is needed before all flags are parsed; None without it."""
     for token, following in zip(arguments, [*arguments[1:], ""]):
         if token == flag:
             return following

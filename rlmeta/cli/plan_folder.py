@@ -1,4 +1,4 @@
-"""The folder of several runs: the plan that a command had, as a file with a checksum, and a folder for every group."""
+"""Folder of a plan with several groups: the saved plan with a checksum, and a run folder for every group."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PLAN, PLAN_LIMIT = run_folder.PLAN, 64 << 20
 
 
 def begin(plan: Plan, folder: Path) -> None:
-    """With several groups, make the common folder and keep the plan in it.
+    """Create the folder of a plan with several groups and save the plan in it; does nothing for a single group.
 
     Raises:
-        RunExistsError: something is there, or another command makes one there now.
-        SettingError: the folder cannot be made, or TOML has no form for the plan.
+        RunExistsError: the folder is not empty, or another command is creating it.
+        SettingError: the folder cannot be created, or the plan cannot be written as TOML.
         CheckpointError: the plan cannot be written.
     """
     if len(plan.groups) > 1:
@@ -59,10 +59,10 @@ def is_run(folder: Path) -> bool:
 
 
 def from_folder(folder: Path) -> Plan:
-    """The plan that is kept in a folder.
+    """Load the plan that is saved in a folder.
 
     Raises:
-        CheckpointError: the file is not one of a plan, or was changed, or something in the folder leads out of it.
+        CheckpointError: the file is not a plan, or was changed, or the folder contains links.
     """
     path = folder / PLAN
     run_folder.check_plain(folder)
@@ -93,7 +93,7 @@ def _are_texts(table: Any) -> bool:
 
 
 def _check_flags(cls: Any, texts: dict[str, str], where: str) -> None:
-    """Refuse flags that are not those of a group."""
+    """Check that texts are the flags of a group: no unknown, no missing ones."""
     check_names(cls, texts, where)
     lacking = [f.name for f in dataclasses.fields(cls) if f.name not in texts and f.default is not None]
     if lacking:
@@ -101,38 +101,41 @@ def _check_flags(cls: Any, texts: dict[str, str], where: str) -> None:
 
 
 def group_folder(folder: Path, label: str) -> Path:
-    """The folder of a group; the common one for an only group."""
+    """Folder of a group; the plan's own folder for a single group."""
     return folder / re.sub(r"[^\w=.,-]+", "-", label)
 
 
 def members(folder: Path) -> dict[str, Path]:
-    """The folders of single runs in a run's folder, by the group's label: itself, or its groups so far."""
+    """Folders of the runs in a folder, by group label: the folder itself, or the plan's groups that have begun."""
     if not is_plan(folder):
         return {"": folder}
     groups = from_folder(folder).groups
     folders = {label: group_folder(folder, label) for label in groups}
-    found = {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
-    for label, where in found.items():
+    begun = {label: where for label, where in folders.items() if (where / run_folder.CONFIG).is_file()}
+    for label, where in begun.items():
         check_settings(where, groups[label])
-    return found
+    return begun
 
 
 def check_settings(folder: Path, settings: Any) -> None:
-    """Refuse a group's folder that holds a run of other settings than the plan says, as after two were exchanged.
+    """Refuse a group's folder whose run has other settings than the plan, as after two folders were swapped.
 
-    Settings that are code or data are left to whoever is given them again, those that learners compare to their labels.
+    Per-learner settings, and settings that are code or data, are not compared.
+
+    Raises:
+        CheckpointError: a setting differs.
     """
     tables = run_folder.read_config(folder).get("variants")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        return  # reading the run says so
+        return  # loading the run reports the error
     left_out = {*per_learner_names(type(settings)), "demonstrations"}
     for name in (f.name for f in dataclasses.fields(settings) if f.name not in left_out):
-        said = getattr(settings, name)
-        values = said if isinstance(said, tuple) else (said,)
-        there = [tuple(value) if isinstance(value, list) else value for value in (table.get(name) for table in tables)]
-        others = [value for value in there if value != said]
+        planned = getattr(settings, name)
+        values = planned if isinstance(planned, tuple) else (planned,)
+        saved = [tuple(value) if isinstance(value, list) else value for value in (table.get(name) for table in tables)]
+        others = [value for value in saved if value != planned]
         if others and all(isinstance(value, bool | int | float | str) for value in values):
             raise CheckpointError(
                 f"{folder} holds a run with {name}={grammar.text_of(others[0])}, the plan above it says "
-                f"{grammar.text_of(said)}: put the folder of the group back"
+                f"{grammar.text_of(planned)}: put the folder of the group back"
             )

@@ -1,4 +1,4 @@
-"""`rlmeta record RUN`."""
+"""The command `rlmeta record RUN`: record demonstrations of one of a run's learners."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.cli.arguments import one_folder
-from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.terminal import say
+from rlmeta.cli.user_code import UserCode
 from rlmeta.errors import RunExistsError, SettingError
 
 
 @dataclass(frozen=True)
 class RecordFlags:
-    """The episodes."""
+    """Options of the recording."""
 
     out: str = ""
-    """The file to write; needed."""
+    """The file to write; required."""
     episodes: int = 60
-    """How many."""
+    """Number of episodes."""
     learner: int = -1
-    """Which learner plays; -1 for the best in the final evaluation."""
+    """Index of the learner; -1 for the best in the final evaluation."""
     best: bool = False
-    """The parameters of its best periodic evaluation instead of the final ones."""
+    """Use the parameters of its best periodic evaluation instead of the final ones."""
     sampled: bool = False
     """Sample actions instead of taking the policy's mode."""
     seed: int = 0
-    """Another seed plays other episodes."""
+    """Seed of the episodes."""
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -43,20 +43,20 @@ class RecordFlags:
 
 
 def record(arguments: list[str]) -> int:
-    """`rlmeta record RUN --out FILE`."""
+    """Run `rlmeta record RUN --out FILE`; returns the exit status."""
     from rlmeta.cli import flags
     from rlmeta.runs import grammar
 
     folder, rest = one_folder(arguments, "record")
-    groups: dict[str, Any] = {"episodes": (RecordFlags, {}), "own_code": (OwnCode, {})}
+    groups: dict[str, Any] = {"episodes": (RecordFlags, {}), "user_code": (UserCode, {})}
     about = "Write demonstrations: whole episodes of one of a run's learners."
     texts = flags.read(f"rlmeta record {folder}", about, groups, rest)
-    chosen, own = grammar.build(RecordFlags, texts["episodes"]), grammar.build(OwnCode, texts["own_code"])
+    chosen, own = grammar.build(RecordFlags, texts["episodes"]), grammar.build(UserCode, texts["user_code"])
     with own.allowed():
         return _record(folder, chosen, own)
 
 
-def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
+def _record(folder: Path, chosen: RecordFlags, own: UserCode) -> int:
     from rlmeta.cli.plan_folder import is_plan, members
     from rlmeta.runs.record import record as play
     from rlmeta.runs.run import load
@@ -67,7 +67,7 @@ def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
         )
     run = load(folder, **own.again(folder))
     try:
-        made = play(
+        demonstrations = play(
             run,
             chosen.episodes,
             learner=None if chosen.learner < 0 else chosen.learner,
@@ -77,10 +77,10 @@ def _record(folder: Path, chosen: RecordFlags, own: OwnCode) -> int:
         )
     finally:
         run.close()
-    made.save(chosen.out)
-    returns = made.returns
+    demonstrations.save(chosen.out)
+    returns = demonstrations.returns
     say(
-        f"{len(made)} episodes of learner {made.about['learner']}, {made.steps:,} steps, returns "
-        f"{returns.mean():g} ({returns.min():g} to {returns.max():g}), saved in {chosen.out}"
+        f"{len(demonstrations)} episodes of learner {demonstrations.about['learner']}, {demonstrations.steps:,} steps, "
+        f"returns {returns.mean():g} ({returns.min():g} to {returns.max():g}), saved in {chosen.out}"
     )
     return 0

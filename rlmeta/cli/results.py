@@ -1,4 +1,4 @@
-"""What a command says of its runs: tables, and how they ended."""
+"""Printed results of runs: tables, and learners that ended early."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 def console() -> Any:
-    """The terminal for tables."""
+    """Rich console for printing tables."""
     from rich.console import Console
 
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def print_results(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the table of results, if there are some."""
+    """Print a table of results; `rows` are those of `Run.summary()`."""
     from rlmeta.report.tables import result_table
 
     console().print(result_table(rows))
 
 
 def print_ends(run: Run) -> None:
-    """Name the learners that ended early, and say why the run did."""
+    """Print which learners ended early, and why the run stopped early."""
     state, target, score = run.state, run.experiment.budget.target, run.agent.score
     learners = zip(run.experiment.learner_labels, run.experiment.learners)
     for i, (label, (_, seed)) in enumerate(learners):

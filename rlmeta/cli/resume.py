@@ -1,4 +1,4 @@
-"""`rlmeta resume RUN`."""
+"""The command `rlmeta resume RUN`: continue a run from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from rlmeta.cli.arguments import one_folder
-from rlmeta.cli.own_code import OwnCode
 from rlmeta.cli.results import print_ends, print_results
+from rlmeta.cli.user_code import UserCode
 from rlmeta.errors import SettingError
 
 
 @dataclass(frozen=True)
 class ResumeFlags:
-    """The run."""
+    """Options of the resumed run."""
 
     steps: int = 0
-    """Train to so many steps of each learner, more than it was begun with; 0 for those."""
+    """Extend the budget to this many steps of each learner; 0 keeps the old budget."""
     inexact: bool = False
-    """Go on even where the environments cannot be brought back to where they were."""
+    """Resume with new episodes if the environments' state cannot be restored."""
     quiet: bool = False
     """No live progress."""
     wandb: str = ""
-    """Log on to this project of Weights & Biases, or ENTITY/PROJECT: a run folder alone never sends anything there."""
+    """Log to this project of Weights & Biases, or ENTITY/PROJECT: a run folder alone never sends anything there."""
 
 
 def resume(arguments: list[str]) -> int:
-    """`rlmeta resume RUN`."""
+    """Run `rlmeta resume RUN`; returns the exit status."""
     from rlmeta.cli import flags
     from rlmeta.runs import grammar
 
     folder, rest = one_folder(arguments, "resume")
-    groups: dict[str, Any] = {"run": (ResumeFlags, {}), "own_code": (OwnCode, {})}
+    groups: dict[str, Any] = {"run": (ResumeFlags, {}), "user_code": (UserCode, {})}
     texts = flags.read(f"rlmeta resume {folder}", "Go on with a run; it ends as if never stopped.", groups, rest)
-    chosen, own = grammar.build(ResumeFlags, texts["run"]), grammar.build(OwnCode, texts["own_code"])
+    chosen, own = grammar.build(ResumeFlags, texts["run"]), grammar.build(UserCode, texts["user_code"])
     with own.allowed():
         return _resume(folder, chosen, own)
 
 
-def _resume(folder: Path, chosen: ResumeFlags, own: OwnCode) -> int:
+def _resume(folder: Path, chosen: ResumeFlags, own: UserCode) -> int:
     from rlmeta.cli.groups import go_on, interrupted, run_groups
     from rlmeta.cli.plan_folder import from_folder, is_plan
 

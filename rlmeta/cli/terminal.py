@@ -1,4 +1,4 @@
-"""The terminal: what it is shown has no control characters but tabs and ends of lines."""
+"""Printing to the terminal, with control characters escaped."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from rlmeta.errors import printable
 
 
 def say(text: str, error: bool = False) -> None:
-    """Print a text, to stderr if it is no result."""
+    """Print a text to stdout, or to stderr for notes and errors."""
     print(printable(text), file=sys.stderr if error else sys.stdout)

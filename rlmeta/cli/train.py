@@ -1,4 +1,4 @@
-"""`rlmeta train AGENT TASK`."""
+"""The command `rlmeta train AGENT TASK`: train an agent with many seeds and settings at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rlmeta.errors import SettingError
 
 
 def train(arguments: list[str]) -> int:
-    """`rlmeta train AGENT TASK`."""
+    """Run `rlmeta train AGENT TASK`; returns the exit status."""
     from rlmeta.cli.options import AGENT_AND_TASK
 
     names, rest = names_before_flags(arguments)
@@ -21,7 +21,7 @@ def train(arguments: list[str]) -> int:
     from rlmeta.cli.groups import run_groups
     from rlmeta.cli.plan import code_of, from_flags
     from rlmeta.cli.plan_folder import begin
-    from rlmeta.runs.own_code import allowed_here
+    from rlmeta.runs.user_code import allowed_here
 
     code = code_of(rest)
     with allowed_here(code):

@@ -1,4 +1,4 @@
-"""Backends: what plays a tape of tensor operations again and again.
+"""Backends: execution of a recorded tape of tensor operations, by TorchScript or by generated Python.
 
 `torchscript` is the faster one where it was tested; `torch.jit` is deprecated, may be absent, and refuses some
 operations. `python` is straight-line Python made from the tape: it needs nothing but the operations themselves. Both
@@ -62,9 +62,9 @@ class TorchScript:
             known = start(carried + [x[0] for x in each] + fixed)
             rows: list[Tensor] = []
             for i in range(times):
-                found = body(carried + [x[i] for x in each] + fixed + known)
-                carried = found[: len(carried)]
-                rows += found[len(carried) :]
+                outputs = body(carried + [x[i] for x in each] + fixed + known)
+                carried = outputs[: len(carried)]
+                rows += outputs[len(carried) :]
             return carried + [torch.stack(rows[row::width], axis) for row in range(width)]
 
         try:
@@ -97,9 +97,9 @@ class Python:
             known, rows = start([*carried, *(x[0] for x in each), *fixed]), list[Tensor]()
             slices = [x.unbind(0) for x in each]
             for i in range(times):
-                found = body([*carried, *(x[i] for x in slices), *fixed, *known])
-                carried = found[: len(carried)]
-                rows += found[len(carried) :]
+                outputs = body([*carried, *(x[i] for x in slices), *fixed, *known])
+                carried = outputs[: len(carried)]
+                rows += outputs[len(carried) :]
             return carried + [torch.stack(rows[row::width], axis) for row in range(width)]
 
         return loop
@@ -109,7 +109,7 @@ class _Source:
     """The lines of a tape's function, and the constants that they name."""
 
     def __init__(self, tape: Tape) -> None:
-        self.constants: dict[str, Any] = {"tensors": lambda found: [x for x in found if isinstance(x, Tensor)]}
+        self.constants: dict[str, Any] = {"tensors": lambda outputs: [x for x in outputs if isinstance(x, Tensor)]}
         self.lines = ["def play(inputs):"]
         if tape.inputs:
             names = "".join(f"v{place.number}, " for place in tape.inputs)

@@ -1,4 +1,4 @@
-"""A pure function of tensors, recorded once and replayed without Python.
+"""Capture: a pure function of tensors, recorded once and replayed without Python.
 
 For small networks most of a gradient step is Python and autograd's bookkeeping. What is recorded is the very sequence
 of tensor operations, so a replay gives the same bits; that is checked, with other numbers than those of the recording,
@@ -19,14 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlmeta.engine.backends import Backend, chosen
-from rlmeta.engine.passes import split, without_idle, without_writes, written_over
-from rlmeta.engine.tape import LOOKED_AT, Guard, NotRecordable, Place, Tape, own_memory, record
+from rlmeta.engine.backends import Backend, Program, chosen
+from rlmeta.engine.passes import batched, direct_views, split, without_idle, without_writes, written_over
+from rlmeta.engine.tape import ALIGNED, LOOKED_AT, Guard, NotRecordable, Place, Tape, own_memory, record
 from rlmeta.functional import tree
 
 Function = Callable[[tree.Tree], tree.Tree]
@@ -125,7 +125,7 @@ class Capture:
 
         def recorded() -> tree.Tree:
             first = {"carried": tree.map(torch.clone, carried), "fixed": fixed, "each": tree.map(lambda x: x[0], each)}
-            self._record(name, key, function, first, partial(_scan, axis))
+            self._record(name, key, function, first, partial(_scan, axis, list(tree.leaves(each))))
             return in_turn()
 
         outputs = self._replay(name, key, [*leaves, times])
@@ -165,24 +165,24 @@ class Capture:
         programs = self._programs.get(key) or ()
         return next((program for program in programs if program.checks < _CHECKS), None)
 
-    def _replay(self, name: Hashable, key: Hashable, given: Sequence[Any], checks: int = _CHECKS) -> tree.Tree | None:
+    def _replay(self, name: Hashable, key: Hashable, inputs: Sequence[Any], checks: int = _CHECKS) -> tree.Tree | None:
         """What the program gives that has been checked so often and whose guards hold; None where there is none."""
-        programs, missed = self._programs.get(key), 0
+        programs, missed = self._programs.get(key), list[_Miss]()
         for program in tuple(programs or ()):
-            if program.checks < checks:
+            if program.checks < checks or not all(program.may_hold_after(miss) for miss in missed):
                 continue
             try:
-                outputs = program(given)
+                outputs = program(inputs)
             except Exception as error:
                 self._drop(name, key, _reason(error))
                 return None
-            if outputs is not None:
+            if not isinstance(outputs, _Miss):
                 self._waste[key] = max(0, self._waste[key] - 1)
                 _move_to_front(programs, program)
                 return outputs
-            missed += 1
+            missed.append(outputs)
         if missed:
-            self._lose(name, key, missed)
+            self._lose(name, key, len(missed))
         return None
 
     def _lose(self, name: Hashable, key: Hashable, replays: int) -> None:
@@ -202,7 +202,6 @@ class Capture:
             short, examples = without_idle(without_writes(tape)), tree.map(own_memory, inputs)
             builds = [partial(build, backend, short, examples, outputs) for backend in self._backends]
             program = _first_program(builds, outputs, guards)
-            program.operations = len(short.operations)
         others = self._programs.get(key) or []
         self._programs[key], self._calls[key] = [program, *others][:_VARIANTS], 0
         if others:
@@ -222,7 +221,7 @@ class Capture:
         self._say(name, reason)
         return outputs
 
-    def _check(self, name: Hashable, key: Hashable, given: Sequence[Any], expected: tree.Tree) -> bool:
+    def _check(self, name: Hashable, key: Hashable, inputs: Sequence[Any], expected: tree.Tree) -> bool:
         """Compare the newest program with what the function gave; where they differ, the next backend's takes its
         place.
 
@@ -232,7 +231,7 @@ class Capture:
         program = self._unchecked(key)
         while program is not None:
             try:
-                agrees = program.check(given, expected)
+                agrees = program.check(inputs, expected)
                 if not agrees:
                     self._lose(name, key, 1)
                 return agrees
@@ -295,47 +294,74 @@ def _in_turn(
     rows = []
     for number in range(times):
         now = tree.map(lambda x: x[number], each)  # noqa: B023 - used at once
-        found = function({"carried": carried, "fixed": fixed, "each": now})
-        carried = found["carried"]
-        rows.append(found["row"])
+        outputs = function({"carried": carried, "fixed": fixed, "each": now})
+        carried = outputs["carried"]
+        rows.append(outputs["row"])
     return {"carried": carried, "row": tree.map(lambda *steps: torch.stack(steps, axis), *rows)}
 
 
 # ---------------------------------------------------------------------- the programs
 
 _Run = Callable[[Sequence[Any]], Sequence[Tensor]]
-_Build = Callable[[Backend, Tape, tree.Tree, tree.Tree], _Run]
+
+
+class _Built(NamedTuple):
+    """What plays a recording."""
+
+    run: _Run
+    operations: int
+    """How many of them a call takes."""
+
+
+_Build = Callable[[Backend, Tape, tree.Tree, tree.Tree], _Built]
 """From a backend, a tape, copies of its inputs and what it gave."""
+
+
+class _Miss(NamedTuple):
+    """A guard that did not hold in a replay."""
+
+    held: tuple[Guard, ...]
+    """The guards before it, which held."""
+    number: Guard
+    """What Python would have seen."""
 
 
 class _Program:
     """A recorded function."""
 
     def __init__(
-        self, run: _Run, outputs: tree.Tree, guards: Sequence[Guard], others: Sequence[Callable[[], _Run]] = ()
+        self, built: _Built, outputs: tree.Tree, guards: Sequence[Guard], others: Sequence[Callable[[], _Built]] = ()
     ) -> None:
-        self._run, self._numbers = run, tree.rebuild(outputs, itertools.count())
+        self._run, self._numbers = built.run, tree.rebuild(outputs, itertools.count())
         self._count, self._guards = len(list(tree.leaves(outputs))), tuple(guards)
         self._outputs, self._others = outputs, others  # kept until this program has been checked
-        self.checks = self.operations = 0
+        self.checks, self.operations = 0, built.operations
         """How often it gave what the function gave; how many operations it has."""
 
-    def __call__(self, given: Sequence[Any]) -> tree.Tree | None:
-        """What the function gives; None where a guard does not hold."""
+    def __call__(self, inputs: Sequence[Any]) -> tree.Tree | _Miss:
+        """What the function gives, or the first guard that does not hold."""
         with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):
-            outputs = self._run(given)
-            if not all(_holds(*pair) for pair in zip(outputs[self._count :], self._guards, strict=True)):
-                return None
+            outputs = self._run(inputs)
+            for number, (numbers, guard) in enumerate(zip(outputs[self._count :], self._guards, strict=True)):
+                differs = numbers == numbers if guard != guard else numbers != guard
+                if bool(differs.any()):
+                    return _Miss(self._guards[:number], numbers[differs][0].item())
         return tree.map(outputs.__getitem__, self._numbers)
 
-    def check(self, given: Sequence[Any], expected: tree.Tree) -> bool:
+    def may_hold_after(self, miss: _Miss) -> bool:
+        """Whether this program's guards may hold for inputs for which another's did not: up to there both see the
+        same numbers."""
+        place = len(miss.held)
+        return self._guards[:place] == miss.held and self._guards[place : place + 1] == (miss.number,)
+
+    def check(self, inputs: Sequence[Any], expected: tree.Tree) -> bool:
         """Compare with what the function gave, bit for bit; False where a guard does not hold, so nothing is compared.
 
         Raises:
             NotRecordable: they differ.
         """
-        outputs = self(given)
-        if outputs is None:
+        outputs = self(inputs)
+        if isinstance(outputs, _Miss):
             return False
         if not all(_equal(a, b) for a, b in zip(tree.leaves(outputs), tree.leaves(expected), strict=True)):
             raise NotRecordable("what was recorded gives other numbers when it is called again")
@@ -350,15 +376,7 @@ class _Program:
         Raises:
             Exception: none can.
         """
-        program = _first_program(self._others, self._outputs, self._guards)
-        program.operations = self.operations
-        return program
-
-
-def _holds(numbers: Tensor, guard: Guard) -> bool:
-    """Whether all of the guarded numbers of a replay are what they were when the function was recorded."""
-    same = numbers != numbers if guard != guard else numbers == guard
-    return bool(same.all())
+        return _first_program(self._others, self._outputs, self._guards)
 
 
 def _move_to_front(programs: list[_Program] | None, program: _Program) -> None:
@@ -367,11 +385,11 @@ def _move_to_front(programs: list[_Program] | None, program: _Program) -> None:
         programs.insert(0, program)
 
 
-def _first_program(builds: Sequence[Callable[[], _Run]], outputs: tree.Tree, guards: Sequence[Guard]) -> _Program:
+def _first_program(builds: Sequence[Callable[[], _Built]], outputs: tree.Tree, guards: Sequence[Guard]) -> _Program:
     """The program of the first backend that makes one.
 
     Raises:
-        Exception: none does; what the last one said.
+        Exception: none does; the error of the last one.
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer about itself, and of torch about the tracer
@@ -390,42 +408,97 @@ for _key_of_autograd in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.
     _AUTOGRAD = _AUTOGRAD | torch._C.DispatchKeySet(_key_of_autograd)
 
 
-def _once(backend: Backend, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
+def _once(backend: Backend, tape: Tape, examples: tree.Tree, outputs: tree.Tree) -> _Built:
     """A call of the function."""
     leaves = list(tree.leaves(examples))
-    constants, rest = split(tape, ())
+    constants, rest = split(direct_views(tape), ())
     rest = rest.with_constants(constants.play(leaves))
     program = backend.compile(written_over(rest), leaves)
-    return lambda given: program(list(given))
+    return _Built(lambda inputs: program(list(inputs)), len(rest.operations))
 
 
-def _scan(axis: int, backend: Backend, tape: Tape, examples: tree.Tree, found: tree.Tree) -> _Run:
+def _scan(
+    axis: int, rows: Sequence[Tensor], backend: Backend, tape: Tape, examples: tree.Tree, outputs: tree.Tree
+) -> _Built:
     """A loop of calls; inputs come as `tree.leaves` has them: carried, each, fixed.
 
-    What depends on fixed inputs alone is computed before the loop, carried tensors are written over where the call that
-    changes them was the last to read them, and views of those are made before the loop, too.
+    What depends on fixed inputs alone is computed before the loop, what depends on nothing carried for all calls at
+    once, carried tensors are written over where the call that changes them was the last to read them, and views of
+    those are made before the loop, too.
     """
     leaves = list(tree.leaves(examples))
     carried, each = (len(list(tree.leaves(examples[name]))) for name in ("carried", "each"))
     old, new = tape.inputs[:carried], [x for x in tape.outputs[:carried] if isinstance(x, Place)]
-    same_names = tree.flatten(examples["carried"]).keys() == tree.flatten(found["carried"]).keys()
+    same_names = tree.flatten(examples["carried"]).keys() == tree.flatten(outputs["carried"]).keys()
     if not same_names or [tape.layouts[x] for x in old] != [tape.layouts[x] for x in new]:
         raise NotRecordable("what one call leaves for the next has other names, shapes, types or strides than it got")
-    known = tape.inputs[carried + each :]
-    before, body = split(tape, [*known, *(x for x, y in zip(old, new) if x == y)])
+    ahead, tape, own = _ahead(backend, tape, carried, rows, leaves[carried + each :])
+    leaves[carried : carried + each] = [x[0] for x in own]
+    known = tape.inputs[carried + len(own) :]
+    before, body = split(direct_views(tape), [*known, *(x for x, y in zip(old, new) if x == y)])
     ends = Counter(tape.memory[x] for x in (*tape.inputs, *tape.outputs) if isinstance(x, Place))
     body = written_over(body, [x for x, y in zip(old, new) if ends[tape.memory[y]] == 1])
     in_place = [x for x, y in zip(old, new) if body.memory[x] == body.memory[y]]
     views, body = split(body, in_place, views_of=in_place)
     operations = (*before.operations, *views.operations)
-    outputs = body.inputs[len(tape.inputs) :] or tape.inputs[:1]  # a program has to give something
-    start = replace(before, operations=operations, outputs=outputs)
+    precomputed = body.inputs[len(tape.inputs) :] or tape.inputs[:1]  # a program has to give something
+    start = replace(before, operations=operations, outputs=precomputed)
     start_program = backend.compile(start, leaves)
     program = backend.loop(start_program, backend.compile(body, [*leaves, *start_program(leaves)]))
 
-    def run(given: Sequence[Any]) -> Sequence[Tensor]:
-        *found, times = given
-        lists = found[:carried], found[carried : carried + each], found[carried + each :]
-        return program(*lists, times, len(tape.outputs) - carried, axis)
+    def run(inputs: Sequence[Any]) -> Sequence[Tensor]:
+        *tensors, times = inputs
+        first, others, fixed = tensors[:carried], tensors[carried:], tensors[carried + each :]
+        return program(first, ahead(others), fixed, times, len(tape.outputs) - carried, axis)
 
-    return run
+    return _Built(run, len(body.operations))
+
+
+def _ahead(
+    backend: Backend, tape: Tape, carried: int, rows: Sequence[Tensor], fixed: Sequence[Tensor]
+) -> tuple[Program, Tape, Sequence[Tensor]]:
+    """What a loop's body needs nothing carried for, as a program for all calls at once.
+
+    Args:
+        backend: plays the program.
+        tape: the body.
+        carried: how many of its inputs are carried.
+        rows: what every call has of its own, `[times, ...]` each.
+        fixed: what all of them get.
+
+    Returns:
+        The program, from `rows` and `fixed` to what each call then has of its own; the rest of the body; and what the
+        program gives for these.
+    """
+    first, rest = batched(tape, carried, len(rows))
+    own = [number for number, place in enumerate(tape.inputs[carried : carried + len(rows)]) if place in rest.inputs]
+    unchanged = lambda inputs: list(inputs[: len(rows)]), tape, rows
+    if len(first.operations) <= len(first.outputs):  # a row is taken of every output, which costs an operation
+        return unchanged
+    for_all = torch.func.vmap(lambda *inputs: tuple(first.play(inputs)), (0,) * len(rows) + (None,) * len(fixed))
+
+    def together(inputs: tree.Tree) -> tree.Tree:
+        return _numbered([_aligned(x) for x in for_all(*tree.leaves(inputs))])
+
+    inputs = _numbered([*rows, *fixed])
+    outputs, recorded, _ = record(together, inputs)
+    drawn = list(tree.leaves(outputs))
+    layouts = [tape.layouts[place] for place in first.outputs if isinstance(place, Place)]
+    if [x[0].stride() for x in drawn] != [layout.strides for layout in layouts]:
+        return unchanged
+    program = _once(backend, without_idle(without_writes(recorded)), inputs, outputs).run
+    return lambda inputs: [*(inputs[k] for k in own), *program(inputs)], rest, [*(rows[k] for k in own), *drawn]
+
+
+def _numbered(tensors: Sequence[Tensor]) -> tree.Tree:
+    """As a tree whose leaves are in this order."""
+    return {f"{number:06}": x for number, x in enumerate(tensors)}
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A copy `[times, ...]` every row of which begins where torch would allocate it: bits of what is computed from it
+    may depend on that."""
+    row = x[0].numel()
+    spare = -row % (ALIGNED // x.element_size())
+    padded = torch.nn.functional.pad(x.reshape(len(x), row), (0, spare))
+    return padded.narrow(1, 0, row).view(x.shape) if x.dim() > 1 else padded.select(1, 0)

@@ -1,4 +1,4 @@
-"""Where the time goes: one stopwatch that always runs for exactly one part of the work."""
+"""Time split: seconds spent acting, in environments, learning and evaluating, by one stopwatch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learners that never meet can be worked on by several cores, each with some of them."""
+"""Parallel work on several cores, each with some of the learners."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def in_parts(function: Callable[..., tree.Tree], *arguments: tree.Tree) -> tree.
     if parts == 1:
         return function(*arguments)
     firsts = [learners * part // parts for part in range(parts + 1)]
-    pieces = [[_piece(one, first, end - first) for one in arguments] for first, end in pairwise(firsts)]
+    pieces = [[_piece(argument, first, end - first) for argument in arguments] for first, end in pairwise(firsts)]
 
     def work(piece: Sequence[tree.Tree]) -> tree.Tree:
         with one_core(True):

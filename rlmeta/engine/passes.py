@@ -1,8 +1,10 @@
-"""What of recorded operations can be spared: passes from a tape to a shorter or cheaper one of the same bits.
+"""Optimisation passes: from a tape to a shorter or cheaper one that computes the same bits.
 
-without_writes      operations in place as ordinary ones, where nothing else sees what they write to
-without_idle        without operations whose results nobody uses
-split               what depends on some inputs only apart from the rest: it is computed once where the rest repeats
+without_writes      functionalisation: operations in place as ordinary ones, where nothing else sees what they write
+without_idle        dead code elimination: without operations whose results nobody uses
+direct_views        common views: views of views as views of the tensor itself, and each of them once
+split               loop-invariant code: what depends on some inputs only, apart from the rest, to be computed once
+batched             vectorisation of a loop: what needs nothing that is carried is computed for all calls at once
 written_over        elementwise operations in place, where nobody needs the argument any more
 """
 
@@ -29,11 +31,14 @@ def _last_uses(tape: Tape, of: dict[Place, Any]) -> dict[Any, int]:
 
 
 def without_writes(tape: Tape) -> Tape:
-    """Operations in place as ordinary ones; where something else sees what they write to, its memory is `pinned`."""
+    """Functionalisation: operations in place as ordinary ones.
+
+    Where something else sees what they write to they stay, and that memory is `pinned`.
+    """
     last = _last_uses(tape, {place: place for place in tape.memory})
-    sharing: dict[int, list[Place]] = {}
-    for place, piece in tape.memory.items():
-        sharing.setdefault(piece, []).append(place)
+    sharing: dict[int, list[Place]] = {}  # the places so far of a piece of memory; later views see what was written
+    for place in tape.inputs:
+        sharing.setdefault(tape.memory[place], []).append(place)
     layouts, memory = dict(tape.layouts), dict(tape.memory)
     names, moved = dict[Place, Place](), dict[int, int]()  # where a place, or a piece of memory, is now
     stuck, operations = set[int](), list[Operation]()
@@ -45,6 +50,8 @@ def without_writes(tape: Tape) -> Tape:
             if _in_new_memory(operation) is None
             or any(last.get(other, -1) > number for other in sharing[tape.memory[target]] if other != target)
         }
+        for place in operation.results:
+            sharing.setdefault(tape.memory[place], []).append(place)
         if written and tape.memory[written[0]] not in stuck:
             new, target = Place(len(layouts)), written[0]
             operations.append(replace(operation.renamed(names), function=_in_new_memory(operation), results=(new,)))
@@ -79,8 +86,39 @@ def without_idle(tape: Tape) -> Tape:
     return replace(tape, operations=tuple(reversed(kept)))
 
 
+_SAME_START = ["view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t", "alias", "detach"]
+"""Views that begin where the viewed tensor begins."""
+
+
+def direct_views(tape: Tape) -> Tape:
+    """Views of views as views of the tensor itself, each of them once, and none where it would be that tensor."""
+    roots, names, equal = dict[Place, Place](), dict[Place, Place](), dict[tuple[Place, Layout], Place]()
+    operations = list[Operation]()
+    for operation in tape.operations:
+        operation = operation.renamed(names)
+        name = operation.function._schema.name.split("::")[1]
+        if name not in _SAME_START or not isinstance(operation.arguments[0], Place):
+            operations.append(operation)
+            continue
+        viewed, result = operation.arguments[0], operation.results[0]
+        root, layout = roots.get(viewed, viewed), tape.layouts[result]
+        same = equal.get((root, layout)) if layout != tape.layouts.get(root) else root
+        if same is not None:
+            names[result] = same
+            continue
+        roots[result], equal[root, layout] = root, result
+        if root != viewed:
+            arguments = [root, list(layout.shape), list(layout.strides)]
+            operation = replace(operation, function=aten.as_strided.default, arguments=arguments, named={})
+        operations.append(operation)
+    outputs = tuple(names.get(x, x) if isinstance(x, Place) else x for x in tape.outputs)
+    return without_idle(replace(tape, operations=tuple(operations), outputs=outputs))
+
+
 def split(tape: Tape, fixed: Iterable[Place], views_of: Iterable[Place] | None = None) -> tuple[Tape, Tape]:
-    """What depends on the `fixed` inputs alone, and the rest, whose further inputs are what it needs of the former.
+    """Loop-invariant operations, which depend on the `fixed` inputs alone, and the rest.
+
+    The further inputs of the rest are what it needs of the former.
 
     Args:
         tape: without writes where memory is not pinned.
@@ -93,10 +131,10 @@ def split(tape: Tape, fixed: Iterable[Place], views_of: Iterable[Place] | None =
     stays = tape.pinned | (handed_out - (only or set()))  # outputs are the caller's, so they are made anew
     for operation in tape.operations:
         operation = _of_shapes(operation, tape.layouts)
-        reads, made = operation.reads(), {tape.memory[place] for place in operation.results}
+        reads, results = operation.reads(), {tape.memory[place] for place in operation.results}
         apart = known.issuperset(reads) and not operation.writes()
-        apart = apart and not stays & made and not tape.pinned & {tape.memory[place] for place in reads}
-        if apart and (only is None or made <= only):
+        apart = apart and not stays & results and not tape.pinned & {tape.memory[place] for place in reads}
+        if apart and (only is None or results <= only):
             before.append(operation)
             known.update(operation.results)
         else:
@@ -105,6 +143,54 @@ def split(tape: Tape, fixed: Iterable[Place], views_of: Iterable[Place] | None =
     passed = tuple(place for operation in before for place in operation.results if place in needed)
     first = replace(tape, operations=tuple(before), outputs=passed)
     return without_idle(first), replace(tape, inputs=(*tape.inputs, *passed), operations=tuple(rest))
+
+
+def batched(tape: Tape, carried: int, each: int) -> tuple[Tape, Tape]:
+    """Vectorisation of a loop: operations of its body that can be computed for all calls at once, and the rest.
+
+    Only operations whose result is exact are taken: of others, such as a logarithm, the bits may depend on how many
+    elements there are. Keys of random numbers are made of exact ones alone.
+
+    Args:
+        tape: the body, without writes where memory is not pinned.
+        carried: how many of its inputs, the first ones, a call gets from the one before.
+        each: how many, those after them, every call has of its own; the rest are the same for all calls.
+
+    Returns:
+        The first tape, from what each call has of its own and what is the same for all; and the body without those
+        operations, whose inputs are the carried ones, each call's own ones as far as it still needs them, the outputs
+        of the first, and the fixed ones.
+    """
+    own, fixed = tape.inputs[carried : carried + each], tape.inputs[carried + each :]
+    known, early = set(fixed), set(own)
+    before, taken, rest = list[Operation](), list[Operation](), list[Operation]()
+    stays = tape.pinned | {tape.memory[place] for place in tape.outputs if isinstance(place, Place)}
+    for operation in tape.operations:
+        reads, results = set(operation.reads()), operation.results
+        apart = not operation.writes() and not stays & {tape.memory[place] for place in (*reads, *results)}
+        if apart and known.issuperset(reads):
+            before.append(operation)
+            known.update(results)
+        elif apart and (known | early).issuperset(reads) and _is_exact(operation):
+            taken.append(operation)
+            early.update(results)
+            continue
+        rest.append(operation)
+    needed = {x for x in tape.outputs if isinstance(x, Place)}.union(*(operation.reads() for operation in rest))
+    passed = tuple(place for operation in taken for place in operation.results if place in needed)
+    first = replace(tape, inputs=(*own, *fixed), operations=(*before, *taken), outputs=passed)
+    inputs = (*tape.inputs[:carried], *(place for place in own if place in needed), *passed, *fixed)
+    return without_idle(first), replace(tape, inputs=inputs, operations=tuple(rest))
+
+
+_EXACT = ["abs", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "div", "eq", "floor", "ge", "gt", "le", "lt", "mul"]
+_EXACT += ["ne", "neg", "sub", "where", "__rshift__", "_to_copy", "clone", "select", "slice", *_SAME_START]
+
+
+def _is_exact(operation: Operation) -> bool:
+    """Whether each element of the result is a copy, or one correctly rounded operation on elements."""
+    name = operation.function._schema.name.split("::")[1]
+    return name in _EXACT and operation.named.get("alpha", 1) == 1
 
 
 _FILLED = {

@@ -1,4 +1,4 @@
-"""A pure function of tensors as the list of its tensor operations, those of the backward pass as well."""
+"""Tape: a pure function of tensors as the list of its tensor operations, those of the backward pass as well."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ class Operation:
 
     def reads(self) -> list[Place]:
         """The places among its arguments."""
-        found: list[Place] = []
-        _each_place((self.arguments, self.named), found.append)
-        return found
+        places: list[Place] = []
+        _each_place((self.arguments, self.named), places.append)
+        return places
 
     def writes(self) -> list[Place]:
         """The places that it changes."""
         arguments = self.function._schema.arguments
-        given = {**{x.name: value for x, value in zip(arguments, self.arguments)}, **self.named}
-        changed = [given.get(x.name) for x in arguments if x.alias_info is not None and x.alias_info.is_write]
+        values = {**{x.name: value for x, value in zip(arguments, self.arguments)}, **self.named}
+        changed = [values.get(x.name) for x in arguments if x.alias_info is not None and x.alias_info.is_write]
         return [x for x in changed if isinstance(x, Place)]
 
     def renamed(self, names: dict[Place, Any]) -> Operation:
@@ -90,8 +90,8 @@ class Tape:
         values = dict(zip(self.inputs, inputs))
         for operation in self.operations:
             arguments, named = _map((operation.arguments, operation.named), values.get)
-            found = operation.function(*arguments, **named)
-            values.update(zip(operation.results, _tensors(found)))
+            outputs = operation.function(*arguments, **named)
+            values.update(zip(operation.results, _tensors(outputs)))
         return [values[output] if isinstance(output, Place) else output for output in self.outputs]
 
     def with_constants(self, constants: Sequence[Tensor]) -> Tape:
@@ -102,9 +102,9 @@ class Tape:
         return replace(self, inputs=self.inputs[:count], operations=operations)
 
 
-def _tensors(found: Any) -> list[Tensor]:
-    """The tensors among what an operation gave; a derivative that nobody asked for is None."""
-    return [x for x in (found if isinstance(found, list | tuple) else [found]) if isinstance(x, Tensor)]
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The tensors among an operation's outputs; a derivative that nobody asked for is None."""
+    return [x for x in (outputs if isinstance(outputs, list | tuple) else [outputs]) if isinstance(x, Tensor)]
 
 
 def _map(x: Any, function: Callable[[Place], Any]) -> Any:
@@ -175,13 +175,13 @@ def own_memory(x: Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    ahead = x.storage_offset() % (_ALIGNED // x.element_size())
+    ahead = x.storage_offset() % (ALIGNED // x.element_size())
     span = x.detach().as_strided((ahead + last + 1,), (1,), x.storage_offset() - ahead)
     # no view of `span`: the tracer takes no view among its inputs that is written to
     return torch.empty_like(span[:0]).set_(span.clone().untyped_storage(), ahead, x.shape, x.stride())
 
 
-_ALIGNED = 64
+ALIGNED = 64
 """Bytes: torch allocates memory at multiples of them."""
 
 
@@ -224,24 +224,24 @@ class _Recorder(TorchDispatchMode):
         """Run an operation and note it."""
         if func is aten.equal.default:
             raise NotRecordable(LOOKED_AT)
-        found = func(*args, **(kwargs or {}))
+        outputs = func(*args, **(kwargs or {}))
         if func is aten._local_scalar_dense.default:
-            self._guard(args[0], found)
-            return found
+            self._guard(args[0], outputs)
+            return outputs
         if func is aten.detach.default:  # without autograd a copy of nothing
             place = self._places.get(id(args[0]))
             if place is not None:
-                self._places[id(found)] = place
-            self._tensors.append(found)
-            return found
+                self._places[id(outputs)] = place
+            self._tensors.append(outputs)
+            return outputs
         if func is aten.lift_fresh.default:  # what Python has just made of numbers: the same in every call, and new
-            func, args = aten.clone.default, [found.clone()]
-        results = _tensors(found)
+            func, args = aten.clone.default, [outputs.clone()]
+        results = _tensors(outputs)
         if results:
             noted, args, named = _with_tensors(func, args, kwargs or {})
             places = tuple(self._new(x) for x in results)
             self._operations.append(Operation(noted, self._place(args), self._place(named), places))
-        return found
+        return outputs
 
     def _guard(self, number: Tensor, value: Guard) -> None:
         """Note that Python looked at a number: a copy of it, for it may be written to later."""

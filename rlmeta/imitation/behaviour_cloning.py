@@ -25,6 +25,7 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
+from rlmeta.learning.phases import own_step
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step
@@ -134,10 +135,6 @@ class BehaviourCloningAgent(Agent):
         ctx.info["losses/log_prob"] = log_prob.mean(-1)
         return {"policy": -log_prob.mean(-1), "entropy": -p["hyper"]["entropy_coefficient"] * entropy.mean(-1)}
 
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
-        """Log-probability of actions `[*L, B]`, for Fisher information and distillation."""
-        return self.head.log_prob(self.forward(self.policy, "policy", p, batch["observation"]), batch["action"])
-
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """Iteration: gradient steps on minibatches of the demonstrations, without acting."""
         s, h, average = self.settings, state["params"]["hyper"], Average()
@@ -145,8 +142,12 @@ class BehaviourCloningAgent(Agent):
         optimizer = optim.adamw(rate, weight_decay=h["weight_decay"])
         for i in range(s.num_steps):
             batch = draw(self.transitions, state["key"], state["count"]["iterations"] * s.num_steps + i, s.batch_size)
-            state, info = step(self, state, batch, optimizer, max_grad_norm=h["max_grad_norm"], methods=self.methods)
-            average.add(info)
+            own = own_step(self, state, batch)
+            if own is None:
+                bound = h["max_grad_norm"]
+                own = step(self, state, batch, optimizer, max_grad_norm=bound, methods=self.methods)
+            state = own[0]
+            average.add(own[1])
         return count_steps(state, s.num_steps), {**average.result(), "charts/learning_rate": rate}
 
     def draw(self, state: State, world: World, n: int) -> tree.Tree:

@@ -207,9 +207,9 @@ class IRLAgent(Agent):
         noise = random.gumbel(key, "policy", 0, chances.shape[learner_axes:], chances.dtype)
         return (chances + noise).argmax(-1), memory
 
-    def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
+    def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
         """Log-probability of actions `[*L, B]`; with a horizon, under the policy of the first step."""
-        log_policy = self.plan(self.reward(p)).log_policy
+        log_policy = self.plan(self.reward(p, ctx)).log_policy
         log_policy = log_policy.select(-3, 0) if self.settings.horizon else log_policy
         rows = batch["observation"].unsqueeze(-1)
         chosen_rows = log_policy.gather(-2, rows.expand(*rows.shape[:-1], log_policy.shape[-1]))

@@ -1,4 +1,4 @@
-"""Act in the environments of all learners and keep what happened."""
+"""Rollouts: act in the environments of all learners and keep what happened."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Actor(Protocol):
 
 @torch.no_grad()
 def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[State, Rollout]:
-    """Take `num_steps` steps in every environment of every learner.
+    """Rollout of `num_steps` steps in every environment of every learner.
 
     Args:
         agent: acts; where it has a `capture`, its steps are recorded and replayed.
@@ -92,11 +92,11 @@ def _steps(
     `fixed` is `params` and `initial`, the memory at the start of an episode.
     """
     rows: list[Rollout] = []
-    given = {"params": fixed["params"]}
+    acting = {"params": fixed["params"]}
     for key in keys.unbind(0):
         clock.switch("act")
         observation = world.observation(moving["world"])
-        action, memory = _act(agent, {**given, "observation": observation, "memory": moving["memory"], "key": key})
+        action, memory = _act(agent, {**acting, "observation": observation, "memory": moving["memory"], "key": key})
         clock.switch("environment")
         world_state, transition = world.step(moving["world"], action)
         moving = {"world": world_state, "memory": remember(memory, fixed["initial"], transition)}
@@ -125,8 +125,8 @@ def _recorded_steps(
     while len(keys):
         ahead, lasting = world.ahead(moving["world"])
         now, keys = keys[:lasting], keys[lasting:]
-        given = {**fixed, "ahead": ahead}
-        moving, rows = agent.capture.scan(name, step, moving, given, {"key": now}, len(now), axes)
+        now_fixed = {**fixed, "ahead": ahead}
+        moving, rows = agent.capture.scan(name, step, moving, now_fixed, {"key": now}, len(now), axes)
         pieces.append(rows)
     return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
 
@@ -143,8 +143,8 @@ def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
         return {"action": action, "memory": memory}
 
     capture = _capture(agent)
-    found = act(inputs) if capture is None else capture("acting", act, inputs)
-    return found["action"], found["memory"]
+    outputs = act(inputs) if capture is None else capture("acting", act, inputs)
+    return outputs["action"], outputs["memory"]
 
 
 def _record(transition: Transition | TrialTransition) -> Rollout:

@@ -26,7 +26,7 @@ def descend(
     ctx: StepContext,
     axes: int,
 ) -> tree.Tree:
-    """losses -> penalties -> projection -> mask -> clip -> optimizer -> restore frozen -> the methods' memories.
+    """Gradient step: losses -> penalties -> projection -> mask -> clip -> optimizer -> restore frozen -> memories.
 
     Args:
         learner: gives the losses.
@@ -43,11 +43,11 @@ def descend(
         `finite`, the `norm` of the gradient before it was clipped, and `reported` values.
     """
     weights = state["params"]["weights"]
-    found = all_gradients(learner, state, batch, groups, methods, ctx)
-    gradients, seen, penalties = found.pop("gradients"), found.pop("seen", None), found.pop("penalties", None)
+    outputs = all_gradients(learner, state, batch, groups, methods, ctx)
+    gradients, seen, penalties = outputs.pop("gradients"), outputs.pop("seen", None), outputs.pop("penalties", None)
     with torch.no_grad():
         if not methods:
-            return {**found, **move(weights, state["optimizer"], gradients, groups, axes), "memories": {}}
+            return {**outputs, **move(weights, state["optimizer"], gradients, groups, axes), "memories": {}}
         task_gradient = _packed(gradients, groups, weights)
         total = task_gradient if penalties is None else task_gradient + _packed(penalties, groups, weights)
         memories, task = state["methods"], state["task"]
@@ -59,9 +59,9 @@ def descend(
         if frozen is not None:
             total = total.masked_fill(frozen, 0.0)
         totals = {group.name: entries(total, spans(group, weights)) for group in groups}
-        found |= move(weights, state["optimizer"], totals, groups, axes, frozen)
-        info = StepInfo(task_gradient, found["flat"] - weights.flat, batch)
-        return {**found, "memories": _memories_after(learner, state, found, info, methods)}
+        outputs |= move(weights, state["optimizer"], totals, groups, axes, frozen)
+        info = StepInfo(task_gradient, outputs["flat"] - weights.flat, batch)
+        return {**outputs, "memories": _memories_after(learner, state, outputs, info, methods)}
 
 
 def _packed(gradients: dict[str, Tensor], groups: Sequence[Group], weights: Packed) -> Tensor:
@@ -81,7 +81,7 @@ def _union(masks: Sequence[Tensor | None]) -> Tensor | None:
 def _memories_after(
     learner: HasLosses, state: State, moved: tree.Tree, info: StepInfo, methods: Sequence[Method]
 ) -> State:
-    """The memories of the methods after they have looked at the step."""
+    """Memories of the lifelong methods after the gradient step."""
     params, axes = state["params"], info.delta.dim() - 1
     new = {
         **params,

@@ -83,12 +83,12 @@ def all_gradients(
         totals = [group.total(losses) for group in groups]
         extra = _further_losses(learner, state, seen, batch, groups, methods, ctx, totals[0])
         added = [torch.stack([losses[number] for losses in extra]).sum(0) for number in range(len(groups)) if extra]
-    found = {**_outputs(losses, ctx), "gradients": _gradients(totals, groups, leaves, retain_graph=bool(extra))}
+    outputs = {**_outputs(losses, ctx), "gradients": _gradients(totals, groups, leaves, retain_graph=bool(extra))}
     if methods:
-        found["seen"] = seen
+        outputs["seen"] = seen
     if extra:
-        found["penalties"] = _gradients(added, groups, leaves)
-    return found
+        outputs["penalties"] = _gradients(added, groups, leaves)
+    return outputs
 
 
 def _further_losses(
@@ -104,13 +104,13 @@ def _further_losses(
     """What the methods add to every group's loss, `[*L]` each like it: of further minibatches, then their own."""
     further: list[list[Tensor]] = []
     for method in methods:
-        memory, task = state["methods"][method.name], state["task"]
+        memory, task, key = state["methods"][method.name], state["task"], method_key(state, method)
         quiet = StepContext(training=True, key=ctx.key, report=False, moving=ctx.moving)
-        given = method.batches(learner, seen, memory, batch, task, method_key(state, method))
-        for more, weight in hooks.further_batches(method, given):
+        replayed = method.batches(learner, seen, memory, batch, task, key)
+        for more, weight in hooks.further_batches(method, replayed):
             losses = learner.losses(seen, more, quiet)
             further.append([weight * group.total(losses) for group in groups])
-        own = method.loss(learner, seen, memory, batch, task)
+        own = method.loss(learner, seen, memory, batch, task, key)
         if own is not None:
             further.append([hooks.further_loss(method, own, like)] * len(groups))
     return further
@@ -127,14 +127,14 @@ def _gradients(
     """The gradient of every group's loss `[*L]` of its own weights, packed `[*L, G]`."""
     gradients = {}
     for number, (total, group) in enumerate(zip(totals, groups)):
-        found = torch.autograd.grad(
+        own = torch.autograd.grad(
             total.sum(),  # for a sum torch.autograd need not import a second of symbolic mathematics
             [leaves[name] for name in group.own(leaves)],
             retain_graph=retain_graph or number + 1 < len(groups),
             allow_unused=True,
             materialize_grads=True,
         )
-        gradients[group.name] = torch.cat([gradient.reshape(*total.shape, -1) for gradient in found], -1)
+        gradients[group.name] = torch.cat([gradient.reshape(*total.shape, -1) for gradient in own], -1)
     return gradients
 
 

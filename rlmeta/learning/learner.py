@@ -1,10 +1,10 @@
-"""What the training loop asks of everything it trains: agents, supervised learners, meta-learners, imitators."""
+"""Learner protocol: what the training loop asks of agents, supervised learners, meta-learners, imitators."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,15 @@ class Learner(HasLosses, Protocol):
         ...
 
 
+@runtime_checkable
+class OnPolicy(Protocol):
+    """An agent whose losses are of its own rollouts: act, credit, learn."""
+
+    def credit(self, p: Params, rollout: State, rewards: dict[str, Tensor]) -> tree.Tree:
+        """What `losses` learns from, for every step of a rollout `[*L, T, N, ...]` and its streams of reward."""
+        ...
+
+
 def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: dict[str, Tensor]) -> State:
     """What every learner's state starts with: fresh weights from each learner's own key, counters at zero.
 
@@ -166,7 +175,7 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
 
 
 def _built(networks: Callable[[], dict[str, Block]], key: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is trained and what is not, `{name: [*L, ...]}` each: the frozen parameters and the modules' buffers."""
+    """Trained parameters and buffers, `{name: [*L, ...]}` each; frozen parameters are among the buffers."""
     trained: list[set[str]] = []
     tied: dict[str, str] = {}
 
@@ -204,13 +213,13 @@ def _ties(module: nn.Module) -> dict[str, str]:
     modules = module.named_modules(remove_duplicate=False)
     parts = [f"{path}." for path, part in modules if isinstance(part, Block) and part.keeps_ties()]
     first: dict[int, str] = {}
-    found = {}
+    ties = {}
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
         other = first.setdefault(id(tensor), name)
         if other != name and not any(name.startswith(path) and other.startswith(path) for path in parts):
-            found[name] = other
-    return found
+            ties[name] = other
+    return ties
 
 
 def initial_tensors(networks: Callable[[], dict[str, Block]], key: Tensor) -> Params:

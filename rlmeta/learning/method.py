@@ -93,8 +93,12 @@ class Method:
         return p, m
 
     def learn(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, active: Tensor) -> Learned | None:
-        """In a phase of this method's, a step on what is its own (see `learning.owners`) in the place of a supervised
-        learner's, which then stays as it is; None for the learner's."""
+        """In a phase of this method's, a step on what is its own (see `learning.owners`) in the place of the
+        learner's, which then stays as it is; None for the learner's.
+
+        `batch` `[*L, B, ...]` are labelled samples, or all steps of an agent's rollout (with a memory whole sequences
+        `[*L, B, T, ...]`), as `draw` gives them.
+        """
         return None
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
@@ -111,7 +115,7 @@ class Method:
         """Further minibatches, and the weight `[*L]` of their losses beside the learner's own."""
         return ()
 
-    def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
+    def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor) -> Tensor | None:
         """A further loss `[*L]`, or None."""
         return None
 
@@ -151,24 +155,26 @@ def seen(methods: Sequence[Method], state: State, task: Task | None = None) -> P
     return p
 
 
-def checked_methods(given: Any) -> tuple[Method, ...]:
+def checked_methods(value: Any) -> tuple[Method, ...]:
     """The lifelong methods that a user gave.
 
     Raises:
         SettingError: not a list of methods.
     """
-    if isinstance(given, Method) or (isinstance(given, type) and issubclass(given, Method)):
-        name = given.__name__ if isinstance(given, type) else type(given).__name__
+    if isinstance(value, Method) or (isinstance(value, type) and issubclass(value, Method)):
+        name = value.__name__ if isinstance(value, type) else type(value).__name__
         raise SettingError(f"lifelong is {name}, expected a list of methods: [{name}()]")
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise SettingError(f"lifelong is {given!r}, expected a list of methods such as [EWC()]")
-    found = tuple(given)
-    for one in found:
-        if isinstance(one, type) and issubclass(one, Method):
-            raise SettingError(f"lifelong has the class {one.__name__}, expected a method of it: {one.__name__}()")
-        if not isinstance(one, Method):
-            raise SettingError(f"lifelong has {one!r}, expected methods such as [EWC()]")
-    return found
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise SettingError(f"lifelong is {value!r}, expected a list of methods such as [EWC()]")
+    methods = tuple(value)
+    for method in methods:
+        if isinstance(method, type) and issubclass(method, Method):
+            raise SettingError(
+                f"lifelong has the class {method.__name__}, expected a method of it: {method.__name__}()"
+            )
+        if not isinstance(method, Method):
+            raise SettingError(f"lifelong has {method!r}, expected methods such as [EWC()]")
+    return methods
 
 
 def check_needs(methods: Sequence[Method], reveals: frozenset[str], stream: str) -> None:

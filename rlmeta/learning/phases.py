@@ -24,14 +24,14 @@ def whose(task: dict[str, Tensor]) -> int:
 
 @torch.no_grad()
 def own_step(learner: Any, state: State, batch: tree.Tree) -> tuple[State, dict[str, Tensor]] | None:
-    """In a phase of a method's, the step that it takes in the place of the learner's; None where the learner's is due.
+    """The gradient step of a lifelong method's own phase, in the place of the learner's; None where that is due.
 
     A learner that is not active, or whose numbers the step has lost, stays as it is.
 
     Args:
         learner: whose methods.
         state: with the task and the methods' memories.
-        batch: the minibatch of the step `[*L, B, ...]`.
+        batch: the samples of the step `[*L, B, ...]`, of an agent those of its rollout.
 
     Returns:
         The new state, and reports `{name: [*L]}`.

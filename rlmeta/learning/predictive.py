@@ -6,8 +6,9 @@ it through these methods alone, whatever its networks are called and whether it 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from rlmeta.functional import tree
@@ -17,7 +18,7 @@ from rlmeta.nn import Context, Distribution
 
 
 class Predictive(Protocol):
-    """A learner that predicts a distribution; one that does not says so by `predicts = ()`."""
+    """Predictive learner: it predicts a distribution; where there is none, `predicts` is ()."""
 
     acts: bool
     """Whether it makes its samples by acting, so that they go stale; else they are labelled and stay true."""
@@ -36,6 +37,44 @@ class Predictive(Protocol):
 
     def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
         """What the distribution's last layer is given, `[*L, B, D]`."""
+        ...
+
+    def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
+        """Sample of zeros for each of the learners `*L`, `[*L, 1, ...]`, in the form of those of `draw`."""
+        ...
+
+
+class PredictiveActor(Predictive, Protocol):
+    """An agent whose policy is a distribution over actions.
+
+    A sample of it is a step, or a whole sequence `[*L, B, T, ...]` with the memory before its first step; its
+    distribution and features then are those of every step, `[*L, B, T, ...]`.
+    """
+
+    head: Any
+    """Knows the distribution: its samples, densities and divergences."""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a sample is a whole sequence."""
+        ...
+
+    def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
+        """The logarithm of the chance or density of every sample's actions, `[*L, B]`; of a sequence the sum over its
+        steps."""
+        ...
+
+    def divergence(self, then: Distribution, now: Distribution) -> Tensor:
+        """KL(then || now) in nats of every sample, `[*L, B]`; of a sequence the mean over its steps."""
+        ...
+
+
+@runtime_checkable
+class Stepwise(Protocol):
+    """A meta-learner that adapts to a task step by step."""
+
+    def adaptation(self, p: Params, world: Any, key: Tensor, tasks: int, steps: int) -> Tensor:
+        """The score on each of `tasks` held-out tasks after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64."""
         ...
 
 

@@ -82,14 +82,14 @@ def recorded_descents(
         return capture.scan((*name, held), body, carried, fixed, each, work.number // length)
 
     everyone = bool((state["active"] & keep).all())
-    found, reports = follow(held=not everyone)
-    if everyone and not bool(found["active"].all()):
-        found, reports = follow(held=True)
-    new = {"weights": Packed.view(found["flat"], weights, axes), "buffers": found["buffers"]}
+    last, reports = follow(held=not everyone)
+    if everyone and not bool(last["active"].all()):
+        last, reports = follow(held=True)
+    new = {"weights": Packed.view(last["flat"], weights, axes), "buffers": last["buffers"]}
     state["params"] = {**params, **new}
-    state["active"], state["optimizer"] = found["active"], found["moments"]
+    state["active"], state["optimizer"] = last["active"], last["moments"]
     if work.methods:
-        state["methods"] = {**state["methods"], **found["methods"]}
+        state["methods"] = {**state["methods"], **last["methods"]}
     return state, reports
 
 
@@ -108,7 +108,7 @@ def _cycle(
 ) -> Callable[[tree.Tree], tree.Tree]:
     """Steps for `Capture.scan`; where learners are `held` back, those that are not to move keep what they had."""
 
-    def one(number: int, old: tree.Tree, fixed: tree.Tree, each: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+    def single(number: int, old: tree.Tree, fixed: tree.Tree, each: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
         batch = each["batch"] if "batch" in each else pick(fixed["batch"], each.get("index"))
         now = {
             "params": {**fixed["params"], "buffers": old["buffers"]},
@@ -119,21 +119,21 @@ def _cycle(
             "stream": {**fixed["stream"], "methods": old["methods"], "count": old["count"]},
             **({"key": each["key"]} if "key" in each else {}),
         }
-        found = descents[number].call(now)
-        active = old["active"] & found["finite"]
-        buffers = {**old["buffers"], **found["buffers"]}
+        outputs = descents[number].call(now)
+        active = old["active"] & outputs["finite"]
+        buffers = {**old["buffers"], **outputs["buffers"]}
         for copy in copies:
-            online = Packed.view(found["flat"], weights, axes)
+            online = Packed.view(outputs["flat"], weights, axes)
             buffers = {**buffers, **moved(copy, each["rates"][copy.name], online, buffers)}
         new = {
-            "flat": found["flat"],
-            "moments": found["moments"],
+            "flat": outputs["flat"],
+            "moments": outputs["moments"],
             "buffers": buffers,
-            "methods": found["memories"],
+            "methods": outputs["memories"],
         }
         if held:
             new = select(active & fixed["keep"], new, {name: old[name] for name in new})
-        return {**new, "active": active, "count": tree.map(lambda x: x + 1, old["count"])}, _reported(found)
+        return {**new, "active": active, "count": tree.map(lambda x: x + 1, old["count"])}, _reported(outputs)
 
     def call(inputs: tree.Tree) -> tree.Tree:
         carried = inputs["carried"]
@@ -141,14 +141,14 @@ def _cycle(
         for number in range(len(descents)):
             each = inputs["each"]
             each = each if len(descents) == 1 else tree.map(lambda x: x[number], each)  # noqa: B023 - used at once
-            carried, report = one(number, carried, inputs["fixed"], each)
+            carried, report = single(number, carried, inputs["fixed"], each)
         return {"carried": carried, "row": report}
 
     return call
 
 
-def _reported(found: tree.Tree) -> dict[str, Tensor]:
-    return {**found["reported"], "losses/grad_norm": found["norm"]} if found["reported"] else {}
+def _reported(outputs: tree.Tree) -> dict[str, Tensor]:
+    return {**outputs["reported"], "losses/grad_norm": outputs["norm"]} if outputs["reported"] else {}
 
 
 def _descent(

@@ -12,7 +12,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ LearnerSettings: TypeAlias = Annotated[Any, "learner"]
 S = TypeVar("S")
 
 
+@runtime_checkable
+class Bindable(Protocol):
+    """Settings of a learner."""
+
+    def bind(self, observation_space: Any, action_space: Any, methods: Sequence[Any] = ()) -> Any:
+        """The learner for problems of these spaces, under these lifelong methods."""
+        ...
+
+
 def name_of(settings_class: type) -> str:
     """A learner on the command line: `PPO` is ppo, `LearnedOptimizer` learned_optimizer, `ProtoNet` protonet."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])(?!Net$)", "_", settings_class.__name__).lower()
@@ -37,7 +46,7 @@ def name_of(settings_class: type) -> str:
 def settings_classes(names: Mapping[str, Any]) -> tuple[type, ...]:
     """The settings classes of learners among a package's names: the dataclasses that `bind` to spaces."""
     classes = [value for value in names.values() if isinstance(value, type)]
-    return tuple(cls for cls in classes if dataclasses.is_dataclass(cls) and callable(getattr(cls, "bind", None)))
+    return tuple(cls for cls in classes if dataclasses.is_dataclass(cls) and issubclass(cls, Bindable))
 
 
 def per_learner_names(settings_class: type) -> list[str]:
@@ -96,13 +105,13 @@ def static_values(settings: Any) -> dict[str, Any]:
 def group(settings: Sequence[S]) -> list[list[S]]:
     """Split settings into groups that can be one batch: same class, same static values."""
     groups: list[list[S]] = []
-    for one in settings:
+    for variant in settings:
         for members in groups:
-            if type(members[0]) is type(one) and _shared(members[0]) == _shared(one):
-                members.append(one)
+            if type(members[0]) is type(variant) and _shared(members[0]) == _shared(variant):
+                members.append(variant)
                 break
         else:
-            groups.append([one])
+            groups.append([variant])
     return groups
 
 
@@ -121,7 +130,7 @@ def _static_part(part: Any) -> Any:
 
 def hyper_tensors(settings: Sequence[Any], repeats: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The per-learner settings as tensors `[S]`: each variant `repeats` times, variant by variant."""
-    values = [per_learner_values(one) for one in settings]
+    values = [per_learner_values(variant) for variant in settings]
     return {
         name: torch.tensor(
             [float(each[name]) for each in values], dtype=torch.float32, device=device
@@ -141,16 +150,16 @@ def difference(settings: Any, all_of_them: Sequence[Any]) -> str:
         if f.name not in inner
         and any(getattr(other, f.name, None) != getattr(settings, f.name) for other in all_of_them)
     ]
-    said = [f"{name}={getattr(settings, name)}" for name in names]
+    texts = [f"{name}={getattr(settings, name)}" for name in names]
     own, others = per_learner_values(settings), [per_learner_values(other) for other in all_of_them]
     within = [name for name in own if "." in name and any(other.get(name) != own[name] for other in others)]
-    return ", ".join([*said, *(f"{name}={own[name]}" for name in within)])
+    return ", ".join([*texts, *(f"{name}={own[name]}" for name in within)])
 
 
-def check_names(settings_class: type, given: dict[str, Any], where: str) -> None:
+def check_names(settings_class: type, values: dict[str, Any], where: str) -> None:
     """Refuse settings that the class does not have."""
     known = [f.name for f in dataclasses.fields(settings_class)]
-    for name in given:
+    for name in values:
         if name not in known:
             raise SettingError(f"{where}: {unknown_name(f'setting of {settings_class.__name__}', name, known)}")
 

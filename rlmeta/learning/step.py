@@ -63,26 +63,26 @@ def step(
     if capture is None:
         ctx = StepContext(training=True, key=key, report=report, moving=moving(groups))
         packed = {**state, "params": {**params, "weights": weights}}
-        found = descend(learner, packed, batch, groups, methods, ctx, axes)
+        outputs = descend(learner, packed, batch, groups, methods, ctx, axes)
     else:
-        found = recorded_descent(capture, learner, state, weights, batch, groups, methods, key, report)
+        outputs = recorded_descent(capture, learner, state, weights, batch, groups, methods, key, report)
     with torch.no_grad():
-        flat, moments, memories = found["flat"], found["moments"], found["memories"]
-        state["active"] = state["active"] & found["finite"]
+        flat, moments, memories = outputs["flat"], outputs["moments"], outputs["memories"]
+        state["active"] = state["active"] & outputs["finite"]
         keep = state["active"] if active is None else state["active"] & active
         if not bool(keep.all()):
             flat = torch.where(keep.unsqueeze(-1), flat, weights.flat)
             moments = select(keep, moments, state["optimizer"])
             memories = select(keep, memories, {name: state["methods"][name] for name in memories})
         state["params"] = {**params, "weights": Packed.view(flat, weights, axes)}
-        if found["buffers"]:
-            buffers = {**params["buffers"], **found["buffers"]}
+        if outputs["buffers"]:
+            buffers = {**params["buffers"], **outputs["buffers"]}
             state["params"]["buffers"] = select(keep, buffers, params["buffers"])
         state["optimizer"] = moments
         if methods:
             state["methods"] = {**state["methods"], **memories}
     _count_steps(state, 1)
-    return state, {**found["reported"], "losses/grad_norm": found["norm"]} if report else {}
+    return state, {**outputs["reported"], "losses/grad_norm": outputs["norm"]} if report else {}
 
 
 def steps(

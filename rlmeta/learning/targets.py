@@ -29,8 +29,8 @@ class Copy(NamedTuple):
 
 def with_copy(p: Params, copy: Copy) -> Params:
     """Parameters with a copy, equal to its source, among the buffers."""
-    made = {name: value.detach().clone() for name, value in copy.sources(p["weights"], p["buffers"]).items()}
-    return {**p, "buffers": {**p["buffers"], **made}}
+    copies = {name: value.detach().clone() for name, value in copy.sources(p["weights"], p["buffers"]).items()}
+    return {**p, "buffers": {**p["buffers"], **copies}}
 
 
 @torch.no_grad()

@@ -16,12 +16,12 @@ from rlmeta.functional import random, tree
 from rlmeta.functional.projection import project_average
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, StepInfo, Task
 from rlmeta.learning.minibatch import gather
+from rlmeta.learning.predictive import predicting
 from rlmeta.learning.settings import require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     check_room,
     keep_samples,
-    names_of,
     recall_loss,
     room_for_tasks,
 )
@@ -46,7 +46,7 @@ class AGEM(Method):
         require_range(self, "batch_size", 1)
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Room for the samples of every task."""
+        """Empty episodic memory, with room for the samples of every task."""
         check_room(learner, state, self.batch_size, "batch_size")
         return {
             "samples": room_for_tasks(learner, state, self.memory),
@@ -55,23 +55,22 @@ class AGEM(Method):
         }
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Keep some samples of the task."""
+        """Episodic memory: keep some samples of the task."""
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.memory, task, draw)}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Project the total gradient."""
+        """Gradient projection: take out what would raise the mean loss on samples of old tasks."""
         tasks, axes = task["index"].clamp(min=0), task["index"].dim()
         if not self.memory or not bool((tasks > 0).any()):
             return gradients.total
         rows = random.integers(m["key"], "rows", m["steps"], (self.batch_size,), (tasks * self.memory).unsqueeze(-1))
         samples = gather(tree.map(lambda x: x.flatten(axes, axes + 1), m["samples"]), rows)
-        names = names_of(p["weights"])
         reference = group_gradients(
             lambda p, batch, ctx: recall_loss(learner, p, batch, ctx),
             p,
             tree.map(lambda x: x.unsqueeze(axes), samples),
             axes,
-            names,
+            predicting(learner, p["weights"]),
         )
         shape = gradients.total.shape[:axes]
         whole = [
@@ -81,5 +80,5 @@ class AGEM(Method):
         return project_average(gradients.total, torch.cat(whole, -1))
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Another draw in the next step."""
+        """Count the gradient step: the next one draws other samples of the memory."""
         return {**m, "steps": m["steps"] + 1}

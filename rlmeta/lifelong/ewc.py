@@ -25,12 +25,7 @@ from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.predictive import check_predictive, predicting
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
 from rlmeta.learning.state import Params, State
-from rlmeta.lifelong.recall import (
-    SPREAD,
-    check_room,
-    per_learner,
-    position_of,
-)
+from rlmeta.lifelong.recall import check_room, per_learner, position_of
 from rlmeta.nn import CategoricalHead, Context, GaussianHead
 from rlmeta.nn.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
 
@@ -67,10 +62,10 @@ class EWC(Method):
         return not any(values_of(self.strength))
 
     def init(self, learner: Any, state: State) -> Memory:
-        """No task yet: a quadratic that is 0 everywhere."""
+        """Quadratic penalty of no task yet: 0 everywhere."""
         check_predictive(learner)
         if learner.acts:
-            check_room(learner, state, self.samples * SPREAD, "samples")
+            check_room(learner, state, self.samples, "samples")
         flat = Packed.of(state["params"]["weights"], state["key"].dim()).flat
         return {
             "quadratic": no_quadratic(flat),
@@ -80,23 +75,21 @@ class EWC(Method):
         }
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Add the task's quadratic."""
+        """Fisher information of the task that has ended, added to the quadratic penalty."""
         if self._idle:
             return p, m
         axes = task["index"].dim()
-        every = SPREAD if learner.acts else 1
-        batch = tree.map(lambda x: x[(slice(None),) * axes + (slice(None, None, every),)], draw(self.samples * every))
         key = random.fold(m["key"], position_of(task))
-        fisher = information(learner, p, batch, axes, self.fisher, key)
+        fisher = information(learner, p, draw(self.samples), axes, self.fisher, key)
         theta = Packed.of(p["weights"], axes).flat
         if self.online:
-            found = replace_quadratic(m["quadratic"], fisher, theta, m["decay"])
+            quadratic = replace_quadratic(m["quadratic"], fisher, theta, m["decay"])
         else:
-            found = add_quadratic(m["quadratic"], fisher, theta)
-        return p, {**m, "quadratic": found}
+            quadratic = add_quadratic(m["quadratic"], fisher, theta)
+        return p, {**m, "quadratic": quadratic}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Add the penalty's gradient."""
+        """Gradient of the quadratic penalty, added to the total."""
         if self._idle:
             return gradients.total
         q, strength = m["quadratic"], m["strength"].unsqueeze(-1)
@@ -113,28 +106,32 @@ def information(learner: Any, p: Params, batch: tree.Tree, axes: int, kind: Fish
 
     "exact" is in closed form for categorical and Gaussian distributions; where there is none, and for an agent with any
     other kind, it is estimated with the actions of the batch, which the policy drew itself.
+
+    So it is of sequences, too: the squared gradient of Σₜ log π(aₜ | hₜ), with the memory hₜ made anew from the first
+    one, over the T steps. The policy drew the actions, so the steps' scores are uncorrelated, E ∇ log π(aₜ | hₜ) = 0
+    whatever came before, and the square of their sum has the mean of the sum of their squares: F is that of a step on
+    average, as without a memory, by one pass back through time instead of one for every step and action.
     """
     names = predicting(learner, p["weights"])
 
     def parameters(p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
-        found = learner.distribution(p, batch, ctx)
-        if "logits" in found:
-            logits: Tensor = found["logits"]
+        distribution = learner.distribution(p, batch, ctx)
+        if "logits" in distribution:
+            logits: Tensor = distribution["logits"]
             return logits
-        return torch.cat([found["mean"], found.get("log_std", torch.zeros_like(found["mean"]))], -1)
+        mean = distribution["mean"]
+        return torch.cat([mean, distribution.get("log_std", torch.zeros_like(mean))], -1)
 
     if learner.classes:
         target = batch["target"] if kind == "empirical" else None
         return categorical_fisher(parameters, p, batch, axes, kind, target=target, key=key, names=names)
     if not learner.acts:
         return gaussian_fisher(parameters, p, batch, axes, names=names)
+    acted = {name: batch[name] for name in ("observation", "action")}
+    if learner.sequential:
+        return score_fisher(learner.log_prob, p, acted, axes, names=names) / batch["action"].shape[axes + 1]
     if kind == "exact" and isinstance(learner.head, CategoricalHead):
-        return categorical_fisher(parameters, p, batch, axes, names=names)
+        return categorical_fisher(parameters, p, acted, axes, names=names)
     if kind == "exact" and isinstance(learner.head, GaussianHead):
-        return gaussian_fisher(parameters, p, batch, axes, names=names)
-
-    def log_prob(p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
-        found: Tensor = learner.head.log_prob(learner.distribution(p, batch, ctx), batch["action"])
-        return found
-
-    return score_fisher(log_prob, p, batch, axes, names=names)
+        return gaussian_fisher(parameters, p, acted, axes, names=names)
+    return score_fisher(learner.log_prob, p, acted, axes, names=names)

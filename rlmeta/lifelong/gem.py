@@ -19,11 +19,11 @@ from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
 from rlmeta.functional.projection import projection_weights
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
+from rlmeta.learning.predictive import predicting
 from rlmeta.learning.settings import PerLearner, require_finite, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.lifelong.recall import (
     keep_samples,
-    names_of,
     per_learner,
     position_of,
     recall_loss,
@@ -51,28 +51,28 @@ class GEM(Method):
         require_finite(self, "margin")
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Room for the samples of every task."""
+        """Empty episodic memory, with room for the samples of every task."""
         kept = room_for_tasks(learner, state, self.memory)
         return {"samples": kept, "margin": per_learner(self.margin, state)}
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Keep some samples of the task."""
+        """Episodic memory: keep some samples of the task."""
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.memory, task, draw)}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Project the total gradient."""
+        """Gradient projection onto the cone in which no old task's loss rises."""
         tasks, axes = position_of(task), task["index"].dim()
         if tasks == 0 or not self.memory:
             return gradients.total
         samples = tree.map(lambda x: x.narrow(axes, 0, tasks), m["samples"])
-        references = group_gradients(
-            lambda p, batch, ctx: recall_loss(learner, p, batch, ctx), p, samples, axes, names_of(p["weights"])
-        )
+        names = predicting(learner, p["weights"])
+        references = group_gradients(lambda p, batch, ctx: recall_loss(learner, p, batch, ctx), p, samples, axes, names)
         return projected(gradients.total, references, p["weights"], m["margin"])
 
 
 def projected(total: Tensor, references: dict[str, Tensor], weights: dict[str, Tensor], margin: Tensor) -> Tensor:
-    """`functional.projection.project` of a packed gradient `[*L, P]` and references `{name: [*L, K, ...]}`."""
+    """Gradient projection of a packed gradient `[*L, P]` by reference gradients `{name: [*L, K, ...]}`, as
+    `functional.projection.project`."""
     axes = total.dim() - 1
     parts = Packed.view(total, weights, axes)
     flat = {name: reference.flatten(axes + 1) for name, reference in references.items()}

@@ -18,13 +18,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
+import gymnasium as gym
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlmeta.data.samples import HIDDEN
+from rlmeta.engine.capture import Capture
 from rlmeta.functional import optim, random, tree
 from rlmeta.learning import owners
 from rlmeta.learning.gradients import StepContext
@@ -71,7 +73,7 @@ class GenerativeReplay(Method):
         return not any(values_of(self.strength))
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
-        """Train the generator after the learner."""
+        """A training phase of the generator, after the learner's."""
         return [] if self._idle else [("generator", max(1, round(self.generator * iterations)))]
 
     def init(self, learner: Any, state: State) -> Memory:
@@ -86,7 +88,7 @@ class GenerativeReplay(Method):
         )
         require(byte_bound(space) is not None, f"GenerativeReplay draws pictures of bytes (uint8), inputs are {space}")
         rate, key, classes = per_learner(self.learning_rate, state), owners.own_key(state, self.name), learner.classes
-        vae = owners.init(self.scholar(learner), key, optim.adam(rate))
+        vae = owners.init(self.generator_of(learner), key, optim.adam(rate))
         return {
             "vae": vae,
             "old": tree.map(torch.clone, dict(vae["params"]["weights"])),
@@ -96,19 +98,20 @@ class GenerativeReplay(Method):
             "rate": rate,
         }
 
-    def scholar(self, learner: Any) -> Generator:
-        """The generator of a learner's inputs and classes."""
-        return _generator(math.prod(learner.observation_space.shape), learner.classes, self.latent, self.hidden_sizes)
+    def generator_of(self, learner: Any) -> Generator:
+        """The generator of a learner's inputs and classes; its steps are recorded where the learner's are."""
+        space, capture = learner.observation_space, learner.capture
+        return Generator(space, (math.prod(space.shape), learner.classes, self.latent, self.hidden_sizes), capture)
 
     # ------------------------------------------------------------------ solver
 
     def batches(
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
     ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
-        """As many samples of the classes met in old tasks as the minibatch has."""
+        """Generated minibatch: as many samples of the classes met in old tasks as the minibatch has."""
         if self._idle or not bool(m["met"].any()):
             return ()
-        drawn, target = self.scholar(learner).draw(m["old"], m["met"], batch["target"].shape[-1], key)
+        drawn, target = self.generator_of(learner).draw(m["old"], m["met"], batch["target"].shape[-1], key)
         pixels = (drawn["input"] * torch.as_tensor(byte_bound(learner.observation_space))).round().to(torch.uint8)
         more = {
             "observation": pixels.reshape(batch["observation"].shape),
@@ -122,39 +125,45 @@ class GenerativeReplay(Method):
     # ------------------------------------------------------------------ generator
 
     def learn(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, active: Tensor) -> Learned | None:
-        """A step of the generator on the minibatch and as many samples of its old self."""
-        scholar, vae, target = self.scholar(learner), owners.packed(m["vae"]), batch["target"]
-        key = random.fold(vae["key"], vae["count"]["gradient_steps"])
-        condition = F.one_hot(target, learner.classes)
-        pixels = batch["observation"].flatten(target.dim()) / torch.as_tensor(byte_bound(learner.observation_space))
-        shown = {"input": pixels, "condition": condition.to(pixels.dtype)}
+        """Gradient step of the generator on the minibatch and as many samples of its old self."""
+        vae, target = owners.packed(m["vae"]), batch["target"]
+        shown = {"observation": batch["observation"], "target": target}
+        shown["key"] = random.fold(vae["key"], vae["count"]["gradient_steps"])
         if bool(m["met"].any()):
-            drawn, _ = scholar.draw(m["old"], m["met"], target.shape[-1], key)
-            shown = {name: torch.cat([shown[name], drawn[name]], -2) for name in shown}
-        shown["noise"] = random.normal(key, "noise", 0, (shown["input"].shape[-2], self.latent))
-        vae, reports = owners.train(scholar, vae, [shown], optim.adam(m["rate"]), active)
-        beside = batch["allowed"] if "allowed" in batch else torch.ones_like(condition, dtype=torch.bool)
-        allowed = m["allowed"] | (condition.bool().any(-2).unsqueeze(-1) & beside.any(-2, keepdim=True))
+            shown |= {"old": m["old"], "met": m["met"]}
+        vae, reports = owners.train(self.generator_of(learner), vae, [shown], optim.adam(m["rate"]), active)
+        classes = F.one_hot(target, learner.classes).bool()
+        beside = batch["allowed"] if "allowed" in batch else torch.ones_like(classes)
+        allowed = m["allowed"] | (classes.any(-2).unsqueeze(-1) & beside.any(-2, keepdim=True))
         return Learned({**m, "vae": vae, "allowed": allowed}, vae["active"], {"losses/generator": reports["elbo"]})
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """The generator that draws from now on, and the classes that it was shown."""
+        """Snapshot of the generator, which draws from now on, and the classes that it was shown."""
         old = tree.map(torch.clone, dict(m["vae"]["params"]["weights"]))
         return p, {**m, "old": old, "met": m["allowed"].any(-1)}
 
 
+Sizes: TypeAlias = tuple[int, int, int, tuple[int, ...]]
+"""Of a generator: numbers of an input, classes, latent numbers, widths of the hidden layers."""
+
+
 @lru_cache(maxsize=8)
-def _generator(inputs: int, classes: int, latent: int, hidden_sizes: tuple[int, ...]) -> Generator:
-    """The generator of these sizes, which remembers nothing, made once and not in every step."""
-    return Generator(inputs, classes, latent, hidden_sizes)
+def _network(sizes: Sizes) -> Any:
+    """The network without weights, cached: to build it in every step would take longer than the step."""
+    return bare(lambda: {"vae": ConditionalVAE(*sizes)})["vae"]
 
 
 class Generator:
-    """The network that draws samples of a class; what its owner trains."""
+    """A conditional variational autoencoder of pictures (an owner): draws those of a class, learns from those shown.
 
-    def __init__(self, inputs: int, classes: int, latent: int, hidden_sizes: tuple[int, ...]) -> None:
-        self.sizes = inputs, classes, latent, hidden_sizes
-        self.vae: Any = bare(self.networks)["vae"]
+    Args:
+        space: of a picture of bytes.
+        sizes: of the network.
+        capture: records its gradient steps; None does not.
+    """
+
+    def __init__(self, space: gym.Space, sizes: Sizes, capture: Capture | None = None) -> None:
+        self.space, self.sizes, self.capture, self.vae = space, sizes, capture, _network(sizes)
 
     def networks(self) -> dict[str, Block]:
         """`vae`, whose condition is a class."""
@@ -178,6 +187,19 @@ class Generator:
         return {"input": logits.sigmoid(), "condition": condition}, target
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The negative evidence lower bound `[*L]`."""
-        said = self.vae.run(p["weights"], batch, ctx, "vae.")
-        return {"elbo": negative_elbo(said, batch["input"]).mean(-1)}
+        """The negative evidence lower bound `[*L]` of labelled pictures and as many that an old generator draws.
+
+        Args:
+            p: the weights.
+            batch: `observation` and `target` `[*L, B, ...]`, the step's `key` `[*L]`, and after the first task the
+                weights of the `old` generator and the classes that it has `met`.
+            ctx: of the step.
+        """
+        target, key = batch["target"], batch["key"]
+        pixels = batch["observation"].flatten(target.dim()) / torch.as_tensor(byte_bound(self.space))
+        shown = {"input": pixels, "condition": F.one_hot(target, self.sizes[1]).to(pixels.dtype)}
+        if "old" in batch:
+            drawn, _ = self.draw(batch["old"], batch["met"], target.shape[-1], key)
+            shown = {name: torch.cat([shown[name], drawn[name]], -2) for name in shown}
+        shown["noise"] = random.normal(key, "noise", 0, (shown["input"].shape[-2], self.vae.latent))
+        return {"elbo": negative_elbo(self.vae.run(p["weights"], shown, ctx, "vae."), shown["input"]).mean(-1)}

@@ -115,12 +115,12 @@ class Estimate(NamedTuple):
 
 def estimates(matrix: ArrayLike, maximise: bool = True) -> dict[str, Estimate]:
     """`summary` over runs `[S, T + 1, T]`, with intervals; three runs or fewer give no interval worth the name."""
-    found = {}
+    estimates = {}
     for name, values in summary(matrix, maximise).items():
         values = np.atleast_1d(values)
         low, high = statistics.stratified_bootstrap_interval(values, statistics.mean)
-        found[name] = Estimate(float(values.mean()), float(low), float(high))
-    return found
+        estimates[name] = Estimate(float(values.mean()), float(low), float(high))
+    return estimates
 
 
 def _checked(matrix: ArrayLike) -> NDArray[np.float64]:

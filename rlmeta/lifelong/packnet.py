@@ -36,9 +36,10 @@ from rlmeta.functional.packed import Packed
 from rlmeta.functional.pruning import largest_free
 from rlmeta.learning.learner import initial_tensors
 from rlmeta.learning.method import Draw, Memory, Method, StepInfo, Task
+from rlmeta.learning.predictive import predicting
 from rlmeta.learning.settings import check_choices, require, require_finite, require_range
 from rlmeta.learning.state import Params, State, select
-from rlmeta.lifelong.recall import names_of, position_of, put_memories
+from rlmeta.lifelong.recall import position_of, put_memories
 
 NOBODYS = -1
 """Owner of entries that are not packed: the copied ones, and with an agent those of the critic."""
@@ -68,18 +69,18 @@ class PackNet(Method):
         check_choices(self)
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
-        """Train again after the pruning."""
+        """A retraining phase, after the pruning."""
         count = round(self.retrain * iterations)
         return [("retrain", count)] if count else []
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Every weight is free.
+        """Ownership of the weights at the start: every one is free.
 
         Raises:
             SettingError: some layer has fewer weights than the tasks need.
         """
         weights, shape, axes = state["params"]["weights"], state["key"].shape, state["key"].dim()
-        names = self._names(weights, axes)[0]
+        names = self._packed(learner, weights, axes)
         self._check_capacity({name: weights[name] for name in names}, axes, learner.num_tasks)
         owner = [
             torch.full(w.shape, FREE if n in names else NOBODYS, dtype=torch.int16, device=w.device)
@@ -91,7 +92,7 @@ class PackNet(Method):
             "useful": torch.zeros_like(packed, dtype=torch.bool),
             "copies": tree.map(
                 lambda x: torch.zeros_like(x).unsqueeze(axes).repeat_interleave(learner.num_tasks, axes),
-                self._copied(state["params"], axes),
+                self._copied(learner, state["params"], axes),
             ),
             "key": random.fold(state["key"], "packnet"),
             "done": torch.zeros(shape, dtype=torch.int64, device=state["key"].device),
@@ -117,16 +118,21 @@ class PackNet(Method):
         """How many of the free weights of a layer a task keeps at most, with so many tasks left after it."""
         return free if left == 0 else (free.double() * (self.keep or 1.0 / (left + 1))).ceil().long()
 
-    def _names(self, weights: dict[str, Tensor], axes: int) -> tuple[list[str], list[str]]:
-        """The weights that are packed, and those that every task has a copy of."""
-        names = names_of(weights, self.critic)
-        return [n for n in names if weights[n].dim() - axes > 1], [n for n in names if weights[n].dim() - axes <= 1]
+    def _shared_out(self, learner: Any, weights: dict[str, Tensor]) -> list[str]:
+        """Weights that PackNet looks after: those that the learner's distribution depends on, or all."""
+        some = bool(learner.predicts) and not self.critic
+        return predicting(learner, weights) if some else list(weights)
 
-    def _copied(self, p: Params, axes: int) -> Params:
-        """What every task has its own copy of: vectors, running statistics and normalisers of what is packed."""
-        networks = {name.partition(".")[0] for name in names_of(p["weights"], self.critic)}
+    def _packed(self, learner: Any, weights: dict[str, Tensor], axes: int) -> list[str]:
+        """Weight matrices that are packed: every entry of them is owned by a single task."""
+        return [name for name in self._shared_out(learner, weights) if weights[name].dim() - axes > 1]
+
+    def _copied(self, learner: Any, p: Params, axes: int) -> Params:
+        """Vectors, running statistics and normalisers of what is packed, of which every task has its own copy."""
+        names = self._shared_out(learner, p["weights"])
+        networks = {name.partition(".")[0] for name in names}
         return {
-            "weights": {name: p["weights"][name] for name in self._names(p["weights"], axes)[1]},
+            "weights": {name: p["weights"][name] for name in names if p["weights"][name].dim() - axes <= 1},
             "buffers": {name: value for name, value in p["buffers"].items() if name.partition(".")[0] in networks},
             "normalisers": {name: value for name, value in p["normalisers"].items() if name == "observation"},
         }
@@ -134,7 +140,7 @@ class PackNet(Method):
     # ------------------------------------------------------------------ tasks and phases
 
     def task_start(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """All free weights take part again; with a later task they are drawn anew."""
+        """Reinitialisation of the free weights, from the second task on; all of them take part again."""
         position, axes = position_of(task), task["index"].dim()
         m = {**m, "pruned": torch.zeros_like(m["pruned"]), "useful": torch.zeros_like(m["useful"])}
         if position == 0:
@@ -152,14 +158,14 @@ class PackNet(Method):
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """Give back what the second training had no use for, or prune where there was none; keep the task's copies."""
         position, axes = position_of(task), task["index"].dim()
-        given, pruned = self._give_back(p, m, task), self._prune(learner, p, m, task)
-        p, m = (select(m["pruned"], given[i], pruned[i]) for i in range(2))
+        returned, pruned = self._give_back(p, m, task), self._prune(learner, p, m, task)
+        p, m = (select(m["pruned"], returned[i], pruned[i]) for i in range(2))
         p = {**p, "weights": Packed.of(p["weights"], axes)}
-        copies = put_memories(m["copies"], position, self._copied(p, axes), axes)
+        copies = put_memories(m["copies"], position, self._copied(learner, p, axes), axes)
         return p, {**m, "copies": copies, "done": torch.full_like(m["done"], position + 1)}
 
     def _prune(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """In every layer the task keeps the largest weights that have had a gradient; the others are 0, and free.
+        """Magnitude pruning: of every layer the task keeps the largest weights that have had a gradient; others are free.
 
         Where too few have had one, the smallest of its share are weights that have not: `_give_back` finds them.
         """
@@ -167,7 +173,7 @@ class PackNet(Method):
         packed = Packed.of(p["weights"], axes)
         owners, useful = Packed.view(m["owner"], packed, axes), Packed.view(m["useful"], packed, axes)
         kept = dict(owners)
-        for name in self._names(packed, axes)[0]:
+        for name in self._packed(learner, packed, axes):
             owner, size = owners[name].flatten(axes), (packed[name].abs() * useful[name]).flatten(axes)
             free = owner == FREE
             share = self._share(free.sum(-1, keepdim=True), learner.num_tasks - position - 1)
@@ -179,7 +185,7 @@ class PackNet(Method):
         return new, m
 
     def _give_back(self, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """Weights of the task that have had no gradient since the pruning are 0, and free."""
+        """Pruning of what the task has no use for: weights without a gradient since it was pruned are 0, and free."""
         axes = task["index"].dim()
         packed = Packed.of(p["weights"], axes)
         useless = (m["owner"] == position_of(task) + 1) & ~m["useful"]
@@ -189,34 +195,37 @@ class PackNet(Method):
     # ------------------------------------------------------------------ every step
 
     def params(self, p: Params, m: Memory, task: Task) -> Params:
-        """The weights that the task may see; for a task that is done also its own copies."""
+        """Masked weights: those that the task may see, and of a task that is done its own copies."""
         old, axes = task["index"] < m["done"], task["index"].dim()
         if not bool((old | m["pruned"]).any()):
             return p
         owner, last = m["owner"], torch.where(old, task["index"] + 1, torch.iinfo(torch.int16).max)
-        seen = ((owner > FREE) & (owner <= last.unsqueeze(-1))) | ((owner == FREE) & ~(old | m["pruned"]).unsqueeze(-1))
-        visible = Packed.view(seen, p["weights"], axes)
-        weights = dict(p["weights"])
-        for name in self._names(weights, axes)[0]:
-            weights[name] = torch.where(visible[name], weights[name], 0.0)
+        free = (owner == FREE) & ~(old | m["pruned"]).unsqueeze(-1)
+        seen = ((owner > FREE) & (owner <= last.unsqueeze(-1))) | free | (owner == NOBODYS)
+        visible, copies = Packed.view(seen, p["weights"], axes), m["copies"]
+        weights = {
+            name: weight if name in copies["weights"] else torch.where(visible[name], weight, 0.0)
+            for name, weight in p["weights"].items()
+        }
         p = {**p, "weights": weights}
         if not bool(old.any()):
             return p
-        position, copied = position_of(task), self._copied(p, axes)
+        position = position_of(task)
 
-        def choose(now: Tensor, kept: Tensor) -> Tensor:
+        def choose(kept: Tensor, now: Tensor) -> Tensor:
             return torch.where(align(old, now), kept.select(axes, position), now)
 
-        own = tree.map(choose, copied, m["copies"])
+        now = {part: {name: p[part][name] for name in copies[part]} for part in copies}
+        own = tree.map(choose, copies, now)
         return {**p, **{part: {**p[part], **own[part]} for part in own}}
 
     def frozen(self, p: Params, m: Memory, task: Task) -> Tensor | None:
-        """Weights of earlier tasks; after the pruning all but the task's own."""
+        """Mask of frozen weights: those of earlier tasks, after the pruning all but the task's own."""
         owner, pruned = m["owner"], m["pruned"].unsqueeze(-1)
         if not bool(pruned.any() | (task["index"] > 0).any()):
             return None
         return (owner > FREE) & ~(pruned & (owner == (task["index"] + 1).unsqueeze(-1))) | (pruned & (owner == FREE))
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Note which weights the task has a use for: those with a gradient, since it began or was pruned."""
+        """Mask of useful weights: those that have had a gradient since the task began or was pruned."""
         return {**m, "useful": m["useful"] | (info.gradient != 0)}

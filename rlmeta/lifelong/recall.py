@@ -1,8 +1,9 @@
-"""What methods remember of a task, and what they ask of a learner: samples and how well they are still known.
+"""Episodic memory and rehearsal loss: what methods keep of a task's samples, and how well these are still known.
 
 A supervised learner remembers inputs and targets. An agent remembers observations and what its policy made of them when
 the task ended: transitions would go stale, since returns and ratios belong to the policy that made them, while the
-divergence from a stored policy stays a loss for ever (behaviour cloning, as in CLEAR and ClonEx).
+divergence from a stored policy stays a loss for ever (behaviour cloning, as in CLEAR and ClonEx). Of an agent with a
+memory one sample is a whole sequence, with the memory before its first step: what it remembered later is made anew.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.data.spaces import to_tree
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import Draw
@@ -25,24 +24,15 @@ from rlmeta.learning.settings import values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.nn import Context
 
-SPREAD = 8
-"""An agent's samples are every eighth of its fresh steps: neighbours in time are nearly the same."""
-
-
-def names_of(weights: dict[str, Tensor], critic: bool = False) -> list[str]:
-    """The weights that methods look after: all, or with an agent those of its policy, and its critic's if wanted."""
-    policy = [name for name in weights if name.startswith("policy.")]
-    return policy if policy and not critic else list(weights)
-
 
 def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) -> Tensor:
-    """How badly what is remembered is known, `[*L, B]`.
+    """Rehearsal loss `[*L, B]`: how badly what is remembered is known.
 
     Supervised: minus the log-likelihood of the target. Agents: KL(π then ‖ π now), in nats.
     """
     now = learner.distribution(p, remembered, ctx)
     if learner.acts:
-        divergence: Tensor = learner.head.kl(remembered["taught"], now)
+        divergence: Tensor = learner.divergence(remembered["taught"], now)
         return divergence
     if learner.classes:
         target = remembered["target"].unsqueeze(-1)
@@ -51,31 +41,28 @@ def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) ->
 
 
 def remember(learner: Any, p: Params, samples: tree.Tree) -> tree.Tree:
-    """What is kept of samples `[*L, n, ...]`."""
+    """Entries of an episodic memory: what is kept of samples `[*L, n, ...]`."""
     if learner.acts:
         kept = {"observation": samples["observation"]}
         with torch.no_grad():
             return {**kept, "taught": learner.distribution(p, kept, Context())}
     kept = {name: samples[name] for name in ("observation", "target", "identity")}
     if learner.classes:
-        given = samples.get("allowed")
+        allowed = samples.get("allowed")
         shape = (*kept["identity"].shape, learner.classes)
-        kept["allowed"] = kept["identity"].new_ones(shape, dtype=torch.bool) if given is None else given
+        kept["allowed"] = kept["identity"].new_ones(shape, dtype=torch.bool) if allowed is None else allowed
     return kept
 
 
 def draw_memories(learner: Any, p: Params, draw: Draw, count: int, axes: int) -> tree.Tree:
-    """`remember` of `count` samples of the task that has just ended, `[*L, count, ...]`.
+    """Entries of an episodic memory `[*L, count, ...]` from samples of the task that has just ended.
 
     Raises:
         SettingError: the task has fewer samples.
     """
-    every = SPREAD if learner.acts else 1
-    samples = draw(count * every)
-    available = next(tree.leaves(samples)).shape[axes] // every
-    check_count(count, available)
-    rows = torch.arange(count, device=next(tree.leaves(samples)).device) * every
-    return remember(learner, p, tree.map(lambda x: x.index_select(axes, rows), samples))
+    samples = draw(count)
+    check_count(count, next(tree.leaves(samples)).shape[axes])
+    return remember(learner, p, samples)
 
 
 def check_count(count: int, available: int) -> None:
@@ -88,7 +75,7 @@ def check_count(count: int, available: int) -> None:
 
 
 def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
-    """Room for memories, `[*L, *slots, ...]`; its shapes stay for the whole run.
+    """Empty episodic memory `[*L, *slots, ...]`; its shapes stay for the whole run.
 
     Raises:
         SettingError: more than the machine has memory for.
@@ -123,22 +110,13 @@ def _machine_memory() -> float:
 
 
 def _one_memory(learner: Any, state: State) -> tree.Tree:
-    """What is kept of one sample, `[*L, 1, ...]`."""
+    """Entry of an episodic memory, of a sample of zeros, `[*L, 1, ...]`."""
     check_predictive(learner)
-    learner_shape, device = tuple(state["key"].shape), state["key"].device
-    space = learner.observation_space
-    one = to_tree(space, gym.vector.utils.batch_space(space, 1).sample(), (1,), "the task")
-    observation = tree.map(lambda x: torch.zeros_like(x, device=device).expand(*learner_shape, *x.shape), one)
-    samples = {"observation": observation}
-    if not learner.acts:
-        zero = torch.zeros(*learner_shape, 1, dtype=torch.int64, device=device)
-        target = zero if learner.classes else zero.new_zeros((*zero.shape, learner.outputs())).float()
-        samples |= {"target": target, "identity": zero}
-    return remember(learner, state["params"], samples)
+    return remember(learner, state["params"], learner.blank(tuple(state["key"].shape), state["key"].device))
 
 
 def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
-    """Room for `count` samples of every task of the stream, `[*L, T, count, ...]`; {} for none.
+    """Empty episodic memory of `count` samples for every task of the stream, `[*L, T, count, ...]`; {} for none.
 
     Raises:
         SettingError: a task has fewer.
@@ -150,7 +128,7 @@ def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
 def keep_samples(
     learner: Any, p: Params, memories: tree.Tree, count: int, task: dict[str, Tensor], draw: Draw
 ) -> tree.Tree:
-    """The memories `[*L, T, M, ...]` with `count` samples of the task that has just ended at its place."""
+    """Episodic memory `[*L, T, M, ...]` with `count` samples of the task that has just ended at its place."""
     if not count:
         return memories
     axes = task["index"].dim()
@@ -178,12 +156,12 @@ def per_learner(setting: float | Sequence[float], state: State) -> Tensor:
     if key.numel() % len(values):
         raise SettingError(f"{len(values)} values for {key.numel()} learners: give one for each, or for equal blocks")
     dtype = next(iter(state["params"]["weights"].values())).dtype
-    made = torch.tensor(values, dtype=dtype, device=key.device)
-    if not bool(torch.isfinite(made).all()):
+    per_value = torch.tensor(values, dtype=dtype, device=key.device)
+    if not bool(torch.isfinite(per_value).all()):
         raise SettingError(f"{setting!r} is more than {dtype} can hold: choose a smaller number")
-    return made.repeat_interleave(key.numel() // len(values)).reshape(key.shape)
+    return per_value.repeat_interleave(key.numel() // len(values)).reshape(key.shape)
 
 
 def position_of(task: dict[str, Tensor]) -> int:
-    """The place in the stream, which all learners of a batch share whatever their orders."""
+    """Position of the task in the stream, which all learners of a batch share whatever their orders."""
     return int(task["index"].reshape(-1)[0])

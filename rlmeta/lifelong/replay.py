@@ -64,11 +64,11 @@ class Replay(Method):
         return self.size == 0 or not any(values_of(self.strength))
 
     def init(self, learner: Any, state: State) -> Memory:
-        """An empty buffer."""
+        """Empty replay buffer."""
         check_predictive(learner)
         if learner.acts:
             require_revealed(self, frozenset({"boundaries"}), learner.reveals, "the stream")
-        m = {"strength": per_learner(self.strength, state), "key": random.fold(state["key"], "replay")}
+        m = {"strength": per_learner(self.strength, state)}
         classes = learner.classes if self.balance == "class" else 0
         groups = learner.num_tasks if learner.acts else classes or 1
         share = self._share(groups, "tasks" if learner.acts else "classes")
@@ -76,7 +76,9 @@ class Replay(Method):
             check_room(learner, state, max(self.size, self.batch_size), "size or batch_size")
             slots = (groups, share) if learner.acts else (groups * share,)
             m["samples"] = blank_memories(learner, state, *slots)
-        return {**m, "met": torch.zeros(*state["key"].shape, groups, dtype=torch.int64, device=state["key"].device)}
+        if not learner.acts:
+            m["met"] = torch.zeros(*state["key"].shape, groups, dtype=torch.int64, device=state["key"].device)
+        return m
 
     def _share(self, groups: int, kind: str) -> int:
         """Places for each of `groups`."""
@@ -89,7 +91,7 @@ class Replay(Method):
     def batches(
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
     ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
-        """A minibatch of the buffer, every sample in it with the same chance."""
+        """Rehearsal minibatch of the buffer, every sample in it with the same chance."""
         if self._idle or learner.acts or not bool(m["met"].any()):
             return ()
         axes = task["index"].dim()
@@ -102,11 +104,9 @@ class Replay(Method):
         return [(gather(m["samples"], torch.searchsorted(ends, chosen, right=True)), m["strength"])]
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Offer the minibatch to the reservoirs."""
-        if self._idle:
+        """Reservoir sampling: offer the minibatch to the reservoirs."""
+        if self._idle or learner.acts:
             return m
-        if learner.acts:
-            return {**m, "met": m["met"] + 1}
         groups = m["met"].shape[-1]
         group = info.batch["target"] if groups > 1 else torch.zeros_like(info.batch["identity"])
         samples, met = reservoir(m["samples"], m["met"], remember(learner, p, info.batch), group, key)
@@ -115,26 +115,25 @@ class Replay(Method):
     # ------------------------------------------------------------------ agents
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Keep states of the task and the policy's answers in them."""
+        """Episodic memory of an agent: keep states of the task and the policy's answers in them."""
         if self._idle or not learner.acts:
             return p, m
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.size // learner.num_tasks, task, draw)}
 
-    def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
-        """The divergence from the policies of old tasks in some of their states."""
+    def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor) -> Tensor | None:
+        """Distillation loss `[*L]`: the divergence from the policies of old tasks in some of their states."""
         tasks, axes = task["index"].clamp(min=0), task["index"].dim()
         if self._idle or not learner.acts or not bool((tasks > 0).any()):
             return None
         size = self.batch_size or next(tree.leaves(batch)).shape[axes]
-        rows = random.integers(
-            m["key"], "rows", m["met"][..., 0], (size,), (tasks * (self.size // learner.num_tasks)).unsqueeze(-1)
-        )
+        kept = tasks * (self.size // learner.num_tasks)
+        rows = random.integers(key, "rows", 0, (size,), kept.unsqueeze(-1))
         samples = gather(tree.map(lambda x: x.flatten(axes, axes + 1), m["samples"]), rows)
         return m["strength"] * recall_loss(learner, p, samples, Context(training=True)).mean(-1)
 
 
 def reservoir(samples: tree.Tree, met: Tensor, new: tree.Tree, group: Tensor, key: Tensor) -> tuple[tree.Tree, Tensor]:
-    """Offer a minibatch to one reservoir a group, sample after sample by Vitter's algorithm R, but all at once.
+    """Reservoir sampling of a minibatch, a reservoir for each group, by Vitter's algorithm R but all samples at once.
 
     The n-th sample of a group is taken while there is room; later it replaces a place drawn from n, if that is one of
     the reservoir's. Where several samples of the minibatch fall on one place the last stays, as in a loop.

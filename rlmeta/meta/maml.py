@@ -34,10 +34,11 @@ from rlmeta.learning.average import Average
 from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import Evaluation, evaluate
 from rlmeta.learning.gradients import StepContext
-from rlmeta.learning.learner import Metrics, initial_memories, initial_state
+from rlmeta.learning.learner import Metrics, OnPolicy, initial_memories, initial_state
 from rlmeta.learning.method import Method, seen
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import (
+    Bindable,
     LearnerSettings,
     PerLearner,
     check_choices,
@@ -93,7 +94,7 @@ class MAML:
         require_range(self, "max_grad_norm", 0.0, above=True)
         require_range(self, "inner_steps", 0)
         require(
-            self.learner is None or (hasattr(self.learner, "bind") and not isinstance(self.learner, type)),
+            self.learner is None or (isinstance(self.learner, Bindable) and not isinstance(self.learner, type)),
             f"MAML: learner is {self.learner!r}, expected the settings of one, such as Regressor()",
         )
         require(
@@ -169,7 +170,7 @@ class MAMLLearner:
     def _check(self, family: Any) -> None:
         """Refuse what would fail in the middle of an iteration."""
         inner, name, of = self.inner, type(self.inner_settings).__name__, type(family).__name__
-        fits = hasattr(inner, "credit") if inner.acts else isinstance(inner, Supervised)
+        fits = isinstance(inner, OnPolicy) if inner.acts else isinstance(inner, Supervised)
         require(len(variants(self.inner_settings)) == 1, f"MAML's {name} compares values: compare MAML's own settings")
         require(fits, f"MAML can't adapt {name}: give it a Regressor, a Classifier, REINFORCE, A2C or PPO")
         require(not getattr(inner, "rewards", ()), f"MAML's {name} learns from the tasks' own rewards, without others")

@@ -1,3 +1,3 @@
-"""What people look at: progress, tables, curves, matrices, adaptation, trackers. Listeners of the loop in `runs`."""
+"""Reports: progress bar, tables, learning curves, score matrices, adaptation, trackers; listeners of the loop."""
 
 __all__ = ["adaptation", "curves", "listeners", "matrices", "progress", "tables", "trackers"]

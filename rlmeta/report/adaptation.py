@@ -1,8 +1,8 @@
-"""`rlmeta adapt RUN`: how a meta-learner adapts to held-out tasks, as a table and a picture.
+"""Adaptation curve of a meta-learner on held-out tasks (`rlmeta adapt RUN`), as a table and a plot.
 
-The score of every task before adaptation and after each inner step, its mean over tasks and seeds with a 95 % interval:
-1.96 standard errors over all tasks (of all seeds), as few-shot learning reports it. For regression of one variable the
-picture shows a task before and after as well.
+The mean score before adaptation and after each inner step, with a 95 % interval of 1.96 standard errors over all tasks
+of all seeds, as is usual in few-shot learning. For regression of one variable the plot also shows one task's
+predictions before and after adaptation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import random, tree
+from rlmeta.learning.predictive import Stepwise
 from rlmeta.runs.run import Run
 from rlmeta.runs.surroundings import undisturbed
 
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaptFlags:
-    """The adaptation."""
+    """Options of the adaptation."""
 
     tasks: int = 600
-    """Held-out tasks of each learner."""
+    """Number of held-out tasks for each learner."""
     steps: int = 10
-    """Inner steps to follow (a learned optimizer's horizon asks for more)."""
+    """Number of inner steps (a learned optimizer's horizon needs more)."""
     seed: int = 1
-    """Another seed draws other tasks."""
+    """Seed of the tasks."""
 
     def __post_init__(self) -> None:
         for name, least in (("tasks", 1), ("steps", 0)):
@@ -45,74 +46,79 @@ class AdaptFlags:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Scores of every learner on its tasks over the inner steps."""
+    """Adaptation curves: every learner's scores on its tasks, before adaptation and after each inner step."""
 
     scores: NDArray[np.float64]
-    """`[S, E, steps + 1]`"""
+    """`[S, E, steps + 1]` over learners, tasks and inner steps."""
     name: str
-    """Of the score."""
+    """Name of the score."""
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Over learners and tasks, `[steps + 1]`."""
+        """Mean score over learners and tasks, `[steps + 1]`."""
         return self.scores.mean((0, 1))
 
     @property
     def not_finite(self) -> int:
-        """Tasks, of all learners, whose last score is not finite."""
+        """Number of tasks, over all learners, whose last score is not finite."""
         return int((~np.isfinite(self.scores[..., -1])).sum())
 
     @property
     def interval(self) -> NDArray[np.float64]:
-        """Half of the 95 % interval of the mean, `[steps + 1]`."""
+        """Half-width of the mean's 95 % confidence interval, `[steps + 1]`."""
         flat = self.scores.reshape(-1, self.scores.shape[-1])
         return 1.96 * flat.std(0, ddof=min(1, len(flat) - 1)) / np.sqrt(len(flat))
 
 
 @undisturbed()
 def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
-    """Adapt every learner of a run to held-out tasks.
+    """Adapt every learner of a run to held-out tasks and score each inner step.
 
     Args:
-        run: of a meta-learner.
-        tasks: of each learner.
-        steps: inner steps.
-        seed: another one draws other tasks.
+        run: the run of a meta-learner with inner steps.
+        tasks: number of tasks for each learner.
+        steps: number of inner steps.
+        seed: seed of the tasks.
 
     Raises:
         SettingError: the run's learner takes no inner steps.
     """
-    agent: Any = run.agent
-    if not hasattr(agent, "adaptation"):
+    if not isinstance(run.agent, Stepwise):
         raise SettingError(f"a run of {run.experiment.agent_name} does not adapt step by step: give one of MAML")
+    agent: Any = run.agent
     world = run.experiment.world()
     key = random.fold(random.fold(run.state["key"], "adaptation"), seed)
-    found = agent.adaptation(agent.seen(run.state), world, key, tasks, steps)
-    return Adaptation(found.cpu().numpy(), agent.score.name)
+    scores = agent.adaptation(agent.seen(run.state), world, key, tasks, steps)
+    return Adaptation(scores.cpu().numpy(), agent.score.name)
 
 
-def table(found: Adaptation, title: str) -> Table:
-    """The mean score against the inner steps; of many steps about ten."""
-    made = Table(title=title, title_justify="left")
-    for column in ("inner steps", f"mean {found.name}", "± 95 %"):
-        made.add_column(column, justify="right")
-    last = found.scores.shape[-1] - 1
+def table(adaptation: Adaptation, title: str) -> Table:
+    """Table of the mean score over the inner steps; of many steps about ten are shown."""
+    rendered = Table(title=title, title_justify="left")
+    for column in ("inner steps", f"mean {adaptation.name}", "± 95 %"):
+        rendered.add_column(column, justify="right")
+    last = adaptation.scores.shape[-1] - 1
     for step in sorted({round(last * i / 10) for i in range(11)}):
-        made.add_row(str(step), f"{found.mean[step]:.4g}", f"{found.interval[step]:.2g}")
-    if found.not_finite:
-        made.caption = f"{found.not_finite} of {found.scores[..., 0].size} tasks end without a finite score"
-    return made
+        rendered.add_row(str(step), f"{adaptation.mean[step]:.4g}", f"{adaptation.interval[step]:.2g}")
+    if adaptation.not_finite:
+        total = adaptation.scores[..., 0].size
+        rendered.caption = f"{adaptation.not_finite} of {total} tasks end without a finite score"
+    return rendered
 
 
-def write(run: Run, found: Adaptation, folder: Path, seed: int = 1) -> list[Path]:
-    """Put the figures into `adaptation.json` and, with matplotlib, a picture into `adaptation.png`."""
+def write(run: Run, adaptation: Adaptation, folder: Path, seed: int = 1) -> list[Path]:
+    """Write the curve to `adaptation.json` and, if matplotlib is installed, plot it in `adaptation.png`.
+
+    Returns:
+        The files written.
+    """
     record = {
-        "score": found.name,
-        "tasks": found.scores.shape[1],
-        "not_finite": found.not_finite,
-        "mean": found.mean.tolist(),
-        "interval": found.interval.tolist(),
-        "learners": found.scores.mean(1).tolist(),
+        "score": adaptation.name,
+        "tasks": adaptation.scores.shape[1],
+        "not_finite": adaptation.not_finite,
+        "mean": adaptation.mean.tolist(),
+        "interval": adaptation.interval.tolist(),
+        "learners": adaptation.scores.mean(1).tolist(),
     }
     (folder / "adaptation.json").write_text(json.dumps(record, indent=1) + "\n")
     try:
@@ -123,31 +129,34 @@ def write(run: Run, found: Adaptation, folder: Path, seed: int = 1) -> list[Path
     line = _line(run, seed)
     figure = Figure(figsize=(10 if line else 5, 4), layout="constrained")
     axes: Any = figure.subplots(1, 2 if line else 1, squeeze=False)[0]
-    _draw_curve(axes[0], found)
+    _draw_curve(axes[0], adaptation)
     if line:
         _draw_line(axes[1], line)
     figure.savefig(folder / "adaptation.png", dpi=120)
     return [folder / "adaptation.json", folder / "adaptation.png"]
 
 
-def _draw_curve(axes: Axes, found: Adaptation) -> None:
-    steps = np.arange(found.scores.shape[-1])
-    for learner in found.scores.mean(1):
+def _draw_curve(axes: Axes, adaptation: Adaptation) -> None:
+    steps = np.arange(adaptation.scores.shape[-1])
+    for learner in adaptation.scores.mean(1):
         axes.plot(steps, learner, color="#0072B2", linewidth=0.6, alpha=0.4)
-    axes.plot(steps, found.mean, color="#0072B2", linewidth=2)
-    low, high = found.mean - found.interval, found.mean + found.interval
+    axes.plot(steps, adaptation.mean, color="#0072B2", linewidth=2)
+    low, high = adaptation.mean - adaptation.interval, adaptation.mean + adaptation.interval
     axes.fill_between(steps, low, high, color="#0072B2", alpha=0.25)
-    axes.set(xlabel="inner steps", ylabel=f"mean {found.name}", title="held-out tasks")
+    axes.set(xlabel="inner steps", ylabel=f"mean {adaptation.name}", title="held-out tasks")
     axes.grid(alpha=0.3)
 
 
 @undisturbed()
 @torch.no_grad()
 def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
-    """One task of the first learner, its points, and the predictions before and after; {} unless it is one line."""
+    """A task of the first learner for the plot: its samples, and predictions before and after adaptation.
+
+    Empty unless inputs and targets are scalars.
+    """
     agent: Any = run.agent
     spaces = (run.world.observation_space.shape, run.world.action_space.shape)
-    if spaces != ((1,), (1,)) or not hasattr(agent, "adapted"):
+    if spaces != ((1,), (1,)) or not agent.answers:
         return {}
     world = run.experiment.world()
     tasks = world.tasks(random.fold(run.state["key"], seed), 0, 1, "test")
@@ -158,18 +167,17 @@ def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
         .reshape(1, 1, -1, 1)
         .expand(len(run.experiment.learners), 1, -1, 1)
     )
-    before = agent.start(agent.seen(run.state), 1)
-    after = agent.adapted(before, tasks["support"], agent.settings.inner_steps, "none")
-    found = {
+    p, inputs = agent.seen(run.state), {"observation": x}
+    values = {
         "x": x,
-        "before": agent.inner.output(before, {"observation": x}),
-        "after": agent.inner.output(after, {"observation": x}),
+        "before": agent.answer(p, tasks["support"], inputs, 0),
+        "after": agent.answer(p, tasks["support"], inputs),
         "support_x": tasks["support"]["observation"],
         "support_y": tasks["support"]["target"],
         "query_x": tasks["query"]["observation"],
         "query_y": tasks["query"]["target"],
     }
-    flat: dict[str, NDArray[np.float64]] = tree.map(lambda value: value[0].flatten().double().cpu().numpy(), found)
+    flat: dict[str, NDArray[np.float64]] = tree.map(lambda value: value[0].flatten().double().cpu().numpy(), values)
     return flat
 
 

@@ -1,4 +1,4 @@
-"""Learning curves of a run: `curve.png`, against environment steps and against wall time."""
+"""Learning curves of a run (`curve.png`), over environment steps and over wall time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TRAINING = "charts/episodic_return"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which the colour-blind can tell apart."""
+"""Okabe and Ito's palette for colour-blind readers."""
 GREY = "#555555"
 THICK: dict[str, Any] = {"linewidth": 1.9, "marker": "o", "markersize": 4.5, "zorder": 4}
 THIN: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.6, "zorder": 1}
@@ -37,7 +37,7 @@ EACH: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.5, "marker": ".", "markersi
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of every learner over a run."""
+    """Learning curve: a metric of every learner at P points of a run."""
 
     steps: NDArray[np.float64]
     """Environment steps of each learner, `[P]`."""
@@ -47,7 +47,7 @@ class Curve:
     """`[P, S]`; NaN where a learner has none."""
 
     def carried(self) -> Curve:
-        """The same where a learner without a value keeps its last one, as one that finished no episode of late."""
+        """Fill NaN with each learner's last value (forward fill), as when it finished no episode since."""
         values = self.values.copy()
         for before, after in itertools.pairwise(values):
             after[:] = np.where(np.isnan(after), before, after)
@@ -55,16 +55,17 @@ class Curve:
 
 
 def write_curve(run: Run) -> Path | None:
-    """Draw the evaluation and training returns of a run with a folder into its `curve.png`.
+    """Plot evaluation and training returns of a run to `curve.png` in its folder.
 
-    Each setting's interquartile mean over seeds, with the 95 % interval of a stratified bootstrap around that of the
-    evaluations; up to 3 seeds are drawn one by one instead. Without matplotlib a sentence says what to install.
+    The interquartile mean (IQM) over seeds for each setting, with the 95 % interval of a stratified bootstrap for the
+    evaluations; up to 3 seeds are drawn one by one instead. Without matplotlib nothing is drawn, and a message says
+    what to install.
 
     Returns:
-        The file, or None where nothing was drawn.
+        The file, or None if nothing was drawn.
 
     Raises:
-        SettingError: the run is kept in memory.
+        SettingError: the run has no folder.
         CheckpointError: the run's records are missing or damaged.
     """
     if run.folder is None:
@@ -74,7 +75,7 @@ def write_curve(run: Run) -> Path | None:
 
 
 def picture(path: Path, draw: Callable[[], Figure], dpi: int) -> Path | None:
-    """Write what `draw` draws into a PNG file; without matplotlib say what to install, and return None."""
+    """Save the figure that `draw` returns as a PNG file; without matplotlib say what to install and return None."""
     try:
         figure = draw()
     except ImportError:
@@ -87,7 +88,7 @@ def picture(path: Path, draw: Callable[[], Figure], dpi: int) -> Path | None:
 
 
 def curves(run: Run) -> tuple[Curve, Curve]:
-    """Evaluation returns, the final evaluation's last, and training returns, from the folder of a run."""
+    """Read a run's curves from its folder: evaluation returns (with the final evaluation), and training returns."""
     assert run.folder is not None
     lines = read_records(run.folder / "metrics.jsonl")
     seconds = {record["iteration"]: record["seconds"] for record in read_records(run.folder / "timing.jsonl")}
@@ -114,16 +115,16 @@ def _curve(lines: Sequence[dict[str, Any]], seconds: dict[int, float], name: str
 
 
 def centre(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The interquartile mean over seeds at each point, `[P, S]` -> `[P]`; NaN until every seed has a value.
+    """Interquartile mean over seeds at each point, `[P, S]` -> `[P]`; NaN until every seed has a value.
 
-    A seed that never has one, such as a learner that never finished an episode, is left out.
+    A seed that never has a value, as of a learner that never finished an episode, is left out.
     """
     ever = ~np.isnan(values).all(0)
     return statistics.iqm(values[:, ever, None]) if ever.any() else np.full(len(values), np.nan)
 
 
 def band(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The ends of the 95 % interval of `centre` at each point, `[P, S]` -> `[P]`, `[P]`."""
+    """Bounds of the 95 % bootstrap interval of `centre` at each point, `[P, S]` -> low `[P]`, high `[P]`."""
     values = values[:, ~np.isnan(values).all(0)]
     ends = [
         (np.nan, np.nan) if np.isnan(point).any() or not point.size else statistics.stratified_bootstrap_interval(point)
@@ -137,7 +138,7 @@ def band(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
-    """Two panels and a legend. Made without pyplot, whose figures and style are the user's."""
+    """Two panels and a legend; without pyplot, so that the user's figures and style are not touched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -176,7 +177,7 @@ def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
 def _draw(
     places: Sequence[tuple[Axes, NDArray[np.float64]]], values: NDArray[np.float64], style: dict[str, Any], spread: bool
 ) -> None:
-    """Draw one setting's curve in every panel: its centre and, if asked for, how its seeds spread."""
+    """Draw one setting's curve in every panel: its centre, and with `spread` the interval or each seed."""
     seeds, middle = values.shape[1], centre(values)
     ends = band(values) if spread and seeds > FEW_SEEDS else None
     for axes, x in places:
@@ -188,7 +189,7 @@ def _draw(
 
 
 def _dress(axes: Axes) -> None:
-    """A light grid and no frame."""
+    """Style axes: a light grid, no frame."""
     axes.grid(color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -198,7 +199,7 @@ def _dress(axes: Axes) -> None:
 
 
 def _legend(run: Run, evaluated: bool) -> Iterator[Any]:
-    """A line for each setting, then what the kinds of lines mean."""
+    """Legend entries: a line for each setting, then the line styles."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -217,7 +218,7 @@ def _legend(run: Run, evaluated: bool) -> Iterator[Any]:
 
 
 def _colours(count: int) -> Sequence[Any]:
-    """Colours that can be told apart; along a scale where there are too many."""
+    """Distinct colours; from a continuous colour map if there are many."""
     if count <= len(COLOURS):
         return COLOURS[:count]
     from matplotlib import colormaps
@@ -226,7 +227,7 @@ def _colours(count: int) -> Sequence[Any]:
 
 
 def _time_unit(longest: float) -> tuple[str, float]:
-    """The unit of the time axis, and its seconds."""
+    """Unit of the time axis, and its length in seconds."""
     if longest > 3 * 3600:
         return "h", 3600.0
     return ("min", 60.0) if longest > 300 else ("s", 1.0)

@@ -1,4 +1,4 @@
-"""What listens to every run: trackers, and the pictures in its folder."""
+"""Listeners that forward metrics to trackers and plot finished runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlmeta.runs.run import Run
 
 
 class Tracking(Listener):
-    """Hands metrics on to a tracker, which `factory` opens once the run and its folder are there."""
+    """Forwards metrics to a tracker, which `factory` opens once the run's folder exists."""
 
     def __init__(self, factory: TrackerFactory) -> None:
         self._factory = factory
@@ -24,21 +24,21 @@ class Tracking(Listener):
         """Open the tracker.
 
         Raises:
-            RlmetaError: it can't be opened; the run is saved by now, and the message says so.
+            RlmetaError: it cannot be opened; the run is saved by then, and the message says how to resume it.
         """
         try:
             self._tracker = self._factory(run)
         except RlmetaError as error:
             if run.folder is None:
                 raise
-            saved = f"the run is saved, `rlmeta resume {run.folder}` goes on with it"
+            saved = f"the run is saved, resume it with `rlmeta resume {run.folder}`"
             raise type(error)(f"{error}; {saved}") from error
         except OSError as error:
             why = f"a tracker can't be opened ({error})"
-            raise SettingError(f"{why}; the run is saved, `rlmeta resume {run.folder}` goes on with it") from error
+            raise SettingError(f"{why}; the run is saved, resume it with `rlmeta resume {run.folder}`") from error
 
     def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
-        """Log what has a number for every learner."""
+        """Log the entries of a line that have a number for every learner."""
         assert self._tracker is not None
         self._tracker.log(line["env_steps"], {name: value for name, value in line.items() if isinstance(value, list)})
 
@@ -49,10 +49,10 @@ class Tracking(Listener):
 
 
 class Pictures(Listener):
-    """Draws the learning curve of a run that has ended, and its matrix where it is on a stream, into its folder."""
+    """Plots a finished run's learning curve, and its score matrix on a stream, into its folder."""
 
     def finish(self, run: Run) -> None:
-        """Draw them."""
+        """Write `curve.png`, and `matrix.png` for a stream."""
         if run.folder is None:
             return
         write_curve(run)

@@ -1,4 +1,4 @@
-"""What a stream of tasks did to its learners: `matrix.png`, a heat map of all scores and every task's score in time."""
+"""Score matrix of a run on a stream of tasks (`matrix.png`): a heat map, and every task's score during training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from rlmeta.runs.run import Run
 
 WRITTEN_UP_TO = 10
-"""Tasks with so many or fewer get their scores written into the heat map."""
+"""Largest number of tasks for which the scores are written into the heat map."""
 NAMES_IN_A_LINE = 56
-"""Letters that fit below a panel, side by side."""
+"""Number of characters of task names that fit below a panel."""
 
 
 def write_matrix(run: Run) -> Path | None:
-    """Draw the matrix of a run on a stream into its folder's `matrix.png`, a row of panels for each setting.
+    """Plot the score matrix of a run on a stream to `matrix.png` in its folder, a row of panels for each setting.
 
-    Left, the mean over learners of R[i, j], the score on the j-th task after training on i, in one scale of colours for
-    all settings. Right, the same as a curve for each task, the interquartile mean over learners with its 95 % interval,
-    the mean alone up to 3. Without matplotlib a sentence says what to install.
+    Left: the mean over learners of R[i, j], the score on task j after training on i tasks, with one colour scale for
+    all settings. Right: a curve for each task, the interquartile mean over learners with its 95 % interval, or the mean
+    alone for up to 3 learners. Without matplotlib nothing is drawn, and a message says what to install.
 
     Returns:
-        The file, or None where nothing was drawn.
+        The file, or None if nothing was drawn.
     """
     assert run.folder is not None
     return picture(run.folder / "matrix.png", lambda: _figure(run), dpi=120)
@@ -64,7 +64,7 @@ def _figure(run: Run) -> Figure:
 
 
 def _names(run: Run) -> list[str]:
-    """The tasks' names; their places where they have none of their own, or learners meet them in several orders."""
+    """Names of the tasks in training order; numbers if they have no names of their own or there are several orders."""
     stream = run.stream
     assert stream is not None
     order = stream.orders()[0]
@@ -75,13 +75,13 @@ def _names(run: Run) -> list[str]:
 
 
 def _turned(names: Sequence[str]) -> dict[str, Any]:
-    """How names stand below an axis: turned where they would touch."""
+    """Text options of tick labels: rotated if they would overlap."""
     turned = sum(map(len, names)) + 2 * len(names) > NAMES_IN_A_LINE
     return {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
 
 
 def _digits(ends: tuple[float, float]) -> str:
-    """The format of scores between these: about three digits, equally many behind the point, no powers of ten."""
+    """Number format for scores within a range: about three digits, the same number of decimals, no exponent."""
     largest = max(map(abs, ends))
     return ".3f" if largest < 10 else ".1f" if largest < 100 else ",.0f"
 
@@ -99,8 +99,8 @@ def _heat_map(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: 
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
             colour = "white" if value < middle else "black"
-            said = "" if np.isnan(value) else f"{value:{digits}}"
-            axes.text(j, i, said, ha="center", va="center", fontsize=8, color=colour)
+            text = "" if np.isnan(value) else f"{value:{digits}}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
 
 
 def _curves(axes: Axes, matrix: NDArray[np.float64], names: list[str], score: str) -> None:

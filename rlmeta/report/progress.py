@@ -1,4 +1,4 @@
-"""Progress of a run in the terminal: a live bar, or a line now and then where there is no terminal."""
+"""Progress of a run: a live progress bar in a terminal, otherwise a line on stderr every half minute."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from rlmeta.runs.run import Run
 
 BAR_SECONDS = 0.2
-"""Between two looks of the bar."""
+"""Seconds between two updates of the bar."""
 LINE_SECONDS = 30.0
-"""Between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 WORTH_A_LINE = 0.1
-"""Of the time: what evaluation took is said from there on."""
+"""Fraction of the run time from which the time of evaluation is reported at the end."""
 WINDOW_SECONDS = 30.0
-"""The rate is that of the last so many seconds."""
+"""Length of the moving window over which the rate is measured."""
 RETURNS = {
     "charts/episodic_return": "return",
     "eval/return": "evaluation",
@@ -41,30 +41,30 @@ PARTS = ("act", "environment", "learn", "evaluate", "save", "other")
 
 
 class Progress(Listener):
-    """Shows on stderr how far a run is, how fast, what it achieves and where the time goes."""
+    """Progress bar on stderr: iterations, steps per second, returns, and the time that each part of the work takes."""
 
     _live: Live | None = None
     _evaluation_flags = ""
-    """Which set what evaluation takes."""
+    """Flags that determine the time of evaluation."""
 
     def open(self, run: Run, done: int) -> None:
-        """Begin to show a run that has done so many iterations before."""
+        """Start the display of a run that has done `done` iterations before."""
         iterations = run.stages[-1].last
         periodic = run.stream is None and run.experiment.budget.eval_every < iterations * run.every
         self._evaluation_flags = ("--eval-every, " if periodic else "") + "--final-episodes, --eval-episodes"
         self.start(run.experiment, iterations, run.every, done)
 
     def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
-        """Show a line of metrics."""
+        """Update the display with a line of metrics."""
         self.update(done, line, run.seconds, clock.seconds)
 
     def start(self, experiment: Experiment, iterations: int, steps_per_iteration: int, done: int = 0) -> None:
-        """Begin to show.
+        """Start the display.
 
         Args:
-            experiment: what is trained.
-            iterations: of the whole run.
-            steps_per_iteration: environment steps of each learner in one.
+            experiment: the experiment that is trained.
+            iterations: number of iterations of the whole run.
+            steps_per_iteration: environment steps of each learner in an iteration.
             done: iterations that a resumed run had done before.
         """
         self._iterations, self._steps = iterations, steps_per_iteration
@@ -79,7 +79,7 @@ class Progress(Listener):
         self._samples: deque[tuple[float, int]] = deque([(self._due, done)])
         console = Console(stderr=True)
         if console.file.isatty() and not console.is_dumb_terminal:
-            # what is printed meanwhile appears above the bar; but what goes to a file or a pipe is not ours
+            # other output appears above the bar, unless stdout is a file or a pipe
             self._live = Live(
                 console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty(), redirect_stderr=True
             )
@@ -90,13 +90,13 @@ class Progress(Listener):
     def update(
         self, done: int, line: Mapping[str, Any] | None, seconds: float, parts: Mapping[str, float] | None = None
     ) -> None:
-        """Tell what has been reached; shows it if it is time to.
+        """Update the numbers, and redraw if it is time to.
 
         Args:
             done: iterations so far.
-            line: of metrics, where there is a new one.
-            seconds: of the run so far, over all its resumes.
-            parts: the seconds of each part of the work, as the clock measured them.
+            line: a new line of metrics, if there is one.
+            seconds: wall time of the run so far, over all its resumes.
+            parts: seconds by part of the work, as the clock measured them.
         """
         self._done, self._seconds, self._parts = done, seconds, parts or {}
         if line is not None:
@@ -119,7 +119,7 @@ class Progress(Listener):
             self._due = time.monotonic() + BAR_SECONDS
 
     def close(self) -> None:
-        """Leave the terminal as it was, with the last state of the bar; say where evaluation took much of the time."""
+        """Stop the display, and report if evaluation took much of the time."""
         if self._live is not None:
             try:
                 if self._shown != self._done:
@@ -131,10 +131,10 @@ class Progress(Listener):
         if self._evaluation_flags and self._done > self._began and share >= WORTH_A_LINE:
             print(f"evaluation took {share:.0%} of the time ({self._evaluation_flags} set it)", file=sys.stderr)
 
-    # ------------------------------------------------------------------ what is shown
+    # ------------------------------------------------------------------ texts
 
     def _rate(self) -> float:
-        """Iterations per second of late."""
+        """Iterations per second over the moving window."""
         (start, before), (end, after) = self._samples[0], self._samples[-1]
         return (after - before) / max(end - start, 1e-9)
 
@@ -160,7 +160,7 @@ class Progress(Listener):
         return "; ".join(filter(None, [f"{self._title}: {share}, {self._numbers()}, {self._left()}", self._times()]))
 
     def _times(self) -> str:
-        """What each part of the work takes of the time so far."""
+        """Share of the time so far by part of the work, in percent."""
         total = sum(self._parts.values())
         shares = {part: round(100 * self._parts.get(part, 0.0) / total) for part in PARTS} if total else {}
         return ", ".join(f"{part} {share} %" for part, share in shares.items() if share)
@@ -187,12 +187,12 @@ def _evaluates(name: str) -> bool:
 
 
 def broken_evaluations(line: Mapping[str, Any]) -> int:
-    """How many learners have an evaluation in this line that is not finite: the means leave them out."""
+    """Number of learners whose evaluation in a line of metrics is not finite; means leave these out."""
     return max(sum(not math.isfinite(value) for value in values) for name, values in line.items() if _evaluates(name))
 
 
 def _mean_returns(line: Mapping[str, Any]) -> dict[str, float]:
-    """The means over the learners that have a value."""
+    """Mean of each return over the learners that have a finite value."""
     means = {}
     for name in RETURNS:
         values = [value for value in line.get(name, ()) if math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Result tables for the terminal."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rlmeta.errors import printable
 from rlmeta.functional import statistics
 
 FEW_SEEDS = 3
-"""Up to as many seeds an interval means nothing: they are shown one by one."""
+"""Up to this many seeds are shown one by one, as an interval of so few is meaningless."""
 
 TEXTS = ("agent", "task", "setting")
 TRANSFER = ("BWT", "FWT", "forgetting")
-"""Columns of runs on a stream."""
+"""Columns of runs on a stream: backward transfer, forward transfer, forgetting."""
 EQUAL_TASKS = "The score is the mean over the tasks, each of which counts the same."
 UNDEFINED = "-: not defined. FWT needs scores before a task's classes are born, all three need a second task."
-"""Below a table of runs on a stream."""
+"""Captions of a table of runs on a stream."""
 TITLE_WIDTH = 72
 
 
 def result_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The results of runs, as `Run.summary()` gives them. What all rows share is in the title, to leave room.
+    """Table of results, from the rows of `Run.summary()`; values that all rows share are moved to the title.
 
     Args:
         rows: at least one, with `agent`, `task`, `setting`, `score` (its name), `seeds`, `scores` (one a learner),
@@ -61,7 +61,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _caption(rows: Sequence[dict[str, Any]]) -> Text | None:
-    """What has to be said of the figures of a stream."""
+    """Notes on the columns of a stream; None for other runs."""
     of_streams = [row for row in rows if TRANSFER[0] in row]
     if not of_streams:
         return None
@@ -70,7 +70,7 @@ def _caption(rows: Sequence[dict[str, Any]]) -> Text | None:
 
 
 def _cells(row: dict[str, Any], score: str, trials: str) -> dict[str, str]:
-    """The texts of a row by column; `score` and `trials` are the headers of what was reached, and in how many."""
+    """Cells of a row by column; `score` and `trials` are the headers of the score and the number of episodes."""
     return {
         "agent": row["agent"],
         "task": row["task"],
@@ -111,7 +111,7 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def _transfer(row: dict[str, Any], name: str) -> str:
-    """The mean over learners, and below it its interval; - where it is not defined."""
+    """Cell of a transfer metric: the mean over learners, and its interval below; - if it is not defined."""
     if math.isnan(row[name]):
         return "-"
     if len(row["scores"]) <= FEW_SEEDS:
@@ -120,7 +120,7 @@ def _transfer(row: dict[str, Any], name: str) -> str:
 
 
 def _title(shared: dict[str, str]) -> str:
-    """The shared cells: texts in the first line, numbers with their column's name behind in the second."""
+    """Title from the shared cells: texts in the first line, numbers with their column's name in the second."""
     what = " on ".join(shared[name] for name in ("agent", "task") if name in shared)
     texts = [text for text in (what, shared.get("setting", "").replace("\n", ", ")) if text]
     numbers = [f"{cell} {name}".replace("\n", " ") for name, cell in shared.items() if name not in TEXTS]

@@ -1,9 +1,9 @@
-"""Trackers: where metrics go besides `metrics.jsonl`: TensorBoard and Weights & Biases.
+"""Experiment trackers: TensorBoard and Weights & Biases.
 
-Each learner is a run of its own there, under CleanRL's metric names, so the plots made for those work. A tracker logs
-every step at most once, whatever moment the process dies at: the step is on disk in the run folder before anything is
-sent, and of the lines that a resumed run computes again, those up to that step are dropped. So a kill may lose the last
-lines of a tracker (W&B writes its own about every 15 seconds) but never repeats one; `metrics.jsonl` has all.
+Each learner is a run of its own there, with CleanRL's metric names, so that dashboards made for those work. A tracker
+logs every step at most once, even if the process is killed: the step is written to the run folder before anything is
+sent, and a resumed run drops the lines up to that step, which it computes again. So a kill may lose the last lines of a
+tracker (W&B writes its own about every 15 seconds) but never repeats a line; `metrics.jsonl` has all of them.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ LONGEST_NAME = 100
 """Characters of a learner's name: a folder's may have 255, and W&B's 128 with those of the task and the agent."""
 
 TENSORBOARD, WANDB = "tensorboard.json", "wandb.json"
-"""What each tracker has to remember, in the run's folder."""
+"""Files in the run's folder with each tracker's state, which survives a kill."""
 
 
 class Tracker(Protocol):
-    """Where metrics go besides the run folder."""
+    """Protocol of an experiment tracker, to which metrics are logged."""
 
     def log(self, step: int, metrics: dict[str, list[float]]) -> None:
-        """Send one line of metrics.
+        """Log one line of metrics.
 
         Args:
             step: environment steps of each learner; a step that is not above the last one is dropped.
-            metrics: a number for every learner, `{name: [S]}`; what is not finite is left out.
+            metrics: a number for every learner, `{name: [S]}`; numbers that are not finite are left out.
         """
 
     def close(self) -> None:
-        """Send the rest and let go; nothing is logged afterwards."""
+        """Flush and close; nothing is logged afterwards."""
 
 
 TrackerFactory: TypeAlias = "Callable[[Run], Tracker]"
-"""Opens a tracker once the run and its folder are there."""
+"""Function that opens a tracker for a run whose folder exists."""
 
 
 def to_tensorboard() -> TrackerFactory:
@@ -68,23 +68,23 @@ def to_wandb(project: str, *, group: str | None = None, entity: str | None = Non
 
 
 def trackers_of(folder: str | os.PathLike[str], wandb: str = "") -> list[TrackerFactory]:
-    """The trackers of a resumed run: TensorBoard where its folder has such files, W&B only where the user says so.
+    """Trackers of a resumed run: TensorBoard if its folder has such files, W&B only if the user asks for it.
 
-    A folder may be somebody else's, so what it says of W&B sends nothing anywhere.
+    A folder may come from somebody else, so its content alone never sends anything to W&B.
 
     Args:
-        folder: of the run.
-        wandb: the project of W&B, or `ENTITY/PROJECT`, as the user gives it; '' for none.
+        folder: the run's folder.
+        wandb: the W&B project, or `ENTITY/PROJECT`, as the user gives it; '' for none.
     """
     chosen = [to_tensorboard()] if (Path(folder) / TENSORBOARD).is_file() else []
     return [*chosen, *wandb_of(wandb)]
 
 
 def wandb_of(named: str) -> list[TrackerFactory]:
-    """The tracker of a W&B project that is named as `PROJECT` or `ENTITY/PROJECT`; none for ''.
+    """Tracker factories for a W&B project, `PROJECT` or `ENTITY/PROJECT`; [] for ''.
 
     Raises:
-        SettingError: it is neither.
+        SettingError: the text is neither.
     """
     entity, slash, project = named.rpartition("/")
     if named and (not project or "/" in entity or (slash and not entity)):
@@ -93,10 +93,10 @@ def wandb_of(named: str) -> list[TrackerFactory]:
 
 
 def logged_to_wandb(folder: str | os.PathLike[str]) -> str:
-    """The project of W&B, or `ENTITY/PROJECT`, that the run in a folder was logged to; '' for none.
+    """W&B project, `PROJECT` or `ENTITY/PROJECT`, that the run in a folder was logged to; '' for none.
 
     Raises:
-        CheckpointError: what the tracker left in the folder can't be read.
+        CheckpointError: the tracker's file in the folder cannot be read.
     """
     journal = _Journal(Path(folder) / WANDB)
     if not journal.path.is_file():
@@ -107,12 +107,12 @@ def logged_to_wandb(folder: str | os.PathLike[str]) -> str:
 
 
 class TensorBoardTracker:
-    """One TensorBoard run per learner, in `<folder>/tensorboard/<setting and seed>`.
+    """Logs to TensorBoard, one TensorBoard run per learner in `<folder>/tensorboard/<setting and seed>`.
 
     Args:
-        folder: of the run.
-        experiment: what is trained.
-        seconds: how long the run has trained, for `charts/SPS`.
+        folder: the run's folder.
+        experiment: the experiment that is trained.
+        seconds: returns the run's training time so far, for `charts/SPS`.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -150,19 +150,19 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """One W&B run per learner, all from this process, grouped.
+    """Logs to Weights & Biases, one W&B run per learner, all in one group and from this process.
 
     The key comes from `wandb login` or WANDB_API_KEY; `WANDB_MODE=offline` writes to `<folder>/wandb` for a later
-    `wandb sync`. A resumed run goes on with the ids in `<folder>/wandb.json`. If W&B fails while training, it is left
-    with a warning and the training goes on.
+    `wandb sync`. A resumed run continues the W&B runs whose ids are in `<folder>/wandb.json`. If W&B fails during
+    training, a warning is shown and training goes on without it.
 
     Args:
-        experiment: what is trained.
-        project: of W&B.
-        group: of all learners; by default named after the task, the agent and the folder.
-        folder: of the run.
-        entity: user or team of W&B; by default the key's own.
-        seconds: how long the run has trained, for `charts/SPS`.
+        experiment: the experiment that is trained.
+        project: W&B project.
+        group: W&B group of all learners; by default named after the task, the agent and the folder.
+        folder: the run's folder.
+        entity: W&B user or team; by default the key's own.
+        seconds: returns the run's training time so far, for `charts/SPS`.
 
     Raises:
         MissingExtraError: wandb is not installed.
@@ -207,7 +207,7 @@ class WandbTracker:
             print(f"W&B: {urls[0]}{others}", file=sys.stderr)
 
     def _start(self, index: int, name: str, config: dict[str, Any]) -> Any:
-        """The W&B run of one learner, new or continued."""
+        """Start or continue the W&B run of one learner."""
         import wandb
 
         saved, folder = self._journal.content, self._journal.path.parent
@@ -222,7 +222,7 @@ class WandbTracker:
                 dir=str(folder),
                 resume="allow",
                 reinit="create_new",
-                # the console and the machine belong to the process, not to each of its learners
+                # console output and system statistics are logged once per process, not for each learner
                 settings=wandb.Settings(console="off", save_code=False, silent=True, x_disable_stats=index > 0),
             )
         except (wandb.Error, OSError) as error:
@@ -238,11 +238,11 @@ class WandbTracker:
 
     @property
     def urls(self) -> list[str]:
-        """Where to look at each learner; empty offline."""
+        """URL of each learner's W&B run; [] offline."""
         return [run.url for run in self._runs if not (run.offline or run.disabled) and run.url]
 
     def log(self, step: int, metrics: dict[str, list[float]]) -> None:
-        """Send one line of metrics."""
+        """Log one line of metrics."""
         if self._failed or not self._journal.claim(step):
             return
         metrics = _with_speed(metrics, step, len(self._runs), self._seconds)
@@ -252,7 +252,7 @@ class WandbTracker:
                     run.log({"global_step": step, **line}, step=step, commit=True)
 
     def close(self) -> None:
-        """Finish the W&B runs, as failed if an exception is on its way."""
+        """Finish the W&B runs, marked as failed if an exception is propagating."""
         failing = sys.exc_info()[1] not in (None, self._handled)
         for run in self._runs:
             with self._survive("finishing"):
@@ -261,10 +261,10 @@ class WandbTracker:
 
     @contextlib.contextmanager
     def _survive(self, doing: str) -> Iterator[None]:
-        """Turn the failure of a service that the training doesn't need into a warning."""
+        """Turn an error of W&B into a warning, as training does not depend on it."""
         try:
             yield
-        except Exception as error:  # wandb lets errors of sockets, of its mailbox and its own through
+        except Exception as error:  # wandb raises errors of sockets and of its mailbox, besides its own
             if not self._failed:
                 warnings.warn(
                     f"W&B failed while {doing} ({type(error).__name__}: {error}); the run goes on without it, "
@@ -275,7 +275,7 @@ class WandbTracker:
 
 
 def learner_names(experiment: Experiment) -> list[str]:
-    """A name for every learner from its setting's label and its seed, distinct and fit for a folder."""
+    """Unique name for every learner, from its label and seed, that is valid as a folder name."""
     names = []
     for label, (_, seed) in zip(experiment.learner_labels, experiment.learners, strict=True):
         name = re.sub(r"[^\w.,=+-]+", "_", label.replace(", ", ","))
@@ -287,14 +287,14 @@ def learner_names(experiment: Experiment) -> list[str]:
 
 
 class _Journal:
-    """What a tracker has to remember across a kill, in a small file of the run folder."""
+    """A tracker's state in a small file of the run folder, which survives a kill."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.content: dict[str, Any] = {}
 
     def open(self, first: dict[str, Any]) -> bool:
-        """Read the file, or write it with this content where there is none; whether it is new."""
+        """Read the file, or create it with the content `first`; returns whether it is new."""
         try:
             self.content = json.loads(self.path.read_bytes())
             if not {"last_step", *first} <= self.content.keys():
@@ -309,7 +309,7 @@ class _Journal:
             ) from error
 
     def claim(self, step: int) -> bool:
-        """Whether the step is still to be logged; if so, it never is again, even if the process dies right now."""
+        """Claim a step for logging: false if it was claimed before, also by a process that was killed since."""
         if step <= self.content["last_step"]:
             return False
         self._write({**self.content, "last_step": step})
@@ -321,7 +321,7 @@ class _Journal:
 
 
 def _folder(run: Run, what: str) -> Path:
-    """The run's folder, which a tracker needs so that a resumed run logs nothing twice."""
+    """The run's folder, which a tracker needs so that a resumed run logs nothing twice; `what` names the tracker."""
     if run.folder is None:
         raise SettingError(f"logging to {what} needs a run folder, the run is kept in memory: give out=")
     return run.folder
@@ -330,13 +330,13 @@ def _folder(run: Run, what: str) -> Path:
 def _with_speed(
     metrics: dict[str, list[float]], step: int, learners: int, seconds: Callable[[], float] | None
 ) -> dict[str, list[float]]:
-    """The metrics, and the environment steps per second of all learners together, as `timing.jsonl` has them."""
+    """Add `charts/SPS`, environment steps per second of all learners together, to the metrics."""
     passed = seconds() if seconds else 0.0
     return {**metrics, "charts/SPS": [step * learners / passed] * learners} if passed > 0 else metrics
 
 
 def _lines(metrics: dict[str, list[float]], learners: int) -> list[dict[str, float]]:
-    """The metrics of each learner, without those it has no number for."""
+    """Split metrics by learner, and drop those that are not finite."""
     for name, values in metrics.items():
         if len(values) != learners:
             raise SettingError(f"metric {name!r} has {len(values)} values, expected one for each of {learners}")
@@ -344,7 +344,7 @@ def _lines(metrics: dict[str, list[float]], learners: int) -> list[dict[str, flo
 
 
 def _hyperparameters(experiment: Experiment, index: int) -> dict[str, Any]:
-    """What one learner is: the names that CleanRL's tools look for, its settings, the task's, the budget."""
+    """Hyperparameters of one learner under CleanRL's names, with its settings and those of its task."""
     config = experiment.config()
     return {
         "env_id": config["env_id"],
@@ -359,7 +359,7 @@ def _hyperparameters(experiment: Experiment, index: int) -> dict[str, Any]:
 
 
 def _storable(value: Any) -> bool:
-    """Whether a value survives the way to W&B's configuration, whose JSON has no infinity."""
+    """Whether a value can be stored in W&B's configuration, whose JSON has no infinities."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

@@ -106,8 +106,11 @@ def distinct(rewards: Sequence[Any]) -> tuple[Any, ...]:
             raise SettingError(f"rewards has the class {reward.__name__}, {example}: make one, {reward.__name__}(...)")
         methods = ("init", "relabel")
         works = isinstance(reward, RewardSettings) or all(callable(getattr(reward, one, None)) for one in methods)
-        if not works or not hasattr(reward, "name"):
+        if not works:
             raise SettingError(f"rewards has {reward!r}, {example}")
+        if not hasattr(reward, "name"):
+            cls = type(reward).__name__
+            raise SettingError(f"the reward {cls} has no name: give its class one, such as name = {cls.lower()!r}")
         check_name(reward.name)
     names = [reward.name for reward in rewards]
     for name in names:

@@ -1,3 +1,3 @@
-"""What a run is, where it is kept, and the loop that drives it."""
+"""Training runs: the experiment, its folder and checkpoints, and the training loop."""
 
 __all__ = ["experiment", "folder", "listeners", "loop", "presets", "record", "run", "stages", "train"]

@@ -1,4 +1,4 @@
-"""Averages of an iteration's metrics between two lines of records; the sums are part of the state."""
+"""Running averages of training metrics between two lines of `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlmeta.learning.state import State
 
 
 def accumulate(state: State, metrics: Metrics) -> None:
-    """Add an iteration's metrics `[*L]` to the sums of the next line; they are part of the state: a resume is exact."""
+    """Add an iteration's metrics `[*L]` to the running sums in the state, so that a resumed run averages the same."""
     sums, counted = dict(state.get("metrics", {})), state["active"].to(torch.float64)
     for name, value in metrics.items():
         entry = name.replace("/", ".")
@@ -21,7 +21,7 @@ def accumulate(state: State, metrics: Metrics) -> None:
 
 
 def take_averages(state: State) -> dict[str, Tensor]:
-    """The averages since the last line, `[*L]`, NaN where there is nothing to average; the sums start anew."""
+    """Averages `[*L]` since the last line by name, NaN where no value was added; resets the sums to zero."""
     sums: dict[str, Tensor] = state["metrics"]
     state["metrics"] = tree.map(torch.zeros_like, sums)
     averages: dict[str, Tensor] = {}

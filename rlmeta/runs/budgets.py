@@ -1,7 +1,7 @@
-"""What a budget amounts to on a problem: iterations of every task, and evaluations that cost no more than a part.
+"""The training budget in iterations, and a default evaluation schedule that costs at most a fifth of training.
 
-Everything here is a function of the budget, the settings and the declared time limits, never of the clock or of how
-long episodes turn out: a run can be repeated and resumed, and a learner's evaluations don't depend on its company.
+Everything is computed from the budget, the settings and the declared time limits, never from the clock or from episode
+lengths, so runs can be repeated and resumed, and a learner's evaluations do not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rlmeta.learning.settings import name_of
 from rlmeta.runs.experiment import Budget, Problem
 
 SHARE = 5
-"""Periodic evaluations, and the final one, take at most one step for so many of training, by default."""
+"""By default all periodic evaluations together take at most one step per `SHARE` training steps; so does the final."""
 FEWEST_EPISODES = 4
-"""Of an evaluation, however small the budget."""
+"""Minimum number of episodes in an evaluation, however small the budget."""
 EVALUATIONS, EPISODES, FINAL_EPISODES = 9, 16, 64
-"""How many periodic evaluations there are, of how many episodes, and episodes at the end, where they are affordable."""
+"""Default number of periodic evaluations, their episodes, and the episodes of the final evaluation."""
 
 
 def iterations_of(problem: Problem, learner: Learner, world: Any, budget: Budget) -> tuple[int, ...]:
-    """Iterations of training on every task of the problem, in the order it is met.
+    """Number of training iterations on every task, in task order; a single problem is one task.
 
     Raises:
         SettingError: epochs of a problem without samples, or tasks of different sizes in several orders.
@@ -36,12 +36,12 @@ def iterations_of(problem: Problem, learner: Learner, world: Any, budget: Budget
     if not budget.epochs:
         return (math.ceil(budget.steps / (world.num_envs * learner.steps_per_iteration)),) * tasks
     members = problem.tasks if isinstance(problem, TaskStream) else (problem,)
-    if not all(isinstance(one, DataTask) for one in members):
+    if not all(isinstance(task_data, DataTask) for task_data in members):
         raise SettingError(
             f"epochs is {budget.epochs:g}, but {problem.name!r} has no samples to pass over: give steps instead"
         )
     orders = problem.orders() if isinstance(problem, TaskStream) else ((0,),)
-    each = [math.ceil(budget.epochs * (len(one.train.target) // world.num_envs)) for one in members]
+    each = [math.ceil(budget.epochs * (len(task_data.train.target) // world.num_envs)) for task_data in members]
     counts = {tuple(math.ceil(each[task] / learner.steps_per_iteration) for task in order) for order in orders}
     if len(counts) > 1:
         raise SettingError(
@@ -52,10 +52,10 @@ def iterations_of(problem: Problem, learner: Learner, world: Any, budget: Budget
 
 
 def check_learns(problem: Problem, learner: Learner, iterations: tuple[int, ...], budget: Budget) -> None:
-    """Refuse a budget, its steps settled, that ends before anything is learned.
+    """Refuse a budget that ends before the first gradient step.
 
     Raises:
-        SettingError: the first gradient step would come after the end.
+        SettingError: the learner waits for more steps than the budget has.
     """
     steps, waits = min(iterations) * learner.steps_per_iteration, learner.idle_steps
     if steps < waits:
@@ -67,26 +67,26 @@ def check_learns(problem: Problem, learner: Learner, iterations: tuple[int, ...]
 
 
 def warn_of_rounding(budget: Budget, iterations: tuple[int, ...], every: int) -> None:
-    """Say so where a single iteration takes more than the whole budget."""
+    """Warn when a single iteration takes more steps than the whole budget."""
     if not budget.epochs and budget.steps < every and max(iterations) == 1:
-        text = f"steps is {budget.steps:,}, but an iteration takes {every:,}: one is trained for"
+        text = f"steps is {budget.steps:,}, but an iteration takes {every:,}: training takes one iteration"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def settled(budget: Budget, problem: Problem, world: Any, iterations: tuple[int, ...], every: int) -> Budget:
-    """The budget with a number in the place of what was left to be chosen: when to evaluate, and on how many episodes.
+    """Fill in the budget's defaults: steps, evaluation interval, evaluation episodes and final episodes.
 
-    Where episodes are stepped one by one and have a declared limit of H steps, evaluations are made fewer and smaller
-    until even the longest episodes take at most a fifth of the steps of training (in the end as much once more), but
-    never smaller than `FEWEST_EPISODES`; native environments and samples cost little, and there is no telling without
-    a limit.
+    Where environments are stepped one by one and declare a time limit, evaluations are made fewer and smaller until
+    even episodes of that length take at most a fifth of the training steps (the final evaluation as much once more),
+    but never fewer than `FEWEST_EPISODES` episodes. Native environments, samples and environments without a time limit
+    get the full default.
 
     Args:
-        budget: as it was given.
-        problem: what is trained on.
-        world: of the problem.
-        iterations: of every task.
-        every: steps of each learner in an iteration.
+        budget: as the user gave it; fields that are set stay as they are.
+        problem: the training problem.
+        world: the problem's environments.
+        iterations: number of iterations on every task.
+        every: steps of each learner in one iteration.
     """
     steps = max(iterations) * every if budget.epochs else budget.steps
     limit = None if problem.native else world.episode_limit
@@ -111,5 +111,5 @@ def settled(budget: Budget, problem: Problem, world: Any, iterations: tuple[int,
 
 
 def _episodes(affordable: float, most: int) -> int:
-    """As many as are affordable and divide over rows, within the bounds."""
+    """Number of episodes: affordable, a multiple of `FEWEST_EPISODES`, at most `most`."""
     return int(max(FEWEST_EPISODES, min(most, affordable // FEWEST_EPISODES * FEWEST_EPISODES)))

@@ -1,18 +1,19 @@
-"""Checkpoints: a state and a description of it in one folder, complete at every moment, checksummed, without pickle.
+"""Checkpoints: save and load a state of named tensors, atomically, with checksums and without pickle.
 
-A checkpoint is a manifest and the files it names. Tensors lie in safetensors files named by the sha256 of their bytes,
-so a file that is there already is never written again: the long tensors of a replay memory are cut along their capacity
-into segments of `SEGMENT_BYTES`, and only the segments that changed reach the disk. A segment of zeros, as a memory
-that is not full has, takes no file, and no memory until something is written there; any other has a file of its own.
-So nothing that a manifest says makes a reader use more memory than the files take on the disk.
+A checkpoint is a JSON manifest and the files it names. Tensors are stored in safetensors files named by the sha256 of
+their bytes, so a file that exists already is never written again. The long tensors of a replay buffer are cut along
+their capacity into segments of `SEGMENT_BYTES`, and only the segments that changed are written. A segment of zeros, as
+in a buffer that is not full, takes no file, and no RAM until something is written there. So a manifest cannot make a
+reader use more RAM than the files take on the disk.
 
     state/manifest.json            the newest checkpoint: schema, leaves (dtype, shape, files), file sizes, `about`
-    state/manifest.previous.json   the one before it, used with a warning where the newest turns out damaged
+    state/manifest.previous.json   the checkpoint before it, loaded with a warning if the newest is damaged
     state/<sha256>.safetensors     tensors of either
 
-Saving writes tensors first (temporary file in the same folder, fsync, rename), then fsyncs the folder, then replaces
-the manifest and fsyncs again, and only then removes files that neither manifest names. Whatever moment a process dies
-at, `manifest.json` names a complete checkpoint. One process writes a folder (`run_folder.lock`); any number may read.
+Saving writes the tensors first (temporary file in the same folder, fsync, rename), then fsyncs the folder, then
+replaces the manifest and fsyncs again, and only then removes files that neither manifest names. So `manifest.json`
+names a complete checkpoint whenever the process is killed. One process writes a folder (`run_folder.lock`); any number
+may read.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from rlmeta.runs.manifest import (
 )
 
 SEGMENT_BYTES = 4 << 20
-"""Size of a replay segment over all learners; a leaf that is not longer stays in the common file."""
+"""Size of a replay buffer's segment over all learners; a smaller leaf is stored whole, in the common file."""
 
 HEADER_LIMIT = 32 << 20
 READ_ATTEMPTS = 10
@@ -59,11 +60,11 @@ Pair: TypeAlias = tuple[dict[str, Tree], dict[str, Any]]
 
 _TEMPORARY = re.compile(r"([0-9a-f]{64}\.safetensors|manifest(\.previous)?\.json)\.tmp")
 _ALIGNMENT = 64
-"""Bytes on which torch begins its tensors."""
+"""Alignment of torch's tensors in bytes."""
 
 
 class Saved(NamedTuple):
-    """What one `save` did to the folder: file names by fate, and the bytes it had to write."""
+    """Result of `save`: names of the files written, reused and removed, and the number of bytes written."""
 
     written: tuple[str, ...]
     reused: tuple[str, ...]
@@ -72,7 +73,10 @@ class Saved(NamedTuple):
 
 
 class Loaded(tuple[dict[str, Tree], dict[str, Any]]):
-    """The pair `(state, about)`; `damage` is None, or why the newest checkpoint was passed over for the one before."""
+    """Result of `load`: the pair `(state, about)`.
+
+    `damage` is None, or the reason why the previous checkpoint was loaded instead of the newest.
+    """
 
     damage: str | None = None
 
@@ -88,12 +92,12 @@ def save(
     *,
     learner_axes: int,
 ) -> Saved:
-    """Write a checkpoint into `folder` (made if missing) and make it the newest, or leave the folder as it was.
+    """Save a checkpoint atomically: it becomes the newest one in `folder`, or the folder stays as it was.
 
     Args:
-        folder: the `state/` folder of a run.
-        state: nested dictionary of tensors `[*L, ...]` on any device; names are non-empty and hold no '/'.
-        about: what else a resume needs, in plain JSON values (NaN and infinities allowed; tuples come back as lists).
+        folder: the `state/` folder of a run, created if missing.
+        state: nested dictionary of tensors `[*L, ...]` on any device; names are non-empty and contain no '/'.
+        about: metadata for the resume, as plain JSON values (NaN and infinities allowed; tuples come back as lists).
         segmented: leaves with one of these names in their path are `[*L, C, ...]` with a capacity C, saved in segments.
         learner_axes: number of axes in `*L`.
 
@@ -108,7 +112,7 @@ def save(
     folder = Path(folder)
     leaves = _named_leaves(state)
     if not isinstance(about, dict):
-        raise SettingError(f"`about` is a {type(about).__name__}, expected a dictionary: wrap it in one")
+        raise SettingError(f"`about` is of type {type(about).__name__}, expected a dictionary: wrap it in one")
     _check_json(about, "about")
     try:
         return _commit(folder, leaves, about, frozenset(segmented), learner_axes)
@@ -119,7 +123,7 @@ def save(
 def _commit(
     folder: Path, leaves: dict[str, Tensor | None], about: dict[str, Any], segmented: frozenset[str], learner_axes: int
 ) -> Saved:
-    """The order of writes that makes a checkpoint appear at once."""
+    """Write tensors, then the previous manifest, then the new one, so that the checkpoint appears atomically."""
     _make_folder(folder)
     newest = _rotatable(folder)
     _collect(folder)
@@ -139,7 +143,7 @@ def _commit(
 
 
 class _Writer:
-    """Content-addressed writing into one folder, and the account of it."""
+    """Content-addressed writer of tensor files: names are hashes, existing files are reused."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -149,7 +153,7 @@ class _Writer:
         self.bytes_written = 0
 
     def store(self, tensors: dict[str, Tensor]) -> str:
-        """The name of a file that holds `tensors`, written now unless it lies there intact."""
+        """Store tensors in a file and return its name; an intact file with the same content is reused."""
         buffers = _encode_tensors(tensors)
         digest = hashlib.sha256()
         for buffer in buffers:
@@ -172,7 +176,7 @@ class _Writer:
 def _write_leaves(
     writer: _Writer, leaves: dict[str, Tensor | None], segmented: frozenset[str], axis: int
 ) -> dict[str, Leaf | None]:
-    """Store every leaf, and say where; the order is that of `leaves`."""
+    """Store every leaf and return its manifest entry by path, in the order of `leaves`."""
     stored: dict[str, Leaf | None] = dict.fromkeys(leaves)
     common: dict[str, Tensor] = {}
     for path, leaf in leaves.items():
@@ -192,7 +196,7 @@ def _write_leaves(
 
 
 def _store_segment(writer: _Writer, path: str, number: int, segment: Tensor) -> str | None:
-    """The name of the segment's file; None where all its bytes are zero."""
+    """Store a segment and return its file's name; None if all its bytes are zero."""
     segment = segment.detach().contiguous().cpu()
     if not np.frombuffer(_bytes_of(segment), np.uint8).any():
         return None
@@ -200,14 +204,14 @@ def _store_segment(writer: _Writer, path: str, number: int, segment: Tensor) -> 
 
 
 def _segment_name(path: str, number: int) -> str:
-    """What a segment is called in its file: no two have the same name, so that none can stand for another."""
+    """Name of a segment within its file; unique, so that no segment can be taken for another."""
     return f"{path}/{number}"
 
 
 def _encode_tensors(tensors: dict[str, Tensor]) -> list[Buffer]:
-    """The bytes of a safetensors file, without copying tensors that are contiguous on the CPU.
+    """Encode tensors in the safetensors format, without copying those that are contiguous on the CPU.
 
-    The library's own writer refuses tensors that share memory, which a state may (a target network at its start).
+    The library's own writer refuses tensors that share storage, as a target network's do at the start.
     """
     ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
     header: dict[str, Any] = {}
@@ -230,7 +234,7 @@ def _encode_tensors(tensors: dict[str, Tensor]) -> list[Buffer]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The elements of a tensor in row-major order, as bytes."""
+    """Bytes of a tensor in row-major order."""
     plain = tensor.detach().contiguous().resolve_conj().resolve_neg().cpu()
     row = plain.as_strided((plain.numel(),), (1,))  # `reshape` keeps the odd stride of an axis of size 1
     return row.view(torch.uint8).numpy().data
@@ -241,7 +245,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _named_leaves(state: dict[str, Tree]) -> dict[str, Tensor | None]:
-    """Every leaf by its path 'a/b' in order, with None for an empty dictionary; refuses what cannot be saved."""
+    """Flatten a state into leaves by path 'a/b', with None for an empty dictionary; refuses what cannot be saved."""
     if not isinstance(state, dict):
         raise SettingError(f"a state is a dictionary of tensors, not {type(state).__name__}: wrap it in one")
     named: dict[str, Tensor | None] = {}
@@ -272,7 +276,7 @@ def _check_name(name: Any, parent: str) -> None:
 
 def _check_leaf(leaf: Any, path: str) -> None:
     if not isinstance(leaf, Tensor):
-        raise SettingError(f"state '{path}' is a {type(leaf).__name__}: keep tensors there and plain values in `about`")
+        raise SettingError(f"state '{path}' is of type {type(leaf).__name__}, expected a tensor: put it into `about`")
     if leaf.dtype not in CODES or leaf.layout != torch.strided or leaf.device.type == "meta":
         raise SettingError(
             f"state '{path}' is a {leaf.layout} tensor of {leaf.dtype} on {leaf.device}, which cannot be saved: "
@@ -281,7 +285,7 @@ def _check_leaf(leaf: Any, path: str) -> None:
 
 
 def _check_json(value: Any, where: str) -> None:
-    """Refuse what JSON would not give back as it was (tuples aside)."""
+    """Refuse a value that does not survive a JSON round trip (tuples aside, which become lists)."""
     if isinstance(value, dict):
         for name, child in value.items():
             if not isinstance(name, str):
@@ -291,7 +295,9 @@ def _check_json(value: Any, where: str) -> None:
         for index, child in enumerate(value):
             _check_json(child, f"{where}/{index}")
     elif value is not None and not isinstance(value, str | bool | int | float):
-        raise SettingError(f"{where} is a {type(value).__name__}: give plain numbers, text, lists and dictionaries")
+        raise SettingError(
+            f"{where} is of type {type(value).__name__}: give plain numbers, text, lists and dictionaries"
+        )
 
 
 def _save_error(folder: Path, error: OSError) -> CheckpointError:
@@ -305,10 +311,10 @@ def _save_error(folder: Path, error: OSError) -> CheckpointError:
 
 
 def load(folder: str | os.PathLike[str]) -> Loaded:
-    """Read the newest checkpoint of `folder`, every file checked by size and sha256 before it is used.
+    """Load the newest checkpoint of `folder`; every file is checked by size and sha256 before it is used.
 
-    Where the newest is damaged the one before it is read instead: a `RuntimeWarning` says so, and so does `damage` of
-    the value returned.
+    If the newest is damaged, the previous one is loaded with a `RuntimeWarning`, and `damage` of the result holds the
+    reason.
 
     Args:
         folder: the `state/` folder of a run; it is only read.
@@ -317,7 +323,7 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
         `(state, about)`, tensors on the CPU with the dtypes, shapes and order they were saved with.
 
     Raises:
-        CheckpointError: no checkpoint, none that is whole, or one of an unknown schema.
+        CheckpointError: no checkpoint, none that is complete, or an unknown schema.
     """
     pair, damage = _first_good(Path(folder), _read_state)
     loaded = Loaded(pair)
@@ -326,9 +332,9 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
 
 
 def about(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the newest checkpoint says about itself; reads the manifest and no tensors (see `load` for errors)."""
-    found, _ = _first_good(Path(folder), lambda _, manifest: ({}, manifest.about))
-    return found[1]
+    """Metadata of the newest checkpoint; reads the manifest and no tensors (see `load` for errors)."""
+    checkpoint, _ = _first_good(Path(folder), lambda _, manifest: ({}, manifest.about))
+    return checkpoint[1]
 
 
 def is_saved(folder: str | os.PathLike[str]) -> bool:
@@ -337,7 +343,7 @@ def is_saved(folder: str | os.PathLike[str]) -> bool:
 
 
 def is_unfinished(folder: str | os.PathLike[str]) -> bool:
-    """Whether `folder` holds nothing but what a save leaves that ended before the first checkpoint was complete."""
+    """Whether `folder` holds only the leftovers of a save that was killed before the first checkpoint was complete."""
     path = Path(folder)
     if path.is_symlink() or not path.is_dir() or is_saved(path):
         return False
@@ -345,7 +351,11 @@ def is_unfinished(folder: str | os.PathLike[str]) -> bool:
 
 
 def _first_good(folder: Path, read: Callable[[Path, Manifest], Pair]) -> tuple[Pair, str | None]:
-    """`read(folder, manifest)` of the newest checkpoint, or of the one before with the reason."""
+    """Read the newest checkpoint that is intact, and say why if that is the previous one.
+
+    Returns:
+        The result of `read(folder, manifest)`, and None or what is damaged in the newest checkpoint.
+    """
     if not is_saved(folder):
         raise CheckpointError(f"no checkpoint in {folder} (no {MANIFEST}): give the folder of a run that has saved one")
     damage = ""
@@ -358,13 +368,13 @@ def _first_good(folder: Path, read: Callable[[Path, Manifest], Pair]) -> tuple[P
         if file_signature(folder / MANIFEST) == before:
             break
     try:
-        found = read(folder, read_manifest(folder / PREVIOUS))
+        checkpoint = read(folder, read_manifest(folder / PREVIOUS))
     except Damaged as error:
         raise CheckpointError(
             f"{damage}; the checkpoint before it does not help ({error}): restore {folder} from a copy"
         ) from error
     warnings.warn(f"{damage}; using the checkpoint before it", RuntimeWarning, stacklevel=3)
-    return found, damage
+    return checkpoint, damage
 
 
 def _read_state(folder: Path, manifest: Manifest) -> Pair:
@@ -380,7 +390,7 @@ def _read_state(folder: Path, manifest: Manifest) -> Pair:
 
 
 def _read_leaf(folder: Path, manifest: Manifest, path: str, leaf: Leaf, opened: dict[str, dict[str, Tensor]]) -> Tensor:
-    """One tensor; `opened` remembers the files that hold whole leaves."""
+    """Read one tensor; `opened` caches the files that hold whole leaves."""
     if leaf.axis is None or leaf.rows is None:
         (common,) = filter(None, leaf.files)
         if common not in opened:
@@ -395,7 +405,7 @@ def _read_leaf(folder: Path, manifest: Manifest, path: str, leaf: Leaf, opened: 
 
 
 def _zeros(folder: Path, path: str, leaf: Leaf) -> Tensor:
-    """A tensor of zeros that takes memory only where it is written to."""
+    """Allocate a tensor of zeros whose pages take RAM only once they are written to."""
     try:
         size = math.prod(leaf.shape) * DTYPES[leaf.dtype].itemsize
         raw = np.zeros(size + _ALIGNMENT, np.uint8)
@@ -408,13 +418,13 @@ def _zeros(folder: Path, path: str, leaf: Leaf) -> Tensor:
 def _expect(tensors: dict[str, Tensor], name: str, dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:
     tensor = tensors.get(name)
     if tensor is None or tensor.dtype != DTYPES[dtype] or tuple(tensor.shape) != shape:
-        found = "nothing" if tensor is None else f"{_dtype_name(tensor)} {tuple(tensor.shape)}"
-        raise Damaged(f"{path} holds {found} for '{name}', the manifest says {dtype} {shape}")
+        content = "nothing" if tensor is None else f"{_dtype_name(tensor)} {tuple(tensor.shape)}"
+        raise Damaged(f"{path} holds {content} for '{name}', the manifest says {dtype} {shape}")
     return tensor
 
 
 def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, after its size, sha256 and header size were found right."""
+    """Read a safetensors file, after a check of its size, sha256 and header size."""
     data = read_bytes(path, size)
     if len(data) != size:
         raise Damaged(f"{path} has {len(data)} bytes of {size}: the file is truncated or foreign")
@@ -427,7 +437,7 @@ def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
     except Exception as error:  # the library raises errors of several kinds on malformed input
         raise Damaged(f"{path} is not a safetensors file ({error})") from error
     _remember(path)
-    # in memory of their own: the bits of a matrix product depend on where its factors begin, and these begin anywhere
+    # copied to aligned memory: the bits of a matrix product depend on the alignment of its factors
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -436,13 +446,13 @@ def _read_tensors(path: Path, size: int) -> dict[str, Tensor]:
 _verified: dict[Path, tuple[int, ...]] = {}
 """Files whose content this process has written or checked, with their signature at that time.
 
-A name alone does not prove the content: after a fall back to the previous checkpoint an equal run makes the very hash
-of the damaged file again, and must not take that file for good.
+A name alone does not prove the content: after falling back to the previous checkpoint, the run computes the hash of the
+damaged file again, and must not reuse that file.
 """
 
 
 def _intact(path: Path, size: int) -> bool:
-    """Whether the file at `path` has the content its name promises; read only if this process has not done so yet."""
+    """Whether a file's content matches the hash in its name; read only if this process has not checked it yet."""
     signature = file_signature(path)
     if signature is None:
         return False
@@ -471,7 +481,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _rotatable(folder: Path) -> bytes | None:
-    """The bytes of the newest manifest if it is worth keeping as the previous one; a newer schema is refused."""
+    """Bytes of the newest manifest, to be kept as the previous one; None if damaged. A newer schema is refused."""
     path = folder / MANIFEST
     try:
         read_manifest(path)
@@ -481,14 +491,14 @@ def _rotatable(folder: Path) -> bytes | None:
 
 
 def _collect(folder: Path) -> tuple[str, ...]:
-    """Remove temporary files, and tensor files that neither manifest names; what cannot be removed stays for later."""
+    """Remove temporary files and unreferenced tensor files; those that cannot be removed are left for later."""
     named: set[str] | None = set()
     for manifest in (MANIFEST, PREVIOUS):
         if named is not None and os.path.lexists(folder / manifest):
             try:
                 named |= read_manifest(folder / manifest).files.keys()
             except CheckpointError:
-                named = None  # someone may still rescue what a damaged manifest names
+                named = None  # keep all files: a damaged manifest may still be repaired by hand
     removed: list[str] = []
     try:
         present = sorted(os.listdir(folder))

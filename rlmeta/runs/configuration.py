@@ -1,4 +1,4 @@
-"""The experiment of a saved configuration. It names the user's own code and data, which have to be given again."""
+"""Restore an experiment from `config.toml`; user code and data that it only names have to be given again."""
 
 from __future__ import annotations
 
@@ -42,81 +42,69 @@ def from_config(
     own: Mapping[str, Any] | None = None,
     training: bool = True,
 ) -> Experiment:
-    """The experiment of a saved configuration.
+    """Restore an experiment from its saved configuration.
 
     Args:
-        config: as `Experiment.config` gave it.
-        where: for error messages.
-        agent: the user's own class of settings again, where the run had one: a configuration names code and loads none
-            that the user has not allowed (`trusted.allowing`).
-        network: the user's network again, where the run had one.
-        source: the user's environment factory again, where the run had one.
-        methods: the lifelong methods again, where the run had some.
-        own: other settings that no configuration can hold (rewards, demonstrations that are no file), by name, again.
-        training: read what only training needs, demonstrations and rewards; otherwise they are left out.
+        config: the table that `Experiment.config` returned.
+        where: the run's folder, for error messages.
+        agent: settings class of the user's own agent. A configuration names user code but loads none that the user has
+            not allowed (`trusted.allowing`), so it has to be given again, as do the next four.
+        network: the user's network factory.
+        source: the user's environment factory, stream or family.
+        methods: the lifelong methods.
+        own: other settings by name that TOML cannot hold: rewards, demonstrations that are not from a file.
+        training: also read what only training needs, demonstrations and rewards.
 
     Raises:
-        CheckpointError: it is not the configuration of a run.
-        SettingError: the user's own code or data were not given again, or are others than the run began with.
+        CheckpointError: this is not the configuration of a run.
+        SettingError: user code or data are missing, or differ from those the run began with.
     """
-    with trusted.reading(f"{where}/{CONFIG}"):
-        return _from_config(config, where, agent, network, source, methods, own or {}, training)
+    where_config = f"{where}/{CONFIG}"
+    with trusted.reading(where_config):
+        check_table(config, CONFIGURATION, where_config)
+        check_table(config["budget"], {}, where_config)
+        cls = _agent_again(config["exp_name"], agent, where)
+        saved = config["variants"]
+        tables = [_settings_again(cls, table, agent, network, own or {}, where, training) for table in saved]
+        check_names(Budget, config["budget"], f"{where_config}: budget")
+        for method in config["methods"]:
+            check_table(method, METHOD, f"{where_config}: methods")
+        if not tables:
+            raise CheckpointError(f"{where_config}: variants is empty, expected the settings of a learner")
+        experiment = Experiment(
+            variants=tuple(_saved_variant(cls(**t), before, where_config) for t, before in zip(tables, saved)),
+            seeds=tuple(config["seeds"]),
+            problem=problem_again(config["task"], source, where),
+            budget=Budget(**config["budget"]),
+            methods=_same_methods(methods, config["methods"], where) or methods_again(config["methods"], where),
+            population=_population_again(config.get("population"), where),
+            device=config["device"],
+            threads=config["threads"],
+        )
+        check_digests(config["digests"], experiment.digests(), where)
+        return experiment
 
 
-def _from_config(
-    config: dict[str, Any],
-    where: str,
-    agent: type | None,
-    network: NetworkFactory | None,
-    source: Any,
-    methods: tuple[Method, ...],
-    own: Mapping[str, Any],
-    training: bool,
-) -> Experiment:
-    said = f"{where}/{CONFIG}"
-    check_table(config, CONFIGURATION, said)
-    check_table(config["budget"], {}, said)
-    cls = _agent_again(config["exp_name"], agent, where)
-    tables = [_settings_again(cls, table, agent, network, own, where, training) for table in config["variants"]]
-    check_names(Budget, config["budget"], f"{said}: budget")
-    for method in config["methods"]:
-        check_table(method, METHOD, f"{said}: methods")
-    if not tables:
-        raise CheckpointError(f"{said}: variants is empty, expected the settings of a learner")
-    experiment = Experiment(
-        variants=tuple(_one_of(cls(**table), saved, said) for table, saved in zip(tables, config["variants"])),
-        seeds=tuple(config["seeds"]),
-        problem=problem_again(config["task"], source, where),
-        budget=Budget(**config["budget"]),
-        methods=_same_methods(methods, config["methods"], where) or methods_again(config["methods"], where),
-        population=_population_again(config.get("population"), where),
-        device=config["device"],
-        threads=config["threads"],
-    )
-    check_digests(config["digests"], experiment.digests(), where)
-    return experiment
-
-
-def _one_of(settings: Any, saved: Mapping[str, Any], said: str) -> Any:
-    """The settings of one variant, where rewards that were given again compare values: those it was described by."""
+def _saved_variant(settings: Any, saved: Mapping[str, Any], where_config: str) -> Any:
+    """Settings of one variant; if the rewards given again compare values, the variant whose rewards were saved."""
     compared = variants(settings)
     if len(compared) == 1:
         return compared[0]
-    same = [one for one in compared if settings_table(one).get("rewards") == saved.get("rewards")]
+    same = [variant for variant in compared if settings_table(variant).get("rewards") == saved.get("rewards")]
     if not same:
-        raise SettingError(f"{said} had the rewards {saved.get('rewards')}, which those given again are not")
+        raise SettingError(f"{where_config} had the rewards {saved.get('rewards')}, got others: give the same")
     return same[0]
 
 
 @contextlib.contextmanager
 def within_memory(where: str) -> Iterator[None]:
-    """Within, what a saved configuration describes is made, of a size that nothing has checked.
+    """Turn an out-of-memory error into a `CheckpointError`, while a saved configuration of unchecked size is restored.
 
     Args:
-        where: for error messages.
+        where: the run's folder, for error messages.
 
     Raises:
-        CheckpointError: there is not so much memory, or not so large a number.
+        CheckpointError: an allocation failed, or a size overflowed.
     """
     try:
         yield
@@ -130,9 +118,9 @@ def within_memory(where: str) -> Iterator[None]:
 
 
 TOO_LARGE = re.compile("allocate memory|out of memory|not enough memory|overflow")
-"""What torch's errors say of a tensor that cannot be so large."""
+"""Matches torch's error messages about a tensor that is too large."""
 Kinds = Mapping[str, tuple[type, ...]]
-"""The types of a table's entries by name."""
+"""Allowed types of a table's entries by name."""
 
 TEXT, WHOLE, SWITCH, TABLE, LIST = (str,), (int,), (bool,), (dict,), (list,)
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table", list: "a list"}
@@ -152,18 +140,18 @@ METHOD: Kinds = {"name": TEXT, "settings": TABLE}
 
 
 def check_table(table: Any, kinds: Kinds, where: str) -> None:
-    """Refuse what is no table, or one in which an entry is missing or of another type.
+    """Check that a value is a table whose entries are all there and of the expected types.
 
     Raises:
-        CheckpointError: with its name.
+        CheckpointError: it is not, or an entry is missing or of another type; the message names it.
     """
     if not isinstance(table, dict):
         raise CheckpointError(f"{where} has {table!r}, expected a table: restore it from a copy")
     for name, types in kinds.items():
         if name not in table:
-            raise CheckpointError(f"{where} lacks {name!r}; it is not the configuration of a run")
+            raise CheckpointError(f"{where} lacks {name!r}; it is not the configuration of a run: restore it")
         if type(table[name]) not in types:
-            expected = " or ".join(WORDS[one] for one in types)
+            expected = " or ".join(WORDS[kind] for kind in types)
             raise CheckpointError(f"{where}: {name} is {table[name]!r}, expected {expected}: restore it from a copy")
 
 
@@ -176,12 +164,14 @@ def _settings_again(
     where: str,
     training: bool,
 ) -> dict[str, Any]:
-    """The arguments of a learner's settings, after a check of their types."""
-    said = f"{where}/{CONFIG}: variants"
-    check_table(saved, {}, said)
-    check_table(saved, {name: TEXT for name in ("network", "learner") if name in saved}, said)
+    """Keyword arguments of a learner's settings from their saved table, after a check of names and types."""
+    where_variants = f"{where}/{CONFIG}: variants"
+    check_table(saved, {}, where_variants)
+    check_table(saved, {name: TEXT for name in ("network", "learner") if name in saved}, where_variants)
     table: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    check_names(cls, table, said)
+    check_names(cls, table, where_variants)
+    if network is not None and "network" not in table and "network=" not in str(table.get("learner")):
+        raise SettingError(f"{where}/{CONFIG} had no network of your own, network= is {network!r}: leave it out")
     if "network" in table:
         table["network"] = _network_again(table["network"], network, where)
     if "learner" in table:
@@ -189,7 +179,7 @@ def _settings_again(
     if not training:
         table |= _left_out(table, own)
     table |= _own_again(table, own, where)
-    check_values(cls, table, said)
+    check_values(cls, table, where_variants)
     named = table.get("demonstrations")
     if isinstance(named, str | os.PathLike) and (training or "demonstrations" in own):
         table["demonstrations"] = Demonstrations.load(named)
@@ -197,54 +187,54 @@ def _settings_again(
 
 
 def _left_out(table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands for the settings that only training needs, unless they are given again."""
-    found: dict[str, Any] = {}
+    """Placeholders for settings that only training needs, demonstrations and rewards, unless they are given again."""
+    placeholders: dict[str, Any] = {}
     if "demonstrations" in table and "demonstrations" not in own:
-        found["demonstrations"] = Unread(str(table["demonstrations"]))
+        placeholders["demonstrations"] = Unread(str(table["demonstrations"]))
     if "rewards" in table and "rewards" not in own:
-        found["rewards"] = ()
-    return found
+        placeholders["rewards"] = ()
+    return placeholders
 
 
 def methods_again(
     tables: Sequence[Mapping[str, Any]], where: str, own: Mapping[str, Any] | None = None
 ) -> tuple[Method, ...]:
-    """The lifelong methods of a saved configuration.
+    """Restore the lifelong methods of a saved configuration.
 
     Args:
-        tables: of the configuration.
-        where: for error messages.
-        own: the user's own classes or instances of methods by name, again: a configuration names them only.
+        tables: the configuration's `methods`.
+        where: the run's folder, for error messages.
+        own: classes or instances of the user's own methods by name, which the configuration only names.
 
     Raises:
-        SettingError: some of the user's own are missing.
+        SettingError: one of the user's own methods is missing.
     """
-    given = {**_allowed_methods(tables), **(own or {})}
-    asked = [table for table in tables if table["name"] not in given]
-    strange = [table.get("class", table["name"]) for table in asked if "class" in table or table["name"] not in METHODS]
-    if strange:
+    own_methods = {**_allowed_methods(tables), **(own or {})}
+    remaining = [table for table in tables if table["name"] not in own_methods]
+    missing = [t.get("class", t["name"]) for t in remaining if "class" in t or t["name"] not in METHODS]
+    if missing:
         raise SettingError(
             f"{where} had lifelong methods of your own: pass them again as lifelong= (on the command line --lifelong "
-            f"{','.join(strange)}){_or_allow(strange[0])}"
+            f"{','.join(missing)}){_or_allow(missing[0])}"
         )
-    made: list[Method] = []
+    methods: list[Method] = []
     for table in tables:
-        found: Any = given.get(table["name"], METHODS.get(table["name"]))
+        method: Any = own_methods.get(table["name"], METHODS.get(table["name"]))
         values = {n: tuple(v) if isinstance(v, list) else v for n, v in table["settings"].items()}
-        made.append(
-            found if isinstance(found, Method) else _method(found, values, f"{where}/{CONFIG}: {table['name']}")
+        methods.append(
+            method if isinstance(method, Method) else _method(method, values, f"{where}/{CONFIG}: {table['name']}")
         )
-    return tuple(made)
+    return tuple(methods)
 
 
 def _allowed_methods(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The user's own methods that a configuration names in modules which the user has allowed."""
+    """Load the user's own methods that the configuration names and whose modules the user has allowed."""
     named = {table["name"]: table["class"] for table in tables if isinstance(table.get("class"), str)}
     return {name: load_object(text) for name, text in named.items() if trusted.is_allowed(text)}
 
 
 def _population_again(table: Any, where: str) -> Population | None:
-    """The population of a saved configuration, of the user's own class where the user has allowed its module."""
+    """Restore the population of a saved configuration; a class of the user's needs its module allowed."""
     if table is None:
         return None
     check_table(table, METHOD, f"{where}/{CONFIG}: population")
@@ -261,7 +251,7 @@ def _population_again(table: Any, where: str) -> Population | None:
 
 
 def _or_allow(named: str) -> str:
-    """The other way to have again what a configuration names as `package.module:Name`, where there is one."""
+    """Hint for an error message: allow the module of `package.module:Name`; '' if it cannot be imported."""
     module = named.partition(":")[0]
     can_be_imported = all(part.isidentifier() for part in module.split(".")) and module != "__main__"
     if "<" in named or not can_be_imported:
@@ -270,63 +260,64 @@ def _or_allow(named: str) -> str:
 
 
 def _method(cls: Any, values: dict[str, Any], where: str) -> Method:
-    """The lifelong method with these settings, after a check of their types."""
+    """Instantiate a lifelong method, after a check of its settings' names and types."""
     if dataclasses.is_dataclass(cls):
         check_names(cls, values, where)  # type: ignore[arg-type]
         check_values(cls, values, where)  # type: ignore[arg-type]
     elif values:
         raise CheckpointError(f"{where} has settings, but takes none: restore it from a copy")
-    one: Method = cls(**values)
-    return one
+    method: Method = cls(**values)
+    return method
 
 
-def _network_again(name: str, given: NetworkFactory | None, where: str) -> NetworkFactory:
-    """The network of this name: rlmeta's own, or the user's, given again."""
-    if name.startswith("rlmeta.nn.") or (given is None and trusted.is_allowed(name)):
+def _network_again(name: str, network: NetworkFactory | None, where: str) -> NetworkFactory:
+    """Network factory of a saved name: rlmeta's, the user's if allowed, else the one given again."""
+    if name.startswith("rlmeta.nn.") or (network is None and trusted.is_allowed(name)):
         own: NetworkFactory = load_object(name)
         return own
-    if given is None:
+    if network is None:
         raise SettingError(
             f"{where}/{CONFIG} had the network {name}: pass it again as network= (on the command line --network)"
             f"{_or_allow(name)}"
         )
-    return given
+    return network
 
 
-def _agent_again(name: str, given: type | None, where: str) -> type:
-    """The settings class of this name: rlmeta's own, or the user's, given again."""
-    if ":" not in name or (given is None and trusted.is_allowed(name)):
+def _agent_again(name: str, agent: type | None, where: str) -> type:
+    """Settings class of a saved agent name: rlmeta's, the user's if allowed, else the one given again."""
+    if ":" not in name or (agent is None and trusted.is_allowed(name)):
         return agent_class(name)
-    if given is None:
+    if agent is None:
         raise SettingError(
             f"{where}/{CONFIG} had the agent {name}: pass it again as agent= (on the command line --agent)"
             f"{_or_allow(name)}"
         )
-    if checked_class(given, name).__qualname__ != name.partition(":")[2]:
-        raise SettingError(f"{where} had the agent {name}, got {given.__qualname__}: give the same")
-    return given
+    if checked_class(agent, name).__qualname__ != name.partition(":")[2]:
+        raise SettingError(f"{where} had the agent {name}, got {agent.__qualname__}: give the same")
+    return agent
 
 
 def _learner_again(text: str, agent: type | None, network: NetworkFactory | None, where: str) -> Any:
-    """The settings of a learner inside another's; neither it nor its network is loaded."""
+    """Settings of the inner learner of a saved text; user code in it is loaded only if allowed or given again."""
     words = text.split()
     names = [word.removeprefix("network=") for word in words if word.startswith("network=")]
     cls = None if words[:1] in ([], ["none"]) else _agent_again(words[0], agent, where)
-    found = grammar.learner(" ".join(word for word in words if not word.startswith("network=")), cls)
-    return dataclasses.replace(found, network=_network_again(names[0], network, where)) if names else found
+    settings = grammar.learner(" ".join(word for word in words if not word.startswith("network=")), cls)
+    return dataclasses.replace(settings, network=_network_again(names[0], network, where)) if names else settings
 
 
-def _same_methods(given: tuple[Method, ...], tables: Sequence[dict[str, Any]], where: str) -> tuple[Method, ...]:
-    """The methods that were given again, after a check that they are the run's."""
-    had = [table["name"] for table in tables]
-    if given and [method.name for method in given] != had:
-        said = ", ".join(method.name for method in given)
-        raise SettingError(f"{where} had lifelong methods {', '.join(had) or '(none)'}, got {said}: give the same")
-    return given
+def _same_methods(methods: tuple[Method, ...], tables: Sequence[dict[str, Any]], where: str) -> tuple[Method, ...]:
+    """Check that the methods given again have the names of the run's, in order."""
+    saved_names = [table["name"] for table in tables]
+    if methods and [method.name for method in methods] != saved_names:
+        names = ", ".join(method.name for method in methods)
+        saved = ", ".join(saved_names) or "(none)"
+        raise SettingError(f"{where} had lifelong methods {saved}, got {names}: give the same")
+    return methods
 
 
 def _own_again(table: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings that a configuration only describes, from those that were given again."""
+    """Settings given again; those that the configuration only describes, in <>, are required."""
     described = {n: value for n, value in table.items() if isinstance(value, str) and value[:1] == "<"}
     for name, value in described.items():
         if name not in own:
@@ -343,7 +334,7 @@ DESCRIBED: dict[str, Kinds] = {
     "family": {"name": TEXT},
     "stream": {"name": TEXT, "order": (str, int), "scenario": TEXT},
 }
-"""What a configuration says of every kind of problem."""
+"""Required entries of the table `task` by kind of problem."""
 OPTIONAL: Kinds = {
     "constants": TABLE,
     "table": TABLE,
@@ -364,37 +355,43 @@ ENV_AGAIN = "pass it again as env= (on the command line --env PACKAGE.MODULE:NAM
 
 
 def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem:
-    """The problem of a saved configuration.
+    """Restore the problem of a saved configuration: a task, samples, a family or a stream.
+
+    Args:
+        described: the configuration's table `task`.
+        source: the user's environment factory, stream or family given again, or None.
+        where: the run's folder, for error messages.
 
     Raises:
-        SettingError: the user's own data and code have to be given again.
+        CheckpointError: the table is malformed.
+        SettingError: user code or data are missing.
     """
-    kind, said = described.get("kind", "task"), f"{where}/{CONFIG}: task"
+    kind, where_task = described.get("kind", "task"), f"{where}/{CONFIG}: task"
     if not isinstance(kind, str) or kind not in DESCRIBED:
-        raise CheckpointError(f"{said}: kind is {kind!r}, expected one of {', '.join(DESCRIBED)}")
-    check_table(described, DESCRIBED[kind], said)
+        raise CheckpointError(f"{where_task}: kind is {kind!r}, expected one of {', '.join(DESCRIBED)}")
+    check_table(described, DESCRIBED[kind], where_task)
     optional = {name: types for name, types in OPTIONAL.items() if name in described}
-    check_table(described, optional, said)
+    check_table(described, optional, where_task)
     if "ranges" in described:
-        _check_ranges(described["ranges"], said)
+        _check_ranges(described["ranges"], where_task)
     if "table" in described:
-        check_problem(described["table"], said)
+        check_problem(described["table"], where_task)
     if kind == "stream":
         return _stream_again(described, source, where)
     if kind == "family" and source is None and "table" in described:
         return families.from_table(described["name"], described["table"])
     if kind == "family" and source is None and "task" in described:
-        check_table(described, {"ranges": TABLE}, said)
+        check_table(described, {"ranges": TABLE}, where_task)
         ranges = {name: (low, high) for name, (low, high) in described["ranges"].items()}
-        check_table(described["task"], DESCRIBED["task"], said)
+        check_table(described["task"], DESCRIBED["task"], where_task)
         base = _task_again(described["task"], None, where)
         return families.NamedFamily(described["name"], TaskFamily(described["name"], base, ranges))
     if kind in ("data", "family"):
         if source is None:
             what = "samples" if kind == "data" else "family"
             raise SettingError(f"{where} learned from your own {what} {described['name']!r}: {ENV_AGAIN}")
-        made = kind == "data" or isinstance(source, families.NamedFamily)
-        return source if made else families.NamedFamily(described["name"], source)
+        is_complete = kind == "data" or isinstance(source, families.NamedFamily)
+        return source if is_complete else families.NamedFamily(described["name"], source)
     return _task_again(described, source, where)
 
 
@@ -402,12 +399,12 @@ def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStr
     scenario, order = described["scenario"], described["order"]
     if isinstance(source, TaskStream):
         again = source if source.order == order else dataclasses.replace(source, order=order)
-        said = again.describe()
+        description = again.describe()
         for name in ("scenario", "reveals", "restart_optimizer", "observe_identity"):
-            if described.get(name) != said.get(name):
+            if described.get(name) != description.get(name):
                 raise SettingError(
                     f"{where} learned from a stream with {name}={described.get(name)!r}, this one has "
-                    f"{said.get(name)!r}: give the one it learned from"
+                    f"{description.get(name)!r}: give the one it learned from"
                 )
         return again
     if "table" in described:
@@ -415,31 +412,31 @@ def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStr
         return streams.from_table(described["name"], table, scenario if "data" in table else None, order)
     stream: Kinds = {"tasks": LIST, "reveals": LIST, "observe_identity": SWITCH}
     check_table(described, stream, f"{where}/{CONFIG}: task")
-    for one in described["tasks"]:
-        check_table(one, {}, f"{where}/{CONFIG}: tasks")
-    for one in described["reveals"]:
-        check_table({"reveals": one}, {"reveals": TEXT}, f"{where}/{CONFIG}: task")
-    tasks = tuple(problem_again(one, None, where) for one in described["tasks"])
+    for entry in described["tasks"]:
+        check_table(entry, {}, f"{where}/{CONFIG}: tasks")
+    for entry in described["reveals"]:
+        check_table({"reveals": entry}, {"reveals": TEXT}, f"{where}/{CONFIG}: task")
+    tasks = tuple(problem_again(entry, None, where) for entry in described["tasks"])
     reveals, shown = frozenset(described["reveals"]), described["observe_identity"]
     return TaskStream(described["name"], tasks, reveals, order, scenario, described.get("restart_optimizer"), shown)
 
 
 NATIVE_CLASSES: dict[str, type[NativeEnv]] = {type(env).__name__: type(env) for env in native.NATIVE.values()}
-"""Native environments that their constants alone make again."""
+"""Native environments by class name, which their constants alone restore."""
 
 
 def _allowed_source(described: dict[str, Any], where: str) -> Any:
-    """The user's own environment, or what makes it, in a module that the user has allowed."""
+    """Load the user's environment, or its factory, from a module that the user has allowed."""
     named = described["source"]
     if not trusted.is_allowed(named):
         raise SettingError(f"{where}/{CONFIG} had environments of {named}: {ENV_AGAIN}{_or_allow(named)}")
-    found = load_object(named)
-    made = isinstance(found, type) and issubclass(found, NativeEnv)
-    return found(**described.get("constants", {})) if made else found
+    loaded = load_object(named)
+    is_native_class = isinstance(loaded, type) and issubclass(loaded, NativeEnv)
+    return loaded(**described.get("constants", {})) if is_native_class else loaded
 
 
 def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
-    """The task of a saved configuration; a user's own code has to be given again."""
+    """Restore the task of a saved configuration; user code has to be given again or allowed."""
     if isinstance(source, Task):
         return source
     name, settings, mode = described["name"], described["settings"], described["mode"]
@@ -457,16 +454,16 @@ def _task_again(described: dict[str, Any], source: Any, where: str) -> Task:
     if source is None and is_object:
         source = _allowed_source(described, where)
     if source is not None:
-        made = (
+        restored = (
             task(source, name=name, mode=mode)
             if isinstance(source, NativeEnv)
             else task(source, name=name, settings=settings, mode=mode, **limits)
         )
     elif shipped:
-        made = task(NATIVE_CLASSES[cls](), name=name, settings=described.get("constants", {}))
-        made = dataclasses.replace(made, settings=settings)
+        restored = task(NATIVE_CLASSES[cls](), name=name, settings=described.get("constants", {}))
+        restored = dataclasses.replace(restored, settings=settings)
     else:
         trusted.check_id(described["source"])
         trusted.check_settings(settings)
-        made = task(described["source"], name=name, settings=settings, mode=mode, native=False, **limits)
-    return dataclasses.replace(made, ranges=ranges, episodes=described.get("episodes", 1))
+        restored = task(described["source"], name=name, settings=settings, mode=mode, native=False, **limits)
+    return dataclasses.replace(restored, ranges=ranges, episodes=described.get("episodes", 1))

@@ -1,7 +1,7 @@
-"""Digests of the arrays that a run depends on: demonstrations, samples, images, tables of the user's own.
+"""Checksums of the arrays that a run depends on: demonstrations, samples, images, tables of user code.
 
-They stand in `config.toml`, and whatever is given or read again for a resume is compared with them. Code is not: of a
-function only its name is known.
+They are kept in `config.toml`, and data that are given or read again for a resume are compared with them. Code is not:
+of a function only its name is recorded.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from rlmeta.data.demonstrations import Demonstrations
 from rlmeta.errors import SettingError
 
 HOLDS_DATA = (Tensor, np.ndarray, tuple, list, Mapping, Demonstrations)
-"""What is looked at of the attributes of an object that is no dataclass."""
+"""Types of attributes that are searched for arrays in an object that is not a dataclass."""
 
 
 def digest_of(value: Any) -> str | None:
-    """A checksum of all arrays within a value, by where they stand in it; None where there are none.
+    """Checksum of all arrays within a value and their paths in it; None without arrays.
 
-    Dataclasses, tuples, lists and dictionaries are gone through; of other objects the public attributes.
+    Dataclasses, tuples, lists and dictionaries are searched recursively, other objects by their public attributes.
     """
-    found, some = hashlib.sha256(), False
+    checksum, has_arrays = hashlib.sha256(), False
     for path, data in _arrays(value, "", set()):
-        some = True
-        found.update(path.encode())
-        found.update(data)
-    return found.hexdigest()[:16] if some else None
+        has_arrays = True
+        checksum.update(path.encode())
+        checksum.update(data)
+    return checksum.hexdigest()[:16] if has_arrays else None
 
 
 def check_digests(had: Mapping[str, str], now: Mapping[str, str], where: str) -> None:
-    """Refuse data that are not those a run began with; what is not there now, because only training needs it, may lack.
+    """Refuse data that differ from those a run began with; data that only training needs may be missing.
 
     Raises:
         SettingError: a digest differs.
@@ -51,7 +51,7 @@ def check_digests(had: Mapping[str, str], now: Mapping[str, str], where: str) ->
 
 
 def _arrays(value: Any, path: str, above: set[int]) -> Iterator[tuple[str, bytes | memoryview]]:
-    """Every array within a value: where it stands, with its type and shape, and its bytes."""
+    """Iterate over the arrays within a value: (path with dtype and shape, bytes); `above` holds the ids of parents."""
     if isinstance(value, Demonstrations):
         yield path, value.digest.encode()
     elif isinstance(value, Tensor):
@@ -67,7 +67,7 @@ def _arrays(value: Any, path: str, above: set[int]) -> Iterator[tuple[str, bytes
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
-    """What is looked into: the fields, entries or public attributes of a value, by name."""
+    """Children of a value to search: its fields, entries or public attributes, by name."""
     if isinstance(value, type | str | gym.Space | gym.Env | torch.nn.Module) or callable(value):
         return []
     if dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""What a run is of: settings, seeds, a task, a budget; and how that is written down in `config.toml`."""
+"""Experiment: settings, seeds, problem and budget of a run, and its configuration for `config.toml`."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ from rlmeta.runs.shipped import METHODS, name_on_command_line
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train and how often to look."""
+    """Training budget: how long to train, how often to evaluate, log and save."""
 
     steps: int = 100_000
-    """Environment steps of each learner (samples, tasks or gradient steps where it does not act), on every task of a
-    stream, rounded up to a whole iteration."""
+    """Environment steps of each learner (samples, tasks or gradient steps for learners that do not act), on every task
+    of a stream, rounded up to a whole iteration."""
     epochs: float = 0.0
-    """Instead of steps, passes over the training samples of every task, each over its own, rounded up to a whole
-    iteration; 0 for steps."""
+    """Instead of steps, epochs over the training samples of every task, rounded up to a whole iteration; 0 for
+    steps."""
     eval_every: int = 0
-    """Environment steps between two evaluations; 0 for a tenth of the budget, or more where gymnasium's episodes may be
-    so long that evaluation would take more than a fifth of the steps. All tasks of a stream are evaluated after each of
-    them instead."""
+    """Environment steps between two evaluations; 0 for a tenth of the budget, or more if gymnasium's episodes may be so
+    long that evaluation would take more than a fifth of the steps. On a stream all tasks are evaluated after each task
+    instead."""
     eval_episodes: int = 0
-    """Episodes of each learner in a periodic evaluation, on every task of a stream; 0 for 16, or fewer (at least 4)
-    where these would take more than a fifth of the steps."""
+    """Episodes of each learner in a periodic evaluation, on every task of a stream; 0 for 16, or fewer (at least 4) if
+    these would take more than a fifth of the steps."""
     final_episodes: int = 0
-    """Episodes of each learner in the evaluation at the end; 0 for 64, or fewer (at least 4) where these would take
-    more than a fifth of the steps."""
+    """Episodes of each learner in the final evaluation; 0 for 64, or fewer (at least 4) if these would take more than a
+    fifth of the steps."""
     target: float = math.inf
-    """A learner stops early once the mean score of a periodic evaluation is this good: as high for returns and
-    accuracies, as low for losses and errors; inf for never, as always on a stream."""
+    """Early stopping: a learner stops once the mean score of a periodic evaluation reaches this value (at least for
+    returns and accuracies, at most for losses and errors); inf for never, as always on a stream."""
     checkpoint_seconds: float = 60.0
     """Seconds between two checkpoints."""
     log_points: int = 200
-    """Lines in metrics.jsonl over the whole budget, about."""
+    """Approximate number of lines in metrics.jsonl over the whole budget."""
 
     def __post_init__(self) -> None:
         check_values(Budget, vars(self), "budget")
@@ -72,61 +72,76 @@ MOST_THREADS = 4096
 MOST_SEEDS = 1_000_000
 
 
-def chosen_seeds(given: Any) -> tuple[int, ...]:
-    """The seeds that a count (the first so many) or a sequence of whole numbers names.
+def chosen_seeds(value: Any) -> tuple[int, ...]:
+    """Seeds as a tuple: n means 0 to n - 1, a sequence, array or tensor lists them.
 
     Raises:
         SettingError: neither, a negative or repeated seed, or none at all.
     """
-    expected = f"seeds is {given!r}, expected how many (16), or which: whole numbers from 0 on, such as range(100, 116)"
-    if isinstance(given, bool | str | bytes):
+    expected = f"seeds is {value!r}, expected how many (16), or which: whole numbers from 0 on, such as range(100, 116)"
+    if isinstance(value, bool | str | bytes):
         raise SettingError(expected)
-    if isinstance(given, Integral):
-        require(1 <= int(given) <= MOST_SEEDS, f"seeds is {given}, expected 1 to {MOST_SEEDS:,} of them")
-        return tuple(range(int(given)))
-    values = given.tolist() if isinstance(given, np.ndarray | Tensor) else given
-    if not isinstance(values, Iterable):
+    if isinstance(value, Integral):
+        require(1 <= int(value) <= MOST_SEEDS, f"seeds is {value}, expected 1 to {MOST_SEEDS:,} of them")
+        return tuple(range(int(value)))
+    listed = value.tolist() if isinstance(value, np.ndarray | Tensor) else value
+    if not isinstance(listed, Iterable):
         raise SettingError(expected)
-    found = tuple(itertools.islice(values, MOST_SEEDS + 1))
-    require(len(found) <= MOST_SEEDS, f"seeds are more than {MOST_SEEDS:,}, expected as many at most")
-    if not all(isinstance(one, Integral) and not isinstance(one, bool) and 0 <= int(one) < 1 << 63 for one in found):
+    seeds = tuple(itertools.islice(listed, MOST_SEEDS + 1))
+    require(len(seeds) <= MOST_SEEDS, f"more than {MOST_SEEDS:,} seeds are given, expected at most that many")
+    if not all(isinstance(s, Integral) and not isinstance(s, bool) and 0 <= int(s) < 1 << 63 for s in seeds):
         raise SettingError(expected)
-    require(len(found) > 0, "no seeds given, expected at least one")
-    require(len(set(found)) == len(found), f"seeds repeat: {list(found)}")
-    return tuple(int(one) for one in found)
+    require(len(seeds) > 0, "no seeds given, expected at least one")
+    require(len(set(seeds)) == len(seeds), f"seeds repeat: {list(seeds)}")
+    return tuple(int(seed) for seed in seeds)
 
 
 def available_threads() -> int:
-    """As many as OMP_NUM_THREADS says, as everywhere in torch; else one a core."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else os.cpu_count() or 1
+    """Number of threads: OMP_NUM_THREADS, as in torch, else the number of cores."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdigit() and int(threads) > 0 else os.cpu_count() or 1
+
+
+def check_method_names(methods: Sequence[Method]) -> None:
+    """Refuse lifelong methods without a valid name of their own, by which the state stores their memory."""
+    for method in methods:
+        cls, name = type(method).__name__, method.name
+        valid = isinstance(name, str) and name != "" and "/" not in name
+        if not valid or (name == Method.name and len(methods) > 1):
+            raise SettingError(
+                f"the lifelong method {cls} is named {name!r}: give its class a name of its own without '/', such as "
+                f"name = {cls.lower()!r}"
+            )
 
 
 class Problem(Protocol):
-    """What learners are trained on: a task, labelled samples, a family, or a stream of tasks."""
+    """Protocol of a training problem: a task, labelled samples, a family, or a stream of tasks."""
 
     @property
     def name(self) -> str:
-        """As tables, plots and folders call it."""
+        """Name in tables, plots and folders."""
         ...
 
     @property
     def native(self) -> bool:
-        """Whether its rows are tensors of ours, so that they cost nothing and any learner's can be put back."""
+        """Whether the environments' state is rlmeta's own tensors: cheap to step, and restorable for each learner."""
         ...
 
     def world(self, learner_shape: tuple[int, ...], num_envs: int) -> Any:
-        """Rows `[*L, N]` of it to learn in."""
+        """Create environments `[*L, N]`."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What `config.toml` says of it, enough to make it again where it is not the user's own code."""
+        """Table for `config.toml`, from which the problem can be restored unless it is user code."""
         ...
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variants of settings that share their static values, by orders of a stream, by seeds: one batch of learners."""
+    """A batch of learners: every variant of the settings, in every order of a stream's tasks, with every seed.
+
+    The variants share their static settings, so that all learners fit into one batch.
+    """
 
     variants: tuple[Any, ...]
     seeds: tuple[int, ...]
@@ -134,21 +149,21 @@ class Experiment:
     budget: Budget = dataclasses.field(default_factory=Budget)
     methods: tuple[Method, ...] = ()
     population: Population | None = None
-    """How the variants, its members, go on from one another; every seed is a population of its own."""
+    """Population-based training, with the variants as its members; every seed is a population of its own."""
     device: str = "cpu"
     threads: int = 0
-    """Processor cores to use; 0 takes all. Equal bits need equal threads, so a resumed run takes the same."""
+    """Threads for torch; 0 for one a core. Bit-equality needs equal threads, so a resumed run uses the same number."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", chosen_seeds(self.seeds))
         require_type(self.threads, int, "threads")
         require(0 <= self.threads <= MOST_THREADS, f"threads is {self.threads}, expected 0 to {MOST_THREADS}")
         require_type(self.device, str, "device")
-        checked_methods(self.methods)
-        for one in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
-            settings_.check_choices(one)
+        check_method_names(checked_methods(self.methods))
+        for settings in (*self.variants, *filter(dataclasses.is_dataclass, self.methods)):
+            settings_.check_choices(settings)
         try:
-            torch.empty(0, device=self.device).cpu()  # of "meta" there are no numbers
+            torch.empty(0, device=self.device).cpu()  # refuses "meta", whose tensors hold no numbers
         except (RuntimeError, AssertionError) as error:
             raise SettingError(f"device is {self.device!r}: {str(error).splitlines()[0]}") from None
         if self.population is not None:
@@ -168,12 +183,12 @@ class Experiment:
 
     @property
     def learners(self) -> list[tuple[Any, int]]:
-        """(settings, seed) of every learner: variant by variant, in each order by order."""
+        """(settings, seed) of every learner, with variants outermost, then orders, then seeds."""
         return [(variant, seed) for variant in self.variants for _ in self._orders for seed in self.seeds]
 
     @property
     def repeats(self) -> int:
-        """Learners of each variant."""
+        """Number of learners of each variant: orders times seeds."""
         return len(self._orders) * len(self.seeds)
 
     @property
@@ -182,31 +197,31 @@ class Experiment:
 
     @property
     def orders(self) -> Tensor:
-        """The order in which every learner meets the tasks of a stream, `[S, T]`."""
+        """Order of a stream's tasks for every learner, `[S, T]`."""
         rows = [order for _ in self.variants for order in self._orders for _ in self.seeds]
         return torch.tensor(rows, device="cpu")
 
     @property
     def labels(self) -> list[str]:
-        """What sets each variant apart; [''] for a single one."""
+        """Label of every variant: the settings in which it differs from the others; [''] for a single one."""
         own = [settings_.difference(variant, self.variants) for variant in self.variants]
         of_methods = [self._difference_of_methods(i) for i in range(len(self.variants))]
         begins = "from " if self.population is not None else ""
         return [begins + ", ".join(filter(None, parts)) for parts in zip(own, of_methods)]
 
     def _difference_of_methods(self, variant: int) -> str:
-        """The methods' settings that differ between variants, as `ewc.strength=10`."""
-        said = []
+        """Settings of methods that differ between variants, as `ewc.strength=10`."""
+        differences = []
         for method in self.methods:
             for name in _compared(method):
                 values = settings_.values_of(getattr(method, name))
                 if len(set(values)) > 1:
-                    said.append(f"{method.name}.{name}={values[variant]:g}")
-        return ", ".join(said)
+                    differences.append(f"{method.name}.{name}={values[variant]:g}")
+        return ", ".join(differences)
 
     @property
     def learner_labels(self) -> list[str]:
-        """What sets every learner apart besides its seed, '' for nothing."""
+        """Label of every learner: its variant's label and the order of its tasks, '' if there is only one of each."""
         orders = [f"order={i}" for i in range(len(self._orders))] if len(self._orders) > 1 else [""]
         return [
             ", ".join(filter(None, (label, order))) for label in self.labels for order in orders for _ in self.seeds
@@ -214,26 +229,29 @@ class Experiment:
 
     @property
     def agent_name(self) -> str:
-        """As tables and plots call it: that of rlmeta's as on the command line, one's own without its module."""
+        """Agent's name in tables and plots: as on the command line, a user's own without its module."""
         return settings_.name_of(type(self.variants[0]))
 
     def keys(self) -> Tensor:
-        """The learners' random keys `[S]`: of the seed alone, so that variants meet the same luck; in a population of
-        the variant, too, since clones of one key would act alike."""
+        """Random keys `[S]` of the learners.
+
+        They depend on the seed alone, so that variants are compared with common random numbers; in a population also on
+        the variant, since clones with one key would act alike.
+        """
         keys = random.make_keys([seed for _, seed in self.learners], device=self.device)
         members = torch.arange(len(keys), device=keys.device) // self.repeats
         return keys if self.population is None else random.fold(random.fold(keys, "population"), members)
 
     def hyper(self) -> dict[str, Tensor]:
-        """The per-learner settings `{name: [S]}`."""
+        """Per-learner settings (hyperparameters) as tensors, `{name: [S]}`."""
         return settings_.hyper_tensors(self.variants, self.repeats, self.device)
 
     def world(self, num_envs: int | None = None) -> Any:
-        """The learners' rows, as many for each as given or as the settings say."""
+        """Create the environments `[S, N]`, N from `num_envs` or else from the settings."""
         return self.problem.world((len(self.learners),), num_envs or self.variants[0].num_envs)
 
     def bind(self, world: Any) -> Learner:
-        """The learner on the world's spaces."""
+        """Create the learner for the world's observation and action spaces."""
         merged = settings_.merge(self.variants)
         learner: Learner = merged.bind(world.observation_space, world.action_space, self.methods)
         if isinstance(self.problem, TaskStream):
@@ -243,20 +261,20 @@ class Experiment:
         return learner
 
     def use_threads(self) -> None:
-        """Set torch's threads; a few small learners gain nothing from more than one."""
+        """Set torch's number of threads; fewer than four learners use one, as more would not help."""
         threads = self.threads or available_threads()
         torch.set_num_threads(threads if len(self.learners) >= 4 else 1)
 
     def digests(self) -> dict[str, str]:
-        """Checksums of the arrays that it depends on, by what they are of: the problem, settings, methods."""
+        """Checksums of the arrays that the problem, the settings and the methods contain, by name."""
         settings = settings_.static_values(self.variants[0])
-        found = {"data of the problem": digest_of(self.problem)}
-        found |= {name: digest_of(value) for name, value in settings.items()}
-        found |= {f"data of {method.name}": digest_of(method) for method in self.methods}
-        return {name: digest for name, digest in found.items() if digest is not None}
+        digests = {"data of the problem": digest_of(self.problem)}
+        digests |= {name: digest_of(value) for name, value in settings.items()}
+        digests |= {f"data of {method.name}": digest_of(method) for method in self.methods}
+        return {name: digest for name, digest in digests.items() if digest is not None}
 
     def config(self) -> dict[str, Any]:
-        """The table of `config.toml`."""
+        """Configuration as a table for `config.toml`."""
         return {
             "exp_name": name_on_command_line(type(self.variants[0])),
             "env_id": self.problem.name,
@@ -273,10 +291,10 @@ class Experiment:
 
 
 def compare(agents_: Sequence[Any], methods: Sequence[Method]) -> tuple[tuple[Any, ...], tuple[Method, ...]]:
-    """Every agent's settings with every combination of the values that the methods' settings compare.
+    """Cross every agent's settings with every combination of the methods' settings that compare values.
 
     Returns:
-        The variants, and the methods with one value for each variant in what is compared.
+        The variants, and the methods whose compared settings have one value for each variant.
     """
     combinations = list(itertools.product(*(_alone(method) for method in methods)))
     if len(combinations) == 1:
@@ -287,7 +305,7 @@ def compare(agents_: Sequence[Any], methods: Sequence[Method]) -> tuple[tuple[An
 
 
 def _compared(method: Method) -> list[str]:
-    """The settings in which a method has a value for every variant."""
+    """Names of the settings in which a method has a value for every variant."""
     if not dataclasses.is_dataclass(method):
         return []
     names: list[str] = settings_.per_learner_names(type(method))
@@ -299,7 +317,7 @@ def _alone(method: Method) -> list[Any]:
 
 
 def settings_table(settings: Any) -> dict[str, Any]:
-    """A variant's settings as a configuration has them; what it can't hold is described in <>."""
+    """A variant's settings as a table for TOML; objects that TOML cannot hold are described in <>."""
     table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     for name, value in table.items():
         if isinstance(value, Unread):
@@ -309,8 +327,8 @@ def settings_table(settings: Any) -> dict[str, Any]:
         elif dataclasses.is_dataclass(value):
             table[name] = grammar.text_of(value)
         elif isinstance(value, tuple):
-            plain = all(isinstance(one, int | float | str) for one in value)
-            table[name] = list(value) if plain else f"<{', '.join(str(one) for one in value)}>"
+            plain = all(isinstance(entry, int | float | str) for entry in value)
+            table[name] = list(value) if plain else f"<{', '.join(str(entry) for entry in value)}>"
         elif callable(value):
             table[name] = f"{value.__module__}:{value.__qualname__}"
     return {name: value for name, value in table.items() if value is not None}

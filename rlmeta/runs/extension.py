@@ -1,4 +1,4 @@
-"""More steps for a run that was begun with fewer, or that has ended."""
+"""Extend a run's training budget when it is resumed with more steps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def extended(experiment: Experiment, steps: int) -> Experiment:
-    """The experiment with a budget of so many steps; evaluations keep their rhythm.
+    """The experiment with a longer budget of `steps` in total, and the same evaluation interval.
 
     Raises:
-        SettingError: it can't be trained for longer.
+        SettingError: it cannot be trained for longer, or `steps` are fewer than before.
     """
     if isinstance(experiment.problem, TaskStream):
         raise SettingError(
@@ -36,15 +36,15 @@ def extended(experiment: Experiment, steps: int) -> Experiment:
 
 
 def begin(run: Run) -> None:
-    """Keep the new budget in the folder, and drop what was said of the old end.
+    """Discard the final evaluation and summary of the old end, and warn of schedules that depend on the budget.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the summary cannot be removed.
     """
     over_budget = scheduled(run.experiment.variants[0])
     if over_budget:
         warnings.warn(
-            f"scheduled over the budget: {', '.join(over_budget)}; from here on as if it had been "
+            f"scheduled over the budget: {', '.join(over_budget)}; the schedule goes on as if the budget had been "
             f"{run.experiment.budget.steps:,} steps from the start",
             RuntimeWarning,
             stacklevel=2,
@@ -58,7 +58,7 @@ def begin(run: Run) -> None:
 
 
 def scheduled(settings: Any) -> list[str]:
-    """The settings that follow the part of the budget that is spent."""
+    """Names of the settings that are scheduled over the budget."""
     names = [f.name for f in dataclasses.fields(settings)]
     annealed = [name for name in names if name.endswith("_schedule") and getattr(settings, name) != "constant"]
     return annealed + [name for name in names if name == "exploration_fraction"]

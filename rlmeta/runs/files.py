@@ -1,6 +1,6 @@
-"""Files of a run's folder: there whole or not at all, whatever moment a process dies at, read with a limit.
+"""Atomic file writes and size-limited reads within a run's folder.
 
-No link is followed, so that nothing which lies in a folder leads a reader or a writer out of it.
+Symbolic links are never followed, so nothing in a folder leads a reader or a writer out of it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from rlmeta.errors import CheckpointError
 Buffer: TypeAlias = bytes | memoryview
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""The errors of a disk that has no room, for all or for this user."""
+"""Error numbers of a full disk or an exceeded quota."""
 
 
 class Damaged(CheckpointError):
-    """A checkpoint that is not whole, so that the one before it is worth a try."""
+    """A damaged checkpoint; the previous one may still be intact."""
 
 
 def write_file(path: Path, buffers: Iterable[Buffer]) -> None:
-    """Put a file at `path` at once: temporary file beside it, fsync, rename. An error leaves an older one as it was."""
+    """Write a file atomically: to a temporary file, then fsync and rename. On an error the old file stays."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         file = _open_new(temporary)
@@ -48,7 +48,7 @@ def write_file(path: Path, buffers: Iterable[Buffer]) -> None:
 
 
 def _open_new(path: Path) -> int:
-    """Open a file that nobody else has: what a killed process left there, or a link, is removed and not written to."""
+    """Create and open a new file for writing; an existing file or link at `path` is removed, not written to."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         return os.open(path, flags, 0o666)
@@ -58,10 +58,10 @@ def _open_new(path: Path) -> int:
 
 
 def open_in_place(path: Path, flags: int) -> int:
-    """Open a file that is written where it lies, made if it is missing.
+    """Open a file that is written in place, created if missing; returns its file descriptor.
 
     Raises:
-        CheckpointError: it is a link, no regular file, or a second name of a file elsewhere.
+        CheckpointError: it is a link, not a regular file, or a hard link to a file elsewhere.
         OSError: it cannot be opened.
     """
     try:
@@ -79,7 +79,7 @@ def open_in_place(path: Path, flags: int) -> int:
 
 
 def is_at(file: int, path: Path) -> bool:
-    """Whether an open file is still the one at `path`."""
+    """Whether a file descriptor still refers to the file at `path`."""
     try:
         there = os.stat(path, follow_symlinks=False)
     except OSError:
@@ -88,7 +88,7 @@ def is_at(file: int, path: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power failure."""
+    """Fsync a folder, so that renames in it survive a power failure."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -97,10 +97,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def put(path: Path, content: bytes | str) -> None:
-    """Write a file of a run's folder at once, and for good.
+    """Write a file atomically and fsync its folder.
 
     Raises:
-        CheckpointError: it cannot be written; an older one is as it was.
+        CheckpointError: it cannot be written; the old file stays.
     """
     try:
         write_file(path, [content.encode() if isinstance(content, str) else content])
@@ -110,19 +110,19 @@ def put(path: Path, content: bytes | str) -> None:
 
 
 def sealed(body: dict[str, Any], indent: int | None = None) -> bytes:
-    """JSON of `body` with a sha256 of it, so that a changed number shows.
+    """Encode `body` as JSON with its sha256, so that a later change is detected.
 
     Raises:
-        ValueError, RecursionError: JSON has no form for it.
+        ValueError, RecursionError: it cannot be written as JSON.
     """
     return json.dumps({**body, "sha256": _json_digest(body)}, indent=indent).encode()
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """What `sealed` was given.
+    """Decode JSON that `sealed` wrote, after a check of its sha256.
 
     Raises:
-        ValueError: it is no such JSON, or was changed.
+        ValueError: it is not such JSON, or was changed.
     """
     try:
         content = json.loads(data)
@@ -130,8 +130,8 @@ def unsealed(data: bytes) -> dict[str, Any]:
             raise ValueError("the checksum does not match")
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"no JSON with a checksum ({error!r})") from error
-    found: dict[str, Any] = content
-    return found
+    body: dict[str, Any] = content
+    return body
 
 
 def _json_digest(body: dict[str, Any]) -> str:
@@ -139,12 +139,12 @@ def _json_digest(body: dict[str, Any]) -> str:
 
 
 def sealed_lines(content: bytes) -> bytes:
-    """Lines of TOML behind one with a sha256 of them, so that a changed one shows."""
+    """Prepend a line with the sha256 to lines of TOML, so that a later change is detected."""
     return _seal_of(content) + content
 
 
 def unsealed_lines(data: bytes) -> bytes:
-    """What `sealed_lines` was given.
+    """The TOML that `sealed_lines` was given, after a check of its sha256.
 
     Raises:
         ValueError: it has no checksum, or was changed.
@@ -160,15 +160,15 @@ def _seal_of(content: bytes) -> bytes:
 
 
 def open_at_once(path: str, flags: int) -> int:
-    """Open a file to read it, as `opener` of `open`: no link is followed, and a pipe in its place does not block."""
+    """Opener for `open(..., opener=)`: follows no link, and does not block on a pipe."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file; more than `limit` bytes are refused unread.
+    """Read a regular file of at most `limit` bytes.
 
     Raises:
-        Damaged: there is no such file, or it is none that a checkpoint would have.
+        Damaged: it is missing, not a regular file, or larger than `limit`.
     """
     try:
         with open(path, "rb", opener=open_at_once) as file:
@@ -187,7 +187,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def file_signature(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced or written to; None where there is none."""
+    """Device, inode, size and times, which change when a file is replaced or written to; None if there is no file."""
     try:
         status = path.lstat()
     except OSError:
@@ -196,5 +196,5 @@ def file_signature(path: Path) -> tuple[int, ...] | None:
 
 
 def file_exists(path: Path) -> bool:
-    """Whether anything is there that can be looked at."""
+    """Whether there is a file, folder or link at `path`."""
     return file_signature(path) is not None

@@ -1,7 +1,7 @@
-"""The folder of a run: made once, described by `config.toml`, written by one process at a time.
+"""Run folder: creation, lock, `config.toml` and `summary.json`; one process writes it at a time.
 
-Every run has an id, in its `config.toml`, its `run.lock`, its checkpoints and its summary: files of different runs are
-never taken for those of one, and a process whose folder was deleted and made anew writes nothing into the new one.
+Every run has an id, kept in its `config.toml`, `run.lock`, checkpoints and summary. So files of different runs are not
+mixed up, and a process whose folder was deleted and created again writes nothing into the new one.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from rlmeta.runs.records import NAMES
 
 CONFIG, LOCK, STATE = "config.toml", "run.lock", "state"
 SUMMARY = "summary.json"
-"""The final evaluation, there once the run has ended."""
+"""The final evaluation, written when the run has ended."""
 PLAN = "plan.toml"
-"""What a command trains in groups, in the folder above theirs."""
+"""The plan of a command that trains several groups, in the folder above the groups' folders."""
 RECORDS = tuple(f"{name}.jsonl" for name in NAMES)
 ID = re.compile(r"[0-9a-f]{16}")
-"""What every run is told apart by, `run` in its config.toml."""
+"""Format of a run's id, `run` in its config.toml."""
 UNFINISHED = (f"{CONFIG}.tmp", f"{PLAN}.tmp")
-"""What a process leaves that dies while it writes them."""
+"""Temporary files that a killed process may leave."""
 SUBFOLDERS = (STATE, "tensorboard", "wandb")
-"""What is written into below a run's folder."""
+"""Subfolders that a run writes into."""
 OWN_LINKS = "wandb"
-"""The folder in which W&B makes links of its own, which stay in it."""
+"""The folder in which W&B creates links of its own, which point into it."""
 CONFIG_LIMIT, SUMMARY_LIMIT = 64 << 20, 1 << 30
 
 _held: dict[str, int] = {}
-"""Folders locked by this process, which a POSIX lock does not keep from locking them twice; a fork holds none."""
+"""Pid by locked folder: a POSIX lock does not stop one process from locking twice, and is not inherited by a fork."""
 
 
 def create(path: str | os.PathLike[str]) -> Path:
-    """Make the folder of a new run, with its parents.
+    """Create the folder of a new run, with its parents.
 
     Raises:
-        RunExistsError: there is a file, or a folder with something in it.
-        SettingError: the folder cannot be made.
+        RunExistsError: a file is in its place, or the folder is not empty.
+        SettingError: the folder cannot be created.
     """
     folder = Path(path)
     try:
@@ -68,12 +68,12 @@ def create(path: str | os.PathLike[str]) -> Path:
 
 
 def check_free(path: str | os.PathLike[str]) -> None:
-    """Refuse a place for a new run where something is already.
+    """Refuse to start a run in a folder that is not empty.
 
-    What a start has left that ended before its first checkpoint is nothing.
+    Leftovers of a start that was killed before its first checkpoint do not count.
 
     Raises:
-        RunExistsError: there is a file, or a folder with something in it.
+        RunExistsError: a file is in its place, or the folder is not empty.
         SettingError: the folder cannot be read.
     """
     folder = Path(path)
@@ -87,12 +87,12 @@ def check_free(path: str | os.PathLike[str]) -> None:
         raise SettingError(f"cannot read the run folder {folder}: {error.strerror}; use another --out") from error
     if content and not _is_failed_start(folder, content):
         raise RunExistsError(
-            f"{folder} exists and holds {content[0]!r}: use another --out, or `rlmeta resume {folder}` to go on with it"
+            f"{folder} exists and holds {content[0]!r}: use another --out, or `rlmeta resume {folder}` to resume it"
         )
 
 
 def _is_failed_start(folder: Path, content: list[str]) -> bool:
-    """Whether a folder holds only what a start makes before the first checkpoint: nothing of it is worth keeping."""
+    """Whether a folder holds only leftovers of a start that was killed before its first checkpoint."""
     for name in content:
         path = folder / name
         if name == STATE:
@@ -117,10 +117,10 @@ def _has_id(folder: Path) -> bool:
 
 
 def clear(path: str | os.PathLike[str]) -> None:
-    """Remove what a failed start has left in a folder that `check_free` accepts and this process has locked.
+    """Remove the leftovers of a failed start from a folder that `check_free` accepts and this process has locked.
 
     Raises:
-        SettingError: it cannot be removed.
+        SettingError: a file cannot be removed.
     """
     folder = Path(path)
     check_free(folder)
@@ -135,10 +135,10 @@ def clear(path: str | os.PathLike[str]) -> None:
 
 
 def check_plain(path: str | os.PathLike[str]) -> None:
-    """Refuse a run's folder from which something would lead out of it, or that holds what is no file.
+    """Refuse a run's folder with symbolic links, which lead out of it, or with pipes and the like.
 
     Raises:
-        CheckpointError: a link, a pipe or the like is in it or in a folder that a run writes into.
+        CheckpointError: one of these is in the folder or in a subfolder that a run writes into.
     """
     folder = Path(path)
     for where in (folder, *(folder / name for name in SUBFOLDERS)):
@@ -154,16 +154,16 @@ def check_plain(path: str | os.PathLike[str]) -> None:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder; nothing where there is none."""
+    """Entries of a folder; [] if there is none."""
     try:
-        with os.scandir(folder) as found:
-            return list(found)
+        with os.scandir(folder) as entries:
+            return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def _all_below(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder and in those below it; no link is gone through."""
+    """Entries of a folder and its subfolders, without following links."""
     for entry in [] if folder.is_symlink() else _entries(folder):
         yield entry
         if entry.is_dir(follow_symlinks=False):
@@ -171,7 +171,7 @@ def _all_below(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _is_own_link(folder: Path, path: Path) -> bool:
-    """Whether it is a link of W&B's, which points to something in its own folder."""
+    """Whether `path` is a link that W&B created, which points into W&B's own folder."""
     inside = folder / OWN_LINKS in path.parents
     return inside and path.is_symlink() and path.resolve().is_relative_to(folder.resolve() / OWN_LINKS)
 
@@ -182,25 +182,25 @@ def _in_the_way(folder: Path) -> RunExistsError:
 
 @dataclass(frozen=True)
 class Hold:
-    """A run's folder that this process has locked, and the file that shows it."""
+    """Lock that this process holds on a run's folder, and the descriptor of the lock file."""
 
     folder: Path
     file: int
 
     def check(self) -> None:
-        """Make sure that the folder is still the one that was locked.
+        """Check that the folder is still the one that was locked.
 
         Raises:
-            CheckpointError: it was moved, deleted or made anew.
+            CheckpointError: it was moved, deleted or created again.
         """
         if not is_at(self.file, self.folder / LOCK):
             raise CheckpointError(
-                f"{self.folder} is not the folder that this run began in any more, it was moved, deleted or made anew: "
+                f"{self.folder} is not this run's folder any more, it was moved, deleted or created again: "
                 "the run ends here and leaves what is there alone"
             )
 
     def sign(self, run: str) -> None:
-        """Leave the id of the run in the file.
+        """Write the run's id into the lock file.
 
         Raises:
             CheckpointError: the disk is full or failing.
@@ -208,7 +208,7 @@ class Hold:
         self._write(f"run {run}\n")
 
     def announce(self) -> None:
-        """Leave this process's id in the file, with the id of the run that it had."""
+        """Write this process's id into the lock file, and keep the run's id that is there."""
         lines = _text_of(self.file).splitlines()
         self._write("".join(f"{line}\n" for line in lines if ID.fullmatch(line.removeprefix("run "))))
 
@@ -229,7 +229,7 @@ def _text_of(file: int) -> str:
 
 @contextlib.contextmanager
 def lock(path: str | os.PathLike[str]) -> Iterator[Hold]:
-    """Be the only process that writes the run at `path`; the lock goes with the process, however that ends.
+    """Lock a run's folder, so that one process writes it; the lock is released when the process ends, even if killed.
 
     Raises:
         RunExistsError: another process writes the run (the message says which), or this one does already.
@@ -256,7 +256,7 @@ def lock(path: str | os.PathLike[str]) -> Iterator[Hold]:
 
 
 def _take(file: int, folder: Path) -> None:
-    """Lock the open file and leave this process's id in it, or say whose id is there."""
+    """Lock the open file and write this process's id into it, or raise an error that names the process holding it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -270,14 +270,14 @@ def _take(file: int, folder: Path) -> None:
 
 
 def write_config(path: str | os.PathLike[str], config: dict[str, Any]) -> str:
-    """Write `config.toml` into the run folder `path`, at once; names whose value is None are left out.
+    """Write `config.toml` into the run folder `path`, atomically; names whose value is None are left out.
 
     Returns:
-        Its sha256, for the checkpoints that rely on it.
+        Its sha256, which checkpoints record.
 
     Raises:
-        SettingError: a value that TOML has no form for.
-        CheckpointError: the file cannot be written; an older one is as it was.
+        SettingError: a value cannot be written as TOML.
+        CheckpointError: the file cannot be written; the old file stays.
     """
     content = encoded(config)
     put(Path(path) / CONFIG, content)
@@ -285,10 +285,10 @@ def write_config(path: str | os.PathLike[str], config: dict[str, Any]) -> str:
 
 
 def encoded(config: dict[str, Any]) -> bytes:
-    """A configuration as TOML.
+    """Encode a configuration as TOML.
 
     Raises:
-        SettingError: a value that TOML has no form for.
+        SettingError: a value cannot be written as TOML.
     """
     text = tomli_w.dumps(_without_none(config, ""))
     try:
@@ -298,7 +298,7 @@ def encoded(config: dict[str, Any]) -> bytes:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of `config.toml` in the run folder `path`.
+    """Read `config.toml` in the run folder `path`.
 
     Raises:
         CheckpointError: it is missing or not TOML.
@@ -327,33 +327,33 @@ def _config_bytes(source: Path) -> bytes:
 
 
 def run_id(config: dict[str, Any], path: str | os.PathLike[str]) -> str:
-    """The id of the run that `config.toml` in the folder `path` describes.
+    """Run id in a configuration; `path` is its folder, for the error message.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: there is no valid id.
     """
-    found = config.get("run")
-    if not isinstance(found, str) or not ID.fullmatch(found):
+    run = config.get("run")
+    if not isinstance(run, str) or not ID.fullmatch(run):
         raise CheckpointError(
-            f"{Path(path) / CONFIG}: run is {found!r}, expected the id of the run: restore it from a copy"
+            f"{Path(path) / CONFIG}: run is {run!r}, expected the id of the run: restore it from a copy"
         )
-    return found
+    return run
 
 
 def write_summary(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write `summary.json` into the run folder `path`, at once.
+    """Write `summary.json` into the run folder `path`, atomically.
 
     Raises:
-        CheckpointError: the file cannot be written; an older one is as it was.
+        CheckpointError: the file cannot be written; the old file stays.
     """
     put(Path(path) / SUMMARY, sealed(content))
 
 
 def read_summary(path: str | os.PathLike[str], run: str) -> dict[str, Any] | None:
-    """The content of `summary.json` in the run folder `path`; None where the run has not ended.
+    """Read `summary.json` in the run folder `path`; None if the run has not ended.
 
     Raises:
-        CheckpointError: it is damaged, was changed, or is not of this run.
+        CheckpointError: it is damaged, was changed, or belongs to another run.
     """
     folder = Path(path)
     if not os.path.lexists(folder / SUMMARY):
@@ -368,14 +368,14 @@ def read_summary(path: str | os.PathLike[str], run: str) -> dict[str, Any] | Non
 
 
 def damaged_summary(folder: Path, error: Exception) -> CheckpointError:
-    """That the summary says something it cannot, and what to do."""
+    """Error for a damaged summary, with what to do."""
     return CheckpointError(
         f"{folder / SUMMARY} is damaged ({error}): remove it, `rlmeta resume {folder}` evaluates the run again"
     )
 
 
 def _without_none(value: Any, where: str) -> Any:
-    """`value` in TOML's types, with None dropped from dictionaries and refused in lists."""
+    """Convert a value to TOML's types; None is dropped from dictionaries and refused in lists."""
     if isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
             raise SettingError(f"config '{where}' has names {list(value)!r}: every name must be text")
@@ -387,4 +387,6 @@ def _without_none(value: Any, where: str) -> Any:
         return [_without_none(child, f"{where}[{index}]") for index, child in enumerate(value)]
     if isinstance(value, str | bool | int | float | datetime.date | datetime.time):
         return value
-    raise SettingError(f"config '{where}' is a {type(value).__name__}, which TOML has no form for: give a plain value")
+    raise SettingError(
+        f"config '{where}' is of type {type(value).__name__}, which TOML has no form for: give a plain value"
+    )

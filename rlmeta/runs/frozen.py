@@ -1,4 +1,4 @@
-"""Learners that are not active any more stay bit for bit where they stopped, while the others go on."""
+"""Freeze inactive learners: their state stays bit-identical while the other learners of the batch go on training."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from rlmeta.functional import tree
 from rlmeta.learning.state import State
 
 REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix", "population")
-"""What of a state is about a learner and not the learner itself, so that a frozen one's may still change."""
+"""Parts of the state that record something about a learner, and may change while it is frozen."""
 ACTING = ("world", "memory", "episode")
-"""What moves on with live environments, which can't be put back while their neighbours go on."""
+"""Parts of the state that move on with gymnasium's environments, which cannot be restored for one learner alone."""
 
 
 class FrozenLearners:
-    """Copies of the learners that stopped, as they were then.
+    """Copies of the state of learners that stopped, to restore it after every iteration.
 
     Args:
-        native: whether the environments are rlmeta's own, which can be put back.
+        native: whether the environments are rlmeta's own, whose state can be restored.
     """
 
     def __init__(self, native: bool) -> None:
@@ -23,7 +23,7 @@ class FrozenLearners:
         self._kept: dict[int, State] = {}
 
     def hold(self, state: State) -> None:
-        """Put every learner that is not active back to where it stopped, which one that just has is already."""
+        """Restore every inactive learner's state to where it stopped, in place; copy that of one that just stopped."""
         self.forget_revived(state)
         active = state["active"]
         if bool(active.all()):
@@ -34,7 +34,7 @@ class FrozenLearners:
             tree.map(lambda old, leaf, i=learner: leaf[i].copy_(old), kept, still)
 
     def forget_revived(self, state: State) -> None:
-        """Let go of where learners had stopped that are active again: one that stops anew stays where it is then."""
+        """Drop the copies of learners that are active again, as in a population."""
         if self._kept:
             active = state["active"].tolist()
             self._kept = {learner: kept for learner, kept in self._kept.items() if not active[learner]}

@@ -1,8 +1,8 @@
-"""Settings as text: the flags of a dataclass, how a value is written, and what a text means.
+"""Parse and format settings as text: the command-line flags of a settings dataclass.
 
-A flag is a field, `--learning-rate` for `learning_rate`; its help is the string below the field. The same grammar reads
-the command line and the saved plan of a run: 100k, 1M and 1_000_000 are numbers, layers are joined by x (64x64), a
-comma separates values to compare.
+Every field is a flag, `--learning-rate` for `learning_rate`; its help is the string below the field. The same grammar
+reads the command line and the saved plan of a run: 100k, 1M and 1_000_000 are numbers, layers are joined by x (64x64),
+a comma separates values to compare.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from rlmeta.runs.shipped import agent_class, name_on_command_line
 C = TypeVar("C")
 
 SWITCHES = {"true": True, "false": False}
-"""What a flag that may stand alone can be."""
+"""Values of a boolean flag, which may also be given without a value."""
 SWITCH = "[true|false]"
-"""What the help shows behind a flag that may stand alone."""
+"""Metavar of a boolean flag."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the values of one field look."""
+    """Text format of one field: its metavar in the help, what an error says is expected, and its parser."""
 
     metavar: str
     expected: str
     parse: Callable[[str], Any]
-    """From text to one value; a ValueError where it is none."""
+    """Parses one value; raises ValueError for malformed text."""
     splits: bool = True
     """Whether a comma separates values."""
 
@@ -50,11 +50,11 @@ class Form:
 
 
 def learner(text: str, cls: type | None = None) -> Any:
-    """The settings that `reinforce num_steps=100 baseline=batch` names; None for `none`.
+    """Parse a learner's settings from text such as `reinforce num_steps=100 baseline=batch`; None for `none`.
 
     Args:
         text: a name, then settings.
-        cls: what the name stands for, where that is known already.
+        cls: the settings class, if it is known already.
 
     Raises:
         SettingError, UnknownNameError: there is no such learner, setting or value.
@@ -70,7 +70,7 @@ def learner(text: str, cls: type | None = None) -> Any:
 
 
 def scalar(text: str) -> int | float | bool | str:
-    """A text as TOML reads it: an int, a float, a bool; anything else is a string."""
+    """Parse text as a TOML scalar: an integer, float or boolean; anything else stays a string."""
     try:
         table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -80,12 +80,12 @@ def scalar(text: str) -> int | float | bool | str:
 
 
 def text_of(value: Any) -> str:
-    """The text that reads back as the value; a list is values to compare, a tuple joins layers or names."""
+    """Format a value as text that parses back to it; a list is values to compare, a tuple joins layers or names."""
     if isinstance(value, list):
-        return ",".join(text_of(one) for one in value)
+        return ",".join(text_of(item) for item in value)
     if isinstance(value, tuple):
-        between = "+" if any(isinstance(one, str) for one in value) else "x"
-        return between.join(text_of(one) for one in value) or "none"
+        between = "+" if any(isinstance(item, str) for item in value) else "x"
+        return between.join(text_of(item) for item in value) or "none"
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -111,13 +111,13 @@ def _names(choices: Mapping[str, Any], text: str) -> tuple[Any, ...]:
 
 
 def load_objects(text: str) -> tuple[Any, ...]:
-    """What the names joined by + stand for; a class is made with its defaults."""
+    """Load the objects of names `package.module:Name` joined by +; a class is instantiated with its defaults."""
     loaded = () if text == "none" else tuple(load_object(part.strip()) for part in text.split("+"))
-    return tuple(one() if isinstance(one, type) else one for one in loaded)
+    return tuple(entry() if isinstance(entry, type) else entry for entry in loaded)
 
 
 def form(hint: Any) -> Form:
-    """How the values of a type hint look."""
+    """Text format of a field's type hint."""
     if typing.get_origin(hint) is Annotated and "learner" in hint.__metadata__:
         return Form("NAME [SETTING=VALUE ...]", "a learner, with settings behind its name", learner, splits=False)
     if typing.get_origin(hint) is Annotated:  # PerLearner: a float, or floats to compare
@@ -156,19 +156,19 @@ def _lookup(choices: Mapping[str, Any], text: str) -> Any:
 
 
 def forms(cls: type) -> dict[str, Form]:
-    """The form of every field of a dataclass."""
+    """Text format of every field of a dataclass, by name."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: form(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
 def values(cls: type, name: str, text: str, where: str = "") -> list[Any]:
-    """The comma-separated values of one field.
+    """Parse the comma-separated values of one field; errors name the flag, or `where`.
 
     Raises:
-        SettingError: a value has another form than the field's, or is given twice.
+        SettingError: a value is malformed, or is given twice.
     """
     expected = forms(cls)[name]
-    found: list[Any] = []
+    parsed: list[Any] = []
     for part in text.split(",") if expected.splits else [text]:
         try:
             value = expected.parse(part.strip())
@@ -176,48 +176,48 @@ def values(cls: type, name: str, text: str, where: str = "") -> list[Any]:
             raise SettingError(f"{where or flag_of(name)}: {error}") from None
         except ValueError:
             raise SettingError(f"{where or flag_of(name)} is {part!r}, expected {expected.expected}") from None
-        if value in found:
-            layers = isinstance(value, tuple) and not any(isinstance(one, str) for one in value)
+        if value in parsed:
+            layers = isinstance(value, tuple) and not any(isinstance(item, str) for item in value)
             hint = "; layers are joined by x, such as 64x64" if layers else ""
             raise SettingError(f"{where or flag_of(name)} compares {part!r} with itself: give each value once{hint}")
-        found.append(value)
-    return found
+        parsed.append(value)
+    return parsed
 
 
 def build(cls: type[C], texts: Mapping[str, str]) -> C:
-    """An instance of a dataclass whose fields take one value each.
+    """Build an instance of a dataclass from text, one value for each field.
 
     Raises:
-        SettingError: a value has another form than the field's, or there are several.
+        SettingError: a value is malformed, or there are several.
     """
     parsed = {name: values(cls, name, text) for name, text in texts.items()}
-    for name, found in parsed.items():
-        if len(found) > 1:
+    for name, parsed_values in parsed.items():
+        if len(parsed_values) > 1:
             raise SettingError(
                 f"{flag_of(name)} is {texts[name]!r}, expected one value: only the agent's settings compare"
             )
-    return cls(**{name: found[0] for name, found in parsed.items()})
+    return cls(**{name: parsed_values[0] for name, parsed_values in parsed.items()})
 
 
 def combinations(cls: type[C], texts: Mapping[str, str], per_learner: Sequence[str]) -> list[C]:
-    """The settings: one for every combination of the static values, those per learner stay lists."""
+    """Build settings for every combination of the static values; per-learner values stay lists in each of them."""
     parsed = {name: values(cls, name, text) for name, text in texts.items()}
-    one_batch = {name: found if len(found) > 1 else found[0] for name, found in parsed.items() if name in per_learner}
-    static = {name: found for name, found in parsed.items() if name not in per_learner}
-    return [cls(**one_batch, **dict(zip(static, chosen))) for chosen in itertools.product(*static.values())]
+    batched = {name: listed if len(listed) > 1 else listed[0] for name, listed in parsed.items() if name in per_learner}
+    static = {name: listed for name, listed in parsed.items() if name not in per_learner}
+    return [cls(**batched, **dict(zip(static, chosen))) for chosen in itertools.product(*static.values())]
 
 
 def flag_of(name: str) -> str:
-    """`learning_rate` as `--learning-rate`; `async_` as `--async`."""
+    """Flag of a field: `learning_rate` is `--learning-rate`, `async_` is `--async`."""
     return "--" + name.rstrip("_").replace("_", "-")
 
 
 def docs(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass and of the one it extends, on one line."""
-    found: dict[str, str] = {}
+    """Docstring below each field of a dataclass and of its base class, joined to one line."""
+    texts: dict[str, str] = {}
     for owner in reversed(cls.__mro__[:-1]):
-        found |= _own_docs(owner)
-    return found
+        texts |= _own_docs(owner)
+    return texts
 
 
 def _own_docs(cls: type) -> dict[str, str]:
@@ -226,8 +226,8 @@ def _own_docs(cls: type) -> dict[str, str]:
     except (OSError, TypeError):
         return {}
     body = typing.cast(ast.ClassDef, tree.body[0]).body
-    found = {}
+    texts = {}
     for field, below in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            found[field.target.id] = " ".join(str(getattr(below.value, "value", "")).split())
-    return found
+            texts[field.target.id] = " ".join(str(getattr(below.value, "value", "")).split())
+    return texts

@@ -1,4 +1,4 @@
-"""Initial weights from another run: fine-tuning, transfer, or new settings for what was learned already."""
+"""Warm start: initial weights from another run, for fine-tuning, transfer or training on with other settings."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ if TYPE_CHECKING:
 
 
 SAME = ("activation", "action_bounds", "share_network", "state_dependent_exploration", "task_heads")
-"""Settings that change what a network of the same names and shapes computes."""
+"""Settings that change a network's output but not its parameters' names and shapes; both runs need the same."""
 
 
 def take_weights(run: Run, source: Run) -> None:
-    """Put a run's weights, buffers and running statistics in the place of another's initial ones.
+    """Copy another run's weights, buffers and normalisation statistics into a run that has not started training.
 
-    A network is taken where the source has one of its names and shapes; another, such as the critics of an agent that
-    begins with a cloned policy, stays fresh, and a warning names it. A target network that the source does not have is
-    a copy of its network. Moments of optimizers, counts and random numbers begin anew.
+    A network is copied if the source has one with the same parameter names and shapes. Any other network, such as the
+    critic of an agent whose policy was cloned, keeps its initial weights, and a warning names it. A target network that
+    the source lacks becomes a copy of its network. Optimizer moments, counters and random keys are not copied.
 
     Args:
-        run: at its start.
-        source: its learners are taken one for each where there are as many, else its best for all.
+        run: the run whose initial parameters are replaced.
+        source: the run to copy from: learner i to learner i if both have equally many, else its best learner to all.
 
     Raises:
-        SettingError: the network that acts has another form or computes something else, or only one of them normalises
-            its observations.
+        SettingError: the acting network has other shapes or settings, or only one of the runs normalises observations.
     """
     taken, rows, p = source.agent.seen(source.state), _rows(run, source), run.state["params"]
     own = {**p["weights"], **p["buffers"]}
@@ -68,18 +67,18 @@ def take_weights(run: Run, source: Run) -> None:
 
 
 def _inner(run: Run) -> Any:
-    """The learner whose weights they are: a meta-learner's inner one."""
+    """The learner that owns the weights: a meta-learner's inner learner."""
     return getattr(run.agent, "inner", run.agent)
 
 
 def _fits(network: str, own: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    """Whether all tensors of a network are among others, by name and shape."""
+    """Whether all tensors of a network are also in `theirs`, with the same names and shapes."""
     names = [name for name in own if name.split(".")[0] == network]
     return all(name in theirs and theirs[name].shape[1:] == own[name].shape[1:] for name in names)
 
 
 def _check_acting(run: Run, source: Run, whole: list[str], copies: dict[str, Copy]) -> None:
-    """Refuse a source without the network that acts, or predicts."""
+    """Refuse a source that lacks the network that acts or predicts."""
     acting = getattr(_inner(run), "acting_network", None) or next(iter(run.state["params"]["weights"])).split(".")[0]
     acting = copies[acting].source if acting in copies else acting
     if acting not in whole:
@@ -90,17 +89,19 @@ def _check_acting(run: Run, source: Run, whole: list[str], copies: dict[str, Cop
 
 
 def _check_same(run: Run, source: Run) -> None:
-    """Refuse weights for a network that would compute something else with them."""
-    ours, theirs = (_settings(one) for one in (run, source))
+    """Refuse weights that were trained under settings with which they compute something else."""
+    ours, theirs = (_settings(each) for each in (run, source))
     for name in SAME:
         before, now = getattr(theirs, name, None), getattr(ours, name, None)
         if before is not None and now is not None and before != now:
-            raise SettingError(f"init: {_named(source)} was trained with {name} = {before!r}: it is {now!r} here")
-    heads = [type(getattr(_inner(one), "head", None)) for one in (source, run)]
+            raise SettingError(
+                f"init: {_named(source)} was trained with {name} = {before!r}: it is {now!r} here, set the same"
+            )
+    heads = [type(getattr(_inner(each), "head", None)) for each in (source, run)]
     if type(None) not in heads and heads[0] is not heads[1]:
         raise SettingError(
-            f"init: the policy of {_named(source)} ends in a {heads[0].__name__}, that of "
-            f"{run.experiment.agent_name} in a {heads[1].__name__}: its weights would mean something else"
+            f"init: the policy of {_named(source)} ends in {heads[0].__name__}, that of "
+            f"{run.experiment.agent_name} in {heads[1].__name__}: its weights would mean something else"
         )
 
 
@@ -110,18 +111,18 @@ def _settings(run: Run) -> Any:
 
 
 def _warn_of_fresh(run: Run, source: Run, fresh: list[str]) -> None:
-    """Say which networks begin anew."""
+    """Warn of the networks that keep their initial weights."""
     if fresh:
         warnings.warn(
-            f"init: {', '.join(fresh)} of {run.experiment.agent_name} begin anew, {_named(source)} has none of their "
-            "form",
+            f"init: {', '.join(fresh)} of {run.experiment.agent_name} keep their initial weights, {_named(source)} has "
+            "no networks of these names and shapes",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 def _rows(run: Run, source: Run) -> Tensor:
-    """Which of the source's learners each learner begins as, `[S]`."""
+    """Index `[S]` of the source's learner that each learner copies."""
     learners, others = len(run.experiment.learners), len(source.experiment.learners)
     if learners == others:
         return torch.arange(learners)
@@ -129,7 +130,7 @@ def _rows(run: Run, source: Run) -> Tensor:
 
 
 def _check_normalisers(p: Params, taken: Params, source: Run) -> None:
-    """Refuse weights that were trained on observations of another scale than they will see."""
+    """Refuse weights whose observations were normalised if these are not, and the reverse."""
     ours, theirs = "observation" in p["normalisers"], "observation" in taken["normalisers"]
     if ours != theirs:
         what, instead = ("with", "true") if theirs else ("without", "false")
@@ -139,7 +140,7 @@ def _check_normalisers(p: Params, taken: Params, source: Run) -> None:
     if ours:
         sizes = [tree.leaves(params["normalisers"]["observation"]) for params in (p, taken)]
         if any(a.shape[1:] != b.shape[1:] for a, b in zip(*sizes, strict=True)):
-            raise SettingError(f"init: {_named(source)} observed something of another shape: use the same spaces")
+            raise SettingError(f"init: {_named(source)} has observations of another shape: use the same spaces")
 
 
 def _named(source: Run) -> str:

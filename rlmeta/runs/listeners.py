@@ -1,4 +1,4 @@
-"""Listeners: what hears of a run and is no part of it, such as progress, curves and trackers (`rlmeta.report`)."""
+"""Listeners: event hooks of the training loop, for progress bars, curves and trackers (see `rlmeta.report`)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Hears of a run; every hook does nothing unless it is overridden."""
+    """Event hooks of a run; each does nothing unless overridden."""
 
     def open(self, run: Run, done: int) -> None:
-        """The run begins, or goes on after `done` iterations; its folder is there, with a checkpoint."""
+        """Called when training starts, or resumes after `done` iterations; the folder has a checkpoint by then."""
 
     def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
-        """A line of metrics after `done` iterations: `iteration`, `env_steps`, lists of a number for every learner."""
+        """Called with every line of metrics: `iteration`, `env_steps`, and lists with one number a learner."""
 
     def finish(self, run: Run) -> None:
-        """The final parameters are evaluated, the summary is written."""
+        """Called after the final evaluation, once the summary is written."""
 
     def close(self) -> None:
-        """The run has ended, whichever way; nothing follows."""
+        """Called last, however the run ended."""

@@ -1,4 +1,4 @@
-"""The one training loop: iterate, record, evaluate, save."""
+"""The training loop: iterate, log metrics, evaluate, save checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ Callback = Callable[[Run, dict[str, Any]], bool | None]
 
 
 class Loop:
-    """Iterations until the budget is spent, every learner is done, a callback says so, or the user interrupts."""
+    """Training loop of a run: until the budget is spent, no learner is active, a callback returns True, or Ctrl-C.
+
+    Args:
+        run: the run to train; its state is replaced as training proceeds.
+        callbacks: functions of (run, metrics) that may stop it.
+        listeners: event hooks, such as progress and trackers.
+    """
 
     def __init__(self, run: Run, callbacks: Sequence[Callback] = (), listeners: Sequence[Listener] = ()) -> None:
         self.run, self.callbacks, self.listeners = run, callbacks, listeners
@@ -56,7 +62,7 @@ class Loop:
             self._closing = closing.pop_all()
 
     def _open(self, closing: ExitStack) -> None:
-        """Open what a run needs besides its own world; `closing` closes it, where one of them fails, too."""
+        """Open the evaluation environments and the record files; `closing` closes them, also when one fails to open."""
         run = self.run
         if min(self.eval_every, self.exchange_every) < self.iterations or run.stream is not None:
             self.eval_world = run.evaluation_world(self.budget.eval_episodes)
@@ -71,14 +77,14 @@ class Loop:
 
     @property
     def stream(self) -> TaskStream:
-        """The stream of a run that is on one."""
+        """The run's stream; only for runs on a stream."""
         assert self.run.stream is not None
         return self.run.stream
 
     # ------------------------------------------------------------------ the loop
 
     def go(self) -> Run:
-        """Run to the end."""
+        """Train to the end, evaluate, and return the run."""
         run = self.run
         clock.reset()
         self._started, self._already = time.perf_counter(), run.seconds
@@ -101,13 +107,13 @@ class Loop:
         return run
 
     def _evaluate_old_end(self) -> None:
-        """The periodic evaluation that was left out where a run ended that is now given more steps."""
-        if self._looks() and 0 < self.done == self.run.old_end:
+        """Make up for the periodic evaluation that was skipped at the end of a run that now gets more steps."""
+        if self._evaluation_is_due() and 0 < self.done == self.run.old_end:
             steps = self.done * self.steps_per_iteration
-            self._record({"iteration": self.done, "env_steps": steps, **_lists(self._look())})
+            self._record({"iteration": self.done, "env_steps": steps, **_lists(self._evaluate_and_exchange())})
 
-    def _looks(self) -> bool:
-        """Whether a periodic evaluation is due now, of a single problem."""
+    def _evaluation_is_due(self) -> bool:
+        """Whether a periodic evaluation is due after this iteration; never on a stream."""
         due = self.done % self.eval_every == 0 or self.done % self.exchange_every == 0
         return due and self.eval_world is not None and self.run.stream is None and self.done < self.iterations
 
@@ -115,13 +121,13 @@ class Loop:
         self.run.seconds = self._already + time.perf_counter() - self._started
 
     def _save_if_due(self) -> None:
-        """Save where the last time is `checkpoint_seconds` ago, whatever the rhythm of the metrics."""
+        """Save a checkpoint if the last one is `checkpoint_seconds` old."""
         if time.perf_counter() - self._saved >= self.budget.checkpoint_seconds:
             self._count_seconds()
             self._save()
 
     def _advance(self) -> dict[str, Any] | None:
-        """Iterations up to the next line of metrics, and that line; None where a signal came before."""
+        """Train up to the next line of metrics and return it; None if a signal interrupts."""
         run, before = self.run, self._active_learners()
         stage = next(stage for stage in self.stages if self.done < stage.last)
         if run.stream is not None and int(run.state["stage"].max()) == stage.number:
@@ -140,7 +146,8 @@ class Loop:
         progress = torch.full_like(run.state["progress"], stage.progress(self.done))
         run.state["progress"] = progress
         run.state["task"] = {**run.state["task"], "progress": progress}
-        self.frozen.forget_revived(run.state)  # what stops within the iteration is not to go back to its first end
+        # a learner that stops again within this iteration must stay there, not at its first stop
+        self.frozen.forget_revived(run.state)
         clock.switch("learn")
         run.state, metrics = run.agent.iterate(run.state, run.world)
         clock.switch("other")
@@ -149,7 +156,7 @@ class Loop:
         self.done += 1
 
     def _line(self, stage: Stage) -> dict[str, Any]:
-        """The line of metrics that is due, with the evaluation that is."""
+        """Build the line of metrics: averages, and the evaluation if one is due."""
         run = self.run
         line: dict[str, Any] = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
         if self.done % self.log_every == 0 or self.done == self.iterations:
@@ -157,12 +164,12 @@ class Loop:
         if run.stream is not None:
             if stage.ends_task and self.done == stage.last:
                 line.update(_lists(self._end_task(stage)))
-        elif self._looks():
-            line.update(_lists(self._look()))
+        elif self._evaluation_is_due():
+            line.update(_lists(self._evaluate_and_exchange()))
         return line
 
     def _begin(self, stage: Stage) -> None:
-        """Begin a stage of a stream; before the very first, see how well untrained learners do."""
+        """Begin a stage of a stream; before the first one, evaluate the untrained learners on all tasks."""
         run = self.run
         run.state = stages.begin(run.agent, run.state, run.world, self.stream, run.experiment.orders, stage)
         if stage.number == 0:
@@ -170,7 +177,7 @@ class Loop:
         self.frozen.hold(self.run.state)
 
     def _end_task(self, stage: Stage) -> Metrics:
-        """End a task of a stream: what the methods keep of it, then the scores on all tasks."""
+        """Task boundary: let the lifelong methods consolidate, then evaluate on all tasks."""
         run = self.run
         clock.switch("learn")
         if stage.announced:
@@ -185,9 +192,10 @@ class Loop:
         }
 
     def _fill_matrix(self, row: int) -> None:
+        """Evaluate on all tasks and store the scores in a row of the matrix."""
         clock.switch("evaluate")
         run, orders = self.run, self.run.experiment.orders
-        # the same episodes in every row: no luck in a difference
+        # common random numbers: the same episodes in every row
         key = random.fold(run.state["key"], "stream evaluation")
         scores = stages.score_tasks(
             run.agent, run.state, self.eval_world, self.stream, orders, key, self.budget.eval_episodes
@@ -197,16 +205,16 @@ class Loop:
         run.state["matrix"] = matrix
         clock.switch("other")
 
-    def _look(self) -> Metrics:
-        """A periodic evaluation, and the exchange of a population that is due after it."""
-        found = self._evaluate()
+    def _evaluate_and_exchange(self) -> Metrics:
+        """Periodic evaluation, followed by the exchange of a population if that is due."""
+        metrics = self._evaluate()
         if self.done % self.exchange_every == 0:
-            found |= populations.exchange(self.run, found[self.run.agent.score.metric], self.done)
+            metrics |= populations.exchange(self.run, metrics[self.run.agent.score.metric], self.done)
             self.frozen.hold(self.run.state)
-        return found
+        return metrics
 
     def _evaluate(self) -> Metrics:
-        """A periodic evaluation: keeps the best parameters, stops the learners that reached the target."""
+        """Periodic evaluation: keep the best parameters, stop learners that reached the target."""
         clock.switch("evaluate")
         state, agent, target = self.run.state, self.run.agent, self.budget.target
         key = random.fold(random.fold(state["key"], "periodic evaluation"), self.done)
@@ -232,7 +240,7 @@ class Loop:
         return self.run.state["active"].tolist()
 
     def _name_frozen(self, before: Sequence[bool]) -> None:
-        """Say which learners lost their numbers since, after what their environments gave that are none."""
+        """Warn of learners, active `before`, that turned NaN or infinite, and of non-finite values of environments."""
         names, look = self._names(), getattr(self.run.world, "look", None)
         if look is not None:
             look(self.run.state["world"])
@@ -245,29 +253,30 @@ class Loop:
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _names(self) -> list[str]:
-        """What to call every learner."""
+        """Names of the learners in warnings, from their seeds and labels."""
         experiment = self.run.experiment
         learners = zip(experiment.learner_labels, experiment.learners)
         return [f"seed {seed}" + (f" ({label})" if label else "") for label, (_, seed) in learners]
 
-    def _say_what_went_wrong(self) -> None:
-        """Warn where the final scores don't mean what they seem to."""
+    def _warn_of_scores(self) -> None:
+        """Warn if final scores are not finite, or if no learner has taken a gradient step."""
         run = self.run
         names = [name for name, score in zip(self._names(), run.scores.tolist()) if not math.isfinite(score)]
         if names:
-            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            text = f"{len(names)} of {len(run.experiment.learners)} final scores are not finite: {some}"
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            text = f"{len(names)} of {len(run.experiment.learners)} final scores are not finite: {shown}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         if not bool(run.state["count"]["gradient_steps"].any()):
             text = "no learner has taken a gradient step: the scores are those of the initial parameters"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _next(self, every: int) -> int:
+        """The next iteration that is a multiple of `every`."""
         return (self.done // every + 1) * every
 
     @contextmanager
     def _resources(self) -> Iterator[None]:
-        """Save what begins, then let listeners open; close everything at the end."""
+        """Save the first checkpoint and open the listeners; close everything at the end."""
         with self._closing as closing:
             for listener in self.listeners:
                 closing.callback(listener.close)
@@ -280,7 +289,7 @@ class Loop:
     # ------------------------------------------------------------------ records and files
 
     def _record(self, line: dict[str, Any]) -> None:
-        """Append the line to the records, hand it to trackers and callbacks."""
+        """Append a line of metrics to the records, and pass it to listeners and callbacks."""
         if self.records:
             self.records["metrics"].write(line)
             rate = line["env_steps"] * len(self.run.experiment.learners) / max(self.run.seconds, 1e-9)
@@ -294,7 +303,7 @@ class Loop:
                 self.run.stopped = "a callback stopped it"
 
     def _finish(self) -> None:
-        """Save, evaluate the final parameters, draw; a signal leaves the evaluation to a resume."""
+        """Save, run the final evaluation and write the summary; if interrupted, a resume does the evaluation."""
         self._save()
         try:
             with self.interruption.at_once():
@@ -307,7 +316,7 @@ class Loop:
             if not self.interruption:
                 raise
             return
-        self._say_what_went_wrong()
+        self._warn_of_scores()
         self.run.write_summary()
         for listener in self.listeners:
             listener.finish(self.run)
@@ -328,5 +337,5 @@ class Loop:
 
 
 def _lists(metrics: Metrics) -> dict[str, list[float]]:
-    """Metrics `[*L]` as lists for JSON."""
+    """Convert metrics `[*L]` to lists for JSON."""
     return {name: per_learner(value) for name, value in metrics.items()}

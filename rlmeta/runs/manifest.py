@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: which tensors it has, where they lie, and what it says about itself.
+"""Manifest of a checkpoint: its tensors, the files that hold them, and metadata, as JSON with a checksum.
 
-JSON with a checksum. Everything read from it is checked before it is used; file names can be nothing but hashes.
+Everything read from it is validated before it is used; file names can be nothing but hashes.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ CODES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
-"""What safetensors calls the types that can be saved."""
+"""Dtypes that can be saved, with their names in safetensors."""
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
-"""The same types by torch's name."""
+"""The same dtypes by torch's names."""
 BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
-"""The name of a file of tensors: the sha256 of its bytes."""
+"""File name of a tensor file: the sha256 of its content."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """Where a tensor lies: whole in one file under its own name, or in consecutive segments of `rows` along `axis`.
+    """Location of a tensor: whole in one file, or in consecutive segments of `rows` along `axis`.
 
-    A segment has a file of its own, or None where all its bytes are zero.
+    Every segment has a file of its own, or None if all its bytes are zero.
     """
 
     dtype: str
@@ -60,7 +60,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One checkpoint: its leaves by path (None: an empty dictionary), the bytes of each file, and `about`."""
+    """A checkpoint's leaves by path (None: an empty dictionary), the size of each file in bytes, and metadata."""
 
     leaves: dict[str, Leaf | None]
     files: dict[str, int]
@@ -68,10 +68,10 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """JSON with a sha256 of the rest, so that a flipped bit in a counter shows.
+    """Encode a manifest as JSON with its sha256, so that a flipped bit is detected.
 
     Raises:
-        SettingError: `about` is no JSON, or too long.
+        SettingError: `about` cannot be written as JSON, or is too long.
     """
     leaves: dict[str, Any] = dict.fromkeys(manifest.leaves)
     for path, leaf in manifest.leaves.items():
@@ -91,17 +91,17 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest.
+    """Read and validate a manifest.
 
     Raises:
         Damaged: it is missing, corrupted, foreign or malformed.
-        CheckpointError: it is whole, of a schema this version does not know.
+        CheckpointError: it is intact, but of a schema that this version does not know.
     """
     data = read_bytes(path, MANIFEST_LIMIT)
     try:
         content = unsealed(data)
         if content["format"] != FORMAT:
-            raise ValueError("it says it is something else")
+            raise ValueError(f"its format is not {FORMAT!r}")
         schema = content["schema"]
     except (ValueError, KeyError) as error:
         raise Damaged(f"{path} is corrupted or not a checkpoint of rlmeta ({error})") from error
@@ -114,7 +114,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _parse_manifest(content: dict[str, Any]) -> Manifest:
-    """Check every field that is used later; file names can be nothing but hashes, so none leads out of the folder."""
+    """Validate every field that is used later; file names must be hashes, so that none leads out of the folder."""
     files = dict(content["files"])
     for name, size in files.items():
         if not BLOB.fullmatch(name) or not _is_count(size):
@@ -142,7 +142,7 @@ def _parse_leaf(path: str, leaf: dict[str, Any], files: dict[str, int]) -> Leaf:
 
 
 def _segment_rows(path: str, leaf: Leaf) -> list[int]:
-    """The rows of every segment of a leaf that is cut."""
+    """Number of rows of every segment of a leaf."""
     axis, rows = leaf.axis, leaf.rows
     if axis is None or rows is None or not _is_count(axis) or not _is_count(rows) or axis >= len(leaf.shape):
         raise ValueError(f"segments of '{path}'")
@@ -153,7 +153,7 @@ def _segment_rows(path: str, leaf: Leaf) -> list[int]:
 
 
 def _check_segments(leaves: dict[str, Leaf | None]) -> None:
-    """Refuse a file that is named for several segments: it would be read into memory as often."""
+    """Refuse a file that several segments refer to: it would be read into RAM several times."""
     known: set[str] = set()
     for path, leaf in leaves.items():
         for name in () if leaf is None or leaf.axis is None else leaf.files:
@@ -163,7 +163,7 @@ def _check_segments(leaves: dict[str, Leaf | None]) -> None:
 
 
 def _check_paths(paths: Iterable[str]) -> None:
-    """Refuse empty names and a path that runs through another leaf."""
+    """Refuse paths with empty names, and paths that lead through another leaf."""
     known = set(paths)
     for path in known:
         parts = path.split("/")

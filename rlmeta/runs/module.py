@@ -1,4 +1,4 @@
-"""A trained network as an ordinary `nn.Module`, for `torch.export`, ONNX, or a program without rlmeta's runs."""
+"""Export a trained network as an ordinary `nn.Module`, for `torch.export`, ONNX, or use without a run."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from rlmeta.nn import Block, Context, bare
 from rlmeta.supervised.learner import Supervised
 
 ACTION = "action"
-"""The name of what acts: from observations to actions as `env.step` takes them."""
+"""Name of the module that maps observations to actions for `env.step`."""
 
 
 class TrainedModule(nn.Module):
-    """One of a trained learner's networks on batches of observations, in evaluation mode whatever its own mode.
+    """One of a trained learner's networks as a module on batches of observations; always in evaluation mode.
 
     Observations are the environment's, with a batch axis in front: a tensor `[B, *shape]`, a dictionary of them for
-    Dict, a tuple for Tuple. What normalises them is part of the module, as are masks in an observation.
+    Dict, a tuple for Tuple. Observation normalisation is part of the module, as are action masks in an observation.
 
     Args:
-        learner: bound to its problem's spaces; a meta-learner's inner learner for the initial weights.
-        p: the parameters of one learner, as forward passes see them; copied.
-        name: of a network, or `ACTION`.
+        learner: the learner, bound to its problem's spaces; of a meta-learner the inner one.
+        p: the effective parameters of one learner, as forward passes see them; copied.
+        name: name of a network, or `ACTION`.
 
     Raises:
         UnknownNameError: the learner has no such network.
-        SettingError: it has a memory, or none of its networks takes observations.
+        SettingError: the learner is recurrent, or none of its networks takes observations.
     """
 
     def __init__(self, learner: Any, p: Params, name: str) -> None:
@@ -44,8 +44,8 @@ class TrainedModule(nn.Module):
         needed = {part: p[part] for part in ("weights", "buffers", "normalisers", "hyper")}
         if hasattr(learner, "initial_memory") and learner.initial_memory(needed, (1,)):
             raise SettingError(
-                f"the learner keeps a memory between its steps, so {name!r} is no function of an observation alone: "
-                "use run.act(observation, memory)"
+                f"the learner is recurrent, it keeps a memory between steps, so {name!r} is not a function of the "
+                "observation alone: use run.act(observation, memory)"
             )
         self.name, self._learner = name, learner
         self._networks = None if isinstance(learner, Supervised) else dict(bare(learner.networks))
@@ -59,11 +59,11 @@ class TrainedModule(nn.Module):
                 self.register_buffer(self._names[path], value)
 
     def forward(self, observation: Any) -> Any:
-        """What the network gives for observations `[B, ...]`.
+        """Network output for observations `[B, ...]`.
 
         Returns:
-            Actions `[B, ...]` of the policy's mode for `ACTION`; logits, the values of all actions, a value, a
-            prediction `[B, ...]`; `{"mean": [B, A], "log_std": [B, A]}` where a distribution has several parameters.
+            For `ACTION` the policy's mode `[B, ...]`; else the network's output `[B, ...]`: logits, action values, a
+            state value or a prediction; `{"mean": [B, A], "log_std": [B, A]}` if a distribution has several parameters.
         """
         p = tree.unflatten({path: getattr(self, name) for path, name in self._names.items()})
         p = {"buffers": {}, "normalisers": {}, "hyper": {}, **p}
@@ -79,10 +79,10 @@ class TrainedModule(nn.Module):
 
 
 def names_of(learner: Any) -> list[str]:
-    """What a module can be made of: the networks by name, the one that a learner acts by first, and `ACTION`.
+    """Names of the modules that a learner can be exported as: its networks, the acting one first, and `ACTION`.
 
     Raises:
-        SettingError: none of them takes observations.
+        SettingError: none of its networks takes observations.
     """
     if isinstance(learner, Supervised):
         return list(learner.networks())
@@ -94,22 +94,23 @@ def names_of(learner: Any) -> list[str]:
 
 
 def network_output(learner: Any, networks: dict[str, Block], p: Params, name: str, observation: Tree) -> Any:
-    """What one of an agent's networks gives for observations `[*L, B, ...]`."""
+    """Output of one of an agent's networks for observations `[*L, B, ...]`."""
     ctx = Context()
     if name == "value" and getattr(learner.settings, "share_network", False):
-        features = learner.forward(networks["policy"].body, "policy.body", p, observation, ctx)
+        policy: Any = networks["policy"]
+        features = policy.placed(learner.forward(policy.body, "policy.body", p, observation, ctx), observation)
         return networks["value"].run({**p["weights"], **p["buffers"]}, features, ctx, "value.")
     block = networks[name] if name in networks else next(iter(networks.values()))  # a copy, such as an average
     return learner.forward(block, name, p, observation, ctx)
 
 
-def _plain(found: Any) -> Any:
-    """A single tensor as it is, several by name."""
-    return next(iter(found.values())) if isinstance(found, dict) and len(found) == 1 else found
+def _plain(output: Any) -> Any:
+    """Unwrap a dictionary with a single tensor; several stay a dictionary."""
+    return next(iter(output.values())) if isinstance(output, dict) and len(output) == 1 else output
 
 
 def observed(space: gym.Space, value: Any) -> Tree:
-    """Observations `[B, ...]` of an environment as learners see them: discrete ones counted from 0, Tuples by name."""
+    """Convert an environment's observations `[B, ...]` to a learner's: discrete ones start at 0, Tuples are named."""
     if isinstance(space, gym.spaces.Dict):
         return {name: observed(part, value[name]) for name, part in space.spaces.items()}
     if isinstance(space, gym.spaces.Tuple):
@@ -121,7 +122,7 @@ def observed(space: gym.Space, value: Any) -> Tree:
 
 
 def executable(space: gym.Space, action: Tensor) -> Tensor:
-    """Actions `[B, ...]` of an agent as an environment takes them: within the bounds, discrete ones from `start` on."""
+    """Convert an agent's actions `[B, ...]` to the environment's: clipped to the bounds, discrete ones from `start`."""
     if isinstance(space, gym.spaces.Box):
         low, high = (torch.as_tensor(bound, device=action.device) for bound in (space.low, space.high))
         if space.dtype.kind in "iu":

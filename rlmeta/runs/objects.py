@@ -1,4 +1,4 @@
-"""What `package.module:Name` names: the object in a module of the user's, or of rlmeta's."""
+"""Import objects by name, `package.module:Name`, from user code or rlmeta."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from rlmeta.errors import SettingError, did_you_mean
 
 
 def load_object(text: str) -> Any:
-    """What `package.module:Name` names, imported.
+    """Import the object that `package.module:Name` names.
 
     Raises:
-        SettingError: there is no such module, or no such name in it; or a file names it, and it is not rlmeta's.
+        SettingError: there is no such module, or no such name in it; or a file names user code that is not allowed.
     """
     module, _, name = text.partition(":")
     if not module or not name:
         raise SettingError(f"got {text!r}, expected package.module:Name")
     trusted.check_module(module, for_id=False)
-    loaded = load_module(module)
-    if not hasattr(loaded, name):
-        known = [candidate for candidate in vars(loaded) if not candidate.startswith("_")]
+    source = load_module(module)
+    if not hasattr(source, name):
+        known = [candidate for candidate in vars(source) if not candidate.startswith("_")]
         raise SettingError(f"{module} has no {name!r}{did_you_mean(name, known)}")
-    found = getattr(loaded, name)
-    trusted.check_object(found, text)
-    return found
+    loaded = getattr(source, name)
+    trusted.check_object(loaded, text)
+    return loaded
 
 
 def load_module(name: str) -> types.ModuleType:
-    """The user's module, of the current folder, too; an error inside it is shown as it is.
+    """Import a module of the user's, also from the current folder; an error inside it is passed on as it is.
 
     Raises:
         SettingError: there is no such module; or a file names it, and it is neither rlmeta's nor a known extra.
@@ -42,5 +42,5 @@ def load_module(name: str) -> types.ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise  # the module is there; what it imports is not
+            raise  # the module exists, but a module that it imports does not
         raise SettingError(f"no module {name!r} can be imported: run where it lies, or install it") from None

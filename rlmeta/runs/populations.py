@@ -1,7 +1,7 @@
-"""Population-based training: the learners of a run that do worse go on from copies of those that do better.
+"""Population-based training (Jaderberg et al., 2017) in a run: worse learners are replaced by copies of better ones.
 
 The variants of a run's settings are the members of a population; every seed is a population of its own, and no two
-members share a key. A periodic evaluation ranks them; `rlmeta.learning.populations` says who is replaced by whom.
+members share a random key. A periodic evaluation ranks them; `rlmeta.learning.populations` decides who copies whom.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from rlmeta.runs.run import Run
 
 POPULATIONS: dict[str, type] = {cls.name: cls for cls in (PBT,)}
-"""Those that come with rlmeta, by their names on the command line."""
+"""rlmeta's populations by their names on the command line."""
 
 
 # ------------------------------------------------------------------------------------------------- before a run
 
 
 def explored_names(variants: Sequence[Any]) -> list[str]:
-    """The settings that differ between the members: what they explore."""
+    """Names of the per-learner settings that differ between members, which the population explores."""
     values = [settings_.per_learner_values(variant) for variant in variants]
     return [name for name in values[0] if any(other[name] != values[0][name] for other in values)]
 
 
 def check(run: Run) -> None:
-    """Refuse a population that could exchange nothing, or settings that can't change while learners train.
+    """Refuse a population without an exchange within the budget, or whose settings cannot change during training.
 
     Raises:
-        SettingError: with what to do instead.
+        SettingError: the members are alike, the interval is too long, or a setting is a recorded constant.
     """
     experiment, population = run.experiment, run.experiment.population
     if population is None:
@@ -72,16 +72,16 @@ def check(run: Run) -> None:
         other = [part for part, value in fixed.items() if now.get(part) != value]
         require(
             not other,
-            f"population: {setting} can't change while it trains: {name}'s {', '.join(other)} is made of it once, a "
-            f"constant of what is recorded; give one value ({getattr(first, setting, None)})",
+            f"population: {setting} can't change during training, as {name} computes {', '.join(other)} from it once "
+            f"and for all: give a single value ({getattr(first, setting, None)})",
         )
 
 
 def _constants(experiment: Experiment, world: Any, variants: Sequence[Any] = ()) -> dict[str, Any]:
-    """The numbers, switches and texts that a learner of these settings has for attributes."""
+    """A learner's attributes that are plain numbers, booleans or text: constants of recorded programs."""
     merged = settings_.merge(variants or experiment.variants)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when the run's own learner was made
+        warnings.simplefilter("ignore")  # shown already for the run's own learner
         learner = merged.bind(world.observation_space, world.action_space, experiment.methods)
     return {name: value for name, value in vars(learner).items() if _is_plain(value)}
 
@@ -93,10 +93,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def refuse(experiment: Experiment) -> None:
-    """Refuse what a population can't be trained on.
+    """Refuse experiments that a population does not support.
 
     Raises:
-        SettingError: a stream, or a target.
+        SettingError: a stream of tasks, or a target at which learners stop early.
     """
     require(
         not isinstance(experiment.problem, TaskStream),
@@ -114,16 +114,16 @@ def refuse(experiment: Experiment) -> None:
 
 @torch.no_grad()
 def exchange(run: Run, score: Tensor, done: int) -> Metrics:
-    """Replace learners of a run by copies of others, and change the copies' settings.
+    """Exploit and explore: replace learners by copies of better ones, and perturb the copies' settings.
 
     Args:
-        run: its state is exchanged for another.
-        score: of every learner in the evaluation just now, `[S]`.
-        done: iterations so far, which set this exchange's random numbers apart from those of others.
+        run: the run, whose state is replaced.
+        score: every learner's score in the last evaluation, `[S]`.
+        done: iterations so far; the random numbers depend on it.
 
     Returns:
-        For the records: `population/parent`, whose copy each became (itself where it stays), and the settings that the
-        members explore as they are from now on, `[S]` each.
+        Metrics `[S]`: `population/parent`, the learner that each is now a copy of (itself if it stays), and the current
+        values of the explored settings.
     """
     experiment, state, population = run.experiment, run.state, run.experiment.population
     assert population is not None
@@ -152,7 +152,7 @@ def exchange(run: Run, score: Tensor, done: int) -> Metrics:
 
 
 def _takes(settings: Any, name: str, value: float) -> bool:
-    """Whether settings may have this number."""
+    """Whether a value is within the range of a setting."""
     try:
         settings_.with_values(settings, {name: value})
     except SettingError:
@@ -161,8 +161,10 @@ def _takes(settings: Any, name: str, value: float) -> bool:
 
 
 def _with_fresh_episodes(run: Run, state: State, begins: Tensor, key: Tensor) -> State:
-    """The state with new episodes for learners that go on after they had stopped, for whatever stopped them may be in
-    theirs; those of live environments go on, which can't begin one by one."""
+    """Start new episodes for learners that were stopped and are now replaced: theirs may contain what stopped them.
+
+    Gymnasium's environments cannot be reset for one learner alone; their episodes go on.
+    """
     if not run.experiment.problem.native or not bool(begins.any()):
         return state
     fresh = run.agent.enter(tree.map(torch.clone, state), run.world, random.fold(key, "world"))
@@ -171,10 +173,10 @@ def _with_fresh_episodes(run: Run, state: State, begins: Tensor, key: Tensor) ->
 
 
 def summary(run: Run) -> list[dict[str, Any]]:
-    """What became of every variant, for the rows of a run's summary; nothing without a population.
+    """Lineage of every variant for the rows of a run's summary; empty without a population.
 
-    For each seed: `origin`, the variant whose weights it goes back to, `copies`, how often it was replaced, and
-    `settings`, what it ended with.
+    For each seed: `origin`, the variant whose initial weights it descends from, `copies`, how often it was replaced,
+    and `settings`, the final values of the explored settings.
     """
     experiment, repeats = run.experiment, run.experiment.repeats
     if experiment.population is None:

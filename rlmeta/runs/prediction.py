@@ -1,4 +1,4 @@
-"""Support and query of tasks of a user's own, as a meta-learner is asked about them."""
+"""Convert a user's support and query sets to batches for a meta-learner's prediction."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from rlmeta.functional.tree import Tree, unflatten
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
-def asked(
+def to_batches(
     observation_space: gym.Space, target_space: gym.Space, support: Any, query: Any, device: torch.device
 ) -> tuple[Tree, Tree, bool]:
-    """Support and query as batches of K tasks.
+    """Convert support and query sets to batches of K tasks.
 
     Args:
-        observation_space: of an input.
-        target_space: of a target.
-        support: (inputs, targets) with one axis in front, of samples, for a single task; with two, of tasks and of
-            samples, for several.
-        query: inputs, with as many axes in front.
-        device: of the tensors.
+        observation_space: space of an input.
+        target_space: space of a target.
+        support: (inputs `[n, ...]`, targets `[n, ...]`) of a single task, or `[K, n, ...]` each of K tasks.
+        query: inputs `[B, ...]`, or `[K, B, ...]`.
+        device: device of the tensors.
 
     Returns:
-        `{"observation": [K, n, ...], "target": [K, n, ...]}`, `{"observation": [K, B, ...]}`, whether there are
-        several tasks.
+        The support `{"observation": [K, n, ...], "target": [K, n, ...]}`, the query `{"observation": [K, B, ...]}`, and
+        whether there are several tasks.
 
     Raises:
-        SettingError: the support is no pair; parts do not fit together; a class has no sample.
+        SettingError: the support is not a pair; parts do not fit together; a class has no sample.
         SpaceError: a part has another shape or type than its space, or is not finite.
     """
     if not isinstance(support, tuple | list) or len(support) != 2:
@@ -46,19 +45,19 @@ def asked(
     wanted = _tensors(observation_space, query, "the query's inputs", device)
     parts = {"inputs of the support": shown[1], "targets of the support": target[1], "inputs of the query": wanted[1]}
     if len({len(front) for front in parts.values()}) > 1 or shown[1] != target[1] or shown[1][:-1] != wanted[1][:-1]:
-        said = ", ".join(f"{list(front)} {what}" for what, front in parts.items())
+        shapes = ", ".join(f"{list(front)} {what}" for what, front in parts.items())
         raise SettingError(
-            f"there are {said}: expected [n], [n] and [B] for one task, [K, n], [K, n] and [K, B] for K of them"
+            f"there are {shapes}: expected [n], [n] and [B] for one task, [K, n], [K, n] and [K, B] for K of them"
         )
     several = len(shown[1]) == 2
-    trees = [found if several else tree.map(lambda x: x.unsqueeze(0), found) for found, _ in (shown, target, wanted)]
+    trees = [part if several else tree.map(lambda x: x.unsqueeze(0), part) for part, _ in (shown, target, wanted)]
     if isinstance(target_space, gym.spaces.Discrete):
         _check_classes(trees[1], int(target_space.n))
     return {"observation": trees[0], "target": trees[1]}, {"observation": trees[2]}, several
 
 
 def _check_classes(target: Tensor, classes: int) -> None:
-    """Refuse a task that does not show all of its classes."""
+    """Refuse a support set without a sample of every class."""
     for number, row in enumerate(target):
         missing = sorted(set(range(classes)) - set(row.tolist()))
         if missing:
@@ -69,8 +68,8 @@ def _check_classes(target: Tensor, classes: int) -> None:
 
 
 def _tensors(space: gym.Space, value: Any, what: str, device: torch.device) -> tuple[Tree, tuple[int, ...]]:
-    """A value `[n, ...]` or `[K, n, ...]` of a space as learners see it, and the axes in front."""
-    found: dict[str, Tensor] = {}
+    """Convert a value `[n, ...]` or `[K, n, ...]` of a space to tensors; returns them and the leading axes."""
+    tensors: dict[str, Tensor] = {}
     fronts = set()
     for leaf in spaces.Layout(space).leaves:
         array = _array(spaces.pick(value, leaf.path, what), what)
@@ -84,17 +83,17 @@ def _tensors(space: gym.Space, value: Any, what: str, device: torch.device) -> t
         if not leaf.is_box and array.dtype.kind not in "biu":
             raise SpaceError(f"{what}{leaf.where} are {array.dtype}, expected whole numbers for {space}")
         rows = leaf.read(array.reshape(-1, *leaf.shape), (math.prod(front),), what)
-        found[leaf.name] = torch.from_numpy(rows).reshape(*front, *leaf.shape).to(device)
+        tensors[leaf.name] = torch.from_numpy(rows).reshape(*front, *leaf.shape).to(device)
         fronts.add(front)
     if len(fronts) > 1:
         raise SpaceError(f"the parts of {what} have the axes {sorted(map(list, fronts))} in front, expected the same")
-    if not all(bool(x.isfinite().all()) for x in found.values()):
-        raise SpaceError(f"{what} are not finite: expected numbers")
-    return unflatten(found), fronts.pop()
+    if not all(bool(x.isfinite().all()) for x in tensors.values()):
+        raise SpaceError(f"{what} are not finite: expected finite numbers")
+    return unflatten(tensors), fronts.pop()
 
 
 def _array(value: Any, what: str) -> Array:
-    """A value as an array of numbers."""
+    """Convert a value to a numeric array."""
     try:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Presets: tuned settings of an agent, a table for each task, in `agents/NAME.toml`.
+"""Presets: tuned hyperparameters of an agent, a table for each task, in `agents/NAME.toml`.
 
     [defaults]              # for every task of this file
     max_grad_norm = 0.5
@@ -10,8 +10,8 @@
     chosen_on_seeds = [0, 1, 2]
 
 Keys are the agent's settings, `steps`, the budget they are meant for, and `chosen_on_seeds`, the seeds on which they
-were chosen, which no table of results may have (none where they are somebody else's, published). A list for a number
-that is per learner compares its values.
+were tuned, which no table of results may use ([] for published settings of others). A list for a per-learner number
+compares its values.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ SEEDS = "chosen_on_seeds"
 
 
 class Preset(NamedTuple):
-    """What a file says about an agent on a task."""
+    """Tuned settings of an agent on a task, as read from a file."""
 
     settings: dict[str, Any]
     """Keyword arguments of the agent's settings."""
     steps: int | None
     """The budget they are meant for."""
     path: Path | None
-    """The file, if it says anything about the task."""
+    """The file, or None without a preset."""
     table: str
-    """Its table that was applied last, or ''."""
+    """The most specific table that was applied, or ''."""
     chosen_on_seeds: tuple[int, ...] = ()
-    """The seeds on which they were chosen, as far as the file says."""
+    """The seeds on which the settings were tuned; () if the file does not say."""
 
 
 NOTHING = Preset({}, None, None, "")
 
 
 def preset(agent: str, task: str) -> Any:
-    """The tuned settings of an agent on a task, such as `preset("ppo", "CartPole-v1")`.
+    """Load the tuned settings of an agent on a task, such as `preset("ppo", "CartPole-v1")`.
 
     Raises:
         UnknownNameError: there is no such agent, or no preset for it on this task.
         SettingError: the preset's file is wrong.
     """
     cls = agent_class(agent)
-    found = load_preset(cls, task)
-    if found.path is None:
+    tuned = load_preset(cls, task)
+    if tuned.path is None:
         raise unknown_name(f"preset of {agent} for task", task, sorted(_tables(_own_file(cls))))
-    return cls(**found.settings)
+    return cls(**tuned.settings)
 
 
 def load_preset(agent: type, task: str, source: str | None = None) -> Preset:
-    """What the preset says about a task.
+    """Load the preset of an agent for a task.
 
     Args:
         agent: the settings class.
@@ -73,8 +73,8 @@ def load_preset(agent: type, task: str, source: str | None = None) -> Preset:
             folders; or the name of a table in the agent's own file, to use another task's settings.
 
     Raises:
-        SettingError: the file is not TOML, a key is no setting, a value is of the wrong form, or a file that was
-            asked for says nothing about the task.
+        SettingError: the file is not TOML, a key is not a setting, a value is malformed, or the file that was asked
+            for has no table for the task.
         UnknownNameError: `source` names nothing.
     """
     if source == "none":
@@ -95,7 +95,7 @@ def load_preset(agent: type, task: str, source: str | None = None) -> Preset:
 
 
 def _find(agent: type, source: str | None) -> tuple[Path | None, str]:
-    """The file that `source` names, and the table in it if it names one."""
+    """Resolve `source` to a file, and to a table in it if it names one."""
     own = _own_file(agent)
     if source is None:
         return own, ""
@@ -112,7 +112,7 @@ def _find(agent: type, source: str | None) -> tuple[Path | None, str]:
 
 
 def _own_file(agent: type) -> Path | None:
-    """The agent's file, of rlmeta's or the user's; a class that shares only its name with rlmeta's has none."""
+    """The agent's preset file, or None; a user's class does not get the presets of rlmeta's class of the same name."""
     name = name_of(agent)
     return names("agents").get(name) if AGENTS.get(name, agent) is agent else None
 
@@ -123,12 +123,12 @@ def _tables(path: Path | None) -> dict[str, dict[str, Any]]:
     content = read_toml(path)
     for name, table in content.items():
         if not isinstance(table, dict):
-            raise SettingError(f"{path}: {name!r} stands in no table: put it below [{DEFAULTS}] or a task's name")
+            raise SettingError(f"{path}: {name!r} is not in a table: put it below [{DEFAULTS}] or a task's name")
     return content
 
 
 def _names_of(task: str) -> list[str]:
-    """The task's name, then the environment that the named task, family or stream is made of."""
+    """Names under which a task may have a table: its own, then that of the environment it consists of."""
     described = read_named("envs", task) or {}
     entries = described.get("tasks", [described])
     made_of = {entry if isinstance(entry, str) else entry.get("env", task) for entry in entries}
@@ -136,23 +136,23 @@ def _names_of(task: str) -> list[str]:
 
 
 def _checked(agent: type, table: dict[str, Any], where: str) -> dict[str, Any]:
-    """The table's values as the settings have them."""
+    """Parse a table's values to the types of the settings, after a check of its keys."""
     check_names(agent, {name: value for name, value in table.items() if name not in ("steps", SEEDS)}, where)
     compared = per_learner_names(agent)
     checked: dict[str, Any] = {}
     for name, value in table.items():
-        said = f"{where}: {name}"
+        where_entry = f"{where}: {name}"
         if name in ("steps", SEEDS):
-            checked[name] = _steps(value, said) if name == "steps" else _seeds(value, said)
+            checked[name] = _steps(value, where_entry) if name == "steps" else _seeds(value, where_entry)
             continue
         joined = isinstance(value, list) and name not in compared
         with trusted.reading(where):
-            found = grammar.values(agent, name, grammar.text_of(tuple(value) if joined else value), said)
-        if len(found) > 1 and name not in compared:
+            values = grammar.values(agent, name, grammar.text_of(tuple(value) if joined else value), where_entry)
+        if len(values) > 1 and name not in compared:
             raise SettingError(
-                f"{said} has {len(found)} values, expected one: compare such settings on the command line"
+                f"{where_entry} has {len(values)} values, expected one: compare such settings on the command line"
             )
-        checked[name] = found if len(found) > 1 else found[0]
+        checked[name] = values if len(values) > 1 else values[0]
     return checked
 
 
@@ -178,5 +178,5 @@ def _check_together(agent: type, settings: dict[str, Any], where: str) -> None:
 
 
 def preset_files() -> dict[str, list[str]]:
-    """The tasks that each agent's file in the `agents` folders has a table for."""
+    """Tasks that have a preset, by agent."""
     return {name: [table for table in _tables(path) if table != DEFAULTS] for name, path in names("agents").items()}

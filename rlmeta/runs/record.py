@@ -1,4 +1,4 @@
-"""Demonstrations from a run: whole episodes of one of its learners, played in fresh environments."""
+"""Record demonstrations: whole episodes of one of a run's learners, in fresh environments."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def record(
     deterministic: bool = True,
     seed: int = 0,
 ) -> Demonstrations:
-    """Play whole episodes with a learner of a run and keep what it saw and did.
+    """Record demonstrations: roll out whole episodes of one of a run's learners.
 
     Args:
-        run: of any agent, on native or gymnasium's environments.
-        episodes: how many.
-        learner: which one; by default the best in the final evaluation.
-        best: the parameters of its best periodic evaluation instead of the final ones.
-        deterministic: the policy's mode, or a sample.
-        seed: another seed plays other episodes.
+        run: the run of an agent, on native or gymnasium's environments.
+        episodes: number of episodes.
+        learner: the learner's index; by default the best in the final evaluation.
+        best: use the parameters of its best periodic evaluation instead of the final ones.
+        deterministic: take the policy's mode instead of sampling actions.
+        seed: seed of the episodes.
 
     Raises:
-        SettingError: no such learner, no best parameters, or a run that acts in no single task.
+        SettingError: no such learner, no best parameters, or the run is not of an agent on a single task.
     """
     if not run.agent.acts or isinstance(run.experiment.problem, TaskStream):
         what = f"a run of {run.experiment.agent_name} on {run.experiment.problem.name}"
@@ -71,15 +71,15 @@ def record(
 def play(
     agent: Actor, p: Params, world: World, key: Tensor, rounds: int, deterministic: bool
 ) -> list[list[dict[str, Any]]]:
-    """The first `rounds` episodes of every row of a world of one learner, as a list of steps for each row.
+    """Roll out the first `rounds` episodes of every environment of one learner, as a list of steps for each.
 
-    A fixed number a row is what keeps short episodes from being recorded more often than long ones. An episode that
-    does not end within `EVALUATION_LIMIT` steps, or the longer limit that its environment declares, is cut there, as by
-    a time limit; a warning says so.
+    Every environment plays the same number, so that short episodes are not over-represented. An episode that does not
+    end within `EVALUATION_LIMIT` steps, or the longer limit that its environment declares, is cut there, as by a time
+    limit, with a warning.
     """
     played = _Played(world.num_envs, rounds, max(EVALUATION_LIMIT, world.cuts_after or 0))
     begun, t = 0, 0
-    while played.any_left():  # once, but where an episode was cut
+    while played.any_left():  # once, unless an episode was cut
         state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))
         memory = initial = agent.initial_memory(p, (1, world.num_envs))
         played.waits = [False] * world.num_envs
@@ -89,8 +89,8 @@ def play(
             action, memory = agent.act(p, observation, memory, step_key, deterministic)
             state, transition = world.step(state, action)
             memory = remember(memory, initial, transition)
-            told = {name: value for name, value in transition._asdict().items() if name != "observation"}
-            played.add({**told, "observation": observation, "action": _legal(action, world)})
+            rest = {name: value for name, value in transition._asdict().items() if name != "observation"}
+            played.add({**rest, "observation": observation, "action": _legal(action, world)})
             t += 1
         begun += 1
     played.warn_of_cuts(world.name)
@@ -98,13 +98,14 @@ def play(
 
 
 class _Played:
-    """The steps of the episodes so far, by row.
+    """Recorded steps of the episodes so far, by environment.
 
-    A row whose episode was cut can't begin another by itself: it waits until all rows are done or wait, too.
+    An environment whose episode was cut cannot start another one by itself: it waits until all others are done or wait
+    as well.
 
     Args:
-        num_envs: rows.
-        rounds: how many episodes each of them plays.
+        num_envs: number of environments.
+        rounds: episodes of each environment.
         limit: steps after which an episode is cut.
     """
 
@@ -115,15 +116,15 @@ class _Played:
         self._finished, self._length, self._cuts = [0] * num_envs, [0] * num_envs, 0
 
     def any_left(self) -> bool:
-        """Whether some row has episodes to play."""
+        """Whether an environment still has episodes to play."""
         return min(self._finished) < self._rounds
 
     def any_going(self) -> bool:
-        """Whether some row has an episode to go on with."""
+        """Whether an environment is within an episode, or may start one without a reset of all."""
         return any(self._is_going(row) for row in range(len(self.rows)))
 
     def add(self, step: dict[str, Any]) -> None:
-        """Keep a step `[1, N, ...]` of the rows that are still playing."""
+        """Append a step `[1, N, ...]` to the episodes of the environments that are still playing."""
         for row in range(len(self.rows)):
             if not self._is_going(row) or not bool(step["valid"][0, row]):
                 continue
@@ -138,7 +139,7 @@ class _Played:
                 self._finished[row], self._length[row] = self._finished[row] + 1, 0
 
     def warn_of_cuts(self, name: str) -> None:
-        """Say how many episodes were cut."""
+        """Warn if episodes were cut, and how many."""
         if self._cuts:
             total = self._rounds * len(self.rows)
             warnings.warn(
@@ -153,7 +154,7 @@ class _Played:
 
 
 def _legal(action: Tensor, world: World) -> Tensor:
-    """Box actions as the environment takes them, within their bounds."""
+    """Clip continuous actions to the bounds of the action space."""
     if not action.is_floating_point():
         return action
     space: Any = world.action_space
@@ -162,17 +163,17 @@ def _legal(action: Tensor, world: World) -> Tensor:
 
 
 def joined(rows: list[list[dict[str, Any]]], world: World, about: dict[str, Any]) -> Demonstrations:
-    """The rows' episodes, one behind the other."""
+    """Concatenate the episodes of all environments to demonstrations."""
     observations: list[tree.Tree] = []
     steps: list[dict[str, Any]] = []
     ends: list[tuple[int, bool]] = []
     since = 0
-    for step in (one for row in rows for one in row):
+    for step in (step for row in rows for step in row):
         observations.append(step["observation"])
         steps.append(step)
         if bool(step["terminated"] | step["truncated"]):
             observations.append(step["next_observation"])
-            # losses let `terminated` win where an environment says both, and so do demonstrations
+            # as in losses, `terminated` wins if an environment reports both
             ends.append((len(steps) - since, bool(step["terminated"])))
             since = len(steps)
     return Demonstrations(

@@ -1,9 +1,9 @@
-"""Records: files of one JSON object a line (`metrics.jsonl`, `timing.jsonl`), appended to and cut back by a resume.
+"""Metric logs in JSON Lines (`metrics.jsonl`, `timing.jsonl`): appended to, and truncated by a resume.
 
 Numbers are written as Python's shortest text that reads back as the same float64. JSON has no NaN and no infinities:
 every number that is not finite is written `null`, and every `null` is read back as NaN.
 
-A checkpoint keeps a mark of each file, its length and a sha256, so that a resume goes on from no other lines.
+A checkpoint records the length and sha256 of each file, so that a resume continues from the same lines.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.runs.files import FULL, is_at, open_at_once, open_in_place
 
 NAMES = ("metrics", "timing")
-"""The records that a run has."""
+"""Names of a run's record files."""
 BLOCK = 1 << 20
 
 
 class Mark(NamedTuple):
-    """Where a file of records was at a checkpoint: its length in bytes, and the sha256 of them."""
+    """Position of a record file at a checkpoint: its length in bytes, and their sha256."""
 
     length: int
     sha256: str
 
     @staticmethod
     def of(saved: Any) -> Mark:
-        """The mark that a checkpoint has kept as JSON.
+        """Parse the mark that a checkpoint has saved as JSON.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is malformed.
         """
         if isinstance(saved, list) and len(saved) == 2 and type(saved[0]) is int and isinstance(saved[1], str):
             return Mark(*saved)
-        raise ValueError(f"{saved!r} is no mark of records")
+        raise ValueError(f"{saved!r} is not the mark of a record file")
 
 
 class Records:
-    """A growing file of records. Every record has reached the operating system when `write` returns.
+    """Append-only file of records; every record has reached the operating system when `write` returns.
 
-    A last line that a killed process left unfinished is removed on opening.
+    A partial last line, left by a killed process, is removed on opening.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,18 +65,18 @@ class Records:
             raise self._failed(error) from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record: names to numbers, text, booleans, lists (one entry a learner), tensors or arrays.
+        """Append one record: a dictionary of numbers, text, booleans, lists (one entry a learner), tensors or arrays.
 
         Raises:
             SettingError: a value is none of these.
-            CheckpointError: the disk is full or failing (the file ends with the record before), or the path leads to
-                another file now.
+            CheckpointError: the disk is full or failing (the record is not in the file then), or another file is at
+                the path now.
         """
         line = _encode(record)
         rest = memoryview(line)
         if not is_at(self._file, self.path):
             raise CheckpointError(
-                f"{self.path} is not the file this run writes any more, the folder was moved, deleted or made anew: "
+                f"{self.path} is not this run's file any more, the folder was moved, deleted or created again: "
                 "the run ends here and leaves what is there alone"
             )
         try:
@@ -90,7 +90,7 @@ class Records:
         self._digest.update(line)
 
     def mark(self) -> Mark:
-        """Where the file ends, after making sure that the disk has it: keep it in the checkpoint.
+        """Fsync the file and return its current length and sha256, to be saved in a checkpoint.
 
         Raises:
             CheckpointError: the disk is failing.
@@ -102,11 +102,11 @@ class Records:
         return Mark(self._size, self._digest.hexdigest())
 
     def truncate(self, mark: Mark) -> None:
-        """Drop every record written after `mark()` returned `mark`.
+        """Remove every record written after `mark()` returned `mark`.
 
         Raises:
-            CheckpointError: the file is shorter, or was changed before the mark, or the disk is failing; it is left as
-                it is.
+            CheckpointError: the file is shorter, was changed before the mark, or the disk is failing; it stays as it
+                is.
         """
         try:
             digest = _checked_start(self._file, self.path, mark)
@@ -116,13 +116,13 @@ class Records:
         self._size, self._digest = mark.length, digest
 
     def _failed(self, error: OSError) -> CheckpointError:
-        """What to say of a disk that is full or failing."""
+        """Error for a disk that is full or failing, with what to do."""
         advice = "free some space" if error.errno in FULL else "check the disk"
-        said = f"cannot write {self.path}: {error.strerror}; the checkpoints so far are intact"
-        return CheckpointError(f"{said}, {advice} and resume the run")
+        problem = f"cannot write {self.path}: {error.strerror}; the checkpoints so far are intact"
+        return CheckpointError(f"{problem}, {advice} and resume the run")
 
     def close(self) -> None:
-        """Close the file; calling it again does nothing."""
+        """Close the file; closing twice is fine."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -137,10 +137,10 @@ class Records:
 
 
 def check_start(path: Path, mark: Mark) -> None:
-    """Make sure that a file of records begins with what it had at a checkpoint; it is only read.
+    """Check that a record file still begins with the bytes it had at a checkpoint; it is only read.
 
     Raises:
-        CheckpointError: it is missing, no regular file, shorter, or was changed before the mark.
+        CheckpointError: it is missing, not a regular file, shorter, or was changed before the mark.
     """
     try:
         with _opened(path) as file:
@@ -150,7 +150,7 @@ def check_start(path: Path, mark: Mark) -> None:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A file of records to read.
+    """Open a record file for reading.
 
     Raises:
         CheckpointError: it is a folder, a pipe or the like.
@@ -164,7 +164,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _checked_start(file: int, path: Path, mark: Mark) -> Any:
-    """The digest of what an open file begins with, after a check that it is what the mark says."""
+    """Hash the start of an open file up to a mark, after a check that it equals the mark's; returns the hash object."""
     size = os.fstat(file).st_size
     if not 0 <= mark.length <= size:
         raise CheckpointError(
@@ -179,10 +179,10 @@ def _checked_start(file: int, path: Path, mark: Mark) -> Any:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Every record of a file, `null` as NaN; an unfinished last line is left out.
+    """Read every record of a file, with `null` as NaN; a partial last line is ignored.
 
     Raises:
-        CheckpointError: the file is missing or unreadable, or a finished line is not a JSON object.
+        CheckpointError: the file is missing or unreadable, or a complete line is not a JSON object.
     """
     path = Path(path)
     try:
@@ -210,7 +210,7 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """The JSON value for a value; numbers that are not finite become None."""
+    """Convert a value to JSON's types; numbers that are not finite become None."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, str | bool | int):
@@ -223,7 +223,7 @@ def _plain(value: Any, where: str) -> Any:
         return [_plain(child, where) for child in value]
     if callable(getattr(value, "tolist", None)):
         return _plain(value.tolist(), where)
-    raise SettingError(f"{where} is a {type(value).__name__}: give numbers, text, lists or tensors")
+    raise SettingError(f"{where} is of type {type(value).__name__}: give numbers, text, lists or tensors")
 
 
 def _null_to_nan(value: Any) -> Any:
@@ -235,7 +235,7 @@ def _null_to_nan(value: Any) -> Any:
 
 
 def digest_of_start(file: int, length: int) -> Any:
-    """The sha256 of the first `length` bytes of an open file, to be gone on with."""
+    """Hash object (sha256) of the first `length` bytes of an open file, which may be updated further."""
     digest, done = hashlib.sha256(), 0
     while done < length and (block := os.pread(file, min(BLOCK, length - done), done)):
         digest.update(block)
@@ -244,12 +244,12 @@ def digest_of_start(file: int, length: int) -> Any:
 
 
 def end_of_last_line(file: int, block: int = 1 << 16) -> int:
-    """The offset after the last newline."""
+    """Offset after the last newline of an open file; 0 without one."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - block)
-        found = os.pread(file, end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
         end = start
     return 0

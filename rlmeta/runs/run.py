@@ -1,4 +1,4 @@
-"""A run as a value: what was trained, its state, its evaluations; and how it is read back from its folder."""
+"""Run: experiment, state and evaluation of training, and how it is saved to and loaded from its folder."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
 from rlmeta.runs import budgets, checkpoint, extension, populations, prediction, stages
 from rlmeta.runs import folder as run_folder
+from rlmeta.runs.allocator import keep_freed_memory
 from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
-from rlmeta.runs.memory import keep_freed_memory
 from rlmeta.runs.module import TrainedModule, names_of
 from rlmeta.runs.records import NAMES, Mark, check_start
 from rlmeta.runs.stages import Stage
 from rlmeta.runs.surroundings import undisturbed
 
-SAID = ("seconds", "stopped", "offsets", "run", "config")
-"""What the checkpoint of a run says of itself and a reader relies on."""
+METADATA = ("seconds", "stopped", "offsets", "run", "config")
+"""Required entries of a checkpoint's metadata."""
 
 
 class Run:
-    """An experiment and where it stands.
+    """A training run: an experiment with its learners' state, and the final evaluation once it has ended.
 
     Attributes:
-        experiment: settings, seeds, task, budget with nothing left to be chosen.
-        agent: bound to the task's spaces.
-        world: the environments of its learners.
-        iterations: of training on every task.
-        state: everything it is.
+        experiment: settings, seeds, problem, and the budget with its defaults filled in.
+        agent: the learner, bound to the problem's spaces.
+        world: the environments (or samples) of all learners.
+        iterations: number of training iterations on every task.
+        state: everything that changes in training; tensors `[S, ...]` over the S learners.
         folder: where it is saved, or None.
-        evaluation: of the final parameters, once it has ended.
-        seconds: of wall time it trained, over all its resumes.
+        evaluation: evaluation of the final parameters, or None while the run has not ended.
+        seconds: wall time of training, over all resumes.
         stopped: why it ended before its budget, or ''.
-        offsets: where each of its records was at the checkpoint it was read from.
-        id: what it is told apart by.
-        config_digest: the sha256 of its `config.toml`, once that is written.
-        held: the lock on its folder, while this process writes it.
-        begun_from: the folder of the run whose weights it began with, or ''.
-        extended_to: the steps it is trained for where it was given more than config.toml says, else 0.
-        old_end: the iteration at which it ended before it was given more just now, else 0.
+        offsets: position of each record file at the checkpoint that was loaded.
+        id: unique id of the run.
+        config_digest: sha256 of `config.toml`, once that is written.
+        held: the lock on the folder, while this process writes it.
+        begun_from: folder of the run whose weights it was initialised with, or ''.
+        extended_to: steps of an extended budget, 0 if it is the one in config.toml.
+        old_end: iteration at which the run ended before it was extended just now, else 0.
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
-        self.folder = None if folder is None else folder.absolute()  # an environment may change the current one
+        self.folder = None if folder is None else folder.absolute()  # an environment may change the current folder
         self.id, self.config_digest = secrets.token_hex(8), ""
         self.held: run_folder.Hold | None = None
         experiment.use_threads()
@@ -90,15 +90,15 @@ class Run:
 
     @property
     def every(self) -> int:
-        """What of its budget each learner spends in an iteration."""
+        """Steps of each learner in one iteration, as the budget counts them."""
         steps: int = self.world.num_envs * self.agent.steps_per_iteration
         return steps
 
     def start(self) -> None:
-        """Set the state to that of a run that begins.
+        """Initialise the state: parameters, optimizers, environments.
 
         Raises:
-            SettingError, HookError: what was given does not work together.
+            SettingError, HookError: settings, problem or methods do not work together.
         """
         _ = self.stages
         self.state = self.agent.init(self.experiment.keys(), self.experiment.hyper(), self.world)
@@ -109,20 +109,20 @@ class Run:
 
     @property
     def stages(self) -> list[Stage]:
-        """What it goes through: a single stage, or the phases of every task of a stream."""
+        """Stages of training: a single one, or the phases of every task of a stream."""
         return stages.stages_of(self.experiment.problem, self.agent.methods, self.iterations)
 
     @property
     def stream(self) -> TaskStream | None:
-        """The stream it learns from, if it is one."""
+        """The stream of tasks, or None for a single problem."""
         problem = self.experiment.problem
         return problem if isinstance(problem, TaskStream) else None
 
     @property
     def matrix(self) -> Tensor:
-        """Scores on a stream, `[S, T + 1, T]`: in row i those on every learner's tasks after its first i were trained.
+        """Score matrix of a stream, `[S, T + 1, T]`: row i has the scores on all tasks after training on the first i.
 
-        Columns are places in each learner's own order; NaN where nothing was measured yet.
+        Columns follow each learner's own task order; NaN where nothing was evaluated yet.
 
         Raises:
             SettingError: the run is not on a stream.
@@ -132,22 +132,22 @@ class Run:
         matrix: Tensor = self.state["matrix"]
         return matrix
 
-    # ------------------------------------------------------------------ what a reader asks
+    # ------------------------------------------------------------------ evaluation, actions, predictions
 
     @property
     def env_steps(self) -> int:
-        """Environment steps of each learner so far."""
+        """Environment steps of each learner so far (the most of any, as some may have stopped)."""
         return int(self.state["count"]["env_steps"].max())
 
     @property
     def scores(self) -> Tensor:
-        """The mean score of every learner's final evaluation, `[S]`.
+        """Mean score of every learner's final evaluation, `[S]`.
 
-        Of a stream: the mean over its tasks, each of which counts the same however many samples or classes it has.
-        `lifelong.metrics.accuracy(run.matrix, run.evaluation.lengths)` lets every test sample count the same.
+        On a stream the mean over its tasks, each with equal weight however many samples or classes it has;
+        `lifelong.metrics.accuracy(run.matrix, run.evaluation.lengths)` weights every test sample equally.
 
         Raises:
-            SettingError: there was none yet.
+            SettingError: there was no final evaluation yet.
         """
         if self.evaluation is None:
             raise SettingError("the run has not ended: `rlmeta resume` it, or call run.evaluate()")
@@ -155,13 +155,16 @@ class Run:
 
     @undisturbed()
     def evaluate(self, episodes: int, *, deterministic: bool = True, best: bool = False, seed: int = 0) -> Evaluation:
-        """Try every learner on `episodes` fresh episodes, on as many of every task of a stream.
+        """Evaluate every learner on new episodes; on a stream, on every task in turn.
 
         Args:
-            episodes: of each learner.
-            deterministic: the policy's mode, or a sample.
-            best: the parameters of each learner's best periodic evaluation instead of the final ones.
-            seed: another seed plays other episodes.
+            episodes: episodes of each learner, and of every task.
+            deterministic: take the policy's mode instead of sampling actions.
+            best: use the parameters of each learner's best periodic evaluation instead of the final ones.
+            seed: seed of the episodes.
+
+        Returns:
+            Returns and lengths, `[S, episodes]` each; on a stream `[S, T * episodes]`, task by task.
         """
         state = self.best_state() if best else self.state
         world = self.evaluation_world(episodes)
@@ -170,16 +173,17 @@ class Run:
             if self.stream is None:
                 return self.agent.evaluate(self.agent.seen(state), world, key, episodes, deterministic=deterministic)
             orders = self.experiment.orders
-            found = stages.evaluate_tasks(
+            evaluations = stages.evaluate_tasks(
                 self.agent, state, world, self.stream, orders, key, episodes, deterministic=deterministic
             )
-            return Evaluation(*(torch.cat(parts, -1) for parts in zip(*found)))
+            return Evaluation(*(torch.cat(parts, -1) for parts in zip(*evaluations)))
         finally:
             world.close()
 
     def best_state(self) -> State:
-        """The state with the parameters of every learner's best periodic evaluation; a learner that never had a finite
-        score keeps its final ones.
+        """State with the parameters of every learner's best periodic evaluation (early stopping).
+
+        A learner that never had a finite score keeps its final parameters.
 
         Raises:
             SettingError: there was no periodic evaluation, or none with a finite score.
@@ -194,7 +198,7 @@ class Run:
         return {**self.state, "params": {**params, **chosen}}
 
     def evaluation_world(self, episodes: int) -> Any:
-        """Fresh rows of the problem to play `episodes` episodes in."""
+        """Create environments for an evaluation of `episodes` episodes."""
         rows = self.agent.evaluation_rows(episodes, self.experiment.problem.native)
         return self.experiment.world(rows)
 
@@ -209,23 +213,21 @@ class Run:
         deterministic: bool = True,
         learner: int | None = None,
     ) -> Any:
-        """The action for one observation of the task, ready for `env.step`, or those for a batch of them.
+        """Choose an action for an observation, ready for `env.step`, or actions for a batch of observations.
 
         Args:
-            observation: as the environment gives it, or as a vector environment gives a batch: with one axis more in
-                front.
-            memory: of an agent with a memory, what the call before it returned; None at the start of an episode.
-            reward: what the last action brought, a number or one for each of the batch, where the agent sees rewards.
-            deterministic: the policy's mode, or a sample.
-            learner: which one acts; by default the best in the final evaluation.
+            observation: an observation of the environment, or a batch `[B, ...]` of a vector environment.
+            memory: recurrent state of the agent, as the previous call returned it; None at the start of an episode.
+            reward: the last reward, a number or `[B]`, for agents that observe their rewards.
+            deterministic: take the policy's mode instead of sampling an action.
+            learner: the learner's index; by default the best in the final evaluation.
 
         Returns:
-            The action; of an agent with a memory the action and its memory.
+            The action, or actions `[B, ...]`; of a recurrent agent the pair (action, memory).
 
         Raises:
-            SettingError: no such learner, none of them has a finite score to be the best by, or a memory or reward
-                that the agent has no use for, or lacks.
-            SpaceError: the observation is not of the task's observation space.
+            SettingError: no such learner, no learner has a finite score, or a memory or reward is missing or unused.
+            SpaceError: the observation is not in the task's observation space.
         """
         if not self.agent.acts:
             raise SettingError(f"a run of {self.experiment.agent_name} does not act: run.module() predicts")
@@ -233,62 +235,65 @@ class Run:
         p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
         batch = spaces.batch_size(self.world.observation_space, observation)
         rows = () if batch is None else (batch,)
-        given = spaces.to_tree(self.world.observation_space, observation, rows)
-        if any(bool(leaf.isnan().any()) for leaf in tree.leaves(given) if leaf.is_floating_point()):
+        observed = spaces.to_tree(self.world.observation_space, observation, rows)
+        if any(bool(leaf.isnan().any()) for leaf in tree.leaves(observed) if leaf.is_floating_point()):
             raise SpaceError("the observation to act on holds NaN")
         if batch is None:
-            given = tree.map(lambda x: x.unsqueeze(0), given)
+            observed = tree.map(lambda x: x.unsqueeze(0), observed)
         self._actions += 1
         key = random.fold(random.fold(state["key"][learner], "act"), self._actions)
         agent: Any = self.agent
         initial = agent.initial_memory(p, (batch or 1,))
-        before = initial if memory is None else told(initial, memory, reward)
-        action, after = agent.act(p, given, before, key, deterministic)
+        memory_in = initial if memory is None else with_reward(initial, memory, reward)
+        action, memory_out = agent.act(p, observed, memory_in, key, deterministic)
         action = spaces.to_numpy(self.world.action_space, action[0] if batch is None else action, rows)
-        return (action, after) if initial else action
+        return (action, memory_out) if initial else action
 
     @undisturbed()
     def predict(
         self, support: Any, query: Any, *, steps: int | None = None, learner: int | None = None, best: bool = False
     ) -> Tensor:
-        """What a meta-learner says of new inputs once it is shown some samples of their task.
+        """Predict with a meta-learner: adapt to a task's support set, then predict targets for its query set.
 
         Args:
             support: (inputs `[n, ...]`, targets `[n, ...]`) of a task, arrays or tensors; or of K tasks at once,
                 `[K, n, ...]` each.
             query: inputs `[B, ...]`, or `[K, B, ...]`.
-            steps: of adaptation; by default as many as in training. A prototypical network takes none.
-            learner: which one answers; by default the best in the final evaluation.
-            best: the parameters of its best periodic evaluation instead of the final ones.
+            steps: number of inner steps; by default as in training. A prototypical network takes none.
+            learner: the learner's index; by default the best in the final evaluation.
+            best: use the parameters of its best periodic evaluation instead of the final ones.
 
         Returns:
-            Predictions `[B, D]`, or of classes the probabilities `[B, ways]`; with K tasks `[K, B, ...]`.
+            Predictions `[B, D]`, or class probabilities `[B, ways]`; with K tasks `[K, B, ...]`.
 
         Raises:
-            SettingError: the run's learner does not learn from such tasks; support and query do not fit together; a
-                class has no sample; steps is negative.
-            SpaceError: inputs or targets are not of the tasks' spaces.
+            SettingError: the run's learner is not a meta-learner on support sets; support and query do not fit
+                together; a class has no sample; steps is negative.
+            SpaceError: inputs or targets are not in the tasks' spaces.
         """
         agent: Any = self.agent
         if not agent.answers:
-            raise SettingError(f"a run of {self.experiment.agent_name} is not shown tasks: MAML's and ProtoNet's are")
+            raise SettingError(
+                f"a run of {self.experiment.agent_name} does not predict from a support set: give one of MAML or "
+                "ProtoNet"
+            )
         chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
         device, spaces_ = state["key"].device, (self.world.observation_space, self.world.action_space)
-        shown, asked, several = prediction.asked(*spaces_, support, query, device)
+        support_batch, query_batch, several = prediction.to_batches(*spaces_, support, query, device)
         p = tree.map(lambda leaf: leaf[chosen], agent.seen(state))
-        said: Tensor = agent.answer(p, shown, asked, steps)
-        said = said.softmax(-1) if agent.classes else said
-        return said if several else said[0]
+        predictions: Tensor = agent.answer(p, support_batch, query_batch, steps)
+        predictions = predictions.softmax(-1) if agent.classes else predictions
+        return predictions if several else predictions[0]
 
     def module(self, learner: int | None = None, name: str | None = None, *, best: bool = False) -> TrainedModule:
-        """A trained network of one learner as an `nn.Module` on batches of observations, ready for `torch.export`.
+        """Export a trained network of one learner as an `nn.Module` on batches of observations, for `torch.export`.
 
         Args:
-            learner: which one; by default the best in the final evaluation.
-            name: "policy", "value", "q", "net": one of the learner's networks, by default the one it acts by, which
-                gives logits, means and deviations, or action values; or "action" for the deterministic action itself.
-                Of MAML it is the inner learner's, with the initial weights.
-            best: the parameters of its best periodic evaluation instead of the final ones.
+            learner: the learner's index; by default the best in the final evaluation.
+            name: one of the learner's networks ("policy", "value", "q", "net"), by default the one it acts by, whose
+                outputs are logits, means and log deviations, or action values; or "action" for the deterministic
+                action itself. Of MAML it is the inner learner's, with the meta-learned initial weights.
+            best: use the parameters of its best periodic evaluation instead of the final ones.
 
         Raises:
             SettingError, UnknownNameError: no such learner or network.
@@ -300,10 +305,10 @@ class Run:
         return TrainedModule(inner, p, name or names_of(inner)[0]).eval()
 
     def chosen_learner(self, learner: int | None) -> int:
-        """The learner of this number; by default the best in the final evaluation, or the first if there was none.
+        """Validate a learner's index; None is the best in the final evaluation, or the first before there is one.
 
         Raises:
-            SettingError: there is no such learner, or none that is the best.
+            SettingError: there is no such learner, or no learner has a finite score.
         """
         if learner is None:
             return self.best_learner if self.evaluation is not None else 0
@@ -313,7 +318,7 @@ class Run:
 
     @property
     def best_learner(self) -> int:
-        """The one with the best final score.
+        """Index of the learner with the best final score.
 
         Raises:
             SettingError: no learner has a finite score.
@@ -321,7 +326,7 @@ class Run:
         return self.agent.score.best(self.scores)
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row for each variant: its label, IQM with 95 % interval, mean, steps, seconds, steps/s."""
+        """Results, a row for each variant: label, IQM with 95 % interval, mean, steps, seconds, steps/s."""
         steps = self.env_steps
         scores = self.scores.reshape(-1, self.experiment.repeats).cpu().numpy()
         rows = []
@@ -339,7 +344,7 @@ class Run:
                     "low": float(low),
                     "high": float(high),
                     "mean": float(score.mean()),
-                    "scores": [float(one) for one in score],
+                    "scores": [float(value) for value in score],
                     "not_finite": int((~np.isfinite(score)).sum()),
                     "episodes": int(self.evaluation.returns.shape[-1]) if self.evaluation else 0,
                     "steps": steps,
@@ -352,8 +357,10 @@ class Run:
         return rows
 
     def _transfer(self) -> list[dict[str, float]]:
-        """What every variant kept and gained along a stream, means over its learners with their 95 % intervals (`BWT`,
-        `BWT_low`, `BWT_high`, ...), and in how many orders; nothing of a single problem."""
+        """Backward transfer, forward transfer and forgetting of every variant on a stream; empty for a single problem.
+
+        Means over its learners with 95 % intervals (`BWT`, `BWT_low`, `BWT_high`, ...), and the number of `orders`.
+        """
         if self.stream is None:
             return [{} for _ in self.experiment.labels]
         matrices = self.matrix.reshape(-1, self.experiment.repeats, *self.matrix.shape[1:]).cpu().numpy()
@@ -361,17 +368,18 @@ class Run:
         orders = self.experiment.repeats // len(self.experiment.seeds)
         rows = []
         for matrix in matrices:
-            found = metrics.estimates(matrix, self.agent.score.maximise)
+            estimates = metrics.estimates(matrix, self.agent.score.maximise)
             row: dict[str, float] = {"orders": orders} if orders > 1 else {}
             for name, figure in names.items():
-                row |= {name: found[figure].mean, f"{name}_low": found[figure].low, f"{name}_high": found[figure].high}
+                mean, low, high = (getattr(estimates[figure], end) for end in ("mean", "low", "high"))
+                row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
             rows.append(row)
         return rows
 
     # ------------------------------------------------------------------ files
 
     def begin_folder(self) -> None:
-        """Write what the run is into its folder, which it holds, for all that follows.
+        """Clear the locked folder of a failed start and write `config.toml` into it.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -383,10 +391,13 @@ class Run:
             self.config_digest = run_folder.write_config(self.folder, {**about, **self.experiment.config()})
 
     def save(self, about: dict[str, Any]) -> None:
-        """Write the state into the folder, atomically.
+        """Save a checkpoint of the state into the folder, atomically; a run in memory saves nothing.
+
+        Args:
+            about: metadata, to which the run's id and configuration digest are added.
 
         Raises:
-            CheckpointError: the disk is full or failing, or the folder is not that of this run any more.
+            CheckpointError: the disk is full or failing, or the folder is not this run's any more.
         """
         if self.folder is not None:
             self._check_held()
@@ -400,10 +411,10 @@ class Run:
             self.held.check()
 
     def write_summary(self) -> None:
-        """Write the final evaluation into the folder.
+        """Write the final evaluation into the folder, as `summary.json`.
 
         Raises:
-            CheckpointError: it cannot be written, or the folder is not that of this run any more.
+            CheckpointError: it cannot be written, or the folder is not this run's any more.
         """
         if self.folder is not None and self.evaluation is not None:
             self._check_held()
@@ -417,7 +428,7 @@ class Run:
             run_folder.write_summary(self.folder, content)
 
     def close(self) -> None:
-        """End worker processes and environments, and write no more."""
+        """Close the environments and their worker processes; the folder is not written any more."""
         self.held = None
         self.world.close()
 
@@ -432,22 +443,10 @@ def load(
     lifelong: Sequence[Method] = (),
     own: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Read a run back to look at it, act with it or evaluate it: its settings, its state, its final evaluation.
+    """Load a run from its folder, to inspect it, act with it or evaluate it.
 
-    What only training needs, demonstrations and rewards, is not asked for; `resume` does.
-
-    Args:
-        folder: as given to `train(out=...)`.
-        agent: the class of the user's own agent's settings again, where it had one; a run folder names code but never
-            loads any.
-        network: the user's network again, where it had one.
-        env: the user's environment factory again, where it had one.
-        lifelong: the lifelong methods again, where it had some of your own.
-        own: other settings that are code or data, by name, again, where it had some that acting needs.
-
-    Raises:
-        CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
-        SettingError: the user's own code or data were not given again, or are others than the run began with.
+    Demonstrations and rewards, which only training needs, are not required. Args and errors are those of
+    `rlmeta.api.load`; user code is given as objects.
     """
     return read(folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=False)
 
@@ -463,8 +462,12 @@ def read(
     training: bool,
     steps: int = 0,
 ) -> Run:
-    """What `load` gives, with all that `training` needs where it goes on, to `steps` if they are given; the other
-    arguments and errors are load's."""
+    """Load a run; arguments and errors are those of `load`, and two more.
+
+    Args:
+        training: also read what only training needs, and check the records, for a resume.
+        steps: extend the budget to this many steps; 0 keeps it.
+    """
     folder = Path(folder)
     if not os.path.lexists(folder / run_folder.CONFIG):
         raise CheckpointError(f"{folder} is not the folder of a run: it has no {run_folder.CONFIG}")
@@ -495,7 +498,7 @@ def read(
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
         with within_memory(str(folder)):
             run.start()
-        run.state = fit(run.state, state, str(folder))
+        run.state = fit(run.state, state, str(folder), own_network=network is not None)
         run.evaluation = _final_evaluation(folder, run.id, len(experiment.learners))
     except BaseException:
         run.close()
@@ -504,7 +507,7 @@ def read(
 
 
 def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
-    """The newest checkpoint of a run, and what it says, once it is sure that it is of this very run.
+    """Load the newest checkpoint of a run: its state and metadata, validated.
 
     Raises:
         CheckpointError: there is none, it is damaged or of another run, or config.toml was changed since the run began.
@@ -512,23 +515,23 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
     config, where = folder / run_folder.CONFIG, folder / run_folder.STATE
     if not checkpoint.is_saved(where):
         raise CheckpointError(
-            f"{folder} holds no checkpoint, its run did not come to the first one: train it again with the same --out"
+            f"{folder} holds no checkpoint, its run ended before the first one: train it again with the same --out"
         )
-    state, said = checkpoint.load(where)
-    about = dict(said)
+    state, saved = checkpoint.load(where)
+    about = dict(saved)
     try:
-        seconds, stopped, offsets, run, digest = (said[name] for name in SAID)
+        seconds, stopped, offsets, run, digest = (saved[name] for name in METADATA)
         if type(seconds) not in (int, float) or not math.isfinite(seconds) or not isinstance(stopped, str):
             raise ValueError(f"seconds {seconds!r}, stopped {stopped!r}")
         if set(offsets) != set(NAMES):
             raise ValueError(f"records {offsets!r}")
         about["offsets"] = {name: Mark.of(mark) for name, mark in offsets.items()}
-        about["extended_to"] = said.get("extended_to", 0)
+        about["extended_to"] = saved.get("extended_to", 0)
         if type(about["extended_to"]) is not int or about["extended_to"] < 0:
             raise ValueError(f"extended_to {about['extended_to']!r}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"what the checkpoint in {where} says of itself is not of a run ({error!r}): restore it from a copy"
+            f"the metadata of the checkpoint in {where} is not of a run ({error!r}): restore it from a copy"
         ) from error
     if digest != run_folder.config_digest(folder):
         raise CheckpointError(
@@ -540,7 +543,7 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
 
 
 def _final_evaluation(folder: Path, run: str, learners: int) -> Evaluation | None:
-    """What a run's summary says of its final evaluation; None where the run has not ended.
+    """Read the final evaluation from a run's summary; None if the run has not ended.
 
     Raises:
         CheckpointError: it is damaged.
@@ -560,56 +563,65 @@ def _final_evaluation(folder: Path, run: str, learners: int) -> Evaluation | Non
         raise run_folder.damaged_summary(folder, error) from error
 
 
-def fit(fresh: State, saved: State, where: str) -> State:
-    """The saved state, after a check that it is one of this agent on this task.
+def fit(fresh: State, saved: State, where: str, own_network: bool = False) -> State:
+    """Move a loaded state to the run's device, after a check that its tensors are those of this agent and task.
+
+    Args:
+        fresh: the run's initial state, with the expected names, shapes and dtypes.
+        saved: the loaded state.
+        where: the run's folder, for error messages.
+        own_network: whether the network is the user's, given again, which may be another one.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape or type than the agent's.
+        CheckpointError: a tensor is missing, or has another shape or dtype than the agent's.
     """
-    expected, given = tree.flatten(fresh), tree.flatten(saved)
-    for name in expected.keys() - given.keys():
-        _check_frozen(name, given, where)
+    hint = "it is of another agent, task or number of learners"
+    hint = "network= is not the network that the run was trained with, give the same" if own_network else hint
+    expected, leaves = tree.flatten(fresh), tree.flatten(saved)
+    for name in expected.keys() - leaves.keys():
+        _check_frozen(name, leaves, where)
     for name, leaf in expected.items():
-        if name not in given:
-            raise CheckpointError(f"{where}: the checkpoint lacks {name!r}: it is of another agent, task or version")
-        if given[name].shape != leaf.shape or given[name].dtype != leaf.dtype:
+        if name not in leaves:
+            raise CheckpointError(f"{where}: the checkpoint lacks {name!r}: {hint}")
+        value = leaves[name]
+        if value.shape != leaf.shape or value.dtype != leaf.dtype:
             raise CheckpointError(
-                f"{where}: {name!r} is {given[name].dtype} {tuple(given[name].shape)} in the checkpoint, the agent has "
-                f"{leaf.dtype} {tuple(leaf.shape)}: it is of another agent, task or number of learners"
+                f"{where}: {name!r} is {value.dtype} {tuple(value.shape)} in the checkpoint, the agent has "
+                f"{leaf.dtype} {tuple(leaf.shape)}: {hint}"
             )
     key = fresh["key"]
     loaded: State = tree.map(lambda leaf: leaf.to(key.device), saved)
-    # packed as in the run that goes on: the bits of a matrix product depend on where its factors begin
+    # packed as in training: the bits of a matrix product depend on the alignment of its factors
     loaded["params"]["weights"] = Packed.of(loaded["params"]["weights"], key.dim())
     return loaded
 
 
-def _check_frozen(name: str, given: dict[str, Tensor], where: str) -> None:
-    """Say so where a parameter is missing because it was frozen in the run and is not now, or the reverse."""
+def _check_frozen(name: str, leaves: dict[str, Tensor], where: str) -> None:
+    """Refuse a checkpoint if a missing parameter was frozen (`requires_grad=False`) and is not now, or the reverse."""
     was = {"params/weights/": "frozen", "params/buffers/": "trained"}
     for (group, state), (other, now) in zip(was.items(), reversed(list(was.items()))):
-        if name.startswith(group) and name.replace(group, other, 1) in given:
+        if name.startswith(group) and name.replace(group, other, 1) in leaves:
             raise CheckpointError(
                 f"{where}: {name.removeprefix(group)} was {state} in the run and is {now} in the network given now: "
                 "freeze (requires_grad=False) what was frozen, and nothing else"
             )
 
 
-def told(initial: tree.Tree, memory: tree.Tree, reward: Any) -> tree.Tree:
-    """A memory that an agent acts with within an episode, once it was told the reward of its last action.
+def with_reward(initial: tree.Tree, memory: tree.Tree, reward: Any) -> tree.Tree:
+    """Add the last reward to an agent's recurrent state, if the agent observes rewards.
 
     Args:
-        initial: its memory at the start of an episode.
-        memory: as `run.act` returned it.
-        reward: of the last action, where the agent sees rewards.
+        initial: the recurrent state at the start of an episode.
+        memory: the recurrent state that `run.act` returned.
+        reward: the last action's reward, or None if the agent does not observe rewards.
 
     Raises:
-        SettingError: it is the memory of another agent or of another number of environments, or the reward is missing.
+        SettingError: the memory is of another agent or number of environments, or the reward is missing or unused.
     """
     layouts = [{name: leaf.shape for name, leaf in tree.flatten(each).items()} for each in (initial, memory)]
     require(
         layouts[0] == layouts[1],
-        "the memory to act with is not what run.act returned for as many observations of this agent: "
+        "the memory is not one that run.act returned for this agent and this number of observations: "
         "leave it out at the start of an episode" + ("" if initial else "; this agent has none"),
     )
     sees = LAST_REWARD in initial
@@ -624,5 +636,5 @@ def told(initial: tree.Tree, memory: tree.Tree, reward: Any) -> tree.Tree:
 
 
 def per_learner(values: Tensor) -> list[float]:
-    """`[S]` as a list for JSON."""
+    """Convert a tensor `[S]` to a list for JSON."""
     return np.asarray(values.detach().cpu(), dtype=np.float64).tolist()

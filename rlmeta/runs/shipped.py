@@ -1,26 +1,30 @@
-"""Learners and lifelong methods by their names on the command line: those that come with rlmeta, and the user's own."""
+"""Registry of learners and lifelong methods by their names on the command line, rlmeta's and the user's."""
 
 from __future__ import annotations
 
+import contextlib
+
 from rlmeta import agents, imitation, lifelong, meta, supervised
-from rlmeta.errors import SettingError, unknown_name
+from rlmeta.envs.kinds import kind_named
+from rlmeta.envs.names import names
+from rlmeta.errors import RlmetaError, SettingError, did_you_mean, unknown_name
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import name_of, settings_classes
 from rlmeta.runs.objects import load_object
 
 AGENTS: dict[str, type] = {name_of(cls): cls for cls in (*agents.ALL, *imitation.ALL, *supervised.ALL, *meta.ALL)}
-"""The settings class of every agent, supervised learner, imitator and meta-learner."""
+"""Settings class of every agent, supervised learner, imitation learner and meta-learner, by name."""
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in lifelong.ALL}
-"""Every lifelong method."""
+"""Class of every lifelong method, by name."""
 
 
 def agent_class(name: str) -> type:
-    """The settings class of an agent's command-line name, of the user's own where it is `package.module:Name`.
+    """Look up an agent's settings class by its name on the command line, or in user code, `package.module:Name`.
 
     Raises:
-        UnknownNameError: there is none.
-        SettingError: no such module or name, or what it names is no settings class; or a file names it.
+        UnknownNameError: there is no such agent.
+        SettingError: no such module or name, the object is not a settings class, or a file names it without permission.
     """
     if ":" in name:
         return checked_class(load_object(name), name)
@@ -29,8 +33,19 @@ def agent_class(name: str) -> type:
     return AGENTS[name]
 
 
+def check_family(name: str, learner: str) -> None:
+    """Refuse the name of a task or stream for a meta-learner, which needs a family; the error lists the families."""
+    families = []
+    for known in names("envs"):
+        with contextlib.suppress(RlmetaError):  # an unreadable file hides no other family
+            families += [known] if kind_named(known) == "family" else []
+    if name not in families and kind_named(name) != "family":
+        hint = did_you_mean(name, families) or f": expected one of {', '.join(families)}"
+        raise SettingError(f"{learner} learns from a family of tasks, {name!r} is none{hint}")
+
+
 def checked_class(value: object, name: str) -> type:
-    """The class itself, if it is of a learner's settings.
+    """Check that a value is the settings class of a learner, and return it.
 
     Raises:
         SettingError: it is something else.
@@ -44,7 +59,7 @@ def checked_class(value: object, name: str) -> type:
 
 
 def name_on_command_line(settings_class: type) -> str:
-    """What names a learner on the command line and in files: `ppo`, or `package.module:Name` of the user's own."""
+    """Name of a learner on the command line and in files: `ppo`, or `package.module:Name` for user code."""
     if settings_class in AGENTS.values():
         return name_of(settings_class)
     return f"{settings_class.__module__}:{settings_class.__qualname__}"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: the iteration is finished and the run saved, then it ends."""
+"""Handling of Ctrl-C and SIGTERM: finish the iteration, save the run, then stop."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from rlmeta.envs.gymnasium.rows import seconds_in_call
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 HANGS = 3.0
-"""Seconds after which a call of an environment may never end: nobody should wait for its iteration."""
+"""Seconds after which a call of an environment counts as hanging, so that Ctrl-C does not wait for its iteration."""
 
-SAID = {
+MESSAGES = {
     signal.SIGINT: "finishing this iteration and saving; Ctrl-C again stops at once",
     signal.SIGTERM: "terminated: finishing this iteration and saving",
 }
 
 
 class Interruption:
-    """Whether the user, or the system, wants the run to end.
+    """Signal handlers of a run; true once a signal has asked it to stop.
 
-    The first signal waits for the iteration, or ends at once what `at_once` marks (the final evaluation, before which
-    the run was saved); so does a Ctrl-C where an environment has not answered for `HANGS` seconds. A second one is
-    handled as if the run had no handlers. After SIGTERM the process ends by it once everything is closed, as whoever
-    sent it expects.
+    The first signal lets the iteration finish. It raises KeyboardInterrupt immediately within `at_once` (the final
+    evaluation, before which the run was saved), as does Ctrl-C if an environment has not answered for `HANGS` seconds.
+    A second signal meets the handlers from before the run. After SIGTERM the process terminates by that signal once
+    everything is closed.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class Interruption:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Within, signals are noted; afterwards handlers are as before, and SIGTERM reaches them."""
+        """Install the handlers for the block; afterwards restore the old ones, and re-send SIGTERM if it came."""
         try:
             for number in STOPPING:
                 self._before[number] = signal.signal(number, self._note)
-        except ValueError:  # not in the main thread: whoever runs us handles them
+        except ValueError:  # only the main thread may install handlers
             self._before = {}
         try:
             yield
@@ -55,7 +55,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, a signal raises KeyboardInterrupt."""
+        """Make a signal raise KeyboardInterrupt within the block."""
         self._at_once = True
         try:
             yield
@@ -67,9 +67,9 @@ class Interruption:
         self._restore()
         if self._at_once or (seconds_in_call() >= HANGS and self.received is signal.SIGINT):
             raise KeyboardInterrupt
-        # by the file's number: a print in a signal handler may meet another one half done
+        # os.write: a print in a signal handler may interrupt another print
         with contextlib.suppress(OSError):
-            os.write(2, f"{SAID[self.received]}\n".encode())
+            os.write(2, f"{MESSAGES[self.received]}\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,9 +1,9 @@
-"""The stages of a run: one for a single problem; for a stream, the phases of every task in turn.
+"""Stages of training: a single one, or for a stream of tasks the phases of every task in turn.
 
-What a stream hides stays here: methods and learners are handed a `task` that says only what it reveals, and where it
-hides its boundaries they are told of none. `identity` in the state is which task it really is, for the world.
+What a stream hides stays here: methods and learners get a `task` with only what it reveals, and no call at a task
+boundary if it hides its boundaries. `identity` in the state is the true task, for the world.
 
-Everything a stage does is in the state, and which stages have begun too, so a run may be killed anywhere.
+Everything that a stage changes is in the state, as is the number of stages begun, so a run may be killed at any time.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from rlmeta.runs.experiment import Problem
 
 
 class Stage(NamedTuple):
-    """Iterations `first` to below `last` of a run."""
+    """A stage of training: the iterations from `first` to below `last`."""
 
     number: int
-    """Of the stage in the run."""
+    """Index of the stage in the run."""
     position: int
-    """Of the task in the stream."""
+    """Index of the task in the order of training."""
     phase: str
-    """"train", or what a lifelong method has asked for."""
+    """"train", or a phase that a lifelong method has asked for."""
     whose: int
-    """TRAINING, or k + 1 where method k has asked for it."""
+    """TRAINING, or k + 1 for a phase of method k."""
     first: int
     last: int
     begins_task: bool
     ends_task: bool
     announced: bool
-    """Whether learner and methods are told that it begins."""
+    """Whether the learner and the methods are told that it begins; false if the stream hides its boundaries."""
     span: tuple[int, int]
-    """The iterations that its progress is of: its own, or those of the whole run where no boundary is announced."""
+    """Iterations over which progress goes from 0 to 1: the stage's, or the whole run's without announced boundaries."""
 
     def progress(self, iteration: int) -> float:
-        """The fraction of its span that is done before this iteration."""
+        """Fraction of the span that is done before an iteration, in [0, 1)."""
         begin, end = self.span
         return (iteration - begin) / (end - begin)
 
 
 def stages_of(problem: Problem, methods: Sequence[Method], iterations: Sequence[int]) -> list[Stage]:
-    """The stages of a run; `iterations` are those of training on every task, in the order they are met."""
+    """Stages of a run; `iterations` are the training iterations on every task, in task order; methods add phases."""
     announced = not isinstance(problem, TaskStream) or "boundaries" in problem.revealed
     stages: list[Stage] = []
     first = 0
@@ -73,9 +73,10 @@ def stages_of(problem: Problem, methods: Sequence[Method], iterations: Sequence[
 
 
 def start(state: State, stream: TaskStream) -> State:
-    """What a run on a stream keeps besides its learner's state.
+    """Add a stream's entries to the state: `stage`, `identity` (the current task) `[*L]`, and the score `matrix`.
 
-    `matrix` `[*L, T + 1, T]`: the score on the task at position j after training up to position i - 1; NaN until then.
+    `matrix` `[*L, T + 1, T]` holds the score on the task at position j after training on the first i tasks; NaN until
+    it is evaluated.
     """
     tasks, shape = len(stream), state["key"].shape
     matrix = torch.full((*shape, tasks + 1, tasks), torch.nan, dtype=torch.float64, device=state["key"].device)
@@ -84,50 +85,57 @@ def start(state: State, stream: TaskStream) -> State:
 
 
 def set_task(state: State, world: Any, stream: TaskStream, orders: Tensor, position: int) -> State:
-    """Set world and learners to train on the task at this position of every learner's order `[*L, T]`."""
+    """Switch the world and the state to the task at a position of every learner's order `[*L, T]`, for training."""
     identity = orders[..., position].to(state["key"].device)
     world.select(identity)
     index = torch.full_like(identity, position)
     shows = "boundaries" in stream.revealed, "train_id" in stream.revealed
-    told = _told(state, index, identity, *shows, TRAINING)
-    return {**state, "identity": identity, "task": told}
+    task = _revealed(state, index, identity, *shows, TRAINING)
+    return {**state, "identity": identity, "task": task}
 
 
 def tested_task(state: State, world: Any, stream: TaskStream, orders: Tensor, position: int) -> Task:
-    """Set a world to the task at this position of every learner's order; what is told of it in evaluation."""
+    """Switch a world to the task at a position of every learner's order; returns what evaluation reveals of it."""
     identity = orders[..., position].to(state["key"].device)
     world.select(identity)
-    told = "test_id" in stream.revealed
-    return _told(state, torch.full_like(identity, position), identity, told, told, EVALUATED)
+    shown = "test_id" in stream.revealed
+    return _revealed(state, torch.full_like(identity, position), identity, shown, shown, EVALUATED)
 
 
-def _told(state: State, index: Tensor, identity: Tensor, shows_index: bool, shows_identity: bool, phase: int) -> Task:
-    """What methods hear of a task: HIDDEN stands for what they may not know."""
+def _revealed(state: State, index: Tensor, identity: Tensor, show_index: bool, show_identity: bool, phase: int) -> Task:
+    """The task as learners and methods see it; what the stream hides is HIDDEN."""
     return {
-        "index": index if shows_index else torch.full_like(index, HIDDEN),
-        "identity": identity if shows_identity else torch.full_like(identity, HIDDEN),
+        "index": index if show_index else torch.full_like(index, HIDDEN),
+        "identity": identity if show_identity else torch.full_like(identity, HIDDEN),
         "progress": torch.zeros_like(state["progress"]),
         "phase": torch.full_like(index, phase),
     }
 
 
 def turn_to(
-    learner: Learner, state: State, world: Any, stream: TaskStream, orders: Tensor, position: int, told: bool = True
+    learner: Learner,
+    state: State,
+    world: Any,
+    stream: TaskStream,
+    orders: Tensor,
+    position: int,
+    announced: bool = True,
 ) -> State:
-    """Begin the task at this position of every learner's order `[*L, T]`; the learner may be `told` of it or not."""
+    """Switch to the task at a position of every learner's order `[*L, T]`; `announced` or not."""
     state, key = set_task(state, world, stream, orders, position), random.fold(state["key"], "world")
     key = random.fold(key, position) if position else key
-    return learner.begin_task(state, world, key) if told else learner.enter(state, world, key)
+    return learner.begin_task(state, world, key) if announced else learner.enter(state, world, key)
 
 
 def begin(learner: Learner, state: State, world: Any, stream: TaskStream, orders: Tensor, stage: Stage) -> State:
-    """Begin a stage: turn to its task if it is the task's first, then let the methods prepare.
+    """Begin a stage: switch to its task if it is the task's first stage, then call the methods' hooks.
 
-    Where boundaries are hidden the world changes and nobody is told. Moments start anew where the stream says so.
+    If the stream hides its boundaries, the world changes unannounced. Optimizer moments are reset if the stream says
+    so.
     """
     begun = torch.full_like(state["stage"], stage.number + 1)
     if not stage.announced:
-        state = turn_to(learner, state, world, stream, orders, stage.position, told=stage.number == 0)
+        state = turn_to(learner, state, world, stream, orders, stage.position, announced=stage.number == 0)
         hooks.seen_parameters(learner.methods, state, state["task"])
         return {**state, "stage": begun}
     if stage.begins_task:
@@ -137,14 +145,14 @@ def begin(learner: Learner, state: State, world: Any, stream: TaskStream, orders
     phase = torch.full_like(state["task"]["phase"], stage.whose)
     state = {**state, "task": {**state["task"], "phase": phase}}
     for method in learner.methods:
-        found = method.phase_start(learner, *_given(state, method), stage.phase)
-        state = _changed(state, method, "phase_start", found)
+        changed = method.phase_start(learner, *_given(state, method), stage.phase)
+        state = _changed(state, method, "phase_start", changed)
     hooks.seen_parameters(learner.methods, state, state["task"])
     return {**(reset_optimizer(state) if stream.restarts else state), "stage": begun}
 
 
 def end_task(learner: Learner, state: State, world: Any) -> State:
-    """Let the methods keep what they need of the task that has ended."""
+    """Call the methods' `task_end` hooks, in which they consolidate the task: Fisher information, rehearsal samples."""
     for method in learner.methods:
         p, m, task = _given(state, method)
         drawn = state
@@ -160,8 +168,8 @@ def _given(state: State, method: Method) -> tuple[Any, Any, Any]:
     return state["params"], state["methods"][method.name], state["task"]
 
 
-def _changed(state: State, method: Method, hook: str, found: tuple[Any, Any]) -> State:
-    p, m = hooks.changed(method, hook, found, *_given(state, method)[:2])
+def _changed(state: State, method: Method, hook: str, change: tuple[Any, Any]) -> State:
+    p, m = hooks.changed(method, hook, change, *_given(state, method)[:2])
     p = {**p, "weights": Packed.like(p["weights"], state["params"]["weights"], state["key"].dim())}
     return {**state, "params": p, "methods": {**state["methods"], method.name: m}}
 
@@ -177,18 +185,18 @@ def evaluate_tasks(
     *,
     deterministic: bool = True,
 ) -> list[Evaluation]:
-    """An evaluation on the task at every position of each learner's order."""
-    found = []
+    """Evaluate on the task at every position of each learner's order; returns a list over positions."""
+    evaluations = []
     for position in range(orders.shape[-1]):
         p = seen(learner.methods, state, tested_task(state, world, stream, orders, position))
         fresh = random.fold(key, position)
-        found.append(learner.evaluate(p, world, fresh, episodes, deterministic=deterministic))
-    return found
+        evaluations.append(learner.evaluate(p, world, fresh, episodes, deterministic=deterministic))
+    return evaluations
 
 
 def score_tasks(
     learner: Learner, state: State, world: Any, stream: TaskStream, orders: Tensor, key: Tensor, episodes: int
 ) -> Tensor:
-    """A row of the matrix: the mean score on the task at every position of each learner's order, `[*L, T]`."""
-    found = evaluate_tasks(learner, state, world, stream, orders, key, episodes)
-    return torch.stack([one.returns.mean(-1) for one in found], -1)
+    """Mean scores on the task at every position of each learner's order, `[*L, T]`: a row of the score matrix."""
+    evaluations = evaluate_tasks(learner, state, world, stream, orders, key, episodes)
+    return torch.stack([evaluation.returns.mean(-1) for evaluation in evaluations], -1)

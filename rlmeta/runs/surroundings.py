@@ -1,4 +1,4 @@
-"""What is global in a process, which no run obeys and none moves."""
+"""Isolation of runs from a process's global state: default dtype and device, grad mode, random generators."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rlmeta.nn.block import alone
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Within, torch is as it is when a process starts: float32, the CPU, derivatives; afterwards all is as it was.
+    """Use torch's defaults within the block (float32, CPU, gradients enabled) and restore the caller's afterwards.
 
-    A run's numbers depend on its seeds and settings alone, so it takes no default type, no default device and no mode
-    from its caller. What a user's code draws from torch's, numpy's or Python's own generator is put back.
+    A run's numbers depend on its seeds and settings alone, so it takes no default dtype, device or mode from its
+    caller. The states of torch's, numpy's and Python's global random generators are restored, too.
     """
     with alone:  # another thread may be building networks under a seed
         generators = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -25,7 +25,7 @@ def undisturbed() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if torch.get_default_device() != torch.device("cpu"):  # a mode of its own, which slows every call
+        if torch.get_default_device() != torch.device("cpu"):  # the device context slows every call
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):

@@ -1,4 +1,4 @@
-"""Begin a run, or go on with one: what is asked for is checked, then the one loop runs."""
+"""Start or resume a run: validate its arguments, then run the training loop."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from rlmeta.learning.settings import check_choices, group, variants
 from rlmeta.learning.state import select
 from rlmeta.runs import budgets, extension, populations
 from rlmeta.runs import folder as run_folder
-from rlmeta.runs.experiment import Budget, Experiment, chosen_seeds, compare
+from rlmeta.runs.allocator import explain_out_of_memory
+from rlmeta.runs.experiment import Budget, Experiment, Problem, chosen_seeds, compare
 from rlmeta.runs.initial import take_weights
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
-from rlmeta.runs.memory import told_what_does_not_fit
 from rlmeta.runs.run import Run, load, read
+from rlmeta.runs.shipped import check_family
 from rlmeta.runs.surroundings import undisturbed
 
 
 @undisturbed()
-@told_what_does_not_fit()
+@explain_out_of_memory()
 def prepare(
     agent: Any,
     problem: Any,
@@ -46,7 +47,7 @@ def prepare(
     threads: int = 0,
     init: Run | str | Path | None = None,
 ) -> Run:
-    """A run at its start, before anything is written: what is wrong with its arguments is found here.
+    """Create a run and validate its arguments, before anything is trained or written.
 
     Args and errors are those of `rlmeta.api.train`.
     """
@@ -61,7 +62,7 @@ def prepare(
     experiment = Experiment(
         variants=compared,
         seeds=chosen_seeds(seeds),
-        problem=problem_of(problem, type(agent).__name__, getattr(type(agent), "learns_from_tasks", False)),
+        problem=_resolved(problem, type(agent)),
         budget=budget,
         methods=methods,
         population=population,
@@ -85,12 +86,20 @@ def prepare(
     return run
 
 
+def _resolved(problem: Any, agent: type) -> Problem:
+    """The problem that is given or named, after a check that this class of agent can learn it."""
+    learns_from_tasks = getattr(agent, "learns_from_tasks", False)
+    if learns_from_tasks and isinstance(problem, str):
+        check_family(problem, agent.__name__)
+    return problem_of(problem, agent.__name__, learns_from_tasks)
+
+
 def _check_place(out: Any) -> None:
-    """Refuse what names no folder, or one where something is.
+    """Check that `out` is a path at which a run folder can be created.
 
     Raises:
-        SettingError: no text, or one with a character that no name may have.
-        RunExistsError: there is a file, or a folder with something in it.
+        SettingError: it is not a path, or contains a null character.
+        RunExistsError: a file is in its place, or the folder is not empty.
     """
     if out is None:
         return
@@ -101,7 +110,7 @@ def _check_place(out: Any) -> None:
 
 
 def with_demonstrations(settings: Any) -> Any:
-    """The settings with the demonstrations that the file they name holds; where there is none, the learner says so."""
+    """Load the demonstrations that settings name as a file; if there is no such file, the learner raises an error."""
     named = getattr(settings, "demonstrations", None)
     if not isinstance(named, str | os.PathLike) or not Path(named).is_file():
         return settings
@@ -109,14 +118,14 @@ def with_demonstrations(settings: Any) -> Any:
 
 
 @undisturbed()
-@told_what_does_not_fit()
+@explain_out_of_memory()
 def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[Listener] = ()) -> Run:
-    """Make the folder of a run that is at its start, train and evaluate it.
+    """Create the folder of a prepared run, then train and evaluate it.
 
     Args:
-        run: as `prepare` gives it.
+        run: a run that `prepare` returned.
         callbacks: functions of (run, metrics) that may stop the run.
-        listeners: what hears of it.
+        listeners: event hooks, such as progress and trackers.
     """
     try:
         if run.folder is None:
@@ -130,7 +139,7 @@ def go(run: Run, *, callbacks: Sequence[Callback] = (), listeners: Sequence[List
 
 
 @undisturbed()
-@told_what_does_not_fit()
+@explain_out_of_memory()
 def resume(
     folder: str | Path,
     *,
@@ -144,7 +153,7 @@ def resume(
     inexact: bool,
     steps: int = 0,
 ) -> Run:
-    """Go on with a run from its newest checkpoint; arguments and errors are those of `rlmeta.api.resume`."""
+    """Resume a run from its newest checkpoint; arguments and errors are those of `rlmeta.api.resume`."""
     folder = Path(folder).absolute()
     if os.path.lexists(folder / run_folder.CONFIG):
         run_folder.check_plain(folder)
@@ -164,7 +173,7 @@ def resume(
 
 
 def restore_world(run: Run, inexact: bool) -> None:
-    """Bring live environments back to where the checkpoint left them; rows that can't be begin new episodes."""
+    """Restore the environments to their state at the checkpoint; those that cannot be restored start new episodes."""
     state, saved = run.state, run.state["world"]
     if run.stream is not None:
         run.world.select(state["identity"])
@@ -184,10 +193,10 @@ def restore_world(run: Run, inexact: bool) -> None:
 
 
 def one_batch(settings: Sequence[Any]) -> Sequence[Any]:
-    """The settings.
+    """Check that settings can be trained as one batch of learners, and return them.
 
     Raises:
-        SettingError: they can't be one batch of learners.
+        SettingError: they differ in static values.
     """
     groups = group(settings)
     if len(groups) > 1:

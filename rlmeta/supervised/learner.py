@@ -11,7 +11,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.networks import build_body, check_network
+from rlmeta.agents.networks import build_body, check_network, zeros_of
 from rlmeta.data.samples import EVERYTHING, DataWorld
 from rlmeta.engine.capture import Capture
 from rlmeta.errors import SettingError, SpaceError
@@ -98,7 +98,7 @@ class Supervised:
     idle_steps = 0
     counts = "samples"
     score = Score("score")
-    acts = answers = False
+    acts = answers = sequential = False
     predicts: tuple[str, ...] = ("net",)
     classes = 0
     """Number of classes of the targets; 0 for regression."""
@@ -142,7 +142,7 @@ class Supervised:
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
         """Initial state of a run."""
-        if not hasattr(world, "next_batch"):
+        if not isinstance(world, DataWorld):
             name = type(self.settings).__name__
             raise SettingError(f"{name} learns from labelled samples, this problem is to act in: use PPO or DQN")
         state = initial_state(self.networks, key, hyper)
@@ -188,8 +188,8 @@ class Supervised:
 
     def _run(self, block: Block, prefix: str, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
-        out: Tensor = block.run(tensors, batch["observation"], ctx, prefix)
-        return out
+        output: Tensor = block.run(tensors, batch["observation"], ctx, prefix)
+        return output
 
     def iterate(self, state: State, world: DataWorld) -> tuple[State, Metrics]:
         """Iteration: `num_steps` gradient steps, each on the next minibatch of the current task."""
@@ -255,10 +255,17 @@ class Supervised:
         """Prediction of the learner, or of the first lifelong method with a decision rule of its own."""
         for method in self.methods:
             memory = p.get("memories", {}).get(method.name)
-            prediction = None if memory is None else method.predict(self, p, memory, batch, p["task"])
-            if prediction is not None:
-                return hooks.logits(method, prediction, (*batch["valid"].shape, self.outputs()))
+            logits = None if memory is None else method.predict(self, p, memory, batch, p["task"])
+            if logits is not None:
+                return hooks.logits(method, logits, (*batch["valid"].shape, self.outputs()))
         return self.prediction(p, batch)
+
+    def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
+        """A sample of zeros for each of the learners `*L`, `[*L, 1, ...]`: the form of what `draw` gives."""
+        observation = zeros_of(self.observation_space, learners, device)
+        zero = torch.zeros(*learners, 1, dtype=torch.int64, device=device)
+        target = zero if self.classes else zero.new_zeros((*zero.shape, self.outputs())).float()
+        return {"observation": observation, "target": target, "identity": zero}
 
     def draw(self, state: State, world: DataWorld, n: int) -> tree.Tree:
         """Draw n training samples `[*L, n, ...]` of the current task without replacement; all if there are fewer."""

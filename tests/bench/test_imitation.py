@@ -18,7 +18,6 @@ from tests.imitation.test_gail import TINY, cartpole
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
     monkeypatch.setattr(imitation, "Budget", lambda **given: rl.Budget(**{**given, "final_episodes": 2}))
     chosen = Imitation(seeds=2, steps=64, rounds=1, runs=tmp_path / "runs", out=tmp_path / "out")
     cartpole().save(chosen.runs / "cartpole-fixed.demonstrations")

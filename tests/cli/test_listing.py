@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlmeta.cli.listing import runs_table
+from rlmeta.cli.main import main
 from rlmeta.runs import folder as run_folder
 
 ID = "0123456789abcdef"
@@ -83,3 +84,20 @@ def test_what_a_run_is_called_does_not_reach_the_terminal_as_it_is(tmp_path: Pat
     assert all(text.isprintable() for text in shown(tmp_path / "runs"))
     for part in ("a\\x1b]0;title\\x07", "\\x1b[31mred\\x9b", "12.3 (\\x1b[2Jgone\\x07)"):
         assert part in text
+
+
+def test_the_runs_of_a_folder_are_listed_by_its_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "here" / "first", ROW)
+    make_run(tmp_path / "here" / "groups" / "second", ROW)
+    assert main(["list", "runs", str(tmp_path / "here")]) == 0
+    text = capfd.readouterr().out
+    assert "first" in text and "second" in text and "unreadable" not in text
+    assert main(["list", "runs", str(tmp_path / "here" / "first")]) == 0
+    text = capfd.readouterr().out
+    assert "first" in text and "second" not in text
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["list", "runs", "nowhere"], ["list", "nowhere"]):
+        assert main(arguments) == 2
+        assert "nowhere" in capfd.readouterr().err

@@ -77,7 +77,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("RLMETA_DEBUG", raising=False)
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
     yield tmp_path
     for name in ("own_code", "own_methods", "my_env", "my_native_env", "my_family", "my_stream"):
         sys.modules.pop(name, None)
@@ -455,9 +454,9 @@ def test_own_stream_and_methods_by_name_are_given_again(
     for flags, message in (
         ("--slow.pat 1", "--slow: unknown setting of Slow 'pat': did you mean part?"),
         ("--nothing.x 1", "--nothing.x: nothing has no settings"),
-        ("--scenario class", "--scenario: the stream 'own_methods:stream' is made already"),
+        ("--scenario class", "--scenario: the stream 'own_methods:stream' has its own scenario"),
         ("--env.size 1", "own_methods:stream takes other settings: got an unexpected keyword argument 'size'"),
-        ("--env.count 3", "--env.count: 'own_methods:stream' has its settings made already"),
+        ("--env.count 3", "--env.count: 'own_methods:stream' already has its settings"),
     ):
         _, error = rlmeta_says(capfd, f"{train} {flags}", 2)
         assert message in error

@@ -25,7 +25,6 @@ COMMANDS = ("resume g", "eval g", "adapt g", "record g --out demo")
 @pytest.fixture(autouse=True)
 def current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
 
 
 def begun(flags: str = "--hidden-sizes 8,9") -> plans.Plan:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import rlmeta as rl
 from rlmeta.engine import capture as capture_module
 from rlmeta.engine.backends import Python, TorchScript, chosen
-from rlmeta.engine.capture import Capture, Function
+from rlmeta.engine.capture import Capture, Function, _Program
 from rlmeta.engine.tape import Tape, own_memory
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
@@ -98,6 +98,29 @@ def test_a_branch_is_recorded_for_either_case():
         x = x * (1 + number)
         assert torch.equal(capture("branches", counted, {"x": x})["y"], branches({"x": x})["y"])
     assert len(calls) == 1 + 3 + 1 + 3  # either case is recorded and checked
+
+
+def test_only_recordings_whose_numbers_fit_are_tried(monkeypatch: pytest.MonkeyPatch):
+    """One replay shows the number that Python would have seen, which says which other recording to try, if any."""
+    capture, x, replays = Capture(warm_up=1), torch.rand(4), []
+    call = _Program.__call__
+    monkeypatch.setattr(_Program, "__call__", lambda program, given: replays.append(program) or call(program, given))
+
+    def times(inputs: tree.Tree) -> tree.Tree:
+        return {"y": inputs["x"] * (int(inputs["n"]) + 0.5)}
+
+    def replayed(number: int) -> int:
+        replays.clear()
+        outputs = capture("times", times, {"x": x, "n": torch.tensor(number)})
+        assert torch.equal(outputs["y"], x * (number + 0.5))
+        return len(replays)
+
+    for number in (0, 1, 2):
+        for _ in range(12):
+            replayed(number)
+    assert replayed(2) == 1, "the one that fitted last"
+    assert replayed(0) == 2, "one that shows 0, and that of 0"
+    assert replayed(7) == 1, "there is none of 7"
 
 
 @pytest.mark.parametrize("read", [int, float, lambda x: float(x.double()), lambda x: int(x.clone().add_(1))])
@@ -583,7 +606,7 @@ def test_an_error_in_the_program_of_single_calls_is_said_once(times: int):
     assert len(said) == 1
 
 
-def test_what_torchscript_refuses_is_generated_python_and_nobody_is_told():
+def test_what_the_first_backend_refuses_is_generated_python_and_nobody_is_told():
     def normalises(given: tree.Tree) -> tree.Tree:
         weight = given["weight"].detach().requires_grad_()
         with torch.enable_grad():

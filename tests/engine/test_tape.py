@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlmeta.engine.backends import BACKENDS, Backend
 from rlmeta.engine.capture import Capture
-from rlmeta.engine.passes import split, without_idle, without_writes, written_over
-from rlmeta.engine.tape import record
-from rlmeta.functional import tree
+from rlmeta.engine.passes import batched, direct_views, split, without_idle, without_writes, written_over
+from rlmeta.engine.tape import Tape, record
+from rlmeta.functional import random, tree
 
 
 def seen_by_a_view(x: Tensor, a: Tensor) -> list[Tensor]:
@@ -63,6 +67,25 @@ def written_over_in_turn(x: Tensor, a: Tensor) -> list[Tensor]:
     return [y.mul(z), z]
 
 
+def viewed_after_a_write(x: Tensor, a: Tensor) -> list[Tensor]:
+    y = x + 1.0
+    y.mul_(a)
+    return [y.unsqueeze(0) * 2.0]
+
+
+def views_of_views(x: Tensor, a: Tensor) -> list[Tensor]:
+    y = x + a
+    turned = y.mT.unsqueeze(0).expand(2, 3, 3)
+    again = y.mT.unsqueeze(0).expand(2, 3, 3).view(2, 3, 3)
+    return [turned * 2.0 + again[1], y.mT.mT.exp(), x.mT.unsqueeze(0).squeeze(0) @ a, y[1:].mT.unsqueeze(-1).neg()]
+
+
+def a_view_written_to(x: Tensor, a: Tensor) -> list[Tensor]:
+    y = (x * a).contiguous()
+    y.mT.unsqueeze(0).add_(1.0)
+    return [y * 2.0]
+
+
 FUNCTIONS: list[Callable[[Tensor, Tensor], list[Tensor]]] = [
     seen_by_a_view,
     written_to_what_was_viewed,
@@ -72,6 +95,9 @@ FUNCTIONS: list[Callable[[Tensor, Tensor], list[Tensor]]] = [
     fixed_and_written,
     chained,
     written_over_in_turn,
+    viewed_after_a_write,
+    views_of_views,
+    a_view_written_to,
 ]
 
 
@@ -98,7 +124,15 @@ def assert_computes(found: list[Tensor], function: Callable[[Tensor, Tensor], li
 def test_every_pass_keeps_the_bits_and_the_inputs(function):
     tape = recorded(function)
     ordinary = without_writes(tape)
-    for one in (tape, ordinary, without_idle(ordinary), written_over(without_idle(ordinary))):
+    short = direct_views(without_idle(ordinary))
+    for one in (
+        tape,
+        ordinary,
+        without_idle(ordinary),
+        written_over(without_idle(ordinary)),
+        short,
+        written_over(short),
+    ):
         given = tensors(7)
         assert_computes(one.play(given), function, 7)
         assert all(torch.equal(a, b) for a, b in zip(given, tensors(7)))
@@ -131,6 +165,67 @@ def test_operations_are_spared():
     assert len(split(without_writes(recorded(of_fixed_alone)), tape.inputs[1:])[0].operations) == 1, "a + 1"
     assert len(shorter.operations) == len(tape.operations)
     assert len({shorter.memory[x] for one in shorter.operations for x in one.results}) < len(shorter.operations)
+
+
+def test_views_of_views_are_made_once_and_directly():
+    tape = without_idle(without_writes(recorded(views_of_views)))
+    shorter = direct_views(tape)
+    assert count(tape, "transpose") == 6 and count(tape, "expand") == 2
+    assert count(shorter, "transpose") + count(shorter, "expand") + count(shorter, "unsqueeze") <= 3
+    assert len(shorter.operations) <= len(tape.operations) - 8
+
+
+def count(tape: Tape, name: str) -> int:
+    return sum(operation.function._schema.name == f"aten::{name}" for operation in tape.operations)
+
+
+def test_a_later_view_does_not_keep_a_write_in_place():
+    assert not without_writes(recorded(viewed_after_a_write)).pinned
+    assert without_writes(recorded(seen_by_a_view)).pinned
+
+
+def test_random_numbers_of_a_loop_are_drawn_for_all_calls_at_once():
+    """What is left of a draw in the body is its logarithms: their bits may depend on how many numbers there are."""
+
+    def body(inputs: tree.Tree) -> tree.Tree:
+        return {"row": inputs["x"] + random.gumbel(inputs["key"], "action", 0, (3,))}
+
+    keys, x = random.make_keys(range(5)), torch.rand(2, 3)
+    _, tape, _ = record(body, {"key": keys[:2], "x": x})
+    carried_first = replace(tape, inputs=tape.inputs[::-1])
+    first, rest = batched(without_idle(without_writes(carried_first)), 1, 1)
+    assert len(first.operations) > 30 and count(first, "log") == 0
+    assert count(rest, "__rshift__") == 0 and len(without_idle(rest).operations) < 10
+    rows = [first.play([keys[number : number + 2]]) for number in range(4)]
+    together = torch.func.vmap(lambda key: first.play([key])[0])(torch.stack([keys[n : n + 2] for n in range(4)]))
+    for number, row in enumerate(rows):
+        assert torch.equal(together[number], row[0])
+        expected = body({"key": keys[number : number + 2], "x": x})["row"]
+        assert torch.equal(rest.play([x, *row])[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (16,)])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_scan_of_draws_gives_the_bits_of_single_draws(backend: Backend, shape: tuple[int, ...]):
+    capture = Capture(warm_up=1, backends=[backend])
+    weight = torch.rand(16, 16)[: max(1, math.prod(shape)), : max(1, math.prod(shape))].contiguous()
+
+    def draw(inputs: tree.Tree) -> tree.Tree:
+        noise = random.uniform(inputs["each"]["key"], "noise", 0, shape)
+        total = inputs["carried"]["total"] + noise.log()
+        return {"carried": {"total": total}, "row": {"product": noise.reshape(2, -1) @ inputs["fixed"]["weight"]}}
+
+    for first in range(4):
+        keys = random.make_keys(range(first, first + 14)).reshape(7, 2)
+        total = torch.zeros(2, *shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            carried, rows = capture.scan("draw", draw, {"total": total}, {"weight": weight}, {"key": keys}, 7)
+        for key, row in zip(keys, rows["product"]):
+            found = draw({"carried": {"total": total}, "fixed": {"weight": weight}, "each": {"key": key}})
+            total = found["carried"]["total"]
+            assert torch.equal(row, found["row"]["product"])
+        assert torch.equal(carried["total"], total)
 
 
 def test_what_reads_a_fixed_input_stays_behind_what_writes_to_it():

@@ -59,7 +59,7 @@ def test_hooks_that_give_nothing_where_they_may_change_nothing():
     class Idle(Method):
         name = "idle"
 
-        def loss(self, learner, p, m, batch, task):
+        def loss(self, learner, p, m, batch, task, key):
             return None
 
         def frozen(self, p, m, task):

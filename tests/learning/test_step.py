@@ -145,7 +145,7 @@ class Penalty(Method):
         self.closed, self.name = closed, "penalty"
         self.seen: list[StepInfo] = []
 
-    def loss(self, learner, p, m, batch, task):
+    def loss(self, learner, p, m, batch, task, key):
         if self.closed:
             return None
         flat = torch.cat([w.flatten(1) for w in p["weights"].values()], -1)

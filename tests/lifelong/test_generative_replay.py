@@ -12,10 +12,11 @@ import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning import owners
-from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.method import Learned, Method
 from rlmeta.learning.phases import EVALUATED, TRAINING, whose
 from rlmeta.lifelong.generative_replay import Generator
+from rlmeta.nn import Context
+from rlmeta.nn.generative.vae import negative_elbo
 from tests.lifelong.textures import textures
 from tests.lifelong.toy import flat, learner, pictures, points
 
@@ -47,8 +48,8 @@ def start(run: Any) -> torch.Tensor:
     """A weight of the generator before anything was trained."""
     run.agent.init(run.experiment.keys(), run.experiment.hyper(), run.world)
     key = owners.own_key({"key": run.experiment.keys()}, "generative_replay")
-    sizes = Generator(9, 6, 2, (5,))
-    state = owners.init(sizes, key, rl.functional.optim.adam(torch.full(key.shape, 1e-3)))
+    generator = Generator(run.agent.observation_space, (9, 6, 2, (5,)))
+    state = owners.init(generator, key, rl.functional.optim.adam(torch.full(key.shape, 1e-3)))
     weight: torch.Tensor = state["params"]["weights"]["vae.encoder.0.weight"]
     return weight
 
@@ -75,15 +76,15 @@ def test_a_class_is_drawn_as_often_as_any_other_that_was_met_and_never_another()
     m = memory(run)
     assert m["met"].all() and m["allowed"].all((-2, -1)).all()
     met = torch.tensor([[True, False, True, False, False, True], [False, False, False, False, True, False]])
-    scholar = SMALL.scholar(run.agent)
-    drawn, target = scholar.draw(m["old"], met, 3000, random.fold(run.state["key"], "test"))
+    generator = SMALL.generator_of(run.agent)
+    drawn, target = generator.draw(m["old"], met, 3000, random.fold(run.state["key"], "test"))
     counts = torch.nn.functional.one_hot(target, 6).sum(-2)
     assert counts[1].tolist() == [0, 0, 0, 0, 3000, 0]
     assert (counts[0][met[0]] - 1000).abs().max() < 120 and counts[0].sum() == 3000 and not counts[0][~met[0]].any()
     assert torch.equal(drawn["condition"].argmax(-1), target) and 0 <= drawn["input"].min() <= drawn["input"].max() <= 1
     for one in range(2):
         key = random.fold(run.state["key"], "test")[one]
-        alone, _ = scholar.draw({n: w[one] for n, w in m["old"].items()}, met[one], 3000, key)
+        alone, _ = generator.draw({n: w[one] for n, w in m["old"].items()}, met[one], 3000, key)
         torch.testing.assert_close(alone["input"], drawn["input"][one], atol=1e-5, rtol=1e-5)
 
 
@@ -120,14 +121,15 @@ def test_a_generators_step_is_by_hand_that_of_its_bound(later: bool) -> None:
     assert torch.equal(learned.memory["allowed"].any(-1), condition.bool().any(-2))
     key = random.fold(m["vae"]["key"], torch.zeros(2, dtype=torch.int64))
     shown = {"input": batch["observation"].flatten(2).float() / 255, "condition": condition.float()}
-    scholar = SMALL.scholar(run.agent)
+    generator = SMALL.generator_of(run.agent)
     if later:
-        drawn, target = scholar.draw(m["old"], m["met"], 8, key)
+        drawn, target = generator.draw(m["old"], m["met"], 8, key)
         assert target.min() > 3
         shown = {name: torch.cat([shown[name], drawn[name]], 1) for name in shown}
     shown["noise"] = random.normal(key, "noise", 0, (16 if later else 8, 2))
     weights = {n: w.detach().clone().requires_grad_() for n, w in m["vae"]["params"]["weights"].items()}
-    loss = scholar.losses({"weights": weights}, shown, StepContext())["elbo"]
+    said = generator.vae.run(weights, shown, Context(), "vae.")
+    loss = negative_elbo(said, shown["input"]).mean(-1)
     torch.testing.assert_close(learned.reports["losses/generator"], loss.detach(), atol=1e-4, rtol=1e-5)
     for (name, weight), gradient in zip(weights.items(), torch.autograd.grad(loss.sum(), list(weights.values()))):
         moved, sure = learned.memory["vae"]["params"]["weights"][name] - weight.detach(), gradient.abs() > 1e-3
@@ -138,6 +140,17 @@ def test_a_generator_that_loses_its_numbers_stops_its_learner_alone() -> None:
     with pytest.warns(RuntimeWarning, match="no longer finite"):
         run = train(rl.GenerativeReplay(learning_rate=(1e-3, 1e38), latent=2, hidden_sizes=(5,)), seeds=1, steps=120)
     assert run.state["active"].tolist() == [True, False]
+
+
+@pytest.mark.filterwarnings("error:.*not recorded")
+def test_the_generators_steps_are_recorded_and_the_bits_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlmeta.engine.capture.WARM_UP", 1)
+    recorded = train(SMALL, steps=2 * STEPS)
+    programs = recorded.agent.capture._programs.items()
+    assert any(programs for key, programs in programs if "vae.encoder.0.weight" in str(key))
+    monkeypatch.setattr("rlmeta.learning.step._capture", lambda *given: None)
+    plain = train(SMALL, steps=2 * STEPS)
+    assert all(map(torch.equal, tree.leaves(memory(recorded)), tree.leaves(memory(plain))))
 
 
 class Watcher(Method):
@@ -168,6 +181,50 @@ def test_hooks_know_the_phase_and_evaluation_from_training() -> None:
     plain = train(watcher, budget=rl.Budget(steps=STEPS, log_points=100), steps=None)
     assert int(plain.state["count"]["gradient_steps"].max()) == 3 * 2 * 5, "the learner's own steps in that phase"
     assert int(run.state["count"]["gradient_steps"].max()) == 3 * 2 * 5, "and none of it in the generator's"
+
+
+class Counts(Method):
+    """Learns from an agent's rollouts in a phase of its own: how many steps it has seen, and their rewards."""
+
+    name = "counts"
+
+    def init(self, learner: Any, state: Any) -> Any:
+        return {"steps": torch.zeros_like(state["key"]), "reward": torch.zeros_like(state["progress"])}
+
+    def phases(self, iterations: int) -> list[tuple[str, int]]:
+        return [("count", 2)]
+
+    def learn(self, learner: Any, p: Any, m: Any, batch: Any, task: Any, active: Any) -> Learned:
+        reward = batch["reward"].double().flatten(1).sum(-1)
+        steps = m["steps"] + batch["reward"][0].numel()
+        return Learned({"steps": steps, "reward": m["reward"] + reward}, active, {"losses/own": reward})
+
+
+@pytest.mark.parametrize("settings", [
+    rl.PPO(num_envs=4, num_steps=8, batch_size=16, normalise_observation=True),
+    rl.PPO(num_envs=4, num_steps=8, batch_size=16, memory="gru"),
+    rl.DQN(num_envs=4, num_steps=8, learning_starts=32, batch_size=8),
+], ids=["ppo", "with a memory", "dqn"])  # fmt: skip
+def test_in_a_phase_of_its_own_a_method_learns_from_an_agents_rollouts_and_the_agent_stays(settings: Any) -> None:
+    """Two iterations of the agent and two of the method, twice."""
+    kept: list[Any] = []
+
+    def watch(run: Any, line: Any) -> None:
+        parts = {name: run.state["params"][name] for name in ("weights", "buffers", "normalisers")}
+        if "replay" in run.state:
+            parts["replay"] = run.state["replay"]
+        kept.append((whose(run.state["task"]), tree.map(torch.clone, parts), line))
+
+    budget = rl.Budget(steps=64, log_points=100, eval_episodes=1, final_episodes=1)
+    twice = rl.stream(["CartPole-v1"] * 2, "twice")
+    run = rl.train(settings, twice, budget=budget, seeds=2, lifelong=[Counts()], callbacks=[watch])
+    assert [phase for phase, *_ in kept] == [TRAINING, TRAINING, 1, 1] * 2
+    for (_, before, _), (phase, after, line) in itertools.pairwise(kept):
+        same = [torch.equal(x, y) for x, y in zip(tree.leaves(before), tree.leaves(after), strict=True)]
+        assert all(same) == (phase == 1)
+        assert phase == TRAINING or line["losses/own"] == [32.0, 32.0]
+    counted = run.state["methods"]["counts"]
+    assert counted["steps"].tolist() == [4 * 32] * 2 and counted["reward"].tolist() == [4 * 32.0] * 2
 
 
 @pytest.mark.parametrize(

@@ -214,17 +214,17 @@ def test_ewc_refuses_wrong_settings(wrong):
 
 
 def test_methods_are_named_on_the_command_line():
-    from rlmeta.runs.own_code import made_method, methods_named
+    from rlmeta.runs.user_code import build_method, methods_named
 
     assert methods_named("ewc, gem") == [EWC, GEM]
-    assert made_method(EWC, {"strength": 5.0}) == EWC(strength=5.0)
-    assert made_method(EWC, {"strength": "5,10", "samples": 20}) == EWC(strength=[5.0, 10.0], samples=20)
+    assert build_method(EWC, {"strength": 5.0}) == EWC(strength=5.0)
+    assert build_method(EWC, {"strength": "5,10", "samples": 20}) == EWC(strength=[5.0, 10.0], samples=20)
     with pytest.raises(
         SettingError, match=r"--ewc\.samples is '20,40', expected one value: learners of one batch share"
     ):
-        made_method(EWC, {"samples": "20,40"})
+        build_method(EWC, {"samples": "20,40"})
     with pytest.raises(SettingError, match="strenght"):
-        made_method(EWC, {"strenght": 5.0})
+        build_method(EWC, {"strenght": 5.0})
     with pytest.raises(rl.RlmetaError, match="did you mean ewc"):
         methods_named("ewcc")
 

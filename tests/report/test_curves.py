@@ -25,6 +25,8 @@ from rlmeta.report import curves
 from rlmeta.runs.experiment import Budget, Experiment
 from rlmeta.runs.records import Records
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 NAN = np.nan
 
 

@@ -1,4 +1,4 @@
-"""Train in a process that is killed at a chosen iteration: `python killed.py FOLDER AGENT TASK KILL_AT`.
+"""Train in a process that is killed at a chosen iteration, see `tests/runs/killer.py`.
 
 On a stream, where the task is one, with lifelong methods behind a plus: "split-digits+ewc+replay".
 """
@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import rlmeta as rl
 from rlmeta.envs import streams
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.agents.worlds import Target
 
 SETTINGS: dict[str, Any] = {
@@ -53,7 +48,8 @@ def train(folder: str, agent: str, task: str, kill_at: int = 0) -> rl.Run:
             os.kill(os.getpid(), signal.SIGKILL)
 
     name, *methods = task.split("+")
-    budget = rl.Budget(steps=STEPS[agent], eval_every=STEPS[agent] // 4, eval_episodes=2, final_episodes=2,
+    steps = STEPS[agent] // 2 if methods and agent == "ppo" else STEPS[agent]
+    budget = rl.Budget(steps=steps, eval_every=steps // 4, eval_episodes=2, final_episodes=2,
                        checkpoint_seconds=0.0, log_points=8)  # fmt: skip
     return rl.train(
         SETTINGS[agent],
@@ -65,7 +61,3 @@ def train(folder: str, agent: str, task: str, kill_at: int = 0) -> rl.Run:
         threads=2,
         lifelong=[METHODS[method] for method in methods],
     )
-
-
-if __name__ == "__main__":
-    train(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

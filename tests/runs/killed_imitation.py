@@ -1,19 +1,12 @@
-"""Imitate, or learn from changed rewards, in a process that is killed: `killed_imitation.py FOLDER NAME KILL_AT`."""
+"""Imitate, or learn from changed rewards, in a process that is killed, see `tests/runs/killer.py`."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
-from pathlib import Path
 from typing import Any
 
-import torch
-
 import rlmeta as rl
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.imitation.test_gail import TINY, cartpole
 from tests.imitation.test_irl import walks
 
@@ -59,8 +52,3 @@ def train(folder: str, name: str, kill_at: int = 0) -> rl.Run:
     budget = rl.Budget(steps=steps, eval_every=steps // 4, eval_episodes=2, final_episodes=2,
                        checkpoint_seconds=0.0, log_points=8)  # fmt: skip
     return rl.train(settings, problem, seeds=2, out=folder, budget=budget, callbacks=[kill], threads=1)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train(sys.argv[1], sys.argv[2], int(sys.argv[3]))

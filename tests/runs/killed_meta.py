@@ -1,13 +1,10 @@
-"""Meta-train in a process that is killed at a chosen iteration: `python killed_meta.py FOLDER NAME KILL_AT`."""
+"""Meta-train in a process that is killed at a chosen iteration, see `tests/runs/killer.py`."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from typing import Any
-
-import torch
 
 import rlmeta as rl
 
@@ -38,8 +35,3 @@ def train(folder: str, name: str, kill_at: int = 0) -> rl.Run:
     budget = rl.Budget(steps=steps, eval_every=steps // 4, eval_episodes=2, final_episodes=2,
                        checkpoint_seconds=0.0, log_points=8)  # fmt: skip
     return rl.train(settings, family, seeds=2, out=folder, budget=budget, callbacks=[kill], threads=1)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train(sys.argv[1], sys.argv[2], int(sys.argv[3]))

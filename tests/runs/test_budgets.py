@@ -53,7 +53,7 @@ def test_who_takes_no_gradient_step_at_all_is_told_so_at_the_end(monkeypatch):
 
 
 def test_an_iteration_beyond_the_budget_is_said():
-    with pytest.warns(RuntimeWarning, match="steps is 3, but an iteration takes 16: one is trained for"):
+    with pytest.warns(RuntimeWarning, match="steps is 3, but an iteration takes 16: training takes one iteration"):
         run = rl.train(TINY, "CartPole-v1", budget=rl.Budget(steps=3, **QUIET))
     assert run.env_steps == 16 and (run.state["count"]["gradient_steps"] == 1).all()
 

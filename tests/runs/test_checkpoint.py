@@ -47,8 +47,6 @@ SEGMENT = 256
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SEGMENT_BYTES", SEGMENT)
     monkeypatch.setattr(checkpoint, "_verified", {})
-    # what fsync does shows only after a power failure; that it is called in the right places has a test of its own
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -236,7 +234,7 @@ def test_a_state_that_cannot_be_saved_is_refused_before_anything_is_written(tmp_
     ids=["tensor", "integer name", "set", "list"],
 )
 def test_an_about_that_json_would_change_is_refused_with_its_place(tmp_path: Path, about: Any, place: str) -> None:
-    with pytest.raises(SettingError, match=place or "`about` is a list"):
+    with pytest.raises(SettingError, match=place or "`about` is of type list"):
         checkpoint.save(tmp_path / "state", {}, about, learner_axes=0)
     assert not (tmp_path / "state").exists()
 

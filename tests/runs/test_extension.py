@@ -62,7 +62,7 @@ def test_it_is_remembered_when_the_longer_run_is_stopped(tmp_path):
 
 def test_what_goes_over_the_budget_is_named(tmp_path):
     train(tmp_path / "run", 64, dataclasses.replace(SMALL, learning_rate_schedule="linear"))
-    with pytest.warns(RuntimeWarning, match="scheduled over the budget: learning_rate_schedule; from"):
+    with pytest.warns(RuntimeWarning, match="scheduled over the budget: learning_rate_schedule; the"):
         rl.resume(tmp_path / "run", steps=128)
 
 

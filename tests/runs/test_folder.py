@@ -94,9 +94,9 @@ def test_none_is_dropped_and_tuples_are_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "place"),
     [
-        ({"a": {"b": torch.zeros(1)}}, "'a.b' is a Tensor"),
-        ({"a": [1, None]}, r"'a\[1\]' is a NoneType"),
-        ({"a": [{"b": {1}}]}, r"'a\[0\].b' is a set"),
+        ({"a": {"b": torch.zeros(1)}}, "'a.b' is of type Tensor"),
+        ({"a": [1, None]}, r"'a\[1\]' is of type NoneType"),
+        ({"a": [{"b": {1}}]}, r"'a\[0\].b' is of type set"),
         ({"a": {3: 4}}, "every name must be text"),
         ({"a": "\ud800"}, "not unicode"),
     ],
@@ -346,7 +346,7 @@ def test_who_holds_a_folder_sees_that_it_is_another_now(tmp_path: Path, change: 
         if change == "locked anew":
             folder.mkdir()
             assert in_a_fork(folder) == "locked"
-        with pytest.raises(CheckpointError, match=r"moved, deleted or made anew: the run ends here") as caught:
+        with pytest.raises(CheckpointError, match=r"moved, deleted or created again: the run ends here") as caught:
             held.check()
         assert "\n" not in str(caught.value)
 

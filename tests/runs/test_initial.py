@@ -64,7 +64,7 @@ def test_what_has_no_counterpart_begins_anew_and_is_named():
     source = train(a2c)
     only = {n: v for n, v in source.state["params"]["weights"].items() if n.startswith("policy.")}
     source.state["params"]["weights"] = only
-    with pytest.warns(RuntimeWarning, match="value of ppo begin anew"):
+    with pytest.warns(RuntimeWarning, match="value of ppo keep their initial weights"):
         begun = start_of(source, SMALL)
     assert all(torch.equal(begun.state["params"]["weights"][name], value) for name, value in only.items())
     with pytest.raises(SettingError, match="has no network 'policy' of the names and shapes that ppo's has"):
@@ -99,7 +99,7 @@ def test_weights_that_would_mean_something_else_are_refused(change, words):
 
 def test_another_head_and_other_spaces_are_refused():
     source = rl.train(dataclasses.replace(SMALL, activation="relu"), "Pendulum-v1", steps=32, final_episodes=2)
-    with pytest.raises(SettingError, match="ends in a GaussianHead, that of td3 in a DeterministicHead"):
+    with pytest.raises(SettingError, match="ends in GaussianHead, that of td3 in DeterministicHead"):
         prepare(rl.TD3(hidden_sizes=(8,)), "Pendulum-v1", rl.Budget(steps=2000), init=source)
     with pytest.raises(SettingError, match="has no network 'policy'"):
         prepare(SMALL, "Acrobot-v1", rl.Budget(steps=32), init=train())

@@ -86,7 +86,6 @@ def test_ctrl_c_ends_a_call_that_has_lasted(hangs: bool, tmp_path: Path, monkeyp
 
 def test_an_environment_may_change_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
 
     def leave(run: rl.Run, line: dict[str, Any]) -> bool:
         return run.env_steps == 80

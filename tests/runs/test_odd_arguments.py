@@ -13,7 +13,7 @@ import torch
 import rlmeta as rl
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.runs.memory import told_what_does_not_fit
+from rlmeta.runs.allocator import explain_out_of_memory
 
 PPO = {"num_envs": 2, "num_steps": 8, "batch_size": 16, "num_epochs": 1, "hidden_sizes": (4,)}
 
@@ -70,9 +70,9 @@ def test_what_does_not_fit_into_memory_says_what_asks_for_less(change: dict[str,
 
 
 def test_other_errors_are_not_of_memory() -> None:
-    with pytest.raises(RuntimeError, match=r"^else$"), told_what_does_not_fit():
+    with pytest.raises(RuntimeError, match=r"^else$"), explain_out_of_memory():
         raise RuntimeError("else")
-    with pytest.raises(SettingError, match="memory"), told_what_does_not_fit():
+    with pytest.raises(SettingError, match="memory"), explain_out_of_memory():
         raise MemoryError
 
 

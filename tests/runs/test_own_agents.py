@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,27 +13,17 @@ import pytest
 
 import rlmeta as rl
 from rlmeta.cli.main import main
+from rlmeta.envs import own_folders
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.runs import grammar
 from rlmeta.runs.shipped import agent_class
+from tests.runs.killer import Killer
 from tests.runs.test_resume import assert_same_run
 
 ROOT = Path(rl.__file__).parents[1]
 SMALL = {"num_envs": 2, "num_steps": 16, "hidden_sizes": (8,)}
 BUDGET = {"steps": 640, "eval_every": 160, "eval_episodes": 2, "final_episodes": 2, "checkpoint_seconds": 0.0}
 FLAGS = "--num-envs 2 --hidden-sizes 8 --steps 64 --final-episodes 2 --quiet"
-KILLED = f"""
-import os, signal, sys
-import rlmeta as rl
-from mypkg.mine import MyAgent
-
-def kill(run, line):
-    if line["iteration"] >= 10:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-settings = MyAgent(learning_rate=[1e-3, 3e-3], **{SMALL!r})
-rl.train(settings, "CartPole-v1", seeds=2, out=sys.argv[1], callbacks=[kill], threads=1, **{BUDGET!r})
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +31,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A project with a copy of the template in a package."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
     Path("mypkg").mkdir()
     Path("mypkg/__init__.py").touch()
     shutil.copy(ROOT / "agents/my_agent.py", "mypkg/mine.py")
@@ -55,11 +43,21 @@ def settings(**values: object) -> object:
     return agent_class("mypkg.mine:MyAgent")(**{**SMALL, **values})
 
 
-def test_killed_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
-    whole = rl.train(settings(learning_rate=[1e-3, 3e-3]), "CartPole-v1", seeds=2, out="whole", threads=1, **BUDGET)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", KILLED, "killed"], capture_output=True, text=True, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def train_in(project: str, out: str, kill_at: int = 0) -> rl.Run:
+    """Train in a project; killed without warning where asked."""
+
+    def kill(run: rl.Run, line: dict[str, object]) -> None:
+        if kill_at and line["iteration"] >= kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.chdir(project)
+    compared = settings(learning_rate=[1e-3, 3e-3])
+    return rl.train(compared, "CartPole-v1", seeds=2, out=out, callbacks=[kill], threads=1, **BUDGET)
+
+
+def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, killer: Killer) -> None:
+    whole = train_in(str(tmp_path), "whole")
+    killer.kill("tests.runs.test_own_agents:train_in", str(tmp_path), "killed", 10)
     with pytest.raises(SettingError, match=r"had the agent mypkg\.mine:MyAgent: pass it again as agent= \(on the"):
         rl.resume("killed")
     assert_same_run(whole, rl.resume("killed", code=["mypkg.mine"]))
@@ -97,6 +95,16 @@ def test_the_template_needs_no_path_and_learns_the_template_environment() -> Non
     run = rl.train("my_agent:MyAgent", "my_env:MyEnv-v0", steps=256, final_episodes=2, out="run")
     assert run.scores.isfinite().all()
     assert rl.load("run", code=["my_agent", "my_env"]).scores.isfinite().all()
+
+
+def test_code_is_found_where_its_name_was() -> None:
+    """As in another process, which has imported nothing of it."""
+    rl.train("my_agent:MyAgent", "CartPole-v1", steps=256, final_episodes=2, out="run")
+    del sys.modules["my_agent"]
+    sys.path[:] = [entry for entry in sys.path if not entry.startswith(own_folders.PREFIX)]
+    with pytest.raises(SettingError, match="had the agent my_agent:MyAgent: pass it again"):
+        rl.load("run")
+    assert rl.load("run", code=["my_agent"]).scores.isfinite().all()
 
 
 def test_a_meta_learner_takes_it_for_its_inner_learner(capfd: pytest.CaptureFixture[str]) -> None:

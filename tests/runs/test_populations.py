@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,30 +21,13 @@ from rlmeta.learning import populations
 from rlmeta.learning.settings import values_of, variants
 from rlmeta.runs.experiment import Experiment
 from rlmeta.runs.run import Run
+from tests.runs.killer import Killer
 from tests.runs.test_resume import assert_same_run
 
 SMALL = {"num_envs": 2, "num_steps": 8, "hidden_sizes": (8,)}
 RATES = [1e-4, 1e-3, 1e-2, 1e-1]
 BUDGET = {"steps": 320, "eval_episodes": 2, "final_episodes": 2, "checkpoint_seconds": 0.0, "log_points": 10}
 POPULATION = rl.PBT(every=64, fraction=0.5)
-KILLED = f"""
-import os, signal, sys
-import rlmeta as rl
-
-def kill(run, line):
-    if line["iteration"] >= int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-settings, population = rl.A2C(learning_rate={RATES!r}, **{SMALL!r}), rl.{POPULATION!r}
-task = rl.task("CartPole-v1", max_episode_steps=40)
-rl.train(settings, task, seeds=2, population=population, out=sys.argv[1], callbacks=[kill], threads=1, **{BUDGET!r})
-"""
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves take longer to draw than these runs to train."""
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
 
 
 def train(settings: object = None, population: object = POPULATION, **others: object) -> rl.Run:
@@ -55,6 +37,16 @@ def train(settings: object = None, population: object = POPULATION, **others: ob
         rl.task("CartPole-v1", max_episode_steps=40),
         **{"seeds": 2, "population": population, "threads": 1, **BUDGET, **others},
     )
+
+
+def train_until(folder: str, at: int) -> None:
+    """It is killed at that iteration."""
+
+    def kill(run: rl.Run, line: dict[str, object]) -> None:
+        if line["iteration"] >= at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(out=folder, callbacks=[kill])
 
 
 def lines_of(folder: Path) -> list[dict[str, list[float]]]:
@@ -204,12 +196,9 @@ def test_a_loss_is_better_where_it_is_lower() -> None:
 
 
 @pytest.mark.parametrize("at", [4, 7])
-def test_killed_and_resumed_across_an_exchange_equals_never_stopped(at: int, tmp_path: Path) -> None:
+def test_killed_and_resumed_across_an_exchange_equals_never_stopped(at: int, tmp_path: Path, killer: Killer) -> None:
     whole = train(out=tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(at)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(rl.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killer.kill("tests.runs.test_populations:train_until", str(tmp_path / "killed"), at)
     assert [line["iteration"] for line in lines_of(tmp_path / "whole")] == [4, 8, 12, 16]
     assert_same_run(whole, rl.resume(tmp_path / "killed"))
 
@@ -333,7 +322,7 @@ def test_a_setting_that_is_made_a_constant_is_refused(project: Path, capfd: pyte
     command = f"train own_populations:Constant CartPole-v1 {FLAGS} --population pbt --pbt.every 32"
     assert main(f"{command} --lambda 0.8,0.9 --out a".split()) == 2
     said = capfd.readouterr().err
-    assert "lambda_ can't change while it trains: Constant's farthest is made of it once, a constant of what is" in said
+    assert "lambda_ can't change during training, as Constant computes farthest from it once and for all" in said
     assert main(f"{command} --learning-rate 1e-3,1e-2 --out b".split()) == 0
 
 

@@ -110,5 +110,5 @@ def test_steps_that_cannot_be_taken_and_runs_that_are_shown_nothing_are_refused(
         rl.train(rl.PPO(num_envs=4, num_steps=8, batch_size=32), "CartPole-v1", steps=32, final_episodes=1),
         rl.train(rl.MAML(rl.REINFORCE(num_envs=2, num_steps=20)), "navigation-short", steps=2000, final_episodes=1),
     ):
-        with pytest.raises(SettingError, match="is not shown tasks: MAML's and ProtoNet's are"):
+        with pytest.raises(SettingError, match="does not predict from a support set: give one of MAML or ProtoNet"):
             run.predict((X, Y), X)

@@ -136,7 +136,7 @@ def test_wrong_presets_are_refused_with_file_and_place(ppo_file: Path, line: str
 
 def test_key_outside_tables(ppo_file: Path) -> None:
     ppo_file.write_text("num_steps = 3\n")
-    with pytest.raises(SettingError, match=r"'num_steps' stands in no table: put it below \[defaults\]"):
+    with pytest.raises(SettingError, match=r"'num_steps' is not in a table: put it below \[defaults\]"):
         load_preset(PPO, "CartPole-v1")
 
 

@@ -13,7 +13,6 @@ TINY = "--steps 64 --num-envs 2 --num-steps 16 --batch-size 32 --num-epochs 1 --
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rlmeta.report.listeners.write_curve", lambda run: None)
     assert main(["train", "ppo", "CartPole-v1", "--seeds", "2", "--out", "run", *TINY.split()]) == 0
     return tmp_path
 

@@ -164,7 +164,7 @@ def test_a_digest_of_a_long_file_takes_many_blocks(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("saved", [None, 3, [], [1], [1, 2], ["1", "x"], [True, "x"], [1, "x", 2], {"length": 1}])
 def test_what_is_no_mark_is_refused(saved: Any) -> None:
-    with pytest.raises(ValueError, match="is no mark"):
+    with pytest.raises(ValueError, match="is not the mark"):
         Mark.of(saved)
 
 
@@ -180,7 +180,7 @@ def test_a_file_that_is_not_its_own_any_more_is_left_alone(tmp_path: Path, chang
         if change == "made anew":
             path.parent.mkdir()
             path.write_bytes(b"theirs")
-        with pytest.raises(CheckpointError, match=r"moved, deleted or made anew: the run ends here") as caught:
+        with pytest.raises(CheckpointError, match=r"moved, deleted or created again: the run ends here") as caught:
             file.write({"step": 2})
         assert "\n" not in str(caught.value)
     if change == "made anew":

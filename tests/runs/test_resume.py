@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -32,8 +30,6 @@ from tests.agents.worlds import Target
 from tests.runs import killed
 from tests.runs.forging import accept_config, reseal
 
-SCRIPT = Path(killed.__file__)
-
 
 def assert_same_run(one: rl.Run, two: rl.Run) -> None:
     first, second = tree.flatten(one.state), tree.flatten(two.state)
@@ -46,13 +42,10 @@ def assert_same_run(one: rl.Run, two: rl.Run) -> None:
 
 @pytest.mark.parametrize("agent", ["ppo", "a2c", "dqn", "reinforce"])
 @pytest.mark.parametrize("task", ["CartPole-v1", "LunarLander-v3", "own"])
-def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path):
+def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path, killer):
     whole = killed.train(str(tmp_path / "whole"), agent, task)
     half = int(whole.state["count"]["iterations"].max()) // 2
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "killed"), agent, task, str(half)]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    killer.kill("tests.runs.killed:train", str(tmp_path / "killed"), agent, task, half)
     env = partial(Target, "discrete") if task == "own" else None
     resumed = rl.resume(tmp_path / "killed", env=env)
     assert_same_run(whole, resumed)
@@ -72,14 +65,11 @@ def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path):
         ("ppo", "cartpole-conflicts+packnet", 6),
     ],
 )
-def test_killed_along_a_stream_and_resumed_equals_never_stopped(agent, stream, tenth, tmp_path):
+def test_killed_along_a_stream_and_resumed_equals_never_stopped(agent, stream, tenth, tmp_path, killer):
     """The methods' memories, PackNet's phases and the matrix of scores included; the run says itself what it needs."""
     whole = killed.train(str(tmp_path / "whole"), agent, stream)
     at = int(whole.state["count"]["iterations"].max()) * tenth // 10
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "killed"), agent, stream, str(at)]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    killer.kill("tests.runs.killed:train", str(tmp_path / "killed"), agent, stream, at)
     assert_same_run(whole, rl.resume(tmp_path / "killed"))
 
 
@@ -358,7 +348,7 @@ def test_a_checkpoint_that_says_something_else_of_itself_is_refused(changes, cra
     assert "\n" not in str(caught.value) and "copy" in str(caught.value)
     assert content_of(folder) == before
     reseal(folder / "state" / "manifest.json", lambda content: content["about"].pop(next(iter(changes))))
-    with pytest.raises(CheckpointError, match="says of itself is not of a run"):
+    with pytest.raises(CheckpointError, match=r"metadata of the checkpoint in .* is not of a run"):
         rl.resume(folder)
 
 
@@ -385,15 +375,13 @@ def test_a_resume_writes_nothing_outside_of_the_folder(name, crashed, tmp_path):
 
 
 @pytest.mark.parametrize("at", [3, 16], ids=["at the next record", "at the last checkpoint"])
-def test_a_run_whose_folder_was_made_anew_leaves_the_new_one_alone(at, tmp_path):
+def test_a_run_whose_folder_was_made_anew_leaves_the_new_one_alone(at, tmp_path, killer):
     folder, found = tmp_path / "run", {}
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
 
     def make_anew(run, line):
         if line["iteration"] == at:
             shutil.rmtree(folder)
-            command = [sys.executable, str(SCRIPT), str(folder), "a2c", "CartPole-v1", "4"]
-            assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+            killer.kill("tests.runs.killed:train", str(folder), "a2c", "CartPole-v1", 4)
             found.update(content_of(folder))
 
     with pytest.raises(CheckpointError, match="moved, deleted or made anew: the run ends here and leaves"):
@@ -413,7 +401,7 @@ def test_a_tracker_that_cannot_be_opened_leaves_a_run_to_resume_and_says_so(ende
         raise PermissionError(errno.EACCES, "Permission denied", "there")
 
     for tracker, folder in ((refuses, tmp_path / "a"), (breaks, tmp_path / "b")):
-        with pytest.raises(SettingError, match=rf"the run is saved, `rlmeta resume {folder}` goes on with it"):
+        with pytest.raises(SettingError, match=rf"the run is saved, resume it with `rlmeta resume {folder}`"):
             rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, trackers=[tracker], threads=1)
         assert_same_run(ended, rl.resume(folder))
     with pytest.raises(SettingError, match=r"^no key$"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,14 @@ import pytest
 
 import rlmeta as rl
 from rlmeta.agents.a2c import A2CAgent
+from tests.runs.killer import Killer
 from tests.runs.test_resume import assert_same_run
 
-ROOT = Path(__file__).parents[2]
 A2C = rl.A2C(num_envs=2, num_steps=8, hidden_sizes=(8,))
 ITERATIONS = 12
 BUDGET = rl.Budget(steps=16 * ITERATIONS, eval_every=10**6, final_episodes=2, log_points=1, checkpoint_seconds=1e9)
 """With a single line of metrics, at its end."""
+ALWAYS = rl.Budget(**{**vars(BUDGET), "checkpoint_seconds": 0.0})
 
 
 def train(folder: Path, budget: rl.Budget = BUDGET) -> rl.Run:
@@ -67,17 +66,16 @@ def test_a_second_control_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert_same_run(train(tmp_path / "whole"), rl.resume(tmp_path / "run"))
 
 
-def test_sigterm_saves_and_then_ends_the_process(tmp_path: Path) -> None:
-    code = (
-        "import signal, sys, pytest\nfrom pathlib import Path\nfrom tests.runs import test_signals as t\n"
-        "t.send_at(pytest.MonkeyPatch(), 4, signal.SIGTERM)\nt.train(Path(sys.argv[1]))\nprint('not reached')"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, ""), done.stderr
-    assert "terminated: finishing this iteration and saving" in done.stderr
+def terminated(folder: str) -> None:
+    """Train in a process that gets SIGTERM."""
+    send_at(pytest.MonkeyPatch(), 4, signal.SIGTERM)
+    train(Path(folder))
+    print("not reached")
+
+
+def test_sigterm_saves_and_then_ends_the_process(tmp_path: Path, killer: Killer) -> None:
+    status, said = killer.run("tests.runs.test_signals:terminated", str(tmp_path / "run"))
+    assert (status, said) == (-signal.SIGTERM, "terminated: finishing this iteration and saving\n")
     assert iterations_of(rl.load(tmp_path / "run")) == 5
     assert_same_run(train(tmp_path / "whole"), rl.resume(tmp_path / "run"))
 
@@ -107,26 +105,27 @@ def test_it_saves_by_the_clock_whatever_the_rhythm_of_the_metrics(
         save(self, about)
 
     monkeypatch.setattr(rl.Run, "save", counted)
-    always = rl.Budget(**{**vars(BUDGET), "checkpoint_seconds": 0.0})
-    train(tmp_path / "always", always)
+    train(tmp_path / "always", ALWAYS)
     assert saved == [*range(ITERATIONS + 1), ITERATIONS]
     saved.clear()
     train(tmp_path / "never")
     assert saved == [0, ITERATIONS]
 
 
-def test_killed_between_two_lines_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
-    code = (
-        "import os, sys\nfrom pathlib import Path\nimport rlmeta as rl\nfrom tests.runs import test_signals as t\n"
-        "save = rl.Run.save\n"
-        "def killed(self, about):\n    save(self, about)\n    about['iteration'] == 7 and os.kill(os.getpid(), 9)\n"
-        "rl.Run.save = killed\n"
-        "t.train(Path(sys.argv[1]), rl.Budget(**{**vars(t.BUDGET), 'checkpoint_seconds': 0.0}))"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def killed_after_saving(folder: str) -> None:
+    """Train in a process that dies once a checkpoint is there."""
+    save = rl.Run.save
+
+    def last(self: rl.Run, about: dict[str, Any]) -> None:
+        save(self, about)
+        if about["iteration"] == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    rl.Run.save = last  # type: ignore[method-assign]
+    train(Path(folder), ALWAYS)
+
+
+def test_killed_between_two_lines_and_resumed_equals_never_stopped(tmp_path: Path, killer: Killer) -> None:
+    killer.kill("tests.runs.test_signals:killed_after_saving", str(tmp_path / "run"))
     assert iterations_of(rl.load(tmp_path / "run")) == 7
     assert_same_run(train(tmp_path / "whole"), rl.resume(tmp_path / "run"))

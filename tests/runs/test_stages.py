@@ -154,7 +154,7 @@ def test_what_a_stream_hides_is_refused_before_training():
         rl.train(SMALL, rl.stream("split-digits"), lifelong=[Nosy(), Nosy()])
 
 
-def test_a_folder_of_a_stream_has_its_matrix_as_a_picture(tmp_path):
+def test_a_folder_of_a_stream_has_its_matrix_as_a_picture(tmp_path, pictures):
     from matplotlib import image
 
     settings = rl.Classifier(hidden_sizes=(8,), batch_size=16, num_steps=5, learning_rate=[1e-3, 1e-2])
@@ -164,7 +164,7 @@ def test_a_folder_of_a_stream_has_its_matrix_as_a_picture(tmp_path):
     assert pixels[..., :3].std() > 0.1
 
 
-def test_the_pictures_of_a_stream_say_what_they_show(tmp_path):
+def test_the_pictures_of_a_stream_say_what_they_show(tmp_path, pictures):
     """Labels that hold for the figures, colours that mean the same in all panels, names that do not touch."""
     settings = rl.Classifier(hidden_sizes=(8,), batch_size=16, num_steps=5, learning_rate=[1e-3, 1e-2])
     run = rl.train(settings, rl.stream("split-digits"), budget=BUDGET, seeds=4, out=tmp_path / "run")
@@ -180,7 +180,7 @@ def test_the_pictures_of_a_stream_say_what_they_show(tmp_path):
     assert left.get_xlabel() == "samples of each learner"
 
 
-def test_tasks_without_names_of_their_own_are_counted_and_long_names_are_turned():
+def test_tasks_without_names_of_their_own_are_counted_and_long_names_are_turned(pictures):
     small = rl.PPO(num_steps=32, batch_size=64, num_epochs=2, hidden_sizes=(16,))
     budget = rl.Budget(steps=64, eval_episodes=1, final_episodes=1)
     run = rl.train(small, "cartpole-conflicts", budget=budget, seeds=1)

@@ -14,13 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # every fork would import it, were it not here already
-from matplotlib.figure import Figure
 
 import rlmeta as rl
 from rlmeta import api
 from rlmeta.functional import tree
-from rlmeta.report import curves
 from tests.runs.forked import ENDED, HUNG, RAISED, Outcome, forked
 
 CALLS = ("open", "write", "pwrite", "fsync", "ftruncate", "replace", "unlink")
@@ -131,11 +128,7 @@ def fingerprint(state: Any) -> str:
 
 
 def resumed(folder: Path) -> dict[str, Any]:
-    """What a run is, once it was gone on with: state, records, final scores, and what lies in its folder.
-
-    In a forked process only, in which its curve is an empty picture, which is drawn sooner.
-    """
-    curves._figure = lambda *_: FigureCanvasAgg(Figure((1, 1))).figure
+    """What a run is, once it was gone on with: state, records, final scores, and what lies in its folder."""
     run = api.resume(folder)
     return {
         "state": fingerprint(run.state),

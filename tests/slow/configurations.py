@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import rlmeta as rl
+from rlmeta.runs.shipped import agent_class
 
 
 def _demonstrations() -> rl.Demonstrations:
@@ -18,12 +20,14 @@ def _demonstrations() -> rl.Demonstrations:
     return rl.record(run, episodes=10)
 
 
-def _agent(settings: Callable[[], Any], task: Callable[[], Any], steps: int, **budget: Any) -> Callable[..., rl.Run]:
+def _agent(
+    settings: Callable[[], Any], task: Callable[[], Any], steps: int, population: Any = None, **budget: Any
+) -> Callable[..., rl.Run]:
     def train(folder: str, seconds: float) -> rl.Run:
         chosen = rl.Budget(
             steps=steps, checkpoint_seconds=seconds, final_episodes=8, eval_episodes=4, log_points=50, **budget
         )
-        return rl.train(settings(), task(), seeds=2, budget=chosen, out=folder, threads=1)
+        return rl.train(settings(), task(), seeds=2, budget=chosen, out=folder, threads=1, population=population)
 
     return train
 
@@ -40,6 +44,7 @@ def _stream(settings: Any, name: str, steps: int, methods: list[Any], **about: A
 _GAIL = {"num_steps": 128, "batch_size": 256, "num_envs": 8}
 _PPO = {"num_envs": 4, "num_steps": 64, "batch_size": 64}
 _REPLAYED = {"capacity": 2_000, "learning_starts": 200, "batch_size": 32, "hidden_sizes": (32, 32)}
+_REWARDS = (rl.RND(batch_size=64, hidden_sizes=(16,)),)
 _CLASSIFIER = rl.Classifier(hidden_sizes=(50, 50))
 _CONTROL = rl.PPO(num_steps=64, batch_size=128)
 
@@ -53,6 +58,17 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
         lambda: rl.task("CartPole-v1", native=False),
         4_096,
     ),
+    "ppo-gru": _agent(
+        lambda: rl.PPO(**_PPO, num_epochs=2, memory="gru", memory_size=8, sees=("action", "reward", "start")),
+        lambda: rl.task("CartPole-positions"),
+        8_192,
+    ),
+    "rl2": _agent(
+        lambda: replace(rl.preset("ppo", "bandits"), num_envs=8, batch_size=120, memory_size=16),
+        lambda: rl.family("bandits"),
+        7_200,
+    ),
+    "ppo-rnd": _agent(lambda: rl.PPO(**_PPO, rewards=_REWARDS), lambda: rl.task("MountainCar-v0"), 8_192),
     "ppo-async": _agent(lambda: rl.PPO(**_PPO), lambda: rl.task("Pendulum-v1", native=False, mode="async"), 4_096),
     "dqn": _agent(lambda: rl.preset("dqn", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 6_000),
     "sac": _agent(lambda: rl.SAC(**_REPLAYED), lambda: rl.task("Pendulum-v1"), 3_000),
@@ -68,6 +84,16 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
         lambda: rl.family("navigation-short"),
         20_000,
     ),
+    "protonet": _agent(lambda: rl.ProtoNet(hidden_sizes=(32,)), lambda: rl.family("few-shot-digits"), 8_000),
+    "population": _agent(
+        lambda: rl.A2C(learning_rate=[1e-4, 1e-3, 1e-2, 1e-1]),
+        lambda: rl.task("CartPole-v1", max_episode_steps=100),
+        20_000,
+        rl.PBT(every=2_000, fraction=0.5),
+    ),
+    "own": _agent(
+        lambda: agent_class("my_agent:MyAgent")(learning_rate=[1e-3, 3e-3]), lambda: rl.task("CartPole-v1"), 20_000
+    ),
     "learned-optimizer": _agent(
         lambda: rl.preset("learned_optimizer", "quadratics"), lambda: rl.family("quadratics"), 20_000
     ),
@@ -75,6 +101,12 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
     "packnet": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.PackNet()], scenario="task"),
     "gem": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.GEM(memory=50)], scenario="task"),
     "replay": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.Replay(size=100)], scenario="class"),
+    "generative-replay": _stream(
+        _CLASSIFIER, "split-digits", 1_600, [rl.GenerativeReplay(latent=8, hidden_sizes=(50,))], scenario="class"
+    ),
+    "ewc-replay": _stream(
+        _CLASSIFIER, "split-digits", 1_600, [rl.EWC(strength=100.0), rl.Replay(size=100)], scenario="domain"
+    ),
     "ewc-agem": _stream(
         _CLASSIFIER, "split-digits", 1_600, [rl.EWC(strength=[10.0, 100.0]), rl.AGEM(memory=50)], scenario="domain"
     ),
@@ -86,8 +118,9 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
 def go(name: str, folder: str, seconds: float) -> None:
     """Begin the run, or go on with it where a checkpoint is there."""
     if (Path(folder) / "state" / "manifest.json").exists():
-        own = {"demonstrations": _demonstrations()} if name == "gail" else None
-        rl.resume(folder, own=own)
+        again = {"gail": {"demonstrations": _demonstrations}, "ppo-rnd": {"rewards": lambda: _REWARDS}}.get(name, {})
+        own = {setting: make() for setting, make in again.items()}
+        rl.resume(folder, own=own, code=["my_agent"] if name == "own" else [])
     else:
         CONFIGURATIONS[name](folder, seconds)
 

@@ -1,4 +1,4 @@
-"""Memory of a run: what is freed is kept for the next gradient step, and what does not fit is said in a sentence."""
+"""RAM of a run: keep freed blocks for the next gradient step, and explain out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _MEGABYTE = 1 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator not to give freed blocks back to the system at once.
+    """Set glibc's allocator (`mallopt`) to keep freed blocks instead of returning them to the system at once.
 
-    By default every tensor of more than a few hundred kilobytes may be mapped afresh, page fault by page fault. Memory
-    in use is what it was; what is free for reuse stays in the process, up to a gigabyte.
+    By default every tensor of more than a few hundred kilobytes may be mapped anew, page fault by page fault. The RAM
+    in use stays the same; up to a gigabyte of freed blocks stays in the process for reuse.
 
     Returns:
-        Whether the allocator took it; others than glibc's do not know the call.
+        Whether the allocator accepted the settings; only glibc's does.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -32,11 +32,11 @@ def keep_freed_memory() -> bool:
 
 
 @contextmanager
-def told_what_does_not_fit() -> Iterator[None]:
-    """Within, an allocation that fails says what asks for less.
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn an out-of-memory error within the block into a `SettingError` that says which settings need less RAM.
 
     Raises:
-        SettingError: there is not as much memory.
+        SettingError: an allocation failed.
     """
     try:
         yield

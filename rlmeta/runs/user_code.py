@@ -1,0 +1,235 @@
+"""User code named as `package.module:name`: agents, environments, streams, families, networks, methods, populations.
+
+A run folder names such code and never loads it by itself: to load the run, the user gives the names again, or allows
+the modules (`rlmeta.envs.trusted`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from rlmeta.agents.agent import NetworkFactory
+from rlmeta.envs import own_folders, trusted
+from rlmeta.envs.gymnasium.sources import ENVPOOL
+from rlmeta.envs.kinds import is_problem
+from rlmeta.envs.native import NativeEnv
+from rlmeta.errors import SettingError, unknown_name
+from rlmeta.learning.method import Method
+from rlmeta.learning.populations import Population
+from rlmeta.learning.settings import check_names, per_learner_names
+from rlmeta.runs import folder as run_folder
+from rlmeta.runs import grammar
+from rlmeta.runs.configuration import methods_again
+from rlmeta.runs.objects import load_module, load_object
+from rlmeta.runs.populations import POPULATIONS
+from rlmeta.runs.shipped import AGENTS, METHODS, agent_class
+
+# ---------------------------------------------------------------------- modules
+
+
+def user_names(text: str | None) -> list[str]:
+    """Names of user code, `package.module:Name`, in a text joined by commas or +; rlmeta's and extras' are left out."""
+    names = [name.strip() for name in re.split(r"[,+]", text or "")]
+    users = [name for name in names if ":" in name and not name.startswith("rlmeta.")]
+    return [name for name in users if _module(name) not in trusted.EXTRAS]
+
+
+def modules_of(text: str | None) -> list[str]:
+    """Modules of the user code that a text names."""
+    return [_module(name) for name in user_names(text)]
+
+
+def _module(name: str) -> str:
+    return name.rpartition(":")[0]
+
+
+def names_in(text: str) -> list[str]:
+    """Split names joined by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@contextlib.contextmanager
+def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[None]:
+    """Allow files to name user code of these modules, or these single names, also from the current folder.
+
+    Raises:
+        SettingError: `modules` are not names of modules.
+    """
+    module_names = [modules] if isinstance(modules, str) else list(modules)
+    with trusted.allowing(module_names, names):
+        for module in (*module_names, *map(_module, names)):
+            own_folders.allow(module)
+        yield
+
+
+# ---------------------------------------------------------------------- problems
+
+
+def source_of(name: str, settings: Mapping[str, Any]) -> Any:
+    """Resolve a problem's name on the command line: the user's object if it names one, else the name itself."""
+    return user_problem(load_object(name), settings, name) if _is_object(name) else name
+
+
+def _is_object(name: str) -> bool:
+    """Whether a name is that of an object in a user's module.
+
+    Other names are rlmeta's, gymnasium's, EnvPool's, or ids that the module has registered with gymnasium.
+
+    Raises:
+        SettingError: there is no such module, or neither such an object in it nor such an id.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon or name.startswith(ENVPOOL):
+        return False
+    there = hasattr(load_module(module), attribute)  # importing it registers its ids
+    identifies = attribute in gym.registry or re.search(r"-v\d+$", attribute) is not None
+    return there or not identifies
+
+
+def user_problem(loaded: Any, settings: Mapping[str, Any], name: str) -> Any:
+    """The user's problem: an environment factory stays as it is, a factory of a stream or family is called.
+
+    Only a call shows whether a function creates an environment, a stream or a family, so it is called once, with the
+    settings as arguments.
+
+    Raises:
+        SettingError: settings for a problem that has its own, or that a family does not take.
+    """
+    if isinstance(loaded, type):
+        if issubclass(loaded, NativeEnv):
+            return loaded()
+        return _called(loaded, settings, name) if is_problem(loaded) else loaded
+    created = loaded
+    if isinstance(loaded, types.FunctionType | functools.partial):
+        created = _called(loaded, settings, name)
+        if not is_problem(created):
+            getattr(created, "close", lambda: None)()  # it is an environment
+            return loaded
+    if is_problem(created) and settings:
+        raise SettingError(f"--env.{next(iter(settings))}: {name!r} already has its settings, leave the flag out")
+    return created
+
+
+def _called(factory: Any, settings: Mapping[str, Any], name: str) -> Any:
+    try:
+        inspect.signature(factory).bind(**settings)
+    except TypeError as error:
+        raise SettingError(f"{name} takes other settings: {error}") from None
+    return factory(**settings)
+
+
+def user_env(folder: Path, name: str | None) -> Any:
+    """Load the user's environment, stream or family of a saved run, with its saved settings; None for no name."""
+    if name is None:
+        return None
+    if not _is_object(name):
+        return name
+    loaded, saved = load_object(name), run_folder.read_config(folder).get("task", {})
+    if isinstance(loaded, type) and issubclass(loaded, NativeEnv):
+        return loaded(**saved.get("constants", {}))
+    if saved.get("kind") in ("stream", "family", "data"):
+        return user_problem(loaded, saved.get("settings", {}) if isinstance(loaded, type) else {}, name)
+    return loaded
+
+
+def user_agent(name: str | None) -> type | None:
+    """Load an agent's settings class by name; None for no name."""
+    return None if name is None else agent_class(name)
+
+
+def own_class(settings: Any) -> type | None:
+    """The class of settings, or of a learner's settings within them, if it is user code; else None."""
+    classes = [type(owner) for owner in (settings, getattr(settings, "learner", None)) if owner is not None]
+    return next((cls for cls in classes if cls not in AGENTS.values()), None)
+
+
+def user_network(name: str | None) -> NetworkFactory | None:
+    """Load a network factory by name; None for no name."""
+    return None if name is None else load_object(name)
+
+
+# ---------------------------------------------------------------------- lifelong methods
+
+
+def method_named(name: str) -> Any:
+    """Look up a lifelong method by name: the class, or a class or instance in user code, `package.module:name`.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        SettingError: no such module or name, or the object is not a method.
+    """
+    if ":" not in name:
+        if name not in METHODS:
+            raise unknown_name("lifelong method", name, [*METHODS, "package.module:MyMethod"])
+        return METHODS[name]
+    method = load_object(name)
+    if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
+        raise SettingError(f"--lifelong: {name} is {method!r}, expected a class that extends rlmeta's Method")
+    return method
+
+
+def methods_named(text: str) -> list[Any]:
+    """Look up lifelong methods by their names, joined by commas."""
+    return [method_named(name) for name in names_in(text)]
+
+
+def build_method(method: Any, settings: Mapping[str, Any]) -> Method:
+    """Build a lifelong method from its class and settings of the command line; an instance takes no settings.
+
+    Raises:
+        SettingError: it has no such setting, or a value is malformed.
+    """
+    name = method.name
+    if isinstance(method, Method) or not hasattr(method, "__dataclass_fields__"):
+        if settings:
+            raise SettingError(f"--{name}.{next(iter(settings))}: {name} takes no settings here, leave the flag out")
+        return method if isinstance(method, Method) else method()
+    check_names(method, dict(settings), f"--{name}")
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        parsed = grammar.values(method, key, grammar.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
+        if len(parsed) > 1 and key not in per_learner_names(method):
+            raise SettingError(f"{where} is {value!r}, expected one value: learners of one batch share it")
+        values[key] = parsed if len(parsed) > 1 else parsed[0]
+    built: Method = method(**values)
+    return built
+
+
+def population_class(name: str) -> Any:
+    """Look up a population's class by name: rlmeta's, or user code `package.module:Name`.
+
+    Raises:
+        UnknownNameError, SettingError: there is no such population.
+    """
+    if ":" in name:
+        return load_object(name)
+    if name not in POPULATIONS:
+        raise unknown_name("population", name, [*POPULATIONS, "package.module:MyPopulation"])
+    return POPULATIONS[name]
+
+
+def population_named(name: str, settings: Mapping[str, Any] | None = None) -> Population:
+    """Build a population by name, with settings from the command line."""
+    cls = population_class(name)
+    check_names(cls, dict(settings or {}), f"--{cls.name}")
+    texts = {key: grammar.text_of(value) for key, value in (settings or {}).items()}
+    population: Population = grammar.build(cls, texts)
+    return population
+
+
+def user_methods(folder: Path, text: str) -> tuple[Method, ...]:
+    """Restore a run's lifelong methods with their saved settings, with user code by the names in a text; () for ''."""
+    methods = methods_named(text)
+    if not methods:
+        return ()
+    tables = run_folder.read_config(folder).get("methods", [])
+    return methods_again(tables, str(folder), {method.name: method for method in methods})
