@@ -16,7 +16,7 @@ def same_shape(dims: int = 1, **tensors: Tensor | None) -> None:
     """Check that tensors have one shape; None stands for an argument that was left out.
 
     Args:
-        dims: how many axes they must have at least.
+        dims: smallest number of axes.
         tensors: the caller's arguments under their own names, which the message repeats.
 
     Raises:

@@ -244,7 +244,7 @@ def apply(block: Block, params: Params, x: Tree, ctx: Context | None = None) -> 
         block: any block; its own tensors are not used.
         params: as `stack` returns them, each `[*L, ...]`.
         x: `[*L, ..., features]`, or a dictionary of such tensors where the block takes one.
-        ctx: mode and key; evaluation without a key where it is left out.
+        ctx: mode and key; None for evaluation without a key.
 
     Returns:
         `[*L, ..., features]`

@@ -51,11 +51,11 @@ def categorical_fisher(
         p: `{"weights": {name: [*L, ...]}}`, and buffers if there are some; evaluated without dropout and with running
             statistics.
         batch: samples `[*L, n, ...]`.
-        learner_axes: how many learner axes there are.
+        learner_axes: number of learner axes.
         kind: where the labels come from, see `FisherKind`.
         target: kind "empirical": the labels `[*L, n]` int64.
         key: kind "sample": `[*L]`.
-        names: the weights to compute it for, all where left out; 0 for the others.
+        names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time.
 
     Returns:
@@ -132,8 +132,8 @@ def gaussian_fisher(
         parameters: function that returns means and log standard deviations, concatenated: `[*L, B, 2 A]`.
         p: parameters.
         batch: samples `[*L, n, ...]`.
-        learner_axes: how many learner axes there are.
-        names: the weights to compute it for, all where left out; 0 for the others.
+        learner_axes: number of learner axes.
+        names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time.
 
     Returns:
@@ -166,8 +166,8 @@ def score_fisher(
         log_prob: function that returns `[*L, B]`.
         p: parameters.
         batch: samples `[*L, n, ...]`, with their labels or actions.
-        learner_axes: how many learner axes there are.
-        names: the weights to compute it for, all where left out; 0 for the others.
+        learner_axes: number of learner axes.
+        names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time.
 
     Returns:

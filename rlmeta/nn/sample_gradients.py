@@ -62,8 +62,8 @@ def squared_gradients(
         p: parameters; not modified.
         batch: samples `[*L, n, ...]`.
         roots: function that yields v, one cotangent for every output and r.
-        learner_axes: how many learner axes there are.
-        names: the weights to compute it for, all where left out; 0 for the others.
+        learner_axes: number of learner axes.
+        names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time; the result does not depend on it but for rounding.
 
     Returns:
@@ -102,8 +102,8 @@ def group_gradients(
         losses: function that returns a loss `[*L, B]` for every sample.
         p: parameters; not modified.
         batch: K groups of M samples, `[*L, K, M, ...]`.
-        learner_axes: how many learner axes there are.
-        names: the weights to compute it for, all where left out.
+        learner_axes: number of learner axes.
+        names: weights to compute it for, None for all.
 
     Returns:
         Gradients `{name: [*L, K, ...]}`.
@@ -130,7 +130,7 @@ def check_outputs(forward: Forward, p: ParamTree, batch: tree.Tree, learner_axes
         forward: function that returns outputs `[*L, B, K]` or `[*L, B]`.
         p: parameters.
         batch: samples `[*L, n, ...]`.
-        learner_axes: how many learner axes there are.
+        learner_axes: number of learner axes.
 
     Returns:
         The outputs of the first B samples, `[*L, B, K]` or `[*L, B]`.
