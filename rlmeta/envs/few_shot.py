@@ -75,7 +75,20 @@ class FewShot:
         object.__setattr__(self, "_pools", pools)
 
     def _pool(self, labels: Tensor, members: Sequence[int], split: str, turned: bool) -> tuple[Tensor, Tensor]:
-        """Images of a split's classes `[C, most, ...]`, padded, and the number of each class `[C]`."""
+        """Images of a split by class, padded to the largest class.
+
+        Args:
+            labels: of all images, `[n]`.
+            members: labels of the split.
+            split: its name, for the error message.
+            turned: whether to add rotated classes.
+
+        Returns:
+            Images `[C, most, ...]`, and the number of images of each class `[C]`.
+
+        Raises:
+            SettingError: a class has too few images.
+        """
         by_class = [self.images[labels == member] for member in members]
         needed = self.shots + self.queries
         for member, images in zip(members, by_class):

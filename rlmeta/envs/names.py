@@ -12,12 +12,12 @@ from typing import Any, Literal
 from rlmeta.envs import trusted
 from rlmeta.errors import SettingError, require_choice
 
-Kind = Literal["agents", "envs"]
+FolderName = Literal["agents", "envs"]
 
 
-def folders(kind: Kind) -> list[Path]:
+def folders(kind: FolderName) -> list[Path]:
     """Folders in which names of a kind are looked up; earlier ones take precedence."""
-    require_choice("kind", kind, Kind)
+    require_choice("kind", kind, FolderName)
     roots = [Path.cwd(), *(Path(root) for root in os.environ.get("RLMETA_PATH", "").split(os.pathsep) if root)]
     return [root / kind for root in dict.fromkeys([*roots, *shipped()]) if (root / kind).is_dir()]
 
@@ -33,7 +33,7 @@ def shipped() -> list[Path]:
     return checkout + [prefix / "share" / "rlmeta" for prefix in prefixes]
 
 
-def names(kind: Kind) -> dict[str, Path]:
+def names(kind: FolderName) -> dict[str, Path]:
     """File of every name; a name in an earlier folder hides the same name in a later one."""
     paths: dict[str, Path] = {}
     for folder in folders(kind):
@@ -42,7 +42,7 @@ def names(kind: Kind) -> dict[str, Path]:
     return paths
 
 
-def read_named(kind: Kind, name: str) -> dict[str, Any] | None:
+def read_named(kind: FolderName, name: str) -> dict[str, Any] | None:
     """Content of the TOML file of a name, None if there is none."""
     path = names(kind).get(name)
     if path is None:

@@ -40,7 +40,7 @@ class StreamWorld:
     """
 
     trial_episodes = 1
-    records: bool
+    recordable: bool
     """Whether steps with random numbers from `ahead` may be recorded: if constants are in the state."""
 
     def __init__(
@@ -70,7 +70,7 @@ class StreamWorld:
     def _begin(self, observe_identity: bool) -> None:
         """Enter the first task, after a check that all have the same spaces."""
         tasks = self._tasks
-        self.records = self._physics is not None
+        self.recordable = self._physics is not None
         self.identity = torch.zeros(self.learner_shape, dtype=torch.int64, device="cpu")
         self._current: Any = self._with_physics() if self._physics else self._worlds[0]
         inner, self.action_space = self._current.observation_space, self._current.action_space

@@ -88,7 +88,7 @@ class TaskStream:
         for member in self.tasks:
             if not isinstance(member, DataTask | Task):
                 raise SettingError(
-                    f"stream {self.name!r} has a {type(member).__name__} among its tasks, expected DataTask(...) of "
+                    f"stream {self.name!r} has a task of type {type(member).__name__}, expected DataTask(...) of "
                     "samples (split, permute and rotate make them of a data set), or rl.task(...) and names of tasks"
                 )
         if len({isinstance(member, DataTask) for member in self.tasks}) > 1:
@@ -272,6 +272,12 @@ def from_table(
     Keys: `tasks` (names, or tables with `env` and `settings`), or `data` (a data set) with one of `split` (groups of
     classes), `permute` (number of tasks) and `rotate` (number of tasks; `degrees`), and `samples`, `scenario`; and
     `reveals`, `restart_optimizer`, and `observe_identity` for environments.
+
+    Args:
+        name: of the table's file.
+        table: its content.
+        scenario: overrides that of the table.
+        order: of the tasks, as for `stream`.
 
     Raises:
         SettingError: the table is of no stream, has an unknown key, or a scenario for tasks that are environments.

@@ -324,7 +324,8 @@ def _check_source(source: Any) -> None:
             "supported"
         )
     if isinstance(source, list | tuple):
-        raise SettingError(f"a task can't be a {type(source).__name__}: rl.stream([...]) creates a stream of tasks")
+        kind = type(source).__name__
+        raise SettingError(f"a task can't be of type {kind}: rl.stream([...]) creates a stream of tasks")
     if not callable(source):
         raise SettingError(
             f"a task can't be {source!r}, expected a name (`rlmeta list tasks`), a gymnasium id, an EnvSpec, a native "

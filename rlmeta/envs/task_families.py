@@ -91,7 +91,20 @@ def as_tensors(drawn: Any, device: torch.device) -> Tree:
 
 
 def task_keys(key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tensor:
-    """Random key of each of K = `count` tasks, `[*L, K]`."""
+    """Random keys of K tasks.
+
+    Args:
+        key: `[*L]`.
+        counter: a number or `[*L]`: how many times tasks were drawn before.
+        count: K.
+        split: whose tasks they are.
+
+    Returns:
+        `[*L, K]`
+
+    Raises:
+        SettingError: there is no such split, or K is less than 1.
+    """
     if split not in get_args(Split):
         raise SettingError(f"split is {split!r}, expected one of {', '.join(get_args(Split))}")
     if count < 1:

@@ -43,7 +43,7 @@ def masked_mean(x: Tensor, valid: Tensor | None = None, axes: int = 1) -> Tensor
     Args:
         x: `[*L, ...]`.
         valid: None, or of `x`'s shape: flags, bool or integers 0 and 1; real numbers are weights of 0 or more.
-        axes: how many trailing axes to average over.
+        axes: number of trailing axes to average over.
 
     Returns:
         `[*L]`

@@ -134,7 +134,7 @@ def multi_discrete_log_prob(logits: Tensor, action: Tensor, sizes: Sequence[int]
     Args:
         logits: `[..., sum(sizes)]`, the components' logits concatenated.
         action: `[..., len(sizes)]`, integers.
-        sizes: how many actions each component has.
+        sizes: number of actions of each component.
 
     Returns:
         `[...]`
@@ -162,7 +162,7 @@ def multi_discrete_sample(logits: Tensor, sizes: Sequence[int], key: Tensor) -> 
 
     Args:
         logits: `[*L, ..., sum(sizes)]`.
-        sizes: how many actions each component has.
+        sizes: number of actions of each component.
         key: `[*L]`.
 
     Returns:

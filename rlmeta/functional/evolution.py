@@ -28,7 +28,7 @@ def antithetic_noise(
         key: `[*L]`.
         counter: a number or `[*L]`: how often noise was drawn before.
         count: N, even.
-        size: P, how many parameters there are.
+        size: P, the number of parameters.
         sigma: their standard deviation, a number or `[*L]`.
         dtype: of the result.
 

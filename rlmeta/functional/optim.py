@@ -111,7 +111,7 @@ def clip_by_norm(grads: Tensors, max_norm: Setting, learner_axes: int) -> tuple[
     Args:
         grads: tensors `[*L, ...]`.
         max_norm: a number or `[*L]`; infinity clips nothing.
-        learner_axes: how many leading axes are learner axes.
+        learner_axes: number of leading axes that are learner axes.
 
     Returns:
         the scaled gradients, and every learner's Euclidean norm over all of its gradients before scaling, `[*L]`

@@ -47,7 +47,7 @@ class Packed(dict[str, Tensor]):
         Args:
             flat: `[*L, P]`.
             like: named weights, whose learner axes may be others than those of `flat`.
-            learner_axes: how many axes of the weights of `like` are learner axes.
+            learner_axes: number of learner axes of the weights of `like`.
         """
         packed, learner_shape = Packed(), flat.shape[:-1]
         packed.flat = flat

@@ -88,6 +88,12 @@ def nonnegative_quadratic(p: Tensor, q: Tensor, tolerance: float = 1e-14) -> Ten
 def _exchange(p: Tensor, q: Tensor, eye: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Block principal pivoting: all variables of the wrong sign switch at once, which may fail where P is singular.
 
+    Args:
+        p: as for `nonnegative_quadratic`.
+        q: as for `nonnegative_quadratic`.
+        eye: identity matrix `[K, K]`.
+        tolerance: as for `nonnegative_quadratic`.
+
     Returns:
         v `[*L, K]`, and whether it is the minimiser, `[*L]`.
     """
@@ -107,6 +113,16 @@ def _active_sets(p: Tensor, q: Tensor, eye: Tensor, tolerance: float, solved: Te
     """Active-set method of Lawson and Hanson: one variable enters at a time, while the objective falls with it.
 
     The block of P of the free variables thereby stays regular although P itself is singular.
+
+    Args:
+        p: as for `nonnegative_quadratic`.
+        q: as for `nonnegative_quadratic`.
+        eye: identity matrix `[K, K]`.
+        tolerance: as for `nonnegative_quadratic`.
+        solved: `[*L]` bool, problems that are solved already and left at 0.
+
+    Returns:
+        v, `[*L, K]`
     """
     size = q.shape[-1]
     places = torch.arange(size, device=q.device)

@@ -11,7 +11,7 @@ def largest_free(size: Tensor, free: Tensor, count: Tensor) -> Tensor:
     Args:
         size: magnitude of each weight, 0 or more, `[*L, P]`.
         free: which entries may be chosen, `[*L, P]` bool.
-        count: how many, at most as many as are free, `[*L, 1]` int64.
+        count: number of entries, at most the number of free ones, `[*L, 1]` int64.
     """
     order = size.masked_fill(~free, -1.0).argsort(dim=-1, descending=True, stable=True)
     return order.argsort(-1) < count

@@ -63,7 +63,7 @@ def _seed(value: object) -> int:
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
-        raise SettingError(f"seed {value!r} is a {type(value).__name__}, expected an integer")
+        raise SettingError(f"seed {value!r} is of type {type(value).__name__}, expected an integer")
     number = int(value)
     if not -(1 << 63) <= number < 1 << 63:
         raise SettingError(f"seed {number} does not fit 64 bits, expected an integer from -2^63 to 2^63 - 1")
@@ -153,16 +153,22 @@ def normal(
 def gumbel(
     key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard Gumbel random numbers `[*L, *shape]`: argmax(logits + gumbel) samples softmax(logits)."""
+    """Standard Gumbel random numbers `[*L, *shape]`; arguments as for `bits`.
+
+    argmax(logits + gumbel) is a sample of softmax(logits).
+    """
     return uniform(key, stream, counter, shape, dtype).log_().neg_().log_().neg_()
 
 
 def integers(key: Tensor, stream: str, counter: int | Tensor, shape: Sequence[int], high: int | Tensor) -> Tensor:
-    """Random integers in [0, high), `[*L, *shape]`; `high` is a number or broadcasts against the result."""
+    """Random integers in [0, high), `[*L, *shape]` int64; arguments as for `bits`.
+
+    `high` is a number or broadcasts against the result.
+    """
     draw = uniform(key, stream, counter, shape, torch.float64)
     return (draw * high).floor().to(torch.int64)
 
 
 def permutation(key: Tensor, stream: str, counter: int | Tensor, n: int) -> Tensor:
-    """Random permutation of 0 ... n - 1 for every learner, `[*L, n]` int64."""
+    """Random permutation of 0 ... n - 1 for every learner, `[*L, n]` int64; arguments as for `bits`."""
     return bits(key, stream, counter, (n,)).argsort(dim=-1, stable=True)

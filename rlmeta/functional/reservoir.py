@@ -26,7 +26,7 @@ def last_on_place(place: Tensor, places: int) -> Tensor:
 
     Args:
         place: slot that each sample takes, `[..., B]` int64 in [0, places]; `places` itself stands for none.
-        places: how many slots there are.
+        places: number of slots.
     """
     order = torch.arange(place.shape[-1], device=place.device).expand(place.shape)
     winner = place.new_full((*place.shape[:-1], places + 1), -1).scatter_reduce(-1, place, order, "amax")

@@ -87,7 +87,7 @@ def n_step_return(reward: Tensor, discount: Tensor, next_value: Tensor, cut: Ten
         discount: `[*L, T, N]`.
         next_value: `[*L, T, N]`.
         cut: `[*L, T, N]` bool.
-        n: how many rewards at most, >= 1.
+        n: largest number of rewards, at least 1.
 
     Returns:
         `[*L, T, N]`

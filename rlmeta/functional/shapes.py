@@ -16,7 +16,7 @@ def same_shape(dims: int = 1, **tensors: Tensor | None) -> None:
     """Check that tensors have one shape; None stands for an argument that was left out.
 
     Args:
-        dims: how many axes they must have at least.
+        dims: smallest number of axes.
         tensors: the caller's arguments under their own names, which the message repeats.
 
     Raises:
@@ -43,9 +43,8 @@ def flags(tensor: Tensor, name: str) -> Tensor:
         SettingError: `tensor` is no tensor, or neither bool nor integers.
     """
     if not isinstance(tensor, Tensor):
-        raise SettingError(
-            f"{name} is a {type(tensor).__name__}, expected a tensor of flags: torch.as_tensor makes one"
-        )
+        kind = type(tensor).__name__
+        raise SettingError(f"{name} is of type {kind}, expected a tensor of flags: convert it with torch.as_tensor")
     if tensor.dtype is torch.bool:
         return tensor
     if tensor.is_floating_point() or tensor.is_complex():

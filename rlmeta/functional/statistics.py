@@ -121,7 +121,7 @@ def stratified_bootstrap_interval(
     Args:
         scores: `[runs, tasks]` or `[runs]`.
         statistic: from `[reps, runs, tasks]` to `[reps, ...]`: any of this file.
-        reps: how many replicates.
+        reps: number of replicates.
         confidence: fraction of them that lies in the interval.
         seed: of the resampling; equal arguments give equal intervals.
 

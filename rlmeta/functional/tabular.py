@@ -140,14 +140,34 @@ def occupancy_discounted(P: Tensor, start: Tensor, policy: Tensor, gamma: float)
 
 
 def policy_value(P: Tensor, reward: Tensor, policy: Tensor, gamma: float) -> Tensor:
-    """Policy evaluation without a horizon: V `[*L, S]` of a policy `[*L, S, A]`, V = r_pi + gamma P_pi V."""
+    """Policy evaluation without a horizon, V = r_pi + gamma P_pi V.
+
+    Args:
+        P: see above.
+        reward: see above.
+        policy: `[*L, S, A]`.
+        gamma: discount factor, below 1 unless every episode ends.
+
+    Returns:
+        V, `[*L, S]`
+    """
     moves = torch.einsum("...sa,...saz->...sz", policy, P)
     system = torch.eye(moves.shape[-1], dtype=moves.dtype, device=moves.device) - gamma * moves
     return torch.linalg.solve(system, (policy * reward).sum(-1).unsqueeze(-1)).squeeze(-1)
 
 
 def policy_value_horizon(P: Tensor, reward: Tensor, policy: Tensor, gamma: float = 1.0) -> Tensor:
-    """Policy evaluation over H steps: V at the first step `[*L, S]` of a policy `[*L, H, S, A]`."""
+    """Policy evaluation over H steps.
+
+    Args:
+        P: see above.
+        reward: see above.
+        policy: `[*L, H, S, A]`, a policy for each step.
+        gamma: discount factor.
+
+    Returns:
+        V at the first step, `[*L, S]`
+    """
     value = torch.zeros_like(policy[..., 0, :, 0])
     for pi in policy.flip(-3).unbind(-3):
         value = (pi * (reward + gamma * _expectation(P, value))).sum(-1)

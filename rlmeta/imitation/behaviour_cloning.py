@@ -193,7 +193,17 @@ def count_steps(state: State, steps: int) -> State:
 
 
 def draw(transitions: tree.Tree, key: Tensor, counter: int | Tensor, count: int) -> tree.Tree:
-    """Draw `count` random steps of demonstrations `[M, ...]` for every learner: `[*L, count, ...]`."""
+    """Draw random steps of demonstrations for every learner, with replacement.
+
+    Args:
+        transitions: steps of the demonstrations, `[M, ...]`.
+        key: `[*L]`.
+        counter: a number or `[*L]`: how many minibatches were drawn before.
+        count: of steps.
+
+    Returns:
+        `[*L, count, ...]`
+    """
     rows = random.integers(key, "demonstrations", counter, (count,), len(next(tree.leaves(transitions))))
     return tree.map(lambda leaf: leaf.to(key.device)[rows], transitions)
 

@@ -189,6 +189,19 @@ class AdversarialReward:
         """Train the discriminator on a rollout, and replace the task's reward by its reward.
 
         Metrics: loss and entropy of the discriminator, and its accuracy on either side.
+
+        Args:
+            agent: not used.
+            state: of the run.
+            memory: state of the discriminator.
+            rollout: to learn from.
+            rewards: reward streams `[*L, T, N]` by name.
+
+        Returns:
+            The discriminator's new state, the reward streams, and metrics `[*L]`.
+
+        Raises:
+            DemonstrationError: the demonstrations are not those of the run.
         """
         if bool((memory["digest"] != int(self.demonstrations.digest[:15], 16)).any()):
             raise DemonstrationError("the demonstrations are not those the run began with: give it the same file")
@@ -211,7 +224,17 @@ class AdversarialReward:
     def train(
         self, memory: Memory, steps: dict[str, Tensor], hyper: dict[str, Tensor], active: Tensor
     ) -> tuple[Memory, dict[str, Tensor]]:
-        """Train the discriminator on minibatches of the demonstrations and of a rollout `[*L, M, ...]`."""
+        """Train the discriminator on minibatches of the demonstrations and of a rollout.
+
+        Args:
+            memory: state of the discriminator.
+            steps: of the rollout, as `read` returns them, `[*L, M, ...]`.
+            hyper: settings `[*L]` of the discriminator.
+            active: `[*L]` bool, learners to train.
+
+        Returns:
+            The discriminator's new state, and metrics `[*L]`.
+        """
         batches = (self._minibatch(memory, number, steps, hyper) for number in range(self.updates))
         optimizer = optim.adam(hyper["discriminator_learning_rate"])
         memory, reported = owners.train(self.discriminator, memory, batches, optimizer, active)

@@ -67,7 +67,7 @@ def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[S
     counter = state["count"]["vector_steps"]
     draws = torch.arange(num_steps, device=counter.device).reshape(-1, *(1,) * axes) + counter
     keys = random.fold(state["key"], draws // agent.noise_hold)
-    take_steps = _recorded_steps if getattr(world, "records", False) and _capture(agent) is not None else _steps
+    take_steps = _recorded_steps if getattr(world, "recordable", False) and _capture(agent) is not None else _steps
     moving: tree.Tree = {"world": state["world"], "memory": state["memory"]}
     p = agent.seen(state)
     fixed = {"params": p, "initial": agent.initial_memory(p, (*state["key"].shape, world.num_envs))}

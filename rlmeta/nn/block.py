@@ -244,7 +244,7 @@ def apply(block: Block, params: Params, x: Tree, ctx: Context | None = None) -> 
         block: any block; its own tensors are not used.
         params: as `stack` returns them, each `[*L, ...]`.
         x: `[*L, ..., features]`, or a dictionary of such tensors where the block takes one.
-        ctx: mode and key; evaluation without a key where it is left out.
+        ctx: mode and key; None for evaluation without a key.
 
     Returns:
         `[*L, ..., features]`
@@ -350,7 +350,14 @@ def share_tensors(block: Block, module: nn.Module) -> None:
 
 
 def fetch(block: nn.Module, params: Params, prefix: str, name: str) -> Tensor | None:
-    """Tensor `name` of a block in `params`, or None where the block has none (no bias, for example)."""
+    """Tensor of a block in `params`, or None if the block has none of this name (no bias, for example).
+
+    Args:
+        block: whose tensor it is.
+        params: tensors by name.
+        prefix: of the block's names in `params`.
+        name: of the tensor within the block.
+    """
     if block._parameters.get(name) is None and block._buffers.get(name) is None:
         return None
     return params[prefix + name]

@@ -26,7 +26,7 @@ from torch import Tensor
 from rlmeta.errors import SettingError, require_choice
 from rlmeta.functional import random, tree
 from rlmeta.nn.block import Context
-from rlmeta.nn.sample_gradients import Forward, Params, check_outputs, squared_gradients
+from rlmeta.nn.sample_gradients import Forward, ParamTree, check_outputs, squared_gradients
 
 FisherKind: TypeAlias = Literal["exact", "sample", "empirical"]
 """Where the labels come from: expectation, sample of the model, or the data; see the table above."""
@@ -34,7 +34,7 @@ FisherKind: TypeAlias = Literal["exact", "sample", "empirical"]
 
 def categorical_fisher(
     logits: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     learner_axes: int,
     kind: FisherKind = "exact",
@@ -51,11 +51,11 @@ def categorical_fisher(
         p: `{"weights": {name: [*L, ...]}}`, and buffers if there are some; evaluated without dropout and with running
             statistics.
         batch: samples `[*L, n, ...]`.
-        learner_axes: how many learner axes there are.
+        learner_axes: number of learner axes.
         kind: where the labels come from, see `FisherKind`.
         target: kind "empirical": the labels `[*L, n]` int64.
         key: kind "sample": `[*L]`.
-        names: the weights to compute it for, all where left out; 0 for the others.
+        names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time.
 
     Returns:
@@ -94,7 +94,7 @@ def _refuse_probabilities(out: Tensor, learner_axes: int) -> None:
         raise SettingError("fisher: the outputs are probabilities, expected logits: leave the softmax out, or take log")
 
 
-def _drawn_labels(logits: Forward, p: Params, batch: tree.Tree, key: Tensor | None, learner_axes: int) -> Tensor:
+def _drawn_labels(logits: Forward, p: ParamTree, batch: tree.Tree, key: Tensor | None, learner_axes: int) -> Tensor:
     """Labels `[*L, n]` sampled from the predicted distribution."""
     if key is None or key.dim() != learner_axes:
         key_text = "without a key" if key is None else f"with a key of shape {tuple(key.shape)}"
@@ -117,7 +117,7 @@ def _checked_labels(target: Tensor | None, out: Tensor, shape: tuple[int, ...]) 
 
 def gaussian_fisher(
     parameters: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     learner_axes: int,
     *,
@@ -132,8 +132,8 @@ def gaussian_fisher(
         parameters: function that returns means and log standard deviations, concatenated: `[*L, B, 2 A]`.
         p: parameters.
         batch: samples `[*L, n, ...]`.
-        learner_axes: how many learner axes there are.
-        names: the weights to compute it for, all where left out; 0 for the others.
+        learner_axes: number of learner axes.
+        names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time.
 
     Returns:
@@ -151,7 +151,7 @@ def gaussian_fisher(
 
 def score_fisher(
     log_prob: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     learner_axes: int,
     *,
@@ -166,8 +166,8 @@ def score_fisher(
         log_prob: function that returns `[*L, B]`.
         p: parameters.
         batch: samples `[*L, n, ...]`, with their labels or actions.
-        learner_axes: how many learner axes there are.
-        names: the weights to compute it for, all where left out; 0 for the others.
+        learner_axes: number of learner axes.
+        names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time.
 
     Returns:

@@ -32,7 +32,7 @@ from rlmeta.nn.norm import BATCH_NORMS, BatchNorm1d
 from rlmeta.nn.product import is_plain_graph
 
 Outcome: TypeAlias = tuple[Tree, Params]
-"""Output of a module, and its buffers after the call."""
+"""Output of a module, and its buffers after the call, by name."""
 
 
 class _Parts(NamedTuple):
@@ -231,6 +231,12 @@ class Lifted(Block):
         """Call the module with one learner's tensors; buffers it writes are copies.
 
         `torch.func.functional_call` does the same, but takes longer than the forward pass of a small network.
+
+        Args:
+            own: the module's tensors by name, without learner axes.
+            inputs: arguments of the module.
+            key: of the dropout blocks inside.
+            call: parts, prefix and modes of the module.
         """
         parts = call.parts
         state = {**own, **{name: own[name].clone() for name in parts.buffers}}

@@ -83,6 +83,16 @@ def tapped(ctx: Context, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | 
 
     The weights are then treated as constants: their gradients follow from the taps, so that in the graph they have a
     gradient only where something else uses them too.
+
+    Args:
+        ctx: with taps, or without for an ordinary linear map.
+        prefix: of the layer's names in the parameters, under which the call is recorded.
+        x: `[*L, ..., in]`.
+        weight: `[*L, out, in]`.
+        bias: `[*L, out]` or None.
+
+    Returns:
+        `[*L, ..., out]`
     """
     if ctx.taps is None or not torch.is_grad_enabled():
         return linear(x, weight, bias)

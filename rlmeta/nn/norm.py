@@ -116,7 +116,17 @@ class BatchNorm1d(Block):
         ctx: Context,
         prefix: str,
     ) -> Tensor:
-        """Normalise `[*L, B, C, ...]` by batch statistics, in one call of torch with all learners' channels."""
+        """Normalise by batch statistics, in one call of torch with the channels of all learners.
+
+        Args:
+            params: as in `Block.run`.
+            x: `[*L, B, C, ...]`.
+            axes: number of learner axes.
+            weight: `[*L, C]` or None.
+            bias: `[*L, C]` or None.
+            ctx: for new running statistics.
+            prefix: as in `Block.run`.
+        """
         folded = x.movedim(axes, 0).flatten(1, axes + 1)
         count = folded.numel() // max(1, folded.shape[1])
         if count < 2:

@@ -109,7 +109,18 @@ def _advance(gates: Tensor, own: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor
 
 
 def _unrolled(gates: Tensor, hidden: Tensor, begins: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """Unrolled GRU: `[S, T, B, 3H]`, `[S, B, H]`, `[S, T, B, 1]`, `[S, 3H, H]`, `[S, 1, 3H]` -> `[S, T, B, H]`."""
+    """Unrolled GRU by a loop over time.
+
+    Args:
+        gates: contribution of the inputs, `[S, T, B, 3H]`.
+        hidden: initial state, `[S, B, H]`.
+        begins: `[S, T, B, 1]` bool, set where the state is reset before the step; None for no reset.
+        weight: `[S, 3H, H]`.
+        bias: `[S, 1, 3H]`.
+
+    Returns:
+        States, `[S, T, B, H]`
+    """
     states = []
     for gate, begin in zip(gates.unbind(1), _of_steps(begins, gates.shape[1])):
         hidden = hidden if begin is None else hidden.masked_fill(begin, 0.0)

@@ -25,10 +25,10 @@ from rlmeta.functional import random, tree
 from rlmeta.nn.block import Context
 from rlmeta.nn.product import product
 
-Params: TypeAlias = dict[str, Any]
+ParamTree: TypeAlias = dict[str, Any]
 """`weights` `{name: [*L, ...]}` and other inputs of a forward pass, every leaf starting with `*L`."""
 
-Forward: TypeAlias = Callable[[Params, tree.Tree, Context], Tensor]
+Forward: TypeAlias = Callable[[ParamTree, tree.Tree, Context], Tensor]
 """Function from parameters, a batch `[*L, B, ...]` and a context to an output per sample, `[*L, B]` or `[*L, B, K]`.
 
 It computes the outputs from the weights in the parameters. A sample's output depends on that sample alone, so batch
@@ -46,7 +46,7 @@ _FEW = 16
 
 def squared_gradients(
     forward: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     roots: Roots,
     learner_axes: int,
@@ -62,8 +62,8 @@ def squared_gradients(
         p: parameters; not modified.
         batch: samples `[*L, n, ...]`.
         roots: function that yields v, one cotangent for every output and r.
-        learner_axes: how many learner axes there are.
-        names: the weights to compute it for, all where left out; 0 for the others.
+        learner_axes: number of learner axes.
+        names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time; the result does not depend on it but for rounding.
 
     Returns:
@@ -91,7 +91,7 @@ def squared_gradients(
 
 
 def group_gradients(
-    losses: Forward, p: Params, batch: tree.Tree, learner_axes: int, names: Sequence[str] | None = None
+    losses: Forward, p: ParamTree, batch: tree.Tree, learner_axes: int, names: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss of every group of samples.
 
@@ -102,8 +102,8 @@ def group_gradients(
         losses: function that returns a loss `[*L, B]` for every sample.
         p: parameters; not modified.
         batch: K groups of M samples, `[*L, K, M, ...]`.
-        learner_axes: how many learner axes there are.
-        names: the weights to compute it for, all where left out.
+        learner_axes: number of learner axes.
+        names: weights to compute it for, None for all.
 
     Returns:
         Gradients `{name: [*L, K, ...]}`.
@@ -121,7 +121,7 @@ def group_gradients(
         return {name: gradients[name] for name in p["weights"] if name in wanted}
 
 
-def check_outputs(forward: Forward, p: Params, batch: tree.Tree, learner_axes: int) -> Tensor:
+def check_outputs(forward: Forward, p: ParamTree, batch: tree.Tree, learner_axes: int) -> Tensor:
     """Check that outputs are independent across samples, on up to 16 of them.
 
     The first and the last of them must have the same outputs alone as among the others.
@@ -130,7 +130,7 @@ def check_outputs(forward: Forward, p: Params, batch: tree.Tree, learner_axes: i
         forward: function that returns outputs `[*L, B, K]` or `[*L, B]`.
         p: parameters.
         batch: samples `[*L, n, ...]`.
-        learner_axes: how many learner axes there are.
+        learner_axes: number of learner axes.
 
     Returns:
         The outputs of the first B samples, `[*L, B, K]` or `[*L, B]`.
@@ -181,7 +181,7 @@ def _constants(tensors: tree.Tree) -> tree.Tree:
     return tree.map(lambda x: x.clone() if x.is_inference() else x.detach(), tensors)
 
 
-def _wanted(p: Params, names: Sequence[str] | None) -> set[str]:
+def _wanted(p: ParamTree, names: Sequence[str] | None) -> set[str]:
     wanted = set(p["weights"] if names is None else names)
     if not wanted <= set(p["weights"]):
         unknown = ", ".join(sorted(wanted - set(p["weights"])))
@@ -189,7 +189,7 @@ def _wanted(p: Params, names: Sequence[str] | None) -> set[str]:
     return wanted
 
 
-def _samples(p: Params, batch: tree.Tree, axes: int) -> int:
+def _samples(p: ParamTree, batch: tree.Tree, axes: int) -> int:
     """Number of samples of each learner, after a check of the shapes."""
     if not isinstance(p.get("weights"), dict):
         raise SettingError(f'the parameters have the keys {", ".join(p)}, expected {{"weights": {{name: [*L, ...]}}}}')
@@ -214,7 +214,7 @@ def _few(batch: tree.Tree, axes: int) -> tree.Tree:
 
 def _check_shape(out: Any, rows: Sequence[int]) -> None:
     """Refuse outputs other than one number, or one vector, for every sample."""
-    actual = f"a {type(out).__name__}" if not isinstance(out, Tensor) else f"{out.dtype} of shape {tuple(out.shape)}"
+    actual = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"of type {type(out).__name__}"
     fits = isinstance(out, Tensor) and out.is_floating_point() and len(rows) <= out.dim() <= len(rows) + 1
     if not fits or out.shape[: len(rows)] != torch.Size(rows):
         expected = ", ".join(map(str, rows))
@@ -223,13 +223,13 @@ def _check_shape(out: Any, rows: Sequence[int]) -> None:
         )
 
 
-def _with_leaves(p: Params, names: Iterable[str]) -> tuple[Params, dict[str, Tensor]]:
+def _with_leaves(p: ParamTree, names: Iterable[str]) -> tuple[ParamTree, dict[str, Tensor]]:
     """Parameters whose named weights are leaves that require gradients, and these leaves."""
     leaves = {name: p["weights"][name].detach().requires_grad_() for name in sorted(names)}
     return _with(p, leaves), leaves
 
 
-def _with(p: Params, weights: Mapping[str, Tensor]) -> Params:
+def _with(p: ParamTree, weights: Mapping[str, Tensor]) -> ParamTree:
     """Parameters with some of their weights replaced."""
     return {**p, "weights": {**p["weights"], **weights}}
 
@@ -240,8 +240,12 @@ _UNREACHED = (
 )
 
 
-def _reached(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) -> set[str]:
-    """Names of the wanted weights on which the outputs depend."""
+def _reached(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> set[str]:
+    """Names of the wanted weights on which the outputs depend.
+
+    Raises:
+        SettingError: there is none.
+    """
     if not wanted:
         return set()
     with_leaves, leaves = _with_leaves(p, wanted)
@@ -261,11 +265,20 @@ Taps: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
 """Recorded calls of linear layers, `{prefix in weights: [(input, output), ...]}`; see `Context.taps`."""
 
 
-def _run(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) -> tuple[Tensor, Taps, dict[str, Tensor]]:
-    """Run a function: outputs, recorded calls of the layers with wanted weights, and those weights as leaves.
+def _run(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> tuple[Tensor, Taps, dict[str, Tensor]]:
+    """Run a function with taps.
 
     Tapped layers treat their weights as constants, so a weight is in the graph only if something else uses it too (a
     tied layer, a penalty).
+
+    Args:
+        forward: the function.
+        p: parameters.
+        batch: samples `[*L, B, ...]`.
+        wanted: names of weights.
+
+    Returns:
+        The outputs, the recorded calls of layers with wanted weights, and these weights as leaves of the graph.
     """
     taps: Taps = {}
     with_leaves, leaves = _with_leaves(p, wanted)
@@ -278,7 +291,18 @@ def _run(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str]) -> tup
 def _backward(
     out: Tensor, taps: Taps, leaves: Mapping[str, Tensor], cotangent: Tensor, keep: bool = False
 ) -> tuple[dict[str, list[Tensor]], set[str]]:
-    """Gradients at the outputs of the tapped layers, and names of the weights that something else uses too."""
+    """Backward pass to the outputs of the tapped layers.
+
+    Args:
+        out: outputs of the function.
+        taps: recorded calls of its layers.
+        leaves: their weights.
+        cotangent: of `out`'s shape.
+        keep: whether to keep the graph for another pass.
+
+    Returns:
+        The gradients at the layers' outputs, by prefix, and names of the weights that something else uses too.
+    """
     ends = [end for calls in taps.values() for _, end in calls]
     gradients = torch.autograd.grad(out, [*ends, *leaves.values()], cotangent, retain_graph=keep, allow_unused=True)
     at_outputs = iter([torch.zeros_like(end) if g is None else g for g, end in zip(gradients, ends)])
@@ -286,7 +310,7 @@ def _backward(
     return {place: [next(at_outputs) for _ in calls] for place, calls in taps.items()}, used
 
 
-def _tapped_names(forward: Forward, p: Params, batch: tree.Tree, wanted: set[str], axes: int) -> set[str]:
+def _tapped_names(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str], axes: int) -> set[str]:
     """Names of the wanted weights that are used by tapped layers alone, whose rows are samples.
 
     If only some samples have a cotangent, the gradients at the rows of the others are 0, unless the function has
@@ -315,12 +339,19 @@ def _add_tapped_squares(
     sums: dict[str, Tensor],
     wanted: set[str],
     forward: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     roots: Roots,
     axes: int,
 ) -> None:
-    """Add the squared per-sample gradients of tapped linear layers to `sums`, in place."""
+    """Add the squared per-sample gradients of tapped linear layers to `sums`, in place.
+
+    Args:
+        sums: `{name: like the weight}`, modified.
+        wanted: names of the layers' weights.
+        forward, p, batch, roots: as for `squared_gradients`.
+        axes: number of learner axes.
+    """
     out, taps, _ = _run(forward, p, batch, wanted)
     squares: dict[str, Tensor] = {}
     for root in roots(out.detach(), batch):
@@ -349,6 +380,14 @@ def _add_outer_squares(
     """Add the squared per-sample gradients of a layer that every sample passes several times to `sums`, in place.
 
     Such a gradient is a sum of outer products, which is squared as a whole.
+
+    Args:
+        sums: `{name: like the weight}`, modified.
+        wanted: names of weights.
+        place: prefix of the layer's weights.
+        inputs: of every call of the layer, `[*L, B, ..., in]`.
+        gradients: at the outputs of every call, `[*L, B, ..., out]`.
+        axes: number of learner axes.
     """
     x = torch.cat([x.flatten(axes + 1, -2) if x.dim() > axes + 2 else x.unsqueeze(-2) for x in inputs], -2)
     g = torch.cat([g.flatten(axes + 1, -2) if g.dim() > axes + 2 else g.unsqueeze(-2) for g in gradients], -2)
@@ -360,7 +399,7 @@ def _add_outer_squares(
             sums[f"{place}bias"] += some_g.sum(-2).square().sum(axes)
 
 
-def _tapped_groups(wanted: set[str], losses: Forward, p: Params, batch: tree.Tree, axes: int) -> dict[str, Tensor]:
+def _tapped_groups(wanted: set[str], losses: Forward, p: ParamTree, batch: tree.Tree, axes: int) -> dict[str, Tensor]:
     """Gradients of groups in the tapped linear layers: one backward pass over all samples, a product per layer."""
     rows = next(tree.leaves(batch)).shape[: axes + 2]
     groups, samples = rows[axes:]
@@ -398,13 +437,20 @@ def _add_single_squares(
     sums: dict[str, Tensor],
     names: Sequence[str],
     forward: Forward,
-    p: Params,
+    p: ParamTree,
     batch: tree.Tree,
     roots: Roots,
     axes: int,
     chunk: int,
 ) -> None:
-    """Add the squared per-sample gradients of any weights to `sums`, in place, sample by sample."""
+    """Add the squared per-sample gradients of any weights to `sums`, in place, sample by sample.
+
+    Args:
+        sums: `{name: like the weight}`, modified.
+        names: of the weights.
+        forward, p, batch, roots, chunk: as for `squared_gradients`.
+        axes: number of learner axes.
+    """
     weights = {name: p["weights"][name] for name in names}
 
     def squares(sample: tree.Tree, cotangents: Tensor) -> dict[str, Tensor]:
@@ -428,7 +474,14 @@ Squares: TypeAlias = Callable[[tree.Tree, Tensor], dict[str, Tensor]]
 
 
 def _each(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> dict[str, Tensor]:
-    """Sum of squared gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function."""
+    """Sum of squared gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function.
+
+    Args:
+        squares: function of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`.
+        batch: samples `[*L, B, ...]`.
+        cotangents: `[R, *L, B, (K)]`.
+        axes: number of learner axes.
+    """
     try:
         dims = tree.map(lambda _: axes, batch), axes + 1
         many = torch.func.vmap(squares, in_dims=dims)(batch, cotangents)
@@ -443,7 +496,7 @@ def _each(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> 
 
 
 def _single_groups(
-    names: Sequence[str], losses: Forward, p: Params, batch: tree.Tree, axes: int, reached: bool
+    names: Sequence[str], losses: Forward, p: ParamTree, batch: tree.Tree, axes: int, reached: bool
 ) -> dict[str, Tensor]:
     """Gradients of groups, one group after another; `reached`: the losses depend on some other weight."""
     rows = next(tree.leaves(batch)).shape[: axes + 2]

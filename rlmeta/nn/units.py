@@ -41,7 +41,7 @@ class ActionUnits:
 
         Args:
             shape: of an action.
-            low: lower bounds, A numbers; none where left out.
+            low: lower bounds, A numbers; None for none.
             high: upper bounds.
 
         Raises:

@@ -261,7 +261,7 @@ class Supervised:
         return self.prediction(p, batch)
 
     def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
-        """A sample of zeros for each of the learners `*L`, `[*L, 1, ...]`: the form of what `draw` gives."""
+        """Sample of zeros for every learner, with the shapes and dtypes of `draw`, `[*L, 1, ...]`."""
         observation = zeros_of(self.observation_space, learners, device)
         zero = torch.zeros(*learners, 1, dtype=torch.int64, device=device)
         target = zero if self.classes else zero.new_zeros((*zero.shape, self.outputs())).float()

@@ -124,11 +124,11 @@ def test_training_names_the_environment_before_the_learner(spoils: str, steps: i
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = rl.train(settings, rl.task(env), seeds=2, steps=2 * steps * 4, threads=1)
-    messages = [str(one.message) for one in caught]
+    messages = [str(warning.message) for warning in caught]
     what = {"observed": "an observation", "rewarded": "a reward"}[spoils]
     assert not run.state["active"].any()
     assert messages[0].startswith(f"environment 'Counts' gave {what} that is not finite in row ")
-    assert any("is no longer finite" in one for one in messages[1:])
+    assert any("is no longer finite" in message for message in messages[1:])
 
 
 def test_a_stream_looks_at_the_task_it_is_in() -> None:

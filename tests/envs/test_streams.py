@@ -137,7 +137,7 @@ def test_what_can_be_no_stream_is_refused_by_a_sentence():
     numbers = DataTask("numbers", (x, x), (x, x))
     for source, options, words in (
         (data, {}, "a data set is no stream of tasks"),
-        (list(data), {}, "stream 'stream' has a Samples among its tasks, expected DataTask"),
+        (list(data), {}, "stream 'stream' has a task of type Samples, expected DataTask"),
         (5, {}, "a stream of int, expected a name"),
         (numbers, {}, "a stream of DataTask, expected a name"),
         ([numbers], {"scenario": "class"}, "the scenario 'class' needs tasks with classes"),

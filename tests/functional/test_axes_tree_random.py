@@ -296,14 +296,14 @@ def test_keys_of_seeds_that_are_no_integers_are_refused() -> None:
     from rlmeta.errors import SettingError
 
     strange: list[tuple[object, str]] = [
-        ([0.5, 0.7], "0.5 is a float"),
-        (np.array([0.5]), "0.5 is a float"),
-        (torch.tensor([0.0]), "0.0 is a float"),
-        ([True], "True is a bool"),
-        (np.array([True]), "True is a bool"),
-        (["1"], "'1' is a str"),
-        ([None], "None is a NoneType"),
-        ([[0]], r"\[0\] is a list"),
+        ([0.5, 0.7], "0.5 is of type float"),
+        (np.array([0.5]), "0.5 is of type float"),
+        (torch.tensor([0.0]), "0.0 is of type float"),
+        ([True], "True is of type bool"),
+        (np.array([True]), "True is of type bool"),
+        (["1"], "'1' is of type str"),
+        ([None], "None is of type NoneType"),
+        ([[0]], r"\[0\] is of type list"),
         ([2**63], "does not fit 64 bits"),
         ([-(2**63) - 1], "does not fit 64 bits"),
         (3, "expected several integers"),

@@ -90,7 +90,7 @@ def test_real_numbers_are_no_flags(call: tuple[str, str]) -> None:
         assert call[1] in str(error) and "float32" in str(error)
     else:
         assert call[1] == "valid" and same(result, CALLS[call](FLAGS))
-    with pytest.raises(SettingError, match=f"{call[1]} is a ndarray, expected a tensor"):
+    with pytest.raises(SettingError, match=f"{call[1]} is of type ndarray, expected a tensor"):
         CALLS[call](FLAGS.numpy())
 
 

@@ -18,9 +18,9 @@ class Reservoir:
     """Replay buffer by reservoir sampling (Vitter, 1985): all samples ever added are kept with equal probability.
 
     ```python
-    memory = Reservoir(200, torch.Generator().manual_seed(0))
-    old_x, old_y = memory.sample(32) if len(memory) else (x, y)
-    memory.add(x, y)
+    buffer = Reservoir(200, torch.Generator().manual_seed(0))
+    old_x, old_y = buffer.sample(32) if len(buffer) else (x, y)
+    buffer.add(x, y)
     ```
 
     Args:

@@ -93,8 +93,8 @@ class WorkerRows:
             np.zeros((workers, 2), np.int64),
         ]
         context = multiprocessing.get_context("forkserver")
-        memory = [(context.RawArray("b", max(array.nbytes, 1)), array.shape, array.dtype) for array in like]
-        *arrays, self._progress = [_view(*block) for block in memory]
+        blocks = [(context.RawArray("b", max(array.nbytes, 1)), array.shape, array.dtype) for array in like]
+        *arrays, self._progress = [_view(*block) for block in blocks]
         leaves = len(self.actions.leaves)
         self.buffers = Buffers.of(arrays[: -leaves - 1])
         self._actions, self._seeds = arrays[-leaves - 1 : -1], arrays[-1]
@@ -109,7 +109,7 @@ class WorkerRows:
             with _fresh_start():
                 for worker, (start, stop) in enumerate(self._slices):
                     name = f"worker {worker}, rows {start}-{stop - 1}"
-                    self._start(context, name, _work, (sent, worker, (start, stop), memory))
+                    self._start(context, name, _work, (sent, worker, (start, stop), blocks))
                 pids = [process.pid for process in self._processes]
                 self._start(context, "guard of the workers", _guard, (pids,))
             self._polls = [select.poll() for _ in range(workers)]
@@ -392,8 +392,16 @@ def _fresh_start() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ in a worker's process
 
 
-def _work(payload: bytes, worker: int, part: tuple[int, int], memory: list[Any], pipe: Connection) -> None:
-    """Main function of a worker process: runs its rows until it is closed or its parent has ended."""
+def _work(payload: bytes, worker: int, part: tuple[int, int], blocks: list[Any], pipe: Connection) -> None:
+    """Main function of a worker process: runs its rows until it is closed or its parent has ended.
+
+    Args:
+        payload: pickled `_Payload`.
+        worker: its index.
+        part: first row and end of its rows.
+        blocks: shared memory, with shape and dtype.
+        pipe: to the parent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which closes this worker
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `_fresh_start` blocked it
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -402,7 +410,7 @@ def _work(payload: bytes, worker: int, part: tuple[int, int], memory: list[Any],
     rows: Rows | None = None
     name = "an environment"
     try:
-        *arrays, progress = [_view(*block) for block in memory]
+        *arrays, progress = [_view(*block) for block in blocks]
         arrays = [array[start:stop] for array in arrays]
         template = _unpack(payload)
         name = template.name

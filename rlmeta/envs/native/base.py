@@ -164,7 +164,7 @@ class NativeWorld:
 
     exact_resume = True
     trial_episodes = 1
-    records: bool
+    recordable: bool
     """Whether steps with random numbers from `ahead` may be recorded; not if physics is drawn every episode."""
 
     def __init__(
@@ -185,7 +185,7 @@ class NativeWorld:
         self._rows = (*self.learner_shape, num_envs)
         self._constants = env.constants()
         self._redraw: Redraw | None = physics if callable(physics) else None
-        self.records = self._redraw is None
+        self.recordable = self._redraw is None
         self._fixed = None if physics is None or callable(physics) else self._per_row(physics)
         self._bounds = _action_bounds(env.action_space)
         self._observations, self._unseen = Layout(env.observation_space), True

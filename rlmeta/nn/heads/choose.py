@@ -31,7 +31,7 @@ def head_for(
 
     Args:
         action_space: of a single environment.
-        features: D.
+        features: D, the number of input features.
         initial_scale: gain of the orthogonal initial weights.
         initial_log_std: initial log standard deviation of a Box's head, in the policy's units.
         action_bounds: for a Box: "scale" measures actions by the bounds (`ActionUnits`), "squash" keeps them within

@@ -26,7 +26,7 @@ class DeterministicHead(Block):
         """Create the head.
 
         Args:
-            features: D.
+            features: D, the number of input features.
             units: of the A components of an action.
             initial_scale: gain of the orthogonal initial weights.
 

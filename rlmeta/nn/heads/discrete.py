@@ -38,8 +38,8 @@ class CategoricalHead(Block):
         """Create the head.
 
         Args:
-            features: D.
-            actions: A.
+            features: D, the number of input features.
+            actions: A, the number of actions.
             initial_scale: gain of the orthogonal initial weights; small, so that training starts near uniform.
         """
         super().__init__()
@@ -92,10 +92,10 @@ class MultiDiscreteHead(Block):
         """Create the head.
 
         Args:
-            features: D.
-            sizes: how many actions each component has.
+            features: D, the number of input features.
+            sizes: number of actions of each component.
             initial_scale: gain of the orthogonal initial weights.
-            shape: of an action, `(len(sizes),)` where left out.
+            shape: of an action, `(len(sizes),)` by default.
         """
         super().__init__()
         self.sizes = tuple(int(size) for size in sizes)
@@ -145,10 +145,10 @@ class BernoulliHead(Block):
         """Create the head.
 
         Args:
-            features: D.
-            actions: A.
+            features: D, the number of input features.
+            actions: A, the number of actions.
             initial_scale: gain of the orthogonal initial weights.
-            shape: of an action, `(A,)` where left out.
+            shape: of an action, `(A,)` by default.
         """
         super().__init__()
         self.linear = Linear(features, actions, initialiser="orthogonal", gain=initial_scale)

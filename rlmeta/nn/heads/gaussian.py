@@ -45,13 +45,13 @@ class GaussianHead(Block):
         """Create the head.
 
         Args:
-            features: D.
-            actions: A.
+            features: D, the number of input features.
+            actions: A, the number of components of an action.
             initial_scale: gain of the mean's orthogonal initial weights.
             initial_log_std: initial value of `log_std`.
-            low: lower bounds to measure actions by, see `ActionUnits`; none where left out.
+            low: lower bounds to measure actions by, see `ActionUnits`; None for none.
             high: upper bounds.
-            shape: of an action, `(A,)` where left out.
+            shape: of an action, `(A,)` by default.
         """
         super().__init__()
         self.linear = Linear(features, actions, initialiser="orthogonal", gain=initial_scale)
@@ -112,14 +112,14 @@ class TanhGaussianHead(Block):
         """Create the head.
 
         Args:
-            features: D.
-            actions: A.
+            features: D, the number of input features.
+            actions: A, the number of components of an action.
             initial_scale: gain of the orthogonal initial weights, of the mean and the spread.
             initial_log_std: initial bias of `log_std`.
-            low: lower bounds, -1 where left out.
-            high: upper bounds, 1 where left out.
+            low: lower bounds, -1 by default.
+            high: upper bounds, 1 by default.
             log_std_range: limits to which `log_std` is clamped.
-            shape: of an action, `(A,)` where left out.
+            shape: of an action, `(A,)` by default.
 
         Raises:
             SettingError: a bound is infinite, or not below its upper one.

@@ -41,13 +41,13 @@ class StateDependentNoiseHead(Block):
         """Create the head.
 
         Args:
-            features: D.
-            actions: A.
+            features: D, the number of input features.
+            actions: A, the number of components of an action.
             initial_scale: gain of the mean's orthogonal initial weights.
             initial_log_std: initial value of `log_std` `[D, A]`.
-            low: lower bounds to measure actions by, see `ActionUnits`; none where left out.
+            low: lower bounds to measure actions by, see `ActionUnits`; None for none.
             high: upper bounds.
-            shape: of an action, `(A,)` where left out.
+            shape: of an action, `(A,)` by default.
         """
         super().__init__()
         self.linear = Linear(features, actions, initialiser="orthogonal", gain=initial_scale)

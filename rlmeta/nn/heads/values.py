@@ -17,7 +17,7 @@ class ValueHead(Block):
         """Create the head.
 
         Args:
-            features: D.
+            features: D, the number of input features.
             initial_scale: gain of the initial weights.
             initialiser: see `initialise`.
         """
@@ -42,8 +42,8 @@ class QHead(Block):
         """Create the head.
 
         Args:
-            features: D.
-            actions: A.
+            features: D, the number of input features.
+            actions: A, the number of actions.
             initial_scale: gain of the initial weights.
             initialiser: see `initialise`.
         """
