@@ -15,6 +15,7 @@ import pytest
 import rlmeta as rl
 from rlmeta.cli.main import main
 from rlmeta.errors import SettingError, UnknownNameError
+from rlmeta.functional.packed import Packed
 from rlmeta.runs import grammar
 from rlmeta.runs.shipped import agent_class
 from tests.runs.test_resume import assert_same_run
@@ -97,6 +98,15 @@ def test_the_template_needs_no_path_and_learns_the_template_environment() -> Non
     run = rl.train("my_agent:MyAgent", "my_env:MyEnv-v0", steps=256, final_episodes=2, out="run")
     assert run.scores.isfinite().all()
     assert rl.load("run", code=["my_agent", "my_env"]).scores.isfinite().all()
+
+
+def test_lifelong_methods_take_it() -> None:
+    twice, methods = rl.stream(["CartPole-v1"] * 2, "twice"), [rl.EWC(strength=10.0, samples=8), rl.Replay(size=8)]
+    run = rl.train(settings(), twice, steps=64, lifelong=[*methods, rl.PackNet()], final_episodes=2)
+    assert run.matrix[:, -1].isfinite().all()
+    owner = Packed.view(run.state["methods"]["packnet"]["owner"], run.state["params"]["weights"], 1)
+    packed = {name.partition(".")[0] for name, entries in owner.items() if (entries >= 0).any()}
+    assert packed == {"policy"}
 
 
 def test_a_meta_learner_takes_it_for_its_inner_learner(capfd: pytest.CaptureFixture[str]) -> None:
