@@ -19,6 +19,7 @@ from rlmeta.engine.parts import in_parts
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
+from rlmeta.functional.optim import Optimizer
 from rlmeta.functional.returns import generalized_advantage
 from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.average import Average
@@ -27,7 +28,7 @@ from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
-from rlmeta.learning.minibatch import minibatches
+from rlmeta.learning.minibatch import Minibatches, minibatches
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
@@ -244,6 +245,16 @@ class PPOAgent(Agent):
             **({"old_distribution": _compared(distribution)} if self.settings.penalty == "kl" else {}),
         }
 
+    def _credited(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
+        """`credit`, replayed where it was recorded."""
+        if self.capture is None:
+            return self.credit(p, rollout, rewards)
+
+        def credit(inputs: tree.Tree) -> tree.Tree:
+            return self.credit(inputs["params"], inputs["rollout"], inputs["rewards"])
+
+        return self.capture("credit", credit, {"params": p, "rollout": rollout, "rewards": rewards})
+
     def _evaluate(self, p: Params, observation: tree.Tree, ctx: Context) -> tuple[Any, Tensor]:
         """The distribution's parameters and the value, for observations `[*L, ...]`."""
         if not self.settings.share_network:
@@ -305,7 +316,7 @@ class PPOAgent(Agent):
         """Several epochs of minibatches over one rollout."""
         s, axes = self.settings, state["key"].dim()
         p = self.seen(state)
-        credited, apart = self.credit(p, rollout, rewards), None
+        credited, apart = self._credited(p, rollout, rewards), None
         if self.streams.rewards:
             added, apart = self.streams.credit(state, rollout, rewards, self.view)
             credited = {**credited, "advantage": credited["advantage"] + added}
@@ -323,20 +334,33 @@ class PPOAgent(Agent):
         quiet = 0 if self.stops_early else s.num_epochs - 1  # epochs; of the others it is reported how they went
         first = state["count"]["iterations"] * s.num_epochs
         epochs = minibatches(state["key"], first, batch, size, quiet)
-        state = steps(self, state, epochs, settings, optimizer, max_grad_norm=bound, methods=self.methods)
-        active = state["active"]
-        for minibatch in minibatches(state["key"], first + quiet, batch, size, s.num_epochs - quiet):
-            full = {**minibatch, **settings}
-            state, info = step(self, state, full, optimizer, active=active, max_grad_norm=bound, methods=self.methods)
-            average.add(info)
-            if self.stops_early:
-                active = active & (info["losses/approx_kl"] <= 1.5 * p["hyper"]["stop_kl"])
+        take = partial(steps, constants=settings, optimizer=optimizer, max_grad_norm=bound, methods=self.methods)
+        state, _ = take(self, state, epochs)
+        last = minibatches(state["key"], first + quiet, batch, size, s.num_epochs - quiet)
+        if self.stops_early:
+            state, info = self._until_too_far(state, last, settings, optimizer, average)
+        else:
+            state, reports = take(self, state, last, report=True)
+            info = {name: values[-1] for name, values in reports.items()}
+            average.add({name: values.mean(0) for name, values in reports.items()})
         if apart is not None:
             cut = partial(minibatches, state["key"], first, batch_size=s.batch_size, epochs=s.num_epochs)
             state = self.streams.learn(state, apart, cut, rate)
         if s.penalty == "kl":
             state["kl_coefficient"] = self._steer(state["kl_coefficient"], info["losses/approx_kl"], p["hyper"])
         return state, {**average.result(), "charts/learning_rate": rate}
+
+    def _until_too_far(
+        self, state: State, batches: Minibatches, settings: tree.Tree, optimizer: Optimizer, average: Average
+    ) -> tuple[State, dict[str, Tensor]]:
+        """Gradient steps of every learner until its policy is 1.5 `stop_kl` away from the one that acted."""
+        bounds, active = state["params"]["hyper"], state["active"]
+        for batch in batches:
+            full, bound = {**batch, **settings}, bounds["max_grad_norm"]
+            state, info = step(self, state, full, optimizer, active=active, max_grad_norm=bound, methods=self.methods)
+            average.add(info)
+            active = active & (info["losses/approx_kl"] <= 1.5 * bounds["stop_kl"])
+        return state, info
 
     def annealed(self, state: State) -> tuple[Tensor, Tensor]:
         """Learning rate and clip range `[*L]` at the learner's progress."""

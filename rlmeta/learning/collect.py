@@ -184,21 +184,20 @@ def episode_statistics(state: State, rollout: Rollout) -> tuple[State, dict[str,
         that ended (the caller divides once it reports).
     """
     axes = state["key"].dim()
-    running_return, running_length = state["episode"]["return"], state["episode"]["length"]
     ended = rollout["ended"] if "ended" in rollout else rollout["terminated"] | rollout["truncated"]
-    ended = ended & rollout["valid"]
-    rewards = (rollout["reward"] * rollout["valid"]).double().unbind(axes)
-    sums = torch.zeros(3, *state["key"].shape, dtype=torch.float64, device=state["key"].device)
-    any_ended = ended.reshape(*ended.shape[: axes + 1], -1).any(-1).reshape(-1, ended.shape[axes]).any(0).tolist()
-    for reward, end, valid, some in zip(rewards, ended.unbind(axes), rollout["valid"].unbind(axes), any_ended):
-        running_return = running_return + reward
-        running_length = running_length + valid
-        if some:
-            zero = torch.zeros_like(running_return)
-            sums[0] += torch.where(end, running_return, zero).sum(-1)
-            sums[1] += torch.where(end, running_length, zero).sum(-1)
-            sums[2] += end.sum(-1)
-            running_return = torch.where(end, zero, running_return)
-            running_length = torch.where(end, zero, running_length)
-    state["episode"] = {"return": running_return, "length": running_length}
-    return state, {"return_sum": sums[0], "length_sum": sums[1], "episodes": sums[2]}
+    ended, valid = ended & rollout["valid"], rollout["valid"]
+    numbers = torch.arange(1, ended.shape[axes] + 1, device=ended.device).unsqueeze(-1)
+    last = (ended * numbers).amax(axes)  # the number of the last step, from 1, that ended an episode; 0 without one
+    in_ended, has_ended = numbers <= last.unsqueeze(axes), last > 0
+    sums, running = [], []
+    for value, before in (
+        ((rollout["reward"] * valid).double(), state["episode"]["return"]),
+        (valid.to(state["episode"]["length"].dtype), state["episode"]["length"]),
+    ):
+        none, nothing = torch.zeros_like(value), torch.zeros_like(before)
+        finished = torch.where(in_ended, value, none).sum(axes) + torch.where(has_ended, before, nothing)
+        sums.append(finished.double().sum(-1))
+        running.append(torch.where(in_ended, none, value).sum(axes) + torch.where(has_ended, nothing, before))
+    state["episode"] = {"return": running[0], "length": running[1]}
+    episodes = ended.sum((axes, axes + 1)).double()
+    return state, {"return_sum": sums[0], "length_sum": sums[1], "episodes": episodes}

@@ -105,9 +105,10 @@ def train_quietly(
 ) -> State:
     """`train` without reports, recorded as one program; each learner's gradient clipped to a norm, if one is given."""
     with torch.enable_grad():
-        return gradient.steps(
+        trained, _ = gradient.steps(
             owner, dict(memory), batches, constants, optimizer, active=active, max_grad_norm=max_grad_norm
         )
+    return trained
 
 
 def stop(state: State, memory: State) -> None:

@@ -95,8 +95,9 @@ def steps(
     active: Tensor | None = None,
     max_grad_norm: float | Tensor | None = None,
     methods: Sequence[Method] = (),
-) -> State:
-    """`step` on one minibatch after another, without reports: the same bits, as one program where all is recorded.
+    report: bool = False,
+) -> tuple[State, dict[str, Tensor]]:
+    """Gradient steps on one minibatch after another: the bits of `step`, as one program where all of it is recorded.
 
     Args:
         learner: gives the losses.
@@ -104,21 +105,28 @@ def steps(
         batches: the minibatches.
         constants: what every one of them contains besides, every leaf `[*L, ...]`.
         optimizer, active, max_grad_norm, methods: as for `step`.
+        report: whether diagnostics are wanted.
+
+    Returns:
+        The new state, and the reports of all steps, `{name: [count, *L]}`; nothing where none are wanted.
     """
     groups = as_groups(optimizer, max_grad_norm)
     capture = _capture(learner, groups, methods)
+    if not batches.count:
+        return state, {}
     if capture is None:
+        rows = []
         for batch in batches:
             full = {**batch, **constants}
-            state, _ = step(learner, state, full, groups, active=active, methods=methods, report=False)
-        return state
-    if batches.count:
-        keep = torch.ones_like(state["active"]) if active is None else active
-        each = {} if batches.order is None else {"index": batches.order}
-        work = Steps(batches.batch, constants, each, batches.count, (groups,), keep=keep, methods=tuple(methods))
-        state, _ = recorded_descents(capture, learner, state, work)
-        _count_steps(state, batches.count)
-    return state
+            state, info = step(learner, state, full, groups, active=active, methods=methods, report=report)
+            rows.append(info)
+        return state, {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    keep = torch.ones_like(state["active"]) if active is None else active
+    each = {} if batches.order is None else {"index": batches.order}
+    work = Steps(batches.batch, constants, each, batches.count, (groups,), (), keep, report, tuple(methods))
+    state, reports = recorded_descents(capture, learner, state, work)
+    _count_steps(state, batches.count)
+    return state, reports
 
 
 def replay_steps(
