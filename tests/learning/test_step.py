@@ -261,33 +261,41 @@ class Recorded(LinearRegression):
         self.capture = Capture(warm_up)
 
 
-def follow(learner, seed, batch_size, optimizer, **more):
-    """An update of three epochs; the learner may know other updates already."""
+def follow(learner, seed, batch_size, optimizer, report, **more):
+    """An update of three epochs, and its reports; the learner may have recorded other updates already."""
     keys = random.make_keys(range(seed, seed + S))
     state, batch = learner.init(keys, F, optimizer), data(keys, 8, F)
     if more.pop("poisoned", False):
         batch["y"][1, 5] = torch.nan
     batches = minibatches(keys, seed, batch, batch_size, 3)
     if learner.capture is not None:
-        return steps(learner, state, batches, {}, optimizer, max_grad_norm=0.5, **more)
+        return steps(learner, state, batches, {}, optimizer, max_grad_norm=0.5, report=report, **more)
+    reports = []
     for minibatch in batches:
-        state, _ = step(learner, state, minibatch, optimizer, max_grad_norm=0.5, report=False, **more)
-    return state
+        state, info = step(learner, state, minibatch, optimizer, max_grad_norm=0.5, report=report, **more)
+        reports.append(info)
+    return state, tree.map(lambda *rows: torch.stack(rows), *reports)
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
 @pytest.mark.parametrize("poisoned", [False, True])
 @pytest.mark.parametrize("active", [None, torch.tensor([True, True, False, True])])
-def test_several_steps_are_the_bits_of_one_after_another(batch_size, poisoned, active):
+@pytest.mark.parametrize("report", [False, True])
+def test_several_steps_are_the_bits_of_one_after_another(batch_size, poisoned, active, report):
     optimizer = optim.adam(torch.tensor([0.1, 0.01, 0.3, 0.05], dtype=torch.float64))
     recorded, plain = Recorded(warm_up=2), Recorded(warm_up=2)
     plain.capture = None
     for seed in range(8):
-        more = {"active": active, "poisoned": poisoned}
-        found, expected = (follow(learner, seed, batch_size, optimizer, **more) for learner in (recorded, plain))
-        assert found["active"].tolist() == [True, not poisoned, True, True]
-        for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        more = {"report": report, "active": active, "poisoned": poisoned}
+        (state, reports), (expected, rows) = (
+            follow(learner, seed, batch_size, optimizer, **more) for learner in (recorded, plain)
+        )
+        assert state["active"].tolist() == [True, not poisoned, True, True]
+        for a, b in zip(tree.leaves(state), tree.leaves(expected), strict=True):
             assert torch.equal(a, b)
+        assert reports.keys() == rows.keys() and bool(reports) == report
+        for name in rows:
+            assert torch.equal(reports[name].nan_to_num(7.0), rows[name].nan_to_num(7.0))
     assert all(program is not None for program in recorded.capture._programs.values())
 
 
