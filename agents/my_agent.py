@@ -63,7 +63,8 @@ class MyLearner(rl.Agent):
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
         self.blocks: Any = bare(self.networks)  # their form alone: the weights are in the state
-        self.head = self.blocks["policy"].get_submodule("2")
+        self.policy = self.blocks["policy"]  # whose distribution lifelong methods ask for
+        self.head = self.policy.get_submodule("2")
 
     def networks(self) -> dict[str, Any]:
         """Fresh networks of one learner; it acts by the first."""

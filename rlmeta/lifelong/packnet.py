@@ -165,7 +165,7 @@ class PackNet(Method):
         return p, {**m, "copies": copies, "done": torch.full_like(m["done"], position + 1)}
 
     def _prune(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """Magnitude pruning: of every layer the task keeps the largest weights that have had a gradient; others are free.
+        """Magnitude pruning: in every layer the task keeps the largest weights that have had a gradient, no others.
 
         Where too few have had one, the smallest of its share are weights that have not: `_give_back` finds them.
         """

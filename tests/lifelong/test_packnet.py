@@ -319,4 +319,7 @@ def test_an_agents_critic_is_packed_only_if_wanted():
         )
         owner = Packed.view(run.state["methods"]["packnet"]["owner"], run.state["params"]["weights"], 1)
         assert bool((owner["value.body.1.0.weight"] == NOBODYS).all()) != critic
+        first = seen(run.agent.methods, run.state, tree.map(torch.zeros_like, run.state["task"]))["weights"]
+        hidden = first["value.body.1.0.weight"] != run.state["params"]["weights"]["value.body.1.0.weight"]
+        assert bool(hidden.any()) == critic, "the critic is seen as it is unless it is packed"
         assert len(found) > 1 and all(torch.equal(one, found[0]) for one in found)  # with its own normaliser

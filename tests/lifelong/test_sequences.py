@@ -21,6 +21,7 @@ from rlmeta.lifelong.ewc import information
 from rlmeta.lifelong.recall import recall_loss
 from rlmeta.nn import Context, Encoder
 from rlmeta.nn.sample_gradients import group_gradients
+from tests.lifelong.test_hooks import Watched
 from tests.lifelong.toy import flat
 
 S = B = T = N = 3
@@ -246,6 +247,12 @@ def test_recorded_steps_are_the_bits_of_others(monkeypatch: pytest.MonkeyPatch, 
     assert any("gradient step" in name for name in recorded.agent.capture.operations())
     pairs = zip(tree.flatten(recorded.state).items(), tree.leaves(plain_run.state), strict=True)
     assert [n for (n, x), y in pairs if not torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))] == []
+
+
+def test_hooks_write_nothing_in_place() -> None:
+    watched = [Watched(method) for method in METHODS]
+    train(*watched)
+    assert all(each.calls > 30 for each in watched)
 
 
 def test_packnet_keeps_the_answers_of_a_finished_task_bit_for_bit() -> None:

@@ -13,7 +13,8 @@ from rlmeta.cli.main import main
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.minimisation import Quadratics
 from rlmeta.envs.regression import Sinusoid
-from rlmeta.report.adaptation import Adaptation, AdaptFlags, adapt
+from rlmeta.functional import random
+from rlmeta.report.adaptation import Adaptation, AdaptFlags, _line, adapt
 
 TEST = {"split": "test"}
 SMALL = rl.Regressor(hidden_sizes=(4,))
@@ -84,3 +85,15 @@ def test_a_family_made_in_code_is_given_again(tmp_path):
         rl.load(tmp_path / "run")
     assert rl.load(tmp_path / "run", env=family).experiment.problem is family
     rl.train(rl.LearnedOptimizer(num_envs=2), NamedFamily("mine", Quadratics(2)), steps=40)
+
+
+def test_the_line_of_the_picture_is_the_learners_answer_before_and_after(runs):
+    run = rl.load(runs / "one")
+    line = _line(run, 1)
+    tasks = run.experiment.world().tasks(random.fold(run.state["key"], 1), 0, 1, "test")
+    p, inner = run.agent.start(run.agent.seen(run.state), 1), run.agent.inner
+    x = {"observation": torch.as_tensor(line["x"], dtype=torch.float32).reshape(1, 1, -1, 1)}
+    after = run.agent.adapted(p, tasks["support"], run.agent.settings.inner_steps, "none")
+    for name, weights in (("before", p), ("after", after)):
+        np.testing.assert_allclose(line[name], inner.output(weights, x).detach().flatten(), atol=1e-5)
+    assert not np.allclose(line["before"], line["after"], atol=1e-5)

@@ -15,6 +15,7 @@ import rlmeta as rl
 from rlmeta.cli.main import main
 from rlmeta.envs import user_modules
 from rlmeta.errors import SettingError, UnknownNameError
+from rlmeta.functional.packed import Packed
 from rlmeta.runs import grammar
 from rlmeta.runs.shipped import agent_class
 from tests.runs.killer import Killer
@@ -105,6 +106,15 @@ def test_code_is_found_where_its_name_was() -> None:
     with pytest.raises(SettingError, match="had the agent my_agent:MyAgent: pass it again"):
         rl.load("run")
     assert rl.load("run", code=["my_agent"]).scores.isfinite().all()
+
+
+def test_lifelong_methods_take_it() -> None:
+    twice, methods = rl.stream(["CartPole-v1"] * 2, "twice"), [rl.EWC(strength=10.0, samples=8), rl.Replay(size=8)]
+    run = rl.train(settings(), twice, steps=64, lifelong=[*methods, rl.PackNet()], final_episodes=2)
+    assert run.matrix[:, -1].isfinite().all()
+    owner = Packed.view(run.state["methods"]["packnet"]["owner"], run.state["params"]["weights"], 1)
+    packed = {name.partition(".")[0] for name, entries in owner.items() if (entries >= 0).any()}
+    assert packed == {"policy"}
 
 
 def test_a_meta_learner_takes_it_for_its_inner_learner(capfd: pytest.CaptureFixture[str]) -> None:
