@@ -1,6 +1,6 @@
 """Environments and problems: tasks, families of tasks, and streams of tasks."""
 
-from rlmeta.envs import own_folders  # lets worker processes import the user's modules
+from rlmeta.envs import user_modules  # lets worker processes import the user's modules
 
 __all__ = [
     "families",
@@ -8,10 +8,10 @@ __all__ = [
     "gymnasium",
     "minimisation",
     "native",
-    "own_folders",
     "regression",
     "streams",
     "task",
     "task_families",
+    "user_modules",
     "world",
 ]

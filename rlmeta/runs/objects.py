@@ -6,7 +6,7 @@ import importlib
 import types
 from typing import Any
 
-from rlmeta.envs import own_folders, trusted
+from rlmeta.envs import trusted, user_modules
 from rlmeta.errors import SettingError, did_you_mean
 
 
@@ -37,7 +37,7 @@ def load_module(name: str) -> types.ModuleType:
     """
     trusted.check_module(name)
     if not trusted.from_file():
-        own_folders.allow(name)
+        user_modules.allow(name)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -18,7 +18,7 @@ from typing import Any
 import gymnasium as gym
 
 from rlmeta.agents.agent import NetworkFactory
-from rlmeta.envs import own_folders, trusted
+from rlmeta.envs import trusted, user_modules
 from rlmeta.envs.gymnasium.sources import ENVPOOL
 from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.native import NativeEnv
@@ -67,7 +67,7 @@ def allowed_here(modules: Iterable[str], names: Sequence[str] = ()) -> Iterator[
     module_names = [modules] if isinstance(modules, str) else list(modules)
     with trusted.allowing(module_names, names):
         for module in (*module_names, *map(_module, names)):
-            own_folders.allow(module)
+            user_modules.allow(module)
         yield
 
 

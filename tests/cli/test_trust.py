@@ -24,7 +24,7 @@ from rlmeta.bench import imitation as benchmarks
 from rlmeta.cli import plan as plans
 from rlmeta.cli import plan_folder
 from rlmeta.cli.main import main
-from rlmeta.envs import own_folders, trusted
+from rlmeta.envs import trusted, user_modules
 from rlmeta.errors import SettingError
 from rlmeta.runs import objects
 from tests.runs.forging import accept_config, change_plan
@@ -452,8 +452,8 @@ def test_a_package_without_init_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     Path("loose_other.py").write_text("VALUE = 5")
     try:
         assert objects.load_object("loose_parts.first:VALUE") == 5
-        entries = [entry for entry in sys.path if entry.startswith(own_folders.PREFIX)]
-        assert entries[0] == f"{own_folders.PREFIX}loose_parts,loose_other:{tmp_path}"
+        entries = [entry for entry in sys.path if entry.startswith(user_modules.PREFIX)]
+        assert entries[0] == f"{user_modules.PREFIX}loose_parts,loose_other:{tmp_path}"
         with pytest.raises(ModuleNotFoundError):
             __import__("loose_third")
     finally:

@@ -13,7 +13,7 @@ import pytest
 
 import rlmeta as rl
 from rlmeta.cli.main import main
-from rlmeta.envs import own_folders
+from rlmeta.envs import user_modules
 from rlmeta.errors import SettingError, UnknownNameError
 from rlmeta.functional.packed import Packed
 from rlmeta.runs import grammar
@@ -102,7 +102,7 @@ def test_code_is_found_where_its_name_was() -> None:
     """As in another process, which has imported nothing of it."""
     rl.train("my_agent:MyAgent", "CartPole-v1", steps=256, final_episodes=2, out="run")
     del sys.modules["my_agent"]
-    sys.path[:] = [entry for entry in sys.path if not entry.startswith(own_folders.PREFIX)]
+    sys.path[:] = [entry for entry in sys.path if not entry.startswith(user_modules.PREFIX)]
     with pytest.raises(SettingError, match="had the agent my_agent:MyAgent: pass it again"):
         rl.load("run")
     assert rl.load("run", code=["my_agent"]).scores.isfinite().all()

@@ -34,7 +34,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from rlmeta.data.spaces import Array, Layout
-from rlmeta.envs import own_folders
+from rlmeta.envs import user_modules
 from rlmeta.envs.gymnasium import failures
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, Buffers, Rows, Template, require_timeout
 from rlmeta.errors import EnvironmentFailedError, RlmetaError, SettingError
@@ -371,7 +371,7 @@ def _fresh_start() -> Iterator[None]:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     main = sys.modules["__main__"]
-    folders = [entry for entry in sys.path if entry and not entry.startswith(own_folders.PREFIX)]
+    folders = [entry for entry in sys.path if entry and not entry.startswith(user_modules.PREFIX)]
     variables = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(folders)}
     before = {name: os.environ.get(name) for name in variables}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # else Ctrl-C ends the server as it imports
@@ -457,7 +457,7 @@ def _unpack(payload: bytes) -> Template:
     os.environ.clear()
     os.environ.update(parent.environment)
     warnings.filters[:] = parent.filters  # type: ignore[index]
-    own_folders.inherit(parent.path)
+    user_modules.inherit(parent.path)
     for name, spec in parent.specs.items():
         if name not in gym.registry:
             with contextlib.suppress(Exception):

@@ -16,14 +16,14 @@ from types import FrameType, ModuleType
 
 from rlmeta.envs.names import folders
 
-PREFIX = "rlmeta-own-code:"
-"""Prefix of an entry of `sys.path`: `rlmeta-own-code:NAME,NAME:FOLDER`."""
+PREFIX = "rlmeta-user-code:"
+"""Prefix of an entry of `sys.path`: `rlmeta-user-code:NAME,NAME:FOLDER`."""
 
 _MACHINERY = ("importlib", "_frozen_importlib", "_frozen_importlib_external", "pkgutil")
 """Modules of Python whose frames lie between an import and the finder."""
 
 
-class OwnFinder:
+class UserFinder:
     """Import finder of a folder that finds only allowed modules.
 
     Args:
@@ -70,11 +70,11 @@ def _importing_module() -> str:
     return ""
 
 
-def _hook(entry: str) -> OwnFinder:
+def _hook(entry: str) -> UserFinder:
     if not entry.startswith(PREFIX):
         raise ImportError(entry)
     _, names, folder = entry.split(":", 2)
-    return OwnFinder(frozenset(names.split(",")), folder)
+    return UserFinder(frozenset(names.split(",")), folder)
 
 
 def _install() -> None:
