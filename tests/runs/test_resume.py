@@ -384,7 +384,7 @@ def test_a_run_whose_folder_was_made_anew_leaves_the_new_one_alone(at, tmp_path,
             killer.kill("tests.runs.killed:train", str(folder), "a2c", "CartPole-v1", 4)
             found.update(content_of(folder))
 
-    with pytest.raises(CheckpointError, match="moved, deleted or made anew: the run ends here and leaves"):
+    with pytest.raises(CheckpointError, match="moved, deleted or created again: the run ends here and leaves"):
         rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, callbacks=[make_anew], threads=1)
     assert content_of(folder) == found and len(found) >= 5
     assert rl.resume(folder).env_steps == killed.STEPS["a2c"]
