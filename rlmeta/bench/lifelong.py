@@ -123,7 +123,7 @@ SPLIT = {
         Row("EWC", NETWORK, (EWC(strength=1e4),)),
         Row("GEM", NETWORK, (GEM(memory=40, margin=0.5),)),
         Row("PackNet", NETWORK, (PackNet(),)),
-        Row("HAT", NETWORK, (HAT(),)),
+        Row("HAT", NETWORK, (HAT(s_max=100.0, learning_rate=5e-3),)),
         Row("replay, 20 a class", NETWORK, (Replay(size=200),)),
         Row("generative replay", NETWORK, (GenerativeReplay(),)),
     ),

@@ -128,13 +128,13 @@ class MetaSGDLearner(MAMLLearner):
 
         Metrics: `charts/inner_rate`, the mean of a learner's rates.
         """
-        before, optimizer = dict(state), self.rates_optimizer(state)
+        start, optimizer = state["params"], self.rates_optimizer(state)
         state, info = super().meta_step(state, batch)
         memory = owners.train_quietly(
             self.rates,
-            self.rates.of(before),
+            self.rates.of(state),
             Minibatches(batch, 1, None),
-            {"params": {**before["params"], "weights": dict(before["params"]["weights"])}},
+            {"params": {**start, "weights": dict(start["weights"])}},
             optimizer,
             state["active"],
             state["params"]["hyper"]["rates_max_grad_norm"],

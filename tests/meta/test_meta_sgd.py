@@ -150,6 +150,17 @@ def test_the_rates_have_a_rate_and_a_clip_of_their_own():
         assert torch.equal(weight[0], weight[1]) and torch.equal(weight[0], weight[2])
 
 
+def test_rates_and_weights_move_along_gradients_at_the_same_place():
+    """Adam's first mean is a tenth of the gradient, here at the weights before they moved."""
+    learner, state, world = bound(double=False, meta_rate=0.1)
+    tasks = world.tasks(state["key"], state["count"]["iterations"], K, "train")
+    _, expected = gradient(learner, state, tasks)
+    state, _ = learner.iterate(state, world)
+    mean = state["rates"]["optimizer"]["all"]["mean"]["weights"]
+    flat = torch.cat([expected[name].flatten(1) for name in rates_of(state)], -1)
+    torch.testing.assert_close(mean, 0.1 * flat, rtol=1e-3, atol=1e-6)
+
+
 def test_a_learner_that_stopped_keeps_its_rates_and_their_moments():
     learner, state, world = bound(double=False)
     state, _ = learner.iterate(state, world)
