@@ -59,6 +59,7 @@ def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path, killer):
         ("classifier", "split-digits+agem", 7),
         ("classifier", "split-digits+packnet", 3),
         ("classifier", "split-digits+packnet", 4),
+        ("classifier", "split-digits+hat", 5),
         ("classifier", "split-digits+generative_replay", 3),
         ("classifier", "split-digits+generative_replay", 6),
         ("ppo", "cartpole-conflicts+ewc+replay", 5),
