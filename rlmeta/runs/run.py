@@ -33,8 +33,8 @@ from rlmeta.runs import folder as run_folder
 from rlmeta.runs.allocator import keep_freed_memory
 from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
+from rlmeta.runs.metric_log import NAMES, Mark, check_start
 from rlmeta.runs.module import TrainedModule, names_of
-from rlmeta.runs.records import NAMES, Mark, check_start
 from rlmeta.runs.stages import Stage
 from rlmeta.runs.surroundings import undisturbed
 
@@ -55,7 +55,7 @@ class Run:
         evaluation: evaluation of the final parameters, or None while the run has not ended.
         seconds: wall time of training, over all resumes.
         stopped: why it ended before its budget, or ''.
-        offsets: position of each record file at the checkpoint that was loaded.
+        offsets: position of each metric log at the checkpoint that was loaded.
         id: unique id of the run.
         config_digest: sha256 of `config.toml`, once that is written.
         held: the lock on the folder, while this process writes it.
@@ -465,7 +465,7 @@ def read(
     """Load a run; arguments and errors are those of `load`, and two more.
 
     Args:
-        training: also read what only training needs, and check the records, for a resume.
+        training: also read what only training needs, and check the metric logs, for a resume.
         steps: extend the budget to this many steps; 0 keeps it.
     """
     folder = Path(folder)
@@ -524,7 +524,7 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
         if type(seconds) not in (int, float) or not math.isfinite(seconds) or not isinstance(stopped, str):
             raise ValueError(f"seconds {seconds!r}, stopped {stopped!r}")
         if set(offsets) != set(NAMES):
-            raise ValueError(f"records {offsets!r}")
+            raise ValueError(f"metric logs {offsets!r}")
         about["offsets"] = {name: Mark.of(mark) for name, mark in offsets.items()}
         about["extended_to"] = saved.get("extended_to", 0)
         if type(about["extended_to"]) is not int or about["extended_to"] < 0:
