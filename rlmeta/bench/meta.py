@@ -172,7 +172,7 @@ def _curve(run: Run, tasks: int, steps: int, rate: float | None = None, split: s
 
 
 def _best_rate(settings: Any, problem: NamedFamily, steps: int, rates: Sequence[float]) -> float:
-    """Tune the inner rate of a baseline: the best score after one step, on validation tasks and other seeds."""
+    """Select the inner learning rate with the best validation score after one step, on seeds that no table uses."""
     run = train(settings, problem, steps=steps, seeds=SELECTION_SEEDS)
     sign = 1.0 if run.agent.score.maximise else -1.0
     scores = [sign * float(_curve(run, 100, 1, rate, "validation")[..., -1].mean()) for rate in rates]
