@@ -179,7 +179,7 @@ class A2CAgent(Agent):
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Take one gradient step on the whole rollout."""
         h = state["params"]["hyper"]
-        credited, apart = self.credit(self.seen(state), rollout, rewards), None
+        credited, apart = self.credit(self.effective_params(state), rollout, rewards), None
         if self.streams.rewards:
             added, apart = self.streams.credit(state, rollout, rewards, self.view)
             credited = {**credited, "advantage": credited["advantage"] + added}

@@ -33,7 +33,7 @@ from rlmeta.learning.collect import Rollout, collect, episode_statistics
 from rlmeta.learning.evaluate import Evaluation, evaluate, evaluation_rows
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
-from rlmeta.learning.method import Method, seen
+from rlmeta.learning.method import Method, effective_params
 from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.phases import TRAINING, own_step, whose
 from rlmeta.learning.settings import require
@@ -202,9 +202,9 @@ class Agent:
             return {}
         return self.recurrence.initial(rows, next(iter(p["weights"].values())).device)
 
-    def seen(self, state: State) -> Params:
-        """The parameters as forward passes see them, through the lifelong methods' hooks."""
-        return seen(self.methods, state)
+    def effective_params(self, state: State) -> Params:
+        """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
+        return effective_params(self.methods, state)
 
     # ------------------------------------------------------------------ observations and rewards
 

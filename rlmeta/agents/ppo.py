@@ -315,7 +315,7 @@ class PPOAgent(Agent):
     def _update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Take gradient steps over several epochs of minibatches of one rollout."""
         s, axes = self.settings, state["key"].dim()
-        p = self.seen(state)
+        p = self.effective_params(state)
         credited, apart = self._credited(p, rollout, rewards), None
         if self.streams.rewards:
             added, apart = self.streams.credit(state, rollout, rewards, self.view)

@@ -203,7 +203,7 @@ class REINFORCEAgent(Agent):
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Take one gradient step on the whole rollout."""
         h = state["params"]["hyper"]
-        batch = self.items(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
+        batch = self.items(self.credit(self.effective_params(state), rollout, rewards), state["key"].dim())
         rate = self.annealed(state)
         state, info = step(self, state, batch, optim.adam(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods)
         return state, {**info, "charts/learning_rate": rate}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlmeta.errors import HookError
 from rlmeta.functional import tree
-from rlmeta.learning.method import Memory, Method, Task, seen
+from rlmeta.learning.method import Memory, Method, Task, effective_params
 from rlmeta.learning.state import Params, State
 
 
@@ -113,10 +113,10 @@ def changed(method: Method, hook: str, value: Any, p: Params, m: Memory) -> tupl
     return value[0], value[1]
 
 
-def seen_parameters(methods: Sequence[Method], state: State, task: Task) -> None:
+def check_effective_params(methods: Sequence[Method], state: State, task: Task) -> None:
     """Validation of the effective parameters: what `params` of every method gives for those of now."""
     for i, method in enumerate(methods):
-        before = seen(methods[:i], state, task)
+        before = effective_params(methods[:i], state, task)
         value = method.params(before, state["methods"][method.name], task)
         expect(method, "params", value, "parameters", isinstance(value, dict) and "weights" in value)
         same_form(method, "params", value["weights"], before["weights"], "the weights")

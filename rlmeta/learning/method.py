@@ -141,8 +141,8 @@ def recordable(method: Method) -> bool:
     return vars(type(method)).get("recordable", False) is True
 
 
-def seen(methods: Sequence[Method], state: State, task: Task | None = None) -> Params:
-    """The parameters as forward passes see them, through the methods' hooks; `task` is the state's own by default.
+def effective_params(methods: Sequence[Method], state: State, task: Task | None = None) -> Params:
+    """Effective parameters: the weights after the methods' hooks; `task` is the state's own by default.
 
     Where a method has a decision rule of its own, `memories` and `task` come with them.
     """

@@ -218,7 +218,7 @@ class Loop:
         clock.switch("evaluate")
         state, agent, target = self.run.state, self.run.agent, self.budget.target
         key = random.fold(random.fold(state["key"], "periodic evaluation"), self.done)
-        p = agent.seen(state)
+        p = agent.effective_params(state)
         result = agent.evaluate(p, self.eval_world, key, self.budget.eval_episodes)
         score = result.returns.mean(-1)
         current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}

@@ -28,7 +28,7 @@ class TrainedModule(nn.Module):
 
     Args:
         learner: the learner, bound to its problem's spaces; of a meta-learner the inner one.
-        p: the effective parameters of one learner, as forward passes see them; copied.
+        p: the effective parameters of one learner; copied.
         name: name of a network, or `ACTION`.
 
     Raises:

@@ -171,7 +171,8 @@ class Run:
         try:
             key = random.fold(random.fold(state["key"], "evaluation"), seed)
             if self.stream is None:
-                return self.agent.evaluate(self.agent.seen(state), world, key, episodes, deterministic=deterministic)
+                p = self.agent.effective_params(state)
+                return self.agent.evaluate(p, world, key, episodes, deterministic=deterministic)
             orders = self.experiment.orders
             evaluations = stages.evaluate_tasks(
                 self.agent, state, world, self.stream, orders, key, episodes, deterministic=deterministic
@@ -232,7 +233,7 @@ class Run:
         if not self.agent.acts:
             raise SettingError(f"a run of {self.experiment.agent_name} does not act: run.module() predicts")
         learner, state = self.chosen_learner(learner), self.state
-        p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
+        p = tree.map(lambda leaf: leaf[learner], self.agent.effective_params(state))
         batch = spaces.batch_size(self.world.observation_space, observation)
         rows = () if batch is None else (batch,)
         observed = spaces.to_tree(self.world.observation_space, observation, rows)
@@ -280,7 +281,7 @@ class Run:
         chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
         device, spaces_ = state["key"].device, (self.world.observation_space, self.world.action_space)
         support_batch, query_batch, several = prediction.to_batches(*spaces_, support, query, device)
-        p = tree.map(lambda leaf: leaf[chosen], agent.seen(state))
+        p = tree.map(lambda leaf: leaf[chosen], agent.effective_params(state))
         predictions: Tensor = agent.answer(p, support_batch, query_batch, steps)
         predictions = predictions.softmax(-1) if agent.classes else predictions
         return predictions if several else predictions[0]
@@ -301,7 +302,7 @@ class Run:
         agent: Any = self.agent
         inner = getattr(agent, "inner", agent)
         chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
-        p = tree.map(lambda leaf: leaf[chosen], self.agent.seen(state))
+        p = tree.map(lambda leaf: leaf[chosen], self.agent.effective_params(state))
         return TrainedModule(inner, p, name or names_of(inner)[0]).eval()
 
     def chosen_learner(self, learner: int | None) -> int:
