@@ -70,7 +70,7 @@ class Imitator:
         """None."""
         return {}
 
-    def seen(self, state: dict[str, Any]) -> Params:
+    def effective_params(self, state: dict[str, Any]) -> Params:
         """The weights to act with."""
         return state["params"]
 

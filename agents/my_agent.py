@@ -52,7 +52,7 @@ class MyAgent:
             require_range(self, name, 1)
 
     def bind(self, observation_space: Any, action_space: Any, methods: Any = ()) -> "MyLearner":
-        """The agent for environments of these spaces."""
+        """Create the agent for an observation and an action space."""
         return MyLearner(self, observation_space, action_space, methods)
 
 
@@ -67,29 +67,28 @@ class MyLearner(rl.Agent):
         self.head = self.policy.get_submodule("2")
 
     def networks(self) -> dict[str, Any]:
-        """Fresh networks of one learner; it acts by the first."""
+        """Build the networks of one learner; the first one chooses actions."""
         encoder, sizes = Encoder(self.observation_space), self.settings.hidden_sizes
         heads = {"policy": head_for(self.action_space, sizes[-1]), "value": ValueHead(sizes[-1])}
         return {name: Sequential(encoder, MLP(encoder.features, sizes), head) for name, head in heads.items()}
 
     def init(self, key: Any, hyper: Any, world: Any) -> dict[str, Any]:
-        """The state at the start; what else is to last goes into it, every tensor `[*L, ...]`."""
+        """Initial state; whatever else is to last goes into it, every tensor `[*L, ...]`."""
         state = super().init(key, hyper, world)
-        state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
-        return state
+        return {**state, "optimizer": init_optimizer(optim.adam(hyper["learning_rate"]), state)}
 
     def run(self, name: str, p: Any, observation: Any, ctx: Any = None) -> Any:
-        """What a network gives for observations `[*L, ...]`."""
+        """Forward pass of a network on observations `[*L, ...]`."""
         return self.forward(self.blocks[name], name, p, observation, ctx)
 
     def act(self, p: Any, observation: Any, memory: Any, key: Any, deterministic: bool = False) -> Any:
-        """Actions `[*L, N, ...]`, a sample or the most probable; all chance comes from the key."""
+        """Choose actions `[*L, N, ...]`, a sample or the mode; all randomness comes from the key."""
         distribution = self.run("policy", p, observation)
         return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
 
     @torch.no_grad()
     def credit(self, p: Any, rollout: Any, reward: Any) -> dict[str, Any]:
-        """G and A for every step `[*L, T, N]`; settings `[*L]` meet data through `align`."""
+        """Returns G and advantages A of every step `[*L, T, N]`; settings `[*L]` meet data through `align`."""
         value, following = (self.run("value", p, rollout[name]) for name in ("observation", "next_observation"))
         discount = align(p["hyper"]["gamma"], reward) * ~rollout["terminated"]  # a truncated step bootstraps
         cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
@@ -98,7 +97,7 @@ class MyLearner(rl.Agent):
         return {**kept, "return": target, "advantage": target - value}
 
     def losses(self, p: Any, batch: Any, ctx: Any) -> dict[str, Any]:
-        """The losses `[*L]` of samples `[*L, B, ...]`."""
+        """Compute the losses `[*L]` of samples `[*L, B, ...]`."""
         h, valid, distribution = p["hyper"], batch["valid"], self.run("policy", p, batch["observation"], ctx)
         log_prob = self.head.log_prob(distribution, batch["action"])
         policy = losses.policy_gradient_loss(log_prob, batch["advantage"], valid)
@@ -108,9 +107,10 @@ class MyLearner(rl.Agent):
         return {"policy": policy + h["entropy_coefficient"] * entropy, "value": h["value_coefficient"] * value}
 
     def update(self, state: Any, rollout: Any, rewards: Any) -> Any:
-        """The state after one step on the whole rollout, and metrics `[*L]`."""
-        batch = flatten_time(self.credit(self.seen(state), rollout, sum(rewards.values())), state["key"].dim())
-        adam = optim.adam(state["params"]["hyper"]["learning_rate"])
+        """Take one gradient step on the whole rollout; returns the new state and metrics `[*L]`."""
+        p = self.effective_params(state)
+        batch = flatten_time(self.credit(p, rollout, sum(rewards.values())), state["key"].dim())
+        adam = optim.adam(p["hyper"]["learning_rate"])
         return step(self, state, batch, adam, max_grad_norm=0.5, methods=self.methods)
 
 

@@ -78,7 +78,7 @@ class Driver:
         """None."""
         return {}
 
-    def seen(self, state: dict[str, Any]) -> Any:
+    def effective_params(self, state: dict[str, Any]) -> Any:
         """What to act with."""
         return state["params"]
 

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from rlmeta.rewards import *  # noqa: F403
     from rlmeta.runs.experiment import Budget as Budget
     from rlmeta.runs.presets import preset as preset
-    from rlmeta.runs.record import record as record
+    from rlmeta.runs.record_demonstrations import record as record
     from rlmeta.runs.run import Run as Run
     from rlmeta.supervised import *  # noqa: F403
 
@@ -83,7 +83,7 @@ _WHERE = {
     "family": "envs.task",
     "load": "api",
     "preset": "runs.presets",
-    "record": "runs.record",
+    "record": "runs.record_demonstrations",
     "resume": "api",
     "stream": "envs.streams",
     "task": "envs.task",

@@ -93,12 +93,12 @@ class A2C:
             require_range(self, name, 1)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> A2CAgent:
-        """The agent for environments of these spaces."""
+        """Create the A2C agent for an observation and an action space."""
         return A2CAgent(self, observation_space, action_space, methods)
 
 
 class A2CAgent(Agent):
-    """A2C on given spaces: act, credit, learn."""
+    """A2C agent for an observation and an action space."""
 
     settings: A2C
     keeps_streams = True
@@ -113,20 +113,20 @@ class A2CAgent(Agent):
         self.head: Any = self.policy.head
 
     def networks(self) -> dict[str, Block]:
-        """`policy` gives a distribution's parameters, `value` a number."""
+        """Build the networks: `policy`, the parameters of an action distribution, and `value`, the state value."""
         return {
             "policy": policy_network(self.settings, self.observation_space, self.action_space),
             "value": value_network(self.settings, self.observation_space),
         }
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run."""
+        """Initial state of a run."""
         state = super().init(key, hyper, world)
         state["optimizer"] = init_optimizer(self.optimizer(hyper["learning_rate"]), state)
         return state
 
     def optimizer(self, rate: Tensor) -> optim.Optimizer:
-        """RMSProp or Adam, as the settings say."""
+        """Optimizer of the settings: RMSProp or Adam."""
         s = self.settings
         if s.optimizer == "adam":
             return optim.adam(rate, eps=s.epsilon)
@@ -137,7 +137,7 @@ class A2CAgent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Actions `[*L, N, ...]`: a sample of the policy, or its mode."""
+        """Choose actions `[*L, N, ...]`: a sample from the policy, or its mode."""
         distribution = self.forward(self.policy, "policy", p, observation)
         return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
 
@@ -145,7 +145,7 @@ class A2CAgent(Agent):
 
     @torch.no_grad()
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
-        """Advantages and returns for every step: what `losses` learns from, `[*L, T, N, ...]`."""
+        """Estimate advantages and returns of every step, the training data of `losses`, `[*L, T, N, ...]`."""
         reward = together(rewards, self.streams.rewards)
         value = self.forward(self.value, "value", p, rollout["observation"])
         next_value = self.forward(self.value, "value", p, rollout["next_observation"])
@@ -158,7 +158,7 @@ class A2CAgent(Agent):
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Policy and value losses `[*L]` of a batch `[*L, B, ...]`."""
+        """Policy, value and entropy losses `[*L]` of a batch `[*L, B, ...]`."""
         h, valid = p["hyper"], batch["valid"]
         distribution = self.forward(self.policy, "policy", p, batch["observation"], ctx)
         value = self.forward(self.value, "value", p, batch["observation"], ctx)
@@ -172,14 +172,14 @@ class A2CAgent(Agent):
         return {"policy": policy - h["entropy_coefficient"] * entropy, "value": h["value_coefficient"] * value_loss}
 
     def annealed(self, state: State) -> Tensor:
-        """The learning rate `[*L]` at the learner's progress."""
+        """Annealed learning rate `[*L]` at the current progress."""
         rate = state["params"]["hyper"]["learning_rate"]
         return anneal(rate, self.settings.learning_rate_schedule, state["progress"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
-        """One gradient step on the whole rollout."""
+        """Take one gradient step on the whole rollout."""
         h = state["params"]["hyper"]
-        credited, apart = self.credit(self.seen(state), rollout, rewards), None
+        credited, apart = self.credit(self.effective_params(state), rollout, rewards), None
         if self.streams.rewards:
             added, apart = self.streams.credit(state, rollout, rewards, self.view)
             credited = {**credited, "advantage": credited["advantage"] + added}

@@ -1,4 +1,4 @@
-"""What every reinforcement-learning agent shares: its parameters' set-up, its view of observations, the iteration."""
+"""Base class of reinforcement-learning agents: initial state, observation normalisation, evaluation, one iteration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rlmeta.learning.collect import Rollout, collect, episode_statistics
 from rlmeta.learning.evaluate import Evaluation, evaluate, evaluation_rows
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
-from rlmeta.learning.method import Method, seen
+from rlmeta.learning.method import Method, effective_params
 from rlmeta.learning.minibatch import flatten_time
 from rlmeta.learning.phases import TRAINING, own_step, whose
 from rlmeta.learning.settings import require
@@ -44,12 +44,12 @@ from rlmeta.nn.encoder import ACTION_MASK
 from rlmeta.rewards import Reward, apart_of, bound, distinct, first_memory, relabel, together
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
-"""From an observation space to a module that turns a batch of observations into features `[B, D]`; its parameters with
-`requires_grad=False` stay as they are."""
+"""Function from an observation space to a module that computes features `[B, D]` of a batch of observations; its
+parameters with `requires_grad=False` are frozen."""
 
 
 LOG_STD_RANGE = (-20.0, 20.0)
-"""Where a Gaussian policy's `initial_log_std` may lie; its exponential is a number there."""
+"""Range of a Gaussian policy's `initial_log_std`, in which its exponential is a finite number above 0."""
 
 ORDINARY = (0.1, 10.0)
 """How many of a policy's initial deviations lie between the middle of an action's bounds and either of them, where
@@ -61,7 +61,7 @@ SPREAD = 8
 
 
 class Agent:
-    """An agent bound to spaces. An algorithm adds `act`, `credit`, `losses` and `update`.
+    """Base class of agents, for an observation and an action space. An algorithm adds `act`, `losses` and `update`.
 
     Args:
         settings: the algorithm's settings.
@@ -71,37 +71,37 @@ class Agent:
     """
 
     noise_hold = 1
-    """For how many steps a key is kept while acting."""
+    """Number of steps that share a random key while acting."""
 
     capture: Capture | None
     """Replays `act` and `losses` once they are warm: both depend on their tensors alone. None calls them every time, as
     a network of a user's own class needs, which may do anything (`nn.lifted.recordable`)."""
 
     steps_per_iteration: int
-    """Steps every environment takes in one iteration."""
+    """Steps of every environment in one iteration."""
     num_tasks = 1
     reveals = EVERYTHING
     task_samples: int | None = None
     idle_steps = 0
     acting_network: str | None = None
-    """The name of what it acts by, where that is not its first network."""
+    """Name of the network that chooses actions, if it is not the first one."""
     counts = "environment steps"
     score = Score("return")
     acts = True
     answers = False
     classes = 0
     policy: Any = None
-    """The network, among the weights under this name, that gives a distribution over actions; None without one."""
+    """Policy network, a distribution over actions, whose weights begin with `policy.`; None without one."""
     head: Any = None
-    """The policy's, which knows the distribution."""
+    """Head of the policy, which computes log probabilities and divergences."""
     beside_observations: tuple[str, ...] = ()
-    """Networks that are no functions of an observation alone, such as critics of actions."""
+    """Names of networks with other inputs than an observation alone, such as critics of actions."""
     keeps_streams = False
-    """Whether it learns from streams of reward that stay apart."""
+    """Whether the agent supports reward streams with value functions of their own."""
     recurrence: Recurrence | None = None
-    """Its memory, where its networks are recurrent."""
+    """Hidden states and additional inputs of recurrent networks; None for feed-forward ones."""
     copies: tuple[Copy, ...] = ()
-    """Target networks and averages, which are among the buffers."""
+    """Target networks and weight averages, which are kept among the buffers."""
 
     def __init__(
         self, settings: Any, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -124,20 +124,20 @@ class Agent:
         self.pretrain: Callable[[State], State] | None = None
         self.capture = Capture() if recorded else None
 
-    # ------------------------------------------------------------------ what an algorithm provides
+    # ------------------------------------------------------------------ to be implemented by an algorithm
 
     def networks(self) -> dict[str, Block]:
-        """The blocks by name; called once per learner with that learner's seed, so that initial weights differ."""
+        """Build the networks by name; called once per learner with its seed, so that initial weights differ."""
         raise NotImplementedError
 
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Actions `[*L, N, ...]` and the memory after them."""
+        """Choose actions `[*L, N, ...]`; returns them and the recurrent memory after them."""
         raise NotImplementedError
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The losses `{group: [*L]}` of a minibatch `[*L, B, ...]`."""
+        """Compute the losses `{group: [*L]}` of a minibatch `[*L, B, ...]`."""
         raise NotImplementedError
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
@@ -147,7 +147,7 @@ class Agent:
     # ------------------------------------------------------------------ set-up
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run: fresh weights from each learner's key, environments reset."""
+        """Initial state of a run: random weights from each learner's key, environments reset."""
         if isinstance(world, DataWorld):
             name = type(self.settings).__name__
             raise SettingError(f"{name} acts in environments, this problem is of labelled samples: use Classifier")
@@ -160,7 +160,7 @@ class Agent:
         return self._begin_rewards(state, world)
 
     def begin_task(self, state: State, world: World, key: Tensor) -> State:
-        """Begin episodes of the task that the world has been set to; `key` is `[*L]`.
+        """Begin a task of a stream: reset the environments to the task the world was set to; `key` is `[*L]`.
 
         A replay memory begins empty, for its steps are counted from here.
         """
@@ -171,7 +171,7 @@ class Agent:
         return self._begin_rewards(state, world)
 
     def enter(self, state: State, world: World, key: Tensor) -> State:
-        """Go on in the task that the world has been set to, untold that it is another: only episodes begin anew.
+        """Switch to another task without a task boundary: reset the environments, and nothing else.
 
         A replay memory stays as it is; the newest steps in it are the last of their episodes.
         """
@@ -197,14 +197,14 @@ class Agent:
         return {"return": zero, "length": zero.clone()}
 
     def initial_memory(self, p: Params, rows: tuple[int, ...]) -> tree.Tree:
-        """The memory of `rows` `[*L, N]` agents at the start of an episode; none for feed-forward agents."""
+        """Initial recurrent memory of `rows` `[*L, N]` environments; empty for feed-forward agents."""
         if self.recurrence is None:
             return {}
         return self.recurrence.initial(rows, next(iter(p["weights"].values())).device)
 
-    def seen(self, state: State) -> Params:
-        """The parameters as forward passes see them, through the lifelong methods' hooks."""
-        return seen(self.methods, state)
+    def effective_params(self, state: State) -> Params:
+        """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
+        return effective_params(self, state)
 
     # ------------------------------------------------------------------ observations and rewards
 
@@ -219,12 +219,12 @@ class Agent:
             normalisers["reward"] = reward_init(shape, world.num_envs, device)
 
     def view(self, p: Params, observation: tree.Tree) -> tree.Tree:
-        """The observation as the networks see it: normalised by the running statistics, which only training moves."""
+        """Normalise an observation by the running statistics, which are updated in training alone."""
         stats = p["normalisers"].get("observation")
         return observation if stats is None else normalise(observation, stats)
 
     def forward(self, network: Block, name: str, p: Params, observation: tree.Tree, ctx: Context | None = None) -> Any:
-        """Run one of the agent's networks on raw observations, a recurrent one on its inputs."""
+        """Forward pass of one of the agent's networks on raw observations, of a recurrent one on its inputs."""
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
         if self.recurrence is None:
             seen = self.view(p, observation)
@@ -234,21 +234,25 @@ class Agent:
         return network.run(tensors, seen, ctx or Context(), f"{name}.")
 
     def inputs(self, rollout: Rollout) -> tree.Tree:
-        """What the networks are given for every step of a rollout, `[*L, T, N, ...]`: its observations, and what a
-        recurrent one remembers besides."""
+        """Network inputs for every step of a rollout, `[*L, T, N, ...]`.
+
+        They are observations, of recurrent networks with hidden states and additional inputs.
+        """
         return rollout["observation"] if self.recurrence is None else self.recurrence.inputs(rollout)
 
     def items(self, credited: tree.Tree, axes: int) -> tree.Tree:
-        """What was credited for every step `[*L, T, N, ...]` as items of minibatches, `[*L, M, ...]`: single steps, or
-        with a memory whole sequences."""
+        """Reshape a batch of steps `[*L, T, N, ...]` to the items of minibatches, `[*L, M, ...]`.
+
+        They are single steps, or of a recurrent agent whole sequences.
+        """
         return flatten_time(credited, axes) if self.recurrence is None else self.recurrence.items(credited, axes)
 
     def samples(self, batch: tree.Tree) -> tree.Tree:
-        """The items of a minibatch as single steps, `[*L, B, ...]`."""
+        """Flatten the items of a minibatch to single steps, `[*L, B, ...]`."""
         return batch if self.recurrence is None else self.recurrence.samples(batch)
 
     def scale_reward(self, state: State, rollout: Rollout, reward: Tensor) -> Tensor:
-        """The reward divided by the running deviation of its discounted return, where the settings ask for it."""
+        """Normalise the reward by the running deviation of its discounted return, if `normalise_reward` is set."""
         normalisers = state["params"]["normalisers"]
         if "reward" not in normalisers:
             return reward
@@ -256,31 +260,33 @@ class Agent:
         normalisers["reward"] = reward_update(normalisers["reward"], reward, ended, gamma, rollout["valid"])
         return normalise_reward(reward, normalisers["reward"])
 
-    # ------------------------------------------------------------------ what others ask of what it knows
+    # ------------------------------------------------------------------ predictions, for lifelong methods and imitation
 
     @property
     def predicts(self) -> tuple[str, ...]:
-        """The network that `distribution` depends on."""
+        """Names of the networks that `distribution` depends on."""
         return () if self.policy is None else ("policy",)
 
     @property
     def sequential(self) -> bool:
-        """Whether a sample is a whole sequence, which a memory goes through."""
+        """Whether a sample is a whole sequence, as of recurrent agents."""
         return self.recurrence is not None
 
     def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
-        """The parameters of the policy's distribution over actions `{name: [*L, B, ...]}`, in sequences of every step
-        `{name: [*L, B, T, ...]}`, without those that only serve to sample."""
+        """Action distribution of the policy: parameters `{name: [*L, B, ...]}`, of sequences `{name: [*L, B, T, ...]}`.
+
+        Those that are only needed to sample are left out.
+        """
         parameters = self._of_samples(self.policy, "policy", p, batch["observation"], ctx)
         return {name: value for name, value in parameters.items() if name not in ("features", "noise_log_std")}
 
     def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
-        """What the policy's head is given, `[*L, B, D]`, in sequences `[*L, B, T, D]`."""
+        """Last hidden features of the policy, the input of its head: `[*L, B, D]`, of sequences `[*L, B, T, D]`."""
         features: Tensor = self._of_samples(self.policy.body, "policy.body", p, batch["observation"], ctx)
         return self.policy.placed(features, batch["observation"])
 
     def _of_samples(self, block: Block, name: str, p: Params, inputs: tree.Tree, ctx: Context) -> Any:
-        """`forward` of single steps, or of every step of sequences, whose memory is made anew from their first one."""
+        """Forward pass of single steps, or of sequences, whose hidden states are recomputed from the first step."""
         if self.recurrence is None:
             return self.forward(block, name, p, inputs, ctx)
         axes = inputs["begins"].dim() - 2
@@ -288,18 +294,20 @@ class Agent:
         return tree.map(lambda x: x.transpose(axes, axes + 1), outputs)
 
     def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
-        """log pi(a | s) of every sample `[*L, B]`; of a sequence the sum over its steps, log pi(a_1 ... a_T | s_1 ...
-        s_T): what Fisher information is taken of."""
+        """Log probability of the actions, log pi(a | s), of every sample `[*L, B]`.
+
+        Of a sequence it is the sum over its steps, log pi(a_1 ... a_T | s_1 ... s_T), as Fisher information needs it.
+        """
         log_prob: Tensor = self.head.log_prob(self.distribution(p, batch, ctx or Context()), batch["action"])
         return log_prob.sum(-1) if self.sequential else log_prob
 
     def divergence(self, then: Distribution, now: Distribution) -> Tensor:
-        """KL(then || now) in nats of every sample `[*L, B]`; of a sequence the mean over its steps."""
+        """KL divergence KL(then || now) in nats of every sample `[*L, B]`; of a sequence the mean over its steps."""
         divergence: Tensor = self.head.kl(then, now)
         return divergence.mean(-1) if self.sequential else divergence
 
     def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
-        """A sample of zeros for each of the learners `*L`, `[*L, 1, ...]`: the form of what `draw` gives."""
+        """Zero sample `[*L, 1, ...]` of the learners `*L`, with the names, shapes and dtypes of what `draw` returns."""
         observation = zeros_of(self.observation_space, learners, device)
         if self.recurrence is not None:
             observation = self.recurrence.blank(observation, (*learners, 1), self.steps_per_iteration, device)
@@ -308,19 +316,20 @@ class Agent:
     # ------------------------------------------------------------------ evaluation, and samples for lifelong methods
 
     def evaluation_rows(self, episodes: int, native: bool) -> int:
-        """Rows to play so many episodes in."""
+        """Number of parallel environments for the evaluation of `episodes` episodes."""
         return evaluation_rows(episodes, native)
 
     def evaluate(
         self, p: Params, world: World, key: Tensor, episodes: int, *, deterministic: bool = True
     ) -> Evaluation:
-        """Play `episodes` episodes with every learner."""
+        """Evaluate every learner on `episodes` episodes."""
         return evaluate(self, p, world, key, episodes, deterministic=deterministic)
 
     @torch.no_grad()
     def draw(self, state: State, world: World, n: int) -> tree.Tree:
-        """n fresh samples `[*L, n, ...]` of the policy as it is, from where the environments stand: every eighth step,
-        or with a memory sequences as long as those that it learns from, one after another.
+        """Sample n on-policy samples `[*L, n, ...]`, from the current states of the environments onwards.
+
+        They are every eighth step, or of a recurrent agent sequences as long as those in training, one after another.
 
         The state stays as it is; live environments move on, so a new task must begin, or the run end, after it.
         """
@@ -336,13 +345,15 @@ class Agent:
         return tree.map(lambda x: x[(slice(None),) * axes + (slice(0, n * every, every),)], samples)
 
     def _experience(self, rollout: Rollout, axes: int) -> tree.Tree:
-        """All of a rollout as samples `[*L, M, ...]`, with what its networks were given as their `observation`."""
+        """Reshape a rollout to samples `[*L, M, ...]`, with the network inputs as their `observation`."""
         told = {name: value for name, value in rollout.items() if name != "first_memory"}
         return self.items({**told, "observation": self.inputs(rollout)}, axes)
 
     def watch(self, state: State, observation: tree.Tree) -> State:
-        """Count observations from elsewhere, `[M, ...]` for every learner, among those that observations are
-        normalised by: whatever trains the weights before the first rollout fills what normalises their input."""
+        """Update the observation normaliser with observations `[M, ...]` from elsewhere, for every learner.
+
+        Pretraining, such as behaviour cloning, needs it before the first rollout.
+        """
         normalisers, learners = state["params"]["normalisers"], state["key"].shape
         if "observation" in normalisers:
             seen = observation.to(state["key"].device).expand(*learners, *observation.shape)
@@ -352,8 +363,10 @@ class Agent:
     # ------------------------------------------------------------------ one iteration
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
-        """Act for `steps_per_iteration` steps, learn from them; in a phase of a lifelong method's own it may be the
-        method that learns, from all of the rollout's samples, and the agent stays as it is.
+        """One training iteration: collect a rollout of `steps_per_iteration` steps, and learn from it.
+
+        In a phase of a lifelong method it may be the method that learns, from all samples of the rollout, while the
+        agent stays as it is.
 
         Returns:
             The new state and the iteration's metrics `[*L]`.
@@ -372,7 +385,7 @@ class Agent:
         return self.end_iteration(state, rollout), {**metrics, **episodes, **relabelled}
 
     def _warn_of_masks(self, rollout: Rollout) -> None:
-        """Say that an agent had to act where its observation allowed nothing; ends of episodes need no action."""
+        """Warn if an action mask allowed no action where one was needed; ends of episodes need none."""
         mask = rollout["observation"].get(ACTION_MASK) if isinstance(rollout["observation"], dict) else None
         if mask is not None and bool((~mask.bool().any(-1) & rollout["valid"]).any()):
             warnings.warn(
@@ -383,7 +396,7 @@ class Agent:
             )
 
     def relabel(self, state: State, rollout: Rollout) -> tuple[State, dict[str, Tensor], Metrics]:
-        """The streams of reward that a rollout is learned from: the task's own, through what `rewards` lists."""
+        """Compute the reward streams of a rollout: the task's reward, changed by the rewards of the settings."""
         rewards, metrics = {"task": rollout["reward"]}, Metrics()
         if self.rewards:
             state, rewards, metrics = relabel(self, self.rewards, state, rollout, rewards)
@@ -395,7 +408,7 @@ class Agent:
 
     @torch.no_grad()
     def end_iteration(self, state: State, rollout: Rollout) -> State:
-        """Count the iteration and move the running statistics on: a rollout is learned from as it was acted upon."""
+        """Count the iteration and update the observation normaliser, after learning with the statistics of acting."""
         normalisers, axes = state["params"]["normalisers"], state["key"].dim()
         if "observation" in normalisers:
             observation, valid = rollout["observation"].flatten(axes, axes + 1), rollout["valid"].flatten(axes)
@@ -403,7 +416,7 @@ class Agent:
         return self._counted(state)
 
     def _counted(self, state: State) -> State:
-        """The state after an iteration more."""
+        """Count an iteration, and the steps of the task."""
         count = state["count"]
         state["count"] = {
             **count,
@@ -414,7 +427,7 @@ class Agent:
 
 
 def _warn_of_raw_units(settings: Any, space: gym.Space) -> None:
-    """Say that a policy in raw units starts where its actions are all at the bounds, or all alike."""
+    """Warn if the initial actions of a policy in raw units are all at the bounds, or all alike."""
     if getattr(settings, "action_bounds", "scale") != "clip" or not isinstance(space, gym.spaces.Box):
         return
     deviation = math.exp(settings.initial_log_std)

@@ -107,12 +107,12 @@ class DQN:
         off_policy.check_settings(self, self.n_steps)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> DQNAgent:
-        """The agent for environments of these spaces."""
+        """Create the DQN agent for an observation and an action space."""
         return DQNAgent(self, observation_space, action_space, methods)
 
 
 class DQNAgent(Agent):
-    """DQN on given spaces: act, remember, learn."""
+    """DQN agent for an observation and an action space."""
 
     settings: DQN
 
@@ -130,11 +130,11 @@ class DQNAgent(Agent):
         self.q: Any = bare(self.networks)["q"]
 
     def networks(self) -> dict[str, Block]:
-        """`q` gives the value of every action."""
+        """Build the network: `q`, the value of every action."""
         return {"q": q_network(self.settings, self.observation_space, self.action_space)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run: the target network is the online one, the memory is empty."""
+        """Initial state of a run: the target network is a copy of the online one, the replay memory is empty."""
         state = super().init(key, hyper, world)
         p = with_copy(state["params"], TARGET)
         p = with_copy(p, AVERAGE) if self.averaged else p
@@ -148,7 +148,7 @@ class DQNAgent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """The best action, or a random one with probability epsilon, `[*L, N]`; a masked action is never taken."""
+        """Choose epsilon-greedy actions `[*L, N]`; a masked action is never taken."""
         values = self.forward(self.q, "average" if deterministic and self.averaged else "q", p, observation)
         best = self.q.head.mode(values)
         if deterministic:
@@ -159,12 +159,12 @@ class DQNAgent(Agent):
         return torch.where(explore, self.q.head.mode(noise), best), memory
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
-        """Act with the epsilon of the learner's progress, remember, learn."""
+        """One training iteration, with the epsilon of the current progress."""
         state["params"]["hyper"]["epsilon"] = self.epsilon(state)
         return super().iterate(state, world)
 
     def epsilon(self, state: State) -> Tensor:
-        """The probability of a random action `[*L]` at the learner's progress; 1 before learning starts."""
+        """Probability of a random action `[*L]` at the current progress; 1 before learning starts."""
         h = state["params"]["hyper"]
         spent = state["progress"] / h["exploration_fraction"]
         epsilon = torch.as_tensor(linear(h["epsilon_start"], h["epsilon_end"])(spent))
@@ -173,7 +173,7 @@ class DQNAgent(Agent):
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The temporal-difference loss `[*L]` of a minibatch of transitions `[*L, B, ...]`."""
+        """Temporal-difference loss `[*L]` of a minibatch of transitions `[*L, B, ...]`."""
         with torch.no_grad():
             next_q = self.forward(self.q, "target", p, batch["next_observation"])
             if self.settings.double:
@@ -187,12 +187,12 @@ class DQNAgent(Agent):
         return {"q": losses.huber_loss(chosen, target, p["hyper"]["huber_delta"], batch["valid"])}
 
     def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
-        """log softmax of the action values, `[*L, B]`."""
+        """Log probability of the actions, the log softmax of the action values, `[*L, B]`."""
         values = self.forward(self.q, "q", p, batch["observation"], ctx)
         return self.q.head.take(values.log_softmax(-1), batch["action"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
-        """Remember the rollout; once there is enough, take gradient steps on random transitions."""
+        """Add the rollout to the replay memory; after a warm-up, take gradient steps on random transitions."""
         s, h = self.settings, state["params"]["hyper"]
         off_policy.remember(self, state, rollout, rewards)
         metrics = {"charts/learning_rate": self.annealed(state), "charts/epsilon": h["epsilon"]}
@@ -204,18 +204,17 @@ class DQNAgent(Agent):
         return state, {**info, **metrics}
 
     def groups(self, state: State) -> Sequence[Sequence[Group]]:
-        """All weights move in every step."""
+        """Update schedule: all weights in every gradient step."""
         return [whole(optim.adam(self.annealed(state)), state["params"]["hyper"]["max_grad_norm"])]
 
     def moves(self, state: State) -> dict[Copy, Tensor]:
-        """How far the target network moves after each gradient step of this update, `[gradient_steps, *L]`; nothing
-        where it stays through all of them."""
+        """Target update rates after each gradient step, `[gradient_steps, *L]`; none if the target network stays."""
         done, every = int(state["count"]["gradient_steps"].max()), self.settings.target_every
         moves = [(done + number) % every == 0 for number in range(1, self.settings.gradient_steps + 1)]
         rate = state["params"]["hyper"]["target_rate"]
         return {TARGET: torch.stack([rate * move for move in moves])} if any(moves) else {}
 
     def annealed(self, state: State) -> Tensor:
-        """The learning rate `[*L]` at the learner's progress."""
+        """Annealed learning rate `[*L]` at the current progress."""
         rate = state["params"]["hyper"]["learning_rate"]
         return anneal(rate, self.settings.learning_rate_schedule, state["progress"])

@@ -1,4 +1,4 @@
-"""The networks of agents: a body from observations to features (the default, or the user's), then a head."""
+"""Networks of agents: a body from observations to features (the default, or the user's), then a head."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from rlmeta.nn.lifted import copied, recordable
 
 
 class Network(Block):
-    """A body, then a head. Weights are named `body.*` and `head.*`.
+    """Network of an agent: a body, then a head. Weights are named `body.*` and `head.*`.
 
-    A head may have last layers for K `tasks`, which the one-hot vector of K entries at the end of an observation tells
-    apart: it is given the features in the place of the task at hand and zeros in those of the others, K * D of them. So
-    a new task begins with an undecided policy, and does not write into the last layer of an old one.
+    A multi-head network has a last layer for each of K `tasks`, selected by the one-hot vector of K entries at the end
+    of an observation: the head is given K * D features, those of the current task in its block and zeros in the others.
+    So a new task begins with an undecided policy, and does not write into the last layer of an old one.
     """
 
     def __init__(self, body: Block, head: Block, features: int, tasks: int = 0) -> None:
@@ -54,7 +54,7 @@ class Network(Block):
         self.body, self.head, self.features, self.tasks = body, head, features, tasks
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Any:
-        """Observations `[*L, ...]` to whatever the head gives.
+        """Forward pass from observations `[*L, ...]` to the output of the head.
 
         A Dict observation's `action_mask` `[*L, ..., A]` closes the actions where it is 0; one that is 0 everywhere
         closes none.
@@ -62,7 +62,7 @@ class Network(Block):
         return self.answer(params, self.body.run(params, x, ctx, f"{prefix}body."), x, ctx, prefix)
 
     def answer(self, params: Params, features: Tensor, x: Tree, ctx: Context, prefix: str = "") -> Any:
-        """What the head gives for features `[*L, ..., D]` of the observations `x`."""
+        """Output of the head for features `[*L, ..., D]` of the observations `x`."""
         head, name, features = self.head, f"{prefix}head.", self.placed(features, x)
         if isinstance(self.body, RecurrentBody):
             x = x["observation"]
@@ -74,7 +74,7 @@ class Network(Block):
         return head.run(params, features, ctx, name, x[ACTION_MASK])
 
     def placed(self, features: Tensor, x: Tree) -> Tensor:
-        """Features `[*L, ..., D]` as the head is given them: with heads of tasks, in the place of the task at hand."""
+        """Input features of the head: `[*L, ..., D]`, of a multi-head network `[*L, ..., K * D]`, zero elsewhere."""
         if not self.tasks:
             return features
         observation: Tensor = x["observation"] if isinstance(self.body, RecurrentBody) else x
@@ -83,10 +83,10 @@ class Network(Block):
 
 
 def _places(observation_space: gym.Space, tasks: int) -> int:
-    """How many places for features a head has with last layers for so many tasks; 0 for one whatever the task.
+    """Number of last layers of a head: `tasks`, or 1 if that is 0.
 
     Raises:
-        SettingError: observations do not say which task it is.
+        SettingError: observations do not end with a one-hot vector of the task.
     """
     if not tasks:
         return 1
@@ -102,7 +102,7 @@ def _places(observation_space: gym.Space, tasks: int) -> int:
 
 
 def _with_memory(settings: Any, body: Block, features: int, action_space: gym.Space | None) -> tuple[Block, int]:
-    """The body with a memory behind it, and its number of features, where the settings ask for one."""
+    """Add a recurrent layer to a body if the settings ask for one; returns the body and its number of features."""
     if action_space is None or getattr(settings, "memory", "none") == "none":
         return body, features
     seen = seen_features(settings.sees, action_space)
@@ -154,10 +154,10 @@ def build_body(
     initialiser: Initialiser,
     whitened: bool = False,
 ) -> tuple[Block, int]:
-    """The body and its number of features: the user's network, or an encoder and a multi-layer perceptron.
+    """Build the body and its number of features: the user's network, or an encoder and a multi-layer perceptron.
 
     Args:
-        network: the user's, if there is one.
+        network: function that builds the user's network, None for the default.
         observation_space: of one environment.
         hidden_sizes: of the default network.
         activation: of the default network.
@@ -176,7 +176,7 @@ def build_body(
 
 
 def _own_module(network: Callable[[gym.Space], nn.Module], observation_space: gym.Space) -> nn.Module:
-    """The module that a user's function makes, in float32."""
+    """Build the user's network, in float32."""
     expected = "expected a function from an observation space to an nn.Module"
     if isinstance(network, nn.Module):
         name = type(network).__name__
@@ -199,14 +199,14 @@ def policy_network(
     state_dependent: bool = False,
     tasks: int = 0,
 ) -> Network:
-    """A network that gives the parameters of a distribution over actions; its last layer starts near 0.
+    """Build a policy network: the parameters of a distribution over actions; its last layer starts near 0.
 
     Args:
         settings: the agent's.
         observation_space: of one environment.
         action_space: of one environment.
         state_dependent: noise that depends on the features.
-        tasks: so many last layers, see `Network`; 0 for one whatever the task.
+        tasks: number of last layers of a multi-head network, see `Network`; 0 for a single one.
     """
     check_mask(observation_space, action_space)
     body, features = build_body(
@@ -233,9 +233,9 @@ def policy_network(
 def value_network(
     settings: Any, observation_space: gym.Space, action_space: gym.Space | None = None, *, tasks: int = 0
 ) -> Network:
-    """A network that gives the value of an observation; `tasks` as in `policy_network`.
+    """Build a value network: the value of an observation; `tasks` as in `policy_network`.
 
-    It has the memory that the settings ask for only where it is told the actions, which an actor may see.
+    It is recurrent, where the settings ask for that, only if it is given the action space: the last action is an input.
     """
     body, features = build_body(
         settings.network,
@@ -251,7 +251,7 @@ def value_network(
 
 
 def q_network(settings: Any, observation_space: gym.Space, action_space: gym.Space) -> Network:
-    """A network that gives the value of every action; masked ones are minus infinity."""
+    """Build a Q-network: the value of every action; masked ones are minus infinity."""
     if not isinstance(action_space, gym.spaces.Discrete):
         raise SpaceError(f"a value for every action needs Discrete actions, the task has {action_space}")
     check_mask(observation_space, action_space)
@@ -306,7 +306,7 @@ def check_network(settings: Any, observation_space: gym.Space, *, rows: bool, ke
 
 
 def _warn_of_pictures(space: gym.Space) -> None:
-    """Say where a picture reaches the default network in numbers of hundreds, at which its activations end."""
+    """Warn if pictures reach the default network unscaled, in numbers of hundreds that saturate its activations."""
     if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
         for part in space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces:
             _warn_of_pictures(part)
@@ -323,7 +323,7 @@ def _warn_of_pictures(space: gym.Space) -> None:
 
 
 def _keep_statistics(module: nn.Module) -> None:
-    """Give batch normalisation without running statistics some, so that it does not mix rows in evaluation."""
+    """Enable running statistics in batch normalisation, so that it does not mix rows in evaluation."""
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             part.track_running_stats = True
@@ -333,7 +333,7 @@ def _keep_statistics(module: nn.Module) -> None:
 
 
 def _observations(space: gym.Space, count: int, whitened: bool, seed: int = 0) -> Tree:
-    """Observations `[count, ...]` of a space as networks see them, none of them huge."""
+    """Sample network inputs `[count, ...]` from an observation space, none of them huge."""
     batch = gym.vector.utils.batch_space(space, count)
     batch.seed(seed)
     drawn: Tree = to_tree(space, batch.sample(), (count,), "the task")
@@ -344,14 +344,14 @@ def _observations(space: gym.Space, count: int, whitened: bool, seed: int = 0) -
 
 
 def zeros_of(space: gym.Space, learners: tuple[int, ...], device: torch.device) -> Tree:
-    """An observation of zeros for each of the learners `*L`, `[*L, 1, ...]`, in the types of a space."""
+    """Zero observations `[*L, 1, ...]` for the learners `*L`, in the dtypes of a space."""
     row = to_tree(space, gym.vector.utils.batch_space(space, 1).sample(), (1,), "the task")
     return tree.map(lambda x: torch.zeros_like(x, device=device).expand(*learners, *x.shape), row)
 
 
 @contextmanager
 def _evaluated(module: nn.Module) -> Iterator[None]:
-    """Within, the module and its parts are in evaluation; afterwards each is in the mode it had."""
+    """Context in which a module is in evaluation mode; afterwards every part is in the mode it had."""
     modes = [(part, part.training) for part in module.modules()]
     for part, _ in modes:
         part.training = False
@@ -363,7 +363,7 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
 
 
 def _features_of(module: nn.Module, observation_space: gym.Space, whitened: bool) -> int:
-    """Run the user's network once on a batch of two observations, to learn its width and to fail early."""
+    """Infer the output width of a user's network by a dry run on two observations."""
     observation = _observations(observation_space, 2, whitened)
     try:
         with torch.no_grad(), _evaluated(module):

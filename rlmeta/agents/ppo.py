@@ -156,12 +156,12 @@ class PPO:
         )
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
-        """The agent for environments of these spaces."""
+        """Create the PPO agent for an observation and an action space."""
         return PPOAgent(self, observation_space, action_space, methods)
 
 
 class PPOAgent(Agent):
-    """PPO on given spaces: act, credit, learn."""
+    """PPO agent for an observation and an action space."""
 
     settings: PPO
     keeps_streams = True
@@ -183,7 +183,7 @@ class PPOAgent(Agent):
         self.clips_value = any(value < math.inf for value in values_of(settings.value_clip_range))
 
     def networks(self) -> dict[str, Block]:
-        """`policy` gives a distribution's parameters, `value` a number."""
+        """Build the networks: `policy`, the parameters of an action distribution, and `value`, the state value."""
         s, gsde = self.settings, self.settings.state_dependent_exploration
         spaces = self.observation_space, self.action_space
         policy = policy_network(s, *spaces, state_dependent=gsde, tasks=s.task_heads)
@@ -192,7 +192,7 @@ class PPOAgent(Agent):
         return {"policy": policy, "value": value_network(s, *spaces, tasks=s.task_heads)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run."""
+        """Initial state of a run."""
         state = super().init(key, hyper, world)
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
         state["kl_coefficient"] = torch.ones(key.shape, dtype=torch.float32, device=key.device)
@@ -203,7 +203,7 @@ class PPOAgent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Actions `[*L, N, ...]`: a sample of the policy, or its mode."""
+        """Choose actions `[*L, N, ...]`: a sample from the policy, or its mode."""
         if self.recurrence is None:
             distribution = self.forward(self.policy, "policy", p, observation)
             return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
@@ -215,7 +215,7 @@ class PPOAgent(Agent):
         return action, self.recurrence.after(memory, hidden, action)
 
     def _hidden(self, p: Params, inputs: tree.Tree, names: Sequence[str]) -> dict[str, Tensor]:
-        """What these recurrent networks remember after each of the steps, `[*L, *lead, H]`."""
+        """Hidden states of recurrent networks after each step, `[*L, *lead, H]`."""
         blocks: dict[str, Any] = {"policy": self.policy, "value": self.value}
         return {name: self.forward(blocks[name].body, f"{name}.body", p, inputs) for name in names}
 
@@ -223,7 +223,7 @@ class PPOAgent(Agent):
 
     @torch.no_grad()
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
-        """Advantages and returns for every step: what `losses` learns from, `[*L, T, N, ...]`."""
+        """Estimate advantages and returns of every step, the training data of `losses`, `[*L, T, N, ...]`."""
         reward = together(rewards, self.streams.rewards)
         ctx, inputs, following = Context(), self.inputs(rollout), rollout["next_observation"]
         if self.recurrence is not None:
@@ -246,7 +246,7 @@ class PPOAgent(Agent):
         }
 
     def _credited(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
-        """`credit`, replayed where it was recorded."""
+        """Estimate advantages as `credit` does, replayed where it was recorded."""
         if self.capture is None:
             return self.credit(p, rollout, rewards)
 
@@ -256,7 +256,7 @@ class PPOAgent(Agent):
         return self.capture("credit", credit, {"params": p, "rollout": rollout, "rewards": rewards})
 
     def _evaluate(self, p: Params, observation: tree.Tree, ctx: Context) -> tuple[Any, Tensor]:
-        """The distribution's parameters and the value, for observations `[*L, ...]`."""
+        """Parameters of the action distribution, and state values, for observations `[*L, ...]`."""
         if not self.settings.share_network:
             return self.forward(self.policy, "policy", p, observation, ctx), self._value(p, observation, ctx)
         features = self.forward(self.policy.body, "policy.body", p, observation, ctx)
@@ -265,7 +265,7 @@ class PPOAgent(Agent):
         return distribution, self.value.run(tensors, self.policy.placed(features, observation), ctx, "value.")
 
     def _value(self, p: Params, observation: tree.Tree, ctx: Context) -> Tensor:
-        """The value alone."""
+        """State values of observations `[*L, ...]`."""
         if self.settings.share_network:
             return self._evaluate(p, observation, ctx)[1]
         value: Tensor = self.forward(self.value, "value", p, observation, ctx)
@@ -307,15 +307,15 @@ class PPOAgent(Agent):
         return terms
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
-        """Learn from a rollout, some of the learners on every core."""
+        """Learn from a rollout, with the learners split over all cores."""
         if self.capture is None or self.methods or not state["key"].dim():
             return self._update(state, rollout, rewards)
         return in_parts(self._update, state, rollout, rewards)
 
     def _update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
-        """Several epochs of minibatches over one rollout."""
+        """Take gradient steps over several epochs of minibatches of one rollout."""
         s, axes = self.settings, state["key"].dim()
-        p = self.seen(state)
+        p = self.effective_params(state)
         credited, apart = self._credited(p, rollout, rewards), None
         if self.streams.rewards:
             added, apart = self.streams.credit(state, rollout, rewards, self.view)
@@ -353,7 +353,7 @@ class PPOAgent(Agent):
     def _until_too_far(
         self, state: State, batches: Minibatches, settings: tree.Tree, optimizer: Optimizer, average: Average
     ) -> tuple[State, dict[str, Tensor]]:
-        """Gradient steps of every learner until its policy is 1.5 `stop_kl` away from the one that acted."""
+        """Early stopping: gradient steps until a learner's policy is 1.5 `stop_kl` away from the one that acted."""
         bounds, active = state["params"]["hyper"], state["active"]
         for batch in batches:
             full, bound = {**batch, **settings}, bounds["max_grad_norm"]
@@ -363,17 +363,17 @@ class PPOAgent(Agent):
         return state, info
 
     def annealed(self, state: State) -> tuple[Tensor, Tensor]:
-        """Learning rate and clip range `[*L]` at the learner's progress."""
+        """Annealed learning rate and clip range `[*L]` at the current progress."""
         s, h = self.settings, state["params"]["hyper"]
         rate = anneal(h["learning_rate"], s.learning_rate_schedule, state["progress"])
         return rate, anneal(h["clip_range"], s.clip_range_schedule, state["progress"])
 
     def _steer(self, coefficient: Tensor, kl: Tensor, hyper: dict[str, Tensor]) -> Tensor:
-        """Double the KL coefficient where the policy moved 1.5 times too far, halve it where 1.5 times too little."""
+        """Adaptive KL penalty: double the coefficient where KL is 1.5 times too large, halve it where too small."""
         too_far, too_little = kl > hyper["kl_target"] * 1.5, kl < hyper["kl_target"] / 1.5
         return torch.where(too_far, coefficient * 2, torch.where(too_little, coefficient / 2, coefficient))
 
 
 def _compared(distribution: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a divergence needs of a distribution's parameters; the rest only serves to sample."""
+    """Select the parameters that a KL divergence needs; the others are only needed to sample."""
     return {name: value for name, value in distribution.items() if name not in ("features", "noise_log_std")}

@@ -1,11 +1,11 @@
-"""Recurrent memory of agents, and what an actor sees besides its observation: its last action, reward, a start.
+"""Recurrent (GRU) networks of agents: hidden states, and additional inputs such as the last action and reward.
 
 A recurrent network takes `inputs` in the place of an observation:
 
     observation  `[*L, *lead, ...]`
-    hidden       `{network: [*L, *rows, H]}`, its memory before the first of the steps
-    begins       `[*L, *lead]` bool, absent for a single step: the memory is that of an episode's start
-    last         `[*L, *lead, D]`, absent where the actor sees nothing else
+    hidden       `{network: [*L, *rows, H]}`, its hidden state before the first of the steps
+    begins       `[*L, *lead]` bool, absent for a single step: the hidden state is reset to that of an episode's start
+    last         `[*L, *lead, D]`, the additional inputs, absent where there are none
 
 where `lead` is `[N]` as it acts, `[T, N]` in a rollout and `[T * B]`, time first, in a loss. A minibatch holds whole
 sequences: an item of it is a row of the rollout, `[*L, B, T, ...]`.
@@ -26,21 +26,23 @@ from rlmeta.learning.collect import LAST_REWARD, START, Rollout
 from rlmeta.nn import ActionUnits, Block, Context, Encoder, GRUCell, Params
 
 MemoryName: TypeAlias = Literal["none", "gru"]
-"""What an agent's networks remember their observations by."""
+"""Kind of recurrent network, "none" for feed-forward ones."""
 
 SeenName: TypeAlias = Literal["action", "reward", "start"]
-"""What an actor may see besides its observation."""
+"""Additional input of a recurrent policy: its last action, its last reward, or whether an episode starts."""
 
 
 class RecurrentBody(Block):
-    """Features of a body, then what the actor sees besides, then a gated recurrent unit: its state is the features."""
+    """Recurrent network: a body, then a gated recurrent unit on its features and the additional inputs."""
 
     def __init__(self, body: Block, features: int, seen: int, size: int) -> None:
         super().__init__()
         self.body, self.cell = body, GRUCell(features + seen, size)
 
     def run(self, params: Params, x: tree.Tree, ctx: Context, prefix: str = "") -> Tensor:
-        """Inputs, with `hidden` `[*L, *rows, H]` of this network alone, to the state after each step `[*L, *lead, H]`.
+        """Forward pass over a step or a sequence: the hidden state after each step, `[*L, *lead, H]`.
+
+        Of the inputs `hidden` `[*L, *rows, H]` is that of this network alone.
 
         There are as many steps as the leading axes hold more than the rows, and time is the first of them.
         """
@@ -64,9 +66,9 @@ class RecurrentBody(Block):
 
 
 def last_action(action_space: gym.Space) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """How many features an action has as its actor sees it afterwards, and the function that makes them.
+    """Encode the last action as a network input: the number of features, and the function that computes them.
 
-    Discrete ones are one-hot, of a Box its bounds are at -1 and 1.
+    Discrete actions are one-hot, those of a Box are scaled so that its bounds are at -1 and 1.
     """
     encoder = Encoder(action_space)
     if not isinstance(action_space, gym.spaces.Box):
@@ -77,16 +79,16 @@ def last_action(action_space: gym.Space) -> tuple[int, Callable[[Tensor], Tensor
 
 
 def seen_features(sees: tuple[SeenName, ...], action_space: gym.Space) -> int:
-    """How many numbers an actor sees besides its observation."""
+    """Number of additional input features of a recurrent network."""
     return sum(last_action(action_space)[0] if name == "action" else 1 for name in sees)
 
 
 class Recurrence:
-    """The memory of an agent whose networks are recurrent.
+    """Hidden states of a recurrent (GRU) agent, and the additional inputs of its networks.
 
     Args:
-        sees: what its actor sees besides the observation.
-        size: units of every network's memory.
+        sees: additional inputs beside the observation.
+        size: units of every network's hidden state.
         action_space: of one environment.
         networks: of the agent, by name.
     """
@@ -101,7 +103,7 @@ class Recurrence:
         ]
 
     def initial(self, rows: tuple[int, ...], device: torch.device) -> tree.Tree:
-        """The memory of `rows` `[*L, N]` actors at the start of an episode: zeros, and that it is one."""
+        """Initial hidden states and additional inputs of `rows` `[*L, N]` environments, at the start of an episode."""
         zero = torch.zeros(rows, dtype=torch.float32, device=device)
         wide = zero.unsqueeze(-1)
         memory: tree.Tree = {"hidden": {name: wide.repeat(*zero.dim() * (1,), self.size) for name in self.names}}
@@ -114,10 +116,10 @@ class Recurrence:
         return memory
 
     def of_network(self, inputs: tree.Tree, name: str) -> tree.Tree:
-        """The inputs of one network, with its own memory alone.
+        """Select the inputs of one network: those of all, with its own hidden state.
 
         Raises:
-            SettingError: these are observations alone.
+            SettingError: the inputs are observations without hidden states.
         """
         if not isinstance(inputs, dict) or "hidden" not in inputs:
             raise SettingError(
@@ -129,11 +131,11 @@ class Recurrence:
     # ------------------------------------------------------------------ acting
 
     def present(self, observation: tree.Tree, memory: tree.Tree) -> tree.Tree:
-        """The inputs for one step `[*L, N, ...]`."""
+        """Network inputs while acting, for one step `[*L, N, ...]`."""
         return self._inputs(observation, memory["hidden"], memory)
 
     def after(self, memory: tree.Tree, hidden: Mapping[str, Tensor], action: Tensor) -> tree.Tree:
-        """The memory after an action `[*L, N, ...]`, but for its reward, which the world tells later."""
+        """Update the memory after an action `[*L, N, ...]`; its reward is added by `learning.collect.remember`."""
         new = {**memory, "hidden": dict(hidden)}
         if "action" in self.sees:
             new["last_action"] = self.encode(action)
@@ -144,7 +146,7 @@ class Recurrence:
     # ------------------------------------------------------------------ learning
 
     def inputs(self, rollout: Rollout) -> tree.Tree:
-        """The inputs for every step of a rollout, `[*L, T, N, ...]`, as they were while it was acted."""
+        """Network inputs for every step of a rollout, `[*L, T, N, ...]`, equal to those while acting."""
         reset, first = rollout["memory_reset"], rollout["first_memory"]
         axis = reset.dim() - 2
         never = torch.zeros_like(reset.narrow(axis, 0, 1))
@@ -157,29 +159,29 @@ class Recurrence:
         return {**self._inputs(rollout["observation"], first["hidden"], seen), "begins": begins}
 
     def next_inputs(self, rollout: Rollout, hidden: Mapping[str, Tensor]) -> tree.Tree:
-        """The inputs for the true successor of every step, `[*L, T, N, ...]`.
+        """Network inputs for the next observation of every step, `[*L, T, N, ...]`.
 
         Args:
             rollout: as it was acted.
-            hidden: of every network that is asked, its memory after every step, `[*L, T, N, H]`.
+            hidden: of every network to run, its hidden state after every step, `[*L, T, N, H]`.
         """
         return self._inputs(rollout["next_observation"], dict(hidden), self._told(rollout))
 
     def items(self, batch: tree.Tree, axes: int) -> tree.Tree:
-        """What was credited for every step `[*L, T, N, ...]` as whole sequences `[*L, N, T, ...]`."""
+        """Transpose a batch of steps `[*L, T, N, ...]` to sequences `[*L, N, T, ...]`, the items of minibatches."""
         inputs = dict(batch["observation"])
         hidden = inputs.pop("hidden")
         turned = tree.map(lambda x: x.transpose(axes, axes + 1).contiguous(), {**batch, "observation": inputs})
         return {**turned, "observation": {**turned["observation"], "hidden": hidden}}
 
     def time_first(self, inputs: tree.Tree) -> tree.Tree:
-        """The inputs of sequences `[*L, B, T, ...]` as a network takes them, `[*L, T, B, ...]`."""
+        """Transpose sequences from batch-first `[*L, B, T, ...]` to time-first `[*L, T, B, ...]`."""
         axes = inputs["begins"].dim() - 2
         each = {name: value for name, value in inputs.items() if name != "hidden"}
         return {**tree.map(lambda x: x.transpose(axes, axes + 1), each), "hidden": inputs["hidden"]}
 
     def blank(self, observation: tree.Tree, rows: tuple[int, ...], steps: int, device: torch.device) -> tree.Tree:
-        """The inputs of sequences of so many steps, `[*L, B, T, ...]`, that see one observation all the time.
+        """Network inputs of constant sequences `[*L, B, T, ...]`: one observation, repeated `steps` times.
 
         Args:
             observation: `[*L, B, ...]`.
@@ -194,7 +196,7 @@ class Recurrence:
         return {**long, "hidden": hidden}
 
     def samples(self, batch: tree.Tree) -> tree.Tree:
-        """Sequences `[*L, B, T, ...]` as samples `[*L, T * B, ...]`, the steps of all of them one after another."""
+        """Flatten sequences `[*L, B, T, ...]` to samples `[*L, T * B, ...]`, time first."""
         inputs = dict(batch["observation"])
         hidden = inputs.pop("hidden")
         axes = inputs["begins"].dim() - 2
@@ -204,12 +206,12 @@ class Recurrence:
         )
         return {**flat, "observation": {**flat["observation"], "hidden": hidden}}
 
-    # ------------------------------------------------------------------ what is seen
+    # ------------------------------------------------------------------ additional inputs
 
     def _told(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What a step of a rollout leaves for its successor to see, by its name in a memory.
+        """Additional inputs that every step of a rollout passes to the next step, by their names in a memory.
 
-        The successor of a step that was cut is no start; the first of the next episode is, which `inputs` says.
+        The step after a truncation is no start; the first of the next episode is, which `inputs` sets.
         """
         told = {}
         if "action" in self.sees:

@@ -98,12 +98,12 @@ class REINFORCE:
     def bind(
         self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> REINFORCEAgent:
-        """The agent for environments of these spaces."""
+        """Create the REINFORCE agent for an observation and an action space."""
         return REINFORCEAgent(self, observation_space, action_space, methods)
 
 
 class REINFORCEAgent(Agent):
-    """REINFORCE on given spaces: act, credit, learn."""
+    """REINFORCE agent for an observation and an action space."""
 
     settings: REINFORCE
 
@@ -121,14 +121,14 @@ class REINFORCEAgent(Agent):
         self.head: Any = self.policy.head
 
     def networks(self) -> dict[str, Block]:
-        """`policy` gives a distribution's parameters, `value` the baseline where one is learned."""
+        """Build the networks: `policy`, the parameters of an action distribution, and `value`, a learned baseline."""
         policy = policy_network(self.settings, self.observation_space, self.action_space)
         if self.settings.baseline != "learned":
             return {"policy": policy}
         return {"policy": policy, "value": value_network(self.settings, self.observation_space)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run."""
+        """Initial state of a run."""
         state = super().init(key, hyper, world)
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
         return state
@@ -138,7 +138,7 @@ class REINFORCEAgent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Actions `[*L, N, ...]`: a sample of the policy with exploration noise on top, or the mode."""
+        """Choose actions `[*L, N, ...]`: a sample from the policy with exploration noise, or the mode."""
         distribution = self.forward(self.policy, "policy", p, observation)
         if deterministic:
             return self.head.mode(distribution), memory
@@ -155,7 +155,7 @@ class REINFORCEAgent(Agent):
 
     @torch.no_grad()
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
-        """What every action is credited with: what `losses` learns from, `[*L, T, N, ...]`."""
+        """Estimate the return or advantage of every action, the training data of `losses`, `[*L, T, N, ...]`."""
         s = self.settings
         reward = torch.stack(list(rewards.values())).sum(0)
         ended = (rollout["terminated"] | rollout["truncated"]) & rollout["valid"]
@@ -179,7 +179,7 @@ class REINFORCEAgent(Agent):
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Policy loss and, with a baseline, value loss `[*L]` of a batch `[*L, B, ...]`."""
+        """Policy loss and, with a learned baseline, value loss `[*L]` of a batch `[*L, B, ...]`."""
         h, valid, credit = p["hyper"], batch["valid"], batch["credit"]
         baseline_loss: dict[str, Tensor] = {}
         if self.value is not None:
@@ -196,26 +196,26 @@ class REINFORCEAgent(Agent):
         return {"policy": policy - h["entropy_coefficient"] * entropy, **baseline_loss}
 
     def annealed(self, state: State) -> Tensor:
-        """The learning rate `[*L]` at the learner's progress."""
+        """Annealed learning rate `[*L]` at the current progress."""
         rate = state["params"]["hyper"]["learning_rate"]
         return anneal(rate, self.settings.learning_rate_schedule, state["progress"])
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
-        """One gradient step on the whole rollout."""
+        """Take one gradient step on the whole rollout."""
         h = state["params"]["hyper"]
-        batch = self.items(self.credit(self.seen(state), rollout, rewards), state["key"].dim())
+        batch = self.items(self.credit(self.effective_params(state), rollout, rewards), state["key"].dim())
         rate = self.annealed(state)
         state, info = step(self, state, batch, optim.adam(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods)
         return state, {**info, "charts/learning_rate": rate}
 
 
 def _uniform(logits: Tensor) -> Tensor:
-    """Logits of equal chances for all actions, without those that a mask forbids."""
+    """Logits of the uniform distribution over the actions that a mask allows."""
     return torch.where(logits == torch.finfo(logits.dtype).min, logits, 0.0)
 
 
 def _at_episode_start(to_go: Tensor, ended: Tensor) -> Tensor:
-    """For every step `[*L, T, N]` the return to go at the first step of its episode: the whole episode's return."""
+    """Return of the whole episode at every step `[*L, T, N]`: the return to go at its first step."""
     current, starts = to_go[..., 0, :], []
     for t, end in enumerate(ended.unbind(-2)):
         starts.append(current)

@@ -99,7 +99,7 @@ class SAC:
         off_policy.check_settings(self)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> SACAgent:
-        """The agent for environments of these spaces."""
+        """Create the SAC agent for an observation and an action space."""
         return SACAgent(self, observation_space, action_space, methods)
 
 
@@ -112,7 +112,7 @@ class Temperature(Block):
 
 
 class SACAgent(Agent):
-    """SAC on given spaces: act, remember, learn."""
+    """SAC agent for an observation and an action space."""
 
     settings: SAC
 
@@ -129,7 +129,7 @@ class SACAgent(Agent):
         self.copies, self.beside_observations = (TARGET,), ("q", "temperature")
 
     def networks(self) -> dict[str, Block]:
-        """`policy` gives a squashed Gaussian, `q` the values of all critics, `temperature` the price of entropy."""
+        """Build the networks: `policy`, a squashed Gaussian, `q`, all critics, and `temperature`, of entropy."""
         s, space = self.settings, self.observation_space
         body, features = build_body(s.network, space, s.hidden_sizes, s.activation, "torch", whitens(s))
         head = head_for(self.action_space, features, initial_scale=1.0, action_bounds="squash")
@@ -140,7 +140,7 @@ class SACAgent(Agent):
         }
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run: target critics equal the critics, the memory is empty."""
+        """Initial state of a run: target critics are copies of the critics, the replay memory is empty."""
         state = super().init(key, hyper, world)
         p = with_copy(state["params"], TARGET)
         state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
@@ -153,7 +153,7 @@ class SACAgent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """A sample of the policy, uniformly random before learning starts; or the policy's median."""
+        """Choose actions: a sample from the policy, random before learning starts; or the policy's median."""
         distribution = self.forward(self.policy, "policy", p, observation)
         if deterministic:
             return self.head.mode(distribution), memory
@@ -163,19 +163,19 @@ class SACAgent(Agent):
         return torch.where(align(p["hyper"]["warms_up"], action), uniform, action), memory
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
-        """Act, at random at first, remember, learn."""
+        """One training iteration, with random actions before learning starts."""
         state["params"]["hyper"]["warms_up"] = off_policy.warms_up(self, state)
         return super().iterate(state, world)
 
     # ------------------------------------------------------------------ learn
 
     def values(self, p: Params, name: str, observation: tree.Tree, action: Tensor, ctx: Context) -> Tensor:
-        """The least value of the critics `name` for actions `[*L, B, ...]`, or of all, `[*L, critics, B]`."""
+        """Minimum of the critics `name` for actions `[*L, B, ...]`, or the values of all, `[*L, critics, B]`."""
         x = {"observation": self.view(p, observation), "action": action}
         return self.q.run({**p["weights"], **p["buffers"]}, x, ctx, f"{name}.")
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The losses `[*L]` of critics, policy and temperature for transitions `[*L, B, ...]`; needs a key."""
+        """Losses `[*L]` of critics, policy and temperature for transitions `[*L, B, ...]`; needs a key."""
         assert ctx.key is not None
         axes, valid = ctx.key.dim(), batch["valid"]
         alpha = p["weights"]["temperature.log"].exp()
@@ -207,7 +207,7 @@ class SACAgent(Agent):
         return {"critic": critic, "actor": actor, "temperature": temperature}
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
-        """Remember the rollout; once there is enough, take gradient steps on random transitions."""
+        """Add the rollout to the replay memory; after a warm-up, take gradient steps on random transitions."""
         off_policy.remember(self, state, rollout, rewards)
         if not off_policy.ready(self, state):
             return state, {}
@@ -218,7 +218,7 @@ class SACAgent(Agent):
         return state, info
 
     def groups(self, state: State) -> Sequence[Sequence[Group]]:
-        """Critics, policy and temperature move in every step, each along the gradient of its own loss alone."""
+        """Update schedule: critics, policy and temperature in every gradient step, each on its own loss alone."""
         h = state["params"]["hyper"]
         return [
             (

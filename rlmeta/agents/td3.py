@@ -105,12 +105,12 @@ class TD3:
         )
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> TD3Agent:
-        """The agent for environments of these spaces."""
+        """Create the TD3 agent for an observation and an action space."""
         return TD3Agent(self, observation_space, action_space, methods)
 
 
 class TD3Agent(Agent):
-    """TD3 on given spaces: act, remember, learn."""
+    """TD3 agent for an observation and an action space."""
 
     settings: TD3
 
@@ -127,14 +127,14 @@ class TD3Agent(Agent):
         self.copies, self.beside_observations = (TARGET_POLICY, TARGET_Q), ("q",)
 
     def networks(self) -> dict[str, Block]:
-        """`policy` gives an action in units of its bounds, `q` the values of all critics."""
+        """Build the networks: `policy`, an action in units of its bounds, and `q`, all critics."""
         s, space, units = self.settings, self.observation_space, self.units
         body, features = build_body(s.network, space, s.hidden_sizes, s.activation, "torch", whitens(s))
         head = DeterministicHead(features, units, initial_scale=1.0)
         return {"policy": Network(body, head, features), "q": critic_ensemble(s, space, units, s.critics)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
-        """The state at the start of a run: targets equal the networks, the memory is empty."""
+        """Initial state of a run: target networks are copies of the networks, the replay memory is empty."""
         state = super().init(key, hyper, world)
         p = with_copy(with_copy(state["params"], TARGET_POLICY), TARGET_Q)
         state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
@@ -147,7 +147,7 @@ class TD3Agent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """The policy's action with noise, uniformly random before learning starts; or without any."""
+        """Choose actions: the policy's with noise, uniformly random before learning starts; or without noise."""
         mean = self.forward(self.policy, "policy", p, observation)["mean"]
         if deterministic:
             return self.units.to_environment(mean), memory
@@ -158,19 +158,19 @@ class TD3Agent(Agent):
         return self.units.to_environment(action), memory
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
-        """Act, at random at first, remember, learn."""
+        """One training iteration, with random actions before learning starts."""
         state["params"]["hyper"]["warms_up"] = off_policy.warms_up(self, state)
         return super().iterate(state, world)
 
     # ------------------------------------------------------------------ learn
 
     def values(self, p: Params, name: str, observation: tree.Tree, action: Tensor, ctx: Context) -> Tensor:
-        """The values of the critics `name` for actions `[*L, B, ...]`, `[*L, critics, B]`."""
+        """Values of the critics `name` for actions `[*L, B, ...]`, `[*L, critics, B]`."""
         x = {"observation": self.view(p, observation), "action": action}
         return self.q.run({**p["weights"], **p["buffers"]}, x, ctx, f"{name}.")
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The losses `[*L]` of critics and, where it moves, policy for transitions `[*L, B, ...]`; needs a key."""
+        """Losses `[*L]` of critics and, where it is updated, policy for transitions `[*L, B, ...]`; needs a key."""
         assert ctx.key is not None
         axes, valid, h = ctx.key.dim(), batch["valid"], p["hyper"]
         observation, next_observation = batch["observation"], batch["next_observation"]
@@ -198,7 +198,7 @@ class TD3Agent(Agent):
         return terms
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
-        """Remember the rollout; once there is enough, take gradient steps on random transitions."""
+        """Add the rollout to the replay memory; after a warm-up, take gradient steps on random transitions."""
         s, rate = self.settings, state["params"]["hyper"]["target_rate"]
         off_policy.remember(self, state, rollout, rewards)
         if not off_policy.ready(self, state):
@@ -209,7 +209,7 @@ class TD3Agent(Agent):
         return state, info
 
     def groups(self, state: State) -> Sequence[Sequence[Group]]:
-        """The critics move in every step, the policy in the last of every `policy_delay`."""
+        """Update schedule: critics in every gradient step, the policy in the last of every `policy_delay`."""
         h = state["params"]["hyper"]
         critic = Group("critic", ("q.",), ("critic",), optim.adam(h["critic_learning_rate"]), h["max_grad_norm"])
         actor = Group("actor", ("policy.",), ("actor",), optim.adam(h["actor_learning_rate"]), h["max_grad_norm"])

@@ -33,7 +33,7 @@ from rlmeta.rewards import PotentialShaping
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.folder import read_config
 from rlmeta.runs.presets import preset
-from rlmeta.runs.record import record
+from rlmeta.runs.record_demonstrations import record
 from rlmeta.runs.run import Run, load
 
 FIXED = "CartPole-fixed"

@@ -162,7 +162,7 @@ def _settings(part: str) -> tuple[Any, int]:
 def _curve(run: Run, tasks: int, steps: int, rate: float | None = None, split: str | None = None) -> Tensor:
     """Adaptation curve on held-out tasks, `[S, E, steps + 1]`; `rate` replaces the inner learning rate."""
     agent: Any = run.agent
-    p = agent.seen(run.state)
+    p = agent.effective_params(run.state)
     if rate is not None:
         hyper = {**p["hyper"], "inner_rate": torch.full_like(p["hyper"]["inner_rate"], rate)}
         p = {**p, "hyper": hyper}
@@ -172,7 +172,7 @@ def _curve(run: Run, tasks: int, steps: int, rate: float | None = None, split: s
 
 
 def _best_rate(settings: Any, problem: NamedFamily, steps: int, rates: Sequence[float]) -> float:
-    """Tune the inner rate of a baseline: the best score after one step, on validation tasks and other seeds."""
+    """Select the inner learning rate with the best validation score after one step, on seeds that no table uses."""
     run = train(settings, problem, steps=steps, seeds=SELECTION_SEEDS)
     sign = 1.0 if run.agent.score.maximise else -1.0
     scores = [sign * float(_curve(run, 100, 1, rate, "validation")[..., -1].mean()) for rate in rates]
@@ -256,7 +256,7 @@ def protonet(options: Meta) -> list[Row]:
     for fold in range(4):
         run = _on_fold(fold, settings, steps, options)
         key, world = random.fold(run.state["key"], "bench"), run.experiment.world()
-        folds.append(100 * run.agent.evaluate(run.agent.seen(run.state), world, key, 600).returns.mean(-1))
+        folds.append(100 * run.agent.evaluate(run.agent.effective_params(run.state), world, key, 600).returns.mean(-1))
         seconds += run.seconds
         print(f"fold {fold}: ProtoNet {float(folds[-1].mean()):.1f}, {run.seconds:.0f} s", flush=True)
     what = f"ProtoNet, 4 convolutions of 32, {_shorter(steps, options) // settings.num_envs} meta-batches"

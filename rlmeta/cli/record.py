@@ -58,7 +58,7 @@ def record(arguments: list[str]) -> int:
 
 def _record(folder: Path, chosen: RecordFlags, own: UserCode) -> int:
     from rlmeta.cli.plan_folder import is_plan, members
-    from rlmeta.runs.record import record as play
+    from rlmeta.runs.record_demonstrations import record as play
     from rlmeta.runs.run import load
 
     if is_plan(folder):

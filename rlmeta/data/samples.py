@@ -1,4 +1,4 @@
-"""Tasks of labelled samples, and the world that hands every learner minibatches of its own task."""
+"""Supervised data sets: tasks of labelled samples, and a data loader of minibatches for every learner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HIDDEN = -1
 
 
 class Samples(NamedTuple):
-    """Inputs and their targets."""
+    """Labelled samples: inputs and their targets."""
 
     observation: Tensor
     """`[n, ...]`: uint8 or float32. Bytes are divided on their way into a network: by 255, or where none is above 127,
@@ -42,7 +42,7 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class DataTask:
-    """One problem of labelled samples.
+    """Supervised task: one data set of labelled training and test samples.
 
     Inputs other than bytes become float32 as they are, whole classes int64.
 
@@ -90,7 +90,7 @@ class DataTask:
         return found
 
     def _checked_samples(self, given: Any, part: str) -> Samples:
-        """Samples as learners expect them."""
+        """Validate samples, and convert them to the dtypes that learners expect."""
         if not isinstance(given, tuple | list) or len(given) != 2:
             raise SettingError(f"{self.name}: {part} samples are {type(given).__name__}, expected Samples(x, y)")
         observation, target = given
@@ -107,7 +107,7 @@ class DataTask:
         return Samples(observation, target)
 
     def _numbers(self, x: Tensor, what: str) -> Tensor:
-        """Bytes as they are, everything else as float32."""
+        """Convert inputs: bytes stay as they are, everything else becomes float32."""
         if x.is_complex():
             raise SettingError(f"{self.name}: {what} are {x.dtype}, expected bytes or real numbers")
         found = x.detach() if x.dtype == torch.uint8 else x.detach().float()
@@ -117,7 +117,7 @@ class DataTask:
         return found
 
     def _labels(self, target: Tensor, part: str) -> Tensor:
-        """Classes `[n]` int64, every one of the task's."""
+        """Convert classification targets to classes `[n]` int64, after a check that they are among the task's."""
         if target.dim() != 1:
             raise SettingError(
                 f"{self.name}: {part} targets {tuple(target.shape)}, expected classes [n]: one-hot targets become "
@@ -135,7 +135,7 @@ class DataTask:
         return target
 
     def _values(self, target: Tensor, part: str) -> Tensor:
-        """Targets of a regression, `[n, D]` float32."""
+        """Convert regression targets to `[n, D]` float32."""
         if not target.is_floating_point():
             raise SettingError(f"{self.name}: targets are whole numbers but no classes are named: give classes=")
         if target.dim() < 2:
@@ -224,7 +224,7 @@ def _stacked(parts: Sequence[Samples]) -> tuple[Samples, Tensor]:
 
 
 class DataWorld:
-    """Samples for every learner, each of the task it has been set to (`select`), all of task 0 at first.
+    """Data loader: shuffled minibatches for every learner from its current task (`select`), task 0 at first.
 
     The state is the order of every learner's epoch and how far it is; its numbers depend on the learner's key alone.
 
@@ -235,7 +235,8 @@ class DataWorld:
         scenario: which classes count; see `Scenario`. "domain" does not change the targets (see `shared_classes`).
         reveals: what learner and methods are told: with "train_id" minibatches have the `identity` of their samples
             and, in the scenario "task", the classes that count; with "test_id" those for testing do. In the scenario
-            "class" the classes of a task are born when it begins, or without "boundaries" when they are met.
+            "class" the classes of a task are added to the output layer when it begins, or without
+            "boundaries" when they are met.
 
     Raises:
         SettingError: a task has fewer training samples than a minibatch.
@@ -276,7 +277,7 @@ class DataWorld:
         return int(self.table.train_count.min())
 
     def select(self, identity: Tensor) -> None:
-        """Set every learner to a task, `[*L]` int64; `reset` begins it."""
+        """Set the task of every learner, by index `[*L]` int64; `reset` begins it."""
         self.identity = identity.cpu()
 
     def classes(self) -> Tensor:
@@ -295,7 +296,7 @@ class DataWorld:
     # ------------------------------------------------------------------ minibatches
 
     def reset(self, key: Tensor) -> State:
-        """The start of the first epoch; `key` is `[*L]`."""
+        """Shuffle the samples of every learner's task for the first epoch; `key` is `[*L]`."""
         zero = torch.zeros(key.shape, dtype=torch.int64, device=key.device)
         return {"key": key, "epoch": zero, "position": zero.clone(), "order": self._order(key, zero)}
 
@@ -346,7 +347,7 @@ class DataWorld:
     # ------------------------------------------------------------------ as every world
 
     def restore(self, state: State, inexact: bool = False) -> State:
-        """The state itself: nothing is hidden."""
+        """Return the state itself: no live environment has to be restored."""
         return state
 
     def close(self) -> None:
@@ -354,7 +355,7 @@ class DataWorld:
 
 
 def _space(x: Tensor) -> gym.spaces.Box:
-    """The space of one row of `x`."""
+    """Infer the space of one sample of `x`."""
     shape = tuple(x.shape[1 + 1 :])
     if x.dtype == torch.uint8:
         largest = int(x.max()) if x.numel() else 0

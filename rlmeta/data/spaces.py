@@ -41,7 +41,7 @@ _ADVICE = (
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """One array within the values of a space, and how it is stored as a tensor."""
+    """Leaf of a space: one array within its values, and the dtype that it is stored in as a tensor."""
 
     path: tuple[str | int, ...]
     space: gym.Space[Any]
@@ -63,12 +63,12 @@ class Leaf:
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """What the environment declares."""
+        """Dtype that the environment declares."""
         return np.dtype(self.space.dtype)
 
     @cached_property
     def stored(self) -> np.dtype[Any]:
-        """What the tensor has."""
+        """Dtype of the stored tensor."""
         if not self.is_box:
             return np.dtype(np.int64)
         return self.dtype if self.dtype == np.uint8 else np.dtype(np.float32)
@@ -102,7 +102,7 @@ class Leaf:
         return (self.space.low, self.space.high) if bounded else None
 
     def writer(self, buffer: Array, source: str) -> Callable[[int, Any], None]:
-        """A function that writes one value of the environment into a row of a buffer `[R, *shape]`."""
+        """Return a function that writes one value of the environment into a row of a buffer `[R, *shape]`."""
         is_box, dtype, shape, read = self.is_box, self.dtype, self.shape, self.read
 
         def write(row: int, value: Any) -> None:
@@ -114,7 +114,7 @@ class Leaf:
         return write
 
     def read(self, value: Any, leading: tuple[int, ...], source: str) -> Array:
-        """An observation `[*leading, *shape]` of the environment in the stored dtype, in memory of its own.
+        """Convert an observation `[*leading, *shape]` of the environment to the stored dtype, as a copy.
 
         Raises:
             SpaceError: wrong shape or dtype, or an element that a discrete space doesn't have.
@@ -137,8 +137,8 @@ class Leaf:
             return np.array(array, self.stored)
         return self._in_range(np.asarray(array.astype(np.int64) - self.start), f"{source} gave an observation")
 
-    def canonical(self, action: Any, leading: tuple[int, ...]) -> Array:
-        """An action `[*leading, *shape]` of an agent, tensor or array, in the stored dtype.
+    def to_stored_action(self, action: Any, leading: tuple[int, ...]) -> Array:
+        """Convert policy actions `[*leading, *shape]`, a tensor or an array, to the stored dtype.
 
         Raises:
             SpaceError: wrong shape, a float for a discrete space, or an element that it doesn't have.
@@ -157,8 +157,8 @@ class Leaf:
             raise SpaceError(f"an action{self.where} has dtype {array.dtype}, expected integers for {self.space}")
         return self._in_range(np.asarray(array, np.int64), "an agent gave an action")
 
-    def executable(self, action: Array) -> Array:
-        """Canonical actions `[R, *shape]` as the environment takes them.
+    def to_env_action(self, action: Array) -> Array:
+        """Convert stored actions `[R, *shape]` to environment actions: clipped, `start` added, in the space's dtype.
 
         A Box is clipped to its bounds. NaN becomes 0 there: the learner it comes from is frozen by its own loss, and
         must not stop the others by bringing an environment down.
@@ -172,7 +172,7 @@ class Leaf:
         return np.clip(action, *self.bounds) if self.bounds else action
 
     def _rounded(self, action: Array) -> Array:
-        """Whole numbers within the bounds, which need not be representable as floats."""
+        """Round to whole numbers within the bounds, which need not be representable as floats."""
         box: Any = self.space
         low, high = (np.broadcast_to(bound, action.shape) for bound in (box.low, box.high))
         rounded = np.rint(action.astype(np.float64))
@@ -262,7 +262,7 @@ def _leaves(space: gym.Space[Any], path: tuple[str | int, ...] = ()) -> tuple[Le
 
 
 class Layout:
-    """How the values of one environment's space lie in arrays `[R, *shape]`, one per leaf, and in trees of tensors.
+    """Array layout of a space: its values as arrays `[R, *shape]`, one per leaf, and as trees of tensors.
 
     Args:
         space: of one environment.
@@ -279,7 +279,7 @@ class Layout:
 
     @property
     def signature(self) -> list[tuple[Any, ...]]:
-        """What two spaces share whose values lie in the same arrays; the bounds of Boxes may differ."""
+        """Shapes and dtypes of the arrays, equal for spaces whose values fit the same ones; bounds may differ."""
         kinds = [(leaf.path, type(leaf.space), leaf.shape, leaf.dtype) for leaf in self.leaves]
         counts = [
             () if leaf.is_box else (np.asarray(leaf.start).tolist(), np.asarray(leaf.count).tolist())
@@ -288,11 +288,11 @@ class Layout:
         return list(zip(kinds, counts))
 
     def empty(self, rows: int) -> list[Array]:
-        """Room for `rows` values in the stored dtypes."""
+        """Allocate arrays for `rows` values in the stored dtypes."""
         return [np.zeros((rows, *leaf.shape), leaf.stored) for leaf in self.leaves]
 
     def writer(self, buffers: Sequence[Array], source: str) -> Callable[[int, Any], None]:
-        """A function that writes one observation into a row of `empty`'s buffers."""
+        """Return a function that writes one observation into a row of `empty`'s buffers."""
         writers = [(leaf.path, leaf.writer(buffer, source)) for leaf, buffer in zip(self.leaves, buffers)]
         if len(writers) == 1 and not writers[0][0]:
             return writers[0][1]  # the usual case, once a row and step
@@ -304,22 +304,22 @@ class Layout:
         return write
 
     def read(self, value: Any, leading: tuple[int, ...], source: str) -> list[Array]:
-        """An observation `[*leading, ...]` as arrays in memory of their own."""
+        """Convert an observation `[*leading, ...]` to arrays, as copies."""
         return [leaf.read(pick(value, leaf.path, source), leading, source) for leaf in self.leaves]
 
     def tree(self, arrays: Sequence[Array], batch: tuple[int, ...], device: torch.device | str = "cpu") -> Tree:
-        """Arrays `[R, *shape]` as a tree of tensors `[*batch, *shape]` that shares their memory on the CPU."""
+        """Convert arrays `[R, *shape]` to a tree of tensors `[*batch, *shape]` that shares their memory on the CPU."""
         tensors = [
             torch.from_numpy(array).view((*batch, *leaf.shape)).to(device) for leaf, array in zip(self.leaves, arrays)
         ]
         return self.nest(tensors)
 
     def nest(self, tensors: Sequence[Tensor]) -> Tree:
-        """A tree of the given leaves."""
+        """Build the tree of a list of leaves."""
         return unflatten({leaf.name: tensor for leaf, tensor in zip(self.leaves, tensors)})
 
     def unnest(self, tree: Tree, what: str) -> list[Any]:
-        """The leaves of a tree, in order.
+        """Flatten a tree to its leaves, in the order of the space.
 
         Raises:
             SpaceError: they are not those of the space.
@@ -329,30 +329,30 @@ class Layout:
             raise SpaceError(f"{what} has the parts {sorted(flat)}, expected {sorted(expected)} for {self.space}")
         return [flat[name] for name in expected]
 
-    def canonical(self, action: Tree, batch: tuple[int, ...]) -> list[Array]:
-        """An agent's action `[*batch, *shape]` as arrays `[R, *shape]` in the stored dtypes.
+    def to_stored_actions(self, action: Tree, batch: tuple[int, ...]) -> list[Array]:
+        """Convert policy actions `[*batch, *shape]` to arrays `[R, *shape]` in the stored dtypes.
 
         Raises:
-            SpaceError: see `Leaf.canonical`.
+            SpaceError: see `Leaf.to_stored_action`.
         """
-        given = self.unnest(action, "an action")
-        return [leaf.canonical(part, batch).reshape(-1, *leaf.shape) for leaf, part in zip(self.leaves, given)]
+        parts = self.unnest(action, "an action")
+        return [leaf.to_stored_action(part, batch).reshape(-1, *leaf.shape) for leaf, part in zip(self.leaves, parts)]
 
-    def executable(self, canonical: Sequence[Array]) -> list[Array]:
-        """Canonical actions `[R, *shape]` as an environment takes them: clipped, `start` added, its dtype."""
-        return [leaf.executable(array) for leaf, array in zip(self.leaves, canonical)]
+    def to_env_actions(self, stored: Sequence[Array]) -> list[Array]:
+        """Convert stored actions `[R, *shape]` to environment actions: clipped, `start` added, in the space's dtype."""
+        return [leaf.to_env_action(array) for leaf, array in zip(self.leaves, stored)]
 
     def assemble(self, arrays: Sequence[Array]) -> Any:
-        """Arrays in the structure of the space: what a `VectorEnv` takes."""
+        """Assemble arrays to one batched value of the space: the actions of a `VectorEnv`."""
         return _assemble(self.space, iter(arrays))
 
     def rows(self, arrays: Sequence[Array]) -> list[Any]:
-        """Arrays row by row in the structure of the space: what each environment takes."""
+        """Assemble arrays to one value of the space per row: an action for each environment."""
         return _rows(self.space, self.assemble(arrays))
 
 
 def pick(value: Any, path: tuple[str | int, ...], source: str) -> Any:
-    """The part of an observation that lies at `path`.
+    """Select the part of an observation at `path`.
 
     Raises:
         SpaceError: it isn't there.
@@ -389,7 +389,7 @@ def _rows(space: gym.Space[Any], value: Any) -> list[Any]:
 
 
 def to_tree(space: gym.Space[Any], value: Any, batch: tuple[int, ...] = (), source: str = "the environment") -> Tree:
-    """An observation of an environment as a tree of tensors.
+    """Convert an observation of an environment to a tree of tensors.
 
     Args:
         space: of one environment.
@@ -409,7 +409,7 @@ def to_tree(space: gym.Space[Any], value: Any, batch: tuple[int, ...] = (), sour
 
 
 def batch_size(space: gym.Space[Any], value: Any) -> int | None:
-    """How many observations a batch holds, by its first array; None for a single observation.
+    """Batch size of observations, by their first array; None for a single observation.
 
     Raises:
         SpaceError: a Tuple's observation, or batch of them, is no tuple of as many parts.
@@ -432,7 +432,7 @@ def _check_tuples(space: gym.Space[Any], value: Any) -> None:
 
 
 def to_numpy(space: gym.Space[Any], action: Tree, batch: tuple[int, ...] = ()) -> Any:
-    """An agent's action as an environment takes it: Boxes clipped to their bounds, `start` added, in the space's dtype.
+    """Convert policy actions to environment actions: Boxes clipped to their bounds, `start` added, the space's dtype.
 
     Args:
         space: of one environment.
@@ -446,5 +446,5 @@ def to_numpy(space: gym.Space[Any], action: Tree, batch: tuple[int, ...] = ()) -
         SpaceError: unsupported space, wrong shape, a float for a discrete space, or an element that it doesn't have.
     """
     layout = Layout(space, "action")
-    arrays = layout.executable(layout.canonical(action, batch))
+    arrays = layout.to_env_actions(layout.to_stored_actions(action, batch))
     return layout.assemble(arrays) if batch else layout.rows(arrays)[0]

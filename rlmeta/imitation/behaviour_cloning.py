@@ -86,7 +86,7 @@ class BehaviourCloning:
     def bind(
         self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> BehaviourCloningAgent:
-        """Create the agent for environments of these spaces."""
+        """Create the behaviour cloning agent for an observation and an action space."""
         return BehaviourCloningAgent(self, observation_space, action_space, methods)
 
 

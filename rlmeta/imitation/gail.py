@@ -85,7 +85,7 @@ class GAIL(PPO):
             require_range(self, name, 0)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> PPOAgent:
-        """Create the PPO agent for environments of these spaces, with the discriminator as its first reward.
+        """Create the PPO agent for an observation and an action space, with the discriminator as its first reward.
 
         If the demonstrations are left unread, the agent can only act.
         """

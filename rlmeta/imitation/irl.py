@@ -70,7 +70,7 @@ class IRL:
             raise SettingError("IRL: gamma is 1 without a horizon, expected below 1: an endless sum has no value")
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> IRLAgent:
-        """Create the learner for tabular tasks of these spaces."""
+        """Create the inverse reinforcement learner for the spaces of a tabular task."""
         return IRLAgent(self, observation_space, action_space, methods)
 
 

@@ -48,8 +48,8 @@ class Actor(Protocol):
         """The memory of `rows` `[*L, N]` agents at the start of an episode."""
         ...
 
-    def seen(self, state: State) -> Params:
-        """The parameters as forward passes see them."""
+    def effective_params(self, state: State) -> Params:
+        """Effective parameters of forward passes."""
         ...
 
 
@@ -69,7 +69,7 @@ def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[S
     keys = random.fold(state["key"], draws // agent.noise_hold)
     take_steps = _recorded_steps if getattr(world, "recordable", False) and _capture(agent) is not None else _steps
     moving: tree.Tree = {"world": state["world"], "memory": state["memory"]}
-    p = agent.seen(state)
+    p = agent.effective_params(state)
     fixed = {"params": p, "initial": agent.initial_memory(p, (*state["key"].shape, world.num_envs))}
     with one_core(state["key"].numel() * world.num_envs <= FEW_ROWS):
         moving, rollout = take_steps(agent, world, fixed, moving, keys, axes)

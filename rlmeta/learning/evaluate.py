@@ -44,7 +44,7 @@ def evaluate(
 
     Args:
         agent: acts.
-        p: the parameters as forward passes see them.
+        p: the effective parameters (`learning.method.effective_params`).
         world: environments `[*L, N]`; N must divide `episodes`.
         key: `[*L]`.
         episodes: E.

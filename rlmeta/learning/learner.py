@@ -112,8 +112,8 @@ class Learner(HasLosses, Protocol):
         """One iteration: `steps_per_iteration` steps of every row, and what is learned from them."""
         ...
 
-    def seen(self, state: State) -> Params:
-        """The parameters as forward passes see them, through the lifelong methods' hooks."""
+    def effective_params(self, state: State) -> Params:
+        """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
         ...
 
     def evaluation_rows(self, episodes: int, native: bool) -> int:
@@ -121,7 +121,7 @@ class Learner(HasLosses, Protocol):
         ...
 
     def evaluate(self, p: Params, world: Any, key: Tensor, episodes: int, *, deterministic: bool = True) -> Evaluation:
-        """Scores of fixed parameters, as forward passes see them, in another world of the problem."""
+        """Evaluate effective parameters in another world of the problem."""
         ...
 
     def draw(self, state: State, world: Any, n: int) -> tree.Tree:

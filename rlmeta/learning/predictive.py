@@ -88,7 +88,7 @@ class Adaptive(Protocol):
         """What it says of the query's inputs once it has seen the support, `[*L, K, B, outputs]`.
 
         Args:
-            p: the parameters `[*L, ...]`, as forward passes see them.
+            p: the effective parameters, `[*L, ...]`.
             support: `observation` and `target` of every task, `[*L, K, n, ...]`.
             query: `observation` of every task, `[*L, K, B, ...]`.
             steps: of adaptation; by default as many as in training.

@@ -62,7 +62,7 @@ class EWC(Method):
         return not any(values_of(self.strength))
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Quadratic penalty of no task yet: 0 everywhere."""
+        """Initial EWC memory before the first task: a quadratic penalty of zero for every weight."""
         check_predictive(learner)
         if learner.acts:
             check_room(learner, state, self.samples, "samples")

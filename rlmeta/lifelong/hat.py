@@ -38,9 +38,10 @@ from rlmeta.functional import optim, random, tree
 from rlmeta.functional.packed import Packed
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, StepInfo, Task
 from rlmeta.learning.phases import TRAINING
+from rlmeta.learning.predictive import predicting
 from rlmeta.learning.settings import PerLearner, check_choices, require, require_finite, require_range
 from rlmeta.learning.state import Params, State
-from rlmeta.lifelong.recall import names_of, per_learner
+from rlmeta.lifelong.recall import per_learner
 
 LARGEST_PRODUCT, LARGEST_EMBEDDING = 50.0, 6.0
 """|s e| in the compensation, and |e|."""
@@ -85,7 +86,7 @@ class HAT(Method):
             "observation" not in state["params"]["normalisers"],
             "HAT: statistics of observations would change what old tasks see: set normalise_observation to false",
         )
-        chain = self._layers(weights, axes)
+        chain = self._layers(learner, weights, axes)
         s = learner.settings
         own = getattr(s, "network", None) is not None or getattr(s, "share_network", False)
         require(bool(chain) and not own, NO_CHAIN)
@@ -104,9 +105,9 @@ class HAT(Method):
             "rate": rate,
         }
 
-    def _layers(self, weights: dict[str, Tensor], axes: int) -> list[Layer]:
+    def _layers(self, learner: Any, weights: dict[str, Tensor], axes: int) -> list[Layer]:
         """The linear layers of the gated network, in order; [] where it is no chain of them."""
-        return chain_of({name: weights[name].shape[axes:] for name in names_of(weights)})
+        return chain_of({name: weights[name].shape[axes:] for name in predicting(learner, weights)})
 
     # ------------------------------------------------------------------ gates
 
@@ -117,10 +118,10 @@ class HAT(Method):
         s = torch.where(task["phase"] == TRAINING, rising, self.s_max).unsqueeze(-1)
         return Gates(embedding, s, (s * embedding).sigmoid())
 
-    def params(self, p: Params, m: Memory, task: Task) -> Params:
+    def params(self, learner: Any, p: Params, m: Memory, task: Task) -> Params:
         """Weights that take every hidden unit as far as its gate is open."""
         weights, axes = dict(p["weights"]), task["index"].dim()
-        layers = self._layers(weights, axes)
+        layers = self._layers(learner, weights, axes)
         opened = torch.split(self.gates(m, task).open, [layer.outputs for layer in layers[:-1]], -1)
         for layer, gate in zip(layers[1:], opened):
             weights[layer.weight] = weights[layer.weight] * gate.unsqueeze(-2)
@@ -142,7 +143,7 @@ class HAT(Method):
         axes = task["index"].dim()
         packed = Packed.of(p["weights"], axes)
         before, slope = (Packed.view(x, packed, axes) for x in (packed.flat - info.delta, info.gradient))
-        layers, now = self._layers(packed, axes), self.gates(m, task)
+        layers, now = self._layers(learner, packed, axes), self.gates(m, task)
         pull = torch.cat([(before[x.weight] * slope[x.weight]).sum(-2) for x in layers[1:]], -1)
         gradient = embedding_gradient(now, pull, m["attention"], m["strength"], self.s_max)
         named = {"embedding": now.embedding}
@@ -167,13 +168,14 @@ class HAT(Method):
         done = {**task, "phase": torch.full_like(task["phase"], TRAINING - 1)}
         attention = torch.maximum(m["attention"], self.gates(m, done).open)
         answered = m["answered"].any(-2)
-        free = self._free(p["weights"], attention, answered, axes)
+        free = self._free(learner, p["weights"], attention, answered)
         answered = torch.stack([answered, torch.zeros_like(answered)], -2)
         return p, {**m, "attention": attention, "answered": answered, "free": free}
 
-    def _free(self, weights: dict[str, Tensor], attention: Tensor, answered: Tensor, axes: int) -> Tensor:
+    def _free(self, learner: Any, weights: dict[str, Tensor], attention: Tensor, answered: Tensor) -> Tensor:
         """1 - min(c_l, c_{l-1}) for every weight and 1 - c_l for every bias, `[*L, P]`; 1 for what is not gated."""
-        layers = self._layers(weights, axes)
+        axes = attention.dim() - 1
+        layers = self._layers(learner, weights, axes)
         parts = [*torch.split(attention, [layer.outputs for layer in layers[:-1]], -1), answered.to(attention.dtype)]
         inputs = attention.new_ones(*attention.shape[:-1], layers[0].inputs)
         free = {name: torch.ones_like(weight) for name, weight in weights.items()}

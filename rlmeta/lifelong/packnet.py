@@ -115,7 +115,7 @@ class PackNet(Method):
         return size
 
     def _share(self, free: Tensor, left: int) -> Tensor:
-        """How many of the free weights of a layer a task keeps at most, with so many tasks left after it."""
+        """Number of weights a task may keep out of the `free` ones of a layer, with `left` tasks still to come."""
         return free if left == 0 else (free.double() * (self.keep or 1.0 / (left + 1))).ceil().long()
 
     def _shared_out(self, learner: Any, weights: dict[str, Tensor]) -> list[str]:
@@ -194,7 +194,7 @@ class PackNet(Method):
 
     # ------------------------------------------------------------------ every step
 
-    def params(self, p: Params, m: Memory, task: Task) -> Params:
+    def params(self, learner: Any, p: Params, m: Memory, task: Task) -> Params:
         """Masked weights: those that the task may see, and of a task that is done its own copies."""
         old, axes = task["index"] < m["done"], task["index"].dim()
         if not bool((old | m["pruned"]).any()):

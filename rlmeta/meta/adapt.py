@@ -21,14 +21,14 @@ Order: TypeAlias = Literal["second", "first", "none"]
 
 
 class Adapted(NamedTuple):
-    """What the inner loop found."""
+    """Result of the inner loop: adapted weights, the state of the optimizer and the losses."""
 
     weights: Tensors
-    """After the last step, `{name: [*L, ...]}`."""
+    """Weights after the last step, `{name: [*L, ...]}`."""
     state: State
-    """The optimizer's, to go on from; empty if there was no step."""
+    """State of the optimizer, to go on from; empty if there was no step."""
     losses: list[Tensor]
-    """Before each step, `[*L]`."""
+    """Loss before each step, `[*L]`."""
 
 
 def adapt(

@@ -30,7 +30,7 @@ from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
-from rlmeta.learning.method import Method, seen
+from rlmeta.learning.method import Method, effective_params
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, check_choices, require, require_range, values_of
 from rlmeta.learning.state import Params, select
@@ -320,9 +320,9 @@ class LearnedOptimizerLearner:
 
     enter = begin_task
 
-    def seen(self, state: State) -> Params:
-        """The parameters as forward passes see them, through the lifelong methods' hooks."""
-        return seen(self.methods, state)
+    def effective_params(self, state: State) -> Params:
+        """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
+        return effective_params(self, state)
 
     def optimizer(self, state: State) -> Optimizer:
         """Adam, for the meta-parameters, at the learner's progress."""

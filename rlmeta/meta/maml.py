@@ -35,7 +35,7 @@ from rlmeta.learning.collect import collect
 from rlmeta.learning.evaluate import Evaluation, evaluate
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, OnPolicy, initial_memories, initial_state
-from rlmeta.learning.method import Method, seen
+from rlmeta.learning.method import Method, effective_params
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import (
     Bindable,
@@ -191,9 +191,9 @@ class MAMLLearner:
 
     enter = begin_task
 
-    def seen(self, state: State) -> Params:
-        """The parameters as forward passes see them, through the lifelong methods' hooks."""
-        return seen(self.methods, state)
+    def effective_params(self, state: State) -> Params:
+        """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
+        return effective_params(self, state)
 
     def optimizer(self, state: State) -> optim.Optimizer:
         """Adam at the learner's progress."""
@@ -253,7 +253,7 @@ class MAMLLearner:
         """What the inner learner says of the query's inputs after steps on the support, `[*L, K, B, outputs]`.
 
         Args:
-            p: the initial weights `[*L, ...]`, as forward passes see them.
+            p: effective parameters with the initial weights `[*L, ...]`.
             support: labelled samples `[*L, K, n, ...]`.
             query: inputs `[*L, K, B, ...]`.
             steps: how many; by default `inner_steps`.
@@ -305,7 +305,7 @@ class MAMLLearner:
         batch = world.tasks(state["key"], number, s.num_envs, "train")
         if self.inner.acts:
             batch, _ = self.experience({**state, "count": {**state["count"], "iterations": number}}, world, batch)
-        p, support = self.start(self.seen(state), s.num_envs), batch["support"]
+        p, support = self.start(self.effective_params(state), s.num_envs), batch["support"]
         for steps in range(s.inner_steps + 1):
             part = batch["query"] if steps == s.inner_steps else support[str(steps)] if "0" in support else support
             loss = self.loss(p, part)[learner].detach()
@@ -329,7 +329,7 @@ class MAMLLearner:
         counter = state["count"]["iterations"]
         key = random.fold(random.fold(key, counter).unsqueeze(-1), torch.arange(s.num_envs, device=key.device))
         tasks = world.family.world(physics, tuple(key.shape), self.inner_settings.num_envs)  # type: ignore[attr-defined]
-        p, support, returns = self.start(self.seen(state), s.num_envs), {}, []
+        p, support, returns = self.start(self.effective_params(state), s.num_envs), {}, []
         for i in range(s.inner_steps + 1):
             batch, mean = self.rollout(p, tasks, random.fold(key, i))
             returns.append(mean.mean(-1))
@@ -394,7 +394,7 @@ class MAMLLearner:
         """The score on the query of every task after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64.
 
         Args:
-            p: the initial weights, as forward passes see them.
+            p: effective parameters with the initial weights.
             world: of the family.
             key: `[*L]`; another key is other tasks.
             tasks: E.

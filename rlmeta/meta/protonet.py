@@ -34,7 +34,7 @@ from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
-from rlmeta.learning.method import Method, seen
+from rlmeta.learning.method import Method, effective_params
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, check_choices, require, require_finite, require_range
 from rlmeta.learning.state import Params, State
@@ -156,9 +156,9 @@ class ProtoNetLearner:
 
     enter = begin_task
 
-    def seen(self, state: State) -> Params:
-        """The parameters as forward passes see them, through the lifelong methods' hooks."""
-        return seen(self.methods, state)
+    def effective_params(self, state: State) -> Params:
+        """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
+        return effective_params(self, state)
 
     def optimizer(self, state: State) -> optim.Optimizer:
         """Adam at the learner's progress."""

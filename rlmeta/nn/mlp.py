@@ -94,7 +94,7 @@ class MLP(Block):
         return x if x.shape[:-1] == batch_shape else x.reshape(*batch_shape, x.shape[-1])
 
     def _tapped(self, params: Params, x: Tensor, ctx: Context, prefix: str) -> Tensor:
-        """Apply the network layer by layer, recording every layer's call in the context's taps."""
+        """Forward pass layer by layer that stores the input and output of every linear layer in `ctx.taps`."""
         for (weight, bias), activation in zip(self._names, self._functions):
             x = tapped(ctx, prefix + weight.removesuffix("weight"), x, params[prefix + weight], params[prefix + bias])
             x = x if activation is None else activation(x)

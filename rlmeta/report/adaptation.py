@@ -88,7 +88,7 @@ def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
     agent: Any = run.agent
     world = run.experiment.world()
     key = random.fold(random.fold(run.state["key"], "adaptation"), seed)
-    scores = agent.adaptation(agent.seen(run.state), world, key, tasks, steps)
+    scores = agent.adaptation(agent.effective_params(run.state), world, key, tasks, steps)
     return Adaptation(scores.cpu().numpy(), agent.score.name)
 
 
@@ -167,7 +167,7 @@ def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
         .reshape(1, 1, -1, 1)
         .expand(len(run.experiment.learners), 1, -1, 1)
     )
-    p, inputs = agent.seen(run.state), {"observation": x}
+    p, inputs = agent.effective_params(run.state), {"observation": x}
     values = {
         "x": x,
         "before": agent.answer(p, tasks["support"], inputs, 0),

@@ -18,7 +18,7 @@ from rlmeta.errors import SettingError, missing_extra
 from rlmeta.functional import statistics
 from rlmeta.report.tables import FEW_SEEDS
 from rlmeta.runs.files import put
-from rlmeta.runs.records import read_records
+from rlmeta.runs.metric_log import read_metric_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def write_curve(run: Run) -> Path | None:
 
     Raises:
         SettingError: the run has no folder.
-        CheckpointError: the run's records are missing or damaged.
+        CheckpointError: the run's metric log is missing or damaged.
     """
     if run.folder is None:
         raise SettingError("a run that is kept in memory has no curve.png: give out=")
@@ -90,8 +90,8 @@ def picture(path: Path, draw: Callable[[], Figure], dpi: int) -> Path | None:
 def curves(run: Run) -> tuple[Curve, Curve]:
     """Read a run's curves from its folder: evaluation returns (with the final evaluation), and training returns."""
     assert run.folder is not None
-    lines = read_records(run.folder / "metrics.jsonl")
-    seconds = {record["iteration"]: record["seconds"] for record in read_records(run.folder / "timing.jsonl")}
+    lines = read_metric_log(run.folder / "metrics.jsonl")
+    seconds = {record["iteration"]: record["seconds"] for record in read_metric_log(run.folder / "timing.jsonl")}
     learners = len(run.experiment.learners)
     evaluation, training = (_curve(lines, seconds, name, learners) for name in (run.agent.score.metric, TRAINING))
     training = training.carried()
@@ -138,7 +138,10 @@ def band(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _figure(run: Run, evaluation: Curve, training: Curve) -> Figure:
-    """Two panels and a legend; without pyplot, so that the user's figures and style are not touched."""
+    """Plot learning curves: a matplotlib figure of the score against steps and against time.
+
+    It is made without pyplot, so that the user's figures and style are not touched.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter

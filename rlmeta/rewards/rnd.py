@@ -1,4 +1,4 @@
-"""Random network distillation (Burda et al., 2018): curiosity for what a trained network can't yet predict.
+"""Random network distillation, RND (Burda et al., 2018): an exploration bonus, the prediction error of a network.
 
     bonus(s') = |predictor(s') - target(s')|^2 / outputs, divided by the running deviation of its return
 
@@ -65,7 +65,7 @@ class RND:
     outputs: int = 16
     """How many numbers are predicted."""
     name: str = "rnd"
-    """Of the stream and the memory."""
+    """Name of the reward stream, and of the reward's memory in the state."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,12 +78,12 @@ class RND:
             require_range(self, name, 1)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space) -> RNDReward:
-        """The reward for observations of this space."""
+        """Create the RND reward for an observation space."""
         return RNDReward(self, observation_space)
 
 
 class RNDReward:
-    """RND on a space: judge, then learn."""
+    """RND reward for an observation space: compute the bonus of every step, then train the predictor on the rollout."""
 
     def __init__(self, settings: RND, observation_space: gym.Space) -> None:
         self.settings, self.name, self.episodic = settings, settings.name, settings.episodic
@@ -91,7 +91,7 @@ class RNDReward:
         self.predictor = Predictor(self.encoder.features, settings.hidden_sizes, settings.outputs)
 
     def init(self, agent: Any, state: State, world: World) -> Memory:
-        """Fresh networks for every learner, and statistics of nothing yet.
+        """Initial RND memory: fresh networks for every learner, and empty running statistics.
 
         Raises:
             SettingError: `batch_size` does not divide the steps of a rollout.
@@ -111,7 +111,7 @@ class RNDReward:
     def relabel(
         self, agent: Any, state: State, memory: Memory, rollout: Rollout, rewards: Rewards
     ) -> tuple[Memory, Rewards, dict[str, Tensor]]:
-        """Add the stream of bonuses, then learn to predict what was seen.
+        """Add the stream of exploration bonuses, then train the predictor on the observations of the rollout.
 
         Metrics: `rnd/loss`, the mean over the learner's gradient steps.
         """
@@ -136,7 +136,7 @@ class RNDReward:
 
 
 class Predictor:
-    """The two networks, of which `step` trains one to answer as the other does."""
+    """Predictor and random target network: gradient steps train the predictor to give the target's outputs."""
 
     def __init__(self, features: int, hidden_sizes: tuple[int, ...], outputs: int) -> None:
         self.features, self.hidden_sizes, self.outputs = features, hidden_sizes, outputs
@@ -144,7 +144,7 @@ class Predictor:
         self.predictor, self.target, self.capture = blocks["predictor"], blocks["target"], Capture()
 
     def networks(self) -> dict[str, Block]:
-        """`predictor`, and `target`, which stays as it is."""
+        """Build the two networks: `predictor`, and `target`, whose weights are frozen."""
         sizes = self.features, self.hidden_sizes, self.outputs
         return {
             "predictor": MLP(*sizes, activation="relu"),
@@ -152,11 +152,11 @@ class Predictor:
         }
 
     def error(self, p: Params, observation: Tensor) -> Tensor:
-        """The mean squared error of the predictor, `[*L, ..., D]` -> `[*L, ...]`."""
+        """Mean squared prediction error, `[*L, ..., D]` -> `[*L, ...]`."""
         answer = self.predictor.run(p["weights"], observation, Context(), "predictor.")
         right = self.target.run(p["buffers"], observation, Context(), "target.")
         return (answer - right).square().mean(-1)
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The mean error `[*L]` on a minibatch of whitened observations `[*L, B, D]`."""
+        """Predictor loss: the mean prediction error `[*L]` on a minibatch of whitened observations `[*L, B, D]`."""
         return {"loss": masked_mean(self.error(p, batch["observation"]), batch["valid"])}

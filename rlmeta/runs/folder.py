@@ -27,7 +27,7 @@ import tomli_w
 from rlmeta.errors import CheckpointError, RunExistsError, SettingError
 from rlmeta.runs import checkpoint
 from rlmeta.runs.files import Damaged, is_at, open_in_place, put, read_bytes, sealed, unsealed
-from rlmeta.runs.records import NAMES
+from rlmeta.runs.metric_log import NAMES
 
 CONFIG, LOCK, STATE = "config.toml", "run.lock", "state"
 SUMMARY = "summary.json"

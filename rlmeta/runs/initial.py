@@ -37,7 +37,7 @@ def take_weights(run: Run, source: Run) -> None:
     Raises:
         SettingError: the acting network has other shapes or settings, or only one of the runs normalises observations.
     """
-    taken, rows, p = source.agent.seen(source.state), _rows(run, source), run.state["params"]
+    taken, rows, p = source.agent.effective_params(source.state), _rows(run, source), run.state["params"]
     own = {**p["weights"], **p["buffers"]}
     theirs = {**taken["buffers"], **taken["weights"]}
     networks = list(dict.fromkeys(name.split(".")[0] for name in own))

@@ -20,7 +20,7 @@ from rlmeta.learning.state import select
 from rlmeta.runs import averages, populations, stages
 from rlmeta.runs.frozen import FrozenLearners
 from rlmeta.runs.listeners import Listener
-from rlmeta.runs.records import Records
+from rlmeta.runs.metric_log import MetricLog
 from rlmeta.runs.run import Run, per_learner
 from rlmeta.runs.signals import Interruption
 from rlmeta.runs.stages import Stage
@@ -56,13 +56,13 @@ class Loop:
         self._already = run.seconds
         self.frozen.hold(self.run.state)
         self.eval_world: Any = None
-        self.records: dict[str, Records] = {}
+        self.logs: dict[str, MetricLog] = {}
         with ExitStack() as closing:
             self._open(closing)
             self._closing = closing.pop_all()
 
     def _open(self, closing: ExitStack) -> None:
-        """Open the evaluation environments and the record files; `closing` closes them, also when one fails to open."""
+        """Open the evaluation environments and the metric logs; `closing` closes them, also when one fails to open."""
         run = self.run
         if min(self.eval_every, self.exchange_every) < self.iterations or run.stream is not None:
             self.eval_world = run.evaluation_world(self.budget.eval_episodes)
@@ -71,9 +71,9 @@ class Loop:
                 self.eval_world.split = "validation"
         if run.folder is not None:
             for name in ("metrics", "timing"):
-                self.records[name] = closing.enter_context(Records(run.folder / f"{name}.jsonl"))
+                self.logs[name] = closing.enter_context(MetricLog(run.folder / f"{name}.jsonl"))
             for name, offset in run.offsets.items():
-                self.records[name].truncate(offset)
+                self.logs[name].truncate(offset)
 
     @property
     def stream(self) -> TaskStream:
@@ -218,7 +218,7 @@ class Loop:
         clock.switch("evaluate")
         state, agent, target = self.run.state, self.run.agent, self.budget.target
         key = random.fold(random.fold(state["key"], "periodic evaluation"), self.done)
-        p = agent.seen(state)
+        p = agent.effective_params(state)
         result = agent.evaluate(p, self.eval_world, key, self.budget.eval_episodes)
         score = result.returns.mean(-1)
         current = {"score": score, "params": {name: dict(p[name]) for name in ("weights", "buffers", "normalisers")}}
@@ -286,16 +286,16 @@ class Loop:
                 listener.open(self.run, self.done)
             yield
 
-    # ------------------------------------------------------------------ records and files
+    # ------------------------------------------------------------------ metric logs and checkpoints
 
     def _record(self, line: dict[str, Any]) -> None:
-        """Append a line of metrics to the records, and pass it to listeners and callbacks."""
-        if self.records:
-            self.records["metrics"].write(line)
+        """Append an entry of metrics to the log, and pass it to listeners and callbacks."""
+        if self.logs:
+            self.logs["metrics"].write(line)
             rate = line["env_steps"] * len(self.run.experiment.learners) / max(self.run.seconds, 1e-9)
             times = {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
             timing = {"iteration": self.done, "seconds": self.run.seconds, "charts/SPS": rate, **times}
-            self.records["timing"].write(timing)
+            self.logs["timing"].write(timing)
         for listener in self.listeners:
             listener.line(self.run, self.done, line)
         for callback in self.callbacks:
@@ -327,7 +327,7 @@ class Loop:
             "agent": run.experiment.agent_name,
             "task": run.experiment.problem.name,
             "iteration": self.done,
-            "offsets": {name: record.mark() for name, record in self.records.items()},
+            "offsets": {name: log.mark() for name, log in self.logs.items()},
             "seconds": run.seconds,
             "stopped": run.stopped,
             "torch": torch.__version__,

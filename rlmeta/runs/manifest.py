@@ -114,7 +114,10 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _parse_manifest(content: dict[str, Any]) -> Manifest:
-    """Validate every field that is used later; file names must be hashes, so that none leads out of the folder."""
+    """Parse the manifest of a checkpoint, and validate every field that is used later.
+
+    File names must be hashes, so that none leads out of the folder.
+    """
     files = dict(content["files"])
     for name, size in files.items():
         if not BLOB.fullmatch(name) or not _is_count(size):
@@ -129,6 +132,7 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
 
 
 def _parse_leaf(path: str, leaf: dict[str, Any], files: dict[str, int]) -> Leaf:
+    """Parse the entry of one tensor, and check that its files are as long as its shape and dtype need."""
     parsed = Leaf(leaf["dtype"], tuple(leaf["shape"]), tuple(leaf["files"]), leaf.get("axis"), leaf.get("rows"))
     if not all(map(_is_count, parsed.shape)):
         raise ValueError(f"shape of '{path}'")

@@ -28,7 +28,7 @@ class TrainedModule(nn.Module):
 
     Args:
         learner: the learner, bound to its problem's spaces; of a meta-learner the inner one.
-        p: the effective parameters of one learner, as forward passes see them; copied.
+        p: the effective parameters of one learner; copied.
         name: name of a network, or `ACTION`.
 
     Raises:
@@ -75,7 +75,7 @@ class TrainedModule(nn.Module):
             return _plain(network_output(learner, self._networks, p, self.name, seen))
         key = torch.zeros((), dtype=torch.int64, device=next(self.parameters()).device)
         action, _ = learner.act(p, seen, {}, key, True)
-        return executable(learner.action_space, action)
+        return to_env_action(learner.action_space, action)
 
 
 def names_of(learner: Any) -> list[str]:
@@ -121,8 +121,8 @@ def observed(space: gym.Space, value: Any) -> Tree:
     return value.to(torch.int64) - start
 
 
-def executable(space: gym.Space, action: Tensor) -> Tensor:
-    """Convert an agent's actions `[B, ...]` to the environment's: clipped to the bounds, discrete ones from `start`."""
+def to_env_action(space: gym.Space, action: Tensor) -> Tensor:
+    """Convert policy actions `[B, ...]` to environment actions: clipped to the bounds, discrete ones from `start`."""
     if isinstance(space, gym.spaces.Box):
         low, high = (torch.as_tensor(bound, device=action.device) for bound in (space.low, space.high))
         if space.dtype.kind in "iu":

@@ -33,8 +33,8 @@ from rlmeta.runs import folder as run_folder
 from rlmeta.runs.allocator import keep_freed_memory
 from rlmeta.runs.configuration import from_config, within_memory
 from rlmeta.runs.experiment import Experiment
+from rlmeta.runs.metric_log import NAMES, Mark, check_start
 from rlmeta.runs.module import TrainedModule, names_of
-from rlmeta.runs.records import NAMES, Mark, check_start
 from rlmeta.runs.stages import Stage
 from rlmeta.runs.surroundings import undisturbed
 
@@ -55,7 +55,7 @@ class Run:
         evaluation: evaluation of the final parameters, or None while the run has not ended.
         seconds: wall time of training, over all resumes.
         stopped: why it ended before its budget, or ''.
-        offsets: position of each record file at the checkpoint that was loaded.
+        offsets: position of each metric log at the checkpoint that was loaded.
         id: unique id of the run.
         config_digest: sha256 of `config.toml`, once that is written.
         held: the lock on the folder, while this process writes it.
@@ -171,7 +171,8 @@ class Run:
         try:
             key = random.fold(random.fold(state["key"], "evaluation"), seed)
             if self.stream is None:
-                return self.agent.evaluate(self.agent.seen(state), world, key, episodes, deterministic=deterministic)
+                p = self.agent.effective_params(state)
+                return self.agent.evaluate(p, world, key, episodes, deterministic=deterministic)
             orders = self.experiment.orders
             evaluations = stages.evaluate_tasks(
                 self.agent, state, world, self.stream, orders, key, episodes, deterministic=deterministic
@@ -232,7 +233,7 @@ class Run:
         if not self.agent.acts:
             raise SettingError(f"a run of {self.experiment.agent_name} does not act: run.module() predicts")
         learner, state = self.chosen_learner(learner), self.state
-        p = tree.map(lambda leaf: leaf[learner], self.agent.seen(state))
+        p = tree.map(lambda leaf: leaf[learner], self.agent.effective_params(state))
         batch = spaces.batch_size(self.world.observation_space, observation)
         rows = () if batch is None else (batch,)
         observed = spaces.to_tree(self.world.observation_space, observation, rows)
@@ -280,7 +281,7 @@ class Run:
         chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
         device, spaces_ = state["key"].device, (self.world.observation_space, self.world.action_space)
         support_batch, query_batch, several = prediction.to_batches(*spaces_, support, query, device)
-        p = tree.map(lambda leaf: leaf[chosen], agent.seen(state))
+        p = tree.map(lambda leaf: leaf[chosen], agent.effective_params(state))
         predictions: Tensor = agent.answer(p, support_batch, query_batch, steps)
         predictions = predictions.softmax(-1) if agent.classes else predictions
         return predictions if several else predictions[0]
@@ -301,7 +302,7 @@ class Run:
         agent: Any = self.agent
         inner = getattr(agent, "inner", agent)
         chosen, state = self.chosen_learner(learner), self.best_state() if best else self.state
-        p = tree.map(lambda leaf: leaf[chosen], self.agent.seen(state))
+        p = tree.map(lambda leaf: leaf[chosen], self.agent.effective_params(state))
         return TrainedModule(inner, p, name or names_of(inner)[0]).eval()
 
     def chosen_learner(self, learner: int | None) -> int:
@@ -465,7 +466,7 @@ def read(
     """Load a run; arguments and errors are those of `load`, and two more.
 
     Args:
-        training: also read what only training needs, and check the records, for a resume.
+        training: also read what only training needs, and check the metric logs, for a resume.
         steps: extend the budget to this many steps; 0 keeps it.
     """
     folder = Path(folder)
@@ -524,7 +525,7 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
         if type(seconds) not in (int, float) or not math.isfinite(seconds) or not isinstance(stopped, str):
             raise ValueError(f"seconds {seconds!r}, stopped {stopped!r}")
         if set(offsets) != set(NAMES):
-            raise ValueError(f"records {offsets!r}")
+            raise ValueError(f"metric logs {offsets!r}")
         about["offsets"] = {name: Mark.of(mark) for name, mark in offsets.items()}
         about["extended_to"] = saved.get("extended_to", 0)
         if type(about["extended_to"]) is not int or about["extended_to"] < 0:

@@ -31,7 +31,7 @@ class Classifier(SupervisedSettings):
     def bind(
         self, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> ClassifierLearner:
-        """Create the learner for inputs and targets of these spaces."""
+        """Create the classifier for an input and a target space."""
         return ClassifierLearner(self, observation_space, target_space, methods)
 
 

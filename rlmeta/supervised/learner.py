@@ -22,7 +22,7 @@ from rlmeta.learning.average import Average
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.learner import Metrics, Score, initial_memories, initial_state
-from rlmeta.learning.method import Method, seen
+from rlmeta.learning.method import Method, effective_params
 from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.phases import own_step
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range
@@ -223,9 +223,9 @@ class Supervised:
         }
         return state, average.result()
 
-    def seen(self, state: State) -> Params:
+    def effective_params(self, state: State) -> Params:
         """Effective parameters of forward passes, after the hooks of lifelong methods."""
-        return seen(self.methods, state)
+        return effective_params(self, state)
 
     # ------------------------------------------------------------------ evaluation, and samples for lifelong methods
 

@@ -29,7 +29,7 @@ class Regressor(SupervisedSettings):
     def bind(
         self, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> RegressorLearner:
-        """Create the learner for inputs and targets of these spaces."""
+        """Create the regressor for an input and a target space."""
         return RegressorLearner(self, observation_space, target_space, methods)
 
 

@@ -30,7 +30,7 @@ def greedy_return(agent, state, problem, episodes=16):
     world = problem.world(tuple(state["key"].shape), 1)
     try:
         key = random.fold(state["key"], "test")
-        return evaluate(agent, agent.seen(state), world, key, episodes).returns.mean(-1)
+        return evaluate(agent, agent.effective_params(state), world, key, episodes).returns.mean(-1)
     finally:
         world.close()
 

@@ -27,7 +27,7 @@ from rlmeta.learning.optimizer_state import reset_optimizer
 from rlmeta.learning.settings import hyper_tensors
 from rlmeta.learning.step import step
 from rlmeta.nn import Encoder, stack
-from rlmeta.runs.record import joined, play
+from rlmeta.runs.record_demonstrations import joined, play
 
 PROGRAMS = Path(__file__).parents[2] / "agents"
 OTHERS = (

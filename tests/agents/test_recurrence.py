@@ -51,7 +51,7 @@ def rolled(settings=SETTINGS, problem=SHORT, rollouts=2):
 def test_a_minibatch_has_the_log_probabilities_and_values_that_were_acted_by(sees, shared):
     agent, before, state, rollout = rolled(replace(SETTINGS, sees=sees, share_network=shared))
     assert rollout["memory_reset"].any() and not rollout["memory_reset"].all()
-    memory, p = before["memory"], agent.seen(state)
+    memory, p = before["memory"], agent.effective_params(state)
     initial = agent.initial_memory(p, (S, N))
     log_probs, values = [], []
     for t in range(T):  # as it was acted, step by step
@@ -84,7 +84,7 @@ def test_a_minibatch_has_the_log_probabilities_and_values_that_were_acted_by(see
 def test_what_follows_a_step_is_judged_with_the_memory_after_it():
     """Where an episode goes on, that is the value of the next step; where it is cut, of the true successor."""
     agent, _, state, rollout = rolled()
-    p = agent.seen(state)
+    p = agent.effective_params(state)
     inputs = agent.inputs(rollout)
     value = agent._value(p, inputs, rl.nn.Context())
     following = agent.recurrence.next_inputs(rollout, agent._hidden(p, inputs, ["value"]))
@@ -124,7 +124,7 @@ def test_a_box_of_actions_is_seen_in_units_of_its_bounds():
 def test_batched_is_looped():
     """Losses and their gradients of every learner alone."""
     agent, _, state, rollout = rolled()
-    p = agent.seen(state)
+    p = agent.effective_params(state)
     batch = agent.items(agent.credit(p, rollout, {"task": rollout["reward"]}), 1)
     batch["clip_range"] = torch.full((S,), 0.2)
 
@@ -146,7 +146,7 @@ def test_actions_reach_back_in_time():
     """The gradient of the last step's log-probability goes through the memory to what was observed first, but not over
     the end of an episode."""
     agent, _, state, rollout = rolled()
-    p = agent.seen(state)
+    p = agent.effective_params(state)
     inputs = agent.inputs(rollout)
     seen = rollout["observation"].clone().requires_grad_()
     distribution = agent.forward(agent.policy, "policy", p, {**inputs, "observation": seen})
@@ -191,7 +191,7 @@ def test_a_run_that_was_stopped_goes_on_as_the_one_that_was_not(tmp_path):
 
 def test_run_act_carries_the_memory_as_an_evaluation_does():
     run = rl.train(SETTINGS, SHORT, steps=N * T, seeds=1, final_episodes=4)
-    p = tree.map(lambda leaf: leaf[0], run.agent.seen(run.state))
+    p = tree.map(lambda leaf: leaf[0], run.agent.effective_params(run.state))
     memory, expected, reward = None, run.agent.initial_memory(p, (1,)), None
     for seed in range(3):
         observation = np.asarray([0.01 * seed, -0.02], np.float32)

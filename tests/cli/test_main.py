@@ -29,7 +29,7 @@ from rlmeta.cli.main import main
 from rlmeta.envs import trusted
 from rlmeta.errors import SettingError
 from rlmeta.runs.folder import read_config
-from rlmeta.runs.records import read_records
+from rlmeta.runs.metric_log import read_metric_log
 from rlmeta.runs.shipped import AGENTS, METHODS
 
 REPOSITORY = Path(rlmeta.__file__).parents[1]
@@ -128,7 +128,9 @@ def test_train_says_what_it_does_and_leaves_a_run(
     assert config["variants"][0] | {"num_steps": 16, "gae_lambda": 0.8} == config["variants"][0]
     assert config["task"]["settings"] == {"gravity": 7}
     assert config["task"]["source"] == "rlmeta.envs.native.cartpole:CartPole"
-    assert [line["env_steps"] for line in read_records("runs/ppo-CartPole-v1-1/metrics.jsonl") if "eval/return" in line]
+    assert [
+        line["env_steps"] for line in read_metric_log("runs/ppo-CartPole-v1-1/metrics.jsonl") if "eval/return" in line
+    ]
 
     said, _ = rlmeta_says(capfd, f"train ppo CartPole-v1 {TINY} --preset none --seeds 7,5 --threads 1 --quiet")
     assert "preset" not in said

@@ -20,7 +20,7 @@ import rlmeta as rl
 from rlmeta.data.demonstrations import Demonstrations, join
 from rlmeta.errors import DemonstrationError, SettingError
 from rlmeta.functional import tree
-from rlmeta.runs.record import record
+from rlmeta.runs.record_demonstrations import record
 from tests.agents.worlds import Target
 
 BOX = gym.spaces.Box(-1, 1, (2,), np.float32)

@@ -345,7 +345,7 @@ def test_half_infinite_bounds_of_every_dtype_clip_one_side() -> None:
 )  # fmt: skip
 def test_every_row_of_an_action_is_in_the_space(space: Any, action: torch.Tensor, expected: Any) -> None:
     layout = Layout(space, "action")
-    rows = layout.rows(layout.executable(layout.canonical(action, (1, 2))))
+    rows = layout.rows(layout.to_env_actions(layout.to_stored_actions(action, (1, 2))))
     assert all(space.contains(row) for row in rows)
     assert [np.asarray(row).tolist() for row in rows] == expected
     assert batch_space(space, 2).contains(to_numpy(space, action, (1, 2)))

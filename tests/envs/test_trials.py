@@ -72,7 +72,7 @@ def test_statistics_and_evaluations_score_every_episode():
     _, figures = episode_statistics(state, rollout)
     assert figures["episodes"].equal(rollout["ended"].sum((1, 2)).double())
     assert rollout["terminated"].sum() < rollout["ended"].sum()
-    evaluation = agent.evaluate(agent.seen(state), world, random.make_keys(range(S)), 2 * N)
+    evaluation = agent.evaluate(agent.effective_params(state), world, random.make_keys(range(S)), 2 * N)
     assert evaluation.returns.shape == (S, 2 * N * K)
     assert evaluation.returns.max() <= 4 and evaluation.returns.equal(evaluation.lengths.double())
     assert evaluation.of_trials(K)[:, 1, 0].equal(evaluation.returns[:, K])

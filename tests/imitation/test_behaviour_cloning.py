@@ -15,7 +15,7 @@ from rlmeta.functional import tree
 from rlmeta.functional.random import make_keys
 from rlmeta.imitation.behaviour_cloning import draw
 from rlmeta.learning.gradients import StepContext
-from rlmeta.runs.record import joined, play
+from rlmeta.runs.record_demonstrations import joined, play
 from tests.agents.worlds import Target, start
 from tests.imitation.test_gail import cartpole
 

@@ -20,7 +20,7 @@ class Recurrent:
     def initial_memory(self, p, rows):
         return {"steps": torch.full(rows, self.first)}
 
-    def seen(self, state):
+    def effective_params(self, state):
         return state["params"]
 
     def act(self, p, observation, memory, key, deterministic=False):

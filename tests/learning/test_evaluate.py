@@ -45,7 +45,7 @@ def _evaluated(make: Any, num_envs: int, episodes: int) -> tuple[Evaluation, lis
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         world = task.world((2,), num_envs)
-        found = evaluate(agent, agent.seen(state), world, random.fold(state["key"], "test"), episodes)
+        found = evaluate(agent, agent.effective_params(state), world, random.fold(state["key"], "test"), episodes)
         world.close()
     return found, [str(one.message) for one in caught]
 

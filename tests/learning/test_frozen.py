@@ -168,7 +168,7 @@ def test_maml_adapts_and_learns_around_frozen_layers(network, first_order):
     inner = rl.Classifier(network=network)
     run = trained(rl.MAML(inner, num_envs=4, inner_steps=2, inner_rate=0.1, first_order=first_order), problem, 40)
     kept_and_moved(run)
-    agent, p = run.agent, run.agent.seen(run.state)
+    agent, p = run.agent, run.agent.effective_params(run.state)
     tasks = run.world.tasks(run.state["key"], 0, 3, "test")
     before = agent.start(p, 3)
     after = agent.adapted(before, tasks["support"], 2, "none")

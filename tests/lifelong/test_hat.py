@@ -16,7 +16,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
 from rlmeta.learning.gradients import StepContext
-from rlmeta.learning.method import Gradients, StepInfo, seen
+from rlmeta.learning.method import Gradients, StepInfo, effective_params
 from rlmeta.learning.phases import EVALUATED
 from rlmeta.lifelong import HAT
 from rlmeta.lifelong.hat import chain_of, embedding_gradient, steepness
@@ -71,11 +71,11 @@ def test_gates_on_units_are_scaled_columns_of_the_next_layer() -> None:
     agent, method, p, m, task, batch = begun(progress=0.01, activation="tanh")
     s = 1 / 400 + (400 - 1 / 400) * 0.01
     x = batch["observation"]
-    found = agent.output(method.params(p, m, task), batch)
+    found = agent.output(method.params(agent, p, m, task), batch)
     torch.testing.assert_close(found, gated(p, x, gates_of(m, 1, s)), rtol=1e-12, atol=1e-14)
     assert not torch.allclose(found, agent.output(p, batch))
     tested = {**task, "phase": torch.full_like(task["phase"], EVALUATED), "index": torch.zeros_like(task["index"])}
-    found = agent.output(method.params(p, m, tested), batch)
+    found = agent.output(method.params(agent, p, m, tested), batch)
     torch.testing.assert_close(found, gated(p, x, gates_of(m, 0, 400.0)), rtol=1e-12, atol=1e-14)
 
 
@@ -92,7 +92,7 @@ def one_step(progress: float, **settings: Any) -> tuple[Any, Any, Any, Any, Tens
     agent, method, p, m, task, batch = begun(progress=progress, activation="tanh", **settings)
     weights = {name: value.clone().requires_grad_() for name, value in p["weights"].items()}
     embeddings = m["embeddings"].clone().requires_grad_()
-    shown = method.params({**p, "weights": weights}, {**m, "embeddings": embeddings}, task)
+    shown = method.params(agent, {**p, "weights": weights}, {**m, "embeddings": embeddings}, task)
     loss = agent.losses(shown, batch, StepContext(training=True, report=False))["net"]
     *slopes, slope = torch.autograd.grad(loss.sum(), [*weights.values(), embeddings], retain_graph=True)
     gradient = flat(dict(zip(weights, slopes)))
@@ -205,7 +205,7 @@ class Recorder:
         task = tree.map(torch.zeros_like, run.state["task"])
         task["phase"] = torch.full_like(task["phase"], EVALUATED)
         x = torch.linspace(-2, 2, 80).reshape(1, 20, 4).expand(len(run.state["key"]), -1, -1)
-        answers: Tensor = run.agent.output(seen(run.agent.methods, run.state, task), {"observation": x}).detach()
+        answers: Tensor = run.agent.output(effective_params(run.agent, run.state, task), {"observation": x}).detach()
         return answers
 
 
@@ -297,7 +297,7 @@ def test_a_policy_keeps_its_old_answers(monkeypatch: pytest.MonkeyPatch) -> None
         if int(run.state["task"]["index"].max()) > 0:
             task = {**tree.map(torch.zeros_like, run.state["task"])}
             task["phase"] = torch.full_like(task["phase"], EVALUATED)
-            p = seen(run.agent.methods, run.state, task)
+            p = effective_params(run.agent, run.state, task)
             found.append(run.agent.forward(run.agent.policy, "policy", p, observed)["logits"].detach())
 
     run = rl.train(agent(), conflicts(), budget=SHORT, seeds=2, lifelong=[HAT()], callbacks=[watch])

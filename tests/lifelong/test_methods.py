@@ -14,7 +14,7 @@ from rlmeta.data.samples import Samples
 from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
-from rlmeta.learning.method import seen
+from rlmeta.learning.method import effective_params
 from rlmeta.lifelong import AGEM, EWC, GEM, HAT, PackNet, Replay
 from rlmeta.lifelong.recall import per_learner
 from rlmeta.runs import stages
@@ -105,7 +105,7 @@ def test_which_task_it_is_at_test_is_not_looked_at(method):
     state = run.state
     for identity in range(3):
         task = tree.map(lambda x, i=identity: torch.full_like(x, i), state["task"])
-        p = seen(run.agent.methods, state, task)
+        p = effective_params(run.agent, state, task)
         for name, value in state["params"]["weights"].items():
             assert p["weights"][name] is value
     assert "test_id" not in method.needs
@@ -130,7 +130,7 @@ def test_scores_stay_where_the_task_is_said_to_be_another_at_test(scenario):
         assert (task["index"] == -1).all() and (task["identity"] == -1).all()
         turned = torch.full_like(task["index"], 4 - position)
         said = {"progress": task["progress"], "index": turned, "identity": turned}
-        found = run.agent.evaluate(seen(run.agent.methods, run.state, said), world, key, 1)
+        found = run.agent.evaluate(effective_params(run.agent, run.state, said), world, key, 1)
         assert torch.equal(found.returns, honest[position].returns)
 
 

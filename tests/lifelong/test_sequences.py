@@ -15,7 +15,7 @@ import rlmeta as rl
 from rlmeta.envs.native import CartPole
 from rlmeta.functional import random, tree
 from rlmeta.functional.packed import Packed
-from rlmeta.learning.method import Gradients, Method, seen
+from rlmeta.learning.method import Gradients, Method, effective_params
 from rlmeta.lifelong import AGEM, EWC, GEM, PackNet, Replay
 from rlmeta.lifelong.ewc import information
 from rlmeta.lifelong.recall import recall_loss
@@ -266,7 +266,7 @@ def test_packnet_keeps_the_answers_of_a_finished_task_bit_for_bit() -> None:
         if run.state["methods"]["packnet"]["done"].max() < 1:
             return
         task = tree.map(torch.zeros_like, run.state["task"])
-        p = seen(run.agent.methods, run.state, task)
+        p = effective_params(run.agent, run.state, task)
         batch = trained().agent.draw(trained().state, trained().world, B)
         answers.append(run.agent.distribution(p, batch, Context())["logits"])
 

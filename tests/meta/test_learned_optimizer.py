@@ -361,7 +361,9 @@ def test_it_is_read_back_from_a_run_and_optimizes_as_before(tmp_path):
     for one in (run, again):
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
-        found.append(fitted(module, one.agent.as_torch(one.agent.seen(one.state), module.parameters(), learner=1)))
+        found.append(
+            fitted(module, one.agent.as_torch(one.agent.effective_params(one.state), module.parameters(), learner=1))
+        )
     assert torch.equal(*found)
 
 

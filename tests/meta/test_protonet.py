@@ -128,7 +128,7 @@ def test_it_learns_and_permuted_labels_leave_chance() -> None:
     assert bool((run.scores > 0.7).all()), run.scores
     world = run.experiment.world()
     tasks = world.tasks(run.state["key"], 0, 200, "test")
-    right = run.agent.answer(run.agent.seen(run.state), tasks["support"], tasks["query"]).argmax(-1)
+    right = run.agent.answer(run.agent.effective_params(run.state), tasks["support"], tasks["query"]).argmax(-1)
     wrong = random.integers(run.state["key"], "labels", 0, tuple(right.shape[1:]), WAYS)
     assert abs(float((right == wrong).double().mean()) - 1 / WAYS) < 0.03
 

@@ -58,7 +58,7 @@ def test_it_is_the_learners_own_adaptation_and_repeats(runs):
 
 def test_adaptation_is_to_test_tasks_unless_told_otherwise(runs):
     run = rl.load(runs / "sinusoid")
-    p, world, key = run.agent.seen(run.state), run.experiment.world(), run.state["key"]
+    p, world, key = run.agent.effective_params(run.state), run.experiment.world(), run.state["key"]
     own, test, train = (run.agent.adaptation(p, world, key, 3, 1, **split) for split in ({}, TEST, {"split": "train"}))
     assert torch.equal(own, test) and not torch.equal(own, train)
 
@@ -91,7 +91,7 @@ def test_the_line_of_the_picture_is_the_learners_answer_before_and_after(runs):
     run = rl.load(runs / "one")
     line = _line(run, 1)
     tasks = run.experiment.world().tasks(random.fold(run.state["key"], 1), 0, 1, "test")
-    p, inner = run.agent.start(run.agent.seen(run.state), 1), run.agent.inner
+    p, inner = run.agent.start(run.agent.effective_params(run.state), 1), run.agent.inner
     x = {"observation": torch.as_tensor(line["x"], dtype=torch.float32).reshape(1, 1, -1, 1)}
     after = run.agent.adapted(p, tasks["support"], run.agent.settings.inner_steps, "none")
     for name, weights in (("before", p), ("after", after)):

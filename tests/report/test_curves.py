@@ -23,7 +23,7 @@ from rlmeta.learning.learner import Score
 from rlmeta.learning.settings import variants
 from rlmeta.report import curves
 from rlmeta.runs.experiment import Budget, Experiment
-from rlmeta.runs.records import Records
+from rlmeta.runs.metric_log import MetricLog
 
 pytestmark = pytest.mark.usefixtures("pictures")
 
@@ -37,7 +37,7 @@ def ended_run(folder: Path, seeds: int, rates: list[float], lines: int = 12, eva
     )
     learners = seeds * len(rates)
     draws = np.random.default_rng(0)
-    with Records(folder / "metrics.jsonl") as metrics, Records(folder / "timing.jsonl") as timing:
+    with MetricLog(folder / "metrics.jsonl") as metrics, MetricLog(folder / "timing.jsonl") as timing:
         for i in range(1, lines + 1):
             level = 500 * (1 - np.exp(-i / 4)) * np.repeat(np.linspace(1, 0.5, len(rates)), seeds)
             line = {"iteration": i, "env_steps": i * 1000}
@@ -72,7 +72,7 @@ def ys(axes: Any) -> list[list[float]]:
 # ---------------------------------------------------------------------- numbers
 
 
-def test_curves_are_the_records_and_the_final_evaluation(tmp_path: Path) -> None:
+def test_curves_are_the_metric_log_and_the_final_evaluation(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=2, rates=[1e-3, 1e-4])
     evaluation, training = curves.curves(run)
     assert evaluation.steps.tolist() == [3000, 6000, 9000, 12000]
@@ -86,10 +86,10 @@ def test_curves_are_the_records_and_the_final_evaluation(tmp_path: Path) -> None
 def test_a_learner_without_an_episode_keeps_its_last_value(tmp_path: Path) -> None:
     run = ended_run(tmp_path, seeds=3, rates=[1e-3], evaluated=False)
     (tmp_path / "metrics.jsonl").unlink()
-    with Records(tmp_path / "metrics.jsonl") as records:
+    with MetricLog(tmp_path / "metrics.jsonl") as log:
         for i, values in enumerate([[NAN, 1, NAN], [2, NAN, NAN], [NAN, 3, NAN]], start=1):
-            records.write({"iteration": i, "env_steps": i, "charts/episodic_return": values})
-            records.write({"iteration": i, "env_steps": i, "eval/length": [1, 1, 1]})
+            log.write({"iteration": i, "env_steps": i, "charts/episodic_return": values})
+            log.write({"iteration": i, "env_steps": i, "eval/length": [1, 1, 1]})
     _, training = curves.curves(run)
     np.testing.assert_equal(training.values, [[NAN, 1, NAN], [2, 1, NAN], [2, 3, NAN]])
     np.testing.assert_equal(curves.centre(training.values), [NAN, 1.5, 2.5])

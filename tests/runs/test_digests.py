@@ -58,7 +58,10 @@ def test_a_finished_run_acts_without_its_demonstrations_from_any_folder(name, sh
     assert again.act(x, learner=1) == rl.load("../run").act(x, learner=1) in (0, 1)
     assert again.evaluate(4).returns.equal(rl.load("../run").evaluate(4).returns)
     assert len(rl.record(again, 2)) == 2 and again.module(0)(torch.zeros(1, 4)).shape == (1, 2)
-    assert again.agent.seen(again.state)["normalisers"].keys() == run.agent.seen(run.state)["normalisers"].keys()
+    assert (
+        again.agent.effective_params(again.state)["normalisers"].keys()
+        == run.agent.effective_params(run.state)["normalisers"].keys()
+    )
     assert main(["eval", "../run", "--episodes", "4"]) == 0
     assert main(["record", "../run", "--episodes", "2", "--out", "own.demo"]) == 0
     with pytest.raises(DemonstrationError, match="no demonstrations at"):

@@ -14,7 +14,7 @@ import pytest
 import rlmeta as rl
 from rlmeta.errors import CheckpointError
 from rlmeta.runs import signals
-from rlmeta.runs.records import Records
+from rlmeta.runs.metric_log import MetricLog
 from tests.envs.bad_environment import Bad
 
 PPO = rl.PPO(num_envs=2, num_steps=20, batch_size=40, num_epochs=1, hidden_sizes=(8,))
@@ -35,19 +35,19 @@ def test_everything_is_closed_where_the_records_can_not_be_opened(
         def close(self) -> None:
             counts["closed"] += 1
 
-    opened: list[Records] = []
+    opened: list[MetricLog] = []
 
-    def opens(path: Path) -> Records:
+    def opens(path: Path) -> MetricLog:
         if path.stem == broken:
             raise CheckpointError("the disk is full")
-        opened.append(Records(path))
+        opened.append(MetricLog(path))
         return opened[-1]
 
-    monkeypatch.setattr("rlmeta.runs.loop.Records", opens)
+    monkeypatch.setattr("rlmeta.runs.loop.MetricLog", opens)
     with pytest.raises(CheckpointError, match="the disk is full"):
         rl.train(PPO, rl.task(Counted), budget=BUDGET, out=tmp_path / "run", threads=1)
     assert counts == {"made": 6, "closed": 6}, "two to train in, two to be evaluated in, and one to look at of each"
-    assert [records._file for records in opened] == [-1] * (broken == "timing")
+    assert [log._file for log in opened] == [-1] * (broken == "timing")
 
 
 def _ctrl_c_when(begun: threading.Event, wait: float) -> None:

@@ -141,7 +141,10 @@ def test_what_predicts_has_a_module_and_what_has_no_network_of_observations_says
     assert float((predicted == data.target).double().mean()) == pytest.approx(float(run.scores[1]), abs=1e-9)
     meta = rl.train(rl.MAML(num_envs=2), "sinusoid", seeds=1, steps=4, threads=1)
     x = torch.randn(7, 1)
-    p = {part: {n: v[0] for n, v in meta.agent.seen(meta.state)[part].items()} for part in ("weights", "buffers")}
+    p = {
+        part: {n: v[0] for n, v in meta.agent.effective_params(meta.state)[part].items()}
+        for part in ("weights", "buffers")
+    }
     assert meta.module()(x).equal(meta.agent.inner.output(p, {"observation": x}))
     optimizer = rl.train(rl.LearnedOptimizer(num_envs=2), "quadratics", seeds=1, steps=40, threads=1)
     with pytest.raises(SettingError, match="has no network of observations"):

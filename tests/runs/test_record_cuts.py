@@ -38,7 +38,7 @@ def _recorded(make: Any, episodes: int) -> tuple[rl.Demonstrations, list[str]]:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlmeta.learning.evaluate.EVALUATION_LIMIT", 9)
-    monkeypatch.setattr("rlmeta.runs.record.EVALUATION_LIMIT", 9)
+    monkeypatch.setattr("rlmeta.runs.record_demonstrations.EVALUATION_LIMIT", 9)
 
 
 def test_an_episode_without_an_end_is_cut_and_counted() -> None:

@@ -466,7 +466,7 @@ def test_at_least_one_episode_is_evaluated(native):
     for episodes in (0, -1):
         with pytest.raises(SettingError, match=f"episodes is {episodes}, expected at least 1"):
             run.evaluate(episodes)
-    agent, p = run.agent, run.agent.seen(run.state)
+    agent, p = run.agent, run.agent.effective_params(run.state)
     with pytest.raises(SettingError, match="at least 1"):
         evaluate(agent, p, run.experiment.world(), run.state["key"], 0)
 

@@ -17,7 +17,7 @@ from rlmeta.learning.method import Method
 from rlmeta.lifelong import metrics
 from rlmeta.report import curves, matrices
 from rlmeta.runs.loop import Loop
-from rlmeta.runs.records import read_records
+from rlmeta.runs.metric_log import read_metric_log
 
 SMALL = rl.Classifier(hidden_sizes=(32,), batch_size=16, num_steps=5)
 BUDGET = rl.Budget(steps=160, final_episodes=1)
@@ -133,7 +133,7 @@ def test_a_run_stopped_after_any_step_of_the_loop_ends_as_the_one_that_was_not(t
     ours, theirs = tree.flatten(resumed.state), tree.flatten(whole.state)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name].nan_to_num(7.0), theirs[name].nan_to_num(7.0)) for name in ours)
-    assert read_records(tmp_path / "cut" / "metrics.jsonl") == read_records(tmp_path / "whole" / "metrics.jsonl")
+    assert read_metric_log(tmp_path / "cut" / "metrics.jsonl") == read_metric_log(tmp_path / "whole" / "metrics.jsonl")
 
 
 def test_scores_that_fall_are_better_for_a_loss():
@@ -250,7 +250,7 @@ class Spy(Method):
         self.note("task_end", task, draw(4))
         return p, m
 
-    def params(self, p, m, task):
+    def params(self, learner, p, m, task):
         self.note("params", task)
         return p
 

@@ -183,7 +183,7 @@ class Rows:
         """Step every environment; where an episode ended, reset it with its entry of `next_seeds`.
 
         Args:
-            actions: executable actions, `[R, ...]` per leaf, not written to afterwards.
+            actions: environment actions, `[R, ...]` per leaf, not written to afterwards.
             next_seeds: seeds of the next episodes, `[R]`.
         """
         rewards, terminated, truncated = [], [], []
@@ -210,7 +210,7 @@ class Rows:
         Args:
             rows: indices of the environments.
             seeds: of their episodes.
-            actions: the executable actions of each row, `[steps, ...]` per leaf.
+            actions: environment actions of each row, `[steps, ...]` per leaf.
 
         Returns:
             Whether the episode of each row still runs at the end; the observations are in `buffers`.

@@ -95,7 +95,7 @@ class VectorRows:
         """Step every environment.
 
         Args:
-            actions: executable actions, `[R, ...]` per leaf.
+            actions: environment actions, `[R, ...]` per leaf.
             next_seeds: seeds of the next episodes `[R]`, used if `reseeds`.
         """
         with failures.converting(self.name):

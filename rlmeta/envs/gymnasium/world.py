@@ -198,10 +198,10 @@ class GymnasiumWorld:
             SettingError: `state` is not that of the live environments.
         """
         self._check_current(state)
-        canonical = self._actions.canonical(action, self._batch)
-        log = self._log(state, canonical)
+        stored = self._actions.to_stored_actions(action, self._batch)
+        log = self._log(state, stored)
         try:
-            self._rows.step(self._actions.executable(canonical), self._next_seed)
+            self._rows.step(self._actions.to_env_actions(stored), self._next_seed)
         except BaseException:
             self._lose_track()
             raise
@@ -317,11 +317,11 @@ class GymnasiumWorld:
     def _log_leaves(self, state: State) -> list[Tensor]:
         return self._actions.unnest(state["actions"], "a saved log of actions") if self.exact_resume else []
 
-    def _log(self, state: State, canonical: Sequence[Array]) -> list[Tensor]:
+    def _log(self, state: State, stored: Sequence[Array]) -> list[Tensor]:
         """Append actions to the log in place, where there is room."""
         log = [part.contiguous() for part in self._log_leaves(state)]
         rows = self._all[self._elapsed < self._capacity]
-        for leaf, part, action in zip(self._actions.leaves, log, canonical):
+        for leaf, part, action in zip(self._actions.leaves, log, stored):
             part.view(self._count, self._capacity, *leaf.shape).numpy()[rows, self._elapsed[rows]] = action[rows]
         return log
 
@@ -376,7 +376,7 @@ class GymnasiumWorld:
             return np.ones(self._count, np.bool_)
         log = [part.cpu().flatten(0, len(self._batch) - 1).numpy() for part in self._log_leaves(state)]
         taken = [
-            self._actions.executable(
+            self._actions.to_env_actions(
                 [part[row, : self._elapsed[row]].astype(leaf.stored) for part, leaf in zip(log, self._actions.leaves)]
             )
             for row in self._all

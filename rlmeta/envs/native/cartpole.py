@@ -63,7 +63,10 @@ class CartPole(NativeEnv):
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """Space of x, x', theta, theta', or x and theta, up to twice the thresholds to include final observations."""
+        """Observation space: cart position, cart velocity, pole angle and pole velocity, or the two positions alone.
+
+        Bounds are twice the thresholds, so that they include final observations.
+        """
         x, theta = (np.inf, np.pi) if self.fixed_horizon else (self.x_threshold * 2, self.theta_threshold * 2)
         high = np.array([x, np.inf, theta, np.inf], dtype=np.float32)
         high = high if self.observe_velocities else high[::2]

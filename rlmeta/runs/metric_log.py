@@ -3,7 +3,7 @@
 Numbers are written as Python's shortest text that reads back as the same float64. JSON has no NaN and no infinities:
 every number that is not finite is written `null`, and every `null` is read back as NaN.
 
-A checkpoint records the length and sha256 of each file, so that a resume continues from the same lines.
+A checkpoint keeps the length and sha256 of each file, so that a resume continues from the same lines.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.runs.files import FULL, is_at, open_at_once, open_in_place
 
 NAMES = ("metrics", "timing")
-"""Names of a run's record files."""
+"""Names of a run's metric logs."""
 BLOCK = 1 << 20
 
 
 class Mark(NamedTuple):
-    """Position of a record file at a checkpoint: its length in bytes, and their sha256."""
+    """Position of a metric log at a checkpoint: its length in bytes, and their sha256."""
 
     length: int
     sha256: str
@@ -41,11 +41,11 @@ class Mark(NamedTuple):
         """
         if isinstance(saved, list) and len(saved) == 2 and type(saved[0]) is int and isinstance(saved[1], str):
             return Mark(*saved)
-        raise ValueError(f"{saved!r} is not the mark of a record file")
+        raise ValueError(f"{saved!r} is not the mark of a metric log")
 
 
-class Records:
-    """Append-only file of records; every record has reached the operating system when `write` returns.
+class MetricLog:
+    """Metric log: append-only JSON Lines file; every entry has reached the operating system when `write` returns.
 
     A partial last line, left by a killed process, is removed on opening.
     """
@@ -64,15 +64,15 @@ class Records:
             self.close()
             raise self._failed(error) from error
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record: a dictionary of numbers, text, booleans, lists (one entry a learner), tensors or arrays.
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one entry: a dictionary of numbers, text, booleans, lists (one entry a learner), tensors or arrays.
 
         Raises:
             SettingError: a value is none of these.
-            CheckpointError: the disk is full or failing (the record is not in the file then), or another file is at
+            CheckpointError: the disk is full or failing (the entry is not in the file then), or another file is at
                 the path now.
         """
-        line = _encode(record)
+        line = _encode(entry)
         rest = memoryview(line)
         if not is_at(self._file, self.path):
             raise CheckpointError(
@@ -102,7 +102,7 @@ class Records:
         return Mark(self._size, self._digest.hexdigest())
 
     def truncate(self, mark: Mark) -> None:
-        """Remove every record written after `mark()` returned `mark`.
+        """Remove every entry written after `mark()` returned `mark`.
 
         Raises:
             CheckpointError: the file is shorter, was changed before the mark, or the disk is failing; it stays as it
@@ -127,7 +127,7 @@ class Records:
             os.close(self._file)
             self._file = -1
 
-    def __enter__(self) -> Records:
+    def __enter__(self) -> MetricLog:
         return self
 
     def __exit__(
@@ -137,7 +137,7 @@ class Records:
 
 
 def check_start(path: Path, mark: Mark) -> None:
-    """Check that a record file still begins with the bytes it had at a checkpoint; it is only read.
+    """Check that a metric log still begins with the bytes it had at a checkpoint; it is only read.
 
     Raises:
         CheckpointError: it is missing, not a regular file, shorter, or was changed before the mark.
@@ -150,7 +150,7 @@ def check_start(path: Path, mark: Mark) -> None:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open a record file for reading.
+    """Open a metric log for reading.
 
     Raises:
         CheckpointError: it is a folder, a pipe or the like.
@@ -178,8 +178,8 @@ def _checked_start(file: int, path: Path, mark: Mark) -> Any:
     return digest
 
 
-def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read every record of a file, with `null` as NaN; a partial last line is ignored.
+def read_metric_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the entries of a metric log, with `null` as NaN; a partial last line is ignored.
 
     Raises:
         CheckpointError: the file is missing or unreadable, or a complete line is not a JSON object.
@@ -190,23 +190,23 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             data = file.read()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; give the file of a run") from error
-    records = []
+    entries = []
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
+            entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} line {number} is not JSON ({error}): remove the line") from error
-        if not isinstance(record, dict):
+        if not isinstance(entry, dict):
             raise CheckpointError(f"{path} line {number} is not a JSON object: remove the line")
-        records.append(_null_to_nan(record))
-    return records
+        entries.append(_null_to_nan(entry))
+    return entries
 
 
-def _encode(record: dict[str, Any]) -> bytes:
+def _encode(entry: dict[str, Any]) -> bytes:
     try:
-        return json.dumps(_plain(record, "record"), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        return json.dumps(_plain(entry, "metrics"), allow_nan=False, separators=(",", ":")).encode() + b"\n"
     except (ValueError, RecursionError) as error:
-        raise SettingError(f"a record cannot be written as JSON: {error}") from error
+        raise SettingError(f"an entry cannot be written as JSON: {error}") from error
 
 
 def _plain(value: Any, where: str) -> Any:

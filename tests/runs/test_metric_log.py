@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlmeta.errors import CheckpointError, SettingError
-from rlmeta.runs import records
-from rlmeta.runs.records import Mark, Records, check_start, end_of_last_line, read_records
+from rlmeta.runs import metric_log
+from rlmeta.runs.metric_log import Mark, MetricLog, check_start, end_of_last_line, read_metric_log
 
 
 def write_all(path: Path, *records: dict[str, Any]) -> None:
-    with Records(path) as file:
+    with MetricLog(path) as file:
         for record in records:
             file.write(record)
 
@@ -45,7 +45,7 @@ def test_records_come_back_exactly(tmp_path: Path, records: list[dict[str, Any]]
     path = tmp_path / "metrics.jsonl"
     path.unlink(missing_ok=True)
     write_all(path, *records)
-    assert repr(read_records(path)) == repr(records)
+    assert repr(read_metric_log(path)) == repr(records)
     assert path.read_bytes().count(b"\n") == len(records)
 
 
@@ -53,7 +53,7 @@ def test_numbers_that_are_not_finite_are_null_and_read_as_nan(tmp_path: Path) ->
     path = tmp_path / "metrics.jsonl"
     write_all(path, {"a": math.nan, "b": [1.5, math.inf, {"c": -math.inf}], "none": None})
     assert path.read_text() == '{"a":null,"b":[1.5,null,{"c":null}],"none":null}\n'
-    (record,) = read_records(path)
+    (record,) = read_metric_log(path)
     assert math.isnan(record["a"])
     assert record["b"][0] == 1.5
     assert math.isnan(record["b"][1])
@@ -87,7 +87,7 @@ def test_tensors_and_arrays_become_lists_of_their_exact_values(tmp_path: Path) -
 )
 def test_what_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path, record: dict[str, Any]) -> None:
     path = tmp_path / "metrics.jsonl"
-    with Records(path) as file, pytest.raises(SettingError):
+    with MetricLog(path) as file, pytest.raises(SettingError):
         file.write(record)
     assert path.read_bytes() == b""
 
@@ -95,7 +95,7 @@ def test_what_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path,
 def test_records_after_the_checkpoint_are_dropped_and_rewritten_equal(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     records = [{"step": step, "loss": [step / 7, math.nan]} for step in range(6)]
-    with Records(path) as file:
+    with MetricLog(path) as file:
         assert file.mark() == mark_of(b"")
         for record in records[:3]:
             file.write(record)
@@ -106,17 +106,17 @@ def test_records_after_the_checkpoint_are_dropped_and_rewritten_equal(tmp_path: 
     straight = path.read_bytes()
     with open(path, "ab") as torn:
         torn.write(b'{"step":6,"lo')
-    with Records(path) as file:
+    with MetricLog(path) as file:
         file.truncate(mark)
-        assert [record["step"] for record in read_records(path)] == [0, 1, 2]
+        assert [record["step"] for record in read_metric_log(path)] == [0, 1, 2]
         assert file.mark() == mark
         for record in records[3:]:
             file.write(record)
         assert file.mark() == mark_of(straight)
     assert path.read_bytes() == straight
-    with Records(path) as file:
+    with MetricLog(path) as file:
         file.truncate(mark_of(b""))
-    assert read_records(path) == []
+    assert read_metric_log(path) == []
 
 
 @pytest.mark.parametrize("length", [-1, 3, 17, 1000])
@@ -124,18 +124,18 @@ def test_a_mark_that_was_never_one_is_refused(tmp_path: Path, length: int) -> No
     path = tmp_path / "metrics.jsonl"
     write_all(path, {"step": 1}, {"step": 2})
     before = path.read_bytes()
-    with Records(path) as file, pytest.raises(CheckpointError, match=r"metrics\.jsonl") as caught:
+    with MetricLog(path) as file, pytest.raises(CheckpointError, match=r"metrics\.jsonl") as caught:
         file.truncate(Mark(length, mark_of(before).sha256))
     assert str(length) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
-    with Records(path) as file, pytest.raises(CheckpointError, match=r"has 22 bytes, .* at 23"):
+    with MetricLog(path) as file, pytest.raises(CheckpointError, match=r"has 22 bytes, .* at 23"):
         file.truncate(Mark(23, mark_of(before).sha256))
 
 
 def test_lines_that_were_changed_before_the_mark_are_not_gone_on_from(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with Records(path) as file:
+    with MetricLog(path) as file:
         for step in range(2):
             file.write({"step": step})
         mark = file.mark()
@@ -146,7 +146,7 @@ def test_lines_that_were_changed_before_the_mark_are_not_gone_on_from(tmp_path: 
         changed = bytearray(whole)
         changed[place] ^= 1
         path.write_bytes(changed)
-        with Records(path) as file:
+        with MetricLog(path) as file:
             if place < mark.length:
                 with pytest.raises(CheckpointError, match=r"metrics\.jsonl are not those it had .*: restore it"):
                     file.truncate(mark)
@@ -156,9 +156,9 @@ def test_lines_that_were_changed_before_the_mark_are_not_gone_on_from(tmp_path: 
 
 
 def test_a_digest_of_a_long_file_takes_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "BLOCK", 7)
+    monkeypatch.setattr(metric_log, "BLOCK", 7)
     write_all(tmp_path / "metrics.jsonl", {"step": 1}, {"step": 2})
-    with Records(tmp_path / "metrics.jsonl") as file:
+    with MetricLog(tmp_path / "metrics.jsonl") as file:
         assert file.mark() == mark_of((tmp_path / "metrics.jsonl").read_bytes())
 
 
@@ -172,7 +172,7 @@ def test_what_is_no_mark_is_refused(saved: Any) -> None:
 def test_a_file_that_is_not_its_own_any_more_is_left_alone(tmp_path: Path, change: str) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     path.parent.mkdir()
-    with Records(path) as file:
+    with MetricLog(path) as file:
         file.write({"step": 1})
         shutil.move(path.parent, tmp_path / "moved")
         if change != "moved":
@@ -186,7 +186,7 @@ def test_a_file_that_is_not_its_own_any_more_is_left_alone(tmp_path: Path, chang
     if change == "made anew":
         assert path.read_bytes() == b"theirs"
     if change == "moved":
-        assert read_records(tmp_path / "moved" / "metrics.jsonl") == [{"step": 1}]
+        assert read_metric_log(tmp_path / "moved" / "metrics.jsonl") == [{"step": 1}]
 
 
 def second_name(path: Path, target: Path) -> None:
@@ -198,7 +198,7 @@ def test_records_are_written_into_no_other_file(tmp_path: Path, lead: Any) -> No
     (tmp_path / "outside").write_bytes(b"mine, without an end of line")
     lead(tmp_path / "metrics.jsonl", tmp_path / "outside")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl is .*, expected a file of its own"):
-        Records(tmp_path / "metrics.jsonl")
+        MetricLog(tmp_path / "metrics.jsonl")
     assert (tmp_path / "outside").read_bytes() == b"mine, without an end of line"
 
 
@@ -209,7 +209,7 @@ def test_a_torn_last_line_is_left_out_and_written_over(tmp_path: Path) -> None:
     line = b'{"a":"\xc3\xa9"}'
     for length in range(1, len(line) + 1):
         path.write_bytes(whole + line[:length])
-        assert read_records(path) == [{"a": 1}, {"a": 2}]
+        assert read_metric_log(path) == [{"a": 1}, {"a": 2}]
         write_all(path, {"a": 3})
         assert path.read_bytes() == whole + b'{"a":3}\n'
 
@@ -229,14 +229,14 @@ def test_a_whole_line_that_is_no_record_is_refused_with_its_number(tmp_path: Pat
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"a":1}\n' + line + b'\n{"a":2}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 2"):
-        read_records(path)
+        read_metric_log(path)
 
 
 def test_missing_files_and_folders_are_said_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot read"):
-        read_records(tmp_path / "none.jsonl")
+        read_metric_log(tmp_path / "none.jsonl")
     with pytest.raises(CheckpointError, match="cannot open"):
-        Records(tmp_path / "none" / "metrics.jsonl")
+        MetricLog(tmp_path / "none" / "metrics.jsonl")
 
 
 def test_a_failed_write_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_a_failed_write_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.
         room -= written
         return written
 
-    with Records(path) as file:
+    with MetricLog(path) as file:
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", until_full)
             file.write({"step": 1})
@@ -259,7 +259,7 @@ def test_a_failed_write_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.
                 file.write({"step": 3})
         assert path.read_text() == '{"step":1}\n{"step":2}\n'
         file.write({"step": 4})
-    assert read_records(path) == [{"step": 1}, {"step": 2}, {"step": 4}]
+    assert read_metric_log(path) == [{"step": 1}, {"step": 2}, {"step": 4}]
 
 
 @pytest.mark.parametrize("call", ["ftruncate", "pread"])
@@ -271,20 +271,20 @@ def test_a_disk_that_fails_while_records_are_opened_or_cut_back_is_said_so(
     def fail(*arguments: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    with Records(path) as file:
+    with MetricLog(path) as file:
         file.write({"a": 1})
         mark = file.mark()
         file.write({"b": 2})
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
             opened = len(os.listdir("/proc/self/fd"))
-            for attempt in (lambda: Records(path), lambda: file.truncate(mark)):
+            for attempt in (lambda: MetricLog(path), lambda: file.truncate(mark)):
                 with pytest.raises(CheckpointError, match=r"metrics\.jsonl: Input/output error; .* are intact"):
                     attempt()
             assert len(os.listdir("/proc/self/fd")) == opened, "a file was left open"
         file.truncate(mark)
         file.write({"c": 3})
-    assert read_records(path) == [{"a": 1}, {"c": 3}]
+    assert read_metric_log(path) == [{"a": 1}, {"c": 3}]
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("elsewhere")])
@@ -292,7 +292,7 @@ def test_what_is_no_regular_file_is_neither_read_nor_waited_for(tmp_path: Path, 
     path = tmp_path / "metrics.jsonl"
     (tmp_path / "elsewhere").write_text("{}\n")
     make(path)
-    for read in (lambda: read_records(path), lambda: check_start(path, Mark(0, hashlib.sha256().hexdigest()))):
+    for read in (lambda: read_metric_log(path), lambda: check_start(path, Mark(0, hashlib.sha256().hexdigest()))):
         with pytest.raises(
             CheckpointError, match=r"metrics\.jsonl( is not a regular file|: Too many levels|: Is a directory)"
         ):
@@ -302,7 +302,7 @@ def test_what_is_no_regular_file_is_neither_read_nor_waited_for(tmp_path: Path, 
 def test_the_mark_is_of_what_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
-    with Records(tmp_path / "metrics.jsonl") as file:
+    with MetricLog(tmp_path / "metrics.jsonl") as file:
         file.write({"a": 1})
         assert synced == []
         assert [file.mark().length] == synced == [8]
@@ -317,12 +317,12 @@ def test_the_mark_is_of_what_the_disk_has(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_record_survives_the_death_of_its_writer(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from rlmeta.runs.records import Records\n"
-        "file = Records(sys.argv[1]); file.write({'a': 1}); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from rlmeta.runs.metric_log import MetricLog\n"
+        "file = MetricLog(sys.argv[1]); file.write({'a': 1}); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "m.jsonl")], timeout=120)
     assert done.returncode == -9
-    assert read_records(tmp_path / "m.jsonl") == [{"a": 1}]
+    assert read_metric_log(tmp_path / "m.jsonl") == [{"a": 1}]
 
 
 def test_lines_are_strict_json_and_closing_twice_is_fine(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_lines_are_strict_json_and_closing_twice_is_fine(tmp_path: Path) -> None
         raise AssertionError(constant)
 
     path = tmp_path / "metrics.jsonl"
-    file = Records(path)
+    file = MetricLog(path)
     file.write({"x": [1e300 * 10, -0.0, 5e-324, 1e22], "t": "a\nb"})
     file.close()
     file.close()

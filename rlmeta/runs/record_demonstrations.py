@@ -47,7 +47,7 @@ def record(
         what = f"a run of {run.experiment.agent_name} on {run.experiment.problem.name}"
         raise SettingError(f"{what} can't be recorded: give one of an agent that acts in a single task")
     learner = run.chosen_learner(learner)
-    p = run.agent.seen(run.best_state() if best else run.state)
+    p = run.agent.effective_params(run.best_state() if best else run.state)
     agent: Any = run.agent
     alone = tree.map(lambda leaf: leaf[learner : learner + 1], {"p": p, "key": run.state["key"]})
     task = run.experiment.problem

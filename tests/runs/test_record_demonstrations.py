@@ -39,7 +39,7 @@ def test_record_writes_demonstrations_and_says_how_good_they_are(run, capsys):
     ],
 )
 def test_what_cannot_be_recorded_is_said_in_a_line(run, capsys, monkeypatch, flags, message):
-    monkeypatch.setattr("rlmeta.runs.record.play", lambda *_: pytest.fail("it plays"))
+    monkeypatch.setattr("rlmeta.runs.record_demonstrations.play", lambda *_: pytest.fail("it plays"))
     assert main(["record", *flags.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (run / "demo").exists()
