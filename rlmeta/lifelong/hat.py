@@ -164,7 +164,6 @@ class HAT(Method):
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """What the task attends to, and the outputs it is answered by, are held from now on."""
-        axes = task["index"].dim()
         done = {**task, "phase": torch.full_like(task["phase"], TRAINING - 1)}
         attention = torch.maximum(m["attention"], self.gates(m, done).open)
         answered = m["answered"].any(-2)

@@ -158,10 +158,10 @@ def test_every_learner_may_have_a_setting_of_its_own(name: str, values: tuple[fl
 
 def test_weights_are_held_by_the_smaller_of_their_two_units() -> None:
     """Entry by entry in a loop; outputs count as used where an earlier task had a gradient there."""
-    _, method, p, m, task, _ = begun()
+    agent, method, p, m, task, _ = begun()
     answered = torch.tensor([[True, False], [False, False], [False, True]])
     answered = torch.stack([answered[:, [0, 1, 1]], answered[:, [1, 1, 0]]], 1)
-    _, after = method.task_end(None, p, {**m, "answered": answered}, task, None)
+    _, after = method.task_end(agent, p, {**m, "answered": answered}, task, None)
     attention = torch.maximum(m["attention"], gates_of(m, 1, 400.0))
     assert torch.equal(after["attention"], attention)
     used = answered.any(1)
