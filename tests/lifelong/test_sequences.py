@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import shutil
@@ -276,15 +277,14 @@ def test_packnet_keeps_the_answers_of_a_finished_task_bit_for_bit() -> None:
 
 @pytest.mark.slow
 def test_what_was_learned_without_velocities_is_forgotten_less() -> None:
-    """Fine-tuning keeps 13 of 500 on the first task; as a mean of both tasks nothing that forgets, or that learns
-    nothing new, can reach 300."""
+    """Bars that fine-tuning can't reach: it keeps 13 on the first task, and 176 with a last layer for each task."""
     name = "cartpole-positions-conflicts"
 
-    def final(*methods: Method) -> Tensor:
-        run = rl.train(rl.preset("ppo", name), name, steps=40_000, seeds=(100, 101, 102, 103), lifelong=methods)
+    def final(*methods: Method, **settings: Any) -> Tensor:
+        agent = dataclasses.replace(rl.preset("ppo", name), **settings)
+        run = rl.train(agent, name, steps=40_000, seeds=(100, 101, 102, 103), lifelong=methods)
         return run.matrix[:, -1].mean(0)
 
     assert final()[0] < 100
-    for method in (Replay(size=128), EWC(strength=300.0, samples=64)):
-        scores = final(method)
-        assert scores.mean() >= 300 and scores[0] >= 150, (method.name, scores.tolist())
+    assert (final(Replay(size=128)) >= 300).all()
+    assert (final(EWC(strength=300.0, samples=64), task_heads=2) >= 240).all()
