@@ -170,6 +170,26 @@ def test_what_is_kept_are_the_policys_answers_at_every_step() -> None:
     assert loss.shape == (S, 4) and (loss > 0).all()
 
 
+def test_what_is_replayed_is_drawn_by_the_key_of_the_step() -> None:
+    """As many sequences as the minibatch has, of tasks that are over; `gradients` gives another key in every step."""
+    run = trained(Replay(size=8))
+    state, keys = run.state, []
+
+    class Keys(Method):
+        name = "keys"
+
+        def loss(self, learner: Any, p: Any, m: Any, batch: Any, task: Any, key: Tensor) -> None:
+            keys.append(key)
+
+    batch = {"action": torch.zeros(S, 5)}
+    ask = functools.partial(run.agent.methods[0].loss, run.agent, state["params"], state["methods"]["replay"], batch)
+    first, again, other = (ask(state["task"], random.make_keys(range(i, i + S))) for i in (0, 0, 7))
+    assert first.shape == (S,) and torch.equal(first, again) and not torch.equal(first, other)
+    assert ask({**state["task"], "index": torch.zeros_like(state["task"]["index"])}, state["key"]) is None
+    rl.train(SETTINGS, hidden(), budget=BUDGET, lifelong=[Keys()])
+    assert len(keys) > 6 and len({int(key) for key in keys}) == len(keys)
+
+
 def test_the_loss_of_what_is_remembered_is_the_mean_divergence_of_its_steps() -> None:
     """Batched as looped, with its gradient."""
     agent, p, batch = drawn()
