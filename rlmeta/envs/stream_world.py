@@ -152,11 +152,11 @@ class StreamWorld:
         numbers: tuple[Tree, int] = self._current.ahead(_inner(state))
         return numbers
 
-    def look(self, state: State) -> None:
+    def warn_of_nonfinite(self, state: State) -> None:
         """Warn of NaN and infinity, as native worlds do."""
-        look = getattr(self._current, "look", None)
-        if look is not None:
-            look(_inner(state))
+        warn_of_nonfinite = getattr(self._current, "warn_of_nonfinite", None)
+        if warn_of_nonfinite is not None:
+            warn_of_nonfinite(_inner(state))
 
     def restore(self, state: State, inexact: bool = False) -> State:
         """Bring live environments of the selected task to a loaded `state`."""

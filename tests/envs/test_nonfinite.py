@@ -143,5 +143,5 @@ def test_a_stream_looks_at_the_task_it_is_in() -> None:
                 ahead, _ = world.ahead(state)
                 state, _ = world.step(state, ACTIONS, ahead)
             assert caught == []
-            world.look(state)
+            world.warn_of_nonfinite(state)
             assert len(caught) == task

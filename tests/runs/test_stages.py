@@ -118,17 +118,17 @@ def test_a_run_stopped_after_any_step_of_the_loop_ends_as_the_one_that_was_not(t
     budget = rl.Budget(steps=160, final_episodes=1, checkpoint_seconds=0.0)
     whole = rl.train(SMALL, stream, budget=budget, seeds=1, out=tmp_path / "whole", lifelong=[Counting()])
     calls = iter(range(100))
-    record = Loop._record
+    record = Loop._log
 
     def stopping(loop, line):
         record(loop, line)
         if next(calls) == stop:
             raise Interrupted
 
-    monkeypatch.setattr(Loop, "_record", stopping)
+    monkeypatch.setattr(Loop, "_log", stopping)
     with pytest.raises(Interrupted):
         rl.train(SMALL, stream, budget=budget, seeds=1, out=tmp_path / "cut", lifelong=[Counting()])
-    monkeypatch.setattr(Loop, "_record", record)
+    monkeypatch.setattr(Loop, "_log", record)
     resumed = rl.resume(tmp_path / "cut", lifelong=[Counting()])
     ours, theirs = tree.flatten(resumed.state), tree.flatten(whole.state)
     assert ours.keys() == theirs.keys()

@@ -145,9 +145,9 @@ class NativeWorld:
 
     The state has `env` (of the environment), `key` (per row), `episode` and `elapsed` (int64), `step_count` if the
     environment's steps are random, and `physics` if a constant is overridden. For user environments it has
-    `nonfinite`, a code of the first NaN or infinity (see `look`). Every leaf is `[*L, N, ...]`. The random numbers of a
-    row depend on its learner's key, its index, its episode and step alone. The spaces are those of the dataclass's
-    constants, whatever the physics.
+    `nonfinite`, a code of the first NaN or infinity (see `warn_of_nonfinite`). Every leaf is `[*L, N, ...]`. The random
+    numbers of a row depend on its learner's key, its index, its episode and step alone. The spaces are those of the
+    dataclass's constants, whatever the physics.
 
     Args:
         env: the environment and its constants.
@@ -229,7 +229,7 @@ class NativeWorld:
         if self._watched:
             wrong = ~_finite(self.env.observe(state["env"]), self._rows)
             state["nonfinite"] = wrong.to(torch.int64) * _FIRST_OBSERVATION
-            self.look(state)
+            self.warn_of_nonfinite(state)
         return state
 
     def observation(self, state: State) -> Tree:
@@ -276,10 +276,10 @@ class NativeWorld:
         if self._watched:
             new["nonfinite"] = self._nonfinite(state, transition)
             if ahead is None:
-                self.look(new)
+                self.warn_of_nonfinite(new)
         return new, transition
 
-    def look(self, state: State) -> None:
+    def warn_of_nonfinite(self, state: State) -> None:
         """Warn once of the first reward or observation that was not finite, with its row and step.
 
         Only user environments are checked. Steps without random numbers from `ahead` call this themselves; recorded
