@@ -107,7 +107,7 @@ def _steps(
 def _recorded_steps(
     agent: Any, world: Any, fixed: tree.Tree, moving: tree.Tree, keys: Tensor, axes: int
 ) -> tuple[tree.Tree, Rollout]:
-    """`_steps` as one program, as far as the numbers last that the world draws ahead."""
+    """Take steps as `_steps` does, as one recorded program for as many steps as predrawn random numbers suffice."""
     clock.switch("act")
 
     name = ("steps of the world", world)
@@ -116,16 +116,16 @@ def _recorded_steps(
         moving, fixed = inputs["carried"], inputs["fixed"]
         observation = world.observation(moving["world"])
         action, memory = agent.act(fixed["params"], observation, moving["memory"], inputs["each"]["key"])
-        world_state, transition = world.step(moving["world"], action, fixed["ahead"])
+        world_state, transition = world.step(moving["world"], action, fixed["predrawn_noise"])
         memory = remember(memory, fixed["initial"], transition)
         row = {"observation": observation, "action": action, **_record(transition)}
         return {"carried": {"world": world_state, "memory": memory}, "row": row}
 
     pieces: list[Rollout] = []
     while len(keys):
-        ahead, lasting = world.ahead(moving["world"])
+        predrawn_noise, lasting = world.predraw_noise(moving["world"])
         now, keys = keys[:lasting], keys[lasting:]
-        now_fixed = {**fixed, "ahead": ahead}
+        now_fixed = {**fixed, "predrawn_noise": predrawn_noise}
         moving, rows = agent.capture.scan(name, step, moving, now_fixed, {"key": now}, len(now), axes)
         pieces.append(rows)
     return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)

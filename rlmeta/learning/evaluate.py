@@ -58,7 +58,7 @@ def evaluate(
         raise SettingError(f"{episodes} evaluation episodes don't divide over {world.num_envs} environments")
     rows = (*key.shape, world.num_envs)
     rounds = episodes // world.num_envs * world.trial_episodes
-    score = _Score(rows, rounds, max(EVALUATION_LIMIT, world.cuts_after or 0), key.device)
+    score = _Score(rows, rounds, max(EVALUATION_LIMIT, world.max_episode_steps or 0), key.device)
     begun = 0
     while not score.complete():  # once, but where an episode was cut
         state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))

@@ -254,8 +254,8 @@ def test_steps_of_a_stream_with_numbers_drawn_ahead():
     world.select(torch.arange(4))
     state = other = world.reset(make_keys([5, 6, 7, 8]))
     for _ in range(40):
-        ahead, left = world.ahead(state)
-        state, seen = world.step(state, action, ahead)
+        noise, left = world.predraw_noise(state)
+        state, seen = world.step(state, action, noise)
         other, expected = world.step(other, action)
         assert left > 0 and all(torch.equal(a, b) for a, b in zip(seen, expected))
 
