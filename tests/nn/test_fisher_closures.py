@@ -349,7 +349,7 @@ def test_outputs_that_are_no_logits_of_every_sample_are_refused():
     refused(lambda p, batch, ctx: calling(module)(p, batch, ctx).mean(), "not their mean")
     refused(lambda p, batch, ctx: calling(module)(p, batch, ctx).argmax(-1), "int64")
     refused(lambda p, batch, ctx: calling(module)(p, batch, ctx)[:, 0], "expected logits")
-    refused(lambda p, batch, ctx: {"logits": calling(module)(p, batch, ctx)}, "are a dict")
+    refused(lambda p, batch, ctx: {"logits": calling(module)(p, batch, ctx)}, "are of type dict")
     log = categorical_fisher(lambda p, b, ctx: calling(module)(p, b, ctx).log_softmax(-1), p, numbers("x", 5, 3), 0)
     torch.testing.assert_close(log, loop(calling(module), p, numbers("x", 5, 3)), rtol=1e-9, atol=1e-12)
     with pytest.raises(SettingError, match="means and log deviations"):
