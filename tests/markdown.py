@@ -15,10 +15,10 @@ DOCUMENTS = {
 """Texts by their paths from the root: what is run, and whose links are followed."""
 
 SMALLER = {
-    "steps=100_000": "steps=2_048",
-    "steps=20_480": "steps=2_048",
-    "steps=10_240": "steps=1_024",
-    "eval_every=10_240": "eval_every=1_024",
+    "steps=100_000": "steps=1_024",
+    "steps=20_480": "steps=1_024",
+    "steps=10_240": "steps=512",
+    "eval_every=10_240": "eval_every=512",
     "steps=8_192": "steps=1_024",
     "steps=20_000": "steps=500",
     "steps=320_000": "steps=1_280",
@@ -26,8 +26,10 @@ SMALLER = {
     "steps=2_000": "steps=320",
     "seeds=16": "seeds=2",
     "seeds=8": "seeds=2",
-    "--steps 100k": "--steps 2k",
-    "--steps 200k": "--steps 4k",
+    "--steps 100k": "--steps 512",
+    "--steps 200k": "--steps 1k",
+    "--seeds 4 --steps 1k": "--seeds 2 --steps 320",
+    "--steps 5k": "--steps 1k",
     "--seeds 16": "--seeds 2",
     "--seeds 8": "--seeds 2 --steps 2k",
     "--episodes 256": "--episodes 4",

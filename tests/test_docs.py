@@ -48,7 +48,7 @@ def check_names(title: str, names: dict[str, Any], said: str) -> None:
         scores = [float(score) for score in re.findall(r"\d\.\d+", said)]
         assert len(scores) == 12 and sum(scores) / 12 > 0.85, said
     if title == "More steps":
-        assert names["run"].env_steps == 2_080, "the first whole iteration of 40 steps from 2,048 on"
+        assert names["run"].env_steps == 1_040, "the first whole iteration of 40 steps from 1,024 on"
 
 
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if "```python" in text])

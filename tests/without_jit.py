@@ -1,7 +1,8 @@
 """Without TorchScript: `pytest --without-jit` runs tests as if torch had no `torch.jit` any more.
 
 It is deprecated, and off the road map of newer Pythons: its absence may cost speed and nothing else. Tests that are
-about it, by their names or their parameters, are left out.
+about it, by their names or their parameters, are left out. Processes that tests start have it: so what was killed with
+it goes on without it, to the same bits.
 """
 
 from __future__ import annotations

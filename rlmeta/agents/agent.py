@@ -204,7 +204,7 @@ class Agent:
 
     def effective_params(self, state: State) -> Params:
         """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
-        return effective_params(self.methods, state)
+        return effective_params(self, state)
 
     # ------------------------------------------------------------------ observations and rewards
 

@@ -28,7 +28,7 @@ from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
 from rlmeta.learning.settings import hyper_tensors
-from rlmeta.lifelong import AGEM, EWC, GEM, GenerativeReplay, Method, PackNet, Replay, metrics
+from rlmeta.lifelong import AGEM, EWC, GEM, HAT, GenerativeReplay, Method, PackNet, Replay, metrics
 from rlmeta.runs import stages
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.presets import preset
@@ -125,6 +125,7 @@ SPLIT = {
         Row("EWC", NETWORK, (EWC(strength=1e4),)),
         Row("GEM", NETWORK, (GEM(memory=40, margin=0.5),)),
         Row("PackNet", NETWORK, (PackNet(),)),
+        Row("HAT", NETWORK, (HAT(s_max=100.0, learning_rate=5e-3),)),
         Row("replay, 20 a class", NETWORK, (Replay(size=200),)),
         Row("generative replay", NETWORK, (GenerativeReplay(),)),
     ),

@@ -52,7 +52,7 @@ class NamedFamily:
 
 
 def _plain_settings(family: Any) -> dict[str, Any]:
-    """Settings of a dataclass family that are numbers, booleans or text."""
+    """Collect the settings of a dataclass family that are numbers, booleans or text."""
     names = [f.name for f in dataclasses.fields(family) if f.init] if dataclasses.is_dataclass(family) else []
     values = {name: getattr(family, name) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}

@@ -75,7 +75,7 @@ class FewShot:
         object.__setattr__(self, "_pools", pools)
 
     def _pool(self, labels: Tensor, members: Sequence[int], split: str, turned: bool) -> tuple[Tensor, Tensor]:
-        """Images of a split by class, padded to the largest class.
+        """Group the images of a split by class, padded to the largest class.
 
         Args:
             labels: of all images, `[n]`.
@@ -142,7 +142,7 @@ class FewShot:
 
 
 def _samples(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Images `[n, ...]` as float32 and labels `[n]` as int64, after a check of types and shapes."""
+    """Convert images `[n, ...]` to float32 and labels `[n]` to int64, after a check of types and shapes."""
     try:
         images, labels = (x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu") for x in (images, labels))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -160,7 +160,7 @@ def _samples(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
 
 
 def _distinct(images: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """Indices of the images without duplicates among the used classes; a warning counts the duplicates."""
+    """Find duplicate images of the used classes, warn about them, and return the indices of the others."""
     used = torch.isin(labels, torch.tensor(classes, dtype=torch.int64, device=labels.device)).nonzero().flatten().cpu()
     repeated, ambiguous = equal_pictures(images.cpu()[used].numpy(), labels.cpu()[used].numpy())
     if repeated or ambiguous:
@@ -192,7 +192,7 @@ def _check_disjoint(classes: Mapping[str, Sequence[int]]) -> None:
 
 
 def split_classes(groups: Sequence[Any], test: Sequence[Any], validation: Sequence[Any] = ()) -> dict[str, list[int]]:
-    """Classes of each split, with whole groups (alphabets, for example) held out.
+    """Assign classes to splits, with whole groups (alphabets, for example) held out.
 
     Args:
         groups: the group of each class 0 ... C − 1.

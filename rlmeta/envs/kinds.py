@@ -25,7 +25,7 @@ Kind: TypeAlias = Literal["task", "family", "stream"]
 
 
 def kind_named(name: str) -> Kind:
-    """Kind of the problem of a name; "task" if no TOML file in `envs/` has the name."""
+    """Look up the kind of a named problem; "task" if no TOML file in `envs/` has the name."""
     table = read_named("envs", name) or {}
     if table.get("kind") == "stream":
         return "stream"
@@ -70,7 +70,7 @@ def problem_of(value: Any, learner: str, learns_from_tasks: bool) -> Task | Data
 
 
 def _resolved(value: Any, learns_from_tasks: bool) -> Any:
-    """Problem of a value or name, before the check that it suits the learner."""
+    """Convert a value or name to a problem, without the check that it suits the learner."""
     if isinstance(value, str):
         kind = kind_named(value)
         if kind == "stream":

@@ -16,14 +16,14 @@ FolderName = Literal["agents", "envs"]
 
 
 def folders(kind: FolderName) -> list[Path]:
-    """Folders in which names of a kind are looked up; earlier ones take precedence."""
+    """List the folders in which names of a kind are looked up; earlier ones take precedence."""
     require_choice("kind", kind, FolderName)
     roots = [Path.cwd(), *(Path(root) for root in os.environ.get("RLMETA_PATH", "").split(os.pathsep) if root)]
     return [root / kind for root in dict.fromkeys([*roots, *shipped()]) if (root / kind).is_dir()]
 
 
 def shipped() -> list[Path]:
-    """Parents of rlmeta's own `agents` and `envs` folders: the checkout, or where pip installs copies of them.
+    """List the parents of rlmeta's own `agents` and `envs` folders: the checkout, or where pip installs copies.
 
     Those are the Python environment, the user's folder, or the folder of a --target.
     """
@@ -34,7 +34,7 @@ def shipped() -> list[Path]:
 
 
 def names(kind: FolderName) -> dict[str, Path]:
-    """File of every name; a name in an earlier folder hides the same name in a later one."""
+    """Map every name to its TOML file; a name in an earlier folder hides the same name in a later one."""
     paths: dict[str, Path] = {}
     for folder in folders(kind):
         for path in sorted(folder.glob("*.toml")):
@@ -43,7 +43,7 @@ def names(kind: FolderName) -> dict[str, Path]:
 
 
 def read_named(kind: FolderName, name: str) -> dict[str, Any] | None:
-    """Content of the TOML file of a name, None if there is none."""
+    """Read the TOML file of a name; None if there is none."""
     path = names(kind).get(name)
     if path is None:
         return None
@@ -120,7 +120,7 @@ def _check_code(table: dict[str, Any]) -> None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Content of a TOML file; a `SettingError` names file and line of a syntax error."""
+    """Read a TOML file; a `SettingError` names file and line of a syntax error."""
     try:
         return tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -170,7 +170,7 @@ def draw_constants(
 
 
 def _plain_constants(env: NativeEnv) -> dict[str, Any]:
-    """Constants other than the default that are numbers, lists of them, booleans or text."""
+    """Collect the constants that differ from the default and are numbers, lists of them, booleans or text."""
     fields = {f.name: f.default for f in dataclasses.fields(env)}  # type: ignore[arg-type]
     values = {name: getattr(env, name) for name in fields}
     return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if _is_plain(v) and v != fields[n]}
@@ -303,7 +303,7 @@ def trials(problem: str | Task | TaskFamily, *, episodes: int) -> Task:
 
 
 def _with_limit(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
-    """Settings with the time limit of episodes added, as native environments, ids and EnvPool names take it."""
+    """Add the time limit of episodes to settings, as native environments, ids and EnvPool names take it."""
     if steps is None:
         return settings
     require_count("max_episode_steps", steps)
@@ -334,7 +334,7 @@ def _check_source(source: Any) -> None:
 
 
 def _instance_message(env: Any) -> str:
-    """Message about an environment instance: why learners cannot share it, and what to pass instead."""
+    """Write the message about an environment instance: why learners cannot share it, what to pass instead."""
     vector, spec = isinstance(env, gym.vector.VectorEnv), env.spec
     identifier = spec.id if isinstance(spec, gym.envs.registration.EnvSpec) else None
     what = f"the {'vector ' if vector else ''}environment {identifier or type(env.unwrapped).__name__}"
@@ -389,7 +389,7 @@ def _with_constants(env: NativeEnv, settings: dict[str, Any]) -> NativeEnv:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """Types of a class's fields; empty if a user's class refers to a name that only type checkers see."""
+    """Resolve the types of a class's fields; empty if a user's class names a type for type checkers alone."""
     try:
         return get_type_hints(cls)
     except NameError:
@@ -415,7 +415,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _in_words(hint: Any) -> str:
-    """Description of a type for an error message."""
+    """Describe a type for an error message."""
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "None"}
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -471,7 +471,7 @@ def is_data_family(name: str) -> bool:
 
 
 def require_named(name: str) -> dict[str, Any]:
-    """TOML table of a family or stream.
+    """Read the TOML table of a family or stream.
 
     Raises:
         UnknownNameError: nothing has this name; the nearest names are listed.
@@ -485,7 +485,7 @@ def require_named(name: str) -> dict[str, Any]:
 
 
 def known_tasks() -> list[str]:
-    """Every name that `task` resolves: of TOML files, native environments, and gymnasium ids."""
+    """List every name that `task` resolves: of TOML files, native environments, and gymnasium ids."""
     from rlmeta.envs.names import names
 
     return sorted({*names("envs"), *NATIVE, *(str(spec) for spec in gym.registry)})

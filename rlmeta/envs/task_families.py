@@ -79,7 +79,7 @@ def check_family(family: Any) -> None:
 
 
 def as_tensors(drawn: Any, device: torch.device) -> Tree:
-    """Tasks with numpy arrays converted to tensors on the device, float64 to float32."""
+    """Convert the numpy arrays of tasks to tensors on the device, float64 to float32."""
 
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, np.ndarray | np.generic):
@@ -91,7 +91,7 @@ def as_tensors(drawn: Any, device: torch.device) -> Tree:
 
 
 def task_keys(key: Tensor, counter: int | Tensor, count: int, split: Split) -> Tensor:
-    """Random keys of K tasks.
+    """Derive the random keys of K tasks.
 
     Args:
         key: `[*L]`.

@@ -35,7 +35,7 @@ class UserFinder:
         self.names, self.folder = names, folder
 
     def find_spec(self, name: str, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Spec of a module that is allowed, or is imported by an allowed one; else None."""
+        """Find the spec of a module that is allowed, or is imported by an allowed one; else None."""
         importer = pkgutil.get_importer(self.folder)
         if importer is None or (name not in self.names and _importing_module() not in self.names):
             return None
@@ -60,7 +60,7 @@ def allow(module: str) -> None:
 
 
 def _importing_module() -> str:
-    """Top-level name of the module that contains the current import statement."""
+    """Find the top-level name of the module that contains the current import statement."""
     frame: FrameType | None = sys._getframe(2)  # the caller of the finder
     while frame is not None:
         name = str(frame.f_globals.get("__name__", "")).partition(".")[0]

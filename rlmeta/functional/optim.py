@@ -80,7 +80,7 @@ def _with_recipe(make: Callable[P, Optimizer]) -> Callable[P, Optimizer]:
 
 
 def apply_updates(params: Tensors, updates: Tensors) -> Tensors:
-    """Parameters plus updates; those without an update (buffers, for instance) are returned as they are."""
+    """Add updates to parameters; those without an update (buffers, for example) are returned as they are."""
     _check_match(updates, params)
     return {name: value + updates[name] if name in updates else value for name, value in params.items()}
 
@@ -338,7 +338,7 @@ def _adam(
 
 
 def _init_with(*buffers: str) -> Init:
-    """An `init` whose state is a count `[*L]` and, for each name in `buffers`, zeros of the parameters' shapes."""
+    """Build an `init`: its state is a count `[*L]` and, for each name in `buffers`, zeros like the parameters."""
 
     def init(params: Tensors, learner_shape: Sequence[int] = ()) -> State:
         learner_shape = tuple(learner_shape)
@@ -377,7 +377,7 @@ def _check_match(tensors: Tensors, params: Tensors) -> None:
 
 
 def _prepare(grads: Tensors, state: State, params: Tensors, weight_decay: Setting, buffers: Sequence[str]) -> Tensors:
-    """Gradients with the L2 weight decay λ p added; checks that the state is of this optimizer and these parameters."""
+    """Add the L2 weight decay λ p to gradients, after a check that state and parameters fit this optimizer."""
     _check_match(grads, params)
     if state.keys() != {"count", *buffers}:
         raise SettingError(
@@ -400,7 +400,7 @@ def _fit(setting: float, x: Tensor) -> float: ...
 @overload
 def _fit(setting: Tensor, x: Tensor) -> Tensor: ...
 def _fit(setting: Setting, x: Tensor) -> Setting:
-    """The setting aligned with `x` and in its dtype (torch.lerp takes no other)."""
+    """Align a setting with `x`, in the dtype of `x` (torch.lerp takes no other)."""
     if not isinstance(setting, Tensor):
         return setting
     return align(setting, x).to(x.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def in_order(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Named weights in the order of `like`, which has the same names; returned as they are if they have that order."""
+    """Order named weights as in `like`, which has the same names; weights in that order are returned as they are."""
     return weights if list(weights) == list(like) else {name: weights[name] for name in like}
 
 

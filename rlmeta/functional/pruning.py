@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def largest_free(size: Tensor, free: Tensor, count: Tensor) -> Tensor:
-    """Mask `[*L, P]` of the `count` largest free entries; of equal ones the first.
+    """Select the `count` largest free entries, as a mask `[*L, P]`; of equal ones the first.
 
     Args:
         size: magnitude of each weight, 0 or more, `[*L, P]`.

@@ -42,7 +42,7 @@ def _stream_number(stream: str) -> int:
 
 
 def make_keys(seeds: Iterable[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Random keys `[S]` of seeds; equal seeds have equal keys, different seeds different ones.
+    """Create random keys `[S]` from seeds; equal seeds have equal keys, different seeds different ones.
 
     Args:
         seeds: integers in [-2^63, 2^63): a sequence, an array or a tensor `[S]`.
@@ -59,7 +59,7 @@ def make_keys(seeds: Iterable[int] | Tensor, device: torch.device | str = "cpu")
 
 
 def _seed(value: object) -> int:
-    """Seed as a Python integer, checked to fit 64 bits."""
+    """Convert a seed to a Python integer, after a check that it is an integer of 64 bits."""
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):

@@ -139,5 +139,5 @@ def _unit(progress: Value) -> Value:
 
 
 def _typed(fraction: Value, value: Value) -> Value:
-    """Fraction in the dtype of the value: progress is float64, settings are float32."""
+    """Cast a fraction to the dtype of the value: progress is float64, settings are float32."""
     return fraction.to(value.dtype) if isinstance(fraction, Tensor) and isinstance(value, Tensor) else fraction

@@ -30,7 +30,7 @@ def same_shape(dims: int = 1, **tensors: Tensor | None) -> None:
 
 
 def flags(tensor: Tensor, name: str) -> Tensor:
-    """Flags as a bool tensor: bool is returned as it is, integers are set where not 0, anything else is refused.
+    """Convert flags to bool: bool is returned as it is, integers are set where not 0, other types are refused.
 
     Real numbers are refused because they usually are another argument in the wrong place (a discount, which is 0 where
     a flag is 1), or a mask that is added to logits.

@@ -139,6 +139,6 @@ def stratified_bootstrap_interval(
 
 
 def _table(scores: ArrayLike) -> NDArray[np.float64]:
-    """Scores as float64 `[..., runs, tasks]`."""
+    """Convert scores to float64 `[..., runs, tasks]`."""
     table = np.asarray(scores, dtype=np.float64)
     return table[:, None] if table.ndim == 1 else table

@@ -193,7 +193,7 @@ def causal_log_likelihood(policy_visits: Tensor, log_policy: Tensor, gamma: floa
 
 
 def _expand(P: Tensor, reward: Tensor) -> Tensor:
-    """Reward expanded to `[*L, S, A]`, after a check of the shapes."""
+    """Expand a reward to `[*L, S, A]`, after a check of the shapes."""
     states, actions = P.shape[-3:-1]
     if P.dim() < 3 or P.shape[-1] != states:
         raise SettingError(f"P has shape {tuple(P.shape)}, expected [*L, states, actions, states]")

@@ -216,7 +216,7 @@ class AdversarialReward:
         return memory, {self.name: reward, **others}, metrics
 
     def read(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Input of the discriminator for a rollout, `[*L, T, N, ...]`: `input`, and `ends` and `valid` as numbers."""
+        """Convert a rollout to discriminator inputs `[*L, T, N, ...]`: `input`, and `ends` and `valid` as numbers."""
         inputs = self.discriminator.encode(rollout["observation"], rollout["action"])
         ends = rollout["terminated"] & rollout["valid"]
         return {"input": inputs, "ends": ends.to(inputs.dtype), "valid": rollout["valid"].to(inputs.dtype)}
@@ -241,7 +241,7 @@ class AdversarialReward:
         return memory, {f"discriminator/{name.split('/')[-1]}": value for name, value in reported.items()}
 
     def _minibatch(self, memory: Memory, number: int, steps: dict[str, Tensor], hyper: dict[str, Tensor]) -> tree.Tree:
-        """Minibatch of a gradient step, by its number after those counted in `memory`."""
+        """Draw the minibatch of a gradient step, by its number after those counted in `memory`."""
         key, counter = memory["key"], memory["count"]["gradient_steps"] + number
         rows = random.integers(key, "rollout", counter, (self.batch_size,), steps["input"].shape[-2])
         shown, own = draw(self.discriminator.shown, key, counter, self.batch_size), gather(steps, rows)
@@ -255,7 +255,7 @@ class AdversarialReward:
         }
 
     def judge(self, p: Params, steps: dict[str, Tensor], gamma: Tensor) -> Tensor:
-        """Reward `[*L, T, N]` of the steps of a rollout.
+        """Compute the reward `[*L, T, N]` of the steps of a rollout.
 
         With `absorbing`, a terminal step also gets r gamma / (1 - gamma), the return of an absorbing state with reward
         r at every step.
@@ -308,7 +308,7 @@ class Discriminator:
         return torch.cat((whitened, torch.zeros_like(whitened[..., :1])), -1) if self.absorbing else whitened
 
     def _features(self, observation: tree.Tree, action: Tensor) -> Tensor:
-        """Concatenated observation and action; Box actions are clipped to their bounds and in units of these.
+        """Concatenate observation and action; Box actions are clipped to their bounds and in units of these.
 
         In their own units, actions of a small scale would be divided by `SMALLEST_VARIANCE` instead of their variance.
         """

@@ -41,7 +41,7 @@ class Actor(Protocol):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Choose actions `[*L, N, ...]`, a sample or the mode of the policy; returns them and the new recurrent memory."""
+        """Choose actions `[*L, N, ...]`, a sample or the mode of the policy; returns them and the new memory."""
         ...
 
     def initial_memory(self, p: Params, rows: tuple[int, ...]) -> tree.Tree:

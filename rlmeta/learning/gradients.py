@@ -69,23 +69,23 @@ def all_gradients(
         ctx: of the learner's own losses.
 
     Returns:
-        `gradients` by group, `reported` values and new `buffers`; with methods the parameters as they are `seen`
+        `gradients` by group, `reported` values and new `buffers`; with methods the parameters as they are
         through them, and the `penalties`' gradients by group where they add losses.
     """
     params = state["params"]
     leaves = _leaves(params["weights"])
-    seen = {**params, "weights": leaves}
+    effective = {**params, "weights": leaves}
     with torch.enable_grad():
         for method in methods:
-            seen = method.params(seen, state["methods"][method.name], state["task"])
-            seen = {**seen, "weights": in_order(seen["weights"], leaves)}
-        losses = learner.losses(seen, batch, ctx)
+            effective = method.params(learner, effective, state["methods"][method.name], state["task"])
+            effective = {**effective, "weights": in_order(effective["weights"], leaves)}
+        losses = learner.losses(effective, batch, ctx)
         totals = [group.total(losses) for group in groups]
-        extra = _further_losses(learner, state, seen, batch, groups, methods, ctx, totals[0])
+        extra = _further_losses(learner, state, effective, batch, groups, methods, ctx, totals[0])
         added = [torch.stack([losses[number] for losses in extra]).sum(0) for number in range(len(groups)) if extra]
     outputs = {**_outputs(losses, ctx), "gradients": _gradients(totals, groups, leaves, retain_graph=bool(extra))}
     if methods:
-        outputs["seen"] = seen
+        outputs["seen"] = effective
     if extra:
         outputs["penalties"] = _gradients(added, groups, leaves)
     return outputs

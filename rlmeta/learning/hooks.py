@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlmeta.errors import HookError
 from rlmeta.functional import tree
-from rlmeta.learning.method import Memory, Method, Task, effective_params
+from rlmeta.learning.method import Memory, Method
 from rlmeta.learning.state import Params, State
 
 
@@ -113,13 +113,14 @@ def changed(method: Method, hook: str, value: Any, p: Params, m: Memory) -> tupl
     return value[0], value[1]
 
 
-def check_effective_params(methods: Sequence[Method], state: State, task: Task) -> None:
+def check_effective_params(learner: Any, state: State) -> None:
     """Validate the effective parameters: the result of every method's `params` hook."""
-    for i, method in enumerate(methods):
-        before = effective_params(methods[:i], state, task)
-        value = method.params(before, state["methods"][method.name], task)
+    params = state["params"]
+    for method in learner.methods:
+        value = method.params(learner, params, state["methods"][method.name], state["task"])
         expect(method, "params", value, "parameters", isinstance(value, dict) and "weights" in value)
-        same_form(method, "params", value["weights"], before["weights"], "the weights")
+        same_form(method, "params", value["weights"], params["weights"], "the weights")
+        params = value
 
 
 def same_form(method: Method, hook: str, value: Any, had: Any, what: str) -> None:

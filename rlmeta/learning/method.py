@@ -106,7 +106,7 @@ class Method:
         """Hook after the last step on a task."""
         return p, m
 
-    def params(self, p: Params, m: Memory, task: Task) -> Params:
+    def params(self, learner: Any, p: Params, m: Memory, task: Task) -> Params:
         """Effective parameters of every forward pass, in training and evaluation."""
         return p
 
@@ -142,16 +142,16 @@ def recordable(method: Method) -> bool:
     return vars(type(method)).get("recordable", False) is True
 
 
-def effective_params(methods: Sequence[Method], state: State, task: Task | None = None) -> Params:
+def effective_params(learner: Any, state: State, task: Task | None = None) -> Params:
     """Effective parameters: the weights after the methods' hooks; `task` is the state's own by default.
 
     Where a method has a decision rule of its own, `memories` and `task` come with them.
     """
     p: Params = state["params"]
     task = state["task"] if task is None else task
-    for method in methods:
-        p = method.params(p, state["methods"][method.name], task)
-    if any(type(method).predict is not Method.predict for method in methods):
+    for method in learner.methods:
+        p = method.params(learner, p, state["methods"][method.name], task)
+    if any(type(method).predict is not Method.predict for method in learner.methods):
         p = {**p, "memories": state["methods"], "task": task}
     return p
 

@@ -68,6 +68,7 @@ def minibatches(key: Tensor, epoch: int | Tensor, batch: tree.Tree, batch_size: 
     samples = next(tree.leaves(batch)).shape[key.dim()]
     if batch_size == samples:
         return Minibatches(batch, epochs, None)
-    orders = [random.permutation(key, "minibatch", epoch + number, samples) for number in range(epochs)]
-    pieces = [piece for order in orders for piece in torch.split(order, batch_size, -1)]
-    return Minibatches(batch, len(pieces), torch.stack(pieces) if pieces else None)
+    numbers = torch.arange(epochs, device=key.device).reshape(-1, *(1,) * key.dim()) + epoch
+    order = random.permutation(key, "minibatch", numbers, samples)  # [epochs, *L, M]
+    pieces = order.reshape(*order.shape[:-1], samples // batch_size, batch_size).movedim(-2, 1).flatten(0, 1)
+    return Minibatches(batch, len(pieces), pieces if epochs else None)

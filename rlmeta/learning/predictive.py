@@ -74,7 +74,7 @@ class Stepwise(Protocol):
     """Protocol of meta-learners that adapt to a task by gradient steps."""
 
     def adaptation(self, p: Params, world: Any, key: Tensor, tasks: int, steps: int) -> Tensor:
-        """Adaptation curves: scores on E held-out tasks after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64."""
+        """Adaptation curves: scores on held-out tasks after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64."""
         ...
 
 

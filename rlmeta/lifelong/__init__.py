@@ -5,10 +5,11 @@ from rlmeta.lifelong.agem import AGEM
 from rlmeta.lifelong.ewc import EWC
 from rlmeta.lifelong.gem import GEM
 from rlmeta.lifelong.generative_replay import GenerativeReplay
+from rlmeta.lifelong.hat import HAT
 from rlmeta.lifelong.packnet import PackNet
 from rlmeta.lifelong.replay import Replay
 
-__all__ = ["AGEM", "EWC", "GEM", "GenerativeReplay", "Method", "PackNet", "Replay"]
+__all__ = ["AGEM", "EWC", "GEM", "HAT", "GenerativeReplay", "Method", "PackNet", "Replay"]
 
 ALL = method_classes(globals())
 """Every method that can be named on the command line (`--lifelong NAME`)."""

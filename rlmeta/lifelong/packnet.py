@@ -194,7 +194,7 @@ class PackNet(Method):
 
     # ------------------------------------------------------------------ every step
 
-    def params(self, p: Params, m: Memory, task: Task) -> Params:
+    def params(self, learner: Any, p: Params, m: Memory, task: Task) -> Params:
         """Masked weights: those that the task may see, and of a task that is done its own copies."""
         old, axes = task["index"] < m["done"], task["index"].dim()
         if not bool((old | m["pruned"]).any()):

@@ -6,9 +6,10 @@
 from rlmeta.learning.settings import settings_classes
 from rlmeta.meta.learned_optimizer import LearnedOptimizer
 from rlmeta.meta.maml import MAML
+from rlmeta.meta.meta_sgd import MetaSGD
 from rlmeta.meta.protonet import ProtoNet
 
-__all__ = ["MAML", "LearnedOptimizer", "ProtoNet"]
+__all__ = ["MAML", "LearnedOptimizer", "MetaSGD", "ProtoNet"]
 
 ALL = settings_classes(globals())
 """The settings class of every meta-learner that can be named on the command line."""

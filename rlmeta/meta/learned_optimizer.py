@@ -322,7 +322,7 @@ class LearnedOptimizerLearner:
 
     def effective_params(self, state: State) -> Params:
         """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
-        return effective_params(self.methods, state)
+        return effective_params(self, state)
 
     def optimizer(self, state: State) -> Optimizer:
         """Adam, for the meta-parameters, at the learner's progress."""

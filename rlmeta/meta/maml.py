@@ -193,7 +193,7 @@ class MAMLLearner:
 
     def effective_params(self, state: State) -> Params:
         """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
-        return effective_params(self.methods, state)
+        return effective_params(self, state)
 
     def optimizer(self, state: State) -> optim.Optimizer:
         """Adam at the learner's progress."""
@@ -225,8 +225,12 @@ class MAMLLearner:
             batch = support[str(i)] if "0" in support else support
             return self.loss({**p, "weights": weights}, batch)
 
-        found = adapt(loss, p["weights"], optim.sgd(p["hyper"]["inner_rate"]), steps, order=order)
+        found = adapt(loss, p["weights"], self.inner_optimizer(p), steps, order=order)
         return {**p, "weights": found.weights}
+
+    def inner_optimizer(self, p: Params) -> optim.Optimizer:
+        """What adapts the weights of parameters `[*L, ...]`."""
+        return optim.sgd(p["hyper"]["inner_rate"])
 
     def loss(self, p: Params, batch: tree.Tree, ctx: StepContext | None = None) -> Tensor:
         """The inner learner's loss of every task, `[*L, K]`."""
@@ -268,10 +272,9 @@ class MAMLLearner:
         count = state["count"]
         tasks = world.tasks(state["key"], count["iterations"], self.settings.num_envs, "train")
         batch, metrics = self.experience(state, world, tasks) if self.inner.acts else (tasks, {})
-        average, optimizer = Average(), self.optimizer(state)
+        average = Average()
         for _ in range(self.settings.meta_epochs):
-            bound = state["params"]["hyper"]["max_grad_norm"]
-            state, info = step(self, state, batch, optimizer, max_grad_norm=bound, methods=self.methods)
+            state, info = self.meta_step(state, batch)
             average.add(info)
         state["count"] = {
             **state["count"],
@@ -281,6 +284,11 @@ class MAMLLearner:
             "task_steps": count["task_steps"] + self.steps_per_iteration,
         }
         return state, {**average.result(), **metrics}
+
+    def meta_step(self, state: State, batch: tree.Tree) -> tuple[State, Metrics]:
+        """One step of the initial weights along the meta-gradient of a meta-batch."""
+        bound = state["params"]["hyper"]["max_grad_norm"]
+        return step(self, state, batch, self.optimizer(state), max_grad_norm=bound, methods=self.methods)
 
     def draw(self, state: State, world: FamilyWorld, n: int) -> tree.Tree:
         """A meta-batch of n fresh training tasks, support and query; the state stays as it is."""

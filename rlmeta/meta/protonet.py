@@ -158,7 +158,7 @@ class ProtoNetLearner:
 
     def effective_params(self, state: State) -> Params:
         """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
-        return effective_params(self.methods, state)
+        return effective_params(self, state)
 
     def optimizer(self, state: State) -> optim.Optimizer:
         """Adam at the learner's progress."""

@@ -191,7 +191,7 @@ def _collect(module: nn.Module, prefix: str, params: Params) -> tuple[bool, bool
 
 
 def bare(networks: Callable[[], Mapping[str, AnyBlock]]) -> dict[str, AnyBlock]:
-    """Networks without weights of their own, which run on a learner's parameters alone.
+    """Build networks without weights of their own, which run on a learner's parameters alone.
 
     Initial weights could be mistaken for trained ones, so their tensors are on the device "meta", and calling such a
     network as a module, or asking for its state dict, is refused.
@@ -205,7 +205,7 @@ def bare(networks: Callable[[], Mapping[str, AnyBlock]]) -> dict[str, AnyBlock]:
 
 
 def _without_numbers(block: AnyBlock) -> AnyBlock:
-    """Copy of a block with tensors on the device "meta"; the block itself may share a user's tensors."""
+    """Copy a block with its tensors on the device "meta"; the block itself may share a user's tensors."""
     memo: dict[int, Any] = {}
     for value in own_tensors(block).values():
         empty = torch.empty_like(value, device="meta")
@@ -233,7 +233,7 @@ def _refuse_bare(block: nn.Module, *_: Any) -> NoReturn:
 
 
 def own_tensors(module: nn.Module) -> Params:
-    """The module's own parameters and buffers by name, not copied."""
+    """Collect the parameters and buffers of a module by name, without copies."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
@@ -256,7 +256,7 @@ def apply(block: Block, params: Params, x: Tree, ctx: Context | None = None) -> 
 
 
 def stack(factory: Callable[[], nn.Module], seeds: Tensor) -> Params:
-    """Stacked initial parameters and buffers, one set per learner.
+    """Initialise stacked parameters and buffers, one set per learner.
 
     Every module is built under its own seed, so that a learner's weights depend on its seed alone: not on the other
     learners, and not on torch's global generator, which is left as it was. They are built on the CPU, so that they are
@@ -324,7 +324,7 @@ def learner_axes(block: Block, params: Params, ctx: Context, prefix: str) -> int
 
 
 def _first_tensor(module: nn.Module, kind: str) -> tuple[str, int] | None:
-    """Name of the first tensor of a module, and its number of axes for one learner."""
+    """Find the first tensor of a module: its name, and its number of axes for one learner."""
     for name, value in getattr(module, kind).items():
         if value is not None:
             return name, value.dim()
@@ -336,7 +336,7 @@ def _first_tensor(module: nn.Module, kind: str) -> tuple[str, int] | None:
 
 
 def with_learner_axes(block: Block, params: Params, ctx: Context, prefix: str) -> Context:
-    """Context with its learner axes filled in; it shares `new_buffers` with `ctx`."""
+    """Fill in the learner axes of a context; the copy shares `new_buffers` with `ctx`."""
     if ctx.learner_axes is not None:
         return ctx
     return replace(ctx, learner_axes=learner_axes(block, params, ctx, prefix))
@@ -350,7 +350,7 @@ def share_tensors(block: Block, module: nn.Module) -> None:
 
 
 def fetch(block: nn.Module, params: Params, prefix: str, name: str) -> Tensor | None:
-    """Tensor of a block in `params`, or None if the block has none of this name (no bias, for example).
+    """Look up a tensor of a block in `params`; None if the block has none of this name (no bias, for example).
 
     Args:
         block: whose tensor it is.
@@ -364,7 +364,7 @@ def fetch(block: nn.Module, params: Params, prefix: str, name: str) -> Tensor | 
 
 
 def latest(params: Params, ctx: Context, name: str) -> Tensor:
-    """Latest value of a buffer: as an earlier forward pass in this context left it, else that in `params`."""
+    """Look up the latest value of a buffer: from an earlier forward pass in this context, else from `params`."""
     value = ctx.new_buffers.get(name)
     return params[name] if value is None else value
 

@@ -87,7 +87,7 @@ def _check_rows(block: Block, params: Params, x: tree.Tree, other: tree.Tree) ->
 
 
 def _with_row(x: tree.Tree, place: int, other: tree.Tree, row: int) -> tree.Tree:
-    """Copy of a batch with the row at `place` replaced by row `row` of another batch."""
+    """Copy a batch, with the row at `place` replaced by row `row` of another batch."""
 
     def put(a: Tensor, b: Tensor) -> Tensor:
         changed = a.clone()

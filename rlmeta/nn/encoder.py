@@ -18,7 +18,7 @@ ACTION_MASK = "action_mask"
 
 
 def feature_axes(space: gym.Space, path: str = "") -> Tree:
-    """Number of feature axes of an observation of `space`, after its learner and batch axes.
+    """Count the feature axes of an observation of `space`, after its learner and batch axes.
 
     Args:
         space: an observation space.

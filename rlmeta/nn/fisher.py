@@ -95,7 +95,7 @@ def _refuse_probabilities(out: Tensor, learner_axes: int) -> None:
 
 
 def _drawn_labels(logits: Forward, p: ParamTree, batch: tree.Tree, key: Tensor | None, learner_axes: int) -> Tensor:
-    """Labels `[*L, n]` sampled from the predicted distribution."""
+    """Sample labels `[*L, n]` from the predicted distribution."""
     if key is None or key.dim() != learner_axes:
         key_text = "without a key" if key is None else f"with a key of shape {tuple(key.shape)}"
         raise SettingError(f'fisher: kind "sample" draws labels, {key_text}: pass a key [*L]')
@@ -105,7 +105,7 @@ def _drawn_labels(logits: Forward, p: ParamTree, batch: tree.Tree, key: Tensor |
 
 
 def _checked_labels(target: Tensor | None, out: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Labels as int64, checked against the number of classes of the logits `out`."""
+    """Convert labels to int64, after a check against the number of classes of the logits `out`."""
     if target is None:
         raise SettingError('fisher: kind "empirical" is of the data\'s labels: pass target')
     if target.is_floating_point() or tuple(target.shape) != shape:

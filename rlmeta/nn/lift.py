@@ -73,7 +73,7 @@ def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
 
 
 def _native(module: nn.Module) -> Block | None:
-    """Equivalent block of this package that shares the module's tensors; None if there is none."""
+    """Convert a module to an equivalent block of this package, sharing its tensors; None if there is none."""
     if isinstance(module, Block):
         return module
     if hooked(module):

@@ -86,7 +86,7 @@ class _Call(NamedTuple):
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Deep copy of a module; `memo` as for `copy.deepcopy`.
+    """Deep-copy a module; `memo` as for `copy.deepcopy`.
 
     Raises:
         SettingError: the module cannot be copied.
@@ -173,7 +173,7 @@ class Lifted(Block):
     def _together(
         self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, learners: int, call: _Call
     ) -> Outcome:
-        """All learners at once under vmap, along axis 0; in a loop if an operation has no batching rule."""
+        """Run all learners at once under vmap, along axis 0; in a loop if an operation has no batching rule."""
         recurrent = any(isinstance(part, nn.RNNBase) for part in call.parts.modules)
         if recurrent or learners == 1 or call.modes in self._looped_modes:
             return self._looped(own, inputs, key, learners, call)
@@ -204,7 +204,7 @@ class Lifted(Block):
         return pytree.tree_unflatten(stacked, outcomes[0][1])
 
     def _alone(self, own: Params, inputs: tuple[Tree, ...], key: Tensor | None, call: _Call) -> Outcome:
-        """One learner, without learner axes, with torch's generator seeded by the key if the module draws."""
+        """Run one learner, without learner axes, with torch's generator seeded by the key if the module draws."""
         devices = _generator_devices(own, inputs)
         if key is None or call.modes not in self._drawing_modes:
             before = _generator_states(devices)
@@ -310,7 +310,7 @@ def _replace(module: nn.Module) -> None:
 
 
 def norm_or_dropout(module: nn.Module) -> Block | None:
-    """Block of torch's batch normalisation or dropout, sharing its tensors; None for other and for hooked modules."""
+    """Convert torch's batch normalisation or dropout to a block, sharing tensors; None for other or hooked modules."""
     if hooked(module):
         return None
     if type(module) in BATCH_NORMS:
@@ -344,7 +344,7 @@ def recordable(module: nn.Module) -> bool:
 
 
 def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int) -> torch.Size:
-    """Sizes of the learner axes, with which every tensor must start."""
+    """Check that every tensor starts with the learner axes, and return their sizes."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     shape = next((value.shape[:axes] for value in (*own.values(), *tensors)), torch.Size())
     for value in (*own.values(), *tensors, *(() if key is None else (key,))):
@@ -356,7 +356,7 @@ def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, ax
 
 
 def _reshaper(axes: int, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """Function that reshapes the first `axes` axes to `shape`."""
+    """Build a function that reshapes the first `axes` axes to `shape`."""
     return lambda value: value.reshape((*shape, *value.shape[axes:]))
 
 

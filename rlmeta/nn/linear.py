@@ -79,7 +79,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def tapped(ctx: Context, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear map that records its input and output in the context's taps, if there are some, for per-sample gradients.
+    """Linear map that also records its input and output in `ctx.taps`, unless that is None, for per-sample gradients.
 
     The weights are then treated as constants: their gradients follow from the taps, so that in the graph they have a
     gradient only where something else uses them too.

@@ -76,7 +76,7 @@ class BatchNorm1d(Block):
 
     @classmethod
     def from_torch(cls, module: nn.modules.batchnorm._BatchNorm) -> BatchNorm1d:
-        """Block that shares the tensors of a batch normalisation module of torch and expects its layout."""
+        """Create a block that shares the tensors of torch's batch normalisation module and expects its layout."""
         block = cls(module.num_features, module.eps, module.momentum, affine=False, track_running_stats=False)
         block._channels_last = False
         block._parameters, block._buffers = module._parameters, module._buffers

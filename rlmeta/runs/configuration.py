@@ -82,6 +82,8 @@ def from_config(
             threads=config["threads"],
         )
         check_digests(config["digests"], experiment.digests(), where)
+        if network is not None and not any("network" in t or "network=" in str(t.get("learner")) for t in saved):
+            raise SettingError(f"{where_config} had no network of your own, network= is {network!r}: leave it out")
         return experiment
 
 
@@ -170,8 +172,6 @@ def _settings_again(
     check_table(saved, {name: TEXT for name in ("network", "learner") if name in saved}, where_variants)
     table: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     check_names(cls, table, where_variants)
-    if network is not None and "network" not in table and "network=" not in str(table.get("learner")):
-        raise SettingError(f"{where}/{CONFIG} had no network of your own, network= is {network!r}: leave it out")
     if "network" in table:
         table["network"] = _network_again(table["network"], network, where)
     if "learner" in table:

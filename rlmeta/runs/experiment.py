@@ -88,7 +88,7 @@ def chosen_seeds(value: Any) -> tuple[int, ...]:
     if not isinstance(listed, Iterable):
         raise SettingError(expected)
     seeds = tuple(itertools.islice(listed, MOST_SEEDS + 1))
-    require(len(seeds) <= MOST_SEEDS, f"more than {MOST_SEEDS:,} seeds are given, expected at most that many")
+    require(len(seeds) <= MOST_SEEDS, f"seeds are more than {MOST_SEEDS:,}, expected at most that many")
     if not all(isinstance(s, Integral) and not isinstance(s, bool) and 0 <= int(s) < 1 << 63 for s in seeds):
         raise SettingError(expected)
     require(len(seeds) > 0, "no seeds given, expected at least one")

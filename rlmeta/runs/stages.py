@@ -136,7 +136,7 @@ def begin(learner: Learner, state: State, world: Any, stream: TaskStream, orders
     begun = torch.full_like(state["stage"], stage.number + 1)
     if not stage.announced:
         state = turn_to(learner, state, world, stream, orders, stage.position, announced=stage.number == 0)
-        hooks.check_effective_params(learner.methods, state, state["task"])
+        hooks.check_effective_params(learner, state)
         return {**state, "stage": begun}
     if stage.begins_task:
         state = turn_to(learner, state, world, stream, orders, stage.position)
@@ -147,7 +147,7 @@ def begin(learner: Learner, state: State, world: Any, stream: TaskStream, orders
     for method in learner.methods:
         changed = method.phase_start(learner, *_given(state, method), stage.phase)
         state = _changed(state, method, "phase_start", changed)
-    hooks.check_effective_params(learner.methods, state, state["task"])
+    hooks.check_effective_params(learner, state)
     return {**(reset_optimizer(state) if stream.restarts else state), "stage": begun}
 
 
@@ -188,7 +188,7 @@ def evaluate_tasks(
     """Evaluate on the task at every position of each learner's order; returns a list over positions."""
     evaluations = []
     for position in range(orders.shape[-1]):
-        p = effective_params(learner.methods, state, tested_task(state, world, stream, orders, position))
+        p = effective_params(learner, state, tested_task(state, world, stream, orders, position))
         fresh = random.fold(key, position)
         evaluations.append(learner.evaluate(p, world, fresh, episodes, deterministic=deterministic))
     return evaluations

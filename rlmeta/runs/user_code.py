@@ -191,7 +191,7 @@ def build_method(method: Any, settings: Mapping[str, Any]) -> Method:
     name = method.name
     if isinstance(method, Method) or not hasattr(method, "__dataclass_fields__"):
         if settings:
-            raise SettingError(f"--{name}.{next(iter(settings))}: {name} takes no settings here, leave the flag out")
+            raise SettingError(f"--{name}.{next(iter(settings))}: {name} has no settings here, leave the flag out")
         return method if isinstance(method, Method) else method()
     check_names(method, dict(settings), f"--{name}")
     values: dict[str, Any] = {}

@@ -118,7 +118,7 @@ class ClassifierLearner(Supervised):
 
 
 def _add_classes(state: State, classes: Tensor) -> State:
-    """State with classes `[*L, C]` added to the known ones."""
+    """Add classes `[*L, C]` to the known ones in the state."""
     p = state["params"]
     born = p["buffers"]["born"]
     return {**state, "params": {**p, "buffers": {**p["buffers"], "born": born | classes.to(born.device)}}}

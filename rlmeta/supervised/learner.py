@@ -225,7 +225,7 @@ class Supervised:
 
     def effective_params(self, state: State) -> Params:
         """Effective parameters of forward passes, after the hooks of lifelong methods."""
-        return effective_params(self.methods, state)
+        return effective_params(self, state)
 
     # ------------------------------------------------------------------ evaluation, and samples for lifelong methods
 

@@ -47,7 +47,7 @@ def test_learns_to_name_its_observation_in_every_action_space(name, kind):
         with pytest.raises(SpaceError, match="DQN chooses among Discrete"):
             start(SMALL[name], problem)
         return
-    agent, state = train(SMALL[name], problem, 60)
+    agent, state = train(SMALL[name], problem, 30)
     assert (greedy_return(agent, state, problem) > (0.6 if kind == "box" else 0.9)).all()
 
 
@@ -72,7 +72,7 @@ def test_dictionary_observations_and_a_network_of_ones_own(name):
 
     problem = task(partial(Target, "discrete", as_dict=True), name="dict")
     for settings in (SMALL[name], dataclasses.replace(SMALL[name], network=Net)):
-        agent, state = train(settings, problem, 60)
+        agent, state = train(settings, problem, 25)
         assert (greedy_return(agent, state, problem) > 0.9).all()
 
 
@@ -88,7 +88,7 @@ def test_time_limits_bootstrap_so_that_an_endless_reward_is_worth_its_sum(name):
     import dataclasses
 
     settings = dataclasses.replace(SMALL[name], gamma=0.8)
-    agent, state = train(settings, task(partial(Endless, 7), name="endless"), 250)
+    agent, state = train(settings, task(partial(Endless, 7), name="endless"), 120)
     observation = torch.ones(2, 1, 2)
     network, group = (agent.q, "q") if name == "dqn" else (agent.value, "value")
     value = agent.forward(network, group, state["params"], observation)

@@ -835,7 +835,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "a sample's output changes without the rest of its batch": lambda: plain.fisher_information(
         nn.Linear(4, 3), torch.randn(5, 4), logits=lambda m, x: m(x) - m(x).mean(0)
     ),
-    "the outputs are a tuple, expected|the outputs are torch.float32 of shape": lambda: plain.fisher_information(
+    "the outputs are of type tuple, expected|the outputs are torch.float32 of shape": lambda: plain.fisher_information(
         nn.Linear(4, 3),
         X,
         logits=lambda m, x: (m(x),),  # type: ignore[arg-type, return-value]

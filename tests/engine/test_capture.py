@@ -220,7 +220,7 @@ def test_random_numbers_follow_the_key():
 
 
 TASKS = ["FrozenLake-v1", "FrozenLake8x8-v1", "CliffWalking-v1", "GridWorld-v0", "Bandit-v0", "Navigation-v0"]
-TASKS += ["Pendulum-v1", "MountainCarContinuous-v0", "Acrobot-v1", "cartpole-physics", "CartPole-fixed"]
+TASKS += ["DeepSea-v0", "Pendulum-v1", "MountainCarContinuous-v0", "Acrobot-v1", "cartpole-physics", "CartPole-fixed"]
 AGENTS = [rl.PPO(num_steps=16, batch_size=64, num_epochs=4), rl.A2C(), rl.REINFORCE(num_steps=40)]
 AGENTS += [rl.DQN(learning_starts=16, gradient_steps=2)]
 

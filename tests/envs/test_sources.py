@@ -123,7 +123,7 @@ class OldStyle:
         (lambda: gym.make_vec("CartPole-v1", 2), r"vector .*lambda num_envs: gym\.make_vec\('CartPole-v1', num_"),
         (Line, r"environment Line, which is made already.*give a function that makes one, rl\.task\(lambda: \.\.\.\)"),
         (Agents, "several agents, such as PettingZoo's, are not supported"),
-        (lambda: [rl.task("CartPole-v1")], r"a list: rl\.stream"),
+        (lambda: [rl.task("CartPole-v1")], r"of type list: rl\.stream"),
         (lambda: 7, "a task can't be 7, expected a name"),
         (lambda: None, "a task can't be None"),
     ],

@@ -54,7 +54,7 @@ def fitted(settings: rl.IRL, iterations: int, reward: Tensor = REWARD5, seeds: i
 @pytest.mark.parametrize(("horizon", "gamma"), [(15, 1.0), (15, 0.9), (0, 0.9)])
 def test_the_visits_of_the_demonstrator_are_matched_and_its_policy_is_as_good(horizon, gamma):
     settings = rl.IRL(walks(), horizon=horizon, gamma=gamma, learning_rate=0.1, num_steps=50)
-    agent, state = fitted(settings, 8)
+    agent, state = fitted(settings, 4)
     plan = agent.plan(agent.reward(state["params"]))
     torch.testing.assert_close(agent.policy_visits(plan), agent.visits.expand(2, -1), rtol=0, atol=1e-2)
     value = tabular.policy_value_horizon if horizon else tabular.policy_value
@@ -117,7 +117,7 @@ def test_a_network_that_sees_only_the_distance_explains_a_reward_of_it():
 
     reward = torch.tensor([1.0 if s == 24 else -0.05 * (8 - s // 5 - s % 5) for s in range(25)], dtype=torch.float64)
     settings = rl.IRL(walks(), gamma=0.9, learning_rate=0.05, num_steps=50, network=lambda space: Distance())
-    agent, state = fitted(settings, 8, reward)
+    agent, state = fitted(settings, 4, reward)
     found = agent.policy_visits(agent.plan(agent.reward(state["params"])))
     torch.testing.assert_close(found, agent.visits.expand(2, -1), rtol=0, atol=2e-2)
 

@@ -44,7 +44,7 @@ def test_a_hook_that_gives_something_else_is_named(hook, found, message, tmp_pat
     def given(self, *arguments, **named):
         if not callable(found):
             return found
-        return found(*(arguments[:1] if hook == "params" else arguments[1:3]))
+        return found(*(arguments[1:2] if hook == "params" else arguments[1:3]))
 
     method = type("Mine", (Method,), {"name": "mine", hook: given})()
     with pytest.raises(HookError, match=f"^mine: its hook {hook} {message}"):

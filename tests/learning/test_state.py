@@ -71,7 +71,7 @@ class Turned(Method):
 
     name = "turned"
 
-    def params(self, p: Any, m: Any, task: Any) -> Any:
+    def params(self, learner: Any, p: Any, m: Any, task: Any) -> Any:
         return {**p, "weights": turned(dict(p["weights"]))}
 
     def phase_start(self, learner: Any, p: Any, m: Any, task: Any, phase: str) -> Any:

@@ -183,7 +183,7 @@ class Shrunk(Method):
 
     name = "shrunk"
 
-    def params(self, p, m, task):
+    def params(self, learner, p, m, task):
         return {**p, "weights": {name: 0.5 * w for name, w in p["weights"].items()}}
 
 

@@ -164,7 +164,7 @@ class Watcher(Method):
     def phases(self, iterations: int) -> list[tuple[str, int]]:
         return [("again", 1)]
 
-    def params(self, p: Any, m: Any, task: Any) -> Any:
+    def params(self, learner: Any, p: Any, m: Any, task: Any) -> Any:
         self.seen.append(("params", whose(task)))
         return p
 

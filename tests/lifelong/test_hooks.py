@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rlmeta as rl
 from rlmeta.learning.method import Method
-from rlmeta.lifelong import AGEM, ALL, EWC, GEM, GenerativeReplay, PackNet, Replay
+from rlmeta.lifelong import AGEM, ALL, EWC, GEM, HAT, GenerativeReplay, PackNet, Replay
 from tests.lifelong.test_methods import SHORT, agent, conflicts
 from tests.lifelong.toy import learner, pictures, points
 
@@ -65,7 +65,7 @@ class Watched(Method):
 
 
 METHODS = [EWC(strength=10.0, samples=16), EWC(strength=10.0, samples=16, online=True, decay=0.9), GEM(memory=8)]
-METHODS += [AGEM(memory=8, batch_size=8), PackNet(), PackNet(retrain=0.0, keep=0.3), Replay(size=16)]
+METHODS += [AGEM(memory=8, batch_size=8), PackNet(), PackNet(retrain=0.0, keep=0.3), Replay(size=16), HAT()]
 LABELLED = [GenerativeReplay(latent=2, hidden_sizes=(5,))]
 
 

@@ -43,7 +43,7 @@ NORMS = {
 def answers(run, position: int) -> torch.Tensor:
     """The logits of the task at this position for its test samples."""
     task = tree.map(lambda x: torch.full_like(x, position), run.state["task"])
-    p = effective_params(run.agent.methods, run.state, task)
+    p = effective_params(run.agent, run.state, task)
     x = tasks()[position].test.observation
     return run.agent.logits(p, {"observation": x.expand(*run.state["key"].shape, *x.shape)}).detach().clone()
 
@@ -266,7 +266,7 @@ def test_q_networks_are_packed_too():
 
     def watch(run, metrics):
         if int(run.state["methods"]["packnet"]["done"].max()) > 0:
-            p = effective_params(run.agent.methods, run.state, tree.map(torch.zeros_like, run.state["task"]))
+            p = effective_params(run.agent, run.state, tree.map(torch.zeros_like, run.state["task"]))
             found.append(run.agent.forward(run.agent.q, "q", p, observed).detach())
 
     budget = rl.Budget(steps=256, eval_episodes=1, final_episodes=1, log_points=1000)
@@ -311,7 +311,7 @@ def test_an_agents_critic_is_packed_only_if_wanted():
             m = run.state["methods"]["packnet"]
             if int(m["done"].max()) > 0:
                 task = tree.map(torch.zeros_like, run.state["task"])
-                p = effective_params(run.agent.methods, run.state, task)
+                p = effective_params(run.agent, run.state, task)
                 found.append(run.agent.forward(run.agent.policy, "policy", p, observed)["logits"].detach())
 
         run = rl.train(
@@ -319,7 +319,7 @@ def test_an_agents_critic_is_packed_only_if_wanted():
         )
         owner = Packed.view(run.state["methods"]["packnet"]["owner"], run.state["params"]["weights"], 1)
         assert bool((owner["value.body.1.0.weight"] == NOBODYS).all()) != critic
-        first = effective_params(run.agent.methods, run.state, tree.map(torch.zeros_like, run.state["task"]))["weights"]
+        first = effective_params(run.agent, run.state, tree.map(torch.zeros_like, run.state["task"]))["weights"]
         hidden = first["value.body.1.0.weight"] != run.state["params"]["weights"]["value.body.1.0.weight"]
         assert bool(hidden.any()) == critic, "the critic is seen as it is unless it is packed"
         assert len(found) > 1 and all(torch.equal(one, found[0]) for one in found)  # with its own normaliser

@@ -27,12 +27,12 @@ from tests.lifelong.toy import flat
 S = B = T = N = 3
 A = 2
 SETTINGS = rl.PPO(
-    num_envs=N, num_steps=T, batch_size=T, num_epochs=2, hidden_sizes=(5,), memory="gru", memory_size=4,
-    sees=("action", "reward"),
+    num_envs=N, num_steps=T, batch_size=T, num_epochs=1, hidden_sizes=(5,), memory="gru", memory_size=4,
+    sees=("action", "reward", "start"),
 )  # fmt: skip
 METHODS = [EWC(strength=100.0, samples=4), GEM(memory=4), AGEM(memory=4, batch_size=4), Replay(size=8), PackNet()]
-BUDGET = rl.Budget(steps=4 * N * T, eval_episodes=1, final_episodes=1, log_points=100)
-"""Four iterations a task."""
+BUDGET = rl.Budget(steps=2 * N * T, eval_episodes=1, final_episodes=1, log_points=100)
+"""Two iterations a task, of three gradient steps each."""
 
 
 @functools.cache
@@ -81,6 +81,10 @@ def test_samples_are_as_many_whole_sequences_as_are_asked_for() -> None:
     agent, p, batch = drawn()
     assert batch["action"].shape == (S, B, T) and batch["observation"]["hidden"]["policy"].shape == (S, B, 4)
     assert batch["observation"]["begins"].any() and not batch["observation"]["begins"].all()
+    blank = tree.flatten(agent.blank((S,), torch.device("cpu"))["observation"])
+    assert {n: x.shape for n, x in blank.items()} == {
+        n: (S, 1, *x.shape[2:]) for n, x in tree.flatten(batch["observation"]).items()
+    }
     draw = functools.partial(trained().agent.draw, trained().state, trained().world)
     assert draw(N + 1)["action"].shape == (S, N + 1, T)
     longer = doubled(draw(2 * N))
@@ -152,7 +156,7 @@ def test_what_is_kept_are_the_policys_answers_at_every_step() -> None:
 
     def watch(run: Any, metrics: Any) -> None:
         first = tree.map(lambda x: x[:, 0].clone(), run.state["methods"]["replay"]["samples"])
-        if metrics["iteration"] == 4:
+        if metrics["iteration"] == 2:
             kept.append(first)
             assert first["taught"]["logits"].shape == (S, 4, T, A)
             # at the end of the task the policy still says what is remembered: no loss
@@ -215,7 +219,7 @@ def test_a_method_works_on_the_policy_and_its_memory(method: Method) -> None:
 
 def test_a_run_stopped_and_resumed_ends_as_the_one_that_was_not(tmp_path: Any) -> None:
     whole = trained(*METHODS)
-    stopped = train(*METHODS, out=tmp_path / "part", callbacks=[lambda run, metrics: metrics["iteration"] >= 7])
+    stopped = train(*METHODS, out=tmp_path / "part", callbacks=[lambda run, metrics: metrics["iteration"] >= 4])
     assert stopped.stopped
     shutil.move(tmp_path / "part", tmp_path / "moved")
     again = rl.resume(tmp_path / "moved", env=hidden())
@@ -252,7 +256,7 @@ def test_recorded_steps_are_the_bits_of_others(monkeypatch: pytest.MonkeyPatch, 
 def test_hooks_write_nothing_in_place() -> None:
     watched = [Watched(method) for method in METHODS]
     train(*watched)
-    assert all(each.calls > 30 for each in watched)
+    assert all(each.calls > 15 for each in watched)
 
 
 def test_packnet_keeps_the_answers_of_a_finished_task_bit_for_bit() -> None:
@@ -262,9 +266,25 @@ def test_packnet_keeps_the_answers_of_a_finished_task_bit_for_bit() -> None:
         if run.state["methods"]["packnet"]["done"].max() < 1:
             return
         task = tree.map(torch.zeros_like, run.state["task"])
-        p = effective_params(run.agent.methods, run.state, task)
+        p = effective_params(run.agent, run.state, task)
         batch = trained().agent.draw(trained().state, trained().world, B)
         answers.append(run.agent.distribution(p, batch, Context())["logits"])
 
     train(PackNet(), callbacks=[watch])
     assert len(answers) > 3 and all(torch.equal(answers[0], later) for later in answers[1:])
+
+
+@pytest.mark.slow
+def test_what_was_learned_without_velocities_is_forgotten_less() -> None:
+    """Fine-tuning keeps 13 of 500 on the first task; as a mean of both tasks nothing that forgets, or that learns
+    nothing new, can reach 300."""
+    name = "cartpole-positions-conflicts"
+
+    def final(*methods: Method) -> Tensor:
+        run = rl.train(rl.preset("ppo", name), name, steps=40_000, seeds=(100, 101, 102, 103), lifelong=methods)
+        return run.matrix[:, -1].mean(0)
+
+    assert final()[0] < 100
+    for method in (Replay(size=128), EWC(strength=300.0, samples=64)):
+        scores = final(method)
+        assert scores.mean() >= 300 and scores[0] >= 150, (method.name, scores.tolist())

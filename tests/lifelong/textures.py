@@ -36,8 +36,8 @@ def _draw(style: list[tuple[float, float]], count: int, random: np.random.Genera
 
 
 @functools.cache
-def textures() -> TaskStream:
-    """Four tasks of 3, 1, 4 and 2 classes, class-incremental; 400 pictures a class to learn from, 150 to be tested."""
+def textures(scenario: Any = "class") -> TaskStream:
+    """Four tasks of 3, 1, 4 and 2 classes; 400 pictures a class to learn from, 150 to be tested."""
     random = np.random.default_rng(7)
     styles = [
         [(random.uniform(0, np.pi), random.uniform(1.5, 6)) for _ in range(2)]
@@ -53,4 +53,4 @@ def textures() -> TaskStream:
         target = torch.arange(10).repeat_interleave(len(drawn[0]))
         order = torch.from_numpy(random.permutation(len(target)))
         packed.append(Samples(x[order], target[order]))
-    return rl.stream(split(Labelled(*packed, 10), GROUPS, "class"), name="textures", scenario="class")
+    return rl.stream(split(Labelled(*packed, 10), GROUPS, scenario), name="textures", scenario=scenario)

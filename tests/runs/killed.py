@@ -28,6 +28,7 @@ METHODS: dict[str, Any] = {
     "gem": rl.GEM(memory=16),
     "agem": rl.AGEM(memory=16),
     "packnet": rl.PackNet(),
+    "hat": rl.HAT(),
     "generative_replay": rl.GenerativeReplay(latent=2, hidden_sizes=(8,)),
     "replay": rl.Replay(size=20, batch_size=8),
 }

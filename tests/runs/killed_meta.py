@@ -16,6 +16,11 @@ CASES: dict[str, tuple[Any, str, int]] = {
     "maml reinforce": (rl.MAML(POLICY, num_envs=3, inner_rate=0.1), "navigation-short", 960),
     "maml classifier": (rl.MAML(rl.Classifier(hidden_sizes=(8,)), num_envs=4, first_order=True), "few-shot-digits", 16),
     "maml ppo": (rl.MAML(CLIPPED, num_envs=3, inner_rate=0.1, meta_epochs=2), "navigation-short", 960),
+    "meta sgd": (
+        rl.MetaSGD(rl.Regressor(hidden_sizes=(8,)), num_envs=4, rates_max_grad_norm=1.0),
+        "sinusoid",
+        16,
+    ),
     "protonet": (rl.ProtoNet(num_envs=4, hidden_sizes=(8,)), "few-shot-digits", 16),
     "truncated": (rl.LearnedOptimizer(estimator="truncated", **LEARNED), "quadratics", 100),
     "pes": (rl.LearnedOptimizer(estimator="pes", **LEARNED), "quadratics", 100),

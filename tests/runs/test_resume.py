@@ -59,6 +59,7 @@ def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path, killer):
         ("classifier", "split-digits+agem", 7),
         ("classifier", "split-digits+packnet", 3),
         ("classifier", "split-digits+packnet", 4),
+        ("classifier", "split-digits+hat", 5),
         ("classifier", "split-digits+generative_replay", 3),
         ("classifier", "split-digits+generative_replay", 6),
         ("ppo", "cartpole-conflicts+ewc+replay", 5),
@@ -384,7 +385,7 @@ def test_a_run_whose_folder_was_made_anew_leaves_the_new_one_alone(at, tmp_path,
             killer.kill("tests.runs.killed:train", str(folder), "a2c", "CartPole-v1", 4)
             found.update(content_of(folder))
 
-    with pytest.raises(CheckpointError, match="moved, deleted or made anew: the run ends here and leaves"):
+    with pytest.raises(CheckpointError, match="moved, deleted or created again: the run ends here and leaves"):
         rl.train(SETTINGS, "CartPole-v1", out=folder, budget=BUDGET, callbacks=[make_anew], threads=1)
     assert content_of(folder) == found and len(found) >= 5
     assert rl.resume(folder).env_steps == killed.STEPS["a2c"]

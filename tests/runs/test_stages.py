@@ -250,7 +250,7 @@ class Spy(Method):
         self.note("task_end", task, draw(4))
         return p, m
 
-    def params(self, p, m, task):
+    def params(self, learner, p, m, task):
         self.note("params", task)
         return p
 

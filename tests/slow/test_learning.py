@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import rlmeta as rl
@@ -42,7 +44,27 @@ def test_maml_adapts_in_one_step() -> None:
     assert run.scores.mean() <= 1.0, run.scores.tolist()
 
 
-@pytest.mark.parametrize(("method", "least"), [(rl.EWC(strength=100.0), 0.9), (rl.PackNet(), 0.9), (rl.Replay(), 0.9)])
+def test_meta_sgd_adapts_better_in_one_step() -> None:
+    """MAML has 0.51 then."""
+    run = rl.train(rl.preset("meta_sgd", "sinusoid"), "sinusoid", steps=75_000, seeds=SEEDS)
+    assert run.scores.mean() <= 0.35, run.scores.tolist()
+
+
+def test_curiosity_finds_what_a_random_walk_does_not() -> None:
+    """One of a million walks is paid: seven of eight seeds had it, and none of PPO alone."""
+    settings = rl.preset("ppo", "DeepSea-20")
+    runs = [
+        rl.train(replace(settings, rewards=rewards), "DeepSea-20", steps=160_000, seeds=SEEDS, final_episodes=8)
+        for rewards in ((rl.RND(),), ())
+    ]
+    curious, plain = (run.scores for run in runs)
+    assert (curious > 0.9).double().mean() >= 0.5 and plain.max() <= 0.0, (curious.tolist(), plain.tolist())
+
+
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [(rl.EWC(strength=100.0), 0.9), (rl.PackNet(), 0.9), (rl.HAT(s_max=100.0), 0.9), (rl.Replay(), 0.9)],
+)
 def test_lifelong_methods_keep_old_tasks(method: object, least: float) -> None:
     stream = rl.stream("split-digits", scenario="task")
     settings = rl.Classifier(hidden_sizes=(100, 100))

@@ -28,7 +28,7 @@ def require_module(module: nn.Module, who: str) -> None:
 
 
 def trainable(module: nn.Module, who: str) -> dict[str, nn.Parameter]:
-    """Parameters that require a gradient, tied ones once."""
+    """Collect the parameters that require a gradient, tied ones once."""
     require_module(module, who)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if any(nn.parameter.is_lazy(p) for p in parameters.values()):
@@ -42,7 +42,7 @@ def trainable(module: nn.Module, who: str) -> dict[str, nn.Parameter]:
 
 
 def rest_of(module: nn.Module, trained: Mapping[str, Tensor]) -> Named:
-    """Frozen parameters and buffers of a module."""
+    """Collect the frozen parameters and the buffers of a module."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: value for name, value in tensors.items() if name not in trained}
 
@@ -58,7 +58,7 @@ def require_gradients(parameters: Mapping[str, nn.Parameter], what: str) -> None
 
 
 def leaves_of(batch: Batch, who: str) -> tuple[list[Tensor], pytree.TreeSpec]:
-    """Tensors of a batch and its structure, checked to have the same number of samples."""
+    """Flatten a batch to its tensors and structure, after a check of the number of samples."""
     leaves, structure = pytree.tree_flatten(batch)
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
         kinds = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
@@ -70,7 +70,7 @@ def leaves_of(batch: Batch, who: str) -> tuple[list[Tensor], pytree.TreeSpec]:
 
 
 def take(leaf: Tensor, rows: Tensor) -> Tensor:
-    """Copy of some samples."""
+    """Select samples by index, as a detached copy."""
     return leaf.detach()[rows.to(leaf.device)]
 
 

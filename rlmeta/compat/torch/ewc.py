@@ -104,7 +104,7 @@ class EWC:
             raise
 
     def _quadratic(self, name: str, like: Tensor) -> Named:
-        """Quadratic of a parameter, moved to the parameter's device."""
+        """Look up the quadratic of a parameter, moved to the parameter's device."""
         quadratic = self._quadratics[name]
         if quadratic["centre"].device != like.device:
             quadratic = self._quadratics[name] = {part: value.to(like.device) for part, value in quadratic.items()}

@@ -74,14 +74,14 @@ class _Episodic:
         self._tasks, self._steps, self._pool = list(state["tasks"]), int(state["steps"]), []
 
     def _gradient(self) -> tuple[dict[str, nn.Parameter], Tensor]:
-        """Trainable parameters and their gradient `[P]`, 0 for those without."""
+        """Collect the trainable parameters and their gradient `[P]`, 0 for those without."""
         name = type(self).__name__
         parameters = trainable(self.module, name)
         require_gradients(parameters, f"{name}: project()")
         return parameters, _flat([_zero(p) if p.grad is None else p.grad for p in parameters.values()])
 
     def _reference(self, loss: Callable[..., Tensor], samples: Batch, parameters: dict[str, nn.Parameter]) -> Tensor:
-        """Reference gradient `[P]`: of the loss on samples in memory."""
+        """Compute a reference gradient `[P]`: of the loss on samples in memory."""
         name = type(self).__name__
         with evaluation(self.module), torch.inference_mode(False), torch.enable_grad():
             value = loss(*samples)
@@ -202,7 +202,7 @@ def _zero(parameter: Tensor) -> Tensor:
 
 
 def _flat(gradients: Sequence[Tensor]) -> Tensor:
-    """Flat gradient `[P]`, on the device of the first, in single precision or better."""
+    """Flatten gradients to `[P]`, on the device of the first, in single precision or better."""
     device = gradients[0].device
     return torch.cat([precise(gradient.detach()).flatten().to(device) for gradient in gradients])
 

@@ -103,7 +103,7 @@ def fisher_information(
 
 
 def _model(module: nn.Module) -> Callable[[dict[str, Named], Context, tuple[Any, ...], dict[str, Any]], Any]:
-    """Function that runs the module on given weights, with the context's taps unless weights are tied."""
+    """Build a function that runs the module on given weights, with the context's taps unless weights are tied."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, value in (

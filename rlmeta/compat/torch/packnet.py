@@ -133,7 +133,7 @@ class PackNet:
         self._copies.append({name: value.clone() for name, value in self._copied().items()})
 
     def _drawn(self, name: str) -> Tensor:
-        """Weights redrawn at random from a layer's initial values."""
+        """Redraw weights at random from a layer's initial values."""
         begun = self._begun[name].flatten()
         key = random.fold(random.fold(self._key, name), self._task)
         index = random.integers(key, "packnet", 0, (begun.numel(),), begun.numel())
@@ -173,7 +173,7 @@ class PackNet:
             parameter.copy_(torch.where(self._frozen(name), self._kept[name], parameter))
 
     def _frozen(self, name: str) -> Tensor:
-        """Mask of frozen weights: those of earlier tasks, and after the pruning all but the task's own."""
+        """Compute the mask of frozen weights: those of earlier tasks, and after the pruning all but the task's own."""
         owner = self._owner[name]
         return owner != self._task + 1 if self._pruned else owner != _FREE
 
@@ -245,7 +245,7 @@ class PackNet:
         self._packed()
 
     def _packed(self) -> dict[str, nn.Parameter]:
-        """Packed parameters, those with two axes or more; their bookkeeping is created or moved to their device."""
+        """Collect the packed parameters, those with two axes or more; create or move their bookkeeping."""
         parameters = trainable(self.module, "PackNet")
         for name in self._owner:
             if name not in parameters or parameters[name].shape != self._owner[name].shape:
@@ -267,7 +267,7 @@ class PackNet:
         return packed
 
     def _copied(self) -> Named:
-        """Tensors of which every task has a copy: biases, normalisation and buffers."""
+        """Collect the tensors of which every task has a copy: biases, normalisation and buffers."""
         few = {n: p.detach() for n, p in self.module.named_parameters() if p.dim() <= 1}
         return {**few, **dict(self.module.named_buffers())}
 

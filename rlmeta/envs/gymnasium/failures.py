@@ -17,7 +17,7 @@ _ADAPTER = str(Path(__file__).parent)
 
 
 def failed(what: str, error: BaseException) -> EnvironmentFailedError:
-    """Error with the name of the failed environment, its exception and source line; raise it from `error`.
+    """Create the error that names a failed environment, its exception and source line; raise it from `error`.
 
     Args:
         what: description of the environment and its row.
@@ -95,7 +95,7 @@ def _text(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Source line of an exception, the innermost in the user's own files."""
+    """Find the source line of an exception, the innermost in the user's own files."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_ADAPTER)]
     own = [frame for frame in frames if "site-packages" not in frame.filename]
     if not frames:

@@ -70,13 +70,13 @@ class Reports:
 
 
 def _row(wrong: Array, rows: Array | None) -> int:
-    """First of the checked rows with a wrong entry."""
+    """Find the first of the checked rows with a wrong entry."""
     first = int(np.flatnonzero(wrong.reshape(len(wrong), -1).any(-1))[0])
     return first if rows is None else int(np.flatnonzero(rows)[first])
 
 
 def _stored_bounds(leaf: Leaf) -> tuple[Array, Array] | None:
-    """Bounds for a comparison with stored values; None if no stored value can be outside."""
+    """Derive bounds for a comparison with stored values; None if no stored value can be outside."""
     if leaf.bounds is None:
         return None
     low, high = (np.asarray(bound, np.float64) for bound in leaf.bounds)

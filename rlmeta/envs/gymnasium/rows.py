@@ -115,7 +115,7 @@ class Template:
         return env
 
     def limited(self, steps: int) -> Template:
-        """Template of environments with a time limit, by gymnasium's TimeLimit.
+        """Add a time limit to the environments, by gymnasium's TimeLimit.
 
         Raises:
             SettingError: `steps` is less than 1, or more than the environment's own limit.
@@ -230,7 +230,7 @@ class Rows:
         return f"{self.name} in row {self._first + self._progress[0]}"
 
     def _step(self, env: gym.Env[Any, Any], action: Any) -> tuple[Any, Any, Any, Any]:
-        """Observation, reward, terminated and truncated of a step.
+        """Step an environment: observation, reward, terminated and truncated.
 
         Raises:
             SpaceError: the environment did not return gymnasium's five values.
@@ -303,7 +303,7 @@ class Rows:
 
 
 def first_reset(env: gym.Env[Any, Any], seed: int, name: str) -> tuple[Any, dict[str, Any]]:
-    """Observation and info of a reset with a seed.
+    """Reset an environment with a seed, and check that it returns an observation and info.
 
     Raises:
         SpaceError: the environment did not return `(observation, info)`.
@@ -354,7 +354,7 @@ class ActionMaskObservation(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def mask_length(action_space: gym.Space[Any]) -> int:
-    """Number of entries of the action mask.
+    """Count the entries of the action mask.
 
     Raises:
         SpaceError: the actions of this space cannot be masked.
@@ -367,13 +367,13 @@ def mask_length(action_space: gym.Space[Any]) -> int:
 
 
 def masked_space(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> spaces.Dict:
-    """Observation space with the action mask added."""
+    """Add the action mask to an observation space."""
     mask = spaces.MultiBinary(mask_length(action_space))
     return spaces.Dict({"observation": observation_space, "action_mask": mask})
 
 
 def with_mask(env: gym.Env[Any, Any], source: MaskSource) -> gym.Env[Any, Any]:
-    """Environment with its action mask, if it has one, added to the observation."""
+    """Wrap an environment so that its action mask, if it has one, is part of the observation."""
     return env if source is None else ActionMaskObservation(env, source)
 
 

@@ -96,7 +96,7 @@ def _registered(make: str | EnvSpec, settings: dict[str, Any]) -> Template:
 
 
 def _spec(identifier: str, what: str) -> EnvSpec:
-    """Registered spec of an id `package.module:MyEnv-v0` or `MyEnv-v0`, after the import of its module."""
+    """Look up the registered spec of an id, `package.module:MyEnv-v0` or `MyEnv-v0`, after importing its module."""
     module, colon, registered = identifier.rpartition(":")
     if colon:
         failures.construct(what, {}, partial(importlib.import_module, module))
@@ -201,7 +201,7 @@ def several_agents(value: Any) -> bool:
 
 
 def _instead_of(result: Any) -> str:
-    """Advice for an error message about a known kind of object that is no gymnasium environment."""
+    """Give advice, for an error message, on a known kind of object that is no gymnasium environment."""
     if is_envpool(result):
         return ": create it with envpool.make_gymnasium"
     if several_agents(result):
@@ -226,7 +226,7 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
 
 
 def _template(first: gym.Env[Any, Any], make: Callable[[], gym.Env[Any, Any]], name: str) -> Template:
-    """Template from a first environment, which is closed: its inspection may reset it, and rows must be alike."""
+    """Build a template from a first environment, which is closed: inspection may reset it, and rows must be alike."""
     try:
         _check_form(first, name)
         mask: MaskSource = None

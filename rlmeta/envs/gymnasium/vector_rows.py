@@ -73,7 +73,7 @@ class VectorRows:
         self.buffers.observation = self._read(value, infos, self._pending)
 
     def _begin(self, seeds: list[int]) -> Any:
-        """Observations and infos of a reset with these seeds."""
+        """Reset the VectorEnv with these seeds: observations and infos."""
         if self._remake is not None:
             failures.close(self.env, self.name)
             self.env = self._remake(seeds)
@@ -138,7 +138,7 @@ class VectorRows:
         return array
 
     def _read(self, value: Any, infos: Any, lenient: Array) -> list[Array]:
-        """Observation of every row; those with `lenient` `[R]` may lack an action mask."""
+        """Read the observation of every row; those with `lenient` `[R]` may lack an action mask."""
         if self.mask is not None:
             value = {"observation": value, "action_mask": self._masks(infos, lenient)}
         return self.observations.read(value, (self.env.num_envs,), self.name)
@@ -189,7 +189,7 @@ class VectorRows:
         return self._masks_of(_column(infos, "final_info") or {})[0]
 
     def _masks_of(self, infos: Any) -> tuple[Array, Array]:
-        """Action masks `[R, A]`, all ones in rows without one, and whether each row has one, `[R]`."""
+        """Read action masks `[R, A]`, all ones in rows without one, and whether each row has one, `[R]`."""
         count = self.env.num_envs
         ones = np.ones((count, mask_length(self.action_space)), np.int8)
         column = _column(infos, "action_mask")
@@ -205,7 +205,7 @@ class VectorRows:
 
 
 def _column(infos: Any, name: str) -> Any:
-    """Entry of the infos of all rows, from a dictionary or a list of dictionaries; None if absent.
+    """Look up an entry in the infos of all rows, a dictionary or a list of dictionaries; None if absent.
 
     From a list it is a list, with None in rows without the entry.
     """

@@ -196,7 +196,7 @@ class WorkerRows:
         return answers
 
     def _answer(self, worker: int) -> Any:
-        """Answer of a worker, or the error if it died or is too slow."""
+        """Receive the answer of a worker, or create the error if it died or is too slow."""
         try:
             quick = min(_QUICK, self._first_warning(worker))
             if not self._polls[worker].poll(1000 * quick):
@@ -263,7 +263,7 @@ class WorkerRows:
 
 
 def _cores() -> int:
-    """Number of cores that this process may use, in a container fewer than the machine has."""
+    """Count the cores that this process may use, in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -346,7 +346,7 @@ def _pack(template: Template) -> bytes:
 
 
 def _with_class(spec: EnvSpec) -> EnvSpec:
-    """Spec with a class of the main program in place of its name, since no worker can import it."""
+    """Replace the name of a class of the main program in a spec by the class, since no worker can import it."""
     point = spec.entry_point
     if isinstance(point, str) and point.startswith("__main__:"):
         own: Any = load_env_creator(point)
@@ -440,7 +440,7 @@ def _work(payload: bytes, worker: int, part: tuple[int, int], blocks: list[Any],
 
 
 def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
-    """Commands of the parent, until it sends "close" or has ended."""
+    """Receive commands of the parent, until it sends "close" or has ended."""
     while True:
         try:
             message = pipe.recv()
@@ -509,7 +509,7 @@ def _exists(pid: int) -> bool:
 
 
 def _report(error: BaseException, name: str, start: int, stop: int) -> BaseException:
-    """Error to send to the parent, with the traceback as a note, since causes are not pickled."""
+    """Prepare an error for the parent, with the traceback as a note, since causes are not pickled."""
     known = isinstance(error, RlmetaError) and type(error).__module__ == RlmetaError.__module__
     report = error if known else failures.failed(name, error)
     if report is not error or error.__cause__ is not None:

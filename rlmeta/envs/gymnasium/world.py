@@ -26,12 +26,12 @@ _SEED_MASK = (1 << 31) - 1  # a range that every random generator accepts
 
 
 def episode_seed(row_key: Tensor, episode: int | Tensor) -> Tensor:
-    """Seed of an episode in [0, 2^31), of the shape of `row_key`."""
+    """Derive the seed of an episode, in [0, 2^31), of the shape of `row_key`."""
     return random.fold(row_key, episode) & _SEED_MASK
 
 
 def _vector_rows(source: VectorSource, count: int, mode: str, limit: int | None, ours: bool) -> VectorRows:
-    """Rows of a VectorEnv; on failure it is closed if it is `ours`, created here.
+    """Create the rows of a VectorEnv; on failure it is closed if it is `ours`, created here.
 
     Raises:
         SettingError: the options are for single environments alone.
@@ -318,7 +318,7 @@ class GymnasiumWorld:
         return self._actions.unnest(state["actions"], "a saved log of actions") if self.exact_resume else []
 
     def _log(self, state: State, stored: Sequence[Array]) -> list[Tensor]:
-        """Log of actions with new ones written into it in place, where there is room."""
+        """Append actions to the log in place, where there is room."""
         log = [part.contiguous() for part in self._log_leaves(state)]
         rows = self._all[self._elapsed < self._capacity]
         for leaf, part, action in zip(self._actions.leaves, log, stored):

@@ -4,6 +4,7 @@ from rlmeta.envs.native.acrobot import Acrobot
 from rlmeta.envs.native.bandit import Bandit
 from rlmeta.envs.native.base import NativeEnv, NativeWorld, Physics, Redraw
 from rlmeta.envs.native.cartpole import CartPole
+from rlmeta.envs.native.deep_sea import DeepSea
 from rlmeta.envs.native.mountain_car import MountainCar, MountainCarContinuous
 from rlmeta.envs.native.navigation import Navigation
 from rlmeta.envs.native.pendulum import Pendulum
@@ -22,6 +23,7 @@ NATIVE: dict[str, NativeEnv] = {
     "GridWorld-v0": GridWorld(),
     "Bandit-v0": Bandit(),
     "Navigation-v0": Navigation(),
+    "DeepSea-v0": DeepSea(),
 }
 """Native environments by the gymnasium id that they replace, or by an id of their own."""
 
@@ -31,6 +33,7 @@ __all__ = [
     "Bandit",
     "CartPole",
     "CliffWalking",
+    "DeepSea",
     "FrozenLake",
     "GridWorld",
     "MountainCar",

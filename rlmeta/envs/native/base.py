@@ -133,7 +133,7 @@ class _NoiseCache:
 
 
 def _pick(window: Mapping[str, Tensor], counter: Tensor) -> Tensor:
-    """Random numbers `[*L, N, width]` at each row's `counter` `[*L, N]`, from a window that covers it."""
+    """Select random numbers `[*L, N, width]` at each row's `counter` `[*L, N]`, from a window that covers it."""
     draws = window["draws"]
     offset = counter - window["first"]
     index = offset[..., None, None].expand(*offset.shape, 1, draws.shape[-1])
@@ -332,7 +332,7 @@ class NativeWorld:
         return self.env.reset(noise, physics)
 
     def _physics(self, key: Tensor, episode: Tensor) -> dict[str, Tensor]:
-        """Physics of episodes; every call returns new tensors, since a state may be written to."""
+        """Draw or copy the physics of episodes; every call returns new tensors, since a state may be written to."""
         physics = self._fixed or {}
         if self._redraw is not None:
             physics = self._per_row(self._redraw(random.fold(random.fold(key, "environment/physics"), episode)))
@@ -357,7 +357,7 @@ class NativeWorld:
         return aligned
 
     def _legal(self, action: Tensor, look: bool) -> Tensor:
-        """Action in the dtype of the environment, clipped or, if `look`, checked to be in its space."""
+        """Cast an action to the dtype of the environment; clip it or, if `look`, check that it is in its space."""
         space, owner = self.action_space, type(self.env).__name__
         expected = (*self._rows, *(space.shape or ()))
         if not isinstance(action, Tensor) or tuple(action.shape) != expected:

@@ -152,7 +152,7 @@ def _check_action(space: gym.Space, action: Any) -> None:
 
 
 def _first_row(observation: Tensor) -> Any:
-    """Observation of the first row: an array, or an int of a discrete space."""
+    """Extract the observation of the first row: an array, or an int of a discrete space."""
     return observation[0].numpy().copy() if observation.dim() > 1 else int(observation[0])
 
 

@@ -223,7 +223,7 @@ def _grid(layout: Sequence[str], name: str) -> list[str]:
 
 
 def _where_letter(layout: Sequence[str], letters: str) -> Tensor:
-    """Cells with one of the letters, `[S]` bool."""
+    """Find the cells with one of the letters, `[S]` bool."""
     return torch.tensor([letter in letters for row in layout for letter in row], device="cpu")
 
 

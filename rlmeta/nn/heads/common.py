@@ -14,7 +14,7 @@ Distribution: TypeAlias = dict[str, Tensor]
 
 
 def project(params: Params, x: Tensor, ctx: Context, prefix: str) -> Tensor:
-    """Linear layer of a head, computed from `params` directly: `[*L, ..., D]` -> `[*L, ..., K]`."""
+    """Apply the linear layer of a head, from `params` directly: `[*L, ..., D]` -> `[*L, ..., K]`."""
     return tapped(ctx, f"{prefix}linear.", x, params[prefix + "linear.weight"], params[prefix + "linear.bias"])
 
 

@@ -14,7 +14,7 @@ from rlmeta.nn.linear import Linear
 
 
 def allowed(mask: Tensor, sizes: Sequence[int] = ()) -> Tensor:
-    """Allowed actions of a mask, as bool; a row that allows none is taken to allow all.
+    """Convert an action mask to bool; a row that allows no action is taken to allow all.
 
     An agent has to act there, or value the state, all the same; the environment decides what such an action does.
 
