@@ -1,4 +1,4 @@
-"""What changes the reward an agent learns from: shaping, intrinsic rewards. Evaluation never sees it."""
+"""Reward shaping, exploration bonuses and learned rewards of agents; evaluation scores the task's own reward."""
 
 from rlmeta.rewards.counts import EpisodicCounts
 from rlmeta.rewards.reward import (
