@@ -8,7 +8,7 @@ maximum that includes the final row, zeros for what was never measured); here ar
 
 Every task counts the same in every average, however many samples or classes it has; `accuracy` takes other weights.
 
-Where a task's classes are born when it begins (the scenario "class" of labelled samples), nobody can be right about
+Where a task's classes are added when it begins (the scenario "class" of labelled samples), nobody can be right about
 them before: the scores above the diagonal are NaN, and so is the forward transfer, which is not defined there.
 
 Sources: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", 2017 (accuracy, backward and forward
@@ -74,7 +74,8 @@ def forward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
 def forgetting(matrix: ArrayLike, maximise: bool = True) -> Any:
     """Forgetting: mean over all tasks but the last of the best earlier score less the final one.
 
-    The best is that since the task was trained. Forgetting is negative where the last task helped. With `maximise=False` scores are losses: the best is the lowest.
+    The best is that since the task was trained. Forgetting is negative where the last task helped. With
+    `maximise=False` scores are losses: the best is the lowest.
     """
     return _mean(task_forgetting(matrix, maximise)[..., :-1])
 

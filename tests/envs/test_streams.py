@@ -33,7 +33,7 @@ def test_split_digits_in_the_three_scenarios():
         assert torch.equal(own.train.target - 2 * i, shared.train.target)
     assert isinstance(klass.world((2,), 4), DataWorld)
     assert task.world((2,), 4).next_batch(task.world((2,), 4).reset(make_keys([0, 1])))[1]["allowed"].sum(-1).max() == 2
-    assert not klass.world((2,), 4).born().any()
+    assert not klass.world((2,), 4).initial_classes().any()
 
 
 def test_permutations_keep_the_pixels_and_the_first_task_as_it_is():

@@ -361,18 +361,18 @@ def test_a_schedule_does_not_show_a_hidden_boundary():
 def test_classes_are_born_when_they_are_met_where_nobody_announces_them():
     few = dataclasses.replace(SMALL, batch_size=1, num_steps=1)
     for reveals, first in ((["boundaries"], 2), ([], 1)):
-        born = []
+        known = []
 
-        def watch(run, line, born=born):
-            born.append(int(run.state["params"]["buffers"]["born"].sum()))
+        def watch(run, line, known=known):
+            known.append(int(run.state["params"]["buffers"]["known_classes"].sum()))
 
         stream = rl.stream("split-digits", scenario="class", reveals=reveals)
         budget = rl.Budget(steps=8, final_episodes=1, log_points=1000)
         run = rl.train(few, stream, budget=budget, callbacks=[watch])
-        assert born[0] == first and born == sorted(born) and born[-1] == 10
-        unborn = torch.triu(torch.ones(6, 5, dtype=torch.bool))
-        unborn[0, 0] = not reveals  # the first task's are announced before the untrained learner is scored
-        assert torch.equal(run.matrix[0].isnan(), unborn), "no score before all classes of a task are born"
+        assert known[0] == first and known == sorted(known) and known[-1] == 10
+        has_unknown = torch.triu(torch.ones(6, 5, dtype=torch.bool))
+        has_unknown[0, 0] = not reveals  # the first task's are announced before the untrained learner is scored
+        assert torch.equal(run.matrix[0].isnan(), has_unknown), "no score before all classes of a task are known"
         assert math.isnan(run.summary()[0]["FWT"]) and not math.isnan(run.summary()[0]["BWT"])
 
 
