@@ -44,46 +44,46 @@ def network(world: DataWorld, s: Settings = SETTINGS) -> Sequential:
     return Sequential(encoder, MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), "relu", None, "torch"))
 
 
-def logits(net: Sequential, weights: Params, batch: Batch, born: Tensor) -> Tensor:
+def logits(net: Sequential, weights: Params, batch: Batch, known: Tensor) -> Tensor:
     """f, with minus infinity for classes that were not met yet, and for those of other tasks where the task is known.
 
     Args:
         net: the network.
         weights: `[*L, ...]`.
         batch: see `Batch`.
-        born: which classes were met, `[*L, C]` bool.
+        known: which classes were met, `[*L, C]` bool.
     """
-    is_open = born.unsqueeze(-2) & batch.get("allowed", torch.tensor(True))
+    is_open = known.unsqueeze(-2) & batch.get("allowed", torch.tensor(True))
     return apply(net, weights, batch["observation"]).masked_fill(~is_open, -torch.inf)
 
 
-def loss(net: Sequential, weights: Params, batch: Batch, born: Tensor) -> Tensor:
+def loss(net: Sequential, weights: Params, batch: Batch, known: Tensor) -> Tensor:
     """L, the mean cross-entropy of every learner in nats, `[*L]`."""
-    log_probability = logits(net, weights, batch, born).log_softmax(-1)
+    log_probability = logits(net, weights, batch, known).log_softmax(-1)
     return -log_probability.gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1).mean(-1)
 
 
 def update(
-    net: Sequential, weights: Params, moments: optim.State, batch: Batch, born: Tensor, s: Settings = SETTINGS
+    net: Sequential, weights: Params, moments: optim.State, batch: Batch, known: Tensor, s: Settings = SETTINGS
 ) -> tuple[Params, optim.State]:
     """One gradient step of every learner."""
     theta = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     # a sum, because learners share no weight: each gets the gradient of its own loss
-    total = loss(net, theta, batch, born).sum()
+    total = loss(net, theta, batch, known).sum()
     gradient = dict(zip(theta, torch.autograd.grad(total, list(theta.values()))))
     updates, moments = optim.adam(s.learning_rate).update(gradient, moments, weights)
     return optim.apply_updates(weights, updates), moments
 
 
 @torch.no_grad()
-def accuracy(net: Sequential, weights: Params, world: DataWorld, born: Tensor) -> Tensor:
+def accuracy(net: Sequential, weights: Params, world: DataWorld, known: Tensor) -> Tensor:
     """Of every learner on all test samples of the world's task, `[seeds]`; NaN before its classes were met."""
-    right = count = torch.zeros(born.shape[:-1], dtype=torch.int64)
+    right = count = torch.zeros(known.shape[:-1], dtype=torch.int64)
     for batch in world.test_batches(1000):
-        answers = logits(net, weights, batch, born).argmax(-1)
+        answers = logits(net, weights, batch, known).argmax(-1)
         right = right + ((answers == batch["target"]) & batch["valid"]).sum(-1)
         count = count + batch["valid"].sum(-1)
-    return (right / count).masked_fill((world.classes() & ~born).any(-1), torch.nan)
+    return (right / count).masked_fill((world.classes() & ~known).any(-1), torch.nan)
 
 
 def train(
@@ -93,22 +93,22 @@ def train(
     stream = rl.stream(name, scenario=scenario)
     world, tests = stream.world((seeds,), s.batch_size), stream.world((seeds,), 1)
     keys, net = random.make_keys(range(seeds)), network(world, s)
-    weights, born = stack(lambda: network(world, s), keys), world.born().expand(seeds, -1)
+    weights, known = stack(lambda: network(world, s), keys), world.initial_classes().expand(seeds, -1)
     table = torch.zeros(seeds, len(stream), len(stream))
 
     for task in range(len(stream)):
         world.select(torch.full((seeds,), task))
         order = world.reset(random.fold(random.fold(keys, "world"), task))
-        born = born | world.classes()
+        known = known | world.classes()
         moments = optim.adam(s.learning_rate).init(weights, (seeds,))
         for _ in range(-(-steps // s.batch_size)):
             order, batch = world.next_batch(order)
-            weights, moments = update(net, weights, moments, batch, born, s)
+            weights, moments = update(net, weights, moments, batch, known, s)
 
         # what is left of the others
         for other in range(len(stream)):
             tests.select(torch.full((seeds,), other))
-            table[:, task, other] = accuracy(net, weights, tests, born)
+            table[:, task, other] = accuracy(net, weights, tests, known)
     return {"weights": weights, "accuracy": table}
 
 

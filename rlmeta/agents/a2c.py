@@ -28,7 +28,7 @@ from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step
 from rlmeta.nn import ActionBounds, Block, bare
-from rlmeta.rewards import Reward, distinct, together
+from rlmeta.rewards import Reward, check_rewards, total_reward
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class A2C:
 
     def __post_init__(self) -> None:
         check_types(self)
-        distinct(self.rewards)
+        check_rewards(self.rewards)
         require_range(self, "initial_log_std", *LOG_STD_RANGE)
         for name in ("learning_rate", "max_grad_norm", "epsilon"):
             require_range(self, name, 0.0, above=True)
@@ -101,7 +101,7 @@ class A2CAgent(Agent):
     """A2C agent for an observation and an action space."""
 
     settings: A2C
-    keeps_streams = True
+    supports_separate_rewards = True
 
     def __init__(
         self, settings: A2C, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -146,7 +146,7 @@ class A2CAgent(Agent):
     @torch.no_grad()
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
         """Estimate advantages and returns of every step, the training data of `losses`, `[*L, T, N, ...]`."""
-        reward = together(rewards, self.streams.rewards)
+        reward = total_reward(rewards, self.streams.rewards)
         value = self.forward(self.value, "value", p, rollout["observation"])
         next_value = self.forward(self.value, "value", p, rollout["next_observation"])
         discount = align(p["hyper"]["gamma"], reward) * ~rollout["terminated"]
@@ -179,9 +179,9 @@ class A2CAgent(Agent):
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Take one gradient step on the whole rollout."""
         h = state["params"]["hyper"]
-        credited, apart = self.credit(self.effective_params(state), rollout, rewards), None
+        credited, stream_batches = self.credit(self.effective_params(state), rollout, rewards), None
         if self.streams.rewards:
-            added, apart = self.streams.credit(state, rollout, rewards, self.view)
+            added, stream_batches = self.streams.credit(state, rollout, rewards, self.preprocess)
             credited = {**credited, "advantage": credited["advantage"] + added}
         batch = self.items(credited, state["key"].dim())
         rate = self.annealed(state)
@@ -189,6 +189,6 @@ class A2CAgent(Agent):
         state, info = step(
             self, state, batch, self.optimizer(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods
         )
-        if apart is not None:
-            state = self.streams.learn(state, apart, lambda samples: Minibatches(samples, 1, None), rate)
+        if stream_batches is not None:
+            state = self.streams.learn(state, stream_batches, lambda samples: Minibatches(samples, 1, None), rate)
         return state, {**info, "losses/explained_variance": explained, "charts/learning_rate": rate}

@@ -41,7 +41,7 @@ from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy
 from rlmeta.nn import Block, Context, Distribution
 from rlmeta.nn.encoder import ACTION_MASK
-from rlmeta.rewards import Reward, apart_of, bound, distinct, first_memory, relabel, together
+from rlmeta.rewards import Reward, bind_rewards, check_memory, check_rewards, relabel, separate_rewards, total_reward
 
 NetworkFactory = Callable[[gym.Space], nn.Module]
 """Function from an observation space to a module that computes features `[B, D]` of a batch of observations; its
@@ -96,7 +96,7 @@ class Agent:
     """Head of the policy, which computes log probabilities and divergences."""
     beside_observations: tuple[str, ...] = ()
     """Names of networks with other inputs than an observation alone, such as critics of actions."""
-    keeps_streams = False
+    supports_separate_rewards = False
     """Whether the agent supports reward streams with value functions of their own."""
     recurrence: Recurrence | None = None
     """Hidden states and additional inputs of recurrent networks; None for feed-forward ones."""
@@ -111,16 +111,16 @@ class Agent:
         self.observation_space, self.action_space = observation_space, action_space
         _warn_of_raw_units(settings, action_space)
         self.methods = tuple(methods)
-        self.rewards: tuple[Reward, ...] = bound(
-            distinct(getattr(settings, "rewards", ())), observation_space, action_space
+        self.rewards: tuple[Reward, ...] = bind_rewards(
+            check_rewards(getattr(settings, "rewards", ())), observation_space, action_space
         )
-        apart = apart_of(self.rewards)
+        separate = separate_rewards(self.rewards)
         require(
-            not apart or self.keeps_streams,
+            not separate or self.supports_separate_rewards,
             f"{type(settings).__name__} has one value for all rewards, but that of "
-            f"{', '.join(reward.name for reward in apart)} stays apart: use PPO or A2C",
+            f"{', '.join(reward.name for reward in separate)} needs a value of its own: use PPO or A2C",
         )
-        self.streams = Streams(settings, apart, observation_space, recorded)
+        self.streams = Streams(settings, separate, observation_space, recorded)
         self.pretrain: Callable[[State], State] | None = None
         self.capture = Capture() if recorded else None
 
@@ -185,7 +185,7 @@ class Agent:
     def _begin_rewards(self, state: State, world: World) -> State:
         if self.rewards:
             state["rewards"] = {
-                reward.name: first_memory(reward, reward.init(self, state, world), state["key"])
+                reward.name: check_memory(reward, reward.init(self, state, world), state["key"])
                 for reward in self.rewards
             }
         if self.streams.rewards:
@@ -218,7 +218,7 @@ class Agent:
         if getattr(self.settings, "normalise_reward", False):
             normalisers["reward"] = reward_init(shape, world.num_envs, device)
 
-    def view(self, p: Params, observation: tree.Tree) -> tree.Tree:
+    def preprocess(self, p: Params, observation: tree.Tree) -> tree.Tree:
         """Normalise an observation by the running statistics, which are updated in training alone."""
         stats = p["normalisers"].get("observation")
         return observation if stats is None else normalise(observation, stats)
@@ -227,10 +227,10 @@ class Agent:
         """Forward pass of one of the agent's networks on raw observations, of a recurrent one on its inputs."""
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
         if self.recurrence is None:
-            seen = self.view(p, observation)
+            seen = self.preprocess(p, observation)
         else:
             seen = self.recurrence.of_network(observation, name)
-            seen["observation"] = self.view(p, seen["observation"])
+            seen["observation"] = self.preprocess(p, seen["observation"])
         return network.run(tensors, seen, ctx or Context(), f"{name}.")
 
     def inputs(self, rollout: Rollout) -> tree.Tree:
@@ -401,9 +401,9 @@ class Agent:
         if self.rewards:
             state, rewards, metrics = relabel(self, self.rewards, state, rollout, rewards)
         if "reward" in state["params"]["normalisers"]:
-            apart = {reward.name: rewards[reward.name] for reward in self.streams.rewards}
-            total = together(rewards, self.streams.rewards)
-            rewards = {"task": self.scale_reward(state, rollout, total), **apart}
+            separate = {reward.name: rewards[reward.name] for reward in self.streams.rewards}
+            total = total_reward(rewards, self.streams.rewards)
+            rewards = {"task": self.scale_reward(state, rollout, total), **separate}
         return state, rewards, metrics
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from rlmeta.learning.settings import PerLearner, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy, follow, with_copy
 from rlmeta.nn import Block, Context, bare
-from rlmeta.rewards import Reward, distinct
+from rlmeta.rewards import Reward, check_rewards
 
 TARGET = Copy("target", "q")
 AVERAGE = Copy("average", "q")
@@ -95,7 +95,7 @@ class DQN:
 
     def __post_init__(self) -> None:
         check_types(self)
-        distinct(self.rewards)
+        check_rewards(self.rewards)
         for name in ("learning_rate", "max_grad_norm", "huber_delta"):
             require_range(self, name, 0.0, above=True)
         for name in ("gamma", "epsilon_start", "epsilon_end"):

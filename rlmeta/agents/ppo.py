@@ -34,7 +34,7 @@ from rlmeta.learning.settings import PerLearner, require, require_range, values_
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step, steps
 from rlmeta.nn import ActionBounds, Block, Context, ValueHead, bare
-from rlmeta.rewards import Reward, distinct, together
+from rlmeta.rewards import Reward, check_rewards, total_reward
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class PPO:
 
     def __post_init__(self) -> None:
         check_types(self)
-        distinct(self.rewards)
+        check_rewards(self.rewards)
         for name in ("learning_rate", "max_grad_norm", "clip_range", "kl_target", "stop_kl", "value_clip_range"):
             require_range(self, name, 0.0, above=True)
         require_range(self, "adam_epsilon", 0.0, above=True)
@@ -164,7 +164,7 @@ class PPOAgent(Agent):
     """PPO agent for an observation and an action space."""
 
     settings: PPO
-    keeps_streams = True
+    supports_separate_rewards = True
 
     def __init__(
         self, settings: PPO, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -224,7 +224,7 @@ class PPOAgent(Agent):
     @torch.no_grad()
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
         """Estimate advantages and returns of every step, the training data of `losses`, `[*L, T, N, ...]`."""
-        reward = together(rewards, self.streams.rewards)
+        reward = total_reward(rewards, self.streams.rewards)
         ctx, inputs, following = Context(), self.inputs(rollout), rollout["next_observation"]
         if self.recurrence is not None:
             following = self.recurrence.next_inputs(rollout, self._hidden(p, inputs, self.recurrence.names[-1:]))
@@ -316,9 +316,9 @@ class PPOAgent(Agent):
         """Take gradient steps over several epochs of minibatches of one rollout."""
         s, axes = self.settings, state["key"].dim()
         p = self.effective_params(state)
-        credited, apart = self._credited(p, rollout, rewards), None
+        credited, stream_batches = self._credited(p, rollout, rewards), None
         if self.streams.rewards:
-            added, apart = self.streams.credit(state, rollout, rewards, self.view)
+            added, stream_batches = self.streams.credit(state, rollout, rewards, self.preprocess)
             credited = {**credited, "advantage": credited["advantage"] + added}
         batch = self.items(credited, axes)
         average, flat = Average(), self.samples(batch)
@@ -343,9 +343,9 @@ class PPOAgent(Agent):
             state, reports = take(self, state, last, report=True)
             info = {name: values[-1] for name, values in reports.items()}
             average.add({name: values.mean(0) for name, values in reports.items()})
-        if apart is not None:
-            cut = partial(minibatches, state["key"], first, batch_size=s.batch_size, epochs=s.num_epochs)
-            state = self.streams.learn(state, apart, cut, rate)
+        if stream_batches is not None:
+            make_minibatches = partial(minibatches, state["key"], first, batch_size=s.batch_size, epochs=s.num_epochs)
+            state = self.streams.learn(state, stream_batches, make_minibatches, rate)
         if s.penalty == "kl":
             state["kl_coefficient"] = self._steer(state["kl_coefficient"], info["losses/approx_kl"], p["hyper"])
         return state, {**average.result(), "charts/learning_rate": rate}

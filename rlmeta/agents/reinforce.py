@@ -32,7 +32,7 @@ from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.step import step
 from rlmeta.nn import ActionBounds, Block, bare
-from rlmeta.rewards import Reward, distinct
+from rlmeta.rewards import Reward, check_rewards
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class REINFORCE:
 
     def __post_init__(self) -> None:
         check_types(self)
-        distinct(self.rewards)
+        check_rewards(self.rewards)
         require_range(self, "initial_log_std", *LOG_STD_RANGE)
         for name in ("learning_rate", "max_grad_norm"):
             require_range(self, name, 0.0, above=True)

@@ -33,7 +33,7 @@ from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy, with_copy
 from rlmeta.nn import Block, Context, bare, head_for
 from rlmeta.nn.initialisers import parameter
-from rlmeta.rewards import Reward, distinct
+from rlmeta.rewards import Reward, check_rewards
 
 TARGET = Copy("target", "q")
 
@@ -88,7 +88,7 @@ class SAC:
 
     def __post_init__(self) -> None:
         check_types(self)
-        distinct(self.rewards)
+        check_rewards(self.rewards)
         for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "initial_temperature"):
             require_range(self, name, 0.0, above=True)
         require_range(self, "temperature_learning_rate", 0.0)
@@ -171,7 +171,7 @@ class SACAgent(Agent):
 
     def values(self, p: Params, name: str, observation: tree.Tree, action: Tensor, ctx: Context) -> Tensor:
         """Minimum of the critics `name` for actions `[*L, B, ...]`, or the values of all, `[*L, critics, B]`."""
-        x = {"observation": self.view(p, observation), "action": action}
+        x = {"observation": self.preprocess(p, observation), "action": action}
         return self.q.run({**p["weights"], **p["buffers"]}, x, ctx, f"{name}.")
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Reward streams that stay apart: each with its own value head, discount and credit; their advantages are summed.
+"""Separate reward streams: each with its own value head, discount and advantages; the advantages are summed.
 
     A = A_task + sum over streams of coefficient A_stream        (Burda et al., 2018, section 2.3)
 
-A stream's value network is an owner (`learning.owners`): its weights lie beside the agent's, in `state["values"]`, and
-no clip of the agent's gradient sees them.
+A stream's value network is an owner (an auxiliary trainable module, see `learning.owners`): its weights are kept beside
+the agent's, in `state["values"]`, and its gradient is not part of the norm by which the agent's is clipped.
 """
 
 from __future__ import annotations
@@ -26,54 +26,56 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.minibatch import Minibatches, flatten_time
 from rlmeta.learning.state import Params, State
 from rlmeta.nn import Block, Context, bare
-from rlmeta.rewards import Apart
+from rlmeta.rewards import SeparateReward
 
 EPSILON = 1e-5
-"""Of the Adam that moves the value heads."""
+"""Epsilon of the Adam that trains the value heads."""
 
 
 class StreamValue:
-    """The value head of one stream, the network `value_NAME`."""
+    """Value head of one reward stream, the network `value_NAME`."""
 
-    def __init__(self, settings: Any, reward: Apart, observation_space: gym.Space, recorded: bool) -> None:
+    def __init__(self, settings: Any, reward: SeparateReward, observation_space: gym.Space, recorded: bool) -> None:
         self.settings, self.reward, self.observation_space = settings, reward, observation_space
         self.name = f"value_{reward.name}"
         self.network = bare(self.networks)[self.name]
         self.capture = Capture() if recorded else None
 
     def networks(self) -> dict[str, Block]:
-        """A network like the agent's own for values."""
+        """Build the network, like the agent's own value network."""
         tasks = getattr(self.settings, "task_heads", 0)
         return {self.name: value_network(self.settings, self.observation_space, tasks=tasks)}
 
     def value(self, p: Params, observation: tree.Tree, ctx: Context | None = None) -> Tensor:
-        """Of observations `[*L, ...]` as the networks see them."""
+        """State values of preprocessed observations `[*L, ...]`."""
         tensors = {**p["weights"], **p["buffers"]}
         value: Tensor = self.network.run(tensors, observation, ctx or Context(), f"{self.name}.")
         return value
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The value loss `[*L]` of a minibatch `[*L, B, ...]`."""
+        """Value loss `[*L]` of a minibatch `[*L, B, ...]`."""
         loss = losses.value_loss(self.value(p, batch["observation"], ctx), batch["return"], batch["valid"])
         return {self.name: batch["coefficient"] * loss}
 
 
 class Streams:
-    """The streams of an agent that stay apart, by the names of their rewards; there may be none.
+    """Value heads of an agent's separate reward streams, by the names of their rewards; there may be none.
 
     Args:
         settings: of the agent.
-        rewards: those that stay apart.
+        rewards: those with a value function of their own.
         observation_space: of one environment.
         recorded: whether the value networks may be recorded.
     """
 
-    def __init__(self, settings: Any, rewards: Sequence[Apart], observation_space: gym.Space, recorded: bool) -> None:
+    def __init__(
+        self, settings: Any, rewards: Sequence[SeparateReward], observation_space: gym.Space, recorded: bool
+    ) -> None:
         self.values = [StreamValue(settings, reward, observation_space, recorded) for reward in rewards]
         self.rewards = tuple(rewards)
 
     def init(self, state: State) -> State:
-        """The value heads at the start, by the names of their streams."""
+        """Initial state of the value heads, by the names of their streams."""
         rate = state["params"]["hyper"]["learning_rate"]
         return {
             head.reward.name: owners.init(head, owners.own_key(state, f"values/{head.reward.name}"), _optimizer(rate))
@@ -82,22 +84,32 @@ class Streams:
 
     @torch.no_grad()
     def credit(
-        self, state: State, rollout: Rollout, rewards: dict[str, Tensor], view: Callable[[Params, tree.Tree], tree.Tree]
+        self,
+        state: State,
+        rollout: Rollout,
+        rewards: dict[str, Tensor],
+        preprocess: Callable[[Params, tree.Tree], tree.Tree],
     ) -> tuple[Tensor, tree.Tree]:
-        """What the streams add to the advantage, `[*L, T, N]`, and what their value heads learn from, by stream.
+        """Estimate the weighted advantages of all streams, `[*L, T, N]`, and the training data of the value heads.
 
         Args:
             state: of the learners.
             rollout: `[*L, T, N, ...]`.
             rewards: all streams.
-            view: from the agent's parameters and observations to those as networks see them.
+            preprocess: function from the agent's parameters and observations to network inputs, such as normalisation.
+
+        Returns:
+            The sum over streams of coefficient times advantage; and by stream the batch of its value head.
         """
-        hyper, axes, total, batches = state["params"]["hyper"], state["key"].dim(), [], {}
-        here, there = (view(state["params"], rollout[name]) for name in ("observation", "next_observation"))
+        hyper, axes = state["params"]["hyper"], state["key"].dim()
+        weighted_advantages, batches = [], {}
+        observation, next_observation = (
+            preprocess(state["params"], rollout[name]) for name in ("observation", "next_observation")
+        )
         for head in self.values:
             name = head.reward.name
             p = owners.packed(state["values"][name])["params"]
-            value, next_value = head.value(p, here), head.value(p, there)
+            value, next_value = head.value(p, observation), head.value(p, next_observation)
             advantage = stream_advantage(
                 rewards[name],
                 value,
@@ -107,35 +119,35 @@ class Streams:
                 hyper["gae_lambda"],
                 head.reward.episodic,
             )
-            total.append(align(hyper[f"{name}.coefficient"], advantage) * advantage)
-            batch = {"observation": here, "return": advantage + value, "valid": rollout["valid"]}
+            weighted_advantages.append(align(hyper[f"{name}.coefficient"], advantage) * advantage)
+            batch = {"observation": observation, "return": advantage + value, "valid": rollout["valid"]}
             batches[name] = flatten_time(batch, axes)
-        return torch.stack(total).sum(0), batches
+        return torch.stack(weighted_advantages).sum(0), batches
 
     def learn(
         self,
         state: State,
         batches: tree.Tree,
-        cut: Callable[[tree.Tree], Minibatches],
+        make_minibatches: Callable[[tree.Tree], Minibatches],
         rate: Tensor,
     ) -> State:
-        """Move the value heads of the learners that are active, on the minibatches that the agent learned from.
+        """Train the value heads of the active learners, on the same minibatches as the agent.
 
         Args:
             state: of the learners; consumed.
             batches: of `credit`.
-            cut: into the minibatches of all epochs.
+            make_minibatches: function from a batch to the minibatches of all epochs.
             rate: Adam's step size, `[*L]`.
         """
         hyper, values = state["params"]["hyper"], dict(state["values"])
         constants = {"coefficient": hyper["value_coefficient"]}
         for head in self.values:
             name = head.reward.name
-            values[name] = owners.train_quietly(
-                head, values[name], cut(batches[name]), constants, _optimizer(rate), state["active"],
+            values[name] = owners.train_without_metrics(
+                head, values[name], make_minibatches(batches[name]), constants, _optimizer(rate), state["active"],
                 hyper["max_grad_norm"],
             )  # fmt: skip
-            owners.stop(state, values[name])
+            owners.deactivate_nonfinite(state, values[name])
         state["values"] = values
         return state
 
@@ -153,10 +165,10 @@ def stream_advantage(
     lambda_: Tensor,
     episodic: bool,
 ) -> Tensor:
-    """The advantage of one stream, `[*L, T, N]`, by generalized advantage estimation.
+    """Generalized advantage estimation for one reward stream, `[*L, T, N]`.
 
-    What is not episodic goes on over the end of an episode: its step is followed by the first of the next. The last
-    row of a rollout has no next one and bootstraps from the observation that it ends with.
+    The return of a stream that is not episodic continues over the end of an episode, whose last step is followed by
+    the first one of the next episode. The last row of a rollout bootstraps from the observation that it ends with.
 
     Args:
         reward, value, next_value: `[*L, T, N]`, as in `functional.returns`.
@@ -168,9 +180,11 @@ def stream_advantage(
     if episodic:
         discount = align(gamma, reward) * ~rollout["terminated"]
         return generalized_advantage(reward, discount, value, next_value, ended | ~valid, lambda_)
-    # a row that is to be skipped leads from the end of an episode to the first observation of the next
-    first = torch.where(valid[..., 1:, :], value[..., 1:, :], next_value[..., 1:, :])
-    following = torch.where(ended, torch.cat((first, next_value[..., -1:, :]), -2), next_value)
-    skipped = torch.cat((~valid[..., 1:, :], torch.zeros_like(valid[..., -1:, :])), -2)
+    # with NEXT_STEP autoreset an invalid row follows the end of an episode: its action is ignored, and its next
+    # observation is the first of the next episode; without one the next row begins that episode
+    next_episode_value = torch.where(valid[..., 1:, :], value[..., 1:, :], next_value[..., 1:, :])
+    successor_value = torch.where(ended, torch.cat((next_episode_value, next_value[..., -1:, :]), -2), next_value)
+    # the sum of TD errors is cut before an invalid row, which has none; the successor value stands for what comes later
+    before_invalid = torch.cat((~valid[..., 1:, :], torch.zeros_like(valid[..., -1:, :])), -2)
     discount = align(gamma, reward).expand_as(reward)
-    return generalized_advantage(reward, discount, value, following, skipped | ~valid, lambda_)
+    return generalized_advantage(reward, discount, value, successor_value, before_invalid | ~valid, lambda_)

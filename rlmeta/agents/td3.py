@@ -32,7 +32,7 @@ from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy, with_copy
 from rlmeta.nn import Block, Context, DeterministicHead, bare
-from rlmeta.rewards import Reward, distinct
+from rlmeta.rewards import Reward, check_rewards
 
 TARGET_POLICY, TARGET_Q = Copy("target_policy", "policy"), Copy("target_q", "q")
 
@@ -89,7 +89,7 @@ class TD3:
 
     def __post_init__(self) -> None:
         check_types(self)
-        distinct(self.rewards)
+        check_rewards(self.rewards)
         for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "exploration_noise"):
             require_range(self, name, 0.0, above=True)
         for name in ("target_noise", "target_noise_clip"):
@@ -166,7 +166,7 @@ class TD3Agent(Agent):
 
     def values(self, p: Params, name: str, observation: tree.Tree, action: Tensor, ctx: Context) -> Tensor:
         """Values of the critics `name` for actions `[*L, B, ...]`, `[*L, critics, B]`."""
-        x = {"observation": self.view(p, observation), "action": action}
+        x = {"observation": self.preprocess(p, observation), "action": action}
         return self.q.run({**p["weights"], **p["buffers"]}, x, ctx, f"{name}.")
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:

@@ -275,7 +275,7 @@ def _report(name: str, title: str, rows: Sequence[dict[str, Any]], options: Life
                 **({"of_single": row["of_single"].tolist()} if "of_single" in row else {}),
             }
         )
-    table.caption = "-: not defined, as scores of a task before its classes are born; every task counts the same"
+    table.caption = "-: not defined, as scores of a task before its classes are added; every task counts the same"
     _print(table)
     for row in rows:
         if "of_single" in row:

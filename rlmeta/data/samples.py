@@ -281,11 +281,11 @@ class DataWorld:
         self.identity = identity.cpu()
 
     def classes(self) -> Tensor:
-        """The classes of every learner's task, `[*L, C]` bool."""
+        """Classes of every learner's current task, `[*L, C]` bool."""
         return self.table.classes[self.identity]
 
-    def born(self) -> Tensor:
-        """The classes that exist before any task has begun, `[C]` bool."""
+    def initial_classes(self) -> Tensor:
+        """Classes of the output layer before any task has begun, `[C]` bool."""
         return torch.full(self.table.classes.shape[1:], self.scenario != "class", device="cpu")
 
     @property

@@ -19,8 +19,8 @@ from rlmeta.envs.world import State, Transition, World
 from rlmeta.errors import SettingError
 from rlmeta.functional.tree import Tree
 
-IDENTITY = EVERYTHING - {"boundaries"}
-
+TASK_ID_SIGNALS = EVERYTHING - {"boundaries"}
+"""What a stream must reveal for tasks to be identified by a one-hot vector in the observations."""
 
 ONE_ORDER = (
     "orders of tasks as learners need native tasks of one environment that differ in its constants: give these tasks "
@@ -41,7 +41,7 @@ class StreamWorld:
 
     trial_episodes = 1
     recordable: bool
-    """Whether steps with random numbers from `ahead` may be recorded: if constants are in the state."""
+    """Whether steps with random numbers from `predraw_noise` may be recorded: if constants are in the state."""
 
     def __init__(
         self,
@@ -83,10 +83,10 @@ class StreamWorld:
         self.observation_space = _with_identity(inner, len(tasks)) if observe_identity else inner
 
     @property
-    def episode_limit(self) -> int | None:
-        """Largest episode limit of the gymnasium tasks, None if one declares none."""
+    def longest_episode(self) -> int | None:
+        """Largest time limit of the gymnasium tasks in steps, None if one declares none."""
         foreign: list[Any] = [world for task, world in zip(self._tasks, self._worlds) if not task.native]
-        limits = [world.episode_limit for world in foreign]
+        limits = [world.max_episode_steps for world in foreign]
         return None if None in limits else max(limits, default=None)
 
     @property
@@ -95,9 +95,9 @@ class StreamWorld:
         return str(self._current.name)
 
     @property
-    def cuts_after(self) -> int | None:
+    def max_episode_steps(self) -> int | None:
         """Steps after which episodes of the current task are truncated, None if its environments declare no limit."""
-        limit: int | None = self._current.cuts_after
+        limit: int | None = self._current.max_episode_steps
         return limit
 
     @property
@@ -135,28 +135,28 @@ class StreamWorld:
 
     def observation(self, state: State) -> Tree:
         """Current observation, `[*L, N, ...]`."""
-        return self._shown(self._current.observation(_inner(state)), state)
+        return self._append_task_one_hot(self._current.observation(_inner(state)), state)
 
-    def step(self, state: State, action: Tensor, ahead: Tree | None = None) -> tuple[State, Transition]:
-        """Step every environment; `ahead` are random numbers drawn in advance."""
-        arguments = (action,) if ahead is None else (action, ahead)
+    def step(self, state: State, action: Tensor, predrawn_noise: Tree | None = None) -> tuple[State, Transition]:
+        """Step every environment; `predrawn_noise` are random numbers drawn in advance."""
+        arguments = (action,) if predrawn_noise is None else (action, predrawn_noise)
         new, transition = self._current.step(_inner(state), *arguments)
-        shown = transition._replace(
-            observation=self._shown(transition.observation, state),
-            next_observation=self._shown(transition.next_observation, state),
+        transition = transition._replace(
+            observation=self._append_task_one_hot(transition.observation, state),
+            next_observation=self._append_task_one_hot(transition.next_observation, state),
         )
-        return {**new, "identity": state["identity"]}, shown
+        return {**new, "identity": state["identity"]}, transition
 
-    def ahead(self, state: State) -> tuple[Tree, int]:
-        """Random numbers for the next steps, and the number of steps for which they suffice."""
-        numbers: tuple[Tree, int] = self._current.ahead(_inner(state))
+    def predraw_noise(self, state: State) -> tuple[Tree, int]:
+        """Draw random numbers for the next steps; returns them and the number of steps for which they suffice."""
+        numbers: tuple[Tree, int] = self._current.predraw_noise(_inner(state))
         return numbers
 
-    def look(self, state: State) -> None:
+    def warn_of_nonfinite(self, state: State) -> None:
         """Warn of NaN and infinity, as native worlds do."""
-        look = getattr(self._current, "look", None)
-        if look is not None:
-            look(_inner(state))
+        warn_of_nonfinite = getattr(self._current, "warn_of_nonfinite", None)
+        if warn_of_nonfinite is not None:
+            warn_of_nonfinite(_inner(state))
 
     def restore(self, state: State, inexact: bool = False) -> State:
         """Bring live environments of the selected task to a loaded `state`."""
@@ -167,11 +167,12 @@ class StreamWorld:
         new: State = current.restore(inner) if isinstance(current, NativeWorld) else current.restore(inner, inexact)
         return {**new, "identity": state["identity"]}
 
-    def _shown(self, observation: Any, state: State) -> Any:
+    def _append_task_one_hot(self, observation: Any, state: State) -> Any:
+        """Append the one-hot vector of the task to an observation, if `observe_identity` is set."""
         if not self._observe_identity:
             return observation
-        places = torch.arange(len(self._tasks), device=observation.device)
-        one_hot = state["identity"].unsqueeze(-1) == places
+        task_indices = torch.arange(len(self._tasks), device=observation.device)
+        one_hot = state["identity"].unsqueeze(-1) == task_indices
         return torch.cat([observation, one_hot.to(observation.dtype)], -1)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from rlmeta.data.samples import EVERYTHING, DataTable, DataTask, DataWorld, Scen
 from rlmeta.data.sets import Labelled, labelled
 from rlmeta.data.splits import permute, rotate, split
 from rlmeta.envs.names import read_named
-from rlmeta.envs.stream_world import IDENTITY, ONE_ORDER, StreamWorld, physics_of
+from rlmeta.envs.stream_world import ONE_ORDER, TASK_ID_SIGNALS, StreamWorld, physics_of
 from rlmeta.envs.task import Task, require_named, task
 from rlmeta.errors import SettingError, unknown_name
 
@@ -125,7 +125,7 @@ class TaskStream:
     def _check_identity(self) -> None:
         if self.of_samples:
             raise SettingError(f"stream {self.name!r}: observe_identity is for tasks to act in, not for samples")
-        if not self.revealed >= IDENTITY:
+        if not self.revealed >= TASK_ID_SIGNALS:
             raise SettingError(f"stream {self.name!r}: observe_identity shows what reveals hides, train_id or test_id")
 
     @property
@@ -240,7 +240,7 @@ def stream(
         table = dict(require_named(source))
         if reveals is not None:
             table["reveals"] = sorted(reveals)
-            table["observe_identity"] = table.get("observe_identity", False) and set(reveals) >= IDENTITY
+            table["observe_identity"] = table.get("observe_identity", False) and set(reveals) >= TASK_ID_SIGNALS
         for key, value in (("observe_identity", observe_identity), ("restart_optimizer", restart_optimizer)):
             if value is not None:
                 table[key] = value

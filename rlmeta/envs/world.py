@@ -73,7 +73,7 @@ class World(Protocol):
     """Whether `restore` always brings every environment back to exactly the saved state."""
 
     @property
-    def cuts_after(self) -> int | None:
+    def max_episode_steps(self) -> int | None:
         """Time limit of an episode in steps, None if the environments declare none."""
         ...
 

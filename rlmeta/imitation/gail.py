@@ -31,7 +31,7 @@ from rlmeta.learning.minibatch import flatten_time, gather
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.nn import MLP, ActionUnits, Block, Context, Encoder, bare
-from rlmeta.rewards import distinct
+from rlmeta.rewards import check_rewards
 from rlmeta.rewards.reward import Memory, Rewards, check_name
 
 SMALLEST_VARIANCE = 1e-4
@@ -102,7 +102,7 @@ class GAIL(PPO):
             shuffled=self.shuffled,
         )
         agent = PPOAgent(self, observation_space, action_space, methods)
-        agent.rewards = distinct((learned, *agent.rewards))
+        agent.rewards = check_rewards((learned, *agent.rewards))
         if self.warm_start:
             steps = loaded.transitions()
             agent.pretrain = lambda state: warm_start(agent, state, steps, self.warm_start, 64, 1e-3)
@@ -210,7 +210,7 @@ class AdversarialReward:
             _warn_of_horizons(self.form)
         flat = flatten_time(steps, state["key"].dim())
         memory, metrics = self.train(memory, flat, self.hyper(state), state["active"])
-        owners.stop(state, memory)
+        owners.deactivate_nonfinite(state, memory)
         reward = self.judge(memory["params"], steps, state["params"]["hyper"]["gamma"])
         others = {name: stream for name, stream in rewards.items() if name != "task"}
         return memory, {self.name: reward, **others}, metrics

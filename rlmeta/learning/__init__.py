@@ -1,4 +1,4 @@
-"""What every learner shares: the state, the gradient step that runs the hooks, and the protocols."""
+"""Shared parts of all learners: the state, the gradient step with its hooks, and the protocols."""
 
 __all__ = [
     "average",

@@ -13,11 +13,11 @@ class Average:
         self._counts: dict[str, int] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Count these values in."""
+        """Add the values of a gradient step to the running means."""
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def result(self) -> dict[str, Tensor]:
-        """The mean of every name, over how often it was added."""
+        """Mean of every metric over the steps that had it."""
         return {name: total / self._counts[name] for name, total in self._sums.items()}

@@ -1,4 +1,4 @@
-"""Rollouts: act in the environments of all learners and keep what happened."""
+"""Rollouts: act in the environments of all learners, and collect the transitions."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Actor(Protocol):
     """A learner that acts in environments."""
 
     noise_hold: int
-    """For how many steps a key is kept."""
+    """Number of steps that share a random key."""
 
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Actions `[*L, N, ...]`, a sample of the policy or its mode, and what it remembers of the observations."""
+        """Choose actions `[*L, N, ...]`, a sample or the mode of the policy; returns them and the new memory."""
         ...
 
     def initial_memory(self, p: Params, rows: tuple[int, ...]) -> tree.Tree:
-        """The memory of `rows` `[*L, N]` agents at the start of an episode."""
+        """Initial recurrent memory of `rows` `[*L, N]` environments, at the start of an episode."""
         ...
 
     def effective_params(self, state: State) -> Params:
@@ -55,7 +55,7 @@ class Actor(Protocol):
 
 @torch.no_grad()
 def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[State, Rollout]:
-    """Rollout of `num_steps` steps in every environment of every learner.
+    """Collect a rollout of `num_steps` steps in every environment of every learner.
 
     Args:
         agent: acts; where it has a `capture`, its steps are recorded and replayed.
@@ -87,7 +87,7 @@ def collect(agent: Actor, state: State, world: World, num_steps: int) -> tuple[S
 def _steps(
     agent: Actor, world: World, fixed: tree.Tree, moving: tree.Tree, keys: Tensor, axes: int
 ) -> tuple[tree.Tree, Rollout]:
-    """A step with each of the keys `[T, *L]`; `moving` is `world` and `memory`, and so is what is returned.
+    """Take a step with each of the keys `[T, *L]`; `moving` holds `world` and `memory`, and is returned updated.
 
     `fixed` is `params` and `initial`, the memory at the start of an episode.
     """
@@ -107,7 +107,7 @@ def _steps(
 def _recorded_steps(
     agent: Any, world: Any, fixed: tree.Tree, moving: tree.Tree, keys: Tensor, axes: int
 ) -> tuple[tree.Tree, Rollout]:
-    """`_steps` as one program, as far as the numbers last that the world draws ahead."""
+    """Take steps as `_steps` does, as one recorded program for as many steps as predrawn random numbers suffice."""
     clock.switch("act")
 
     name = ("steps of the world", world)
@@ -116,16 +116,16 @@ def _recorded_steps(
         moving, fixed = inputs["carried"], inputs["fixed"]
         observation = world.observation(moving["world"])
         action, memory = agent.act(fixed["params"], observation, moving["memory"], inputs["each"]["key"])
-        world_state, transition = world.step(moving["world"], action, fixed["ahead"])
+        world_state, transition = world.step(moving["world"], action, fixed["predrawn_noise"])
         memory = remember(memory, fixed["initial"], transition)
         row = {"observation": observation, "action": action, **_record(transition)}
         return {"carried": {"world": world_state, "memory": memory}, "row": row}
 
     pieces: list[Rollout] = []
     while len(keys):
-        ahead, lasting = world.ahead(moving["world"])
+        predrawn_noise, lasting = world.predraw_noise(moving["world"])
         now, keys = keys[:lasting], keys[lasting:]
-        now_fixed = {**fixed, "ahead": ahead}
+        now_fixed = {**fixed, "predrawn_noise": predrawn_noise}
         moving, rows = agent.capture.scan(name, step, moving, now_fixed, {"key": now}, len(now), axes)
         pieces.append(rows)
     return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
@@ -136,7 +136,7 @@ def _capture(agent: Actor) -> Capture | None:
 
 
 def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
-    """`agent.act`, replayed where the agent has a `capture` for it."""
+    """Choose actions by `agent.act`, recorded and replayed if the agent has a `capture`."""
 
     def act(inputs: tree.Tree) -> tree.Tree:
         action, memory = agent.act(inputs["params"], inputs["observation"], inputs["memory"], inputs["key"])
@@ -154,7 +154,7 @@ def _record(transition: Transition | TrialTransition) -> Rollout:
 
 
 def remember(memory: tree.Tree, initial: tree.Tree, transition: Transition | TrialTransition) -> tree.Tree:
-    """The memory `[*L, N, ...]` that an actor goes on with after a step of its world.
+    """Update the recurrent memory `[*L, N, ...]` after a step: add the reward, and reset it at ends of episodes.
 
     Args:
         memory: as `act` left it.

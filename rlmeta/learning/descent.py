@@ -1,4 +1,4 @@
-"""A gradient step as a function of tensors: gradients, what lifelong methods make of them, the optimizer's step."""
+"""Gradient step as a function of tensors: gradients, lifelong methods' penalties and projections, the optimizer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def descend(
 
 
 def _packed(gradients: dict[str, Tensor], groups: Sequence[Group], weights: Packed) -> Tensor:
-    """The gradients of groups as one over all weights `[*L, P]`, 0 where nothing moves."""
+    """Join the gradients of groups to one over all weights `[*L, P]`, 0 where no group is updated."""
     return with_entries(
         torch.zeros_like(weights.flat), [(spans(group, weights), gradients[group.name]) for group in groups]
     )
@@ -81,7 +81,7 @@ def _union(masks: Sequence[Tensor | None]) -> Tensor | None:
 def _memories_after(
     learner: HasLosses, state: State, moved: tree.Tree, info: StepInfo, methods: Sequence[Method]
 ) -> State:
-    """Memories of the lifelong methods after the gradient step."""
+    """Update the memories of the lifelong methods after a gradient step."""
     params, axes = state["params"], info.delta.dim() - 1
     new = {
         **params,

@@ -18,7 +18,7 @@ from rlmeta.learning.state import Params
 
 
 class Evaluation(NamedTuple):
-    """Episodes of every learner; of one that is no agent, what it is tried on instead: test samples, or tasks."""
+    """Evaluation result: returns and lengths of every learner's episodes, or scores on test samples or tasks."""
 
     returns: Tensor
     """Undiscounted, of the environment's own reward, or what else the learner's score is, `[*L, E]` float64."""
@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
     """In steps or samples, `[*L, E]` int64."""
 
     def of_trials(self, episodes: int) -> Tensor:
-        """The returns of trials of so many episodes, by trial and episode, `[*L, trials, episodes]`."""
+        """Reshape returns to trials of several episodes, `[*L, trials, episodes]`."""
         return self.returns.reshape(*self.returns.shape[:-1], -1, episodes)
 
 
@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     agent: Actor, p: Params, world: World, key: Tensor, episodes: int, *, deterministic: bool = True
 ) -> Evaluation:
-    """Play `episodes` episodes with every learner, the same number in each of the world's rows.
+    """Evaluate every learner on `episodes` episodes, the same number in each row of the world.
 
     Of trials it plays so many trials, and every episode of theirs is scored: one trial's are next to each other.
 
@@ -58,7 +58,7 @@ def evaluate(
         raise SettingError(f"{episodes} evaluation episodes don't divide over {world.num_envs} environments")
     rows = (*key.shape, world.num_envs)
     rounds = episodes // world.num_envs * world.trial_episodes
-    score = _Score(rows, rounds, max(EVALUATION_LIMIT, world.cuts_after or 0), key.device)
+    score = _Score(rows, rounds, max(EVALUATION_LIMIT, world.max_episode_steps or 0), key.device)
     begun = 0
     while not score.complete():  # once, but where an episode was cut
         state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))
@@ -95,18 +95,18 @@ class _Score:
         return bool((self.finished >= len(self._slots)).all())
 
     def idle(self) -> bool:
-        """Whether no row has an episode to go on with."""
+        """Whether no row is within an episode."""
         return self._idle
 
     def begin(self) -> None:
-        """Every row is at the start of an episode."""
+        """Mark every row as being at the start of an episode."""
         self._running = torch.zeros_like(self.finished, dtype=torch.float64)
         self._length = torch.zeros_like(self.finished)
         self._waits = torch.zeros_like(self.finished, dtype=torch.bool)
         self._since, self._idle = 0, False
 
     def add(self, transition: Transition | TrialTransition) -> None:
-        """Count a step of every row."""
+        """Add the rewards of a step of every row."""
         self.steps, self._since = self.steps + 1, self._since + 1
         self._running = self._running + transition.reward * transition.valid
         self._length = self._length + transition.valid
@@ -129,7 +129,7 @@ class _Score:
         self._idle = bool((self._waits | (self.finished >= len(self._slots))).all())
 
     def warn_of_cuts(self, name: str) -> None:
-        """Say how many episodes were cut, and in which rows."""
+        """Warn of truncated episodes: how many, and in which rows."""
         if not bool(self._cuts.any()):
             return
         rows = self._cuts.flatten().nonzero().flatten().tolist()
@@ -144,6 +144,6 @@ class _Score:
 
 
 def evaluation_rows(episodes: int, native: bool) -> int:
-    """Rows to play `episodes` episodes in: all at once where rows cost nothing, else the largest divisor up to 16."""
+    """Number of parallel rows for `episodes` episodes: all if rows are cheap, else the largest divisor up to 16."""
     require(episodes >= 1, f"episodes is {episodes}, expected at least 1")
     return episodes if native else max(n for n in range(1, 17) if episodes % n == 0)

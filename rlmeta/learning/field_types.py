@@ -1,4 +1,4 @@
-"""Whether the values of a settings class are of the kinds that its fields declare."""
+"""Type checks of settings: values must be of the types that the fields of the class declare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlmeta.errors import SettingError
 
 
 def check_types(settings: Any) -> None:
-    """Refuse a value of another kind than its field's: numbers, whole numbers, switches, choices, layers, functions.
+    """Check the types of all fields: numbers, whole numbers, switches, choices, layers, functions.
 
     True is no number here, NaN is none either, and a number is no switch. What a range allows is for `require_range`.
 
@@ -27,7 +27,7 @@ def check_types(settings: Any) -> None:
 
 
 def check_values(settings_class: type, given: Mapping[str, Any], where: str) -> None:
-    """`check_types` of values that are to become settings; what has no field of its name is not looked at."""
+    """Check the types of values before they become settings; names without a field are ignored."""
     hints = typing.get_type_hints(settings_class, include_extras=True)
     for name, value in given.items():
         if name in hints:
@@ -35,20 +35,20 @@ def check_values(settings_class: type, given: Mapping[str, Any], where: str) -> 
 
 
 def require_type(value: Any, hint: Any, where: str) -> None:
-    """Refuse one value that is not of a type; `where` begins the sentence."""
+    """Check that a value is of a type; `where` begins the error message."""
     expected = _expected(value, hint)
     if expected:
         raise SettingError(f"{where} is {shown(value)}, expected {expected}")
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence shows it: by its kind where it is long."""
+    """Format a value for an error message: a long one by its type."""
     text = repr(value)
     return text if len(text) <= 80 else f"a {type(value).__name__}"
 
 
 def _expected(value: Any, hint: Any) -> str:
-    """What a field of this hint expects, '' where the value is that, or where the hint says nothing we know."""
+    """Describe what a field of this type hint expects; '' if the value fits, or the hint is unknown."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if "per learner" in getattr(hint, "__metadata__", ()):
         one = value if isinstance(value, list | tuple) and len(value) else [value]

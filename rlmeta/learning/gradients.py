@@ -1,4 +1,4 @@
-"""Gradients of a learner's losses, and of what lifelong methods add to them."""
+"""Gradients of a learner's losses, and of the penalties of lifelong methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlmeta.nn import Context
 
 @dataclass(slots=True)
 class StepContext(Context):
-    """The context of the forward passes of a gradient step.
+    """Context of the forward passes of a gradient step.
 
     Attributes:
         report: whether diagnostics are wanted; computing them for every minibatch would cost as much as a small loss.
@@ -39,10 +39,10 @@ class StepContext(Context):
 
 
 class HasLosses(Protocol):
-    """What `step` needs of a learner."""
+    """Protocol of learners that `step` can train: `losses`."""
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The losses `{group: [*L]}` of a minibatch `[*L, B, ...]`; diagnostics go into `ctx.info`."""
+        """Compute the losses `{group: [*L]}` of a minibatch `[*L, B, ...]`; diagnostics go into `ctx.info`."""
         ...
 
 
@@ -58,7 +58,7 @@ def all_gradients(
     methods: Sequence[Method],
     ctx: StepContext,
 ) -> dict[str, Any]:
-    """Gradients of the losses, and of what the methods add to them: a pure function of tensors if the hooks are.
+    """Compute the gradients of the losses and of the methods' penalties: a pure function of tensors if the hooks are.
 
     Args:
         learner: gives the losses.
@@ -101,7 +101,7 @@ def _further_losses(
     ctx: StepContext,
     like: Tensor,
 ) -> list[list[Tensor]]:
-    """What the methods add to every group's loss, `[*L]` each like it: of further minibatches, then their own."""
+    """Penalties of the lifelong methods for every group, `[*L]`: losses of further minibatches, then their own."""
     further: list[list[Tensor]] = []
     for method in methods:
         memory, task, key = state["methods"][method.name], state["task"], method_key(state, method)
@@ -124,7 +124,7 @@ def _outputs(losses: dict[str, Tensor], ctx: StepContext) -> dict[str, dict[str,
 def _gradients(
     totals: Sequence[Tensor], groups: Sequence[Group], leaves: dict[str, Tensor], retain_graph: bool = False
 ) -> dict[str, Tensor]:
-    """The gradient of every group's loss `[*L]` of its own weights, packed `[*L, G]`."""
+    """Differentiate every group's loss `[*L]` with respect to its own weights, packed `[*L, G]`."""
     gradients = {}
     for number, (total, group) in enumerate(zip(totals, groups)):
         own = torch.autograd.grad(
@@ -139,5 +139,5 @@ def _gradients(
 
 
 def method_key(state: State, method: Method) -> Tensor:
-    """The random key `[*L]` of a method in this step: adding a method changes no other consumer's numbers."""
+    """Random key `[*L]` of a method in this step: adding a method changes no other consumer's numbers."""
     return random.fold(random.fold(state["key"], f"method/{method.name}"), state["count"]["gradient_steps"])

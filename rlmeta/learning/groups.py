@@ -18,11 +18,11 @@ from rlmeta.functional.optim import Optimizer
 from rlmeta.functional.packed import Packed
 
 Span = tuple[int, int]
-"""Where entries begin and end among packed weights `[*L, P]`."""
+"""Index ranges (start, end) among packed weights `[*L, P]`."""
 
 
 class Group(NamedTuple):
-    """Weights that move together."""
+    """Parameter group: weights that are updated together."""
 
     name: str
     """Its moments are kept under it."""
@@ -35,29 +35,29 @@ class Group(NamedTuple):
     """Each learner's gradient is clipped to this norm; a number or `[*L]`."""
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The sum of its losses, `[*L]`."""
+        """Sum of the group's losses, `[*L]`."""
         chosen = [loss for name, loss in losses.items() if self.losses is None or name in self.losses]
         if not chosen:
             raise SettingError(f"the group {self.name!r} needs a loss of {self.losses}, there are {sorted(losses)}")
         return torch.stack(chosen).sum(0) if len(chosen) > 1 else chosen[0]
 
     def own(self, names: Iterable[str]) -> list[str]:
-        """Which of the names are of its weights."""
+        """Select the names of the group's weights."""
         return [name for name in names if name.startswith(self.weights)]
 
 
 def whole(optimizer: Optimizer, max_norm: float | Tensor | None = None) -> tuple[Group, ...]:
-    """All weights as one group, which all losses move."""
+    """Create one group of all weights, trained on all losses."""
     return (Group("all", ("",), None, optimizer, torch.inf if max_norm is None else max_norm),)
 
 
 def moving(groups: Sequence[Group]) -> frozenset[str] | None:
-    """The names of groups that move, as `StepContext.moving` has them: None where every loss is one group's."""
+    """Names of the groups to update, for `StepContext.moving`; None if one group has all losses."""
     return None if any(group.losses is None for group in groups) else frozenset(group.name for group in groups)
 
 
 def check_partition(groups: Sequence[Group], names: Iterable[str]) -> None:
-    """Refuse groups that are not each weight's only one.
+    """Check that every weight belongs to exactly one group.
 
     Raises:
         SettingError: a weight is in no group or in several, or two groups share a name.
@@ -72,7 +72,7 @@ def check_partition(groups: Sequence[Group], names: Iterable[str]) -> None:
 
 
 def spans(group: Group, weights: Packed) -> list[Span]:
-    """Where a group's weights lie among the packed ones, neighbours joined."""
+    """Index ranges of a group's weights among the packed ones, with neighbours joined."""
     joined: list[Span] = []
     start = 0
     for name, shape in zip(weights, weights.shapes):
@@ -89,7 +89,7 @@ def spans(group: Group, weights: Packed) -> list[Span]:
 
 
 def entries(flat: Tensor, places: Sequence[Span]) -> Tensor:
-    """The entries of a group, `[*L, P]` -> `[*L, G]`; a view where they lie side by side."""
+    """Select the entries of a group, `[*L, P]` -> `[*L, G]`; a view if they are contiguous."""
     if places[0] == (0, flat.shape[-1]):
         return flat
     pieces = [flat[..., start:end] for start, end in places]
@@ -97,7 +97,7 @@ def entries(flat: Tensor, places: Sequence[Span]) -> Tensor:
 
 
 def with_entries(flat: Tensor, changed: Sequence[tuple[Sequence[Span], Tensor]]) -> Tensor:
-    """`flat` `[*L, P]` with other entries for some groups; where a group is all there is, its own tensor."""
+    """Replace the entries of some groups in `flat` `[*L, P]`; a group of all weights is returned as it is."""
     if len(changed) == 1 and changed[0][0][0] == (0, flat.shape[-1]):
         return changed[0][1]
     pieces: list[tuple[int, int, Tensor]] = []

@@ -1,4 +1,4 @@
-"""Validation of what lifelong methods' hooks return: a line that names hook and method, not an error far from it.
+"""Validation of the results of lifelong methods' hooks: errors name the hook and the method.
 
 In a gradient step only types and shapes are compared, which costs next to nothing; whole parameters and memories are
 compared where a task, a phase or a run begins.
@@ -19,7 +19,7 @@ from rlmeta.learning.state import Params, State
 
 
 def expect(method: Method, hook: str, value: Any, expected: str, holds: bool) -> None:
-    """Refuse the value that a hook returned unless it `holds`."""
+    """Raise an error for the value that a hook returned, unless `holds`."""
     if not holds:
         raise HookError(f"{method.name}: its hook {hook} gave {_described(value)}, expected {expected}")
 
@@ -31,7 +31,7 @@ def _described(value: Any) -> str:
 
 
 def tensor_like(method: Method, hook: str, value: Any, like: Tensor) -> Tensor:
-    """Validated tensor: of the shape and type of another."""
+    """Validate a tensor: of the shape and dtype of another."""
     fits = isinstance(value, Tensor) and value.shape == like.shape and value.dtype == like.dtype
     if not fits:
         expect(method, hook, value, _described(like), holds=False)
@@ -39,7 +39,7 @@ def tensor_like(method: Method, hook: str, value: Any, like: Tensor) -> Tensor:
 
 
 def further_loss(method: Method, value: Any, like: Tensor) -> Tensor:
-    """Validated loss `[*L]`, which depends on the weights."""
+    """Validate a loss `[*L]`, which must depend on the weights."""
     value = tensor_like(method, "loss", value, like)
     expect(
         method, "loss", value, "one that depends on the weights in p (None where there is none)", value.requires_grad
@@ -48,7 +48,7 @@ def further_loss(method: Method, value: Any, like: Tensor) -> Tensor:
 
 
 def mask(method: Method, value: Any, like: Tensor) -> Tensor | None:
-    """Validated mask `[*L, P]` of frozen weights, or None."""
+    """Validate a mask `[*L, P]` of frozen weights, or None."""
     if value is not None:
         fits = isinstance(value, Tensor) and value.shape == like.shape and value.dtype == torch.bool
         expect(method, "frozen", value, f"torch.bool {tuple(like.shape)} or None", fits)
@@ -56,7 +56,7 @@ def mask(method: Method, value: Any, like: Tensor) -> Tensor | None:
 
 
 def further_batches(method: Method, value: Any) -> Sequence[tuple[tree.Tree, float | Tensor]]:
-    """Validated further minibatches: pairs of a minibatch and the weight of its loss."""
+    """Validate further minibatches: pairs of a minibatch and the weight of its loss."""
     fits = isinstance(value, list | tuple) and all(
         isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], dict) for pair in value
     )
@@ -65,14 +65,14 @@ def further_batches(method: Method, value: Any) -> Sequence[tuple[tree.Tree, flo
 
 
 def logits(method: Method, value: Any, shape: tuple[int, ...]) -> Tensor:
-    """Validated logits of this shape, `[*L, B, C]`."""
+    """Validate logits `[*L, B, C]`."""
     fits = isinstance(value, Tensor) and value.shape == shape
     expect(method, "predict", value, f"a tensor {shape} or None", fits)
     return value
 
 
 def phases(method: Method, value: Any) -> Sequence[tuple[str, int]]:
-    """Validated training phases: names and whole numbers of iterations."""
+    """Validate training phases: names and whole numbers of iterations."""
     fits = isinstance(value, list | tuple) and all(
         isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int)
         for pair in value
@@ -83,13 +83,13 @@ def phases(method: Method, value: Any) -> Sequence[tuple[str, int]]:
 
 
 def memory(method: Method, hook: str, value: Any) -> Memory:
-    """Validated memory: a dictionary."""
+    """Validate a memory: a dictionary."""
     expect(method, hook, value, "the method's memory, a dictionary of tensors", isinstance(value, dict))
     return value
 
 
 def first_memory(method: Method, value: Any, key: Tensor) -> Memory:
-    """Validated initial memory: every tensor starts with the learner axes of the key."""
+    """Validate an initial memory: every tensor starts with the learner axes of the key."""
     for name, leaf in tree.flatten(memory(method, "init", value)).items():
         fits = isinstance(leaf, Tensor) and leaf.shape[: key.dim()] == key.shape
         form = f"a tensor that starts with the learners {tuple(key.shape)}"
@@ -98,7 +98,7 @@ def first_memory(method: Method, value: Any, key: Tensor) -> Memory:
 
 
 def changed(method: Method, hook: str, value: Any, p: Params, m: Memory) -> tuple[Params, Memory]:
-    """Validated parameters and memory, of the form they had, from a hook of tasks and phases.
+    """Validate parameters and memory from a hook of tasks and phases: names, shapes and dtypes stay.
 
     Args:
         method: whose hook.
@@ -114,7 +114,7 @@ def changed(method: Method, hook: str, value: Any, p: Params, m: Memory) -> tupl
 
 
 def check_effective_params(learner: Any, state: State) -> None:
-    """Validation of the effective parameters: what `params` of every method gives for those of now."""
+    """Validate the effective parameters: the result of every method's `params` hook."""
     params = state["params"]
     for method in learner.methods:
         value = method.params(learner, params, state["methods"][method.name], state["task"])
@@ -124,7 +124,7 @@ def check_effective_params(learner: Any, state: State) -> None:
 
 
 def same_form(method: Method, hook: str, value: Any, had: Any, what: str) -> None:
-    """Refuse a tree of other names, shapes or types than it had: shapes never change in a run."""
+    """Check that a tree keeps its names, shapes and dtypes: shapes never change in a run."""
     expect(method, hook, value, f"{what}, a dictionary of tensors", isinstance(value, dict))
     leaves, expected = tree.flatten(value), tree.flatten(had)
     strange = sorted(leaves.keys() ^ expected.keys())

@@ -1,4 +1,4 @@
-"""Learner protocol: what the training loop asks of agents, supervised learners, meta-learners, imitators."""
+"""Learner protocol of the training loop, for agents, supervised learners, meta-learners and imitators."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rlmeta.learning.state import Params, State
 from rlmeta.nn import Block, stack
 
 Metrics = dict[str, Tensor]
-"""Figures of one iteration, `[*L]` each."""
+"""Metrics of one iteration, `[*L]` each."""
 
 
 class Score(NamedTuple):
-    """What an evaluation measures."""
+    """Score of an evaluation: its name, and whether more is better."""
 
     name: str
     """As tables and plots call it."""
@@ -33,11 +33,11 @@ class Score(NamedTuple):
 
     @property
     def metric(self) -> str:
-        """Its name in the records."""
+        """Name of the score in the metric log."""
         return f"eval/{self.name.replace(' ', '_')}"
 
     def reaches(self, score: Tensor, target: float) -> Tensor:
-        """Whether scores are as good as a target; one that is not finite reaches none, and none that is not finite is
+        """Whether scores reach a target; one that is not finite reaches none, and none that is not finite is
         reached."""
         if not math.isfinite(target):
             return torch.zeros_like(score, dtype=torch.bool)
@@ -49,7 +49,7 @@ class Score(NamedTuple):
         return score.isfinite() & (gained | ~other.isfinite())
 
     def best(self, scores: Tensor) -> int:
-        """The place of the best of scores `[S]` that are finite.
+        """Index of the best finite score of `[S]`.
 
         Raises:
             SettingError: none is.
@@ -62,7 +62,7 @@ class Score(NamedTuple):
 
 
 class Learner(HasLosses, Protocol):
-    """A learner bound to its problem's spaces.
+    """Learner for the spaces of its problem.
 
     Everything that changes is in the explicit state (see `learning.state`), so a learner itself can be thrown away and
     made again from its settings.
@@ -92,24 +92,23 @@ class Learner(HasLosses, Protocol):
 
     @property
     def predicts(self) -> tuple[str, ...]:
-        """The networks that its `distribution` depends on (see `learning.predictive`); () where it predicts none."""
+        """Names of the networks of its `distribution` (see `learning.predictive`); () if it predicts none."""
         ...
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: Any) -> State:
-        """The state at the start of a run."""
+        """Initial state of a run."""
         ...
 
     def begin_task(self, state: State, world: Any, key: Tensor) -> State:
-        """Turn to the task that the world has been set to; `key` `[*L]` starts its episodes or its order of samples."""
+        """Begin the task that the world has been set to; `key` `[*L]` seeds its episodes or its order of samples."""
         ...
 
     def enter(self, state: State, world: Any, key: Tensor) -> State:
-        """Go on in the task that the world has been set to, untold that it is another: nothing but episodes, or the
-        order of samples, begins anew."""
+        """Switch to another task without a task boundary: reset the episodes, or the order of samples, alone."""
         ...
 
     def iterate(self, state: State, world: Any) -> tuple[State, Metrics]:
-        """One iteration: `steps_per_iteration` steps of every row, and what is learned from them."""
+        """One training iteration: take `steps_per_iteration` steps in every row, and learn from them."""
         ...
 
     def effective_params(self, state: State) -> Params:
@@ -117,7 +116,7 @@ class Learner(HasLosses, Protocol):
         ...
 
     def evaluation_rows(self, episodes: int, native: bool) -> int:
-        """How many rows a world needs for `evaluate` with so many episodes."""
+        """Number of parallel rows that `evaluate` needs for `episodes` episodes."""
         ...
 
     def evaluate(self, p: Params, world: Any, key: Tensor, episodes: int, *, deterministic: bool = True) -> Evaluation:
@@ -125,21 +124,21 @@ class Learner(HasLosses, Protocol):
         ...
 
     def draw(self, state: State, world: Any, n: int) -> tree.Tree:
-        """n samples `[*L, n, ...]` of what it is trained on now; the state stays as it is."""
+        """Sample n training samples `[*L, n, ...]` of the current task; the state stays as it is."""
         ...
 
 
 @runtime_checkable
 class OnPolicy(Protocol):
-    """An agent whose losses are of its own rollouts: act, credit, learn."""
+    """On-policy agent, which learns from its own rollouts."""
 
     def credit(self, p: Params, rollout: State, rewards: dict[str, Tensor]) -> tree.Tree:
-        """What `losses` learns from, for every step of a rollout `[*L, T, N, ...]` and its streams of reward."""
+        """Training data of `losses` for every step of a rollout `[*L, T, N, ...]`, such as advantages."""
         ...
 
 
 def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: dict[str, Tensor]) -> State:
-    """What every learner's state starts with: fresh weights from each learner's own key, counters at zero.
+    """Initial state of every learner: random weights from each learner's own key, counters at zero.
 
     Parameters with `requires_grad=False` are among the buffers: nothing that trains sees them.
 
@@ -175,7 +174,7 @@ def initial_state(networks: Callable[[], dict[str, Block]], key: Tensor, hyper: 
 
 
 def _built(networks: Callable[[], dict[str, Block]], key: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Trained parameters and buffers, `{name: [*L, ...]}` each; frozen parameters are among the buffers."""
+    """Stack the learners' networks: parameters and buffers `{name: [*L, ...]}`; frozen parameters are buffers."""
     trained: list[set[str]] = []
     tied: dict[str, str] = {}
 
@@ -223,10 +222,10 @@ def _ties(module: nn.Module) -> dict[str, str]:
 
 
 def initial_tensors(networks: Callable[[], dict[str, Block]], key: Tensor) -> Params:
-    """Fresh parameters and buffers `[*L, ...]` of the blocks that `networks` makes, from every learner's key alone."""
+    """Initial parameters and buffers `[*L, ...]` of the blocks of `networks`, from every learner's key alone."""
     return stack(lambda: nn.ModuleDict(networks()), key)
 
 
 def initial_memories(learner: Learner, methods: Sequence[Method], state: State) -> State:
-    """The methods' memories by name, made once the rest of the state is there."""
+    """Initial memories of the lifelong methods by name, after the rest of the state."""
     return {method.name: hooks.first_memory(method, method.init(learner, state), state["key"]) for method in methods}

@@ -1,4 +1,4 @@
-"""The hooks through which a lifelong method takes part in every gradient step of every learner."""
+"""Base class of lifelong methods: hooks into tasks, phases and every gradient step of every learner."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Draw = Callable[[int], tree.Tree]
 
 
 class Gradients(NamedTuple):
-    """The two gradients a method sees, both `[*L, P]` over the packed weights."""
+    """Gradients for the `grads` hook, of the losses and in total, `[*L, P]` over the packed weights."""
 
     task: Tensor
     """Of the learner's own losses alone; to read."""
@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What `after_step` is told."""
+    """Data of the `after_step` hook."""
 
     gradient: Tensor
     """The task gradient, `[*L, P]`."""
@@ -48,7 +48,7 @@ class StepInfo(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What `learn` gives back."""
+    """Result of the `learn` hook."""
 
     memory: Memory
     """The method's memory after the step."""
@@ -59,7 +59,7 @@ class Learned(NamedTuple):
 
 
 class Method:
-    """A lifelong method; override the hooks it needs. No hook writes in place: each returns what it changes.
+    """Base class of lifelong methods; override the hooks it needs. Hooks return changes and never write in place.
 
     Where a stream hides its boundaries there are no tasks and no phases: `phases`, `task_start`, `phase_start` and
     `task_end` are not called.
@@ -77,24 +77,25 @@ class Method:
     is to stand in the method's own class, for a class derived from it may do anything."""
 
     def init(self, learner: Any, state: State) -> Memory:
-        """The method's memory at the start of a run."""
+        """Initial memory of the method."""
         return {}
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
-        """(name, iterations) of the phases that follow `("train", iterations)` in every task."""
+        """Training phases (name, iterations) that follow `("train", iterations)` in every task."""
         return ()
 
     def task_start(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """Before the first step on a task."""
+        """Hook before the first step on a task."""
         return p, m
 
     def phase_start(self, learner: Any, p: Params, m: Memory, task: Task, phase: str) -> tuple[Params, Memory]:
-        """Before the first step of a phase, "train" or one of any method's."""
+        """Hook before the first step of a phase, "train" or one of any method's."""
         return p, m
 
     def learn(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, active: Tensor) -> Learned | None:
-        """In a phase of this method's, a step on what is its own (see `learning.owners`) in the place of the
-        learner's, which then stays as it is; None for the learner's.
+        """Train the method's own module (see `learning.owners`) for a step in one of its phases.
+
+        The learner stays as it is then; None for a step of the learner's.
 
         `batch` `[*L, B, ...]` are labelled samples, or all steps of an agent's rollout (with a memory whole sequences
         `[*L, B, T, ...]`), as `draw` gives them.
@@ -102,42 +103,42 @@ class Method:
         return None
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """After the last step on a task."""
+        """Hook after the last step on a task."""
         return p, m
 
     def params(self, learner: Any, p: Params, m: Memory, task: Task) -> Params:
-        """Parameters as every forward pass sees them, in training and evaluation."""
+        """Effective parameters of every forward pass, in training and evaluation."""
         return p
 
     def batches(
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
     ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
-        """Further minibatches, and the weight `[*L]` of their losses beside the learner's own."""
+        """Further minibatches (replay), and the weight `[*L]` of their losses beside the learner's own."""
         return ()
 
     def loss(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor) -> Tensor | None:
-        """A further loss `[*L]`, or None."""
+        """Penalty: a further loss `[*L]`, or None."""
         return None
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """The total gradient `[*L, P]` after this method's penalty or projection."""
+        """Gradient penalty or projection: the new total gradient `[*L, P]`."""
         return gradients.total
 
     def frozen(self, p: Params, m: Memory, task: Task) -> Tensor | None:
-        """Entries `[*L, P]` (bool) that must come out of the step bit-identical, or None."""
+        """Mask `[*L, P]` (bool) of frozen entries, which stay bit-identical in the step, or None."""
         return None
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """After the weights moved."""
+        """Hook after a gradient step; returns the new memory."""
         return m
 
     def predict(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> Tensor | None:
-        """Logits `[*L, B, C]` that replace the learner's own in evaluation, or None."""
+        """Prediction rule in evaluation: logits `[*L, B, C]` that replace the learner's own, or None."""
         return None
 
 
 def recordable(method: Method) -> bool:
-    """Whether the method's own class says that its hooks are functions of tensors."""
+    """Whether the method's own class declares `recordable = True`: its hooks are functions of tensors."""
     return vars(type(method)).get("recordable", False) is True
 
 
@@ -156,7 +157,7 @@ def effective_params(learner: Any, state: State, task: Task | None = None) -> Pa
 
 
 def checked_methods(value: Any) -> tuple[Method, ...]:
-    """The lifelong methods that a user gave.
+    """Validate a user's list of lifelong methods.
 
     Raises:
         SettingError: not a list of methods.
@@ -178,7 +179,7 @@ def checked_methods(value: Any) -> tuple[Method, ...]:
 
 
 def check_needs(methods: Sequence[Method], reveals: frozenset[str], stream: str) -> None:
-    """Refuse methods that need what the stream hides.
+    """Check that the stream reveals everything that the methods need.
 
     Raises:
         SettingError: also where two methods have one name.
@@ -191,7 +192,7 @@ def check_needs(methods: Sequence[Method], reveals: frozenset[str], stream: str)
 
 
 def require_revealed(method: Method, needs: frozenset[str], reveals: frozenset[str], stream: str) -> None:
-    """Refuse a method where the stream hides what it needs.
+    """Check that the stream reveals everything that a method needs.
 
     Raises:
         SettingError: with what to do.
@@ -209,6 +210,6 @@ def require_revealed(method: Method, needs: frozenset[str], reveals: frozenset[s
 
 
 def method_classes(names: Mapping[str, Any]) -> tuple[type[Method], ...]:
-    """The lifelong methods among a package's names."""
+    """Select the lifelong methods among a package's names."""
     classes = [value for value in names.values() if isinstance(value, type)]
     return tuple(cls for cls in classes if issubclass(cls, Method) and cls is not Method)

@@ -1,4 +1,4 @@
-"""Cut a rollout into minibatches, each learner by its own permutation."""
+"""Minibatches of a rollout: every learner shuffles its samples by its own permutation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rlmeta.functional import random, tree
 
 
 def flatten_time(rollout: tree.Tree, learner_axes: int) -> tree.Tree:
-    """`[*L, T, N, ...]` as `[*L, T * N, ...]`, leaf by leaf."""
+    """Flatten time and environments, `[*L, T, N, ...]` -> `[*L, T * N, ...]`, leaf by leaf."""
     return tree.map(lambda x: x.flatten(learner_axes, learner_axes + 1), rollout)
 
 
 def gather(batch: tree.Tree, index: Tensor) -> tree.Tree:
-    """Rows `index` `[*L, B]` of every leaf `[*L, M, ...]`, each learner its own: `[*L, B, ...]`."""
+    """Gather the rows `index` `[*L, B]` of every leaf `[*L, M, ...]`, each learner its own: `[*L, B, ...]`."""
     axes = index.dim() - 1
     rows = {}
 
@@ -34,7 +34,7 @@ def gather(batch: tree.Tree, index: Tensor) -> tree.Tree:
 
 @dataclass(frozen=True)
 class Minibatches:
-    """Minibatches `[*L, B, ...]` of some samples, in turn."""
+    """Iterator over minibatches `[*L, B, ...]` of a batch of samples."""
 
     batch: tree.Tree
     """The samples, every leaf `[*L, M, ...]`."""
@@ -49,12 +49,12 @@ class Minibatches:
 
 
 def pick(batch: tree.Tree, index: Tensor | None) -> tree.Tree:
-    """`gather`, or the whole batch where there is no index."""
+    """Gather the rows of a minibatch; the whole batch if there is no index."""
     return batch if index is None else gather(batch, index)
 
 
 def minibatches(key: Tensor, epoch: int | Tensor, batch: tree.Tree, batch_size: int, epochs: int = 1) -> Minibatches:
-    """The minibatches `[*L, batch_size, ...]` of some epochs over the samples `[*L, M, ...]`.
+    """Shuffle samples `[*L, M, ...]` into minibatches `[*L, batch_size, ...]` for several epochs.
 
     A single minibatch keeps the samples' order: a mean does not depend on it.
 

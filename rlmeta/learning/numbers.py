@@ -9,7 +9,7 @@ _SUFFIXES = {"k": 1_000, "K": 1_000, "M": 1_000_000}
 
 
 def number(text: str) -> float:
-    """A number: 3e-4, 100k, 1M, 1_000_000, inf.
+    """Parse a number: 3e-4, 100k, 1M, 1_000_000, inf.
 
     Raises:
         ValueError: it is none.
@@ -18,7 +18,7 @@ def number(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    """A whole number: 32, 100k, 1e6; exact whatever its size.
+    """Parse a whole number: 32, 100k, 1e6; exact whatever its size.
 
     Raises:
         ValueError: it is none.
@@ -30,7 +30,7 @@ def whole(text: str) -> int:
 
 
 def _exact(text: str) -> Decimal:
-    """The number that a text stands for.
+    """Parse a text to an exact number.
 
     Raises:
         ValueError: it is none.

@@ -1,4 +1,4 @@
-"""Off-policy learning: remember what happened, take gradient steps on minibatches of it, move target networks.
+"""Off-policy learning: fill a replay memory, take gradient steps on its minibatches, update target networks.
 
 What DQN, SAC and TD3 share. Their settings have `num_envs, num_steps, gradient_steps, batch_size, capacity,
 learning_starts`, and `gamma` is among their settings per learner.
@@ -69,7 +69,7 @@ class OffPolicyLearner(HasLosses, Protocol):
 
 
 def check_settings(settings: OffPolicySettings, n_steps: int = 1) -> None:
-    """Refuse numbers that leave nothing to learn from.
+    """Check that the settings leave transitions to learn from.
 
     Raises:
         SettingError: with what to change.
@@ -96,35 +96,35 @@ def idle_steps(settings: OffPolicySettings, n_steps: int = 1) -> int:
 
 
 def first_memory(settings: OffPolicySettings, world: World, state: State) -> State:
-    """An empty replay memory, for `state["replay"]`."""
+    """Initial empty replay memory, for `state["replay"]`."""
     return replay.init(world, state["world"], settings.capacity // settings.num_envs)
 
 
 def forget(state: State) -> None:
-    """Empty the replay memory: what is in it is of another task."""
+    """Empty the replay memory at the start of a new task."""
     state["replay"] = tree.map(torch.zeros_like, state["replay"])
 
 
 def remember(learner: OffPolicyLearner, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> None:
-    """Write a rollout, with the sum of its streams of reward, into the replay memory."""
+    """Write a rollout with its total reward into the replay memory."""
     reward = torch.stack(list(rewards.values())).sum(0)
     state["replay"] = replay.insert(state["replay"], rollout, reward, state["key"].dim())
 
 
 def ready(learner: OffPolicyLearner, state: State, n_steps: int = 1) -> bool:
-    """Whether enough is remembered to learn from, the rollout of this iteration counted in."""
+    """Whether the replay memory has `learning_starts` transitions, with the rollout of this iteration."""
     s = learner.settings
     steps = int(state["count"]["task_steps"].max()) + s.num_steps
     return steps * s.num_envs >= s.learning_starts and steps >= n_steps
 
 
 def warms_up(learner: OffPolicyLearner, state: State) -> Tensor:
-    """Whether a learner `[*L]` still acts at random, before its first gradient step."""
+    """Whether a learner `[*L]` is in its warm-up of random actions, before its first gradient step."""
     return state["count"]["task_steps"] * learner.settings.num_envs < learner.settings.learning_starts
 
 
 def end_warm_up(state: State) -> None:
-    """No learner acts at random any more: it has learned."""
+    """End the warm-up of random actions."""
     hyper = state["params"]["hyper"]
     hyper["warms_up"] = torch.zeros_like(hyper["warms_up"])
 
@@ -136,7 +136,7 @@ def learn(
     copies: Mapping[Copy, Tensor],
     n_steps: int = 1,
 ) -> tuple[State, dict[str, Tensor]]:
-    """`gradient_steps` steps on minibatches from the replay memory, some of the learners on every core.
+    """Take `gradient_steps` steps on minibatches from the replay memory, with the learners split over all cores.
 
     Args:
         learner: gives the losses.

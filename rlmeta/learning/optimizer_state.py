@@ -1,4 +1,4 @@
-"""The optimizer's moments in a state: their start, and one step along gradients."""
+"""Optimizer state: initial moments, and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rlmeta.learning.state import State
 
 
 def reset_optimizer(state: State) -> State:
-    """The optimizer's moments as at the start of a run: every one of them starts at zero."""
+    """Reset the optimizer's moments to zero, as at the start of a run."""
     return {**state, "optimizer": tree.map(torch.zeros_like, state["optimizer"])}
 
 
 def init_optimizer(optimizer: Optimizer | Sequence[Group], state: State) -> State:
-    """The moments of every group `{name: moments}` for the packed weights of a state; one optimizer is one group.
+    """Initial moments of every group `{name: moments}` for the packed weights of a state; one optimizer is one group.
 
     Raises:
         SettingError: the groups are not each weight's only one.
@@ -37,7 +37,7 @@ def init_optimizer(optimizer: Optimizer | Sequence[Group], state: State) -> Stat
 
 
 def as_groups(optimizer: Optimizer | Sequence[Group], max_norm: float | Tensor | None = None) -> tuple[Group, ...]:
-    """The groups themselves, or all weights as one group of an optimizer."""
+    """Convert an optimizer to one group of all weights; groups stay as they are."""
     return whole(optimizer, max_norm) if isinstance(optimizer, Optimizer) else tuple(optimizer)
 
 
@@ -49,7 +49,7 @@ def move(
     axes: int,
     frozen: Tensor | None = None,
 ) -> tree.Tree:
-    """One step of every group along its gradient; the weights of other groups, and their moments, stay.
+    """Take one optimizer step with every group; weights and moments of other groups stay.
 
     Args:
         weights: packed, `[*L, P]`.
@@ -82,7 +82,7 @@ def move(
 def _move_group(
     flat: Tensor, moments: State, gradient: Tensor, group: Group, axes: int, frozen: Tensor | None
 ) -> tree.Tree:
-    """Clip, then the optimizer's move; frozen entries, and the moments under them, are written back."""
+    """Clip the gradient of a group and take the optimizer's step; frozen entries and their moments are restored."""
     clipped, norm = clip_by_norm({"weights": gradient}, group.max_norm, axes)
     updates, new_moments = group.optimizer.update(clipped, moments, {"weights": flat})
     new_flat = apply_updates({"weights": flat}, updates)["weights"]

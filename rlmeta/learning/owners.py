@@ -1,4 +1,4 @@
-"""Named owners: parameters that are trained beside a learner's own, such as a reward's, by the same gradient step.
+"""Owners: auxiliary trainable modules beside a learner's networks, such as a reward's, with an optimizer of their own.
 
 An owner's weights are a packed vector of their own, with moments, key and counter of their own, in one place of the
 learner's state (`rewards.rnd`, `values.rnd`). No clip, penalty, projection or mask of the learner's sees them, and they
@@ -27,18 +27,18 @@ from rlmeta.nn import Block
 
 
 class Owner(HasLosses, Protocol):
-    """What has trainable parameters of its own beside a learner's: a reward's predictor, a discriminator, a generator.
+    """Auxiliary trainable module beside a learner's networks: a reward's predictor, a discriminator, a generator.
 
     Where it has a `capture`, its gradient steps are recorded.
     """
 
     def networks(self) -> dict[str, Block]:
-        """The blocks by name, called once for each learner; what has `requires_grad=False` stays as it is."""
+        """Build the networks by name, called once per learner; parameters with `requires_grad=False` are frozen."""
         ...
 
 
 def init(owner: Owner, key: Tensor, optimizer: Optimizer) -> State:
-    """The owner's state at the start: fresh weights for every learner, and moments.
+    """Initial state of an owner: random weights for every learner, and the optimizer's moments.
 
     Args:
         owner: whose networks.
@@ -56,13 +56,15 @@ def init(owner: Owner, key: Tensor, optimizer: Optimizer) -> State:
 
 
 def own_key(state: State, name: str) -> Tensor:
-    """The random key `[*L]` of an owner of this name in a learner's state."""
+    """Random key `[*L]` of the owner `name`, derived from a learner's state."""
     return random.fold(state["key"], name)
 
 
 def packed(memory: State) -> State:
-    """An owner's state whose weights are packed, as they are while it trains and not when it comes from a file: the
-    bits of a matrix product depend on where its factors begin."""
+    """Pack the weights of an owner's state into one vector, as in training; those from a file are not.
+
+    The bits of a matrix product depend on where its factors begin.
+    """
     params = memory["params"]
     return {**memory, "params": {**params, "weights": Packed.of(params["weights"], memory["key"].dim())}}
 
@@ -74,7 +76,7 @@ def train(
     optimizer: Optimizer,
     active: Tensor,
 ) -> tuple[State, dict[str, Tensor]]:
-    """A gradient step on every minibatch, for the learners that are active.
+    """Train an owner: a gradient step on every minibatch, for the active learners.
 
     Args:
         owner: gives the losses.
@@ -94,7 +96,7 @@ def train(
     return memory, average.result()
 
 
-def train_quietly(
+def train_without_metrics(
     owner: Owner,
     memory: State,
     batches: Minibatches,
@@ -103,7 +105,7 @@ def train_quietly(
     active: Tensor,
     max_grad_norm: Tensor | None = None,
 ) -> State:
-    """`train` without reports, recorded as one program; each learner's gradient clipped to a norm, if one is given."""
+    """Train an owner as `train` does, without metrics and as one recorded program; gradients may be clipped by norm."""
     with torch.enable_grad():
         trained, _ = gradient.steps(
             owner, dict(memory), batches, constants, optimizer, active=active, max_grad_norm=max_grad_norm
@@ -111,6 +113,6 @@ def train_quietly(
     return trained
 
 
-def stop(state: State, memory: State) -> None:
-    """Stop the learners of a state whose owner is not finite: its output is nothing to learn from."""
+def deactivate_nonfinite(state: State, memory: State) -> None:
+    """Deactivate the learners whose owner is not finite, since they cannot learn from its output."""
     state["active"] = state["active"] & memory["active"]

@@ -1,4 +1,4 @@
-"""Phases of a lifelong method's own: in them it may train something else than the learner."""
+"""Training phases of lifelong methods, in which they may train a module of their own, such as a generator."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TRAINING = 0
 
 
 def whose(task: dict[str, Tensor]) -> int:
-    """Whose phase it is, which all learners of a batch share: EVALUATED, TRAINING, or k + 1 for method k."""
+    """Owner of the current phase, equal for all learners of a batch: EVALUATED, TRAINING, or k + 1 for method k."""
     return int(task["phase"].reshape(-1)[0])
 
 
 @torch.no_grad()
 def own_step(learner: Any, state: State, batch: tree.Tree) -> tuple[State, dict[str, Tensor]] | None:
-    """The gradient step of a lifelong method's own phase, in the place of the learner's; None where that is due.
+    """Gradient step of a lifelong method in its own phase, instead of the learner's; None for a step of the learner's.
 
     A learner that is not active, or whose numbers the step has lost, stays as it is.
 

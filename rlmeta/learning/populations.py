@@ -1,4 +1,4 @@
-"""Populations of learners: who goes on from a copy of whom, and what a copy takes over (population-based training).
+"""Population-based training: bad learners are replaced by copies of good ones, with perturbed settings.
 
 The members of a population are learners of one batch. Some take over what others have learned (weights, moments,
 statistics) and their settings, changed a little. Keys, worlds, replay memories, counters of draws and best scores stay
@@ -24,20 +24,20 @@ from rlmeta.learning.settings import require, require_finite, require_range
 from rlmeta.learning.state import State
 
 STREAM = "population"
-"""The random stream of everything that is drawn here."""
+"""Name of the random stream of selection and exploration."""
 OWN = (
     *("key", "count", "progress", "active", "world", "memory", "episode", "replay", "task"),
     *("metrics", "best", STREAM),
 )
-"""What of a state stays a learner's own when it becomes the copy of another."""
+"""Entries of the state that a learner keeps when it becomes a copy of another."""
 OWN_WITHIN = ("key", "count", "active")
-"""The same, of whoever trains parameters beside the learner, such as a reward."""
+"""Entries that owners, such as rewards, keep when their learner becomes a copy of another."""
 OF_WORLDS = "accumulator"
-"""Sums that run along with a learner's own worlds."""
+"""Running sums of a learner's own environments, which it keeps."""
 
 
 class Population(Protocol):
-    """Who becomes a copy of whom, and how its settings change then; a frozen dataclass, as other settings are."""
+    """Population settings: selection of parents, and exploration of settings; a frozen dataclass."""
 
     name: str
     """On the command line, where its settings are `--NAME.SETTING`."""
@@ -45,7 +45,7 @@ class Population(Protocol):
     """Environment steps of each learner between two exchanges."""
 
     def parents(self, score: Tensor, active: Tensor, key: Tensor) -> Tensor:
-        """The member that each becomes a copy of, `[V, R]` int64, itself where it stays.
+        """Selection: the member that each one becomes a copy of, `[V, R]` int64, itself where it stays.
 
         Args:
             score: of V members in R populations `[V, R]`, more is better.
@@ -55,8 +55,10 @@ class Population(Protocol):
         ...
 
     def explore(self, value: Tensor, key: Tensor) -> Tensor:
-        """New values `[S]` of one setting for copies, from those of the learners that they are copies of; a value that
-        the settings refuse is left as it was."""
+        """Exploration: new values `[S]` of one setting for copies, from those of their parents.
+
+        A value that the settings refuse is left as it was.
+        """
         ...
 
 
@@ -91,7 +93,7 @@ class PBT:
         require_finite(self, "grow")
 
     def parents(self, score: Tensor, active: Tensor, key: Tensor) -> Tensor:
-        """Each of the worst becomes a copy of one of the best, drawn at random, that has a better score than it."""
+        """Truncation selection: each of the worst becomes a copy of a better one of the best, drawn at random."""
         members = len(score)
         gives = active & score.isfinite()
         ranked = score.masked_fill(~gives, -torch.inf)
@@ -106,7 +108,7 @@ class PBT:
         return torch.where(replaced, chosen, torch.arange(members, device=score.device).unsqueeze(-1))
 
     def explore(self, value: Tensor, key: Tensor) -> Tensor:
-        """One of the two factors."""
+        """Multiply a setting by one of the two factors, drawn at random."""
         return value * torch.where(random.uniform(key, STREAM, 1, ()) < 0.5, self.shrink, self.grow)
 
 
@@ -119,7 +121,7 @@ def begin(state: State) -> State:
 
 
 def copied(state: State, parent: Tensor, replaced: Tensor) -> State:
-    """A state in which learners go on from what others have learned, while all that is their own stays.
+    """Copy the trained state of learners to others, except for what is a learner's own, such as keys and environments.
 
     Args:
         state: not written to.

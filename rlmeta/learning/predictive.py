@@ -1,4 +1,4 @@
-"""Predictive learners: the distribution over targets or actions that a learner predicts, and the features it is of.
+"""Predictive learners: the distribution over targets or actions that a learner predicts, and its last features.
 
 Whoever judges or keeps what a learner knows (Fisher information, distillation, memories of old tasks, prototypes) asks
 it through these methods alone, whatever its networks are called and whether it acts or labels.
@@ -27,25 +27,25 @@ class Predictive(Protocol):
 
     @property
     def predicts(self) -> tuple[str, ...]:
-        """The networks that the distribution depends on; () where it predicts none."""
+        """Names of the networks that the distribution depends on; () where it predicts none."""
         ...
 
     def distribution(self, p: Params, batch: tree.Tree, ctx: Context) -> Distribution:
-        """The distribution's parameters for the batch's inputs, `{name: [*L, B, ...]}`: logits, or means and
+        """Predicted distribution: parameters for the batch's inputs, `{name: [*L, B, ...]}`: logits, or means and
         deviations."""
         ...
 
     def features(self, p: Params, batch: tree.Tree, ctx: Context) -> Tensor:
-        """What the distribution's last layer is given, `[*L, B, D]`."""
+        """Last hidden features, the input of the output layer, `[*L, B, D]`."""
         ...
 
     def blank(self, learners: tuple[int, ...], device: torch.device) -> tree.Tree:
-        """Sample of zeros for each of the learners `*L`, `[*L, 1, ...]`, in the form of those of `draw`."""
+        """Zero sample `[*L, 1, ...]` of the learners `*L`, with the names, shapes and dtypes of what `draw` returns."""
         ...
 
 
 class PredictiveActor(Predictive, Protocol):
-    """An agent whose policy is a distribution over actions.
+    """Protocol of agents whose policy is a distribution over actions.
 
     A sample of it is a step, or a whole sequence `[*L, B, T, ...]` with the memory before its first step; its
     distribution and features then are those of every step, `[*L, B, T, ...]`.
@@ -60,32 +60,32 @@ class PredictiveActor(Predictive, Protocol):
         ...
 
     def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
-        """The logarithm of the chance or density of every sample's actions, `[*L, B]`; of a sequence the sum over its
+        """Log probability (or density) of every sample's actions, `[*L, B]`; of a sequence the sum over its
         steps."""
         ...
 
     def divergence(self, then: Distribution, now: Distribution) -> Tensor:
-        """KL(then || now) in nats of every sample, `[*L, B]`; of a sequence the mean over its steps."""
+        """KL divergence KL(then || now) in nats of every sample, `[*L, B]`; of a sequence the mean over its steps."""
         ...
 
 
 @runtime_checkable
 class Stepwise(Protocol):
-    """A meta-learner that adapts to a task step by step."""
+    """Protocol of meta-learners that adapt to a task by gradient steps."""
 
     def adaptation(self, p: Params, world: Any, key: Tensor, tasks: int, steps: int) -> Tensor:
-        """The score on each of `tasks` held-out tasks after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64."""
+        """Adaptation curves: scores on held-out tasks after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64."""
         ...
 
 
 class Adaptive(Protocol):
-    """A meta-learner, which answers for a task that it is shown samples of."""
+    """Protocol of meta-learners, which predict queries of a task from its support samples."""
 
     classes: int
     """How many classes the targets of a task are of; 0 for numbers."""
 
     def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int | None = None) -> Tensor:
-        """What it says of the query's inputs once it has seen the support, `[*L, K, B, outputs]`.
+        """Predict the query's targets after adaptation to the support, `[*L, K, B, outputs]`.
 
         Args:
             p: the effective parameters, `[*L, ...]`.
@@ -97,7 +97,7 @@ class Adaptive(Protocol):
 
 
 def check_predictive(learner: Any) -> None:
-    """Refuse a learner that predicts no distribution, before anything is trained.
+    """Check that a learner predicts a distribution, before anything is trained.
 
     Raises:
         SettingError: with those that do.
@@ -110,5 +110,5 @@ def check_predictive(learner: Any) -> None:
 
 
 def predicting(learner: Predictive, weights: dict[str, Tensor]) -> list[str]:
-    """The names of the weights that a learner's distribution depends on."""
+    """Names of the weights that a learner's distribution depends on."""
     return [name for name in weights if name.partition(".")[0] in learner.predicts]

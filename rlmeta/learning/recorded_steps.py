@@ -1,4 +1,4 @@
-"""Gradient steps as functions of tensors alone, recorded and replayed."""
+"""Recorded gradient steps: functions of tensors alone, for the engine to record and replay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlmeta.learning.targets import Copy, moved
 
 
 class Steps(NamedTuple):
-    """Gradient steps to take in a row."""
+    """Several gradient steps, to be recorded as one program."""
 
     batch: tree.Tree
     """Samples `[*L, M, ...]` of which `each["index"]` picks minibatches, all of them where there is none."""
@@ -46,7 +46,7 @@ class Steps(NamedTuple):
 def recorded_descents(
     capture: Capture, learner: HasLosses, state: State, work: Steps
 ) -> tuple[State, dict[str, Tensor]]:
-    """Several recorded gradient steps: the state after them, and their reports, `[cycles, *L]` each.
+    """Take several recorded gradient steps; returns the new state and their metrics, `[cycles, *L]` each.
 
     To hold back learners that stop costs time, so the steps are taken without first, and again where one stopped.
     """
@@ -94,7 +94,7 @@ def recorded_descents(
 
 
 class _Descent(NamedTuple):
-    """A gradient step as a function of tensors alone."""
+    """Gradient step as a function of tensors alone."""
 
     call: Callable[[tree.Tree], tree.Tree]
     tensors: dict[str, dict[str, Tensor]]
@@ -106,7 +106,7 @@ class _Descent(NamedTuple):
 def _cycle(
     descents: Sequence[_Descent], weights: Packed, axes: int, copies: Sequence[Copy], held: bool
 ) -> Callable[[tree.Tree], tree.Tree]:
-    """Steps for `Capture.scan`; where learners are `held` back, those that are not to move keep what they had."""
+    """Build the steps for `Capture.scan`; learners that are `held` back keep their tensors."""
 
     def single(number: int, old: tree.Tree, fixed: tree.Tree, each: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
         batch = each["batch"] if "batch" in each else pick(fixed["batch"], each.get("index"))
@@ -159,7 +159,7 @@ def _descent(
     methods: Sequence[Method],
     report: bool,
 ) -> _Descent:
-    """A gradient step, its settings apart."""
+    """Build a gradient step, with its settings as an argument."""
     tensors: dict[str, dict[str, Tensor]] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for group in groups:
@@ -191,7 +191,7 @@ def _recipe(group: Group) -> Callable[..., Any]:
 
 
 def _with_settings(group: Group, settings: dict[str, Any]) -> Group:
-    """The group with another optimizer of its kind, and another bound."""
+    """Replace the settings of a group's optimizer, and its bound on the gradient norm."""
     settings = dict(settings)
     max_norm = settings.pop("max_norm")
     return group._replace(optimizer=_recipe(group)(**settings), max_norm=max_norm)
@@ -208,7 +208,7 @@ def recorded_descent(
     key: Tensor | None,
     report: bool,
 ) -> tree.Tree:
-    """`descend`, for `capture` to replay."""
+    """Take a gradient step as `descend` does, recorded and replayed."""
     descent = _descent(learner, weights, state["key"].dim(), groups, methods, report)
     inputs = {
         "params": {**state["params"], "weights": {}},

@@ -1,4 +1,4 @@
-"""Replay memory on the learner axis: every learner has its own transitions and draws its own minibatches.
+"""Replay memory with learner axes: every learner has its own transitions and draws its own minibatches.
 
 A memory is a ring of C rows for each of N environments, `[*L, C, N, ...]`. A row holds an observation, and what was
 done there; its successor is the observation of the next row, so no observation is stored twice. The final observation
@@ -25,7 +25,7 @@ the power of this is none found, and then a loss does not count it."""
 
 
 def init(world: World, world_state: State, capacity: int) -> State:
-    """An empty memory of `capacity` rows for each of the environments of a world."""
+    """Initial empty replay memory of `capacity` rows for each of the environments of a world."""
     axes = len(world.learner_shape)
     observation = world.observation(world_state)
     rows = (*world.learner_shape, capacity, world.num_envs)
@@ -46,7 +46,7 @@ def init(world: World, world_state: State, capacity: int) -> State:
 
 @torch.no_grad()
 def insert(memory: State, rollout: Rollout, reward: Tensor, learner_axes: int) -> State:
-    """Write a rollout `[*L, T, N, ...]` behind what is there, over the oldest. Written in place."""
+    """Append a rollout `[*L, T, N, ...]`, over the oldest transitions. Written in place."""
     axes, written = learner_axes, memory["written"]
     capacity, length = memory["reward"].shape[axes], reward.shape[axes]
     ended = rollout["terminated"] | rollout["truncated"]
@@ -63,7 +63,7 @@ def insert(memory: State, rollout: Rollout, reward: Tensor, learner_axes: int) -
 
 
 def _write(ring: tree.Tree, values: tree.Tree, row: Tensor, axes: int) -> None:
-    """`ring[l, row[l, t, n], n] = values[l, t, n]`, in place."""
+    """Write into the ring buffer, `ring[l, row[l, t, n], n] = values[l, t, n]`, in place."""
 
     def put(ring: Tensor, value: Tensor) -> Tensor:
         index = row.reshape(*row.shape, *(1,) * (value.dim() - row.dim())).expand(value.shape)
@@ -74,7 +74,7 @@ def _write(ring: tree.Tree, values: tree.Tree, row: Tensor, axes: int) -> None:
 
 @torch.no_grad()
 def cut(memory: State, learner_axes: int, rows: Tensor | None = None) -> State:
-    """End the running episodes at the newest step: the next that is written is of other episodes. Written in place.
+    """Truncate the running episodes at the newest step, before those of another task. Written in place.
 
     Args:
         memory: of `init` and `insert`.
@@ -132,7 +132,7 @@ def sample(memory: State, key: Tensor, batch_size: int, gamma: Tensor, n_steps: 
 
 
 def _draw(memory: State, key: Tensor, batch_size: int, n_steps: int, pick: _Picker) -> tuple[Tensor, Tensor]:
-    """Rows of transitions and their environments, `[*K, *L, B]` each, every stored transition equally likely."""
+    """Draw rows of transitions and their environments uniformly, `[*K, *L, B]` each."""
     written = memory["written"]
     oldest = (written - (pick.capacity - 1)).clamp(min=0)
     rows = (written - n_steps + 1 - oldest).clamp(min=0)
@@ -147,7 +147,7 @@ def _draw(memory: State, key: Tensor, batch_size: int, n_steps: int, pick: _Pick
 
 
 class _Picker:
-    """Reads rows `[*K, *L, ...]` of the memory folded to `[L * C * N, ...]`."""
+    """Gather of rows `[*K, *L, ...]` from the memory folded to `[L * C * N, ...]`."""
 
     def __init__(self, memory: State, axes: int, leading: int) -> None:
         self.memory, self.axes, self.leading = memory, axes, leading
@@ -156,12 +156,12 @@ class _Picker:
         self.base = torch.arange(learners.numel(), device=memory["reward"].device).reshape(learners)
 
     def rows(self, t: Tensor, env: Tensor) -> Tensor:
-        """Folded rows of the rows `t` of environments `env`."""
+        """Convert rows `t` of environments `env` to folded rows."""
         base = self.base.reshape(*self.base.shape, *(1,) * (t.dim() - self.leading))
         return (base * self.capacity + t % self.capacity) * self.num_envs + env
 
     def __call__(self, name: str, rows: Tensor) -> tree.Tree:
-        """The field at these rows."""
+        """Gather a field of the transitions at these rows."""
         axes = self.axes + 2
 
         def read(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rlmeta.errors import SettingError, unknown_name
 from rlmeta.learning.field_types import check_types
 
 PerLearner: TypeAlias = Annotated[float | Sequence[float], "per learner"]
-"""A number every learner may have its own of; a list compares its values, `--seeds` learners each."""
+"""Number that may differ between learners; a list compares its values, `--seeds` learners each."""
 
 LearnerSettings: TypeAlias = Annotated[Any, "learner"]
 """Settings of another learner, such as the one whose initial weights are learned; None for a default."""
@@ -31,26 +31,26 @@ S = TypeVar("S")
 
 @runtime_checkable
 class Bindable(Protocol):
-    """Settings of a learner."""
+    """Protocol of a learner's settings, which `bind` turns into a learner."""
 
     def bind(self, observation_space: Any, action_space: Any, methods: Sequence[Any] = ()) -> Any:
-        """The learner for problems of these spaces, under these lifelong methods."""
+        """Create the learner for an observation and an action space, with lifelong methods."""
         ...
 
 
 def name_of(settings_class: type) -> str:
-    """A learner on the command line: `PPO` is ppo, `LearnedOptimizer` learned_optimizer, `ProtoNet` protonet."""
+    """Name of a learner on the command line: `PPO` is ppo, `ProtoNet` protonet, `MyAgent` my_agent."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])(?!Net$)", "_", settings_class.__name__).lower()
 
 
 def settings_classes(names: Mapping[str, Any]) -> tuple[type, ...]:
-    """The settings classes of learners among a package's names: the dataclasses that `bind` to spaces."""
+    """Select the settings classes of learners among a package's names: the dataclasses that `bind` to spaces."""
     classes = [value for value in names.values() if isinstance(value, type)]
     return tuple(cls for cls in classes if dataclasses.is_dataclass(cls) and issubclass(cls, Bindable))
 
 
 def per_learner_names(settings_class: type) -> list[str]:
-    """The fields declared `PerLearner`."""
+    """Names of the fields declared `PerLearner`."""
     hints = typing.get_type_hints(settings_class, include_extras=True)
     return [
         f.name
@@ -60,28 +60,28 @@ def per_learner_names(settings_class: type) -> list[str]:
 
 
 def _inner(settings: Any) -> dict[str, tuple[Any, ...]]:
-    """The fields that hold a tuple with settings in it that are per learner, such as an agent's rewards."""
+    """Names of fields that hold nested settings with per-learner values, such as an agent's rewards."""
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list | tuple)}
     return {name: parts for name, parts in tuples.items() if any(map(_inner_names, parts))}
 
 
 def _inner_names(part: Any) -> list[str]:
-    """The fields of settings within others that are declared `PerLearner`."""
+    """Names of the per-learner fields of nested settings."""
     if not dataclasses.is_dataclass(part) or isinstance(part, type):
         return []
     return [f.name for f in dataclasses.fields(part) if f.type in ("PerLearner", PerLearner)]
 
 
 def per_learner_values(settings: Any) -> dict[str, Any]:
-    """The per-learner settings by name; of those inside, such as the reward rnd's coefficient, `rnd.coefficient`."""
+    """Per-learner settings by name; of nested ones, such as the reward rnd's coefficient, `rnd.coefficient`."""
     own = {name: getattr(settings, name) for name in per_learner_names(type(settings))}
     parts = [part for parts in _inner(settings).values() for part in parts]
     return own | {f"{part.name}.{name}": getattr(part, name) for part in parts for name in _inner_names(part)}
 
 
 def with_values(settings: S, values: Mapping[str, Any]) -> S:
-    """The settings with other values under the names of `per_learner_values`."""
+    """Replace per-learner settings, by the names of `per_learner_values`."""
     changed = {name: value for name, value in values.items() if "." not in name}
     for field, parts in _inner(settings).items():
         new = [{n: values[f"{p.name}.{n}"] for n in _inner_names(p) if f"{p.name}.{n}" in values} for p in parts]
@@ -90,14 +90,14 @@ def with_values(settings: S, values: Mapping[str, Any]) -> S:
 
 
 def variants(settings: S) -> list[S]:
-    """One copy of the settings for every combination of the per-learner fields that hold a list."""
+    """Expand settings to one copy for every combination of the per-learner fields that hold a list."""
     lists = {name: value for name, value in per_learner_values(settings).items() if isinstance(value, Sequence)}
     combinations = itertools.product(*lists.values())
     return [with_values(settings, dict(zip(lists, values))) for values in combinations]
 
 
 def static_values(settings: Any) -> dict[str, Any]:
-    """The fields that all learners of one batch must share."""
+    """Static settings, which all learners of one batch must share."""
     shared = set(per_learner_names(type(settings)))
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in shared}
 
@@ -116,7 +116,7 @@ def group(settings: Sequence[S]) -> list[list[S]]:
 
 
 def _shared(settings: Any) -> dict[str, Any]:
-    """`static_values`, and in the place of settings inside what is static of them."""
+    """Static settings, with the static values of nested settings."""
     own, inner = static_values(settings), _inner(settings)
     return own | {name: [_static_part(part) for part in parts] for name, parts in inner.items()}
 
@@ -129,7 +129,7 @@ def _static_part(part: Any) -> Any:
 
 
 def hyper_tensors(settings: Sequence[Any], repeats: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The per-learner settings as tensors `[S]`: each variant `repeats` times, variant by variant."""
+    """Convert per-learner settings to tensors `[S]`: each variant `repeats` times, variant by variant."""
     values = [per_learner_values(variant) for variant in settings]
     return {
         name: torch.tensor(
@@ -140,7 +140,7 @@ def hyper_tensors(settings: Sequence[Any], repeats: int, device: torch.device | 
 
 
 def difference(settings: Any, all_of_them: Sequence[Any]) -> str:
-    """How one variant differs from the rest of all, as `learning_rate=0.001, clip=0.2`; '' where nothing does."""
+    """Label of a variant: the settings that differ between variants, as `learning_rate=0.001, clip=0.2`."""
     if len(all_of_them) < 2:
         return ""
     inner = _inner(settings)
@@ -157,7 +157,7 @@ def difference(settings: Any, all_of_them: Sequence[Any]) -> str:
 
 
 def check_names(settings_class: type, values: dict[str, Any], where: str) -> None:
-    """Refuse settings that the class does not have."""
+    """Check that the class has fields of these names."""
     known = [f.name for f in dataclasses.fields(settings_class)]
     for name in values:
         if name not in known:
@@ -171,12 +171,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def values_of(setting: float | Sequence[float]) -> list[float]:
-    """The values of a per-learner setting, as a list."""
+    """List the values of a per-learner setting."""
     return [float(value) for value in setting] if isinstance(setting, Sequence) else [float(setting)]
 
 
 def require_range(settings: Any, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Refuse a setting outside [low, high] (or (low, high] with `above`), naming it and its value.
+    """Check that a setting is within [low, high] (or (low, high] with `above`), naming it and its value.
 
     Where the field is declared an int, a number that is not whole is refused too.
     """
@@ -204,7 +204,7 @@ def require_range(settings: Any, name: str, low: float, high: float = math.inf, 
 
 
 def require_finite(settings: Any, *names: str) -> None:
-    """Refuse settings that are infinite: numbers that multiply would make every weight NaN."""
+    """Check that settings are finite: infinite factors would make every weight NaN."""
     for name in names:
         if not all(map(math.isfinite, values_of(getattr(settings, name)))):
             raise SettingError(
@@ -213,7 +213,7 @@ def require_finite(settings: Any, *names: str) -> None:
 
 
 def check_choices(settings: Any) -> None:
-    """Refuse a value that is none of a field's choices, and what is no switch, in settings and those inside them."""
+    """Check choices and switches of settings and nested settings."""
     check_types(settings)
     for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
         if "learner" in getattr(hint, "__metadata__", ()) and dataclasses.is_dataclass(getattr(settings, name)):
@@ -221,7 +221,7 @@ def check_choices(settings: Any) -> None:
 
 
 def merge(batch: Sequence[S]) -> S:
-    """One settings object for a batch of variants: their shared static values, the per-learner ones as lists."""
+    """Merge variants to one settings object: their shared static values, and lists of the per-learner ones."""
     if len(batch) == 1:
         return batch[0]
     values = [per_learner_values(variant) for variant in batch]

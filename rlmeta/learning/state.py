@@ -1,4 +1,4 @@
-"""Everything a run is, in one explicit value: a nested dictionary of tensors whose leaves all start with `*L`.
+"""State of a run: a nested dictionary of tensors that all start with the learner axes `*L`.
 
 Because every leaf carries the learner axes, an index forks, exports or drops learners (`take`), and a learner can be
 put back where it was (`put`).
@@ -32,16 +32,16 @@ State: TypeAlias = dict[str, Any]
 """Nested dictionary of tensors; every leaf starts with the learner axes."""
 
 Params: TypeAlias = dict[str, Any]
-"""A state's `params`: what a forward pass needs and what a gradient changes."""
+"""Parameters of a state: the inputs of a forward pass, and the weights that gradients change."""
 
 
 def take(state: State, index: Any) -> State:
-    """The chosen learners of a state, copied: `index` is anything that indexes the first learner axis."""
+    """Select learners of a state, as a copy: `index` is anything that indexes the first learner axis."""
     return tree.map(lambda leaf: leaf[index].clone(), state)
 
 
 def put(state: State, index: Any, part: State) -> State:
-    """A copy of `state` whose learners `index` are those of `part`."""
+    """Replace the learners `index` of a state by those of `part`, in a copy."""
 
     def write(leaf: Tensor, value: Tensor) -> Tensor:
         leaf = leaf.clone()
@@ -52,7 +52,7 @@ def put(state: State, index: Any, part: State) -> State:
 
 
 def select(condition: Tensor, new: State, old: State) -> State:
-    """`new` for the learners where `condition` `[*L]` is set, `old` for the others."""
+    """Select between two states per learner: `new` where `condition` `[*L]` is set, else `old`."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(condition.reshape(condition.shape + (1,) * (a.dim() - condition.dim())), a, b)

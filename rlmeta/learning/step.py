@@ -37,7 +37,7 @@ def step(
     key: Tensor | None = None,
     report: bool = True,
 ) -> tuple[State, dict[str, Tensor]]:
-    """One step of gradient descent for all learners at once.
+    """Take one gradient step with all learners at once.
 
     A learner that is not `active`, or whose gradient is not finite, comes out bit-identical; the others never notice.
 
@@ -97,7 +97,7 @@ def steps(
     methods: Sequence[Method] = (),
     report: bool = False,
 ) -> tuple[State, dict[str, Tensor]]:
-    """Gradient steps on one minibatch after another: the bits of `step`, as one program where all of it is recorded.
+    """Take gradient steps on one minibatch after another, equal to `step` bit for bit; one program if it is recorded.
 
     Args:
         learner: gives the losses.
@@ -139,7 +139,7 @@ def replay_steps(
     copies: Mapping[Copy, Tensor] | None = None,
     methods: Sequence[Method] = (),
 ) -> tuple[State, dict[str, Tensor]]:
-    """`step` on minibatches that were drawn from a replay memory, moving target networks after each.
+    """Take gradient steps on minibatches of a replay memory, and update target networks after each.
 
     Args:
         learner: gives the losses.
@@ -175,7 +175,7 @@ def replay_steps(
 
 
 def _capture(learner: HasLosses, groups: Sequence[Group], methods: Sequence[Method]) -> Capture | None:
-    """What records the learner's steps; None where they can't be recorded."""
+    """Capture that records the learner's steps; None if they cannot be recorded."""
     capture: Capture | None = getattr(learner, "capture", None)
     if capture is None or any(group.optimizer.recipe is None for group in groups):
         return None

@@ -1,4 +1,4 @@
-"""Target networks and averages of weights: slowly moving copies of a network, kept among the buffers."""
+"""Target networks and weight averages: slowly moving copies of a network, kept among the buffers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlmeta.learning.state import Params, State
 
 
 class Copy(NamedTuple):
-    """A copy of all weights and buffers whose names begin with a prefix."""
+    """Target network: a copy of all weights and buffers whose names begin with a prefix."""
 
     name: str
     """The copy's prefix: `target` has `target.linear.weight` for `q.linear.weight`."""
@@ -21,32 +21,32 @@ class Copy(NamedTuple):
     """The prefix of what it follows."""
 
     def sources(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What it follows, under the copy's own names."""
+        """Source tensors of the copy, under the copy's own names."""
         start = f"{self.source}."
         online = {**weights, **buffers}
         return {f"{self.name}.{n.removeprefix(start)}": t for n, t in online.items() if n.startswith(start)}
 
 
 def with_copy(p: Params, copy: Copy) -> Params:
-    """Parameters with a copy, equal to its source, among the buffers."""
+    """Add a copy, equal to its source, to the buffers."""
     copies = {name: value.detach().clone() for name, value in copy.sources(p["weights"], p["buffers"]).items()}
     return {**p, "buffers": {**p["buffers"], **copies}}
 
 
 @torch.no_grad()
 def moved(copy: Copy, rate: Tensor, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The copy's tensors after copy += rate (source - copy), by their names; `rate` is `[*L]`, 0 leaves it as it is."""
+    """Polyak averaging: the copy after copy += rate (source - copy), by names; at a `rate` `[*L]` of 0 it stays."""
     return {name: _nearer(buffers[name], value, rate) for name, value in copy.sources(weights, buffers).items()}
 
 
 def follow(state: State, copy: Copy, rate: Tensor) -> None:
-    """Move a copy in a state on, for the learners that are active."""
+    """Update a target network in a state, for the active learners."""
     p = state["params"]
     p["buffers"] = {**p["buffers"], **moved(copy, rate * state["active"], p["weights"], p["buffers"])}
 
 
 def _nearer(copy: Tensor, source: Tensor, rate: Tensor) -> Tensor:
-    """copy + rate (source - copy), in the copy's type; what is counted, not measured, is taken over."""
+    """Interpolate copy + rate (source - copy) in the copy's dtype; integers are copied from the source."""
     if not source.is_floating_point():
         return torch.where(align(rate, source) > 0, source, copy)
     return torch.lerp(copy.to(source.dtype), source, align(rate.to(source.dtype), source))

@@ -1,4 +1,4 @@
-"""Lifelong methods: one file a method, composable on any learner."""
+"""Lifelong learning methods: one file per method, usable with any learner and combinable."""
 
 from rlmeta.learning.method import Method, method_classes
 from rlmeta.lifelong.agem import AGEM

@@ -1,4 +1,4 @@
-"""Averaged GEM (Chaudhry et al., 2019): one reference gradient, on a few samples of all that is remembered.
+"""Averaged GEM, A-GEM (Chaudhry et al., 2019): gradient projection by one reference gradient of all old tasks.
 
 g̃ = g - ⟨g, r⟩ / ⟨r, r⟩ r where ⟨g, r⟩ < 0: the average loss over old tasks may not rise, each single one may. A step
 costs one more gradient, however many tasks there were.
@@ -35,7 +35,7 @@ class AGEM(Method):
     memory: int = 256
     """Samples kept of every task."""
     batch_size: int = 256
-    """Of them, drawn in every step over all old tasks."""
+    """Samples drawn in every step from the memory of all old tasks."""
 
     name = "agem"
     recordable = True
@@ -46,7 +46,7 @@ class AGEM(Method):
         require_range(self, "batch_size", 1)
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Empty episodic memory, with room for the samples of every task."""
+        """Initial A-GEM memory: an empty episodic memory, with room for the samples of every task."""
         check_room(learner, state, self.batch_size, "batch_size")
         return {
             "samples": room_for_tasks(learner, state, self.memory),
@@ -55,11 +55,11 @@ class AGEM(Method):
         }
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Episodic memory: keep some samples of the task."""
+        """Add samples of the task that has ended to the episodic memory."""
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.memory, task, draw)}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Gradient projection: take out what would raise the mean loss on samples of old tasks."""
+        """Project the gradient so that the mean loss on samples of old tasks does not increase."""
         tasks, axes = task["index"].clamp(min=0), task["index"].dim()
         if not self.memory or not bool((tasks > 0).any()):
             return gradients.total
@@ -80,5 +80,5 @@ class AGEM(Method):
         return project_average(gradients.total, torch.cat(whole, -1))
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Count the gradient step: the next one draws other samples of the memory."""
+        """Count the gradient step, so that the next one draws other samples."""
         return {**m, "steps": m["steps"] + 1}

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation (Kirkpatrick et al., 2017): a spring on every weight, as stiff as old tasks need it.
+"""Elastic weight consolidation, EWC (Kirkpatrick et al., 2017): a quadratic penalty weighted by Fisher information.
 
 After each task k the diagonal Fisher information Fₖ of the learner's predictive distribution says how much the weights
 θₖ matter to it; later losses get the penalty ½ λ Σₖ Fₖ (θ - θₖ)². The sum of the tasks' quadratics is one quadratic
@@ -37,9 +37,9 @@ class EWC(Method):
     strength: PerLearner = 1e3
     """λ: weight of the penalty ½ λ Σ F (θ - θₖ)², with F averaged per sample."""
     samples: int = 500
-    """How many samples the Fisher information of a task is averaged over, all of it where it has fewer."""
+    """Number of samples for the Fisher information of a task, at most all of its training samples."""
     fisher: FisherKind = "exact"
-    """The labels: expected over all of them, one drawn from the learner, or the data's (an agent's own actions)."""
+    """Labels of the Fisher information: expectation, samples of the model, or the data's (an agent's actions)."""
     online: bool = False
     """One anchor at the latest weights and F <- decay F + new F (Schwarz et al., 2018), instead of the exact sum."""
     decay: PerLearner = 1.0
@@ -58,7 +58,7 @@ class EWC(Method):
 
     @property
     def _idle(self) -> bool:
-        """Whether there is nothing to do for any learner."""
+        """Whether the strength is 0 for every learner."""
         return not any(values_of(self.strength))
 
     def init(self, learner: Any, state: State) -> Memory:
@@ -75,7 +75,7 @@ class EWC(Method):
         }
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Fisher information of the task that has ended, added to the quadratic penalty."""
+        """Add the Fisher information of the task that has ended to the quadratic penalty."""
         if self._idle:
             return p, m
         axes = task["index"].dim()
@@ -89,7 +89,7 @@ class EWC(Method):
         return p, {**m, "quadratic": quadratic}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Gradient of the quadratic penalty, added to the total."""
+        """Add the gradient of the quadratic penalty to the total gradient."""
         if self._idle:
             return gradients.total
         q, strength = m["quadratic"], m["strength"].unsqueeze(-1)
@@ -102,7 +102,7 @@ class EWC(Method):
 
 
 def information(learner: Any, p: Params, batch: tree.Tree, axes: int, kind: FisherKind, key: Tensor) -> Tensor:
-    """The diagonal Fisher information `[*L, P]` of a learner's predictive distribution on samples `[*L, n, ...]`.
+    """Diagonal Fisher information `[*L, P]` of a learner's predictive distribution on samples `[*L, n, ...]`.
 
     "exact" is in closed form for categorical and Gaussian distributions; where there is none, and for an agent with any
     other kind, it is estimated with the actions of the batch, which the policy drew itself.

@@ -1,10 +1,11 @@
-"""Gradient episodic memory (Lopez-Paz and Ranzato, 2017): no step may raise the loss on what is remembered.
+"""Gradient episodic memory, GEM (Lopez-Paz and Ranzato, 2017): gradient projection that keeps old tasks' losses.
 
 A few samples of every task are kept. In each step the gradients gₖ of their losses are found, of all old tasks in one
 pass, and the learner's gradient g is replaced by the nearest one with ⟨g̃, gₖ⟩ >= 0 for all k. With plain gradient
 descent and a small step no old loss rises; momentum, Adam and clipping come after the projection and bend that promise.
 
-An agent's memories are states and its policy's answers in them (see `recall`), and the projection is of the policy.
+An agent's memory has states and the policy's action distributions in them (see `recall`); only the policy's gradient
+is projected.
 """
 
 from __future__ import annotations
@@ -51,28 +52,30 @@ class GEM(Method):
         require_finite(self, "margin")
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Empty episodic memory, with room for the samples of every task."""
+        """Initial GEM memory: an empty episodic memory, with room for the samples of every task."""
         kept = room_for_tasks(learner, state, self.memory)
         return {"samples": kept, "margin": per_learner(self.margin, state)}
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Episodic memory: keep some samples of the task."""
+        """Add samples of the task that has ended to the episodic memory."""
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.memory, task, draw)}
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
-        """Gradient projection onto the cone in which no old task's loss rises."""
-        tasks, axes = position_of(task), task["index"].dim()
-        if tasks == 0 or not self.memory:
+        """Project the gradient onto the cone in which no old task's loss increases."""
+        num_old_tasks, axes = position_of(task), task["index"].dim()
+        if num_old_tasks == 0 or not self.memory:
             return gradients.total
-        samples = tree.map(lambda x: x.narrow(axes, 0, tasks), m["samples"])
+        samples = tree.map(lambda x: x.narrow(axes, 0, num_old_tasks), m["samples"])
         names = predicting(learner, p["weights"])
         references = group_gradients(lambda p, batch, ctx: recall_loss(learner, p, batch, ctx), p, samples, axes, names)
-        return projected(gradients.total, references, p["weights"], m["margin"])
+        return project_packed(gradients.total, references, p["weights"], m["margin"])
 
 
-def projected(total: Tensor, references: dict[str, Tensor], weights: dict[str, Tensor], margin: Tensor) -> Tensor:
-    """Gradient projection of a packed gradient `[*L, P]` by reference gradients `{name: [*L, K, ...]}`, as
-    `functional.projection.project`."""
+def project_packed(total: Tensor, references: dict[str, Tensor], weights: dict[str, Tensor], margin: Tensor) -> Tensor:
+    """Project a packed gradient `[*L, P]` on the reference gradients `{name: [*L, K, ...]}` of K old tasks.
+
+    It is `functional.projection.project` without a copy of the references.
+    """
     axes = total.dim() - 1
     parts = Packed.view(total, weights, axes)
     flat = {name: reference.flatten(axes + 1) for name, reference in references.items()}
@@ -81,7 +84,7 @@ def projected(total: Tensor, references: dict[str, Tensor], weights: dict[str, T
     v = projection_weights(gram, products, total.square().sum(-1), margin)
     if not bool((v != 0).any()):
         return total
-    moves = {name: (v.unsqueeze(-2) @ r).squeeze(-2) for name, r in flat.items()}
-    moved = [parts[name].reshape(*total.shape[:axes], -1) + moves.get(name, 0.0) for name in weights]
+    corrections = {name: (v.unsqueeze(-2) @ r).squeeze(-2) for name, r in flat.items()}
+    projected = [parts[name].reshape(*total.shape[:axes], -1) + corrections.get(name, 0.0) for name in weights]
     violated = (products < 0).any(-1, keepdim=True)
-    return torch.where(violated, torch.cat(moved, -1), total)
+    return torch.where(violated, torch.cat(projected, -1), total)

@@ -1,4 +1,4 @@
-"""Deep generative replay (Shin et al., 2017): what a generator draws of old tasks is learned again in every step.
+"""Deep generative replay (Shin et al., 2017): rehearsal of samples that a generative model draws of old tasks.
 
 A scholar is a solver, the learner, and a generator, here a conditional variational autoencoder (`nn.generative.vae`):
 
@@ -45,13 +45,13 @@ class GenerativeReplay(Method):
     """Settings of generative replay, and the method itself."""
 
     strength: PerLearner = 1.0
-    """Weight of the loss on drawn samples, as many as the minibatch has, beside the learner's own."""
+    """Weight of the loss on generated samples, as many as in the minibatch, beside the learner's own loss."""
     generator: float = 1.0
     """Iterations of the generator's training after the learner's, as a part of those."""
     learning_rate: PerLearner = 1e-3
     """Adam's step size for the generator."""
     latent: int = 16
-    """Numbers that a sample is drawn from."""
+    """Dimensions of the latent space."""
     hidden_sizes: tuple[int, ...] = (128,)
     """Widths of the encoder's hidden layers; the decoder's are the same in reverse."""
 
@@ -69,15 +69,15 @@ class GenerativeReplay(Method):
 
     @property
     def _idle(self) -> bool:
-        """Whether there is nothing to do for any learner."""
+        """Whether the weight is 0 for every learner."""
         return not any(values_of(self.strength))
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
-        """A training phase of the generator, after the learner's."""
+        """Training phase of the generator, after the learner's."""
         return [] if self._idle else [("generator", max(1, round(self.generator * iterations)))]
 
     def init(self, learner: Any, state: State) -> Memory:
-        """A fresh generator, which has met no class.
+        """Initial memory: a generator with random weights, trained on no class yet.
 
         Raises:
             SettingError: a learner without classes, or inputs that are no bytes.
@@ -99,7 +99,7 @@ class GenerativeReplay(Method):
         }
 
     def generator_of(self, learner: Any) -> Generator:
-        """The generator of a learner's inputs and classes; its steps are recorded where the learner's are."""
+        """Build the generator for a learner's inputs and classes; its steps are recorded if the learner's are."""
         space, capture = learner.observation_space, learner.capture
         return Generator(space, (math.prod(space.shape), learner.classes, self.latent, self.hidden_sizes), capture)
 
@@ -108,7 +108,7 @@ class GenerativeReplay(Method):
     def batches(
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
     ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
-        """Generated minibatch: as many samples of the classes met in old tasks as the minibatch has."""
+        """Draw a minibatch of generated samples of old classes, as large as the learner's own."""
         if self._idle or not bool(m["met"].any()):
             return ()
         drawn, target = self.generator_of(learner).draw(m["old"], m["met"], batch["target"].shape[-1], key)
@@ -125,7 +125,7 @@ class GenerativeReplay(Method):
     # ------------------------------------------------------------------ generator
 
     def learn(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, active: Tensor) -> Learned | None:
-        """Gradient step of the generator on the minibatch and as many samples of its old self."""
+        """Train the generator for a step, on the minibatch and as many samples of its snapshot."""
         vae, target = owners.packed(m["vae"]), batch["target"]
         shown = {"observation": batch["observation"], "target": target}
         shown["key"] = random.fold(vae["key"], vae["count"]["gradient_steps"])
@@ -138,23 +138,23 @@ class GenerativeReplay(Method):
         return Learned({**m, "vae": vae, "allowed": allowed}, vae["active"], {"losses/generator": reports["elbo"]})
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Snapshot of the generator, which draws from now on, and the classes that it was shown."""
+        """Take a snapshot of the generator, from which samples are drawn from now on, and of its classes."""
         old = tree.map(torch.clone, dict(m["vae"]["params"]["weights"]))
         return p, {**m, "old": old, "met": m["allowed"].any(-1)}
 
 
 Sizes: TypeAlias = tuple[int, int, int, tuple[int, ...]]
-"""Of a generator: numbers of an input, classes, latent numbers, widths of the hidden layers."""
+"""Sizes of a generator: input entries, classes, latent dimensions, widths of the hidden layers."""
 
 
 @lru_cache(maxsize=8)
 def _network(sizes: Sizes) -> Any:
-    """The network without weights, cached: to build it in every step would take longer than the step."""
+    """Build the generator's network without weights, cached since building takes longer than a gradient step."""
     return bare(lambda: {"vae": ConditionalVAE(*sizes)})["vae"]
 
 
 class Generator:
-    """A conditional variational autoencoder of pictures (an owner): draws those of a class, learns from those shown.
+    """Generator of replayed images: a conditional variational autoencoder (an owner, see `learning.owners`).
 
     Args:
         space: of a picture of bytes.
@@ -166,14 +166,14 @@ class Generator:
         self.space, self.sizes, self.capture, self.vae = space, sizes, capture, _network(sizes)
 
     def networks(self) -> dict[str, Block]:
-        """`vae`, whose condition is a class."""
+        """Build the network: `vae`, conditioned on the class."""
         return {"vae": ConditionalVAE(*self.sizes)}
 
     @torch.no_grad()
     def draw(
         self, weights: dict[str, Tensor], met: Tensor, count: int, key: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """`count` samples of the classes that are `met` `[*L, C]`, each class with the same chance.
+        """Draw `count` samples of the classes in the mask `met` `[*L, C]`, which are equally likely.
 
         Returns:
             `input` `[*L, count, D]` in [0, 1] and the `condition` they were drawn for; the classes `[*L, count]`.
@@ -187,7 +187,7 @@ class Generator:
         return {"input": logits.sigmoid(), "condition": condition}, target
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The negative evidence lower bound `[*L]` of labelled pictures and as many that an old generator draws.
+        """Generator loss: the negative evidence lower bound `[*L]` of labelled images and as many of the snapshot.
 
         Args:
             p: the weights.

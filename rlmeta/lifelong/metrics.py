@@ -1,4 +1,4 @@
-"""What a stream of tasks did to a learner, from the matrix of its scores.
+"""Metrics of lifelong learning (accuracy, backward and forward transfer, forgetting) from the score matrix.
 
 `R[i, j]` is the score on task j after training on i tasks of the stream, `[..., T + 1, T]`: row 0 is the untrained
 learner, row T the final one, and columns are in the order of the stream, so that task j is trained between rows j and
@@ -8,7 +8,7 @@ maximum that includes the final row, zeros for what was never measured); here ar
 
 Every task counts the same in every average, however many samples or classes it has; `accuracy` takes other weights.
 
-Where a task's classes are born when it begins (the scenario "class" of labelled samples), nobody can be right about
+Where a task's classes are added when it begins (the scenario "class" of labelled samples), nobody can be right about
 them before: the scores above the diagonal are NaN, and so is the forward transfer, which is not defined there.
 
 Sources: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", 2017 (accuracy, backward and forward
@@ -27,7 +27,7 @@ from rlmeta.functional import statistics
 
 
 def accuracy(matrix: ArrayLike, weights: ArrayLike | None = None) -> Any:
-    """ACC: mean over tasks of the final scores, (1 / T) Σⱼ R[T, j]; `[..., T + 1, T]` -> `[...]`.
+    """Accuracy (ACC): mean over tasks of the final scores, (1 / T) Σⱼ R[T, j]; `[..., T + 1, T]` -> `[...]`.
 
     Args:
         matrix: the scores.
@@ -47,12 +47,12 @@ def accuracy(matrix: ArrayLike, weights: ArrayLike | None = None) -> Any:
 
 
 def learning_accuracy(matrix: ArrayLike) -> Any:
-    """How well each task was learned when it was trained on, (1 / T) Σⱼ R[j + 1, j]; `[..., T + 1, T]` -> `[...]`."""
+    """Learning accuracy: mean score right after training, (1 / T) Σⱼ R[j + 1, j]; `[..., T + 1, T]` -> `[...]`."""
     return _trained(_checked(matrix)).mean(-1)
 
 
 def backward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
-    """BWT: by how much later training improved each task but the last, (1 / (T - 1)) Σⱼ R[T, j] - R[j + 1, j].
+    """Backward transfer (BWT): mean change by later training, (1 / (T - 1)) Σⱼ R[T, j] - R[j + 1, j].
 
     With `maximise=False` scores are losses and the difference is the other way round, so that more is better.
     """
@@ -61,10 +61,10 @@ def backward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
 
 
 def forward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
-    """FWT: what earlier tasks gave each but the first before it was trained, (1 / (T - 1)) Σⱼ R[j, j] - R[0, j].
+    """Forward transfer (FWT): mean gain before a task is trained, (1 / (T - 1)) Σⱼ R[j, j] - R[0, j].
 
     With `maximise=False` scores are losses and the difference is the other way round, so that more is better. NaN where
-    a task has no score before it is trained, as when its classes are born with it.
+    a task has no score before it is trained, as when its classes are added with it.
     """
     r = _rising(matrix, maximise)
     before = np.diagonal(r[..., :-1, :], axis1=-2, axis2=-1)
@@ -72,14 +72,16 @@ def forward_transfer(matrix: ArrayLike, maximise: bool = True) -> Any:
 
 
 def forgetting(matrix: ArrayLike, maximise: bool = True) -> Any:
-    """Mean over all tasks but the last of the best score since the task was trained, the final one left out, less the
-    final score; negative where the last task helped. With `maximise=False` scores are losses: the best is the lowest.
+    """Forgetting: mean over all tasks but the last of the best earlier score less the final one.
+
+    The best is that since the task was trained. Forgetting is negative where the last task helped. With
+    `maximise=False` scores are losses: the best is the lowest.
     """
     return _mean(task_forgetting(matrix, maximise)[..., :-1])
 
 
 def task_forgetting(matrix: ArrayLike, maximise: bool = True) -> NDArray[np.float64]:
-    """`forgetting` task by task, `[..., T + 1, T]` -> `[..., T]`; NaN for the last task, which nothing came after."""
+    """Forgetting of every task, `[..., T + 1, T]` -> `[..., T]`; NaN for the last task, which nothing came after."""
     r = _rising(matrix, maximise)
     tasks = r.shape[-1]
     lost = np.full((*r.shape[:-2], tasks), np.nan)
@@ -89,12 +91,12 @@ def task_forgetting(matrix: ArrayLike, maximise: bool = True) -> NDArray[np.floa
 
 
 def forgetting_first(matrix: ArrayLike, maximise: bool = True) -> Any:
-    """The score just after training on a task less its final one, mean over all but the last: minus BWT."""
+    """Forgetting since training: mean score right after a task less its final one, without the last task; minus BWT."""
     return -backward_transfer(matrix, maximise)
 
 
 def summary(matrix: ArrayLike, maximise: bool = True) -> dict[str, Any]:
-    """Every figure of this file by name, `[...]` each."""
+    """Compute all metrics by name, `[...]` each."""
     return {
         "accuracy": accuracy(matrix),
         "backward_transfer": backward_transfer(matrix, maximise),
@@ -106,7 +108,7 @@ def summary(matrix: ArrayLike, maximise: bool = True) -> dict[str, Any]:
 
 
 class Estimate(NamedTuple):
-    """The mean of a figure over runs and its 95 % bootstrap interval."""
+    """Estimate of a metric: mean over runs and 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -114,7 +116,7 @@ class Estimate(NamedTuple):
 
 
 def estimates(matrix: ArrayLike, maximise: bool = True) -> dict[str, Estimate]:
-    """`summary` over runs `[S, T + 1, T]`, with intervals; three runs or fewer give no interval worth the name."""
+    """Estimate all metrics over runs `[S, T + 1, T]`, with intervals, which mean little for three runs or fewer."""
     estimates = {}
     for name, values in summary(matrix, maximise).items():
         values = np.atleast_1d(values)
@@ -134,15 +136,15 @@ def _checked(matrix: ArrayLike) -> NDArray[np.float64]:
 
 
 def _rising(matrix: ArrayLike, maximise: bool) -> NDArray[np.float64]:
-    """The checked matrix with losses turned round, so that more is better."""
+    """Validate a score matrix, and negate losses, so that more is better."""
     return _checked(matrix) * (1.0 if maximise else -1.0)
 
 
 def _trained(r: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R[j + 1, j], `[..., T]`."""
+    """Scores right after each task's training, R[j + 1, j], `[..., T]`."""
     return np.diagonal(r[..., 1:, :], axis1=-2, axis2=-1)
 
 
 def _mean(values: NDArray[np.float64]) -> Any:
-    """Over the last axis; NaN, without a warning, where it is empty."""
+    """Mean over the last axis; NaN, without a warning, if it is empty."""
     return values.mean(-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)[()]

@@ -42,9 +42,9 @@ from rlmeta.learning.state import Params, State, select
 from rlmeta.lifelong.recall import position_of, put_memories
 
 NOBODYS = -1
-"""Owner of entries that are not packed: the copied ones, and with an agent those of the critic."""
+"""Task id of entries that are not packed: the copied ones, and with an agent those of the critic."""
 FREE = 0
-"""Owner of entries that no task has kept; task k (from 0) is owner k + 1."""
+"""Task id of free entries, which no task has kept; task k (from 0) has the id k + 1."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class PackNet(Method):
     """Settings of PackNet, and the method itself."""
 
     keep: float = 0.0
-    """Part of the free weights of every layer that a task keeps; 0 for equal shares, 1 / (tasks left, it included)."""
+    """Fraction of each layer's free weights that a task keeps; 0 for equal shares, 1 / (tasks left, it included)."""
     retrain: float = 0.5
-    """Iterations of training after the pruning, as a part of those before."""
+    """Iterations of retraining after the pruning, as a fraction of those before."""
     critic: bool = False
-    """With an agent: pack its critic, too, and not its policy alone."""
+    """Whether an agent's critic is packed, too, and not its policy alone."""
 
     name = "packnet"
     recordable = True
@@ -69,12 +69,12 @@ class PackNet(Method):
         check_choices(self)
 
     def phases(self, iterations: int) -> Sequence[tuple[str, int]]:
-        """A retraining phase, after the pruning."""
+        """Retraining phase, after the pruning."""
         count = round(self.retrain * iterations)
         return [("retrain", count)] if count else []
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Ownership of the weights at the start: every one is free.
+        """Initial PackNet memory: every weight is free.
 
         Raises:
             SettingError: some layer has fewer weights than the tasks need.
@@ -109,7 +109,7 @@ class PackNet(Method):
             )
 
     def _free(self, size: Tensor, position: int, tasks: int) -> Tensor:
-        """How many of a layer's weights are free when the task at this position begins, if tasks keep all they may."""
+        """Number of free weights of a layer at the start of a task, if earlier tasks keep as many as they may."""
         for k in range(position):
             size = size - self._share(size, tasks - k - 1)
         return size
@@ -119,16 +119,16 @@ class PackNet(Method):
         return free if left == 0 else (free.double() * (self.keep or 1.0 / (left + 1))).ceil().long()
 
     def _shared_out(self, learner: Any, weights: dict[str, Tensor]) -> list[str]:
-        """Weights that PackNet looks after: those that the learner's distribution depends on, or all."""
+        """Names of the weights under PackNet: those that the learner's distribution depends on, or all."""
         some = bool(learner.predicts) and not self.critic
         return predicting(learner, weights) if some else list(weights)
 
     def _packed(self, learner: Any, weights: dict[str, Tensor], axes: int) -> list[str]:
-        """Weight matrices that are packed: every entry of them is owned by a single task."""
+        """Names of the packed weight matrices: every entry belongs to a single task."""
         return [name for name in self._shared_out(learner, weights) if weights[name].dim() - axes > 1]
 
     def _copied(self, learner: Any, p: Params, axes: int) -> Params:
-        """Vectors, running statistics and normalisers of what is packed, of which every task has its own copy."""
+        """Biases, running statistics and normalisers of packed networks, of which every task has its own copy."""
         names = self._shared_out(learner, p["weights"])
         networks = {name.partition(".")[0] for name in names}
         return {
@@ -140,7 +140,7 @@ class PackNet(Method):
     # ------------------------------------------------------------------ tasks and phases
 
     def task_start(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """Reinitialisation of the free weights, from the second task on; all of them take part again."""
+        """Reinitialise the free weights, from the second task on; all of them are trained again."""
         position, axes = position_of(task), task["index"].dim()
         m = {**m, "pruned": torch.zeros_like(m["pruned"]), "useful": torch.zeros_like(m["useful"])}
         if position == 0:
@@ -152,11 +152,11 @@ class PackNet(Method):
         return {**p, "weights": Packed.view(values, packed, axes)}, m
 
     def phase_start(self, learner: Any, p: Params, m: Memory, task: Task, phase: str) -> tuple[Params, Memory]:
-        """Prune before the second training."""
+        """Prune before the retraining phase."""
         return self._prune(learner, p, m, task) if phase == "retrain" else (p, m)
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Give back what the second training had no use for, or prune where there was none; keep the task's copies."""
+        """Free the weights that retraining did not use, or prune if there was none; keep the task's copies."""
         position, axes = position_of(task), task["index"].dim()
         returned, pruned = self._give_back(p, m, task), self._prune(learner, p, m, task)
         p, m = (select(m["pruned"], returned[i], pruned[i]) for i in range(2))
@@ -165,7 +165,7 @@ class PackNet(Method):
         return p, {**m, "copies": copies, "done": torch.full_like(m["done"], position + 1)}
 
     def _prune(self, learner: Any, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """Magnitude pruning: in every layer the task keeps the largest weights that have had a gradient, no others.
+        """Magnitude pruning: in every layer the task keeps its largest weights among those that had a gradient.
 
         Where too few have had one, the smallest of its share are weights that have not: `_give_back` finds them.
         """
@@ -185,7 +185,7 @@ class PackNet(Method):
         return new, m
 
     def _give_back(self, p: Params, m: Memory, task: Task) -> tuple[Params, Memory]:
-        """Pruning of what the task has no use for: weights without a gradient since it was pruned are 0, and free."""
+        """Free unused weights of the task: those without a gradient since the pruning are set to 0."""
         axes = task["index"].dim()
         packed = Packed.of(p["weights"], axes)
         useless = (m["owner"] == position_of(task) + 1) & ~m["useful"]
@@ -195,7 +195,7 @@ class PackNet(Method):
     # ------------------------------------------------------------------ every step
 
     def params(self, learner: Any, p: Params, m: Memory, task: Task) -> Params:
-        """Masked weights: those that the task may see, and of a task that is done its own copies."""
+        """Effective parameters of a task: its own and earlier tasks' weights, and of an old task its own copies."""
         old, axes = task["index"] < m["done"], task["index"].dim()
         if not bool((old | m["pruned"]).any()):
             return p
@@ -220,12 +220,12 @@ class PackNet(Method):
         return {**p, **{part: {**p[part], **own[part]} for part in own}}
 
     def frozen(self, p: Params, m: Memory, task: Task) -> Tensor | None:
-        """Mask of frozen weights: those of earlier tasks, after the pruning all but the task's own."""
+        """Mask of frozen weights: those of earlier tasks, and after the pruning all but the task's own."""
         owner, pruned = m["owner"], m["pruned"].unsqueeze(-1)
         if not bool(pruned.any() | (task["index"] > 0).any()):
             return None
         return (owner > FREE) & ~(pruned & (owner == (task["index"] + 1).unsqueeze(-1))) | (pruned & (owner == FREE))
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Mask of useful weights: those that have had a gradient since the task began or was pruned."""
+        """Update the mask of used weights: those that had a gradient since the task began or was pruned."""
         return {**m, "useful": m["useful"] | (info.gradient != 0)}

@@ -1,4 +1,4 @@
-"""Episodic memory and rehearsal loss: what methods keep of a task's samples, and how well these are still known.
+"""Episodic memory of task samples, and the rehearsal loss on them, for replay and GEM.
 
 A supervised learner remembers inputs and targets. An agent remembers observations and what its policy made of them when
 the task ended: transitions would go stale, since returns and ratios belong to the policy that made them, while the
@@ -26,7 +26,7 @@ from rlmeta.nn import Context
 
 
 def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) -> Tensor:
-    """Rehearsal loss `[*L, B]`: how badly what is remembered is known.
+    """Rehearsal loss `[*L, B]`: the learner's loss on stored samples, or the divergence from an old policy.
 
     Supervised: minus the log-likelihood of the target. Agents: KL(π then ‖ π now), in nats.
     """
@@ -41,7 +41,7 @@ def recall_loss(learner: Any, p: Params, remembered: tree.Tree, ctx: Context) ->
 
 
 def remember(learner: Any, p: Params, samples: tree.Tree) -> tree.Tree:
-    """Entries of an episodic memory: what is kept of samples `[*L, n, ...]`."""
+    """Convert samples `[*L, n, ...]` to entries of an episodic memory."""
     if learner.acts:
         kept = {"observation": samples["observation"]}
         with torch.no_grad():
@@ -55,7 +55,7 @@ def remember(learner: Any, p: Params, samples: tree.Tree) -> tree.Tree:
 
 
 def draw_memories(learner: Any, p: Params, draw: Draw, count: int, axes: int) -> tree.Tree:
-    """Entries of an episodic memory `[*L, count, ...]` from samples of the task that has just ended.
+    """Draw `count` samples of the task that has just ended, as entries of an episodic memory `[*L, count, ...]`.
 
     Raises:
         SettingError: the task has fewer samples.
@@ -66,7 +66,7 @@ def draw_memories(learner: Any, p: Params, draw: Draw, count: int, axes: int) ->
 
 
 def check_count(count: int, available: int) -> None:
-    """Refuse to remember more samples of a task than it has."""
+    """Check that a task has enough samples for the episodic memory."""
     if count > available:
         raise SettingError(
             f"a memory of {count} samples a task is more than the {available} that the smallest has: choose a smaller "
@@ -75,7 +75,7 @@ def check_count(count: int, available: int) -> None:
 
 
 def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
-    """Empty episodic memory `[*L, *slots, ...]`; its shapes stay for the whole run.
+    """Allocate an empty episodic memory `[*L, *slots, ...]`; its shapes stay for the whole run.
 
     Raises:
         SettingError: more than the machine has memory for.
@@ -90,7 +90,7 @@ def blank_memories(learner: Any, state: State, *slots: int) -> tree.Tree:
 
 
 def check_room(learner: Any, state: State, count: int, setting: str) -> None:
-    """Refuse `count` samples of every learner that the machine has no memory for, before anything is allocated."""
+    """Check that RAM suffices for `count` samples of every learner, before anything is allocated."""
     each = sum(x.numel() * x.element_size() for x in tree.leaves(_one_memory(learner, state)))
     device = state["key"].device
     most = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _machine_memory()
@@ -102,7 +102,7 @@ def check_room(learner: Any, state: State, count: int, setting: str) -> None:
 
 
 def _machine_memory() -> float:
-    """Bytes of main memory; infinite where the system does not tell."""
+    """Bytes of RAM; infinite if the system does not tell."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
@@ -110,13 +110,13 @@ def _machine_memory() -> float:
 
 
 def _one_memory(learner: Any, state: State) -> tree.Tree:
-    """Entry of an episodic memory, of a sample of zeros, `[*L, 1, ...]`."""
+    """Zero entry of an episodic memory, `[*L, 1, ...]`."""
     check_predictive(learner)
     return remember(learner, state["params"], learner.blank(tuple(state["key"].shape), state["key"].device))
 
 
 def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
-    """Empty episodic memory of `count` samples for every task of the stream, `[*L, T, count, ...]`; {} for none.
+    """Allocate an episodic memory of `count` samples for every task of the stream, `[*L, T, count, ...]`; {} for none.
 
     Raises:
         SettingError: a task has fewer.
@@ -128,7 +128,7 @@ def room_for_tasks(learner: Any, state: State, count: int) -> tree.Tree:
 def keep_samples(
     learner: Any, p: Params, memories: tree.Tree, count: int, task: dict[str, Tensor], draw: Draw
 ) -> tree.Tree:
-    """Episodic memory `[*L, T, M, ...]` with `count` samples of the task that has just ended at its place."""
+    """Add `count` samples of the task that has just ended to an episodic memory `[*L, T, M, ...]`."""
     if not count:
         return memories
     axes = task["index"].dim()
@@ -136,7 +136,7 @@ def keep_samples(
 
 
 def put_memories(memories: tree.Tree, slot: int, kept: tree.Tree, axes: int) -> tree.Tree:
-    """A copy of `memories` `[*L, T, M, ...]` with `kept` `[*L, M, ...]` at slot `slot`."""
+    """Write `kept` `[*L, M, ...]` to a slot of `memories` `[*L, T, M, ...]`, in a copy."""
 
     def write(room: Tensor, value: Tensor) -> Tensor:
         room = room.clone()
@@ -147,7 +147,7 @@ def put_memories(memories: tree.Tree, slot: int, kept: tree.Tree, axes: int) -> 
 
 
 def per_learner(setting: float | Sequence[float], state: State) -> Tensor:
-    """A setting as a tensor `[*L]` of the weights' dtype; a list is one value for each learner, or for equal blocks.
+    """Convert a setting to a tensor `[*L]` of the weights' dtype; a list has a value per learner, or per equal block.
 
     Raises:
         SettingError: the list does not fit the number of learners.

@@ -1,4 +1,4 @@
-"""Experience replay: a few old samples in every step (Chaudhry et al., 2019, "On Tiny Episodic Memories").
+"""Experience replay, rehearsal of stored samples in every step (Chaudhry et al., 2019, "On Tiny Episodic Memories").
 
 A supervised learner's buffer is a reservoir: every sample met so far is in it with the same chance (Vitter, 1985), in
 each class on its own where the buffer is balanced; nothing needs to be known of tasks. An agent's buffer is a set of
@@ -40,11 +40,11 @@ class Replay(Method):
     """Settings of replay, and the method itself."""
 
     size: int = 200
-    """Samples the buffer has room for: in equal parts for every class, or with an agent for every task."""
+    """Capacity of the buffer in samples: in equal parts for every class, or with an agent for every task."""
     strength: PerLearner = 1.0
-    """Weight of the replayed loss beside the learner's own."""
+    """Weight of the replay loss beside the learner's own."""
     batch_size: int = 0
-    """Replayed samples in every step; 0 for as many as the minibatch has."""
+    """Replayed samples in every step; 0 for the size of the minibatch."""
     balance: Literal["class", "none"] = "class"
     """A reservoir for every class, or one for all samples; regression and agents have no classes."""
 
@@ -60,11 +60,11 @@ class Replay(Method):
 
     @property
     def _idle(self) -> bool:
-        """Whether there is nothing to do for any learner."""
+        """Whether the weight is 0 for every learner."""
         return self.size == 0 or not any(values_of(self.strength))
 
     def init(self, learner: Any, state: State) -> Memory:
-        """Empty replay buffer."""
+        """Initial replay memory: an empty buffer."""
         check_predictive(learner)
         if learner.acts:
             require_revealed(self, frozenset({"boundaries"}), learner.reveals, "the stream")
@@ -81,7 +81,7 @@ class Replay(Method):
         return m
 
     def _share(self, groups: int, kind: str) -> int:
-        """Places for each of `groups`."""
+        """Capacity of the reservoir of each group."""
         if 0 < self.size < groups:
             raise SettingError(f"Replay: size is {self.size}, less than the {groups} {kind}: give it one for each")
         return self.size // groups
@@ -91,7 +91,7 @@ class Replay(Method):
     def batches(
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor
     ) -> Sequence[tuple[tree.Tree, float | Tensor]]:
-        """Rehearsal minibatch of the buffer, every sample in it with the same chance."""
+        """Draw a minibatch from the replay buffer uniformly."""
         if self._idle or learner.acts or not bool(m["met"].any()):
             return ()
         axes = task["index"].dim()
@@ -104,7 +104,7 @@ class Replay(Method):
         return [(gather(m["samples"], torch.searchsorted(ends, chosen, right=True)), m["strength"])]
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
-        """Reservoir sampling: offer the minibatch to the reservoirs."""
+        """Add the minibatch to the reservoirs by reservoir sampling."""
         if self._idle or learner.acts:
             return m
         groups = m["met"].shape[-1]
@@ -115,7 +115,7 @@ class Replay(Method):
     # ------------------------------------------------------------------ agents
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
-        """Episodic memory of an agent: keep states of the task and the policy's answers in them."""
+        """Store states of the task and the agent's action distributions in them."""
         if self._idle or not learner.acts:
             return p, m
         return p, {**m, "samples": keep_samples(learner, p, m["samples"], self.size // learner.num_tasks, task, draw)}

@@ -130,7 +130,7 @@ class MetaSGDLearner(MAMLLearner):
         """
         start, optimizer = state["params"], self.rates_optimizer(state)
         state, info = super().meta_step(state, batch)
-        memory = owners.train_quietly(
+        memory = owners.train_without_metrics(
             self.rates,
             self.rates.of(state),
             Minibatches(batch, 1, None),
@@ -139,7 +139,7 @@ class MetaSGDLearner(MAMLLearner):
             state["active"],
             state["params"]["hyper"]["rates_max_grad_norm"],
         )
-        owners.stop(state, memory)
+        owners.deactivate_nonfinite(state, memory)
         rates = {name: rate.contiguous() for name, rate in memory["params"]["weights"].items()}
         state["params"] = {**state["params"], "buffers": {**state["params"]["buffers"], **rates}}
         state["rates"] = {name: memory[name] for name in state["rates"]}

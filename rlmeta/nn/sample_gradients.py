@@ -34,13 +34,13 @@ Forward: TypeAlias = Callable[[ParamTree, tree.Tree, Context], Tensor]
 It computes the outputs from the weights in the parameters. A sample's output depends on that sample alone, so batch
 normalisation and dropout run in evaluation mode. It is fastest if it passes the context to blocks."""
 
-Roots: TypeAlias = Callable[[Tensor, tree.Tree], Iterator[Tensor]]
+Cotangents: TypeAlias = Callable[[Tensor, tree.Tree], Iterator[Tensor]]
 """Function from outputs `[*L, B, K]` and their batch to cotangents `[*L, B, K]`, one after another."""
 
-_LARGEST = 1 << 24
+_MAX_TEMPORARY_ENTRIES = 1 << 24
 """Maximal number of entries of a temporary tensor where per-sample gradients are formed."""
 
-_FEW = 16
+_CHECKED_SAMPLES = 16
 """Number of samples on which a function is checked."""
 
 
@@ -48,12 +48,12 @@ def squared_gradients(
     forward: Forward,
     p: ParamTree,
     batch: tree.Tree,
-    roots: Roots,
+    cotangents_of: Cotangents,
     learner_axes: int,
     names: Sequence[str] | None = None,
     chunk: int = 512,
 ) -> Tensor:
-    """Sum of squared per-sample gradients, Σᵢ Σᵣ (Jᵢᵀ vᵢᵣ)² over samples i and roots r.
+    """Sum of squared per-sample gradients, Σᵢ Σᵣ (Jᵢᵀ vᵢᵣ)² over samples i and cotangents v of each.
 
     Jᵢ is the Jacobian of sample i's outputs in the weights.
 
@@ -61,7 +61,7 @@ def squared_gradients(
         forward: function that returns outputs `[*L, B, K]` or `[*L, B]`.
         p: parameters; not modified.
         batch: samples `[*L, n, ...]`.
-        roots: function that yields v, one cotangent for every output and r.
+        cotangents_of: function that yields v, one cotangent for every output and r.
         learner_axes: number of learner axes.
         names: weights to compute it for, None for all; 0 for the others.
         chunk: samples at a time; the result does not depend on it but for rounding.
@@ -79,14 +79,14 @@ def squared_gradients(
         constants, batch = _constants(p), _constants(batch)
         sums = {name: torch.zeros_like(weight) for name, weight in constants["weights"].items()}
         check_outputs(forward, constants, batch, axes)
-        samples, few = _samples(constants, batch, axes), _few(batch, axes)
-        reached = _reached(forward, constants, few, wanted)
-        tapped = _tapped_names(forward, constants, few, reached, axes)
+        samples, first_samples = _samples(constants, batch, axes), _first_samples(batch, axes)
+        reached = _weights_in_graph(forward, constants, first_samples, wanted)
+        tapped = _tapped_names(forward, constants, first_samples, reached, axes)
         for start in range(0, samples if tapped else 0, chunk):
             part = _narrow(batch, axes, start, min(chunk, samples - start))
-            _add_tapped_squares(sums, tapped, forward, constants, part, roots, axes)
+            _add_tapped_squares(sums, tapped, forward, constants, part, cotangents_of, axes)
         if reached - tapped:
-            _add_single_squares(sums, sorted(reached - tapped), forward, constants, batch, roots, axes, chunk)
+            _add_single_squares(sums, sorted(reached - tapped), forward, constants, batch, cotangents_of, axes, chunk)
         return torch.cat([value.reshape(*value.shape[:axes], -1) for value in sums.values()], -1)
 
 
@@ -140,7 +140,7 @@ def check_outputs(forward: Forward, p: ParamTree, batch: tree.Tree, learner_axes
     """
     axes = learner_axes
     _samples(p, batch, axes)
-    batch = _few(batch, axes)
+    batch = _first_samples(batch, axes)
     rows = next(tree.leaves(batch)).shape[: axes + 1]
     with torch.no_grad():
         out = forward(p, batch, Context())
@@ -149,18 +149,18 @@ def check_outputs(forward: Forward, p: ParamTree, batch: tree.Tree, learner_axes
             try:
                 alone = forward(p, _narrow(batch, axes, row, 1), Context())
             except (RuntimeError, ValueError) as error:
-                raise SettingError(f"a sample alone has no output, {error}: {_ALONE}") from error
+                raise SettingError(f"a sample alone has no output, {error}: {_INDEPENDENCE_HINT}") from error
             together = out.narrow(axes, row, 1)
             near = torch.finfo(out.dtype).eps ** 0.5
             scale = torch.nan_to_num(out.abs(), posinf=0.0).amax()
             if alone.shape != together.shape or not torch.allclose(
                 alone, together, rtol=near, atol=float(near * scale), equal_nan=True
             ):
-                raise SettingError(f"a sample's output changes without the rest of its batch: {_ALONE}")
+                raise SettingError(f"a sample's output changes without the rest of its batch: {_INDEPENDENCE_HINT}")
     return out
 
 
-_ALONE = (
+_INDEPENDENCE_HINT = (
     "a sample's output must depend on that sample alone; batch normalisation with batch statistics, a recurrent layer "
     "that takes the batch axis for time, and dropout cannot be used here (put the module in evaluation mode)"
 )
@@ -177,7 +177,7 @@ def _differentiating() -> Iterator[None]:
 
 
 def _constants(tensors: tree.Tree) -> tree.Tree:
-    """Detached tensors; those of inference mode are copied, since they cannot be differentiated."""
+    """Detach tensors; those of inference mode are copied, since they cannot be differentiated."""
     return tree.map(lambda x: x.clone() if x.is_inference() else x.detach(), tensors)
 
 
@@ -207,13 +207,13 @@ def _narrow(batch: tree.Tree, axis: int, start: int, count: int) -> tree.Tree:
     return tree.map(lambda x: x.narrow(axis, start, count), batch)
 
 
-def _few(batch: tree.Tree, axes: int) -> tree.Tree:
-    """First samples of a batch, on which a function is checked."""
-    return tree.map(lambda x: x.narrow(axes, 0, min(_FEW, x.shape[axes])), batch)
+def _first_samples(batch: tree.Tree, axes: int) -> tree.Tree:
+    """Select the first samples of a batch, on which a function is checked."""
+    return tree.map(lambda x: x.narrow(axes, 0, min(_CHECKED_SAMPLES, x.shape[axes])), batch)
 
 
 def _check_shape(out: Any, rows: Sequence[int]) -> None:
-    """Refuse outputs other than one number, or one vector, for every sample."""
+    """Check that the outputs are one number, or one vector, for every sample."""
     actual = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"of type {type(out).__name__}"
     fits = isinstance(out, Tensor) and out.is_floating_point() and len(rows) <= out.dim() <= len(rows) + 1
     if not fits or out.shape[: len(rows)] != torch.Size(rows):
@@ -224,13 +224,13 @@ def _check_shape(out: Any, rows: Sequence[int]) -> None:
 
 
 def _with_leaves(p: ParamTree, names: Iterable[str]) -> tuple[ParamTree, dict[str, Tensor]]:
-    """Parameters whose named weights are leaves that require gradients, and these leaves."""
+    """Replace the named weights by leaves that require gradients; returns the parameters and these leaves."""
     leaves = {name: p["weights"][name].detach().requires_grad_() for name in sorted(names)}
     return _with(p, leaves), leaves
 
 
 def _with(p: ParamTree, weights: Mapping[str, Tensor]) -> ParamTree:
-    """Parameters with some of their weights replaced."""
+    """Replace some weights of the parameters."""
     return {**p, "weights": {**p["weights"], **weights}}
 
 
@@ -240,11 +240,11 @@ _UNREACHED = (
 )
 
 
-def _reached(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> set[str]:
-    """Names of the wanted weights on which the outputs depend.
+def _weights_in_graph(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> set[str]:
+    """Select the wanted weights on which the outputs depend.
 
     Raises:
-        SettingError: there is none.
+        SettingError: the outputs depend on none of them.
     """
     if not wanted:
         return set()
@@ -259,17 +259,17 @@ def _reached(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str])
     return reached
 
 
-# ---------------------------------------------------------------------- linear layers, by their taps
+# ---------------------------------------------------------------------- linear layers
 
 Taps: TypeAlias = dict[str, list[tuple[Tensor, Tensor]]]
-"""Recorded calls of linear layers, `{prefix in weights: [(input, output), ...]}`; see `Context.taps`."""
+"""Stored inputs and outputs of linear layers, `{prefix in weights: [(input, output), ...]}`; see `Context.taps`."""
 
 
 def _run(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> tuple[Tensor, Taps, dict[str, Tensor]]:
-    """Run a function with taps.
+    """Forward pass that stores the inputs and outputs of linear layers.
 
-    Tapped layers treat their weights as constants, so a weight is in the graph only if something else uses it too (a
-    tied layer, a penalty).
+    These layers ("tapped" ones) treat their weights as constants, so a weight is in the graph only if something else
+    uses it too (a tied layer, a penalty).
 
     Args:
         forward: the function.
@@ -278,14 +278,14 @@ def _run(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str]) -> 
         wanted: names of weights.
 
     Returns:
-        The outputs, the recorded calls of layers with wanted weights, and these weights as leaves of the graph.
+        The outputs, the stored calls of layers with wanted weights, and these weights as leaves of the graph.
     """
     taps: Taps = {}
     with_leaves, leaves = _with_leaves(p, wanted)
     out = forward(with_leaves, batch, Context(taps=taps))
-    names = {place: [n for n in (f"{place}weight", f"{place}bias") if n in wanted] for place in taps}
-    taps = {place: calls for place, calls in taps.items() if names[place]}
-    return out, taps, {name: leaves[name] for place in taps for name in names[place]}
+    names = {prefix: [n for n in (f"{prefix}weight", f"{prefix}bias") if n in wanted] for prefix in taps}
+    taps = {prefix: calls for prefix, calls in taps.items() if names[prefix]}
+    return out, taps, {name: leaves[name] for prefix in taps for name in names[prefix]}
 
 
 def _backward(
@@ -295,7 +295,7 @@ def _backward(
 
     Args:
         out: outputs of the function.
-        taps: recorded calls of its layers.
+        taps: stored calls of its layers.
         leaves: their weights.
         cotangent: of `out`'s shape.
         keep: whether to keep the graph for another pass.
@@ -303,15 +303,16 @@ def _backward(
     Returns:
         The gradients at the layers' outputs, by prefix, and names of the weights that something else uses too.
     """
-    ends = [end for calls in taps.values() for _, end in calls]
-    gradients = torch.autograd.grad(out, [*ends, *leaves.values()], cotangent, retain_graph=keep, allow_unused=True)
-    at_outputs = iter([torch.zeros_like(end) if g is None else g for g, end in zip(gradients, ends)])
-    used = {name for name, gradient in zip(leaves, gradients[len(ends) :]) if gradient is not None}
-    return {place: [next(at_outputs) for _ in calls] for place, calls in taps.items()}, used
+    layer_outputs = [output for calls in taps.values() for _, output in calls]
+    inputs = [*layer_outputs, *leaves.values()]
+    gradients = torch.autograd.grad(out, inputs, cotangent, retain_graph=keep, allow_unused=True)
+    at_outputs = iter([torch.zeros_like(output) if g is None else g for g, output in zip(gradients, layer_outputs)])
+    used = {name for name, gradient in zip(leaves, gradients[len(layer_outputs) :]) if gradient is not None}
+    return {prefix: [next(at_outputs) for _ in calls] for prefix, calls in taps.items()}, used
 
 
 def _tapped_names(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[str], axes: int) -> set[str]:
-    """Names of the wanted weights that are used by tapped layers alone, whose rows are samples.
+    """Select the wanted weights that are used by linear layers alone, whose rows are samples.
 
     If only some samples have a cotangent, the gradients at the rows of the others are 0, unless the function has
     reordered rows or folded further axes into them.
@@ -323,13 +324,13 @@ def _tapped_names(forward: Forward, p: ParamTree, batch: tree.Tree, wanted: set[
     chosen = random.integers(random.make_keys([0], out.device)[0], "chosen", 0, (samples,), 2) == 0
     cotangent = torch.where(chosen.reshape(-1, *(1,) * (out.dim() - axes - 1)), torch.ones_like(out), 0.0)
     gradients, used = _backward(out, taps, leaves, cotangent)
-    apart = {place: all(_is_apart(g, chosen, axes) for g in at_outputs) for place, at_outputs in gradients.items()}
-    own = {f"{place}{kind}" for place in taps if apart[place] for kind in ("weight", "bias")}
+    sample_wise = [prefix for prefix in taps if all(_rows_are_samples(g, chosen, axes) for g in gradients[prefix])]
+    own = {f"{prefix}{kind}" for prefix in sample_wise for kind in ("weight", "bias")}
     return set(leaves) & own - used
 
 
-def _is_apart(gradient: Tensor, chosen: Tensor, axes: int) -> bool:
-    """Whether a layer's rows are samples, of which only the chosen ones have a gradient."""
+def _rows_are_samples(gradient: Tensor, chosen: Tensor, axes: int) -> bool:
+    """Whether a layer's rows are samples: only the chosen ones have a gradient other than 0."""
     if gradient.dim() < axes + 2 or gradient.shape[axes] != len(chosen):
         return False
     return bool((gradient.index_select(axes, (~chosen).nonzero().flatten()) == 0).all())
@@ -341,7 +342,7 @@ def _add_tapped_squares(
     forward: Forward,
     p: ParamTree,
     batch: tree.Tree,
-    roots: Roots,
+    cotangents_of: Cotangents,
     axes: int,
 ) -> None:
     """Add the squared per-sample gradients of tapped linear layers to `sums`, in place.
@@ -349,30 +350,30 @@ def _add_tapped_squares(
     Args:
         sums: `{name: like the weight}`, modified.
         wanted: names of the layers' weights.
-        forward, p, batch, roots: as for `squared_gradients`.
+        forward, p, batch, cotangents_of: as for `squared_gradients`.
         axes: number of learner axes.
     """
     out, taps, _ = _run(forward, p, batch, wanted)
     squares: dict[str, Tensor] = {}
-    for root in roots(out.detach(), batch):
-        for place, gradients in _backward(out, taps, {}, root, keep=True)[0].items():
+    for cotangent in cotangents_of(out.detach(), batch):
+        for prefix, gradients in _backward(out, taps, {}, cotangent, keep=True)[0].items():
             if len(gradients) == 1 and gradients[0].dim() == axes + 2:
-                square = squares.get(place)
+                square = squares.get(prefix)
                 first = gradients[0]
-                squares[place] = first.square() if square is None else square.addcmul_(first, first)
+                squares[prefix] = first.square() if square is None else square.addcmul_(first, first)
             else:
-                _add_outer_squares(sums, wanted, place, [x for x, _ in taps[place]], gradients, axes)
-    for place, square in squares.items():  # the roots are summed before the product, so that there is one product
-        if f"{place}weight" in wanted:
-            sums[f"{place}weight"] += product(square.mT, taps[place][0][0].square())
-        if f"{place}bias" in wanted:
-            sums[f"{place}bias"] += square.sum(-2)
+                _add_outer_squares(sums, wanted, prefix, [x for x, _ in taps[prefix]], gradients, axes)
+    for prefix, square in squares.items():  # summed over cotangents before the product, so that there is one product
+        if f"{prefix}weight" in wanted:
+            sums[f"{prefix}weight"] += product(square.mT, taps[prefix][0][0].square())
+        if f"{prefix}bias" in wanted:
+            sums[f"{prefix}bias"] += square.sum(-2)
 
 
 def _add_outer_squares(
     sums: dict[str, Tensor],
     wanted: set[str],
-    place: str,
+    prefix: str,
     inputs: list[Tensor],
     gradients: list[Tensor],
     axes: int,
@@ -384,46 +385,46 @@ def _add_outer_squares(
     Args:
         sums: `{name: like the weight}`, modified.
         wanted: names of weights.
-        place: prefix of the layer's weights.
+        prefix: prefix of the layer's weights.
         inputs: of every call of the layer, `[*L, B, ..., in]`.
         gradients: at the outputs of every call, `[*L, B, ..., out]`.
         axes: number of learner axes.
     """
     x = torch.cat([x.flatten(axes + 1, -2) if x.dim() > axes + 2 else x.unsqueeze(-2) for x in inputs], -2)
     g = torch.cat([g.flatten(axes + 1, -2) if g.dim() > axes + 2 else g.unsqueeze(-2) for g in gradients], -2)
-    size = max(1, _LARGEST // (x.shape[-1] * g.shape[-1] * x.shape[:axes].numel()))
+    size = max(1, _MAX_TEMPORARY_ENTRIES // (x.shape[-1] * g.shape[-1] * x.shape[:axes].numel()))
     for some_x, some_g in zip(torch.split(x, size, axes), torch.split(g, size, axes)):
-        if f"{place}weight" in wanted:
-            sums[f"{place}weight"] += (some_g.mT @ some_x).square().sum(axes)
-        if f"{place}bias" in wanted:
-            sums[f"{place}bias"] += some_g.sum(-2).square().sum(axes)
+        if f"{prefix}weight" in wanted:
+            sums[f"{prefix}weight"] += (some_g.mT @ some_x).square().sum(axes)
+        if f"{prefix}bias" in wanted:
+            sums[f"{prefix}bias"] += some_g.sum(-2).square().sum(axes)
 
 
 def _tapped_groups(wanted: set[str], losses: Forward, p: ParamTree, batch: tree.Tree, axes: int) -> dict[str, Tensor]:
-    """Gradients of groups in the tapped linear layers: one backward pass over all samples, a product per layer."""
+    """Gradients of groups in linear layers: one backward pass over all samples, one matrix product per layer."""
     rows = next(tree.leaves(batch)).shape[: axes + 2]
     groups, samples = rows[axes:]
     out, taps, leaves = _run(losses, p, tree.map(lambda x: x.flatten(axes, axes + 1), batch), wanted)
     _check_shape(out, (*rows[:axes], groups * samples))
-    taps = {place: calls for place, calls in taps.items() if _are_rows(calls, axes, groups * samples)}
+    taps = {prefix: calls for prefix, calls in taps.items() if _are_rows(calls, axes, groups * samples)}
     if not taps or not out.requires_grad:
         return {}
     leaves = {name: leaf for name, leaf in leaves.items() if name.removesuffix("weight").removesuffix("bias") in taps}
     cotangent = torch.full_like(out, 1.0 / samples)
     gradients: dict[str, Tensor] = {}
     at_outputs, used = _backward(out, taps, leaves, cotangent)
-    for place, ends in at_outputs.items():
-        for (x, _), g in zip(taps[place], ends):
+    for prefix, layer_gradients in at_outputs.items():
+        for (x, _), g in zip(taps[prefix], layer_gradients):
             shape = (*g.shape[:axes], groups, -1)
             x, g = x.reshape(*shape, x.shape[-1]), g.reshape(*shape, g.shape[-1])
-            _accumulate(gradients, f"{place}weight", product(g.mT, x))
-            _accumulate(gradients, f"{place}bias", g.sum(-2))
+            _accumulate(gradients, f"{prefix}weight", product(g.mT, x))
+            _accumulate(gradients, f"{prefix}bias", g.sum(-2))
     return {name: gradients[name] for name in leaves if name not in used}
 
 
 def _are_rows(calls: list[tuple[Tensor, Tensor]], axes: int, samples: int) -> bool:
     """Whether the rows of a layer are samples in all its calls."""
-    return all(end.dim() >= axes + 2 and end.shape[axes] == samples for _, end in calls)
+    return all(output.dim() >= axes + 2 and output.shape[axes] == samples for _, output in calls)
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -439,7 +440,7 @@ def _add_single_squares(
     forward: Forward,
     p: ParamTree,
     batch: tree.Tree,
-    roots: Roots,
+    cotangents_of: Cotangents,
     axes: int,
     chunk: int,
 ) -> None:
@@ -448,7 +449,7 @@ def _add_single_squares(
     Args:
         sums: `{name: like the weight}`, modified.
         names: of the weights.
-        forward, p, batch, roots, chunk: as for `squared_gradients`.
+        forward, p, batch, cotangents_of, chunk: as for `squared_gradients`.
         axes: number of learner axes.
     """
     weights = {name: p["weights"][name] for name in names}
@@ -461,20 +462,20 @@ def _add_single_squares(
         return {name: torch.stack([g[name].square() for g in gradients]).sum(0) for name in names}
 
     samples = next(tree.leaves(batch)).shape[axes]
-    chunk = max(1, min(chunk, _LARGEST // sum(weight.numel() for weight in weights.values())))
+    chunk = max(1, min(chunk, _MAX_TEMPORARY_ENTRIES // sum(weight.numel() for weight in weights.values())))
     for start in range(0, samples, chunk):
         part = _narrow(batch, axes, start, min(chunk, samples - start))
         with torch.no_grad():
-            cotangents = torch.stack(list(roots(forward(p, part, Context()), part)))
-        for name, square in _each(squares, part, cotangents, axes).items():
+            cotangents = torch.stack(list(cotangents_of(forward(p, part, Context()), part)))
+        for name, square in _sum_over_samples(squares, part, cotangents, axes).items():
             sums[name] += square
 
 
 Squares: TypeAlias = Callable[[tree.Tree, Tensor], dict[str, Tensor]]
 
 
-def _each(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> dict[str, Tensor]:
-    """Sum of squared gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function.
+def _sum_over_samples(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> dict[str, Tensor]:
+    """Sum squared gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function.
 
     Args:
         squares: function of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`.
@@ -498,7 +499,7 @@ def _each(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> 
 def _single_groups(
     names: Sequence[str], losses: Forward, p: ParamTree, batch: tree.Tree, axes: int, reached: bool
 ) -> dict[str, Tensor]:
-    """Gradients of groups, one group after another; `reached`: the losses depend on some other weight."""
+    """Gradients of groups, one backward pass per group; `reached`: the losses depend on some other weight."""
     rows = next(tree.leaves(batch)).shape[: axes + 2]
     columns: list[list[Tensor]] = []
     for group in range(rows[axes]):

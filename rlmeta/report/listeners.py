@@ -20,7 +20,7 @@ class Tracking(Listener):
         self._factory = factory
         self._tracker: Tracker | None = None
 
-    def open(self, run: Run, done: int) -> None:
+    def open(self, run: Run, iteration: int) -> None:
         """Open the tracker.
 
         Raises:
@@ -37,10 +37,11 @@ class Tracking(Listener):
             why = f"a tracker can't be opened ({error})"
             raise SettingError(f"{why}; the run is saved, resume it with `rlmeta resume {run.folder}`") from error
 
-    def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
-        """Log the entries of a line that have a number for every learner."""
+    def log(self, run: Run, iteration: int, log_entry: Mapping[str, Any]) -> None:
+        """Pass the metrics that have a number for every learner to the tracker."""
         assert self._tracker is not None
-        self._tracker.log(line["env_steps"], {name: value for name, value in line.items() if isinstance(value, list)})
+        metrics = {name: value for name, value in log_entry.items() if isinstance(value, list)}
+        self._tracker.log(log_entry["env_steps"], metrics)
 
     def close(self) -> None:
         """Close the tracker, if it was opened."""

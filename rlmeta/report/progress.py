@@ -47,16 +47,16 @@ class Progress(Listener):
     _evaluation_flags = ""
     """Flags that determine the time of evaluation."""
 
-    def open(self, run: Run, done: int) -> None:
-        """Start the display of a run that has done `done` iterations before."""
+    def open(self, run: Run, iteration: int) -> None:
+        """Start the display of a run, which a resume continues after `iteration` iterations."""
         iterations = run.stages[-1].last
-        periodic = run.stream is None and run.experiment.budget.eval_every < iterations * run.every
+        periodic = run.stream is None and run.experiment.budget.eval_every < iterations * run.env_steps_per_iteration
         self._evaluation_flags = ("--eval-every, " if periodic else "") + "--final-episodes, --eval-episodes"
-        self.start(run.experiment, iterations, run.every, done)
+        self.start(run.experiment, iterations, run.env_steps_per_iteration, iteration)
 
-    def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
-        """Update the display with a line of metrics."""
-        self.update(done, line, run.seconds, clock.seconds)
+    def log(self, run: Run, iteration: int, log_entry: Mapping[str, Any]) -> None:
+        """Update the display with an entry of the metric log."""
+        self.update(iteration, log_entry, run.seconds, clock.seconds)
 
     def start(self, experiment: Experiment, iterations: int, steps_per_iteration: int, done: int = 0) -> None:
         """Start the display.

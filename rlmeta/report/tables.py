@@ -20,7 +20,7 @@ TEXTS = ("agent", "task", "setting")
 TRANSFER = ("BWT", "FWT", "forgetting")
 """Columns of runs on a stream: backward transfer, forward transfer, forgetting."""
 EQUAL_TASKS = "The score is the mean over the tasks, each of which counts the same."
-UNDEFINED = "-: not defined. FWT needs scores before a task's classes are born, all three need a second task."
+UNDEFINED = "-: not defined. FWT needs scores before a task's classes are added, all three need a second task."
 """Captions of a table of runs on a stream."""
 TITLE_WIDTH = 72
 

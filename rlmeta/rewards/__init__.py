@@ -1,20 +1,29 @@
-"""What changes the reward an agent learns from: shaping, intrinsic rewards. Evaluation never sees it."""
+"""Reward shaping, exploration bonuses and learned rewards of agents; evaluation scores the task's own reward."""
 
 from rlmeta.rewards.counts import EpisodicCounts
-from rlmeta.rewards.reward import Apart, Reward, apart_of, bound, distinct, first_memory, relabel, together
+from rlmeta.rewards.reward import (
+    Reward,
+    SeparateReward,
+    bind_rewards,
+    check_memory,
+    check_rewards,
+    relabel,
+    separate_rewards,
+    total_reward,
+)
 from rlmeta.rewards.rnd import RND
 from rlmeta.rewards.shaping import PotentialShaping
 
 __all__ = [
     "RND",
-    "Apart",
     "EpisodicCounts",
     "PotentialShaping",
     "Reward",
-    "apart_of",
-    "bound",
-    "distinct",
-    "first_memory",
+    "SeparateReward",
+    "bind_rewards",
+    "check_memory",
+    "check_rewards",
     "relabel",
-    "together",
+    "separate_rewards",
+    "total_reward",
 ]

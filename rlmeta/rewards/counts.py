@@ -1,4 +1,4 @@
-"""Episodic counts: a bonus for what has been seen seldom in this episode (Strehl and Littman, 2008; Henaff, 2022)."""
+"""Episodic count bonus, for exploration of rare states in an episode (Strehl and Littman, 2008; Henaff, 2022)."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from rlmeta.learning.state import State
 from rlmeta.rewards.reward import Memory, Rewards, called, check_name
 
 Cell = Callable[[tree.Tree], Tensor]
-"""From observations `[*L, ...]` to whole numbers `[*L, ...]`: which observations count as the same."""
+"""Function from observations `[*L, ...]` to the whole numbers `[*L, ...]` of their cells, which are counted."""
 
 
 @dataclass(frozen=True)
 class EpisodicCounts:
-    """Adds coefficient / sqrt(n), where n says how often the step's successor was met in the running episode."""
+    """Episodic count bonus coefficient / sqrt(n), where n counts visits of the next state in the running episode."""
 
     coefficient: float = 0.1
     """Weight of the bonus."""
     resolution: float = 0.1
-    """Numbers are the same where they round to the same multiple of this; discrete observations are as they are."""
+    """Width of a cell: numbers are rounded to multiples of it; discrete observations stay as they are."""
     buckets: int = 1024
     """Size of each environment's table of counts; cells that share a bucket are counted as one."""
     cell: Cell | None = None
     """Your own function from observations to cells, instead of rounding."""
     name: str = "counts"
-    """Of the stream and the memory."""
+    """Name of the reward stream and of the memory in the state."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -45,7 +45,7 @@ class EpisodicCounts:
         require_range(self, "buckets", 1)
 
     def init(self, agent: Any, state: State, world: World) -> Memory:
-        """Empty tables `[*L, N, buckets]`, to be filled from the first step of an episode on.
+        """Initial memory: empty tables of counts `[*L, N, buckets]`.
 
         Raises:
             SettingError: the cells are no whole numbers, one for each observation.
@@ -62,7 +62,7 @@ class EpisodicCounts:
     def relabel(
         self, agent: Any, state: State, memory: Memory, rollout: Rollout, rewards: Rewards
     ) -> tuple[Memory, Rewards, dict[str, Tensor]]:
-        """Add the stream of bonuses; `rewards/NAME_return` is the mean over rows of the last whole episode's."""
+        """Add the stream of count bonuses; `rewards/NAME_return` is the mean over rows of the last whole episode's."""
         shape, dtype = tuple(rollout["reward"].shape), rollout["reward"].dtype
         left, reached = (self.bucket(rollout[name], shape) for name in ("observation", "next_observation"))
         counts, begins = memory["counts"].clone(), memory["begins"]
@@ -84,7 +84,7 @@ class EpisodicCounts:
         return kept, {**rewards, **stream}, {f"rewards/{self.name}_return": last.mean(-1)}
 
     def bucket(self, observation: tree.Tree, shape: tuple[int, ...]) -> Tensor:
-        """Where in the table an observation is counted: `[*L, ...]` int64, of the given shape."""
+        """Bucket of an observation in the table of counts, `[*L, ...]` int64 of the given shape."""
         if self.cell is None:
             return _rounded(observation, shape, self.resolution) % self.buckets
         cells = called(self.cell, "cell=", observation)
@@ -95,7 +95,7 @@ class EpisodicCounts:
 
 
 def _count_first(counts: Tensor, observation: Tensor, begins: Tensor, valid: Tensor) -> Tensor:
-    """Start the table of the rows whose episode begins with this step, in place; those that still wait for theirs."""
+    """Clear and start the counts of rows whose episode begins, in place; returns rows without a valid step so far."""
     starts = begins & valid
     if bool(starts.any()):
         counts.masked_fill_(starts.unsqueeze(-1), 0)
@@ -104,7 +104,7 @@ def _count_first(counts: Tensor, observation: Tensor, begins: Tensor, valid: Ten
 
 
 def _rounded(observation: tree.Tree, shape: tuple[int, ...], resolution: float) -> Tensor:
-    """One whole number for each observation: itself where it is one, else a hash of its rounded entries."""
+    """Cell of each observation, a whole number: itself if discrete, else a hash of its rounded entries."""
     leaves = [leaf for _, leaf in sorted(tree.flatten(observation).items())]
     if len(leaves) == 1 and tuple(leaves[0].shape) == shape and not leaves[0].is_floating_point():
         return leaves[0]

@@ -1,4 +1,4 @@
-"""Between acting and learning: an agent's rewards are relabelled by what its settings list in `rewards`, in order."""
+"""Reward relabelling between acting and learning: shaping, bonuses, learned rewards, in the order of the settings."""
 
 from __future__ import annotations
 
@@ -18,51 +18,51 @@ from rlmeta.learning.state import State
 
 Rewards = dict[str, Tensor]
 """Streams of reward by name, `[*L, T, N]` each; `task` is the environment's own. The agent learns from the sum of all
-but those that stay apart (`Apart`)."""
+but those with a value function of their own (`SeparateReward`)."""
 
 TASK = "task"
 """The stream of the environment's own rewards."""
 
 Memory = State
-"""What a reward remembers: a nested dictionary of tensors that start with `*L`, kept in `state["rewards"]`."""
+"""State of a reward: a nested dictionary of tensors that start with `*L`, kept in `state["rewards"]`."""
 
 
 class Reward(Protocol):
-    """Something that adds, changes or replaces streams of reward. It never writes in place."""
+    """Reward that adds, changes or replaces reward streams. It never writes in place."""
 
     @property
     def name(self) -> str:
-        """Of its memory in the state; two rewards of one agent have different names."""
+        """Name of its memory in the state; two rewards of one agent have different names."""
         ...
 
     def init(self, agent: Any, state: State, world: World) -> Memory:
-        """The memory at the start of a run, after a check that the reward fits the agent and the world."""
+        """Initial memory of a run, after a check that the reward fits the agent and the world."""
         ...
 
     def relabel(
         self, agent: Any, state: State, memory: Memory, rollout: Rollout, rewards: Rewards
     ) -> tuple[Memory, Rewards, dict[str, Tensor]]:
-        """The memory after a rollout, the streams as the next reward or the agent sees them, and metrics `[*L]`."""
+        """Relabel the reward streams of a rollout; returns the new memory, the new streams, and metrics `[*L]`."""
         ...
 
 
 @runtime_checkable
 class RewardSettings(Protocol):
-    """Settings of a reward that has to know the agent's spaces before it is one."""
+    """Settings of a reward that needs the agent's spaces, such as one with networks."""
 
     @property
     def name(self) -> str:
-        """Of its memory and stream."""
+        """Name of its memory and stream."""
         ...
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space) -> Reward:
-        """The reward for environments of these spaces."""
+        """Create the reward for an observation and an action space."""
         ...
 
 
 @runtime_checkable
-class Apart(Reward, Protocol):
-    """A reward whose stream, of its own name, is not added to the task's: credit and value are its own.
+class SeparateReward(Reward, Protocol):
+    """Reward with a value function of its own: its stream, of its own name, is not added to the task's reward.
 
     The agent learns from A = A_task + coefficient A_stream. The hyper-parameters `NAME.coefficient` and `NAME.gamma`
     `[*L]` are those of settings that declare them `PerLearner`.
@@ -72,28 +72,28 @@ class Apart(Reward, Protocol):
     """Whether its return ends with an episode; else it goes on into the next."""
 
 
-def apart_of(rewards: Sequence[Reward]) -> tuple[Apart, ...]:
-    """The rewards whose streams stay apart."""
-    return tuple(reward for reward in rewards if isinstance(reward, Apart))
+def separate_rewards(rewards: Sequence[Reward]) -> tuple[SeparateReward, ...]:
+    """Select the rewards with value functions of their own."""
+    return tuple(reward for reward in rewards if isinstance(reward, SeparateReward))
 
 
-def together(streams: Rewards, apart: Sequence[Apart] = ()) -> Tensor:
-    """The sum of the streams `[*L, T, N]` that do not stay apart; 0 where all do."""
-    names = {reward.name for reward in apart}
+def total_reward(streams: Rewards, separate: Sequence[SeparateReward] = ()) -> Tensor:
+    """Total reward: the sum of the streams `[*L, T, N]` without a value function of their own; 0 if all have one."""
+    names = {reward.name for reward in separate}
     ordinary = [stream for name, stream in streams.items() if name not in names]
     return torch.stack(ordinary).sum(0) if ordinary else torch.zeros_like(next(iter(streams.values())))
 
 
-def bound(rewards: Sequence[Any], observation_space: gym.Space, action_space: gym.Space) -> tuple[Reward, ...]:
-    """The rewards of an agent on these spaces."""
+def bind_rewards(rewards: Sequence[Any], observation_space: gym.Space, action_space: gym.Space) -> tuple[Reward, ...]:
+    """Create the rewards of an agent for an observation and an action space."""
     return tuple(
         reward.bind(observation_space, action_space) if isinstance(reward, RewardSettings) else reward
         for reward in rewards
     )
 
 
-def distinct(rewards: Sequence[Any]) -> tuple[Any, ...]:
-    """The rewards, after a check that they are some and that each has a name of its own.
+def check_rewards(rewards: Sequence[Any]) -> tuple[Any, ...]:
+    """Validate the `rewards` of a settings object, each with a name of its own.
 
     Raises:
         SettingError: no tuple of rewards, what is no reward, a class, or a name that is taken.
@@ -120,7 +120,7 @@ def distinct(rewards: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def check_name(name: Any) -> None:
-    """Refuse what can't name a stream of rewards and a part of the state.
+    """Validate the name of a reward stream.
 
     Raises:
         SettingError: no text, nothing, with a "/", or "task", which is the environment's own stream.
@@ -130,7 +130,7 @@ def check_name(name: Any) -> None:
 
 
 def called(function: Any, name: str, observation: tree.Tree) -> Any:
-    """What a user's function gives for observations `[*L, ...]`.
+    """Call a user's function on observations `[*L, ...]`.
 
     Raises:
         SettingError: it fails.
@@ -145,8 +145,8 @@ def called(function: Any, name: str, observation: tree.Tree) -> Any:
         ) from error
 
 
-def first_memory(reward: Reward, found: Any, key: Tensor) -> Memory:
-    """What `init` gave, if it is a memory in which every tensor starts with the learner axes of the key `[*L]`.
+def check_memory(reward: Reward, found: Any, key: Tensor) -> Memory:
+    """Validate the result of `init`: a memory in which every tensor starts with the learner axes of the key `[*L]`.
 
     Raises:
         SettingError: it is none.
@@ -163,7 +163,7 @@ def first_memory(reward: Reward, found: Any, key: Tensor) -> Memory:
 
 
 def checked(reward: Reward, found: Any, like: Tensor) -> tuple[Memory, Rewards, dict[str, Tensor]]:
-    """What `relabel` gave, if it is a memory, streams of rewards like the task's `[*L, T, N]`, and metrics `[*L]`.
+    """Validate the result of `relabel`: a memory, reward streams like the task's `[*L, T, N]`, and metrics `[*L]`.
 
     Streams of whole numbers or truth values become numbers like the task's. One that is not finite stays: it stops
     its own learner alone.
@@ -194,7 +194,7 @@ def _said(found: Any) -> str:
 def relabel(
     agent: Any, rewards: tuple[Reward, ...], state: State, rollout: Rollout, streams: Rewards
 ) -> tuple[State, Rewards, dict[str, Tensor]]:
-    """Let every reward relabel a rollout's streams.
+    """Relabel the reward streams of a rollout with every reward, in order.
 
     Returns:
         The state with the memories moved on; the streams; and metrics `[*L]`: the rewards' own, and
@@ -216,7 +216,7 @@ def relabel(
 
 
 def _warn_of_numbers(reward: Reward, streams: Rewards, valid: Tensor, active: Tensor) -> None:
-    """Name the reward that is not finite: the learners that meet it are stopped by what they learn from it."""
+    """Warn of rewards that are not finite: learning from them stops the learner."""
     for name, stream in streams.items():
         bad = (~stream.isfinite() & valid).flatten(-2).any(-1) & active
         if bool(bad.any()):

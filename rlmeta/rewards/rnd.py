@@ -3,7 +3,7 @@
     bonus(s') = |predictor(s') - target(s')|^2 / outputs, divided by the running deviation of its return
 
 The target is a random network that never changes, the predictor learns its answers where the agent has been: the error
-is large where it has not. Observations are whitened and clipped to 5 deviations. The stream stays apart from the
+is large where it has not. Observations are whitened and clipped to 5 deviations. The stream stays separate from the
 task's: it has a discount and a value head of its own and goes on over the ends of episodes, and the agent learns from
 
     A = A_task + coefficient A_rnd
@@ -127,7 +127,7 @@ class RNDReward:
         size = min(self.settings.batch_size, batch["valid"].shape[axes])
         batches = minibatches(memory["key"], state["count"]["iterations"], batch, size)
         memory, reported = owners.train(self.predictor, memory, batches, self._optimizer(state), state["active"])
-        owners.stop(state, memory)
+        owners.deactivate_nonfinite(state, memory)
         memory |= {"seen": seen, "return": returns}
         return memory, {**rewards, self.name: normalise_reward(error, returns)}, {f"{self.name}/loss": reported["loss"]}
 

@@ -1,4 +1,4 @@
-"""Potential-based reward shaping (Ng, Harada and Russell, 1999): advice that changes no optimal policy."""
+"""Potential-based reward shaping (Ng, Harada and Russell, 1999), which keeps optimal policies optimal."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from rlmeta.learning.state import State
 from rlmeta.rewards.reward import Memory, Rewards, called, check_name
 
 Potential = Callable[[tree.Tree], Tensor]
-"""From observations `[*L, ...]` to how promising they are, `[*L, ...]` without the observation's own axes."""
+"""Potential function: from observations `[*L, ...]` to numbers `[*L, ...]` without the observation's own axes."""
 
 
 @dataclass(frozen=True)
 class PotentialShaping:
-    """F = gamma Phi(s') - Phi(s), added to what the agent learns from.
+    """Reward shaping by a potential Phi: adds the stream F = gamma Phi(s') - Phi(s).
 
     Phi of a terminal state is 0, or the optimal policy changes; a truncated episode keeps the potential of its final
     observation, whose value the agent bootstraps from. gamma is the agent's own, learner by learner.
     """
 
     potential: Potential
-    """A function of a batch of observations."""
+    """Potential Phi, a function of a batch of observations."""
     gamma: float | None = None
-    """None; or the discount the potential was made for, which must be the agent's."""
+    """Discount that the potential was made for, which must be the agent's; None for any."""
     name: str = "shaping"
-    """Of the stream."""
+    """Name of the reward stream."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -45,7 +45,7 @@ class PotentialShaping:
             require_range(self, "gamma", 0.0, 1.0)
 
     def init(self, agent: Any, state: State, world: World) -> Memory:
-        """Nothing to remember.
+        """Initial memory: empty.
 
         Raises:
             SettingError: the agent discounts by another gamma, the potential gives no number for an observation, or
@@ -64,7 +64,7 @@ class PotentialShaping:
         return {}
 
     def _check_steps(self, observation: tree.Tree, learners: tuple[int, ...], num_envs: int) -> None:
-        """Observations `[*L, N, ...]` have the same potential at any time and in any environment."""
+        """Check that the potential of observations `[*L, N, ...]` does not depend on the time or the environment."""
         axes = len(learners)
 
         def moved(leaf: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class PotentialShaping:
     def relabel(
         self, agent: Any, state: State, memory: Memory, rollout: Rollout, rewards: Rewards
     ) -> tuple[Memory, Rewards, dict[str, Tensor]]:
-        """Add the stream of shaping."""
+        """Add the stream of shaping rewards."""
         shape = tuple(rollout["reward"].shape)
         here = self.evaluate(rollout["observation"], shape)
         there = self.evaluate(rollout["next_observation"], shape).masked_fill(rollout["terminated"], 0.0)
@@ -91,7 +91,7 @@ class PotentialShaping:
         return memory, {**rewards, self.name: shaping.to(rollout["reward"].dtype)}, {}
 
     def evaluate(self, observation: tree.Tree, shape: tuple[int, ...]) -> Tensor:
-        """The potential of observations, after a check that there is one number for each; True and False are 1 and 0.
+        """Evaluate the potential of observations, after a check that it gives one number for each.
 
         Raises:
             SettingError: the function fails, another shape, or a value that is not finite.

@@ -89,7 +89,7 @@ def settled(budget: Budget, problem: Problem, world: Any, iterations: tuple[int,
         every: steps of each learner in one iteration.
     """
     steps = max(iterations) * every if budget.epochs else budget.steps
-    limit = None if problem.native else world.episode_limit
+    limit = None if problem.native else world.longest_episode
     affordable = math.inf if limit is None else steps // (SHARE * limit)
     final = budget.final_episodes or _episodes(affordable, FINAL_EPISODES)
     if isinstance(problem, TaskStream):

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 class Listener:
     """Event hooks of a run; each does nothing unless overridden."""
 
-    def open(self, run: Run, done: int) -> None:
-        """Called when training starts, or resumes after `done` iterations; the folder has a checkpoint by then."""
+    def open(self, run: Run, iteration: int) -> None:
+        """Called when training starts, or resumes after `iteration` iterations; the folder has a checkpoint by then."""
 
-    def line(self, run: Run, done: int, line: Mapping[str, Any]) -> None:
-        """Called with every line of metrics: `iteration`, `env_steps`, and lists with one number a learner."""
+    def log(self, run: Run, iteration: int, log_entry: Mapping[str, Any]) -> None:
+        """Called with every entry of the metric log: `iteration`, `env_steps`, and lists with one number a learner."""
 
     def finish(self, run: Run) -> None:
         """Called after the final evaluation, once the summary is written."""

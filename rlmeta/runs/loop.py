@@ -26,7 +26,7 @@ from rlmeta.runs.signals import Interruption
 from rlmeta.runs.stages import Stage
 
 Callback = Callable[[Run, dict[str, Any]], bool | None]
-"""Called with the run and each line of metrics; returning True stops the run."""
+"""Called with the run and each entry of its metric log; returning True stops the run."""
 
 
 class Loop:
@@ -41,7 +41,7 @@ class Loop:
     def __init__(self, run: Run, callbacks: Sequence[Callback] = (), listeners: Sequence[Listener] = ()) -> None:
         self.run, self.callbacks, self.listeners = run, callbacks, listeners
         self.budget = run.experiment.budget
-        self.steps_per_iteration = run.every
+        self.steps_per_iteration = run.env_steps_per_iteration
         self.stages = run.stages
         self.iterations = self.stages[-1].last
         self.log_every = max(1, self.iterations // self.budget.log_points)
@@ -49,17 +49,17 @@ class Loop:
         population = run.experiment.population
         every = 0 if population is None else int(population.every)
         self.exchange_every = self.iterations if population is None else max(1, round(every / self.steps_per_iteration))
-        self.done = int(run.state["count"]["iterations"].max())
+        self.iteration = int(run.state["count"]["iterations"].max())
         self.interruption = Interruption()
         self.frozen = FrozenLearners(run.experiment.problem.native)
         self._started = self._saved = time.perf_counter()
-        self._already = run.seconds
+        self._seconds_before_resume = run.seconds
         self.frozen.hold(self.run.state)
         self.eval_world: Any = None
         self.logs: dict[str, MetricLog] = {}
         with ExitStack() as closing:
             self._open(closing)
-            self._closing = closing.pop_all()
+            self._exit_stack = closing.pop_all()
 
     def _open(self, closing: ExitStack) -> None:
         """Open the evaluation environments and the metric logs; `closing` closes them, also when one fails to open."""
@@ -87,14 +87,14 @@ class Loop:
         """Train to the end, evaluate, and return the run."""
         run = self.run
         clock.reset()
-        self._started, self._already = time.perf_counter(), run.seconds
+        self._started, self._seconds_before_resume = time.perf_counter(), run.seconds
         with self.interruption.caught(), self._resources():
-            self._evaluate_old_end()
-            while self.done < self.iterations and self._active() and not run.stopped and not self.interruption:
-                line = self._advance()
+            self._evaluate_at_previous_budget()
+            while self.iteration < self.iterations and self._active() and not run.stopped and not self.interruption:
+                log_entry = self._advance()
                 self._count_seconds()
-                if line is not None:
-                    self._record(line)
+                if log_entry is not None:
+                    self._log(log_entry)
                     self._save_if_due()
             self._count_seconds()
             if self.interruption:
@@ -106,19 +106,19 @@ class Loop:
             run.stopped = "interrupted"
         return run
 
-    def _evaluate_old_end(self) -> None:
-        """Make up for the periodic evaluation that was skipped at the end of a run that now gets more steps."""
-        if self._evaluation_is_due() and 0 < self.done == self.run.old_end:
-            steps = self.done * self.steps_per_iteration
-            self._record({"iteration": self.done, "env_steps": steps, **_lists(self._evaluate_and_exchange())})
+    def _evaluate_at_previous_budget(self) -> None:
+        """Evaluate at the end of the previous budget of a run that now gets more steps, where that was skipped."""
+        if self._evaluation_is_due() and 0 < self.iteration == self.run.previous_end:
+            steps = self.iteration * self.steps_per_iteration
+            self._log({"iteration": self.iteration, "env_steps": steps, **_lists(self._evaluate_and_exchange())})
 
     def _evaluation_is_due(self) -> bool:
         """Whether a periodic evaluation is due after this iteration; never on a stream."""
-        due = self.done % self.eval_every == 0 or self.done % self.exchange_every == 0
-        return due and self.eval_world is not None and self.run.stream is None and self.done < self.iterations
+        due = self.iteration % self.eval_every == 0 or self.iteration % self.exchange_every == 0
+        return due and self.eval_world is not None and self.run.stream is None and self.iteration < self.iterations
 
     def _count_seconds(self) -> None:
-        self.run.seconds = self._already + time.perf_counter() - self._started
+        self.run.seconds = self._seconds_before_resume + time.perf_counter() - self._started
 
     def _save_if_due(self) -> None:
         """Save a checkpoint if the last one is `checkpoint_seconds` old."""
@@ -127,23 +127,23 @@ class Loop:
             self._save()
 
     def _advance(self) -> dict[str, Any] | None:
-        """Train up to the next line of metrics and return it; None if a signal interrupts."""
+        """Train up to the next entry of the metric log and return it; None if a signal interrupts."""
         run, before = self.run, self._active_learners()
-        stage = next(stage for stage in self.stages if self.done < stage.last)
+        stage = next(stage for stage in self.stages if self.iteration < stage.last)
         if run.stream is not None and int(run.state["stage"].max()) == stage.number:
             self._begin(stage)
         last = min(*map(self._next, (self.log_every, self.eval_every, self.exchange_every)), stage.last)
-        while self.done < last and not self.interruption:
+        while self.iteration < last and not self.interruption:
             self._iterate(stage)
-            if self.done < last:
+            if self.iteration < last:
                 self._save_if_due()
-        self._name_frozen(before)
-        return self._line(stage) if self.done == last else None
+        self._warn_of_frozen(before)
+        return self._build_log_entry(stage) if self.iteration == last else None
 
     def _iterate(self, stage: Stage) -> None:
         """One iteration of every learner."""
         run = self.run
-        progress = torch.full_like(run.state["progress"], stage.progress(self.done))
+        progress = torch.full_like(run.state["progress"], stage.progress(self.iteration))
         run.state["progress"] = progress
         run.state["task"] = {**run.state["task"], "progress": progress}
         # a learner that stops again within this iteration must stay there, not at its first stop
@@ -153,20 +153,23 @@ class Loop:
         clock.switch("other")
         averages.accumulate(run.state, metrics)
         self.frozen.hold(run.state)
-        self.done += 1
+        self.iteration += 1
 
-    def _line(self, stage: Stage) -> dict[str, Any]:
-        """Build the line of metrics: averages, and the evaluation if one is due."""
+    def _build_log_entry(self, stage: Stage) -> dict[str, Any]:
+        """Build an entry of the metric log: averaged metrics, and the evaluation if one is due."""
         run = self.run
-        line: dict[str, Any] = {"iteration": self.done, "env_steps": self.done * self.steps_per_iteration}
-        if self.done % self.log_every == 0 or self.done == self.iterations:
-            line.update(_lists(averages.take_averages(run.state)))
+        log_entry: dict[str, Any] = {
+            "iteration": self.iteration,
+            "env_steps": self.iteration * self.steps_per_iteration,
+        }
+        if self.iteration % self.log_every == 0 or self.iteration == self.iterations:
+            log_entry.update(_lists(averages.take_averages(run.state)))
         if run.stream is not None:
-            if stage.ends_task and self.done == stage.last:
-                line.update(_lists(self._end_task(stage)))
+            if stage.ends_task and self.iteration == stage.last:
+                log_entry.update(_lists(self._end_task(stage)))
         elif self._evaluation_is_due():
-            line.update(_lists(self._evaluate_and_exchange()))
-        return line
+            log_entry.update(_lists(self._evaluate_and_exchange()))
+        return log_entry
 
     def _begin(self, stage: Stage) -> None:
         """Begin a stage of a stream; before the first one, evaluate the untrained learners on all tasks."""
@@ -208,8 +211,8 @@ class Loop:
     def _evaluate_and_exchange(self) -> Metrics:
         """Periodic evaluation, followed by the exchange of a population if that is due."""
         metrics = self._evaluate()
-        if self.done % self.exchange_every == 0:
-            metrics |= populations.exchange(self.run, metrics[self.run.agent.score.metric], self.done)
+        if self.iteration % self.exchange_every == 0:
+            metrics |= populations.exchange(self.run, metrics[self.run.agent.score.metric], self.iteration)
             self.frozen.hold(self.run.state)
         return metrics
 
@@ -217,7 +220,7 @@ class Loop:
         """Periodic evaluation: keep the best parameters, stop learners that reached the target."""
         clock.switch("evaluate")
         state, agent, target = self.run.state, self.run.agent, self.budget.target
-        key = random.fold(random.fold(state["key"], "periodic evaluation"), self.done)
+        key = random.fold(random.fold(state["key"], "periodic evaluation"), self.iteration)
         p = agent.effective_params(state)
         result = agent.evaluate(p, self.eval_world, key, self.budget.eval_episodes)
         score = result.returns.mean(-1)
@@ -239,17 +242,19 @@ class Loop:
     def _active_learners(self) -> list[bool]:
         return self.run.state["active"].tolist()
 
-    def _name_frozen(self, before: Sequence[bool]) -> None:
+    def _warn_of_frozen(self, before: Sequence[bool]) -> None:
         """Warn of learners, active `before`, that turned NaN or infinite, and of non-finite values of environments."""
-        names, look = self._names(), getattr(self.run.world, "look", None)
-        if look is not None:
-            look(self.run.state["world"])
+        names, warn_of_nonfinite = self._names(), getattr(self.run.world, "warn_of_nonfinite", None)
+        if warn_of_nonfinite is not None:
+            warn_of_nonfinite(self.run.state["world"])
         broken_task = getattr(self.run.agent, "broken_task", None)
         for i, (name, was, active) in enumerate(zip(names, before, self._active_learners())):
             if was and not active:
                 task = broken_task(self.run.state, self.run.world, i) if broken_task else ""
                 why = f" ({task})" if task else ""
-                text = f"{name} is no longer finite{why}: frozen by iteration {self.done}, the other learners go on"
+                text = (
+                    f"{name} is no longer finite{why}: frozen by iteration {self.iteration}, the other learners go on"
+                )
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _names(self) -> list[str]:
@@ -272,34 +277,34 @@ class Loop:
 
     def _next(self, every: int) -> int:
         """The next iteration that is a multiple of `every`."""
-        return (self.done // every + 1) * every
+        return (self.iteration // every + 1) * every
 
     @contextmanager
     def _resources(self) -> Iterator[None]:
         """Save the first checkpoint and open the listeners; close everything at the end."""
-        with self._closing as closing:
+        with self._exit_stack as closing:
             for listener in self.listeners:
                 closing.callback(listener.close)
-            if self.done == 0 or self.run.extended_to:
+            if self.iteration == 0 or self.run.extended_to:
                 self._save()
             for listener in self.listeners:
-                listener.open(self.run, self.done)
+                listener.open(self.run, self.iteration)
             yield
 
     # ------------------------------------------------------------------ metric logs and checkpoints
 
-    def _record(self, line: dict[str, Any]) -> None:
-        """Append an entry of metrics to the log, and pass it to listeners and callbacks."""
+    def _log(self, log_entry: dict[str, Any]) -> None:
+        """Append an entry to the metric log, and pass it to listeners and callbacks."""
         if self.logs:
-            self.logs["metrics"].write(line)
-            rate = line["env_steps"] * len(self.run.experiment.learners) / max(self.run.seconds, 1e-9)
+            self.logs["metrics"].write(log_entry)
+            rate = log_entry["env_steps"] * len(self.run.experiment.learners) / max(self.run.seconds, 1e-9)
             times = {f"time/{part}": seconds for part, seconds in clock.seconds.items()}
-            timing = {"iteration": self.done, "seconds": self.run.seconds, "charts/SPS": rate, **times}
+            timing = {"iteration": self.iteration, "seconds": self.run.seconds, "charts/SPS": rate, **times}
             self.logs["timing"].write(timing)
         for listener in self.listeners:
-            listener.line(self.run, self.done, line)
+            listener.log(self.run, self.iteration, log_entry)
         for callback in self.callbacks:
-            if callback(self.run, line):
+            if callback(self.run, log_entry):
                 self.run.stopped = "a callback stopped it"
 
     def _finish(self) -> None:
@@ -326,7 +331,7 @@ class Loop:
         about = {
             "agent": run.experiment.agent_name,
             "task": run.experiment.problem.name,
-            "iteration": self.done,
+            "iteration": self.iteration,
             "offsets": {name: log.mark() for name, log in self.logs.items()},
             "seconds": run.seconds,
             "stopped": run.stopped,

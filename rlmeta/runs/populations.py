@@ -55,7 +55,7 @@ def check(run: Run) -> None:
         f"population: its members are the settings that {name} compares, and here they are all alike: give values for "
         f"one, such as learning_rate=[1e-4, 3e-4, 1e-3]",
     )
-    budget = run.every * min(run.iterations)
+    budget = run.env_steps_per_iteration * min(run.iterations)
     require(
         int(population.every) < budget,
         f"population: every is {int(population.every):,} steps, the budget is {budget:,}: no learner would ever be "

@@ -77,7 +77,7 @@ def play(
     end within `EVALUATION_LIMIT` steps, or the longer limit that its environment declares, is cut there, as by a time
     limit, with a warning.
     """
-    played = _Played(world.num_envs, rounds, max(EVALUATION_LIMIT, world.cuts_after or 0))
+    played = _Played(world.num_envs, rounds, max(EVALUATION_LIMIT, world.max_episode_steps or 0))
     begun, t = 0, 0
     while played.any_left():  # once, unless an episode was cut
         state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))

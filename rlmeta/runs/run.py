@@ -61,7 +61,7 @@ class Run:
         held: the lock on the folder, while this process writes it.
         begun_from: folder of the run whose weights it was initialised with, or ''.
         extended_to: steps of an extended budget, 0 if it is the one in config.toml.
-        old_end: iteration at which the run ended before it was extended just now, else 0.
+        previous_end: iteration at which the run ended before it was extended just now, else 0.
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
@@ -74,7 +74,9 @@ class Run:
         try:
             self.agent: Learner = experiment.bind(self.world)
             self.iterations = budgets.iterations_of(experiment.problem, self.agent, self.world, experiment.budget)
-            budget = budgets.settled(experiment.budget, experiment.problem, self.world, self.iterations, self.every)
+            budget = budgets.settled(
+                experiment.budget, experiment.problem, self.world, self.iterations, self.env_steps_per_iteration
+            )
         except BaseException:
             self.world.close()
             raise
@@ -84,13 +86,13 @@ class Run:
         self.seconds = 0.0
         self.stopped = ""
         self.offsets: dict[str, Mark] = {}
-        self.extended_to = self.old_end = 0
+        self.extended_to = self.previous_end = 0
         self.begun_from = ""
         self._actions = 0
 
     @property
-    def every(self) -> int:
-        """Steps of each learner in one iteration, as the budget counts them."""
+    def env_steps_per_iteration(self) -> int:
+        """Environment steps (or samples) of each learner in one iteration, as the budget counts them."""
         steps: int = self.world.num_envs * self.agent.steps_per_iteration
         return steps
 
@@ -493,7 +495,7 @@ def read(
         run = Run(extension.extended(experiment, longer) if longer else experiment, folder)
     run.extended_to = longer
     if steps:
-        run.old_end = math.ceil((about["extended_to"] or experiment.budget.steps) / run.every)
+        run.previous_end = math.ceil((about["extended_to"] or experiment.budget.steps) / run.env_steps_per_iteration)
     try:
         run.id, run.config_digest = about["run"], about["config"]
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]

@@ -79,7 +79,7 @@ def prepare(
         populations.check(run)
         if out is not None:
             run_folder.encoded(run.experiment.config())
-        budgets.warn_of_rounding(budget, run.iterations, run.every)
+        budgets.warn_of_rounding(budget, run.iterations, run.env_steps_per_iteration)
     except BaseException:
         run.close()
         raise

@@ -36,7 +36,7 @@ class Classifier(SupervisedSettings):
 
 
 class ClassifierLearner(Supervised):
-    """Classifier. In a stream, only known ("born") classes, those of tasks so far, can be predicted."""
+    """Classifier. In a stream, only known classes, those of tasks so far, can be predicted."""
 
     score = Score("accuracy")
 
@@ -54,7 +54,7 @@ class ClassifierLearner(Supervised):
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: DataWorld) -> State:
         """Initial state of a run, with the classes that are known from the beginning."""
         state = super().init(key, hyper, world)
-        state["params"]["buffers"]["born"] = world.born().expand(*key.shape, -1).clone()
+        state["params"]["buffers"]["known_classes"] = world.initial_classes().expand(*key.shape, -1).clone()
         return state
 
     def begin_task(self, state: State, world: DataWorld, key: Tensor) -> State:
@@ -66,7 +66,7 @@ class ClassifierLearner(Supervised):
         """Add the classes of a minibatch to the known ones, if tasks are not announced."""
         if world.announces or world.scenario != "class":
             return state
-        met = torch.zeros_like(state["params"]["buffers"]["born"])
+        met = torch.zeros_like(state["params"]["buffers"]["known_classes"])
         return _add_classes(state, met.scatter(-1, batch["target"], torch.ones_like(batch["target"], dtype=torch.bool)))
 
     def logits(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class ClassifierLearner(Supervised):
         batch excludes because the task is known.
         """
         output = self.output(p, batch, ctx)
-        open_ = p["buffers"]["born"].unsqueeze(-2) if "born" in p["buffers"] else None
+        open_ = p["buffers"]["known_classes"].unsqueeze(-2) if "known_classes" in p["buffers"] else None
         if "allowed" in batch:
             open_ = batch["allowed"] if open_ is None else batch["allowed"] & open_
         return output if open_ is None else output.masked_fill(~open_, -torch.inf)
@@ -100,8 +100,8 @@ class ClassifierLearner(Supervised):
     ) -> Evaluation:
         """Accuracy on all test samples of the world's task, `[*L, 1]`; NaN while a class of it is not known yet."""
         evaluation = super().evaluate(p, world, key, episodes, deterministic=deterministic)
-        unborn = (world.classes().to(key.device) & ~p["buffers"]["born"]).any(-1, keepdim=True)
-        return evaluation._replace(returns=evaluation.returns.masked_fill(unborn, torch.nan))
+        has_unknown = (world.classes().to(key.device) & ~p["buffers"]["known_classes"]).any(-1, keepdim=True)
+        return evaluation._replace(returns=evaluation.returns.masked_fill(has_unknown, torch.nan))
 
     def log_prob(self, p: Params, batch: tree.Tree) -> Tensor:
         """Log-probability of the targets, `[*L, B]`."""
@@ -120,5 +120,5 @@ class ClassifierLearner(Supervised):
 def _add_classes(state: State, classes: Tensor) -> State:
     """Add classes `[*L, C]` to the known ones in the state."""
     p = state["params"]
-    born = p["buffers"]["born"]
-    return {**state, "params": {**p, "buffers": {**p["buffers"], "born": born | classes.to(born.device)}}}
+    known = p["buffers"]["known_classes"]
+    return {**state, "params": {**p, "buffers": {**p["buffers"], "known_classes": known | classes.to(known.device)}}}

@@ -213,14 +213,14 @@ def test_three_updates_of_the_classifier_are_the_packages(scenario, double):
     program, (world, tasks) = load("classifier"), stream_of(scenario)
     learner, state = bound(rl.preset("classifier", "split-digits"), world, tasks=tasks)
     weights = before = renamed(state["params"]["weights"], CLASSIFIER)
-    net, born = program.network(world), world.born().expand(S, -1)
+    net, known = program.network(world), world.initial_classes().expand(S, -1)
     for task in range(2):
         state, moments = turn(learner, state, world, task), optim.adam().init(weights, (S,))
-        born = born | world.classes()
+        known = known | world.classes()
         state, batches = batches_of(world, state, 3)
         for batch in batches:
             state = descend(learner, state, batch)
-            weights, moments = program.update(net, weights, moments, batch, born)
+            weights, moments = program.update(net, weights, moments, batch, known)
     assert_same(weights, state["params"]["weights"], CLASSIFIER, before)
 
 

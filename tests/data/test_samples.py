@@ -85,7 +85,7 @@ def test_minibatches_tell_no_more_than_the_stream_reveals(scenario, told):
         if "allowed" in batch:
             assert batch["allowed"][1, 0].tolist() == [False, False, True, True]
     hidden = world(scenario=scenario, reveals=frozenset(told))
-    assert hidden.born().all() == (scenario != "class")
+    assert hidden.initial_classes().all() == (scenario != "class")
     assert hidden.announces == ("boundaries" in told)
     assert hidden.classes()[0].tolist() == [True, True, False, False]
 

@@ -47,7 +47,7 @@ def _first_cut(task: Task) -> int:
         state, transition = world.step(state, torch.zeros(1, dtype=torch.int64))
         if bool(transition.truncated.any()):
             world.close()
-            assert world.cuts_after == step
+            assert world.max_episode_steps == step
             return step
     raise AssertionError("no end")
 
@@ -81,7 +81,7 @@ def test_a_task_takes_the_limit_of_its_episodes(kind: str) -> None:
 
 
 def test_a_registered_limit_may_be_raised() -> None:
-    assert rl.task("CartPole-v1", native=False, max_episode_steps=900).world((), 1).cuts_after == 900
+    assert rl.task("CartPole-v1", native=False, max_episode_steps=900).world((), 1).max_episode_steps == 900
 
 
 def test_a_limit_that_changes_nothing_is_refused() -> None:

@@ -27,7 +27,7 @@ from rlmeta.envs.native import (
     Physics,
     TabularMDP,
 )
-from rlmeta.envs.native.base import _Ahead
+from rlmeta.envs.native.base import _NoiseCache
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, UnknownNameError
 from rlmeta.functional import random, tree
@@ -249,14 +249,14 @@ def test_rows_equal_a_loop_that_draws_one_number_at_a_time(env: NativeEnv) -> No
 @pytest.mark.parametrize("rows", [1, 30, 3000])
 def test_what_is_drawn_ahead_is_what_would_be_drawn(rows: int) -> None:
     """With few rows, and with too many to draw ahead; counters advance, stay, jump and go back."""
-    ahead = _Ahead("stream", 4, rows)
-    assert ahead.counters == {1: 64, 30: 64, 3000: 2}[rows]
+    cache = _NoiseCache("stream", 4, rows)
+    assert cache.counters == {1: 64, 30: 64, 3000: 2}[rows]
     key, counters = make_keys(range(rows)), torch.arange(rows)
     for counter in (0, 1, 1, 63, 64, 200, 190, 0, 2**33):
         counters.copy_(torch.arange(rows) + counter)  # in place, as whoever consumes a state may write
-        assert torch.equal(ahead.at(key, counters), random.uniform(key, "stream", counters, (4,), torch.float64))
+        assert torch.equal(cache.at(key, counters), random.uniform(key, "stream", counters, (4,), torch.float64))
     key.add_(1)
-    assert torch.equal(ahead.at(key, counters), random.uniform(key, "stream", counters, (4,), torch.float64))
+    assert torch.equal(cache.at(key, counters), random.uniform(key, "stream", counters, (4,), torch.float64))
 
 
 def test_no_two_rows_seeds_or_episodes_share_a_first_state() -> None:

@@ -140,8 +140,8 @@ def test_a_stream_looks_at_the_task_it_is_in() -> None:
             world.select(torch.full((2,), task))
             state = world.reset(KEYS)
             for _ in range(3):
-                ahead, _ = world.ahead(state)
-                state, _ = world.step(state, ACTIONS, ahead)
+                noise, _ = world.predraw_noise(state)
+                state, _ = world.step(state, ACTIONS, noise)
             assert caught == []
-            world.look(state)
+            world.warn_of_nonfinite(state)
             assert len(caught) == task

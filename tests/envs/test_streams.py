@@ -33,7 +33,7 @@ def test_split_digits_in_the_three_scenarios():
         assert torch.equal(own.train.target - 2 * i, shared.train.target)
     assert isinstance(klass.world((2,), 4), DataWorld)
     assert task.world((2,), 4).next_batch(task.world((2,), 4).reset(make_keys([0, 1])))[1]["allowed"].sum(-1).max() == 2
-    assert not klass.world((2,), 4).born().any()
+    assert not klass.world((2,), 4).initial_classes().any()
 
 
 def test_permutations_keep_the_pixels_and_the_first_task_as_it_is():
@@ -254,8 +254,8 @@ def test_steps_of_a_stream_with_numbers_drawn_ahead():
     world.select(torch.arange(4))
     state = other = world.reset(make_keys([5, 6, 7, 8]))
     for _ in range(40):
-        ahead, left = world.ahead(state)
-        state, seen = world.step(state, action, ahead)
+        noise, left = world.predraw_noise(state)
+        state, seen = world.step(state, action, noise)
         other, expected = world.step(other, action)
         assert left > 0 and all(torch.equal(a, b) for a, b in zip(seen, expected))
 

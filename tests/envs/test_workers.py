@@ -114,7 +114,7 @@ for make in (Torch, "Torch-v0", lambda: gym.make("Torch-v0")):
     state = world.reset(random.make_keys([0, 1]))
     for _ in range(3):
         state, transition = world.step(state, torch.zeros(2, 2, dtype=torch.int64))
-    print(transition.reward.flatten().tolist(), world.episode_limit, flush=True)
+    print(transition.reward.flatten().tolist(), world.max_episode_steps, flush=True)
     world.close()
 """
 

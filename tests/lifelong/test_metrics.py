@@ -58,15 +58,15 @@ def test_nan_is_not_zero():
 
 
 def test_what_is_not_born_has_no_forward_transfer():
-    """Class-incremental: nobody can be right about a task before its classes are born."""
-    born = R.copy()
-    born[np.triu_indices(3)] = np.nan
-    found = metrics.summary(born)
+    """Class-incremental: nobody can be right about a task before its classes are added."""
+    scores = R.copy()
+    scores[np.triu_indices(3)] = np.nan
+    found = metrics.summary(scores)
     assert np.isnan(found["forward_transfer"])
     for name, value in metrics.summary(R).items():
         if name != "forward_transfer":
             assert found[name] == pytest.approx(value), name
-    assert np.isnan(metrics.estimates(born[None].repeat(5, 0))["forward_transfer"])[0]
+    assert np.isnan(metrics.estimates(scores[None].repeat(5, 0))["forward_transfer"])[0]
 
 
 def test_tasks_count_the_same_unless_they_are_weighted():

@@ -134,7 +134,7 @@ def test_odd_settings_are_refused():
     for wrong in ({"coefficient": -1.0}, {"gamma": 1.5}, {"learning_rate": 0.0}, {"batch_size": 0}, {"name": "task"}):
         with pytest.raises(SettingError):
             rl.RND(**wrong)
-    with pytest.raises(SettingError, match="stays apart: use PPO or A2C"):
+    with pytest.raises(SettingError, match="needs a value of its own: use PPO or A2C"):
         start(rl.DQN(rewards=(rl.RND(),)), "CartPole-v1")
     with pytest.raises(SettingError, match="does not divide the 32 steps"):
         start(rl.PPO(**PPO, rewards=(rl.RND(batch_size=24),)), "CartPole-v1")

@@ -118,17 +118,17 @@ def test_a_run_stopped_after_any_step_of_the_loop_ends_as_the_one_that_was_not(t
     budget = rl.Budget(steps=160, final_episodes=1, checkpoint_seconds=0.0)
     whole = rl.train(SMALL, stream, budget=budget, seeds=1, out=tmp_path / "whole", lifelong=[Counting()])
     calls = iter(range(100))
-    record = Loop._record
+    record = Loop._log
 
     def stopping(loop, line):
         record(loop, line)
         if next(calls) == stop:
             raise Interrupted
 
-    monkeypatch.setattr(Loop, "_record", stopping)
+    monkeypatch.setattr(Loop, "_log", stopping)
     with pytest.raises(Interrupted):
         rl.train(SMALL, stream, budget=budget, seeds=1, out=tmp_path / "cut", lifelong=[Counting()])
-    monkeypatch.setattr(Loop, "_record", record)
+    monkeypatch.setattr(Loop, "_log", record)
     resumed = rl.resume(tmp_path / "cut", lifelong=[Counting()])
     ours, theirs = tree.flatten(resumed.state), tree.flatten(whole.state)
     assert ours.keys() == theirs.keys()
@@ -361,18 +361,18 @@ def test_a_schedule_does_not_show_a_hidden_boundary():
 def test_classes_are_born_when_they_are_met_where_nobody_announces_them():
     few = dataclasses.replace(SMALL, batch_size=1, num_steps=1)
     for reveals, first in ((["boundaries"], 2), ([], 1)):
-        born = []
+        known = []
 
-        def watch(run, line, born=born):
-            born.append(int(run.state["params"]["buffers"]["born"].sum()))
+        def watch(run, line, known=known):
+            known.append(int(run.state["params"]["buffers"]["known_classes"].sum()))
 
         stream = rl.stream("split-digits", scenario="class", reveals=reveals)
         budget = rl.Budget(steps=8, final_episodes=1, log_points=1000)
         run = rl.train(few, stream, budget=budget, callbacks=[watch])
-        assert born[0] == first and born == sorted(born) and born[-1] == 10
-        unborn = torch.triu(torch.ones(6, 5, dtype=torch.bool))
-        unborn[0, 0] = not reveals  # the first task's are announced before the untrained learner is scored
-        assert torch.equal(run.matrix[0].isnan(), unborn), "no score before all classes of a task are born"
+        assert known[0] == first and known == sorted(known) and known[-1] == 10
+        has_unknown = torch.triu(torch.ones(6, 5, dtype=torch.bool))
+        has_unknown[0, 0] = not reveals  # the first task's are announced before the untrained learner is scored
+        assert torch.equal(run.matrix[0].isnan(), has_unknown), "no score before all classes of a task are known"
         assert math.isnan(run.summary()[0]["FWT"]) and not math.isnan(run.summary()[0]["BWT"])
 
 

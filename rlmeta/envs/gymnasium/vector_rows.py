@@ -57,7 +57,7 @@ class VectorRows:
         self.seeds_rows = True
         """Whether `reset` takes a list of seeds, one per row."""
         self._pending = np.zeros(count, np.bool_)
-        self.episode_limit: int | None = getattr(env.spec, "max_episode_steps", None)
+        self.max_episode_steps: int | None = getattr(env.spec, "max_episode_steps", None)
         """Time limit of episodes in steps, None if the VectorEnv declares none."""
 
     @property

@@ -121,7 +121,7 @@ class GymnasiumWorld:
         self._count = math.prod(self._batch)
         _check(mode, workers, num_envs, self._count, max_log)
         source = resolve(make, dict(settings or {}), self._count)
-        self.episode_limit: int | None
+        self.max_episode_steps: int | None
         """Time limit of episodes in steps, None if the environment declares none."""
         self._rows: Rows | WorkerRows | VectorRows
         common: Template | VectorRows
@@ -131,11 +131,11 @@ class GymnasiumWorld:
             self._rows = (
                 Rows(common, self._count) if alone else WorkerRows(common, self._count, workers, worker_timeout)
             )
-            self._capacity, self.episode_limit = common.max_episode_steps or max_log, common.max_episode_steps
+            self._capacity, self.max_episode_steps = common.max_episode_steps or max_log, common.max_episode_steps
         else:
             ours = source.env is not make
             common = self._rows = _vector_rows(source, self._count, mode, max_episode_steps, ours)
-            self._capacity, self.episode_limit = 0, common.episode_limit
+            self._capacity, self.max_episode_steps = 0, common.max_episode_steps
         self.name = common.name
         self.observation_space, self.action_space = common.observation_space, common.action_space
         self._observations, self._actions = Layout(self.observation_space), Layout(self.action_space, "action")
@@ -154,9 +154,9 @@ class GymnasiumWorld:
         self._latest: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @property
-    def cuts_after(self) -> int | None:
-        """Time limit of an episode in steps, None if the environments declare none."""
-        return self.episode_limit
+    def longest_episode(self) -> int | None:
+        """Largest time limit of the world's tasks in steps: that of the only one."""
+        return self.max_episode_steps
 
     def reset(self, key: Tensor) -> State:
         """Reset: start the first episode of every row.

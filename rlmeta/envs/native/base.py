@@ -96,7 +96,7 @@ def clip(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     return x.clamp(low, high)
 
 
-class _Ahead:
+class _NoiseCache:
     """Cache of uniform random numbers of a stream, drawn ahead for several counters of every row.
 
     The numbers are exactly `random.uniform(key, stream, counter, (width,))`. With few rows the cost of a hash is all
@@ -145,9 +145,9 @@ class NativeWorld:
 
     The state has `env` (of the environment), `key` (per row), `episode` and `elapsed` (int64), `step_count` if the
     environment's steps are random, and `physics` if a constant is overridden. For user environments it has
-    `nonfinite`, a code of the first NaN or infinity (see `look`). Every leaf is `[*L, N, ...]`. The random numbers of a
-    row depend on its learner's key, its index, its episode and step alone. The spaces are those of the dataclass's
-    constants, whatever the physics.
+    `nonfinite`, a code of the first NaN or infinity (see `warn_of_nonfinite`). Every leaf is `[*L, N, ...]`. The random
+    numbers of a row depend on its learner's key, its index, its episode and step alone. The spaces are those of the
+    dataclass's constants, whatever the physics.
 
     Args:
         env: the environment and its constants.
@@ -165,7 +165,7 @@ class NativeWorld:
     exact_resume = True
     trial_episodes = 1
     recordable: bool
-    """Whether steps with random numbers from `ahead` may be recorded; not if physics is drawn every episode."""
+    """Whether steps with random numbers from `predraw_noise` may be recorded; not if physics is drawn every episode."""
 
     def __init__(
         self,
@@ -190,11 +190,11 @@ class NativeWorld:
         self._bounds = _action_bounds(env.action_space)
         self._observations, self._unseen = Layout(env.observation_space), True
         self._watched, self._reported = not type(env).__module__.startswith("rlmeta."), False
-        self._reset_noise = _Ahead("environment/reset", env.reset_noise, math.prod(self._rows))
-        self._step_noise = _Ahead("environment/step", env.step_noise, math.prod(self._rows))
+        self._reset_noise = _NoiseCache("environment/reset", env.reset_noise, math.prod(self._rows))
+        self._step_noise = _NoiseCache("environment/step", env.step_noise, math.prod(self._rows))
 
     @property
-    def cuts_after(self) -> int | None:
+    def max_episode_steps(self) -> int | None:
         """Time limit of an episode in steps, None for none."""
         return self.env.max_episode_steps
 
@@ -229,17 +229,17 @@ class NativeWorld:
         if self._watched:
             wrong = ~_finite(self.env.observe(state["env"]), self._rows)
             state["nonfinite"] = wrong.to(torch.int64) * _FIRST_OBSERVATION
-            self.look(state)
+            self.warn_of_nonfinite(state)
         return state
 
     def observation(self, state: State) -> Tree:
         """Current observation `[*L, N, ...]`."""
         return self.env.observe(state["env"])
 
-    def step(self, state: State, action: Tensor, ahead: Tree | None = None) -> tuple[State, Transition]:
+    def step(self, state: State, action: Tensor, predrawn_noise: Tree | None = None) -> tuple[State, Transition]:
         """Step every environment; where an episode ends, the next one starts in the same step.
 
-        With random numbers from `ahead` no operation depends on a tensor's value, so that the step can be recorded;
+        With noise from `predraw_noise` no operation depends on a tensor's value, so that the step can be recorded;
         without them, discrete actions are checked to be in their space.
 
         Raises:
@@ -251,9 +251,9 @@ class NativeWorld:
         noise = self._no_noise(key)
         if self.env.step_noise:
             count = state["step_count"]
-            noise = self._step_noise.at(key, count) if ahead is None else _pick(ahead["step"], count)
+            noise = self._step_noise.at(key, count) if predrawn_noise is None else _pick(predrawn_noise["step"], count)
             new["step_count"] = count + 1
-        action = self._legal(action, look=ahead is None)
+        action = self._legal(action, look=predrawn_noise is None)
         env_state, reward, terminated = self.env.step(state["env"], action, noise, physics)
         observation = next_observation = self.env.observe(env_state)
         if self._unseen:
@@ -262,11 +262,11 @@ class NativeWorld:
         limit = self.env.max_episode_steps
         truncated = torch.zeros_like(terminated) if limit is None else elapsed >= limit
         done = terminated | truncated
-        if ahead is not None or done.any():
+        if predrawn_noise is not None or done.any():
             episode, elapsed = episode + done, elapsed.masked_fill(done, 0)
             if self._redraw is not None:
                 physics = self._physics(key, episode)  # unchanged in rows whose episode continues
-            env_state = _where(done, self._fresh(key, episode, physics, ahead), env_state)
+            env_state = _where(done, self._fresh(key, episode, physics, predrawn_noise), env_state)
             observation = self.env.observe(env_state)
         new.update(env=env_state, episode=episode, elapsed=elapsed)
         if physics:
@@ -275,14 +275,14 @@ class NativeWorld:
         transition = Transition(observation, next_observation, reward, terminated, truncated, valid, done)
         if self._watched:
             new["nonfinite"] = self._nonfinite(state, transition)
-            if ahead is None:
-                self.look(new)
+            if predrawn_noise is None:
+                self.warn_of_nonfinite(new)
         return new, transition
 
-    def look(self, state: State) -> None:
+    def warn_of_nonfinite(self, state: State) -> None:
         """Warn once of the first reward or observation that was not finite, with its row and step.
 
-        Only user environments are checked. Steps without random numbers from `ahead` call this themselves; recorded
+        Only user environments are checked. Steps without noise from `predraw_noise` call this themselves; recorded
         steps cannot, so their caller does so from time to time.
         """
         if not self._watched or self._reported or not bool((state["nonfinite"] != 0).any()):
@@ -300,7 +300,7 @@ class NativeWorld:
         codes = torch.where(transition.reward.isfinite(), codes, step + _REWARD)
         return torch.where(state["nonfinite"] == 0, codes, state["nonfinite"])
 
-    def ahead(self, state: State) -> tuple[Tree, int]:
+    def predraw_noise(self, state: State) -> tuple[Tree, int]:
         """Random numbers for the next steps, and the number of steps for which they suffice."""
         counters = {"reset": ("episode", self._reset_noise), "step": ("step_count", self._step_noise)}
         if not self.env.step_noise:
@@ -321,10 +321,14 @@ class NativeWorld:
     def _no_noise(self, key: Tensor) -> Tensor:
         return torch.empty((*self._rows, 0), dtype=torch.float64, device=key.device)
 
-    def _fresh(self, key: Tensor, episode: Tensor, physics: Physics, ahead: Tree | None = None) -> State:
+    def _fresh(self, key: Tensor, episode: Tensor, physics: Physics, predrawn_noise: Tree | None = None) -> State:
         noise = self._no_noise(key)
         if self.env.reset_noise:
-            noise = self._reset_noise.at(key, episode) if ahead is None else _pick(ahead["reset"], episode)
+            noise = (
+                self._reset_noise.at(key, episode)
+                if predrawn_noise is None
+                else _pick(predrawn_noise["reset"], episode)
+            )
         return self.env.reset(noise, physics)
 
     def _physics(self, key: Tensor, episode: Tensor) -> dict[str, Tensor]:

@@ -38,11 +38,11 @@ class TrialWorld(NativeWorld):
         self.trial_episodes = episodes
 
     def step(  # type: ignore[override]
-        self, state: State, action: Tensor, ahead: Tree | None = None
+        self, state: State, action: Tensor, predrawn_noise: Tree | None = None
     ) -> tuple[State, TrialTransition]:
         """Step every environment; where an episode ends, the next one of this or the next trial starts."""
         last = (state["episode"] + 1) % self.trial_episodes == 0
-        new, inner = super().step(state, action, ahead)
+        new, inner = super().step(state, action, predrawn_noise)
         ended = inner.memory_reset
         over = ended & last
         successor = tree.map(
