@@ -481,7 +481,10 @@ def _ahead(
         return _numbered([_aligned(x) for x in for_all(*tree.leaves(inputs))])
 
     inputs = _numbered([*rows, *fixed])
-    outputs, recorded, _ = record(together, inputs)
+    try:
+        outputs, recorded, _ = record(together, inputs)
+    except Exception:  # such as a view that exists of the rows of one call, but not of all at once
+        return unchanged
     drawn = list(tree.leaves(outputs))
     layouts = [tape.layouts[place] for place in first.outputs if isinstance(place, Place)]
     if [x[0].stride() for x in drawn] != [layout.strides for layout in layouts]:

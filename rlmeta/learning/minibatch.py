@@ -71,4 +71,5 @@ def minibatches(key: Tensor, epoch: int | Tensor, batch: tree.Tree, batch_size: 
     numbers = torch.arange(epochs, device=key.device).reshape(-1, *(1,) * key.dim()) + epoch
     order = random.permutation(key, "minibatch", numbers, samples)  # [epochs, *L, M]
     pieces = order.reshape(*order.shape[:-1], samples // batch_size, batch_size).movedim(-2, 1).flatten(0, 1)
+    pieces = pieces.contiguous()  # of one epoch it is a view
     return Minibatches(batch, len(pieces), pieces if epochs else None)

@@ -228,6 +228,22 @@ def test_a_scan_of_draws_gives_the_bits_of_single_draws(backend: Backend, shape:
         assert torch.equal(carried["total"], total)
 
 
+def test_rows_of_which_one_is_a_view_and_all_are_none():
+    """All rows can't be viewed as one of them: the loop is recorded without computing for all calls at once."""
+    capture, rows = Capture(warm_up=1), torch.arange(48).reshape(2, 4, 6).movedim(0, 1)[:, :, :3]
+
+    def shift(inputs: tree.Tree) -> tree.Tree:
+        shifted = (inputs["each"]["rows"] + 1).view(6)
+        return {"carried": {"total": inputs["carried"]["total"] + shifted}, "row": {"shifted": shifted * 2}}
+
+    for _ in range(6):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _, outputs = capture.scan("shift", shift, {"total": torch.zeros(6)}, {}, {"rows": rows}, 4)
+        for number in range(4):
+            assert torch.equal(outputs["shifted"][number], (rows[number] + 1).flatten() * 2)
+
+
 def test_what_reads_a_fixed_input_stays_behind_what_writes_to_it():
     def doubled_after_a_write(x: Tensor, a: Tensor) -> list[Tensor]:
         row = a[0]  # a view, so that the write stays in place
