@@ -1,4 +1,4 @@
-"""Agents: one file a reinforcement-learning algorithm."""
+"""Reinforcement-learning agents: one file per algorithm."""
 
 from rlmeta.agents.a2c import A2C
 from rlmeta.agents.agent import Agent, NetworkFactory
