@@ -37,9 +37,9 @@ def test_tables_of_samples(small, tmp_path, capsys):
     arguments = ["--tables", "rotations,split", "--seeds", "2", "--out", str(tmp_path)]
     assert main(["bench", "lifelong", *arguments]) == 0
     printed = capsys.readouterr().out
-    for name in ("single", "EWC", "GEM", "A-GEM", "PackNet", "joint", "buffer only"):
+    for name in ("single", "EWC", "GEM", "A-GEM", "PackNet", "HAT", "joint", "buffer only"):
         assert name in printed
-    for table, rows in (("rotations", 4), ("split_task", 8), ("split_class", 7)):
+    for table, rows in (("rotations", 4), ("split_task", 9), ("split_class", 7)):
         content = json.loads((tmp_path / f"lifelong_{table}.json").read_text())
         assert len(content["rows"]) == rows and content["seeds"] == [100, 101]
         assert max(content["chosen_on_seeds"]) < 100

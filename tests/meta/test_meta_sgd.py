@@ -129,6 +129,7 @@ def test_with_rates_that_stay_it_is_maml_bit_for_bit(first_order):
         assert torch.equal(weight, ours["params"]["weights"][name]), name
         assert bool((ours["params"]["buffers"][PREFIX + name] == torch.tensor(0.03)).all())
     assert torch.equal(runs[0].scores, runs[1].scores)
+    assert "gradient steps" in runs[1].agent.rates.capture.operations(), "the rates' steps are recorded, too"
     moments = tree.flatten(ours["rates"]["optimizer"])
     assert any(bool(value.any()) for name, value in moments.items() if name.endswith("square/weights"))
 
