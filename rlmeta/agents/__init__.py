@@ -1,4 +1,4 @@
-"""Agents: one file a reinforcement-learning algorithm."""
+"""Reinforcement-learning agents: one file per algorithm."""
 
 from rlmeta.agents.a2c import A2C
 from rlmeta.agents.agent import Agent, NetworkFactory
@@ -12,4 +12,4 @@ from rlmeta.learning.settings import settings_classes
 __all__ = ["A2C", "DQN", "PPO", "REINFORCE", "SAC", "TD3", "Agent", "NetworkFactory"]
 
 ALL = settings_classes(globals())
-"""The settings class of every agent that can be named on the command line."""
+"""Settings class of every agent that can be named on the command line."""

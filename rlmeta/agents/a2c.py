@@ -58,7 +58,7 @@ class A2C:
     value_coefficient: PerLearner = 0.5
     """Weight of the value loss, mean (return - value)^2."""
     normalise_advantage: bool = False
-    """Over the rollout, to mean 0 and deviation 1."""
+    """Normalise advantages over the rollout, to mean 0 and deviation 1."""
     max_grad_norm: PerLearner = 0.5
     """Clip each learner's gradient to this norm."""
     normalise_observation: bool = False
@@ -77,7 +77,7 @@ class A2C:
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
     rewards: tuple[Reward, ...] = ()
-    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
+    """Reward shaping and intrinsic rewards to learn from, in order."""
 
     def __post_init__(self) -> None:
         check_types(self)

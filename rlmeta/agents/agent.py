@@ -52,12 +52,12 @@ LOG_STD_RANGE = (-20.0, 20.0)
 """Range of a Gaussian policy's `initial_log_std`, in which its exponential is a finite number above 0."""
 
 ORDINARY = (0.1, 10.0)
-"""How many of a policy's initial deviations lie between the middle of an action's bounds and either of them, where
-raw units do no harm."""
+"""Range of the distance from the middle of an action's bounds to either bound, in initial deviations of the policy,
+in which a policy in raw units works."""
 
 
 SPREAD = 8
-"""Samples for lifelong methods are every eighth of an agent's fresh steps: neighbours in time are nearly the same."""
+"""Stride of samples for lifelong methods: every eighth step, since neighbours in time are nearly the same."""
 
 
 class Agent:
@@ -74,8 +74,8 @@ class Agent:
     """Number of steps that share a random key while acting."""
 
     capture: Capture | None
-    """Replays `act` and `losses` once they are warm: both depend on their tensors alone. None calls them every time, as
-    a network of a user's own class needs, which may do anything (`nn.lifted.recordable`)."""
+    """Recorder that replays `act` and `losses` after some calls, since both depend on their tensors alone. None never
+    records, as for networks of a user's own class, which may do anything (`nn.lifted.recordable`)."""
 
     steps_per_iteration: int
     """Steps of every environment in one iteration."""

@@ -15,14 +15,14 @@ from rlmeta.nn import MLP, ActionUnits, Block, Context, Ensemble, Params, ValueH
 
 
 class Critic(Block):
-    """Q(s, a): the observation's features and the action, in units of its bounds, through an MLP."""
+    """Critic network Q(s, a): an MLP on the observation's features and the action, in units of its bounds."""
 
     def __init__(self, body: Block, joint: Block, head: ValueHead, units: ActionUnits) -> None:
         super().__init__()
         self.body, self.joint, self.head, self._units = body, joint, head, (units,)
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tensor:
-        """`{"observation": [*L, ...], "action": [*L, ..., *shape]}` -> `[*L, ...]`."""
+        """Q-values `[*L, ...]` of `{"observation": [*L, ...], "action": [*L, ..., *shape]}`."""
         assert isinstance(x, dict)
         features = self.body.run(params, x["observation"], ctx, f"{prefix}body.")
         assert isinstance(features, Tensor)
@@ -33,7 +33,7 @@ class Critic(Block):
 
 
 def box_units(name: str, action_space: gym.Space) -> ActionUnits:
-    """The units of a bounded Box of actions.
+    """Action units of a bounded Box: its bounds are at -1 and 1.
 
     Raises:
         SpaceError: the algorithm `name` can't act in this space.
@@ -50,7 +50,7 @@ def box_units(name: str, action_space: gym.Space) -> ActionUnits:
 
 
 def critic_ensemble(settings: Any, observation_space: gym.Space, units: ActionUnits, count: int) -> Ensemble:
-    """`count` critics with the settings' network or encoder, hidden layers and activation."""
+    """Build an ensemble of `count` critics with the settings' network or encoder, hidden layers and activation."""
     check_mask(observation_space, gym.spaces.Box(-1.0, 1.0, units.shape))
 
     def make() -> Critic:

@@ -59,13 +59,13 @@ class DQN:
     gamma: PerLearner = 0.99
     """Discount factor."""
     double: bool = True
-    """Choose the next action by the online network, value it by the target network."""
+    """Double Q-learning: choose the next action by the online network, evaluate it by the target network."""
     n_steps: int = 1
-    """Rewards that are added up before the target network's value takes over."""
+    """Steps of n-step returns, after which the target network's value is used."""
     target_every: int = 100
-    """Gradient steps between two moves of the target network."""
+    """Gradient steps between two updates of the target network."""
     target_rate: PerLearner = 1.0
-    """How far the target network moves towards the online one; 1 copies it."""
+    """Rate (tau) at which the target network follows the online one; 1 copies it."""
     average_rate: PerLearner = 1.0
     """Below 1, greedy actions (evaluation, `act`) come from a moving average of the weights, which goes this far
     towards them after each update; 1 acts by the weights themselves, as do runs with lifelong methods."""
@@ -76,7 +76,7 @@ class DQN:
     exploration_fraction: PerLearner = 0.2
     """Part of the budget over which epsilon falls linearly."""
     huber_delta: PerLearner = math.inf
-    """Where the squared error turns linear; infinity keeps it squared, 1 is the paper's clipped error."""
+    """Threshold of the Huber loss; infinity for the squared error, 1 is the paper's clipped error."""
     max_grad_norm: PerLearner = 10.0
     """Clip each learner's gradient to this norm."""
     normalise_observation: bool = False
@@ -88,7 +88,7 @@ class DQN:
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
     rewards: tuple[Reward, ...] = ()
-    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
+    """Reward shaping and intrinsic rewards to learn from, in order."""
 
     adapts = False
     """A meta-learner's inner loop can't take its gradient steps."""

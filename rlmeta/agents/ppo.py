@@ -58,7 +58,7 @@ class PPO:
     gae_lambda: PerLearner = 0.95
     """Lambda of generalized advantage estimation."""
     clip_range: PerLearner = 0.2
-    """How far the probability ratio may move from 1 before its gradient stops."""
+    """Clip range epsilon: how far the probability ratio may be from 1 before its gradient is 0."""
     clip_range_schedule: ScheduleName = "constant"
     """Keep the clip range, or anneal it to 0 over the budget in a straight line or along a cosine."""
     penalty: Literal["clip", "kl"] = "clip"
@@ -72,9 +72,9 @@ class PPO:
     value_coefficient: PerLearner = 0.5
     """Weight of the value loss, mean (return - value)^2."""
     value_clip_range: PerLearner = math.inf
-    """Clip the value's move from its old prediction; depends on the scale of rewards."""
+    """Clip the value's change from its old prediction to this range; depends on the scale of rewards."""
     normalise_advantage: bool = True
-    """Per minibatch, to mean 0 and deviation 1."""
+    """Normalise advantages per minibatch, to mean 0 and deviation 1."""
     max_grad_norm: PerLearner = 0.5
     """Clip each learner's gradient to this norm."""
     adam_epsilon: float = 1e-5
@@ -97,20 +97,20 @@ class PPO:
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation of the default network."""
     share_network: bool = False
-    """One body under the policy and the value instead of one each."""
+    """Share one body between the policy and the value network."""
     task_heads: int = 0
-    """Last layers, one for each task of a stream with observe_identity; 0 for one whatever the task."""
+    """Number of output heads, one per task of a stream with observe_identity; 0 for a single one."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
     memory: MemoryName = "none"
-    """A gated recurrent unit behind the body of every network, for tasks that a single observation says too little of;
+    """A gated recurrent unit (GRU) behind the body of every network, for partially observable tasks;
     minibatches then are of whole sequences, num_steps long."""
     memory_size: int = 64
-    """Its units."""
+    """Units of the gated recurrent unit."""
     sees: tuple[SeenName, ...] = ()
-    """What goes into the memory besides the observation: the last action, its reward, whether an episode starts."""
+    """Additional inputs of the gated recurrent unit: the last action, its reward, whether an episode starts."""
     rewards: tuple[Reward, ...] = ()
-    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
+    """Reward shaping and intrinsic rewards to learn from, in order."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -44,7 +44,7 @@ class REINFORCE:
     num_steps: int = 250
     """Steps in every environment between updates; only whole episodes count, unless a baseline bootstraps the rest."""
     credit: Literal["immediate", "episode", "to_go"] = "to_go"
-    """What an action is credited with: its own reward, the whole episode's return, or the return from there on."""
+    """Return of an action: its own reward, the whole episode's return, or the return from there on."""
     gamma: PerLearner = 0.99
     """Discount factor; 1 adds rewards up."""
     normalise_return: bool = True
@@ -80,7 +80,7 @@ class REINFORCE:
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
     rewards: tuple[Reward, ...] = ()
-    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
+    """Reward shaping and intrinsic rewards to learn from, in order."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,4 +1,4 @@
-"""Soft actor-critic (Haarnoja et al., 2018): off-policy learning of a stochastic policy that is paid for entropy.
+"""Soft actor-critic (Haarnoja et al., 2018): off-policy maximum entropy reinforcement learning.
 
 Two critics learn the soft value of an action, the policy climbs the lesser of them, and a temperature is set so that
 the policy keeps the entropy it is asked for.
@@ -61,15 +61,15 @@ class SAC:
     temperature_learning_rate: PerLearner = 1e-3
     """Adam's step size of the temperature's logarithm; 0 keeps the initial one."""
     initial_temperature: float = 1.0
-    """What a nat of entropy is worth, in units of reward, at the start."""
+    """Initial temperature (entropy coefficient): the reward for a nat of entropy."""
     target_entropy: PerLearner = -1.0
-    """The entropy to keep, in nats for every component of an action in units of its bounds."""
+    """Target entropy in nats per component of an action, in units of its bounds."""
     gamma: PerLearner = 0.99
     """Discount factor."""
     target_rate: PerLearner = 0.005
-    """How far the target critics move towards the critics in each gradient step."""
+    """Rate (tau) at which the target critics follow the critics in each gradient step."""
     critics: int = 2
-    """Critics, of which the least value is taken."""
+    """Number of critics, of which the minimum is taken."""
     max_grad_norm: PerLearner = float("inf")
     """Clip each learner's gradients, those of policy and critics apart, to this norm."""
     normalise_observation: bool = False
@@ -81,7 +81,7 @@ class SAC:
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
     rewards: tuple[Reward, ...] = ()
-    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
+    """Reward shaping and intrinsic rewards to learn from, in order."""
 
     adapts = False
     """A meta-learner's inner loop can't take its gradient steps."""
@@ -104,7 +104,7 @@ class SAC:
 
 
 class Temperature(Block):
-    """The logarithm of what entropy is worth, a parameter."""
+    """Temperature (entropy coefficient): a parameter, its logarithm."""
 
     def __init__(self, initial: float) -> None:
         super().__init__()

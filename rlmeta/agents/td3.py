@@ -48,7 +48,7 @@ class TD3:
     gradient_steps: int = 16
     """Gradient steps of the critics in each update, a multiple of `policy_delay`."""
     policy_delay: int = 2
-    """The policy and the target networks move in every so many gradient steps."""
+    """Gradient steps of the critics per update of the policy and the target networks."""
     batch_size: int = 256
     """Transitions in a minibatch."""
     capacity: int = 100_000
@@ -62,15 +62,15 @@ class TD3:
     gamma: PerLearner = 0.99
     """Discount factor."""
     target_rate: PerLearner = 0.005
-    """How far the target networks move towards the others each time."""
+    """Rate (tau) at which the target networks follow the others in each update."""
     exploration_noise: PerLearner = 0.1
-    """Deviation of the noise that acting adds, in units of the actions' bounds."""
+    """Standard deviation of the exploration noise, in units of the actions' bounds."""
     target_noise: PerLearner = 0.2
-    """Deviation of the noise that blurs the next action in the critics' target."""
+    """Standard deviation of the noise on the next action in the critics' target (target policy smoothing)."""
     target_noise_clip: PerLearner = 0.5
-    """That noise is clipped to this."""
+    """Bound to which the noise on the next action is clipped."""
     critics: int = 2
-    """Critics, of which the least value is the target."""
+    """Number of critics, whose minimum is the target."""
     max_grad_norm: PerLearner = float("inf")
     """Clip each learner's gradients, those of policy and critics apart, to this norm."""
     normalise_observation: bool = False
@@ -82,7 +82,7 @@ class TD3:
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
     rewards: tuple[Reward, ...] = ()
-    """What changes the reward it learns from, in order: shaping, intrinsic rewards."""
+    """Reward shaping and intrinsic rewards to learn from, in order."""
 
     adapts = False
     """A meta-learner's inner loop can't take its gradient steps."""

@@ -16,8 +16,8 @@ from rlmeta.functional.shapes import flags
 from rlmeta.learning.state import Params, State
 
 Rollout = dict[str, Any]
-"""`observation, next_observation, action, reward, terminated, truncated, valid, memory_reset` as `[*L, T, N, ...]`,
-and `first_memory` `[*L, N, ...]`, the agent's memory before the first step.
+"""Rollout of `observation, next_observation, action, reward, terminated, truncated, valid, memory_reset`, all
+`[*L, T, N, ...]`, and `first_memory` `[*L, N, ...]`, the agent's memory before the first step.
 
 `next_observation` is the true successor, the final observation where an episode ended; `observation` at t + 1 is that
 of the next episode. `memory_reset` at t says that the memory was cleared *after* step t. Of trials of several episodes
@@ -26,10 +26,10 @@ there is `ended` besides, where each of them ends.
 
 
 LAST_REWARD = "last_reward"
-"""The entry of an actor's memory that holds the reward of its last step, where it sees that."""
+"""Name of the entry of a recurrent memory that holds the reward of the last step, if it is an input."""
 
 START = "start"
-"""The entry that holds 1 at the first step of an episode, else 0, where it sees that."""
+"""Name of the entry of a recurrent memory that is 1 at the first step of an episode, else 0, if it is an input."""
 
 
 class Actor(Protocol):

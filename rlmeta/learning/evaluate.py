@@ -21,9 +21,9 @@ class Evaluation(NamedTuple):
     """Evaluation result: returns and lengths of every learner's episodes, or scores on test samples or tasks."""
 
     returns: Tensor
-    """Undiscounted, of the environment's own reward, or what else the learner's score is, `[*L, E]` float64."""
+    """Undiscounted returns of the environment's own reward, or other scores of the learner, `[*L, E]` float64."""
     lengths: Tensor
-    """In steps or samples, `[*L, E]` int64."""
+    """Lengths in steps or samples, `[*L, E]` int64."""
 
     def of_trials(self, episodes: int) -> Tensor:
         """Reshape returns to trials of several episodes, `[*L, trials, episodes]`."""

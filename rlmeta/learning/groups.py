@@ -25,14 +25,14 @@ class Group(NamedTuple):
     """Parameter group: weights that are updated together."""
 
     name: str
-    """Its moments are kept under it."""
+    """Name of the group, under which the optimizer's moments are kept."""
     weights: tuple[str, ...]
-    """Its weights are those whose names begin with one of these."""
+    """Prefixes of the names of the group's weights."""
     losses: tuple[str, ...] | None
-    """Which of the learner's losses are summed and differentiated with respect to them; None: all of them."""
+    """Names of the losses that are summed and differentiated with respect to the group's weights; None for all."""
     optimizer: Optimizer
     max_norm: float | Tensor = torch.inf
-    """Each learner's gradient is clipped to this norm; a number or `[*L]`."""
+    """Norm to which each learner's gradient is clipped; a number or `[*L]`."""
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Sum of the group's losses, `[*L]`."""

@@ -27,9 +27,9 @@ class Score(NamedTuple):
     """Score of an evaluation: its name, and whether more is better."""
 
     name: str
-    """As tables and plots call it."""
+    """Name of the score in tables and plots."""
     maximise: bool = True
-    """Whether more is better."""
+    """Whether a higher score is better."""
 
     @property
     def metric(self) -> str:
@@ -69,26 +69,26 @@ class Learner(HasLosses, Protocol):
     """
 
     settings: Any
-    """A frozen dataclass; its `num_envs` says how many rows of a world one learner needs."""
+    """Settings, a frozen dataclass; `num_envs` is the number of rows of a world that a learner needs."""
     methods: tuple[Method, ...]
     """Lifelong methods, in order."""
     num_tasks: int
-    """Tasks of the stream it learns from, 1 without a stream or where boundaries are hidden; set before `init`."""
+    """Number of tasks of the stream, 1 without a stream or with hidden boundaries; set before `init`."""
     reveals: frozenset[str]
-    """What the stream reveals of its tasks; set before `init`."""
+    """Information that the stream reveals of its tasks; set before `init`."""
     task_samples: int | None
-    """Training samples of the smallest of them, None where it makes its own by acting; set before `init`."""
+    """Number of training samples of the smallest task, None for learners that act; set before `init`."""
     steps_per_iteration: int
-    """Steps every row of the world takes in one iteration."""
+    """Steps of every row of the world in one iteration."""
     idle_steps: int
-    """Steps of every row, on a task, before its first gradient step; 0 where every iteration learns."""
+    """Steps of every row on a task before the first gradient step; 0 if every iteration learns."""
     counts: str
-    """What its budget counts, as plots call it."""
+    """Unit of the budget in plots, such as environment steps."""
     score: Score
     acts: bool
-    """Whether it acts in environments, so that it has `act`."""
+    """Whether the learner acts in environments, by the method `act`."""
     answers: bool
-    """Whether it answers for tasks that it is shown samples of, so that it has `answer` (see `learning.predictive`)."""
+    """Whether the learner predicts from a support set, by the method `answer` (see `learning.predictive`)."""
 
     @property
     def predicts(self) -> tuple[str, ...]:

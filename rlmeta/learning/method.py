@@ -16,7 +16,7 @@ Memory = State
 never change in a run: what grows with the tasks is made for `learner.num_tasks` of them."""
 
 Task = dict[str, Tensor]
-"""Which task it is, as tensors `[*L]`: `index` (its place in the stream, int64), `identity` (which one, int64; differs
+"""Current task, as tensors `[*L]`: `index` (its place in the stream, int64), `identity` (which one, int64; differs
 from learner to learner where their orders do), `progress` (the fraction of its phase that is done, float64), `phase`
 (int64: -1 in evaluation, 0 in training, k + 1 in a phase of the learner's method k; see `learning.phases`).
 
@@ -24,25 +24,25 @@ It says what the stream reveals and nothing else. In training `index` is -1 wher
 then of the whole run), `identity` is -1 where "train_id" is; in evaluation both are -1 where "test_id" is."""
 
 Draw = Callable[[int], tree.Tree]
-"""`draw(n)` gives n samples `[*L, n, ...]` of the task that has just ended."""
+"""Sampling function: `draw(n)` gives n samples `[*L, n, ...]` of the task that has just ended."""
 
 
 class Gradients(NamedTuple):
     """Gradients for the `grads` hook, of the losses and in total, `[*L, P]` over the packed weights."""
 
     task: Tensor
-    """Of the learner's own losses alone; to read."""
+    """Gradient of the learner's own losses alone; to read."""
     total: Tensor
-    """Of everything added up so far; a method returns a changed one."""
+    """Gradient of everything added up so far; a method returns a changed one."""
 
 
 class StepInfo(NamedTuple):
     """Data of the `after_step` hook."""
 
     gradient: Tensor
-    """The task gradient, `[*L, P]`."""
+    """Gradient of the task's loss, `[*L, P]`."""
     delta: Tensor
-    """By how much the weights moved, `[*L, P]`: after clipping, the optimizer and the frozen entries."""
+    """Change of the weights in the step, `[*L, P]`: after clipping, the optimizer and the frozen entries."""
     batch: tree.Tree
     """The minibatch of the step."""
 
@@ -53,9 +53,9 @@ class Learned(NamedTuple):
     memory: Memory
     """The method's memory after the step."""
     active: Tensor
-    """`[*L]`: False for a learner that is to stop, since the step has lost its numbers."""
+    """Whether each learner goes on, `[*L]`; False stops it, as its loss is not finite."""
     reports: dict[str, Tensor]
-    """Figures of the step, `[*L]` each."""
+    """Metrics of the step, `[*L]` each."""
 
 
 class Method:
@@ -70,7 +70,7 @@ class Method:
 
     name: str = "method"
     needs: frozenset[str] = frozenset()
-    """What a stream must reveal: of `boundaries`, `train_id`, `test_id`."""
+    """Information that a stream must reveal: some of `boundaries`, `train_id`, `test_id`."""
     recordable: bool = False
     """Whether the hooks of a gradient step (`params`, `batches`, `loss`, `grads`, `frozen`, `after_step`) depend on the
     tensors that they are handed, and on settings, alone: then whole steps are recorded and replayed without Python. It

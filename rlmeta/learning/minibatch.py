@@ -37,11 +37,11 @@ class Minibatches:
     """Iterator over minibatches `[*L, B, ...]` of a batch of samples."""
 
     batch: tree.Tree
-    """The samples, every leaf `[*L, M, ...]`."""
+    """Samples, every leaf `[*L, M, ...]`."""
     count: int
-    """How many minibatches."""
+    """Number of minibatches."""
     order: Tensor | None
-    """Which samples, `[count, *L, B]`; None: each is all of them."""
+    """Indices of the samples of each minibatch, `[count, *L, B]`; None if each minibatch has all."""
 
     def __iter__(self) -> Iterator[tree.Tree]:
         for index in self.order if self.order is not None else [None] * self.count:

@@ -12,9 +12,9 @@ from rlmeta.learning import hooks
 from rlmeta.learning.state import State
 
 EVALUATED = -1
-"""`phase` of a task in evaluation."""
+"""Value of `phase` in evaluation."""
 TRAINING = 0
-"""`phase` while the learner trains; that of method k (from 0) is k + 1."""
+"""Value of `phase` while the learner trains; in a phase of method k (from 0) it is k + 1."""
 
 
 def whose(task: dict[str, Tensor]) -> int:

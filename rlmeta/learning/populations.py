@@ -40,7 +40,7 @@ class Population(Protocol):
     """Population settings: selection of parents, and exploration of settings; a frozen dataclass."""
 
     name: str
-    """On the command line, where its settings are `--NAME.SETTING`."""
+    """Name on the command line, where its settings are `--NAME.SETTING`."""
     every: int | str
     """Environment steps of each learner between two exchanges."""
 
@@ -70,12 +70,12 @@ class PBT:
     every: int | str = 20_000
     """Environment steps of each learner between two exchanges, each after an evaluation; 20k is 20,000."""
     fraction: float = 0.25
-    """Part of the population, at most half, that is replaced by copies, and part that is copied: the worst and the
-    best. A learner that stopped since it was not finite is always replaced."""
+    """Fraction of the population, at most half, that is replaced (the worst), and that is copied (the best). A
+    learner that stopped since it was not finite is always replaced."""
     shrink: float = 0.8
-    """One of the two factors by which a copy's settings are multiplied, each with probability one half."""
+    """Lower one of the two factors by which a copy's settings are multiplied, with probability one half each."""
     grow: float = 1.2
-    """The other one."""
+    """Higher one of the two factors."""
 
     name = "pbt"
 

@@ -21,9 +21,9 @@ class Predictive(Protocol):
     """Predictive learner: it predicts a distribution; where there is none, `predicts` is ()."""
 
     acts: bool
-    """Whether it makes its samples by acting, so that they go stale; else they are labelled and stay true."""
+    """Whether samples come from acting, so that they become outdated; else they are labelled."""
     classes: int
-    """How many classes its targets are of; 0 for numbers, and where it acts."""
+    """Number of classes of the targets; 0 for regression and for agents."""
 
     @property
     def predicts(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class PredictiveActor(Predictive, Protocol):
     """
 
     head: Any
-    """Knows the distribution: its samples, densities and divergences."""
+    """Head of the policy, which computes samples, log probabilities and divergences."""
 
     @property
     def sequential(self) -> bool:
@@ -82,7 +82,7 @@ class Adaptive(Protocol):
     """Protocol of meta-learners, which predict queries of a task from its support samples."""
 
     classes: int
-    """How many classes the targets of a task are of; 0 for numbers."""
+    """Number of classes of the targets of a task; 0 for regression."""
 
     def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int | None = None) -> Tensor:
         """Predict the query's targets after adaptation to the support, `[*L, K, B, outputs]`.

@@ -24,21 +24,21 @@ class Steps(NamedTuple):
     """Several gradient steps, to be recorded as one program."""
 
     batch: tree.Tree
-    """Samples `[*L, M, ...]` of which `each["index"]` picks minibatches, all of them where there is none."""
+    """Samples `[*L, M, ...]`, from which `each["index"]` selects minibatches; all samples without an index."""
     constants: tree.Tree
-    """What every minibatch contains besides, every leaf `[*L, ...]`."""
+    """Further entries of every minibatch, every leaf `[*L, ...]`."""
     each: tree.Tree
-    """What every step has of its own, every leaf `[number, ...]`: `index` or `batch`, `key`, the copies' `rates`."""
+    """Inputs of each step, every leaf `[number, ...]`: `index` or `batch`, `key`, the copies' `rates`."""
     number: int
-    """How many steps; a multiple of the cycle's length."""
+    """Number of steps; a multiple of the cycle's length."""
     cycle: tuple[tuple[Group, ...], ...]
-    """The groups that move in the first step, the second, ..., and again from the start."""
+    """Groups to update in the first step, the second, ..., and again from the start."""
     copies: tuple[Copy, ...] = ()
-    """Target networks that move after every step."""
+    """Target networks to update after every step."""
     keep: Tensor | None = None
-    """`[*L]`: the learners that are to move; None for all."""
+    """Mask `[*L]` of the learners to update; None for all."""
     report: bool = False
-    """Whether the last step of every cycle reports."""
+    """Whether the last step of every cycle computes metrics."""
     methods: tuple[Method, ...] = ()
     """Lifelong methods, in order."""
 
@@ -98,9 +98,9 @@ class _Descent(NamedTuple):
 
     call: Callable[[tree.Tree], tree.Tree]
     tensors: dict[str, dict[str, Tensor]]
-    """The settings of every group's optimizer that are tensors."""
+    """Tensor settings of every group's optimizer."""
     name: Hashable
-    """Tells it apart from others, with the settings that are numbers."""
+    """Name of the recorded program, with the settings that are numbers."""
 
 
 def _cycle(

@@ -16,9 +16,9 @@ class Copy(NamedTuple):
     """Target network: a copy of all weights and buffers whose names begin with a prefix."""
 
     name: str
-    """The copy's prefix: `target` has `target.linear.weight` for `q.linear.weight`."""
+    """Prefix of the copy: `target` has `target.linear.weight` for `q.linear.weight`."""
     source: str
-    """The prefix of what it follows."""
+    """Prefix of the network that the copy follows."""
 
     def sources(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Source tensors of the copy, under the copy's own names."""

@@ -12,4 +12,4 @@ from rlmeta.lifelong.replay import Replay
 __all__ = ["AGEM", "EWC", "GEM", "HAT", "GenerativeReplay", "Method", "PackNet", "Replay"]
 
 ALL = method_classes(globals())
-"""Every method that can be named on the command line (`--lifelong NAME`)."""
+"""Class of every lifelong method that can be named on the command line (`--lifelong NAME`)."""

@@ -33,9 +33,9 @@ class AGEM(Method):
     """Settings of A-GEM, and the method itself."""
 
     memory: int = 256
-    """Samples kept of every task."""
+    """Number of samples kept of every task."""
     batch_size: int = 256
-    """Samples drawn in every step from the memory of all old tasks."""
+    """Number of samples drawn in every step from the memory of all old tasks."""
 
     name = "agem"
     recordable = True

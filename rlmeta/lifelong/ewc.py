@@ -41,9 +41,9 @@ class EWC(Method):
     fisher: FisherKind = "exact"
     """Labels of the Fisher information: expectation, samples of the model, or the data's (an agent's actions)."""
     online: bool = False
-    """One anchor at the latest weights and F <- decay F + new F (Schwarz et al., 2018), instead of the exact sum."""
+    """Online EWC (Schwarz et al., 2018): one anchor at the latest weights and F <- decay F + new F."""
     decay: PerLearner = 1.0
-    """γ of online EWC."""
+    """Decay γ of the Fisher information of online EWC."""
 
     name = "ewc"
     recordable = True

@@ -38,7 +38,7 @@ class GEM(Method):
     """Settings of GEM, and the method itself."""
 
     memory: int = 256
-    """Samples kept of every task."""
+    """Number of samples kept of every task."""
     margin: PerLearner = 0.5
     """Lower bound of the multipliers where a constraint is violated; above 0 the step leans towards old tasks."""
 

@@ -47,7 +47,7 @@ class GenerativeReplay(Method):
     strength: PerLearner = 1.0
     """Weight of the loss on generated samples, as many as in the minibatch, beside the learner's own loss."""
     generator: float = 1.0
-    """Iterations of the generator's training after the learner's, as a part of those."""
+    """Iterations of the generator's training phase, as a fraction of the learner's."""
     learning_rate: PerLearner = 1e-3
     """Adam's step size for the generator."""
     latent: int = 16

@@ -1,4 +1,4 @@
-"""The inner loop: a few steps of any optimizer, through which the outer loop may differentiate."""
+"""Inner loop of meta-learning: differentiable steps of any optimizer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rlmeta.functional.optim import Optimizer, State, Tensors, apply_updates
 from rlmeta.nn.product import plain_graph
 
 Loss: TypeAlias = Callable[[Tensors, int], Tensor]
-"""From weights `{name: [*L, ...]}` and the number of the inner step to a loss `[*L]`."""
+"""Function from weights `{name: [*L, ...]}` and the number of the inner step to a loss `[*L]`."""
 
 Order: TypeAlias = Literal["second", "first", "none"]
-"""What may be differentiated afterwards: everything; all but the inner gradients, which are constants; nothing."""
+"""Order of the outer gradient: second; first, with inner gradients as constants; or none, without a graph."""
 
 
 class Adapted(NamedTuple):
@@ -83,7 +83,7 @@ def adapt(
 
 
 def inner_gradient(loss: Tensor, weights: Tensors, order: Order = "second") -> Tensors:
-    """The gradient of a loss `[*L]` of each weight `[*L, ...]`; zero for those it does not depend on.
+    """Gradient of a loss `[*L]` with respect to each weight `[*L, ...]`; zero for those it does not depend on.
 
     Raises:
         SettingError: it depends on none of them.
@@ -106,7 +106,7 @@ def inner_gradient(loss: Tensor, weights: Tensors, order: Order = "second") -> T
 
 
 def expand_tasks(tensors: Tensors, learner_axes: int, tasks: int) -> Tensors:
-    """`{name: [*L, ...]}` as `{name: [*L, K, ...]}`: every task starts from its learner's tensors.
+    """Expand tensors `{name: [*L, ...]}` to tasks, `{name: [*L, K, ...]}`: each starts from its learner's.
 
     A view: the gradient of the original is the sum over tasks.
     """

@@ -1,4 +1,4 @@
-"""What a family draws, looked at before training: a mistake in one's own family is told with its split and its shapes.
+"""Checks of a user's task family before training: errors name the split and the shapes.
 
 Two tasks of every split are drawn, for three learners. The learners' own numbers do not depend on it.
 """
@@ -17,13 +17,13 @@ from rlmeta.functional import random, tree
 from rlmeta.learning.settings import require
 
 LEADING = (3, 2)
-"""`[*L, K]` of what is drawn to look at."""
+"""Shape `[*L, K]` of the tasks that are drawn for the checks."""
 
 DRAWN = f"for {LEADING[1]} tasks of each of {LEADING[0]} learners"
 
 
 def check_samples(family: Any) -> None:
-    """Refuse a family whose tasks are no samples `{"support": {observation, target}, "query": ...}` of its spaces.
+    """Check that a family's tasks are samples `{"support": {observation, target}, "query": ...}` of its spaces.
 
     Raises:
         SettingError: a split has no tasks, they lack a part, have another shape or type, or are not finite; or they
@@ -41,7 +41,7 @@ def check_samples(family: Any) -> None:
 
 
 def _check_draws(family: Any, drawn: dict[str, Any]) -> None:
-    """Refuse draws that no resumed run repeats, and test tasks that were trained on."""
+    """Check that draws are reproducible, and that test tasks are no training tasks."""
     name = type(family).__name__
     for split, tasks in _drawn(family):
         require(
@@ -57,12 +57,12 @@ def _check_draws(family: Any, drawn: dict[str, Any]) -> None:
 
 
 def _equal(tasks: Any, others: Any) -> bool:
-    """Whether two draws are the same, number for number."""
+    """Whether two draws are equal in every number."""
     return all(torch.equal(a, b) for a, b in zip(tree.leaves(tasks), tree.leaves(others)))
 
 
 def check_problems(family: Any) -> None:
-    """Refuse a family whose problems have no loss `[*L, K]` that depends on the weights they start from.
+    """Check that a family's problems have a loss `[*L, K]` that depends on their initial weights.
 
     Raises:
         SettingError: a split has no problems, or the weights or losses have other shapes.
@@ -91,7 +91,7 @@ def _check_loss(loss: Tensor, what: str) -> None:
 
 
 def _drawn(family: Any) -> list[tuple[str, Any]]:
-    """Two tasks of every split for each of three learners."""
+    """Draw two tasks of every split for each of three learners."""
     key = random.make_keys(range(LEADING[0]))
     drawn = ((split, family.tasks(key, 0, LEADING[-1], split)) for split in get_args(Split))
     return [(split, as_tensors(tasks, key.device)) for split, tasks in drawn]
@@ -107,7 +107,7 @@ def _entry(tasks: Any, part: str, name: str, where: str) -> Any:
 
 
 def _check_leaf(value: Any, space: gym.Space, where: str) -> int | None:
-    """How many samples of the space a task has; None where that is not to be seen, as in spaces of several parts."""
+    """Number of samples of a task; None if the shape does not tell, as in spaces of several parts."""
     if not isinstance(value, Tensor):
         for leaf in tree.leaves(value):
             _check_finite(leaf, where)

@@ -1,4 +1,4 @@
-"""Meta-gradient estimators: what a meta-parameter does to the loss at the end of (a piece of) an unroll.
+"""Meta-gradient estimators: truncated backpropagation, evolution strategies (ES) and persistent ones (PES).
 
 An unroll is a function of the meta-parameters and of what is carried from piece to piece (weights, the optimizer's
 state, a counter). Three ways to the gradient of the mean loss over its steps:
@@ -29,7 +29,7 @@ of each of K problems `[*L, K]` and what is carried on."""
 
 
 def backpropagated(unroll: Unroll, theta: dict[str, Tensor], carry: tree.Tree) -> tuple[Tensor, tree.Tree]:
-    """The mean loss over problems `[*L]`, to be differentiated, and what is carried on, cut off from the graph.
+    """Truncated backpropagation: the mean loss over problems `[*L]` to differentiate, and the detached carry.
 
     On the whole of an unroll its gradient is exact; on a piece it is truncated backpropagation.
     """
@@ -38,14 +38,14 @@ def backpropagated(unroll: Unroll, theta: dict[str, Tensor], carry: tree.Tree) -
 
 
 class Evolved(NamedTuple):
-    """An estimate, and what the next piece goes on from."""
+    """Result of an evolution strategy: the gradient estimate, and the carry of the next truncation."""
 
     gradient: Tensor
-    """Of the packed meta-parameters, `[*L, P]`."""
+    """Gradient of the packed meta-parameters, `[*L, P]`."""
     loss: Tensor
-    """Mean over the perturbed unrolls, `[*L]`."""
+    """Mean loss over the perturbed unrolls, `[*L]`."""
     carry: tree.Tree
-    """What is carried on, `[*L, K, ...]`."""
+    """Carry of the unrolls, `[*L, K, ...]`."""
     accumulator: Tensor
     """Sums of the perturbations since each unroll began, `[*L, K, P]`."""
 
@@ -82,6 +82,6 @@ def evolved(
 
 
 def _perturbed(packed: Packed, theta: dict[str, Tensor], noise: Tensor, axes: int) -> dict[str, Tensor]:
-    """Meta-parameters `{name: [*L, K, ...]}`, each plus its noise."""
+    """Add noise to the meta-parameters, `{name: [*L, K, ...]}`."""
     like = expand_tasks(theta, axes, noise.shape[-2])
     return Packed.view(packed.flat.unsqueeze(-2) + noise, like, axes + 1)

@@ -48,12 +48,12 @@ PROBLEMS_AT_ONCE = 64
 
 
 def features_of(gradient: Tensor, k: float) -> Tensor:
-    """What the LSTM sees: `log_and_sign`, or with k = 0 the gradient alone; `[...]` -> `[..., 2]` or `[..., 1]`."""
+    """Input features of the LSTM: `log_and_sign`, or with k = 0 the gradient; `[...]` -> `[..., 2]` or `[..., 1]`."""
     return log_and_sign(gradient, k) if k > 0 else gradient.unsqueeze(-1)
 
 
 def log_and_sign(gradient: Tensor, k: float = 10.0) -> Tensor:
-    """A gradient of any size as two numbers of moderate size, `[...]` -> `[..., 2]`.
+    """Encode a gradient of any size as log magnitude and sign, two numbers of moderate size, `[...]` -> `[..., 2]`.
 
     (log |g| / k, sign g) where |g| ≥ e^(−k), else (−1, e^k g); continuous, and finite at 0. (Appendix A.)
     """
@@ -64,7 +64,7 @@ def log_and_sign(gradient: Tensor, k: float = 10.0) -> Tensor:
 
 
 class CoordinateLSTM(Block):
-    """Layers of LSTM cells and a linear layer, run on every coordinate with the same weights.
+    """Coordinatewise LSTM: layers of cells and a linear layer, with the same weights for every coordinate.
 
     Args:
         hidden_sizes: of the cells; () leaves the linear layer alone.
@@ -83,7 +83,7 @@ class CoordinateLSTM(Block):
             nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
 
     def run(self, params: Params, x: Any, ctx: Context, prefix: str = "") -> Any:
-        """`{"input": [*L, B, features], "0": {hidden, cell}, ...}` -> `{"output": [*L, B], "0": ...}`."""
+        """Forward pass: `{"input": [*L, B, features], "0": {hidden, cell}, ...}` -> `{"output": [*L, B], "0": ...}`."""
         value, found = x["input"], {}
         for i, cell in enumerate(self.cells):
             found[str(i)] = cell.run(params, {"input": value, **x[str(i)]}, ctx, f"{prefix}cells.{i}.")  # type: ignore[operator]
@@ -94,7 +94,7 @@ class CoordinateLSTM(Block):
 def learned_optimizer(
     network: CoordinateLSTM, theta: Params, *, output_scale: float = 0.1, k: float = 10.0
 ) -> Optimizer:
-    """The optimizer with meta-parameters θ: Δᵢ = output_scale · LSTM(log_and_sign(gᵢ), stateᵢ; θ) for each weight i.
+    """Learned optimizer with meta-parameters θ: Δᵢ = output_scale · LSTM(log_and_sign(gᵢ), stateᵢ; θ) for weight i.
 
     An optimizer like any of `functional.optim`. θ has the first axes of the weights' learner axes: with θ `[S, ...]`
     and weights `[S, K, ...]` every learner optimizes K problems. Gradients count as constants (the problem's second
@@ -146,7 +146,7 @@ def learned_optimizer(
 
 
 class TorchLearnedOptimizer(torch.optim.Optimizer):
-    """A learned optimizer in torch's form, for the parameters of any module.
+    """Learned optimizer as a `torch.optim.Optimizer`, for the parameters of any module.
 
     Its learning rate, which groups of parameters and torch's schedulers may change, is the factor of the updates.
 
@@ -166,7 +166,7 @@ class TorchLearnedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -187,7 +187,7 @@ class TorchLearnedOptimizer(torch.optim.Optimizer):
 
 
 def _flat(state: State) -> dict[str, Tensor]:
-    """The state by one name each, as torch's `state_dict` keeps it."""
+    """Flatten the state to one level of names, for torch's `state_dict`."""
     cells = {f"{i}.{name}": value for i, cell in state.items() if i != "count" for name, value in cell.items()}
     return {"step": state["count"], **cells}
 
@@ -263,7 +263,7 @@ class LearnedOptimizer:
     def bind(
         self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> LearnedOptimizerLearner:
-        """The meta-learner; the optimizer it learns fits problems of any size."""
+        """Create the meta-learner, whose optimizer works on problems of any size."""
         return LearnedOptimizerLearner(self, methods)
 
 
@@ -293,12 +293,12 @@ class LearnedOptimizerLearner:
     # ------------------------------------------------------------------ set-up
 
     def networks(self) -> dict[str, CoordinateLSTM]:
-        """`optimizer` turns gradients into updates."""
+        """Build the network: `optimizer`, from gradients to updates."""
         s = self.settings
         return {"optimizer": CoordinateLSTM(s.hidden_sizes, 2 if s.preprocess > 0 else 1, s.zero_output)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
-        """The state at the start of a run, the problems spread over the horizon."""
+        """Initial state of a run, with problems at steps spread over the horizon."""
         s = self.settings
         check_problems(_problems(world))
         state = initial_state(self.networks, key, hyper)  # type: ignore[arg-type]
@@ -315,7 +315,7 @@ class LearnedOptimizerLearner:
         return state
 
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
-        """A family has no order of tasks."""
+        """Return the state as it is: a family has no order of tasks."""
         raise SettingError("LearnedOptimizer learns from a family of problems, not along a stream: give it a family")
 
     enter = begin_task
@@ -325,18 +325,18 @@ class LearnedOptimizerLearner:
         return effective_params(self, state)
 
     def optimizer(self, state: State) -> Optimizer:
-        """Adam, for the meta-parameters, at the learner's progress."""
+        """Adam for the meta-parameters, with the learning rate at the current progress."""
         rate = state["params"]["hyper"]["meta_rate"]
         return optim.adam(anneal(rate, self.settings.meta_rate_schedule, state["progress"]))
 
     def learned(self, p: Params) -> Optimizer:
-        """The optimizer that parameters `[*L, ...]` are, for weights `[*L, ...]` or `[*L, K, ...]`."""
+        """Learned optimizer of meta-parameters `[*L, ...]`, for weights `[*L, ...]` or `[*L, K, ...]`."""
         theta = {name.removeprefix("optimizer."): value for name, value in p["weights"].items()}
         s = self.settings
         return learned_optimizer(self.network, theta, output_scale=s.output_scale, k=s.preprocess)
 
     def as_torch(self, p: Params, parameters: Iterable[Any], learner: int = 0) -> TorchLearnedOptimizer:
-        """What was learned as a `torch.optim.Optimizer` of a module's parameters.
+        """Export the learned optimizer as a `torch.optim.Optimizer` of a module's parameters.
 
         Args:
             p: the meta-parameters `[S, ...]`, as `seen` gives them.
@@ -352,7 +352,7 @@ class LearnedOptimizerLearner:
     # ------------------------------------------------------------------ problems
 
     def fresh(self, state: State, world: FamilyWorld) -> State:
-        """K new problems at their beginning, in equal pairs where perturbations come in pairs."""
+        """Draw K new problems, in equal pairs for antithetic perturbations."""
         s, key = self.settings, state["key"]
         self.family = _problems(world)
         paired = s.estimator != "truncated"
@@ -373,7 +373,7 @@ class LearnedOptimizerLearner:
         return flat.new_zeros((*state["key"].shape, self.settings.num_envs, flat.shape[-1]))
 
     def unroll(self, weights: Tensors, carry: State) -> tuple[Tensor, State]:
-        """`unroll` steps on every problem: the mean loss after each, `[*L, K]`, and where that leads.
+        """Unroll the optimizer for `unroll` steps on every problem: the mean loss, `[*L, K]`, and the new carry.
 
         Args:
             weights: the learner's, `[*L, ...]` or `[*L, K, ...]`.
@@ -395,7 +395,7 @@ class LearnedOptimizerLearner:
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The mean loss of the problems over a piece of their unrolls, `[*L]`; they move on by it.
+        """Meta-loss: the mean loss of the problems over a truncation of their unrolls, `[*L]`; the problems advance.
 
         With an estimated gradient `[*L, P]` in the batch, a linear function that has it.
         """
@@ -406,7 +406,7 @@ class LearnedOptimizerLearner:
         return {"unroll": loss}
 
     def iterate(self, state: State, world: FamilyWorld) -> tuple[State, Metrics]:
-        """New problems for those that are through, `unroll` steps on all, one meta-update."""
+        """One training iteration: replace finished problems, unroll all for `unroll` steps, take one meta-update."""
         s, params, count = self.settings, state["params"], state["count"]
         carry = params["buffers"]["carry"]
         over = carry["age"] >= s.horizon
@@ -431,7 +431,7 @@ class LearnedOptimizerLearner:
         return state, {**info, **metrics}
 
     def _estimate(self, state: State) -> tuple[State, State, Metrics]:
-        """The meta-gradient by evaluations alone; the problems move on."""
+        """Estimate the meta-gradient by evolution strategies; the problems advance."""
         p, key = state["params"], random.fold(state["key"], "evolution")
         sigma, counter = p["hyper"]["sigma"], state["count"]["iterations"]
         accumulator = state.get("accumulator")
@@ -442,26 +442,26 @@ class LearnedOptimizerLearner:
         return state, {"gradient": found.gradient}, {"losses/unroll": found.loss}
 
     def draw(self, state: State, world: FamilyWorld, n: int) -> tree.Tree:
-        """n fresh training problems; the state stays as it is."""
+        """Draw n training problems; the state stays as it is."""
         return world.tasks(random.fold(state["key"], "draw"), 0, n, "train")
 
     # ------------------------------------------------------------------ evaluation
 
     def evaluation_rows(self, episodes: int, native: bool) -> int:
-        """A problem each."""
+        """Number of parallel problems: one per episode."""
         return episodes
 
     def evaluate(
         self, p: Params, world: FamilyWorld, key: Tensor, episodes: int, *, deterministic: bool = True
     ) -> Evaluation:
-        """The loss after `horizon` steps on `episodes` held-out problems, `[*L, E]`."""
+        """Evaluate the loss after `horizon` steps on `episodes` held-out problems, `[*L, E]`."""
         final = self.adaptation(p, world, key, episodes, self.settings.horizon)[..., -1]
         return Evaluation(final, torch.full_like(final, self.settings.horizon, dtype=torch.int64))
 
     def adaptation(
         self, p: Params, world: FamilyWorld, key: Tensor, tasks: int, steps: int, *, split: Split | None = None
     ) -> Tensor:
-        """The loss of each of `tasks` problems after 0 ... `steps` steps, `[*L, E, steps + 1]` float64."""
+        """Adaptation curves: losses on held-out problems after 0 ... `steps` steps, `[*L, E, steps + 1]` float64."""
         family, learned, axis = _problems(world), self.learned(p), key.dim()
         problem = world.tasks(key, 0, tasks, split or world.split)
         parts = []
@@ -473,7 +473,7 @@ class LearnedOptimizerLearner:
 
 
 def minimise(family: Any, problem: tree.Tree, optimizer: Optimizer, steps: int) -> Tensor:
-    """The loss of every problem after 0 ... `steps` steps of any optimizer, `[*L, K, steps + 1]` float64.
+    """Minimise with any optimizer: losses of all problems after 0 ... `steps` steps, `[*L, K, steps + 1]` float64.
 
     Args:
         family: of `Problems`.
@@ -495,7 +495,7 @@ def minimise(family: Any, problem: tree.Tree, optimizer: Optimizer, steps: int) 
 
 
 def _problems(world: FamilyWorld) -> Any:
-    """The world's family, if it is one of functions to minimise."""
+    """Validate that the world's family is one of functions to minimise, and return it."""
     if not minimises(world.family):
         raise SettingError(
             f"LearnedOptimizer minimises functions, {type(world.family).__name__} is a family of other tasks: "

@@ -1,4 +1,4 @@
-"""Model-agnostic meta-learning: initial weights from which a few gradient steps learn a new task.
+"""Model-agnostic meta-learning (MAML): initial weights from which a few gradient steps learn a new task.
 
 Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017.
 
@@ -74,7 +74,7 @@ class MAML:
     inner_rate: PerLearner = 0.01
     """Step size of the adaptation."""
     first_order: bool = False
-    """Take the inner gradients for constants instead of differentiating through them."""
+    """First-order MAML: treat inner gradients as constants instead of differentiating through them."""
     meta_rate: PerLearner = 1e-3
     """Adam's step size for the initial weights."""
     meta_rate_schedule: ScheduleName = "constant"
@@ -107,12 +107,12 @@ class MAML:
     def bind(
         self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> MAMLLearner:
-        """The meta-learner for tasks of these spaces."""
+        """Create the meta-learner for an observation and an action space."""
         return MAMLLearner(self, observation_space, action_space, methods)
 
 
 class MAMLLearner:
-    """MAML on given spaces: adapt, ask, learn."""
+    """MAML learner for an observation and an action space."""
 
     num_tasks = 1
     reveals = EVERYTHING
@@ -145,7 +145,7 @@ class MAMLLearner:
     # ------------------------------------------------------------------ set-up
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
-        """The state at the start of a run.
+        """Initial state of a run.
 
         Raises:
             SettingError: a learner that can't adapt, or tasks of another kind than the learner's.
@@ -168,7 +168,7 @@ class MAMLLearner:
         return state
 
     def _check(self, family: Any) -> None:
-        """Refuse what would fail in the middle of an iteration."""
+        """Check the settings and the family before training."""
         inner, name, of = self.inner, type(self.inner_settings).__name__, type(family).__name__
         fits = isinstance(inner, OnPolicy) if inner.acts else isinstance(inner, Supervised)
         require(len(variants(self.inner_settings)) == 1, f"MAML's {name} compares values: compare MAML's own settings")
@@ -186,7 +186,7 @@ class MAMLLearner:
             check_samples(family)
 
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
-        """A family has no order of tasks."""
+        """Return the state as it is: a family has no order of tasks."""
         raise SettingError("MAML learns from a family of tasks, not along a stream: give it a family")
 
     enter = begin_task
@@ -196,14 +196,14 @@ class MAMLLearner:
         return effective_params(self, state)
 
     def optimizer(self, state: State) -> optim.Optimizer:
-        """Adam at the learner's progress."""
+        """Adam, with the learning rate at the current progress."""
         rate = state["params"]["hyper"]["meta_rate"]
         return optim.adam(anneal(rate, self.settings.meta_rate_schedule, state["progress"]))
 
     # ------------------------------------------------------------------ adapt
 
     def start(self, p: Params, tasks: int) -> Params:
-        """Parameters `[*L, ...]` as every task's own `[*L, K, ...]`."""
+        """Expand parameters `[*L, ...]` to tasks, `[*L, K, ...]`."""
         axes = p["hyper"]["inner_rate"].dim()
 
         def expand(part: Any) -> Any:
@@ -212,7 +212,7 @@ class MAMLLearner:
         return {name: expand(p[name]) for name in ("weights", "buffers", "normalisers", "hyper")}
 
     def adapted(self, p: Params, support: tree.Tree, steps: int, order: Order = "second") -> Params:
-        """Parameters of tasks `[*L, K, ...]` after gradient steps on their support.
+        """Adapt parameters of tasks `[*L, K, ...]` by gradient steps on their support.
 
         Args:
             p: as `start` gives them, or adapted already.
@@ -229,18 +229,18 @@ class MAMLLearner:
         return {**p, "weights": found.weights}
 
     def inner_optimizer(self, p: Params) -> optim.Optimizer:
-        """What adapts the weights of parameters `[*L, ...]`."""
+        """Inner optimizer for the parameters `[*L, ...]`."""
         return optim.sgd(p["hyper"]["inner_rate"])
 
     def loss(self, p: Params, batch: tree.Tree, ctx: StepContext | None = None) -> Tensor:
-        """The inner learner's loss of every task, `[*L, K]`."""
+        """Loss of the inner learner on every task, `[*L, K]`."""
         losses = self.inner.losses(p, batch, ctx or StepContext(training=True, report=False))
         return torch.stack(list(losses.values())).sum(0)
 
     # ------------------------------------------------------------------ ask
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The loss on the query after adaptation, mean over the tasks `[*L]`: its gradient is the meta-gradient."""
+        """Meta-loss: the query loss after adaptation, mean over the tasks `[*L]`."""
         tasks = next(tree.leaves(batch["query"])).shape[p["hyper"]["inner_rate"].dim()]
         order: Order = "first" if self.settings.first_order else "second"
         adapted = self.adapted(self.start(p, tasks), batch["support"], self.settings.inner_steps, order)
@@ -250,7 +250,7 @@ class MAMLLearner:
         return {"query": query.mean(-1)}
 
     def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int | None = None) -> Tensor:
-        """What the inner learner says of the query's inputs after steps on the support, `[*L, K, B, outputs]`.
+        """Predict the query's targets after adaptation to the support, `[*L, K, B, outputs]`.
 
         Args:
             p: effective parameters with the initial weights `[*L, ...]`.
@@ -268,7 +268,7 @@ class MAMLLearner:
     # ------------------------------------------------------------------ learn
 
     def iterate(self, state: State, world: FamilyWorld) -> tuple[State, Metrics]:
-        """One meta-batch: draw tasks, adapt to each, move the initial weights."""
+        """One training iteration: draw a meta-batch of tasks, adapt to each, update the initial weights."""
         count = state["count"]
         tasks = world.tasks(state["key"], count["iterations"], self.settings.num_envs, "train")
         batch, metrics = self.experience(state, world, tasks) if self.inner.acts else (tasks, {})
@@ -286,18 +286,18 @@ class MAMLLearner:
         return state, {**average.result(), **metrics}
 
     def meta_step(self, state: State, batch: tree.Tree) -> tuple[State, Metrics]:
-        """One step of the initial weights along the meta-gradient of a meta-batch."""
+        """Take one meta-gradient step with the initial weights, on a meta-batch."""
         bound = state["params"]["hyper"]["max_grad_norm"]
         return step(self, state, batch, self.optimizer(state), max_grad_norm=bound, methods=self.methods)
 
     def draw(self, state: State, world: FamilyWorld, n: int) -> tree.Tree:
-        """A meta-batch of n fresh training tasks, support and query; the state stays as it is."""
+        """Draw a meta-batch of n training tasks, support and query; the state stays as it is."""
         key = random.fold(state["key"], "draw")
         tasks = world.tasks(key, 0, n, "train")
         return self.experience({**state, "key": key}, world, tasks)[0] if self.inner.acts else tasks
 
     def broken_task(self, state: State, world: FamilyWorld, learner: int) -> str:
-        """NaN in the inner loop: which task of a frozen learner is not finite, after how many steps; '' if none is.
+        """Find the task and the inner step at which a frozen learner became NaN; '' if all are finite.
 
         A frozen learner has the weights and the counters of the meta-batch that froze it.
         """
@@ -319,7 +319,7 @@ class MAMLLearner:
     # ------------------------------------------------------------------ reinforcement learning: rollouts as data
 
     def experience(self, state: State, world: FamilyWorld, physics: tree.Tree) -> tuple[tree.Tree, Metrics]:
-        """Rollouts before every inner step and after the last, as support and query.
+        """Collect rollouts before every inner step and after the last, as support and query.
 
         Later, `losses` differentiates the same steps: the surrogates' ratios of a policy to itself are 1, and their
         derivatives count that the policy chose the actions it adapts to (Foerster et al., 2018; Rothfuss et al., 2019).
@@ -342,7 +342,7 @@ class MAMLLearner:
 
     @torch.no_grad()
     def rollout(self, p: Params, world: Any, key: Tensor) -> tuple[tree.Tree, Tensor]:
-        """One rollout of every task's policy, credited, `[*L, K, T * N, ...]`, and its mean return `[*L, K]`.
+        """Collect a rollout of every task's policy: training data `[*L, K, T * N, ...]`, and its mean return `[*L, K]`.
 
         What is left of an episode at the end of the rollout counts as one.
         """
@@ -369,13 +369,13 @@ class MAMLLearner:
     # ------------------------------------------------------------------ evaluation
 
     def evaluation_rows(self, episodes: int, native: bool) -> int:
-        """A task each."""
+        """Number of parallel tasks: one per episode."""
         return episodes
 
     def evaluate(
         self, p: Params, world: FamilyWorld, key: Tensor, episodes: int, *, deterministic: bool = True
     ) -> Evaluation:
-        """The score on `episodes` held-out tasks after `inner_steps` steps, `[*L, E]`."""
+        """Evaluate the score on `episodes` held-out tasks after `inner_steps` steps, `[*L, E]`."""
         curves = self.adaptation(p, world, key, episodes, self.settings.inner_steps, deterministic=deterministic)
         steps = torch.full(curves.shape[:-1], self.settings.inner_steps, dtype=torch.int64, device=key.device)
         return Evaluation(curves[..., -1], steps)
@@ -391,7 +391,7 @@ class MAMLLearner:
         split: Split | None = None,
         deterministic: bool = True,
     ) -> Tensor:
-        """The score on the query of every task after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64.
+        """Adaptation curves: query scores after 0 ... `steps` inner steps, `[*L, E, steps + 1]` float64.
 
         Args:
             p: effective parameters with the initial weights.
@@ -414,7 +414,7 @@ class MAMLLearner:
     def _curve(
         self, p: Params, world: FamilyWorld, key: Tensor, drawn: tree.Tree, count: int, steps: int, deterministic: bool
     ) -> Tensor:
-        """The scores of K = `count` tasks that are drawn, `[*L, K, steps + 1]`."""
+        """Adaptation curves of K = `count` drawn tasks, `[*L, K, steps + 1]`."""
         if not self.inner.acts:
             scores = [self._score(p, drawn["query"])]
             for _ in range(steps):
@@ -434,7 +434,7 @@ class MAMLLearner:
 
     @torch.no_grad()
     def _score(self, p: Params, query: tree.Tree) -> Tensor:
-        """The mean score on the query, `[*L, K]` float64."""
+        """Mean query score, `[*L, K]` float64."""
         return self.inner.score_of(self.inner.prediction(p, query), query).double().mean(-1)
 
 

@@ -1,4 +1,4 @@
-"""Meta-SGD: initial weights and a step size for every one of them, both learned, so that few steps learn a new task.
+"""Meta-SGD: learned initial weights with a learned step size each, from which few steps learn a new task.
 
 Li, Zhou, Chen and Li, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", 2017.
 
@@ -38,7 +38,7 @@ from rlmeta.meta.maml import MAML, MAMLLearner
 from rlmeta.nn import Block
 
 PREFIX = "rates."
-"""Before a weight's name, the name of its rates among the buffers, where every forward pass finds them."""
+"""Prefix of the names of learned rates among the buffers."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MetaSGD(MAML):
     values."""
 
     inner_rate: PerLearner = 0.01
-    """Every weight's rate at the start."""
+    """Initial rate of every weight."""
     rates_rate: PerLearner = 1e-3
     """Adam's step size for the rates, on the schedule of the meta rate; 0: MAML."""
     rates_max_grad_norm: PerLearner = math.inf
@@ -62,7 +62,7 @@ class MetaSGD(MAML):
     def bind(
         self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> MetaSGDLearner:
-        """The meta-learner for tasks of these spaces."""
+        """Create the meta-learner for an observation and an action space."""
         return MetaSGDLearner(self, observation_space, action_space, methods)
 
 
@@ -80,7 +80,7 @@ def elementwise_sgd(rates: Tensors) -> Optimizer:
 
 
 class MetaSGDLearner(MAMLLearner):
-    """Meta-SGD on given spaces: MAML with another inner optimizer, and a step of the rates after each of the weights.
+    """Meta-SGD learner: MAML whose inner optimizer has a learned rate for every weight, trained by steps of its own.
 
     The rates are among the buffers of the parameters, `rates.NAME` `[*L, ...]` for the weight NAME; their moments are
     `state["rates"]`.
@@ -95,7 +95,7 @@ class MetaSGDLearner(MAMLLearner):
         self.rates = Rates(self)
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
-        """The state at the start of a run, with every rate the setting's.
+        """Initial state of a run, with the setting's initial rates.
 
         Raises:
             SettingError: a learner that can't adapt, or tasks of another kind than the learner's.
@@ -115,16 +115,16 @@ class MetaSGDLearner(MAMLLearner):
         return state
 
     def inner_optimizer(self, p: Params) -> Optimizer:
-        """Gradient descent with the rates that are among the parameters' buffers."""
+        """Inner optimizer: gradient descent with the rates in the parameters' buffers."""
         return elementwise_sgd({name: p["buffers"][PREFIX + name] for name in p["weights"]})
 
     def rates_optimizer(self, state: State) -> Optimizer:
-        """Adam for the rates, at the learner's progress."""
+        """Adam for the rates, with the learning rate at the current progress."""
         rate = state["params"]["hyper"]["rates_rate"]
         return optim.adam(anneal(rate, self.settings.meta_rate_schedule, state["progress"]))
 
     def meta_step(self, state: State, batch: tree.Tree) -> tuple[State, Metrics]:
-        """One step of the initial weights and one of the rates, both along gradients at the same place.
+        """Take one meta-gradient step with the initial weights and one with the rates, both at the same parameters.
 
         Metrics: `charts/inner_rate`, the mean of a learner's rates.
         """
@@ -147,26 +147,26 @@ class MetaSGDLearner(MAMLLearner):
 
 
 class Rates:
-    """The owner of the rates: its loss is the meta-learner's, as a function of them."""
+    """Owner (see `learning.owners`) of the learned rates: its loss is the meta-learner's, as a function of them."""
 
     def __init__(self, learner: MetaSGDLearner) -> None:
         self.learner = learner
         self.capture = None if learner.capture is None else Capture()
 
     def networks(self) -> dict[str, Block]:
-        """The inner learner's: every weight of theirs has a rate."""
+        """Build the networks of the inner learner, since every weight has a rate."""
         blocks: dict[str, Block] = self.learner.inner.networks()
         return blocks
 
     def of(self, state: State) -> State:
-        """The owner's state in a learner's: rates packed as weights of their own, beside their moments."""
+        """Select the owner's state from a learner's: rates packed as weights of their own, beside their moments."""
         buffers, key = state["params"]["buffers"], state["key"]
         rates = Packed.of({name: value for name, value in buffers.items() if name.startswith(PREFIX)}, key.dim())
         params = {"weights": rates, "buffers": {}, "normalisers": {}, "hyper": {}}
         return {**state.get("rates", {}), "key": key, "params": params}
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """The loss on the query after adaptation by rates p, mean over the tasks `[*L]`.
+        """Meta-loss: the query loss after adaptation with rates p, mean over the tasks `[*L]`.
 
         Args:
             p: the rates, as weights.

@@ -1,4 +1,4 @@
-"""Prototypical network: an embedding in which the samples of a class lie about their mean.
+"""Prototypical network: few-shot classification by the distance to class means in an embedding.
 
 Snell, Swersky and Zemel, "Prototypical Networks for Few-shot Learning", 2017.
 
@@ -44,7 +44,7 @@ from rlmeta.nn import Block, Context, bare
 from rlmeta.supervised.learner import require_target
 
 TASKS_AT_ONCE = 50
-"""Tasks of each learner that an evaluation looks at at a time."""
+"""Number of tasks of each learner in a forward pass of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ProtoNet:
     def bind(
         self, observation_space: gym.Space, target_space: gym.Space, methods: Sequence[Method] = ()
     ) -> ProtoNetLearner:
-        """The meta-learner for tasks of these spaces."""
+        """Create the meta-learner for an observation and an action space."""
         return ProtoNetLearner(self, observation_space, target_space, methods)
 
 
@@ -86,7 +86,7 @@ class ProtoNet:
 
 
 def prototypes(features: Tensor, target: Tensor, classes: int) -> Tensor:
-    """The mean of every class's features.
+    """Class prototypes: the mean of every class's features.
 
     Args:
         features: of the support, `[*L, n, D]`.
@@ -101,12 +101,12 @@ def prototypes(features: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def logits(features: Tensor, centres: Tensor) -> Tensor:
-    """-|f(x) - c|^2, `[*L, B, C]`, for features `[*L, B, D]` and prototypes `[*L, C, D]`."""
+    """Logits -|f(x) - c|^2, `[*L, B, C]`, for features `[*L, B, D]` and prototypes `[*L, C, D]`."""
     return -(features.unsqueeze(-2) - centres.unsqueeze(-3)).square().sum(-1)
 
 
 class ProtoNetLearner:
-    """A prototypical network on given spaces: embed, average, compare."""
+    """Prototypical network learner for an observation space and classes."""
 
     num_tasks = 1
     reveals = EVERYTHING
@@ -130,12 +130,12 @@ class ProtoNetLearner:
         self.net = bare(self.networks)["net"]
 
     def networks(self) -> dict[str, Block]:
-        """`net` embeds an input."""
+        """Build the network: `net`, the embedding."""
         s = self.settings
         return {"net": build_body(s.network, self.observation_space, s.hidden_sizes, s.activation, "torch")[0]}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: FamilyWorld) -> State:
-        """The state at the start of a run.
+        """Initial state of a run.
 
         Raises:
             SettingError: a family of something else than labelled samples.
@@ -151,7 +151,7 @@ class ProtoNetLearner:
         return state
 
     def begin_task(self, state: State, world: FamilyWorld, key: Tensor) -> State:
-        """A family has no order of tasks."""
+        """Return the state as it is: a family has no order of tasks."""
         raise SettingError("ProtoNet learns from a family of tasks, not along a stream: give it a family")
 
     enter = begin_task
@@ -161,14 +161,14 @@ class ProtoNetLearner:
         return effective_params(self, state)
 
     def optimizer(self, state: State) -> optim.Optimizer:
-        """Adam at the learner's progress."""
+        """Adam, with the learning rate at the current progress."""
         rate = state["params"]["hyper"]["learning_rate"]
         return optim.adam(anneal(rate, self.settings.learning_rate_schedule, state["progress"]))
 
     # ------------------------------------------------------------------ embed, average, compare
 
     def logits(self, p: Params, support: tree.Tree, query: tree.Tree, ctx: Context) -> Tensor:
-        """Of every class for the query's inputs, `[*L, K, B, C]`; support and query are one batch of the embedding."""
+        """Logits of the query's inputs, `[*L, K, B, C]`; support and query are one batch of the embedding."""
         axes, shown = p["hyper"]["learning_rate"].dim(), support["target"].shape[-1]
         both = tree.map(lambda a, b: torch.cat([a, b], axes + 1), support["observation"], query["observation"])
         rows = tree.map(lambda x: x.flatten(axes, axes + 1), both)
@@ -187,7 +187,7 @@ class ProtoNetLearner:
         return {"net": loss}
 
     def iterate(self, state: State, world: FamilyWorld) -> tuple[State, Metrics]:
-        """One meta-batch: draw tasks, take a gradient step."""
+        """One training iteration: draw a meta-batch of tasks, and take a gradient step."""
         count, tasks = state["count"], self.settings.num_envs
         batch = world.tasks(state["key"], count["iterations"], tasks, "train")
         bound = state["params"]["hyper"]["max_grad_norm"]
@@ -197,14 +197,14 @@ class ProtoNetLearner:
         return state, info
 
     def draw(self, state: State, world: FamilyWorld, n: int) -> tree.Tree:
-        """A meta-batch of n fresh training tasks, support and query; the state stays as it is."""
+        """Draw a meta-batch of n training tasks, support and query; the state stays as it is."""
         return world.tasks(random.fold(state["key"], "draw"), 0, n, "train")
 
     # ------------------------------------------------------------------ answer and evaluate
 
     @torch.no_grad()
     def answer(self, p: Params, support: tree.Tree, query: tree.Tree, steps: int | None = None) -> Tensor:
-        """The logits of the query's inputs once the support is seen, `[*L, K, B, C]`.
+        """Predict logits of the query's inputs from the support, `[*L, K, B, C]`.
 
         Raises:
             SettingError: steps, of which it takes none.
@@ -213,13 +213,13 @@ class ProtoNetLearner:
         return self.logits(p, support, query, Context())
 
     def evaluation_rows(self, episodes: int, native: bool) -> int:
-        """A task each."""
+        """Number of parallel tasks: one per episode."""
         return episodes
 
     def evaluate(
         self, p: Params, world: FamilyWorld, key: Tensor, episodes: int, *, deterministic: bool = True
     ) -> Evaluation:
-        """The accuracy on the query of `episodes` held-out tasks, `[*L, E]`."""
+        """Evaluate the query accuracy on `episodes` held-out tasks, `[*L, E]`."""
         parts = []
         for number, first in enumerate(range(0, episodes, TASKS_AT_ONCE)):
             tasks = world.tasks(key, number, min(TASKS_AT_ONCE, episodes - first), world.split)
@@ -230,5 +230,5 @@ class ProtoNetLearner:
 
 
 def right(found: Tensor, target: Tensor) -> Tensor:
-    """1 where the most probable class is the right one, `[*L, B]`."""
+    """Accuracy of every sample, 0 or 1, `[*L, B]`."""
     return (found.argmax(-1) == target).to(found.dtype)

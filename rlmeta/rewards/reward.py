@@ -17,11 +17,11 @@ from rlmeta.learning.collect import Rollout
 from rlmeta.learning.state import State
 
 Rewards = dict[str, Tensor]
-"""Streams of reward by name, `[*L, T, N]` each; `task` is the environment's own. The agent learns from the sum of all
+"""Reward streams by name, `[*L, T, N]` each; `task` is the environment's own. The agent learns from the sum of all
 but those with a value function of their own (`SeparateReward`)."""
 
 TASK = "task"
-"""The stream of the environment's own rewards."""
+"""Name of the stream of the environment's own rewards."""
 
 Memory = State
 """State of a reward: a nested dictionary of tensors that start with `*L`, kept in `state["rewards"]`."""
@@ -69,7 +69,7 @@ class SeparateReward(Reward, Protocol):
     """
 
     episodic: bool
-    """Whether its return ends with an episode; else it goes on into the next."""
+    """Whether the stream's return ends with an episode; else it goes on into the next."""
 
 
 def separate_rewards(rewards: Sequence[Reward]) -> tuple[SeparateReward, ...]:

@@ -40,7 +40,7 @@ from rlmeta.nn import MLP, Block, Context, Encoder, bare
 from rlmeta.rewards.reward import Memory, Rewards, check_name
 
 FARTHEST = 5.0
-"""Deviations that an observation is clipped to."""
+"""Bound in deviations to which a whitened observation is clipped."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class RND:
     """
 
     coefficient: PerLearner = 1.0
-    """Weight of its advantage beside the task's, which has 1."""
+    """Weight of the bonus's advantage beside the task's, which has 1."""
     gamma: PerLearner = 0.99
-    """Discount factor of its stream."""
+    """Discount factor of the bonus."""
     episodic: bool = False
-    """Whether its return ends with an episode; else what is found in the next one counts, too."""
+    """Whether the return of the bonus ends with an episode; else it goes on into the next."""
     learning_rate: PerLearner = 1e-3
     """Adam's step size for the predictor."""
     batch_size: int = 256
@@ -63,7 +63,7 @@ class RND:
     hidden_sizes: tuple[int, ...] = (64,)
     """Widths of the hidden layers of both networks."""
     outputs: int = 16
-    """How many numbers are predicted."""
+    """Number of outputs that the predictor predicts."""
     name: str = "rnd"
     """Name of the reward stream, and of the reward's memory in the state."""
 

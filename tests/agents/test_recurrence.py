@@ -204,7 +204,7 @@ def test_run_act_carries_the_memory_as_an_evaluation_does():
         tree.map(torch.testing.assert_close, {**memory, LAST_REWARD: expected[LAST_REWARD]}, expected)
     with pytest.raises(SettingError, match="sees its last reward"):
         run.act(observation, memory)
-    with pytest.raises(SettingError, match="as many observations"):
+    with pytest.raises(SettingError, match="this number of observations"):
         run.act(np.stack([observation] * 2), memory, reward)
     with pytest.raises(SettingError, match="memory"):
         run.module()
