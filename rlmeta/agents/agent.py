@@ -334,15 +334,16 @@ class Agent:
         The state stays as it is; live environments move on, so a new task must begin, or the run end, after it.
         """
         axes, every = state["key"].dim(), 1 if self.sequential else SPREAD
-        rows = -(-n * every // world.num_envs)
-        lengths = [self.steps_per_iteration] * rows if self.sequential else [rows]
+        rows = -(-n // world.num_envs)  # one sample in each environment makes a row
+        lengths = [self.steps_per_iteration] * rows if self.sequential else [rows * every]
         copied, drawn = tree.map(torch.clone, state), []
         copied["key"] = random.fold(state["key"], "draw")
         for steps in lengths:
             copied, rollout = collect(self, copied, world, steps)
-            drawn.append(self._experience(rollout, axes))
+            spread = {name: _every(x, axes, every) for name, x in rollout.items() if name != "first_memory"}
+            drawn.append(self._experience(rollout if self.sequential else spread, axes))
         samples = tree.map(lambda *parts: torch.cat(parts, axes), *drawn)
-        return tree.map(lambda x: x[(slice(None),) * axes + (slice(0, n * every, every),)], samples)
+        return tree.map(lambda x: x.narrow(axes, 0, n), samples)
 
     def _experience(self, rollout: Rollout, axes: int) -> tree.Tree:
         """Reshape a rollout to samples `[*L, M, ...]`, with the network inputs as their `observation`."""
@@ -441,3 +442,8 @@ def _warn_of_raw_units(settings: Any, space: gym.Space) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _every(x: tree.Tree, axis: int, stride: int) -> tree.Tree:
+    """Take every so many entries of an axis."""
+    return tree.map(lambda leaf: leaf[(slice(None),) * axis + (slice(0, None, stride),)], x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import rlmeta as rl
 from rlmeta.agents import A2C, DQN, PPO, REINFORCE
 from rlmeta.envs.task import task
 from rlmeta.errors import SettingError, SpaceError
@@ -163,3 +164,15 @@ def test_log_prob_is_that_of_the_distribution_and_differentiable(name):
     torch.testing.assert_close(total, torch.ones_like(total))
     gradients = torch.autograd.grad(agent.log_prob(p, batch).sum(), list(weights.values()), allow_unused=True)
     assert any(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def test_samples_for_lifelong_methods_are_of_all_environments_and_every_eighth_step() -> None:
+    """Neighbours in time are nearly the same: a draw that stays in one environment knows a single episode."""
+    run = rl.train(PPO(num_envs=4, num_steps=8, batch_size=32), "CartPole-v1", seeds=2, steps=64, final_episodes=2)
+    state, world = run.state, run.world
+    samples = run.agent.draw(state, world, 10)
+    copied = {**tree.map(torch.clone, state), "key": random.fold(state["key"], "draw")}
+    _, rollout = collect(run.agent, copied, world, 24)
+    expected = torch.cat([rollout["observation"][:, step] for step in (0, 8, 16)], 1)[:, :10]
+    assert torch.equal(samples["observation"], expected)
+    assert torch.equal(samples["observation"][:, :4], world.observation(state["world"]))
