@@ -471,14 +471,6 @@ def test_at_least_one_episode_is_evaluated(native):
         evaluate(agent, p, run.experiment.world(), run.state["key"], 0)
 
 
-@pytest.fixture(autouse=True)
-def sigint_is_not_ignored():
-    """As it would be in a suite that was started in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def press(*_):
     """Ctrl-C."""
     os.kill(os.getpid(), signal.SIGINT)
