@@ -168,7 +168,7 @@ def test_acting_and_learning_are_recorded_and_change_no_bit():
             state, _ = agent.iterate(state, world)
         results.append(state)
         if records:
-            assert {"steps of the world", "gradient steps", "a gradient step"} <= agent.capture.operations().keys()
+            assert {"steps of the world", "gradient steps", "credit"} <= agent.capture.operations().keys()
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), *results)
 
 
