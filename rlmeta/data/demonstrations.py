@@ -60,9 +60,9 @@ class Demonstrations:
     truncated: Tensor
     """`[E]` bool: it was cut by a time limit."""
     observation_space: gym.Space
-    """Space of one environment."""
+    """Observation space of one environment."""
     action_space: gym.Space
-    """Space of one environment."""
+    """Action space of one environment."""
     about: dict[str, Any] = field(default_factory=dict)
     """Metadata: agent, task, learner and seed that the demonstrations come from."""
     path: str = ""
@@ -105,7 +105,7 @@ class Demonstrations:
     # ------------------------------------------------------------------ what imitators read
 
     def transitions(self) -> dict[str, Any]:
-        """Transitions of all steps: `observation, next_observation, action, reward`, `terminated, truncated`, `[M, ...]`."""
+        """Transitions `[M, ...]`: `observation, next_observation, action, reward`, `terminated, truncated` `[M]`."""
         before, after = self._rows()
         last = self.lengths.cumsum(0) - 1
         flags = {
