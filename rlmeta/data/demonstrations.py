@@ -1,4 +1,4 @@
-"""Demonstrations: whole episodes of somebody who knows how, in one file without pickle."""
+"""Expert demonstrations for imitation learning: whole episodes, in one file without pickle."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ TENSORS = ("observation", "action", "reward", "lengths", "terminated", "truncate
 
 @dataclass(frozen=True)
 class Unread:
-    """Demonstrations that are named and not read, because only training needs them."""
+    """Placeholder for demonstrations that are not loaded, since only training needs them."""
 
     name: str
-    """The file, or what is known of them."""
+    """Name of the file, or a description of the demonstrations."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Demonstrations:
-    """E episodes of M steps in all, one behind the other; an episode of T steps has T + 1 observations.
+    """Expert demonstrations: E concatenated episodes of M steps in all; an episode of T steps has T + 1 observations.
 
     `join` puts several behind one another, `first` takes some.
 
@@ -60,13 +60,13 @@ class Demonstrations:
     truncated: Tensor
     """`[E]` bool: it was cut by a time limit."""
     observation_space: gym.Space
-    """Of one environment."""
+    """Observation space of one environment."""
     action_space: gym.Space
-    """Of one environment."""
+    """Action space of one environment."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Where they come from, in words and numbers."""
+    """Metadata: agent, task, learner and seed that the demonstrations come from."""
     path: str = ""
-    """The file they were read from, or ''."""
+    """File that the demonstrations were loaded from, or ''."""
 
     def __post_init__(self) -> None:
         self._check_tensors()
@@ -84,18 +84,18 @@ class Demonstrations:
 
     @property
     def steps(self) -> int:
-        """M, the steps of all episodes."""
+        """Number of steps M of all episodes."""
         return len(self.action)
 
     @property
     def returns(self) -> Tensor:
-        """The undiscounted return of every episode, `[E]` float64."""
+        """Undiscounted return of every episode, `[E]` float64."""
         parts = torch.split(self.reward.double(), self.lengths.tolist())
         return torch.stack([part.sum() for part in parts])
 
     @cached_property
     def digest(self) -> str:
-        """A checksum of the numbers: two demonstrations with the same one teach the same."""
+        """Checksum of all numbers, equal for equal demonstrations."""
         found = hashlib.sha256()
         for name, leaf in sorted(tree.flatten(self._tensors()).items()):
             found.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
@@ -105,7 +105,7 @@ class Demonstrations:
     # ------------------------------------------------------------------ what imitators read
 
     def transitions(self) -> dict[str, Any]:
-        """Every step: `observation, next_observation, action, reward` `[M, ...]`, `terminated, truncated` `[M]`."""
+        """Transitions `[M, ...]`: `observation, next_observation, action, reward`, `terminated, truncated` `[M]`."""
         before, after = self._rows()
         last = self.lengths.cumsum(0) - 1
         flags = {
@@ -122,7 +122,7 @@ class Demonstrations:
         }
 
     def first(self, episodes: int) -> Demonstrations:
-        """The first so many episodes.
+        """Select the first `episodes` episodes.
 
         Raises:
             DemonstrationError: there are fewer.
@@ -140,7 +140,7 @@ class Demonstrations:
         )
 
     def shuffled(self, seed: int = 0) -> Demonstrations:
-        """A control that teaches nothing: the same numbers, every one moved to a random place.
+        """Shuffle actions and observations as a control, from which nothing can be learned.
 
         Actions move to any step of any episode. So do the entries of Box observations, and among one another: moving
         actions alone would leave the visited states, and these teach a good deal. Observations that are counted (and
@@ -160,7 +160,7 @@ class Demonstrations:
         return replace(self, observation=content["observation"], action=self.action[order], about=about, path="")
 
     def check(self, observation_space: gym.Space, action_space: gym.Space) -> None:
-        """Refuse demonstrations of another task.
+        """Check that the demonstrations have the spaces of a task.
 
         Raises:
             DemonstrationError: the spaces differ.
@@ -178,7 +178,7 @@ class Demonstrations:
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one file: tensors as safetensors, spaces and words as JSON in its header. Atomic.
+        """Save to one file: tensors as safetensors, spaces and words as JSON in its header. Atomic.
 
         Raises:
             DemonstrationError: it can't be written there.
@@ -206,7 +206,7 @@ class Demonstrations:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Demonstrations:
-        """Read what `save` wrote.
+        """Load demonstrations from a file of `save`.
 
         Raises:
             DemonstrationError: no such file, not one of demonstrations, or a damaged one.
@@ -256,7 +256,7 @@ class Demonstrations:
         return f" of {self.path}" if self.path else ""
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """The rows of `observation` before and after every step `[M]`."""
+        """Indices `[M]` of the observations before and after every step."""
         episode = torch.repeat_interleave(torch.arange(len(self), device=self.lengths.device), self.lengths)
         before = torch.arange(self.steps, device=self.lengths.device) + episode
         return before, before + 1
@@ -270,7 +270,7 @@ class Demonstrations:
                 )
 
     def _check_rows(self) -> None:
-        """Every step and episode takes room: rows of no numbers would cost a file nothing, and there could be any."""
+        """Check that rows are not empty: a small file could claim any number of empty rows."""
         for name in ("reward", "lengths", "terminated", "truncated"):
             shape = tuple(getattr(self, name).shape)
             if len(shape) != 1:
@@ -329,7 +329,7 @@ class Demonstrations:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Try whether a file can be written at `path`, without leaving a trace.
+    """Check that a file can be written at `path`, without leaving one.
 
     Raises:
         DemonstrationError: it can't.
@@ -347,7 +347,7 @@ def _not_writable(path: str | os.PathLike[str], error: OSError) -> Demonstration
 
 
 def join(parts: Sequence[Demonstrations]) -> Demonstrations:
-    """The episodes of several demonstrations of the same spaces, in order.
+    """Concatenate demonstrations of the same spaces, in order.
 
     Raises:
         DemonstrationError: there are none, or their spaces differ.
@@ -364,14 +364,14 @@ def join(parts: Sequence[Demonstrations]) -> Demonstrations:
 
 
 def _leaves(space: gym.Space, path: str) -> list[tuple[str, gym.Space]]:
-    """Every elementary space under the name its tensor has."""
+    """Leaf spaces by the names of their tensors."""
     if not isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
         return [(path, space)]
     return [leaf for name, child in parts(space) for leaf in _leaves(child, f"{path}/{name}")]
 
 
 def _counts(space: gym.Space) -> np.ndarray | None:
-    """How many values each entry of a discrete space has; None for Box."""
+    """Number of values of each entry of a discrete space; None for Box."""
     if isinstance(space, gym.spaces.Discrete):
         return np.asarray(space.n)
     if isinstance(space, gym.spaces.MultiDiscrete):
@@ -382,7 +382,7 @@ def _counts(space: gym.Space) -> np.ndarray | None:
 
 
 def _check_leaf(named: dict[str, Tensor], path: str, space: gym.Space, where: str) -> None:
-    """The entry is there, has the space's shape, and discrete values are among the space's."""
+    """Check that an entry exists, and that its shape and discrete values are those of the space."""
     shape = tuple(space.shape or ())
     given = tuple(named[path].shape[1:]) if path in named else "missing"
     if given != shape:
@@ -411,12 +411,12 @@ def _same(one: gym.Space, other: gym.Space) -> bool:
 
 
 def _are_bytes(space: gym.Space) -> bool:
-    """Whether it is a Box whose values are kept, and encoded, as bytes."""
+    """Whether a space is a Box whose values are stored as bytes."""
     return isinstance(space, gym.spaces.Box) and space.dtype == np.uint8
 
 
 def _checksum(header: dict[str, Any]) -> str:
-    """The sha256 of all that a header says, the digest of the tensors included."""
+    """Sha256 of a file's header, including the digest of the tensors."""
     said = {name: value for name, value in header.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -439,13 +439,13 @@ def _space_to_json(space: gym.Space) -> dict[str, Any]:
 
 
 def _bound_to_json(bound: np.ndarray) -> Any:
-    """A bound as text, so that infinities survive; a single one where all entries agree."""
+    """Encode a bound as text, which keeps infinities; a single number if all entries agree."""
     same = bound.size > 0 and bool((bound == bound.flat[0]).all())
     return repr(bound.flat[0].item()) if same else [repr(value.item()) for value in bound.flat]
 
 
 def _space_from_json(content: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> gym.Space:
-    """The space that is written in a file's header, once it agrees with the tensor of its name.
+    """Decode a space from a file's header, after a check against the tensor of its name.
 
     Nothing is made of a shape that only the header claims: it could be of any size.
     """

@@ -100,7 +100,7 @@ def _steps(
         clock.switch("environment")
         world_state, transition = world.step(moving["world"], action)
         moving = {"world": world_state, "memory": remember(memory, fixed["initial"], transition)}
-        rows.append({"observation": observation, "action": action, **_record(transition)})
+        rows.append({"observation": observation, "action": action, **_entries_of(transition)})
     return moving, tree.map(lambda *steps: torch.stack(steps, axes), *rows)
 
 
@@ -118,7 +118,7 @@ def _recorded_steps(
         action, memory = agent.act(fixed["params"], observation, moving["memory"], inputs["each"]["key"])
         world_state, transition = world.step(moving["world"], action, fixed["predrawn_noise"])
         memory = remember(memory, fixed["initial"], transition)
-        row = {"observation": observation, "action": action, **_record(transition)}
+        row = {"observation": observation, "action": action, **_entries_of(transition)}
         return {"carried": {"world": world_state, "memory": memory}, "row": row}
 
     pieces: list[Rollout] = []
@@ -147,10 +147,10 @@ def _act(agent: Actor, inputs: tree.Tree) -> tuple[Tensor, tree.Tree]:
     return outputs["action"], outputs["memory"]
 
 
-def _record(transition: Transition | TrialTransition) -> Rollout:
-    record = transition._asdict()
-    del record["observation"]
-    return record | {name: flags(record[name], name) for name in ("terminated", "truncated", "valid")}
+def _entries_of(transition: Transition | TrialTransition) -> Rollout:
+    entries = transition._asdict()
+    del entries["observation"]
+    return entries | {name: flags(entries[name], name) for name in ("terminated", "truncated", "valid")}
 
 
 def remember(memory: tree.Tree, initial: tree.Tree, transition: Transition | TrialTransition) -> tree.Tree:

@@ -16,7 +16,7 @@ put back where it was (`put`).
 | `rates` | of Meta-SGD: the moments of its inner rates, which are buffers |
 | `methods`, `task` | the lifelong methods' memories; index, identity and progress of the task as methods are told them |
 | `stage`, `identity`, `matrix` | of a run on a stream: how many stages have begun, which task the world is set to, `[*L]` each, and the scores on all tasks |
-| `metrics`, `best` | sums since the last line of records; score and parameters of the best periodic evaluation |
+| `metrics`, `best` | sums since the last entry of the metric log; score and parameters of the best periodic evaluation |
 """  # noqa: E501
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def write(run: Run, adaptation: Adaptation, folder: Path, seed: int = 1) -> list
     Returns:
         The files written.
     """
-    record = {
+    content = {
         "score": adaptation.name,
         "tasks": adaptation.scores.shape[1],
         "not_finite": adaptation.not_finite,
@@ -120,7 +120,7 @@ def write(run: Run, adaptation: Adaptation, folder: Path, seed: int = 1) -> list
         "interval": adaptation.interval.tolist(),
         "learners": adaptation.scores.mean(1).tolist(),
     }
-    (folder / "adaptation.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "adaptation.json").write_text(json.dumps(content, indent=1) + "\n")
     try:
         from matplotlib.figure import Figure
     except ImportError:

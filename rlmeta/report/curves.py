@@ -91,7 +91,7 @@ def curves(run: Run) -> tuple[Curve, Curve]:
     """Read a run's curves from its folder: evaluation returns (with the final evaluation), and training returns."""
     assert run.folder is not None
     lines = read_metric_log(run.folder / "metrics.jsonl")
-    seconds = {record["iteration"]: record["seconds"] for record in read_metric_log(run.folder / "timing.jsonl")}
+    seconds = {entry["iteration"]: entry["seconds"] for entry in read_metric_log(run.folder / "timing.jsonl")}
     learners = len(run.experiment.learners)
     evaluation, training = (_curve(lines, seconds, name, learners) for name in (run.agent.score.metric, TRAINING))
     training = training.carried()

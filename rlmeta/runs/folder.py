@@ -273,7 +273,7 @@ def write_config(path: str | os.PathLike[str], config: dict[str, Any]) -> str:
     """Write `config.toml` into the run folder `path`, atomically; names whose value is None are left out.
 
     Returns:
-        Its sha256, which checkpoints record.
+        Its sha256, which checkpoints keep.
 
     Raises:
         SettingError: a value cannot be written as TOML.

@@ -6,7 +6,7 @@ from rlmeta.functional import tree
 from rlmeta.learning.state import State
 
 REPORTED = ("metrics", "best", "progress", "stage", "task", "identity", "matrix", "population")
-"""Parts of the state that record something about a learner, and may change while it is frozen."""
+"""Parts of the state that count or describe a learner, and may change while it is frozen."""
 ACTING = ("world", "memory", "episode")
 """Parts of the state that move on with gymnasium's environments, which cannot be restored for one learner alone."""
 

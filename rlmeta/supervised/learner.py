@@ -43,7 +43,7 @@ class SupervisedSettings:
     batch_size: int = 32
     """Number of samples in a minibatch."""
     num_steps: int = 10
-    """Gradient steps per iteration; budgets and records are in whole iterations."""
+    """Gradient steps per iteration; budgets and metrics are in whole iterations."""
     optimizer: OptimizerName = "adam"
     """Optimizer."""
     learning_rate: PerLearner = 1e-3
