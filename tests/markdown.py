@@ -24,6 +24,7 @@ SMALLER = {
     "steps=320_000": "steps=1_280",
     "steps=3_200": "steps=320",
     "steps=2_000": "steps=320",
+    "lifelong=[rl.Replay(size=128)]": "final_episodes=4, eval_episodes=4, lifelong=[rl.Replay(size=16)]",
     "seeds=16": "seeds=2",
     "seeds=8": "seeds=2",
     "--steps 100k": "--steps 512",

@@ -119,10 +119,10 @@ def cross(cell: Crossing) -> str:
 
 
 def expected_to_be_refused(cell: Crossing) -> bool:
-    """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions,
-    and an agent without a memory; a force can't be masked."""
+    """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions;
+    a force can't be masked."""
     foreign = cell.problem == "family" and cell.world == "gymnasium"
-    values_alone = cell.agent in ("dqn", "recurrent ppo") and cell.problem == "stream"
+    values_alone = cell.agent == "dqn" and cell.problem == "stream"
     return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
 
 

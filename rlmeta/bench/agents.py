@@ -27,6 +27,7 @@ from rich.table import Table
 from rlmeta.agents import DQN, PPO
 from rlmeta.bench.seeds import FIRST_SEED, table_seeds
 from rlmeta.errors import SettingError, require_extra, unknown_name
+from rlmeta.learning.settings import check_choices
 from rlmeta.runs.experiment import Budget
 
 ZOO = PPO(
@@ -83,6 +84,9 @@ class Agents:
     """Instead: against rejax, which is installed in the environment of this Python."""
     out: Path = Path("runs/results")
     """Where the figures go."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 USAGE = """usage: rlmeta bench NAME [flags]

@@ -66,7 +66,7 @@ class DeepSea(NativeEnv):
         """One row down."""
         row, column = state["row"], state["column"]
         right = action == self.right(row, column, physics)
-        cost = right * physics.get("move_cost", self.move_cost) / self.size
+        cost = right.double() * physics.get("move_cost", self.move_cost) / self.size
         reward = (right & (column == self.size - 1)).double() - cost
         column = (column + torch.where(right, 1, -1)).clamp(0, self.size - 1)
         return {"row": row + 1, "column": column}, reward.float(), row + 1 == self.size
