@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rlmeta.agents import PPO
 from rlmeta.bench import peer_rejax
 from rlmeta.bench.agents import ZOO
 from rlmeta.bench.seeds import table_seeds
+from rlmeta.bench.steady import train_and_time
 from rlmeta.errors import SettingError
 from rlmeta.runs.experiment import Budget
 
@@ -74,16 +74,9 @@ def rejax_settings(settings: PPO) -> dict[str, Any]:
 
 def work(name: str, seeds: int, steps: int) -> dict[str, Any]:
     """Train our side; steps and seconds of the second half of the training."""
-    from rlmeta.api import train
-
     final = Budget(steps=steps, final_episodes=peer_rejax.EVALUATION_EPISODES, eval_every=10 * steps)
-    with tempfile.TemporaryDirectory() as folder:
-        run = train(SETTINGS[name], "CartPole-v1", seeds=table_seeds(seeds), budget=final, out=f"{folder}/run")
-        lines = [json.loads(line) for line in Path(folder, "run", "timing.jsonl").read_text().splitlines()]
-    half = next(line for line in lines if line["iteration"] >= lines[-1]["iteration"] / 2)
-    per_iteration = SETTINGS[name].num_envs * SETTINGS[name].num_steps * seeds
-    taken = (lines[-1]["iteration"] - half["iteration"]) * per_iteration
-    return {"steps": taken, "seconds": lines[-1]["seconds"] - half["seconds"], "scores": run.scores.tolist()}
+    run, taken, seconds = train_and_time(SETTINGS[name], "CartPole-v1", table_seeds(seeds), final)
+    return {"steps": taken, "seconds": seconds, "scores": run.scores.tolist()}
 
 
 def _side(command: list[str]) -> dict[str, Any]:

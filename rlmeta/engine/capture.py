@@ -430,7 +430,7 @@ def _scan(
     carried, each = (len(list(tree.leaves(examples[name]))) for name in ("carried", "each"))
     old, new = tape.inputs[:carried], [x for x in tape.outputs[:carried] if isinstance(x, Place)]
     same_names = tree.flatten(examples["carried"]).keys() == tree.flatten(outputs["carried"]).keys()
-    if not same_names or [tape.layouts[x] for x in old] != [tape.layouts[x] for x in new]:
+    if not same_names or [tape.layouts[x].dense() for x in old] != [tape.layouts[x].dense() for x in new]:
         raise NotRecordable("what one call leaves for the next has other names, shapes, types or strides than it got")
     ahead, tape, own = _ahead(backend, tape, carried, rows, leaves[carried + each :])
     leaves[carried : carried + each] = [x[0] for x in own]

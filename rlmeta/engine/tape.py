@@ -34,6 +34,10 @@ class Layout(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    def dense(self) -> Layout:
+        """Without the strides of axes of size 1, along which nobody steps."""
+        return self._replace(strides=tuple(0 if size == 1 else n for size, n in zip(self.shape, self.strides)))
+
 
 @dataclass(frozen=True)
 class Operation:
