@@ -11,6 +11,7 @@ import tyro
 
 from rlmeta.bench.agents import USAGE, Agents
 from rlmeta.bench.checkout import Checkout
+from rlmeta.bench.engine import Engine
 from rlmeta.bench.imitation import Imitation
 from rlmeta.bench.lifelong import Lifelong
 from rlmeta.bench.meta import Meta
@@ -19,7 +20,8 @@ from rlmeta.cli.plan import from_flags
 from tests.markdown import DOCUMENTS, ROOT, small_blocks
 from tests.test_readme import run
 
-BENCHMARKS = {"agents": Agents, "checkout": Checkout, "imitation": Imitation, "lifelong": Lifelong, "meta": Meta}
+BENCHMARKS = {"agents": Agents, "checkout": Checkout, "engine": Engine}
+BENCHMARKS |= {"imitation": Imitation, "lifelong": Lifelong, "meta": Meta}
 
 
 def commands_of(document: str) -> list[str]:
