@@ -472,7 +472,8 @@ def _ahead(
     """
     first, rest = batched(tape, carried, len(rows))
     own = [number for number, place in enumerate(tape.inputs[carried : carried + len(rows)]) if place in rest.inputs]
-    unchanged = lambda inputs: list(inputs[: len(rows)]), tape, rows
+    count = len(rows)  # the program is not to keep the rows themselves
+    unchanged = lambda inputs: list(inputs[:count]), tape, rows
     if len(first.operations) <= len(first.outputs):  # a row is taken of every output, which costs an operation
         return unchanged
     for_all = torch.func.vmap(lambda *inputs: tuple(first.play(inputs)), (0,) * len(rows) + (None,) * len(fixed))

@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     device: torch.device
 
     def dense(self) -> Layout:
-        """Without the strides of axes of size 1, along which nobody steps."""
+        """The layout with strides of 0 for axes of size 1, whose strides reach no element."""
         return self._replace(strides=tuple(0 if size == 1 else n for size, n in zip(self.shape, self.strides)))
 
 

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
-from rlmeta.bench import agents
+from rlmeta.agents import PPO
+from rlmeta.bench import against_rejax, agents
+from rlmeta.bench.steady import train_and_time
 from rlmeta.cli.main import main
+from rlmeta.runs.experiment import Budget
 
 
 @pytest.mark.parametrize(("flags", "package"), [([], "stable_baselines3"), (["--scale"], "matplotlib")])
@@ -26,3 +29,18 @@ def test_a_side_that_fails_is_said_to(monkeypatch, capsys, tmp_path):
     assert main(["bench", "agents", "--rounds", "1", "--out", str(tmp_path / "figures")]) == 2
     assert "bench: a side failed, its message stands above" in capsys.readouterr().err
     assert not (tmp_path / "figures").exists()
+
+
+def test_rejax_needs_a_python_of_its_own_and_has_the_same_settings(capsys, tmp_path):
+    assert main(["bench", "agents", "--jax", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert 'give that of an environment with rejax and "gymnax<1"' in capsys.readouterr().err
+    settings = against_rejax.rejax_settings(against_rejax.CLEANRL)
+    assert (settings["num_minibatches"], settings["num_epochs"], settings["clip_eps"]) == (4, 4, 0.2)
+    assert against_rejax.rejax_settings(agents.ZOO)["num_minibatches"] == 1
+
+
+def test_the_second_half_of_a_training_is_timed():
+    settings = PPO(num_envs=2, num_steps=8, batch_size=16, num_epochs=1)
+    budget = Budget(steps=320, final_episodes=2, eval_every=3_200)
+    run, steps, seconds = train_and_time(settings, "CartPole-v1", [100, 101], budget)
+    assert run.env_steps == 320 and steps == 320 and 0 < seconds < run.seconds  # half of two learners' 320

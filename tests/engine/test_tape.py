@@ -244,6 +244,23 @@ def test_rows_of_which_one_is_a_view_and_all_are_none():
             assert torch.equal(outputs["shifted"][number], (rows[number] + 1).flatten() * 2)
 
 
+def test_strides_of_axes_of_size_one_may_change_from_call_to_call():
+    """They reach no element: a loop of one learner with one environment is recorded as any other."""
+    capture = Capture(warm_up=1)
+
+    def turn(inputs: tree.Tree) -> tree.Tree:
+        x = (inputs["carried"]["x"] + 1.0).as_strided((1, 1, 3), (7, 5, 1))
+        return {"carried": {"x": x}, "row": {"y": x * 2.0}}
+
+    for _ in range(8):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            carried, rows = capture.scan("turn", turn, {"x": torch.zeros(1, 1, 3)}, {}, {}, 4)
+        assert carried["x"].tolist() == [[[4.0] * 3]]
+        assert rows["y"][:, 0, 0, 0].tolist() == [2.0, 4.0, 6.0, 8.0]
+    assert any(programs for programs in capture._programs.values())
+
+
 def test_what_reads_a_fixed_input_stays_behind_what_writes_to_it():
     def doubled_after_a_write(x: Tensor, a: Tensor) -> list[Tensor]:
         row = a[0]  # a view, so that the write stays in place
