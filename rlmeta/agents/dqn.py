@@ -140,7 +140,7 @@ class DQNAgent(Agent):
         p = with_copy(p, AVERAGE) if self.averaged else p
         state["params"] = {**p, "hyper": {**hyper, "epsilon": hyper["epsilon_start"].clone()}}
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
-        state["replay"] = off_policy.first_memory(self.settings, world, state)
+        state["replay"] = off_policy.init_replay(self.settings, world, state)
         return state
 
     # ------------------------------------------------------------------ act

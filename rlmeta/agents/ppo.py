@@ -207,7 +207,7 @@ class PPOAgent(Agent):
         if self.recurrence is None:
             distribution = self.forward(self.policy, "policy", p, observation)
             return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
-        inputs = self.recurrence.present(observation, memory)
+        inputs = self.recurrence.acting_inputs(observation, memory)
         hidden = self._hidden(p, inputs, self.recurrence.names)
         tensors = {**p["weights"], **p["buffers"]}
         distribution = self.policy.answer(tensors, hidden["policy"], inputs, Context(), "policy.")

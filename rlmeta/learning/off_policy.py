@@ -95,7 +95,7 @@ def idle_steps(settings: OffPolicySettings, n_steps: int = 1) -> int:
     return max(-(-settings.learning_starts // settings.num_envs), n_steps)
 
 
-def first_memory(settings: OffPolicySettings, world: World, state: State) -> State:
+def init_replay(settings: OffPolicySettings, world: World, state: State) -> State:
     """Initial empty replay memory, for `state["replay"]`."""
     return replay.init(world, state["world"], settings.capacity // settings.num_envs)
 

@@ -48,7 +48,7 @@ class EpisodicCounts:
         """Initial memory: empty tables of counts `[*L, N, buckets]`.
 
         Raises:
-            SettingError: the cells are no whole numbers, one for each observation.
+            SettingError: `cell` does not give an integer for each observation.
         """
         rows = (*world.learner_shape, world.num_envs)
         device = self.bucket(world.observation(state["world"]), rows).device
