@@ -154,23 +154,43 @@ def record(function: Callable[[tree.Tree], tree.Tree], inputs: tree.Tree) -> tup
     """
     inputs = tree.map(own_memory, inputs)
     recorder = _Recorder(tree.leaves(inputs))
-    with _NoHiddenReads(), recorder:
+    with _NoHiddenReads(recorder), recorder:
         outputs = function(inputs)
     return outputs, recorder.tape(tree.leaves(outputs)), recorder.guards
 
 
 class _NoHiddenReads(TorchFunctionMode):
-    """Refuses what hands all numbers of a tensor to Python, which no operation shows."""
+    """Refuses what hands the numbers in a tensor to Python without an operation that shows it."""
 
-    _HIDDEN = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+    _HIDDEN = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.storage)
+    _MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new, torch.sparse_coo_tensor)
+    """They read the tensors in a list, as in `torch.tensor([x.sum()])`."""
+    _NUMBERS = (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__bool__, Tensor.__complex__, Tensor.item)
+    """They call an operation that is seen, but not within `torch.Tensor([x.sum()])`."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._HIDDEN:
+        if func in self._HIDDEN or (func in self._MAKERS and _lists_tensors((*args, *(kwargs or {}).values()))):
             raise NotRecordable(LOOKED_AT)
-        return func(*args, **(kwargs or {}))
+        seen = self._recorder.reads
+        outputs = func(*args, **(kwargs or {}))
+        if func in self._NUMBERS and self._recorder.reads == seen:
+            raise NotRecordable(LOOKED_AT)
+        return outputs
+
+
+def _lists_tensors(arguments: Sequence[Any]) -> bool:
+    """Whether there is a tensor in a list or tuple among the arguments, however deep."""
+    nested = [x for x in arguments if isinstance(x, list | tuple)]
+    return any(any(isinstance(x, Tensor) for x in items) or _lists_tensors(items) for items in nested)
 
 
 LOOKED_AT = "Python looks at the numbers in a tensor, as in `if x.sum() > 0` or `x.item()`"
+SHAPED_BY = "the shape of a tensor depends on numbers in another, as in `x[x > 0]` or `x.nonzero()`: use torch.where"
+WRITES = "it writes to a tensor that it was given, as in `x[0] = 1` or `x.add_(1)`: write to a copy"
 
 
 def own_memory(x: Tensor) -> Tensor:
@@ -201,6 +221,8 @@ class _Recorder(TorchDispatchMode):
         self._guarded: list[Place] = []
         self.guards: list[Guard] = []
         """The numbers that Python looked at."""
+        self.reads = 0
+        """How often Python looked at a number, of a constant as well."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -226,10 +248,10 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note it."""
-        if func is aten.equal.default:
-            raise NotRecordable(LOOKED_AT)
+        _check(func, args)
         outputs = func(*args, **(kwargs or {}))
         if func is aten._local_scalar_dense.default:
+            self.reads += 1
             self._guard(args[0], outputs)
             return outputs
         if func is aten.detach.default:  # without autograd a copy of nothing
@@ -264,8 +286,28 @@ class _Recorder(TorchDispatchMode):
         for number, tensor in enumerate(self._tensors):
             layouts[Place(number)] = Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             memory[Place(number)] = tensor.untyped_storage()._cdata
+        given = {memory[place] for place in self._inputs}
+        if any(memory[place] in given for operation in self._operations for place in operation.writes()):
+            raise NotRecordable(WRITES)
         places = (*(self._place(x) for x in outputs), *self._guarded)
         return Tape(self._inputs, tuple(self._operations), places, layouts, memory)
+
+
+def _check(function: Any, args: Sequence[Any]) -> None:
+    """Refuse an operation that no replay can repeat.
+
+    Raises:
+        NotRecordable: it gives Python a number, a tensor whose shape depends on numbers, or only writes.
+    """
+    if torch.Tag.data_dependent_output in function.tags and function is not aten._local_scalar_dense.default:
+        raise NotRecordable(LOOKED_AT)
+    if torch.Tag.dynamic_output_shape in function.tags:
+        indices = args[1] if function is aten.index.Tensor else None
+        if indices is None or any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices):
+            raise NotRecordable(SHAPED_BY)
+    schema = function._schema
+    if not schema.returns and schema.is_mutable:
+        raise NotRecordable(f"{schema.name} only writes to its arguments")
 
 
 _NAMES = ["add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "ge", "gt", "le", "lt", "eq", "ne"]

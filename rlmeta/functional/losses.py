@@ -2,7 +2,8 @@
 
 Further axes of a minibatch (the time of sequences) are flattened into B by the caller. `valid` is None or flags
 `[*L, B]`, bool or integers 0 and 1: rows without it (an autoreset step, padding, an empty slot of a buffer) take no
-part in any mean, and a learner with no valid row has loss 0. A setting is a number or a tensor `[*L]`, one per learner.
+part in any mean, and a learner with no valid row has loss 0. They must still be finite: the gradient of a row is 0
+times what it holds, which is NaN for NaN and infinity. A setting is a number or a tensor `[*L]`, one per learner.
 
 Nothing is detached here: detach targets and advantages where they are computed. Sum a loss over its learners only in
 the call of `autograd.grad`; learners share no parameter, so each gets the gradient of its own.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from types import FunctionType, MethodType
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -108,6 +109,7 @@ class Lifted(Block):
     def __init__(self, module: nn.Module) -> None:
         """Create the block of a copy of `module` that shares its tensors."""
         super().__init__()
+        _check_forwards(module)
         template = copied(module, {id(value): value for value in own_tensors(module).values()})
         _replace(template)
         _obey_own_modes(template)
@@ -323,24 +325,64 @@ def norm_or_dropout(module: nn.Module) -> Block | None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether the module has forward or backward hooks."""
+    """Whether the module has forward or backward hooks, or a `forward` in the place of its class's."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def _check_forwards(module: nn.Module) -> None:
+    """Refuse a replaced `forward` that holds the tensors of the module it was made for: copies have others.
+
+    Raises:
+        SettingError: it is a function or partial that holds a module, a tensor or a method of one.
+    """
+    for part in module.modules():
+        forward = vars(part).get("forward")
+        if forward is not None and any(isinstance(x, nn.Module | Tensor) for x in _held_by(forward, part)):
+            raise SettingError(
+                f"cannot lift {type(part).__name__}: the function in the place of its forward holds a module or tensor "
+                "that a copy does not share: make it a class with a forward of its own"
+            )
+
+
+def _held_by(function: Any, owner: nn.Module) -> Iterator[Any]:
+    """Objects in the closure, defaults or arguments of a function; the owner of a bound method is none of them."""
+    if isinstance(function, MethodType):
+        yield from () if function.__self__ is owner else (function.__self__,)
+        yield from _held_by(function.__func__, owner)
+    elif isinstance(function, partial):
+        for value in (function.func, *function.args, *function.keywords.values()):
+            yield value
+            yield from _held_by(value, owner)
+    elif isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        for value in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            yield value
+            # a bound method in a closure holds its owner's tensors, even if that is the module itself
+            yield from (value.__self__,) if isinstance(value, MethodType) else ()
 
 
 def recordable(module: nn.Module) -> bool:
     """Whether a module is a pure function of its tensors, so that its operations may be recorded and replayed.
 
-    Modules of torch's and rlmeta's own classes are, without hooks and user functions in them. User classes may count
+    Modules of torch's and rlmeta's own classes are, without hooks and other functions in them. User classes may count
     their calls or read the clock, so they are recorded only if they declare `recordable = True`.
     """
     for part in module.modules():
         known = type(part).__module__.startswith(("torch.nn.modules.", "rlmeta.nn."))
-        own = [value for value in vars(part).values() if isinstance(value, FunctionType | MethodType)]
-        replaced = not all((value.__module__ or "").startswith(("torch.", "rlmeta.")) for value in own)
+        own = [value for value in vars(part).values() if callable(value) and not isinstance(value, nn.Module)]
+        replaced = not all(_module_of(value).startswith(("torch", "rlmeta.")) for value in own)
         if replaced or hooked(part) or not (known or getattr(type(part), "recordable", False) is True):
             return False
     return True
+
+
+def _module_of(function: Any) -> str:
+    """Name of the module of a function, or of the class of another callable."""
+    if isinstance(function, partial):
+        return _module_of(function.func)
+    known = isinstance(function, FunctionType | MethodType | BuiltinFunctionType | type)
+    return (function.__module__ if known else type(function).__module__) or ""
 
 
 def _learner_shape(own: Params, inputs: tuple[Tree, ...], key: Tensor | None, axes: int) -> torch.Size:

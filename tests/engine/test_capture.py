@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,18 +164,72 @@ def test_nan_may_be_a_guarded_number():
     assert capture("named", named, {"x": torch.tensor(2.0)})["y"].item() == 6.0
 
 
-@pytest.mark.parametrize("read", [torch.Tensor.tolist, torch.Tensor.numpy, list, lambda x: torch.equal(x, x + 0)])
-def test_what_hands_all_numbers_to_python_is_not_recorded(read: Callable[[torch.Tensor], Any]) -> None:
-    capture = Capture(warm_up=1)
+HIDDEN: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "rows of a mask": lambda x, m: x.sum() / x[m].shape[0],
+    "views of the rows of a mask": lambda x, m: x[m].unsqueeze(1).transpose(0, 2).sum(),
+    "masked_select": lambda x, m: torch.masked_select(x, m.unsqueeze(1)).numel(),
+    "nonzero": lambda x, m: m.nonzero().numel(),
+    "where": lambda x, m: len(torch.where(m)[0]),
+    "unique": lambda x, m: len(torch.unique(m)),
+    "bincount": lambda x, m: torch.bincount(m.long(), minlength=2).square(),
+    "repeat_interleave": lambda x, m: torch.repeat_interleave(x, m.long() + 1, 0).shape[0],
+    "tensor of a list": lambda x, m: torch.tensor([m.sum()]),
+    "as_tensor of a list": lambda x, m: torch.as_tensor([[m.sum(), 1]]),
+    "asarray of a list": lambda x, m: torch.asarray((m.sum(),)),
+    "new_tensor of a list": lambda x, m: x.new_tensor([m.sum()]),
+    "Tensor of a list": lambda x, m: torch.Tensor([m.sum()]),
+    "FloatTensor of a list": lambda x, m: torch.FloatTensor([m.sum()]),
+    "new of a list": lambda x, m: x.new([m.sum()]),
+    "allclose": lambda x, m: 2 if torch.allclose(m.float(), torch.ones(())) else 3,
+    "equal": lambda x, m: 2 if torch.equal(m, torch.ones_like(m)) else 3,
+    "tolist": lambda x, m: sum(m.tolist()),
+    "numpy": lambda x, m: float(m.numpy().sum()),
+    "array": lambda x, m: float(np.asarray(m).sum()),
+    "dlpack": lambda x, m: float(np.from_dlpack(m.float()).sum()),
+    "storage": lambda x, m: sum(m.untyped_storage().tolist()),
+    "all at once": lambda x, m: torch._foreach_add_([x.clone()], 1)[0].sum(),
+}
 
-    def listed(given: tree.Tree) -> tree.Tree:
-        return {"y": given["x"] * (1 if read(given["x"]) is not None else 0)}
 
-    if read is list:  # its items are tensors: nothing is looked at
-        capture("listed", listed, {"x": torch.ones(2)})
-        return
-    with pytest.warns(RuntimeWarning, match="listed: not recorded.*looks at the numbers"):
-        capture("listed", listed, {"x": torch.ones(2)})
+@pytest.mark.parametrize("read", HIDDEN.values(), ids=HIDDEN)
+def test_what_python_or_shapes_make_of_numbers_without_a_word_is_not_recorded(
+    read: Callable[[torch.Tensor, torch.Tensor], Any],
+) -> None:
+    capture = Capture(warm_up=3)
+
+    def function(given: tree.Tree) -> tree.Tree:
+        return {"y": given["x"].sum() * read(given["x"], given["mask"])}
+
+    def call(ones: int) -> None:
+        given = {"x": torch.arange(24.0).reshape(8, 3), "mask": torch.arange(8) < ones}
+        assert torch.equal(capture("function", function, given)["y"], function(given)["y"])
+
+    with pytest.warns(RuntimeWarning, match="function: not recorded"):
+        for _ in range(10):  # the number that is hidden stays the same until every recording would be trusted
+            call(5)
+    call(8)
+    call(3)
+
+
+@pytest.mark.parametrize("write", [lambda x: x.mul_(2), lambda x: x[0].zero_(), lambda x: x.__setitem__(1, 7.0)])
+def test_what_writes_to_its_inputs_does_so_in_every_call(write: Callable[[torch.Tensor], Any]) -> None:
+    def writes(given: tree.Tree) -> tree.Tree:
+        write(given["x"])
+        return {"y": given["x"].sum()}
+
+    capture = Capture(warm_up=3)
+    with pytest.warns(RuntimeWarning, match="writes: not recorded.*writes to a tensor that it was given"):
+        for seed in range(9):
+            x = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))
+            expected = x.clone()
+            write(expected)
+            capture("writes", writes, {"x": x})
+            assert torch.equal(x, expected)
+
+
+@pytest.mark.filterwarnings("error:.*not recorded")
+def test_a_list_of_tensors_is_no_look_at_their_numbers():
+    Capture(warm_up=1)("listed", lambda given: {"y": torch.stack(list(given["x"]))}, {"x": torch.ones(2)})
 
 
 @pytest.mark.filterwarnings("error:.*not recorded")
