@@ -215,7 +215,7 @@ class Lifted(Block):
         if key is None or call.modes not in self._drawing_modes:
             before = _generator_states(devices)
             outcome = self._call(own, inputs, key, call)
-            if _bytes(before) == _bytes(_generator_states(devices)) or not self._draws(own, inputs, key, call):
+            if _are_same(before, _generator_states(devices)) or not self._draws(own, inputs, key, call):
                 return outcome
             _restore_generators(devices, before)
             self._drawing_modes.add(call.modes)
@@ -396,10 +396,12 @@ def _generator_states(devices: list[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
 
-def _bytes(states: list[Tensor]) -> list[bytes]:
-    """Numbers of generator states, which depend on no input: a recording has to hear of no comparison."""
-    with torch._C.DisableTorchFunction():
-        return [state.numpy().tobytes() for state in states]
+def _are_same(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether generator states are the same numbers."""
+    if torch._C._are_functorch_transforms_active():  # which wrap every tensor
+        return all(map(torch.equal, before, after))
+    with torch._C.DisableTorchFunction():  # a recording must not take this for a look at its inputs' numbers
+        return all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(before, after))
 
 
 def _restore_generators(devices: list[torch.device], states: list[Tensor]) -> None:

@@ -70,7 +70,7 @@ SETTINGS: dict[str, Any] = {
     ),
 }
 SMALL = {
-    "ppo": rl.PPO(num_envs=4, num_steps=8, batch_size=16, num_epochs=2, hidden_sizes=(8,)),
+    "ppo": rl.PPO(num_envs=4, num_steps=8, batch_size=16, num_epochs=1, hidden_sizes=(8,), share_network=True),
     "dqn": rl.DQN(num_envs=4, learning_starts=16, batch_size=8, gradient_steps=1, hidden_sizes=(8,)),
 }
 PROBLEM = rl.task(Side(), name="side")
@@ -94,7 +94,7 @@ def test_an_agent_learns_from_pictures(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_run_is_recorded_and_resumes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture_module, "WARM_UP", 2)
-    budget = rl.Budget(steps=320, final_episodes=2, eval_every=10**6)
+    budget = rl.Budget(steps=256, final_episodes=2, eval_every=10**6)
     whole = rl.train(SMALL[name], PROBLEM, seeds=2, budget=budget)
     programs = whole.agent.capture._programs.values()
     assert convolutions(whole) and len(programs) >= 2 and None not in programs
