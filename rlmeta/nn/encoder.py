@@ -121,7 +121,7 @@ class Encoder(Block):
     """D, the number of features."""
 
     def __init__(
-        self, observation_space: gym.Space, dtype: torch.dtype = torch.float32, choose: Choose | None = None
+        self, observation_space: gym.Space, dtype: torch.dtype = torch.float32, *, choose: Choose | None = None
     ) -> None:
         """Create the encoder.
 
