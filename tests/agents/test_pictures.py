@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,13 @@ def test_a_picture_whose_axes_are_not_clear_is_refused_by_a_sentence() -> None:
     rl.PPO(network=lambda space: torch.nn.Sequential(torch.nn.Flatten(), rl.nn.Activation(lambda x: x / 255.0))).bind(
         space, actions
     )
+
+
+def test_a_papers_network_is_named_in_a_run_and_found_again(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL["ppo"], network=rl.nn.impala_cnn)
+    budget = rl.Budget(steps=32, final_episodes=1, eval_every=10**6)
+    run = rl.train(settings, PROBLEM, budget=budget, out=tmp_path / "run")
+    again = rl.load(tmp_path / "run", env=PROBLEM)
+    observation = np.zeros((SIDE, SIDE + 1, 1), np.uint8)
+    assert again.act(observation) == run.act(observation)
+    assert sum(value.dim() == 5 for value in again.state["params"]["weights"].values()) == 15

@@ -11,6 +11,7 @@ from torch import Tensor
 import rlmeta as rl
 from rlmeta import nn
 from rlmeta.errors import SettingError
+from rlmeta.runs.train import prepare
 from tests.nn.learners import assert_close, assert_equals_loop, data, indices, keys, scattered, take
 
 SHAPES = [(), (1,), (3,), (3, 2)]
@@ -137,3 +138,19 @@ def test_an_agent_learns_with_it_and_resumes_exactly(tmp_path: Any) -> None:
     assert (buffers["policy.body.1.num_batches_tracked"] > 9).all()
     for name, value in buffers.items():
         assert torch.equal(value, again.state["params"]["buffers"][name])
+
+
+def test_a_learner_that_is_not_active_keeps_its_buffers() -> None:
+    def network(space: Any) -> torch.nn.Module:
+        layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(4, 8))
+        return torch.nn.Sequential(layer, nn.BatchRenorm(8), torch.nn.Tanh())
+
+    agent = rl.PPO(network=network, num_envs=2, num_steps=8, batch_size=16, num_epochs=1)
+    run = prepare(agent, "CartPole-v1", rl.Budget(steps=1_000), seeds=3)
+    before = {name: value.clone() for name, value in run.state["params"]["buffers"].items()}
+    run.state["active"] = torch.tensor([True, False, True])
+    run.state, _ = run.agent.iterate(run.state, run.world)
+    after = run.state["params"]["buffers"]
+    assert {name.rpartition(".")[2] for name in after} >= {"_u", "_v", "running_mean", "running_std"}
+    for name, value in before.items():
+        assert [torch.equal(a, b) for a, b in zip(value, after[name])] == [False, True, False], name
