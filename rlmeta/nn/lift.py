@@ -46,9 +46,10 @@ def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
     with the block. Linear, LayerNorm, BatchNorm, Dropout, Embedding, Flatten, elementwise activations, layers with
     weight or spectral normalisation (`torch.nn.utils.parametrizations`) and sequences of them become the blocks of this
     package. A copy of any other module runs under `torch.func.vmap`, or in a loop over the learners where an operation
-    has no batching rule (an LSTM). In the copy, batch normalisation, dropout and embeddings are replaced by this
-    package's, buffers that the module writes are returned, and other random numbers come from torch's generator, seeded
-    by the context's key. Every submodule keeps the mode, `train()` or `eval()`, that it has when it is lifted.
+    has no batching rule (an LSTM). In the copy, batch normalisation, dropout, embeddings and normalised weights are
+    replaced by this package's, buffers that the module writes are returned, and other random numbers come from torch's
+    generator, seeded by the context's key. Every submodule keeps the mode, `train()` or `eval()`, that it has when it
+    is lifted.
 
     Learners and environments share one call of the module, so it must not mix the rows of its batch, keep memory
     between calls, or draw random numbers without a key. Learners check this for a `network=` (`rlmeta.nn.checks`),

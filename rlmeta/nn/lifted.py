@@ -31,7 +31,7 @@ from rlmeta.nn.dropout import Dropout
 from rlmeta.nn.embedding import Embedding
 from rlmeta.nn.norm import BATCH_NORMS, BatchNorm1d
 from rlmeta.nn.product import is_plain_graph
-from rlmeta.nn.weight_norm import NORM_PARTS, is_normed
+from rlmeta.nn.weight_norm import NORM_PARTS, NormedWeight, is_normed
 
 Outcome: TypeAlias = tuple[Tree, Params]
 """Output of a module, and its buffers after the call, by name."""
@@ -304,21 +304,25 @@ def _attention_as_products() -> contextlib.AbstractContextManager[None]:
 
 
 def _replace(module: nn.Module) -> None:
-    """Replace torch's batch normalisation, dropout and embeddings inside `module` by this package's."""
+    """Replace parts of `module` by this package's, see `replacement`."""
     replaced: dict[int, Block] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
-            if child is not None and type(child) in (*BATCH_NORMS, nn.Dropout, nn.Embedding):
+            if child is not None and (type(child) in _REPLACED or is_normed(child)):
                 block = replaced.get(id(child)) or replacement(child)
                 if block is not None:
                     replaced[id(child)] = block
                     parent._modules[name] = block
 
 
-def replacement(module: nn.Module) -> Block | None:
-    """Convert torch's batch normalisation, dropout or embedding to a block, sharing tensors; None for other modules.
+_REPLACED = (*BATCH_NORMS, nn.Dropout, nn.Embedding)
+"""Modules of torch that `replacement` converts, besides normalised weights."""
 
-    None for hooked ones, too.
+
+def replacement(module: nn.Module) -> Block | None:
+    """Convert torch's batch normalisation, dropout, embedding or normalised weight to a block, sharing tensors.
+
+    None for other modules, and for hooked ones.
     """
     if hooked(module):
         return None
@@ -326,6 +330,8 @@ def replacement(module: nn.Module) -> Block | None:
         return BatchNorm1d.from_torch(module)  # type: ignore[arg-type]
     if type(module) is nn.Embedding:  # under vmap, torch forgets which row is the padding
         return Embedding.from_torch(module)
+    if is_normed(module):
+        return NormedWeight(module, Lifted)
     if type(module) is nn.Dropout:
         block = Dropout(module.p)
         block.training = module.training

@@ -207,6 +207,59 @@ def test_a_normalised_weight_is_computed_for_all_learners_at_once(name: str) -> 
     assert type(nn.lift(module)).__name__ == "Lifted"
 
 
+class Normed(torch.nn.Module):
+    """A user's own, with normalised weights inside."""
+
+    recordable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = spectral_norm(torch.nn.Conv1d(3, 4, 3)), weight_norm(torch.nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh().mean(-1))
+
+
+@pytest.mark.parametrize("learner_shape", SHAPES, ids=str)
+def test_normalised_weights_inside_a_users_module(learner_shape: tuple[int, ...]) -> None:
+    params = scattered(nn.stack(lambda: Normed().double(), keys(*learner_shape)))
+    block, x = nn.lift(Normed().double()), data(*learner_shape, 3, 3, 5)
+    for training in (False, True):
+        reference, ctx = Normed().double().train(training), context(training, learner_shape)
+        assert_equals_loop(
+            lambda p, x, ctx=ctx: nn.apply(block, p, x, ctx), as_torch(reference), params, x, learner_shape
+        )
+    for index in indices(learner_shape):
+        own = {name: value.clone() for name, value in take(params, index).items()}
+        torch.func.functional_call(Normed().double(), own, (x[index],))
+        for name, value in ctx.new_buffers.items():
+            assert_close(take(value, index), own[name])
+    assert not block._looped_modes and nn.lifted.recordable(Normed())  # type: ignore[attr-defined]
+
+
+def test_fisher_information_of_a_normalised_weight() -> None:
+    """Sample by sample, since its weight is no parameter; that of the layer behind it from its inputs."""
+
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(weight_norm(torch.nn.Linear(3, 4)), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+
+    params, block = nn.stack(build, keys(2)), nn.lift(build())
+    x = data(2, 5, 3)
+    ours = nn.categorical_fisher(
+        lambda p, x, ctx: nn.apply(block, p["weights"], x, ctx), {"weights": params}, x, learner_axes=1
+    )
+    for i in range(2):
+        total = {name: torch.zeros_like(value[i]) for name, value in params.items()}
+        leaves = {name: value[i].clone().requires_grad_() for name, value in params.items()}
+        for row in x[i]:
+            log_probs = torch.func.functional_call(build(), leaves, (row,)).log_softmax(-1)
+            for log_prob in log_probs:
+                gradients = torch.autograd.grad(log_prob, list(leaves.values()), retain_graph=True)
+                for name, gradient in zip(leaves, gradients):
+                    total[name] += log_prob.exp().detach() * gradient.square() / len(x[i])
+        assert_close(ours[i], torch.cat([value.flatten() for value in total.values()]), rtol=1e-8)
+
+
 @pytest.mark.parametrize("name", WRONG_IN_TORCH)
 def test_second_derivatives_of_weight_norm_are_right(name: str) -> None:
     build, params, x = made(name, (2,))
