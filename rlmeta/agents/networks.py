@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -35,6 +36,7 @@ from rlmeta.nn import (
     feature_axes,
     head_for,
     lift,
+    picture_cnn,
 )
 from rlmeta.nn.block import alone
 from rlmeta.nn.encoder import ACTION_MASK, byte_bound
@@ -156,6 +158,8 @@ def build_body(
 ) -> tuple[Block, int]:
     """Build the body and its number of features: the user's network, or an encoder and a multi-layer perceptron.
 
+    The encoder is chosen by the space: pictures pass convolutions (`nn.picture_cnn`), the rest is a vector of numbers.
+
     Args:
         network: function that builds the user's network, None for the default.
         observation_space: of one environment.
@@ -165,7 +169,7 @@ def build_body(
         whitened: observations come as floats, normalised by running statistics.
     """
     if network is None:
-        encoder = Encoder(observation_space)
+        encoder = Encoder(observation_space, choose=partial(picture_cnn, initialiser=initialiser))
         if not hidden_sizes:
             return encoder, encoder.features
         mlp = MLP(encoder.features, hidden_sizes, activation=activation, initialiser=initialiser)

@@ -244,7 +244,7 @@ class Layer(NamedTuple):
 
 NO_CHAIN = (
     "HAT gates the units of linear layers in a row, at least one of them hidden: leave network and "
-    "share_network to their defaults, set hidden_sizes, and let actions be discrete"
+    "share_network to their defaults, set hidden_sizes, and let actions be discrete and observations no pictures"
 )
 
 

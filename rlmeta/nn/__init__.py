@@ -4,7 +4,8 @@ from rlmeta.nn.block import Block, Context, NeedsKey, Params, apply, bare, split
 from rlmeta.nn.checks import check_block
 from rlmeta.nn.convolutional import running_convolutions, strided_convolutions
 from rlmeta.nn.dropout import Dropout
-from rlmeta.nn.encoder import Encoder, feature_axes
+from rlmeta.nn.embedding import Embedding
+from rlmeta.nn.encoder import Choose, Encoder, feature_axes
 from rlmeta.nn.ensemble import Ensemble
 from rlmeta.nn.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
 from rlmeta.nn.heads.choose import PolicyHead, head_for
@@ -20,9 +21,12 @@ from rlmeta.nn.lifted import Lifted
 from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear
 from rlmeta.nn.mlp import MLP
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
+from rlmeta.nn.pictures import Layout, Picture, impala_cnn, minatar_cnn, nature_cnn, picture_cnn, picture_layout
 from rlmeta.nn.recurrent import GRUCell, LSTMCell
+from rlmeta.nn.renorm import BatchRenorm
 from rlmeta.nn.sample_gradients import check_outputs, group_gradients, squared_gradients
 from rlmeta.nn.units import ActionBounds, ActionUnits
+from rlmeta.nn.weight_norm import NormedWeight
 
 __all__ = [
     "MLP",
@@ -31,13 +35,16 @@ __all__ = [
     "Activation",
     "ActivationName",
     "BatchNorm1d",
+    "BatchRenorm",
     "BernoulliHead",
     "Block",
     "CategoricalHead",
+    "Choose",
     "Context",
     "DeterministicHead",
     "Distribution",
     "Dropout",
+    "Embedding",
     "Encoder",
     "Ensemble",
     "FisherKind",
@@ -47,11 +54,14 @@ __all__ = [
     "Initialiser",
     "LSTMCell",
     "LayerNorm",
+    "Layout",
     "Lifted",
     "Linear",
     "MultiDiscreteHead",
     "NeedsKey",
+    "NormedWeight",
     "Params",
+    "Picture",
     "PolicyHead",
     "QHead",
     "Sequential",
@@ -68,8 +78,13 @@ __all__ = [
     "gaussian_fisher",
     "group_gradients",
     "head_for",
+    "impala_cnn",
     "initialise",
     "lift",
+    "minatar_cnn",
+    "nature_cnn",
+    "picture_cnn",
+    "picture_layout",
     "running_convolutions",
     "score_fisher",
     "split",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlmeta.errors import SpaceError
+from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional.tree import Tree
-from rlmeta.nn.block import Block, Context, Params
+from rlmeta.nn.block import Block, Context, Params, own_tensors, with_learner_axes
+from rlmeta.nn.lift import lift
 
 ACTION_MASK = "action_mask"
 """Key of the action mask in a Dict observation, which is no feature."""
+
+Choose: TypeAlias = Callable[[gym.Space], nn.Module | None]
+"""Function from a part of an observation space to the network of its observations, or None for the plain encoding."""
 
 
 def feature_axes(space: gym.Space, path: str = "") -> Tree:
@@ -101,49 +106,88 @@ def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[
 
 
 class Encoder(Block):
-    """Observation encoder without parameters: any supported space to features `[*L, ..., D]`.
+    """Observation encoder: any supported space to features `[*L, ..., D]`.
 
     Box is flattened (bytes, as in images, are divided by their bound, see `byte_bound`); Discrete and MultiDiscrete,
     counted from 0, become one-hot vectors; MultiBinary becomes zeros and ones. Entries of Dict are concatenated in
     alphabetical order, without the key "action_mask"; those of Tuple in their own order. A Tuple's observation is a
     dictionary with the keys "0", "1", ..., or a tuple.
+
+    `choose` gives parts of the space networks of their own: convolutions for pictures (`picture_cnn`), an embedding for
+    a Discrete of many values, attention for a set of entities. Without it the encoder has no parameters.
     """
 
     features: int
     """D, the number of features."""
 
-    def __init__(self, observation_space: gym.Space, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, observation_space: gym.Space, dtype: torch.dtype = torch.float32, *, choose: Choose | None = None
+    ) -> None:
         """Create the encoder.
 
         Args:
             observation_space: of a single environment.
             dtype: of the features.
+            choose: function from a space without parts, as in a Dict, to a network `[B, *shape]` -> `[B, D]` for its
+                observations, as they come; or to None for the encoding above.
 
         Raises:
             SpaceError: a part of the space is not supported, or nothing is left to observe.
+            SettingError: a network of `choose` gives no features `[B, D]`.
         """
         super().__init__()
         feature_axes(observation_space)
         self._dtype = dtype
-        self._entries = [
-            (path, tuple(space.shape or ()), *_leaf_encoder(space, dtype)) for path, space in _leaves(observation_space)
-        ]
-        self.features = sum(size for _, _, size, _ in self._entries)
+        self._entries: list[tuple[tuple[str, ...], tuple[int, ...], Callable[[Tensor], Tensor] | str]] = []
+        self.features = 0
+        for index, (path, space) in enumerate(_leaves(observation_space)):
+            shape = tuple(space.shape or ())
+            network = None if choose is None else choose(space)
+            if network is None:
+                size, encode = _leaf_encoder(space, dtype)
+                self._entries.append((path, shape, encode))
+            else:
+                block = lift(network, len(shape))
+                size = _width(block, space)
+                self.add_module(str(index), block)
+                self._entries.append((path, shape, str(index)))
+            self.features += size
         if self.features == 0:
             raise SpaceError(f"observation space {observation_space} has no entry to learn from: give it at least one")
 
     def run(self, params: Params, x: Tree, ctx: Context, prefix: str = "") -> Tensor:
         """Encode observations `[*L, ..., *shape]`, a dictionary of them for Dict, as `[*L, ..., D]`."""
         parts = []
-        for path, shape, _, encode in self._entries:
+        for path, shape, encode in self._entries:
             leaf = x
             for name in path:
                 leaf = _entry(leaf, name)
             if not isinstance(leaf, Tensor) or tuple(leaf.shape[leaf.dim() - len(shape) :]) != shape:
                 received = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise ValueError(f"observation{list(path) or ''} has shape {received}, expected {('...', *shape)}")
-            parts.append(encode(leaf))
+            if isinstance(encode, str):
+                block: Block = self._modules[encode]  # type: ignore[assignment]
+                parts.append(
+                    block.run(params, leaf, with_learner_axes(self, params, ctx, prefix), f"{prefix}{encode}.")
+                )
+            else:
+                parts.append(encode(leaf))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _width(block: Block, space: gym.Space) -> int:
+    """Number of features of a network of a part of a space, by a dry run in evaluation."""
+    whole = not isinstance(space, gym.spaces.Box)
+    dtype = torch.int64 if whole else torch.uint8 if space.dtype == np.uint8 else torch.float32
+    own = own_tensors(block)
+    device = next((value.device for value in own.values()), torch.device("cpu"))
+    with torch.no_grad():
+        x = torch.zeros(2, *(space.shape or ()), dtype=dtype, device=device)
+        out = block.run(own, x, Context(learner_axes=0))
+    if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[0] != 2 or not out.shape[1]:
+        received = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise SettingError(f"the network of {space} must give features [B, D]; for B = 2 it gave {received}")
+    return int(out.shape[1])
 
 
 def _entry(x: Tree, name: str) -> Tree:

@@ -20,13 +20,14 @@ def parameter(*shape: int, value: float = 0.0) -> nn.Parameter:
 
 
 def initialise(weight: Tensor, bias: Tensor | None, initialiser: Initialiser, gain: float = 1.0) -> None:
-    """Initialise a linear layer's weight and bias in place, drawing from torch's generator.
+    """Initialise the weight and bias of a linear or convolutional layer in place, drawing from torch's generator.
 
     "orthogonal": orthonormal rows or columns times `gain`, bias 0 (Saxe et al., 2014), usual for policy gradients.
-    "torch": as `torch.nn.Linear`, uniform within 1 / sqrt(in), times `gain`.
+    "torch": as torch's layers, uniform within 1 / sqrt(in), times `gain`. Of a convolution `in` counts every entry that
+    an output sees.
 
     Args:
-        weight: `[out, in]`.
+        weight: `[out, in]`, of a convolution `[out, in, *kernel]`.
         bias: `[out]` or None.
         initialiser: one of the two.
         gain: factor of the weights.
@@ -41,7 +42,8 @@ def initialise(weight: Tensor, bias: Tensor | None, initialiser: Initialiser, ga
     elif initialiser == "torch":
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if bias is not None:
-            bound = 1.0 / math.sqrt(weight.shape[1]) if weight.shape[1] > 0 else 0.0
+            incoming = math.prod(weight.shape[1:])
+            bound = 1.0 / math.sqrt(incoming) if incoming > 0 else 0.0
             nn.init.uniform_(bias, -bound, bound)
         if gain != 1.0:
             weight.data.mul_(gain)

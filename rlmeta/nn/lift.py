@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 from rlmeta.errors import SettingError
 from rlmeta.functional.tree import Tree
 from rlmeta.nn.block import Block, Context, Params, share_tensors, with_learner_axes
-from rlmeta.nn.lifted import Lifted, hooked, norm_or_dropout
+from rlmeta.nn.lifted import Lifted, hooked, replacement
 from rlmeta.nn.linear import Activation, Flatten, Linear
 from rlmeta.nn.norm import LayerNorm
+from rlmeta.nn.weight_norm import NormedWeight, is_normed
 
 _ELEMENTWISE = (
     nn.CELU,
@@ -42,11 +43,13 @@ def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
 
     A learner `i` gets `module(x[i])` under its own parameters: the module is written for one learner and sees no
     learner axis. Names stay those of the module, so its state dicts can be loaded and saved, and it shares its tensors
-    with the block. Linear, LayerNorm, BatchNorm, Dropout, Flatten, elementwise activations and sequences of them become
-    the blocks of this package. A copy of any other module runs under `torch.func.vmap`, or in a loop over the learners
-    where an operation has no batching rule (an LSTM). In the copy, batch normalisation and dropout are replaced by this
-    package's, buffers that the module writes are returned, and other random numbers come from torch's generator, seeded
-    by the context's key. Every submodule keeps the mode, `train()` or `eval()`, that it has when it is lifted.
+    with the block. Linear, LayerNorm, BatchNorm, Dropout, Embedding, Flatten, elementwise activations, layers with
+    weight or spectral normalisation (`torch.nn.utils.parametrizations`) and sequences of them become the blocks of this
+    package. A copy of any other module runs under `torch.func.vmap`, or in a loop over the learners where an operation
+    has no batching rule (an LSTM). In the copy, batch normalisation, dropout, embeddings and normalised weights are
+    replaced by this package's, buffers that the module writes are returned, and other random numbers come from torch's
+    generator, seeded by the context's key. Every submodule keeps the mode, `train()` or `eval()`, that it has when it
+    is lifted.
 
     Learners and environments share one call of the module, so it must not mix the rows of its batch, keep memory
     between calls, or draw random numbers without a key. Learners check this for a `network=` (`rlmeta.nn.checks`),
@@ -93,8 +96,10 @@ def _native(module: nn.Module) -> Block | None:
         block = Flatten(module.start_dim, module.end_dim)  # type: ignore[arg-type]
     elif kind in _ELEMENTWISE:
         block = Activation(module)
+    elif is_normed(module):
+        block = NormedWeight(module, lift)
     else:
-        return norm_or_dropout(module)
+        return replacement(module)
     return block
 
 

@@ -29,8 +29,10 @@ from rlmeta.nn.block import (
     share_tensors,
 )
 from rlmeta.nn.dropout import Dropout
+from rlmeta.nn.embedding import Embedding
 from rlmeta.nn.norm import BATCH_NORMS, BatchNorm1d
 from rlmeta.nn.product import is_plain_graph
+from rlmeta.nn.weight_norm import NORM_PARTS, NormedWeight, is_normed
 
 Outcome: TypeAlias = tuple[Tree, Params]
 """Output of a module, and its buffers after the call, by name."""
@@ -107,7 +109,11 @@ class Lifted(Block):
     _calls_parts = True
 
     def __init__(self, module: nn.Module) -> None:
-        """Create the block of a copy of `module` that shares its tensors."""
+        """Create the block of a copy of `module` that shares its tensors.
+
+        Raises:
+            SettingError: the module cannot be copied, or an embedding in it has options that learners can't share.
+        """
         super().__init__()
         _check_forwards(module)
         template = copied(module, {id(value): value for value in own_tensors(module).values()})
@@ -211,7 +217,7 @@ class Lifted(Block):
         if key is None or call.modes not in self._drawing_modes:
             before = _generator_states(devices)
             outcome = self._call(own, inputs, key, call)
-            if all(map(torch.equal, before, _generator_states(devices))) or not self._draws(own, inputs, key, call):
+            if _are_same(before, _generator_states(devices)) or not self._draws(own, inputs, key, call):
                 return outcome
             _restore_generators(devices, before)
             self._drawing_modes.add(call.modes)
@@ -300,23 +306,34 @@ def _attention_as_products() -> contextlib.AbstractContextManager[None]:
 
 
 def _replace(module: nn.Module) -> None:
-    """Replace torch's batch normalisation and dropout inside `module` by this package's."""
+    """Replace parts of `module` by this package's, see `replacement`."""
     replaced: dict[int, Block] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
-            if child is not None and type(child) in (*BATCH_NORMS, nn.Dropout):
-                block = replaced.get(id(child)) or norm_or_dropout(child)
+            if child is not None and (type(child) in _REPLACED or is_normed(child)):
+                block = replaced.get(id(child)) or replacement(child)
                 if block is not None:
                     replaced[id(child)] = block
                     parent._modules[name] = block
 
 
-def norm_or_dropout(module: nn.Module) -> Block | None:
-    """Convert torch's batch normalisation or dropout to a block, sharing tensors; None for other or hooked modules."""
+_REPLACED = (*BATCH_NORMS, nn.Dropout, nn.Embedding)
+"""Modules of torch that `replacement` converts, besides normalised weights."""
+
+
+def replacement(module: nn.Module) -> Block | None:
+    """Convert torch's batch normalisation, dropout, embedding or normalised weight to a block, sharing tensors.
+
+    None for other modules, and for hooked ones.
+    """
     if hooked(module):
         return None
     if type(module) in BATCH_NORMS:
         return BatchNorm1d.from_torch(module)  # type: ignore[arg-type]
+    if type(module) is nn.Embedding:  # under vmap, torch forgets which row is the padding
+        return Embedding.from_torch(module)
+    if is_normed(module):
+        return NormedWeight(module, Lifted)
     if type(module) is nn.Dropout:
         block = Dropout(module.p)
         block.training = module.training
@@ -370,6 +387,7 @@ def recordable(module: nn.Module) -> bool:
     """
     for part in module.modules():
         known = type(part).__module__.startswith(("torch.nn.modules.", "rlmeta.nn."))
+        known = known or is_normed(part) or type(part) in NORM_PARTS
         own = [value for value in vars(part).values() if callable(value) and not isinstance(value, nn.Module)]
         replaced = not all(_module_of(value).startswith(("torch", "rlmeta.")) for value in own)
         if replaced or hooked(part) or not (known or getattr(type(part), "recordable", False) is True):
@@ -424,6 +442,14 @@ def _generator_devices(own: Params, inputs: tuple[Tree, ...]) -> list[torch.devi
 
 def _generator_states(devices: list[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
+
+def _are_same(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether generator states are the same numbers."""
+    if torch._C._are_functorch_transforms_active():  # which wrap every tensor
+        return all(map(torch.equal, before, after))
+    with torch._C.DisableTorchFunction():  # a recording must not take this for a look at its inputs' numbers
+        return all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(before, after))
 
 
 def _restore_generators(devices: list[torch.device], states: list[Tensor]) -> None:

@@ -111,8 +111,15 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     call = torch.ops.mkldnn._linear_pointwise
     offsets = (None,) * len(x) if bias is None else bias.squeeze(-2).unbind()
-    outputs = [call(*tensors, "none", [], "") for tensors in zip(x.unbind(), weight.unbind(), offsets)]
+    factors = zip(x.unbind(), map(_dense, weight.unbind()), offsets)
+    outputs = [call(*tensors, "none", [], "") for tensors in factors]
     return outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Weight `[N, K]` without gaps: for a transposed one with gaps, as behind convolutions, oneDNN needs 300 times as
+    long."""
+    return weight if weight.is_contiguous() or weight.mT.is_contiguous() else weight.contiguous()
 
 
 _library = torch.library.Library("rlmeta", "DEF")  # type: ignore[no-untyped-call]

@@ -51,12 +51,13 @@ def assert_close(actual: Any, expected: Any, **tolerance: float) -> None:
 
 
 def _with_gradients(tree: Any) -> tuple[Any, list[Tensor]]:
-    """Copy of a tree in which all but running statistics require gradients, and the leaves that do."""
+    """Copy of a tree in which all but buffers require gradients, and the leaves that do."""
 
     def copy(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.clone().requires_grad_(leaf.is_floating_point() and "running" not in str(path))
+        buffer = any(name in str(path) for name in ("running", "._u", "._v"))
+        return leaf.clone().requires_grad_(leaf.is_floating_point() and not buffer)
 
     tree = pytree.tree_map_with_path(copy, tree)
     return tree, [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -155,6 +155,18 @@ def test_products_keep_the_axes_before_their_matrices(large: None, monkeypatch: 
     assert calls == [6]
 
 
+def test_a_transposed_factor_with_gaps_is_copied_for_onednn(large: None) -> None:
+    """As the gradient of a layer behind convolutions has it, whose inputs lie between those of other learners."""
+    between = torch.randn(7, 2, 5).movedim(1, 0)
+    grad = torch.randn(2, 7, 4)
+    torch.testing.assert_close(product(grad.mT, between), grad.mT @ between)
+    gaps = between.mT[0]
+    copied = product_module._dense(gaps)
+    assert copied.is_contiguous() and torch.equal(copied, gaps)
+    for dense in (torch.randn(4, 5), torch.randn(4, 5).mT):
+        assert product_module._dense(dense) is dense
+
+
 def test_what_is_differentiated_mapped_or_double_stays_with_torch(large: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
     a, b = torch.randn(2, 4, 5), torch.randn(2, 5, 3)
