@@ -285,7 +285,7 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
         SettingError, UnknownNameError: a name, a flag or a value that is wrong.
     """
     cls = agent_class(agent)
-    dotted, rest = _dotted_settings(arguments)
+    dotted, rest = dotted_settings(arguments)
     env = dotted.pop("env", {})
     chosen = _peek(arguments, "--population")
     exchange = dotted.pop(user_code.population_class(chosen).name, {}) if chosen else {}
@@ -345,7 +345,7 @@ def _whole(text: str, flag: str) -> int:
         raise SettingError(f"{flag} is {text!r}, expected given, all, or a whole number") from None
 
 
-def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Parse dotted flags: `--env.KEY VALUE` of the environment, `--ewc.KEY VALUE` of a method, `--pbt.KEY VALUE`.
 
     Returns:
