@@ -1,10 +1,11 @@
-"""Atari and MiniGrid by their protocols: spaces, frames, sticky actions, lives, and exact resume by replay."""
+"""Atari and MiniGrid by their protocols, and MuJoCo: spaces, frames, lives, and exact resume by replay."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,12 @@ from rlmeta.functional.random import make_keys
 def play(world: Any, state: Any, steps: int, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     transitions = []
+    space = world.action_space
     for _ in range(steps):
-        action = torch.randint(int(world.action_space.n), (2, world.num_envs), generator=generator)
+        if isinstance(space, gym.spaces.Discrete):
+            action = torch.randint(int(space.n), (2, world.num_envs), generator=generator)
+        else:
+            action = 2 * torch.rand(2, world.num_envs, *space.shape, generator=generator) - 1
         state, transition = world.step(state, action)
         transitions.append(transition)
     return state, transitions
@@ -127,6 +132,15 @@ def test_minigrids_observations_are_small_bytes(observation: str) -> None:
 def test_minigrid_resumes_exactly() -> None:
     pytest.importorskip("minigrid")
     resumes_exactly("minigrid:DoorKey-5x5-v0", {"max_episode_steps": 30}, 40)
+
+
+# ------------------------------------------------------------------------------------------------------------- MuJoCo
+
+
+@pytest.mark.parametrize("name", ["Hopper-v5", "HalfCheetah-v5"])
+def test_mujoco_resumes_exactly(name: str) -> None:
+    pytest.importorskip("mujoco")
+    resumes_exactly(name, {}, 40)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
