@@ -121,7 +121,7 @@ def _plan(package: Any, actions: Sequence[int], rng: np.random.Generator) -> int
 
 
 def record(name: str, minimal: bool) -> dict[str, np.ndarray]:
-    """Trajectory of a game: starts of segments, actions, observations, rewards and ends."""
+    """Trajectory of a game: states at the start and the end of segments, actions, observations, rewards and ends."""
     from minatar import Environment
 
     native = NATIVE[f"MinAtar/{name}-v{int(minimal)}"]
@@ -137,9 +137,12 @@ def record(name: str, minimal: bool) -> dict[str, np.ndarray]:
         resets += 1
 
     begin()
-    columns: dict[str, list[Any]] = {"start": [], "action": [], "state": [], "reward": [], "ended": [], "reset": []}
+    names = ("start", "end", "action", "state", "reward", "ended", "reset")
+    columns: dict[str, list[Any]] = {column: [] for column in names}
     for step in range(SEGMENTS * STEPS):
         if step % STEPS == 0:
+            if name == "Breakout" and len(columns["start"]) % 2:
+                package.env.brick_map[:] = 0  # so that the wall is refilled
             columns["start"].append(state_of(name, package))
         columns["reset"].append(resets)
         action = _plan(package, actions, rng) if rng.random() < 0.97 else int(rng.integers(len(actions)))
@@ -149,10 +152,15 @@ def record(name: str, minimal: bool) -> dict[str, np.ndarray]:
             columns[column].append(value)
         if ended:
             begin()
-    columns["start"].append(state_of(name, package))
-    starts = {f"start/{leaf}": np.stack([start[leaf] for start in columns["start"]]) for leaf in columns["start"][0]}
+        if (step + 1) % STEPS == 0:
+            columns["end"].append(state_of(name, package))
+    states = {
+        f"{side}/{leaf}": np.stack([state[leaf] for state in columns[side]])
+        for side in ("start", "end")
+        for leaf in columns["start"][0]
+    }
     return {
-        **starts,
+        **states,
         "action": np.asarray(columns["action"], np.uint8),
         "observation": np.packbits(np.asarray(columns["state"], bool)),
         "reward": np.asarray(columns["reward"], np.uint8),

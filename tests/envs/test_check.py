@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,7 @@ def test_vector_environments() -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own_checked.py").write_text(
         "import gymnasium as gym\nfrom tests.envs.test_check import Endless, Fine\n"
         "gym.register('OwnChecked-v0', 'own_checked:Endless', max_episode_steps=50)\n"
@@ -236,6 +238,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["check", "own_checked:Fine", "--steps", "50"]) == 0
     assert capsys.readouterr().out == "own_checked:Fine: nothing wrong\n"
     assert main(["check", "own_checked:OwnChecked-v0", "--steps", "50"]) == 0
+    gym.registry.pop("OwnChecked-v0")
     capsys.readouterr()
     assert main(["check", "own_checked:Endless", "--steps", "50"]) == 1
     out = capsys.readouterr().out.splitlines()

@@ -48,8 +48,10 @@ def test_steps_equal_the_package(name: str) -> None:
     bits = np.unpackbits(known["observation"])[: SEGMENTS * STEPS * math.prod(shape)]
     observations = column(bits.reshape(-1, *shape))
     actions, rewards, ends, resets = (column(known[part]) for part in ("action", "reward", "ended", "reset"))
-    starts = {part.removeprefix("start/"): torch.from_numpy(x) for part, x in known.items() if part.startswith("start")}
-    state = {leaf: value[:-1] for leaf, value in starts.items()}
+    state, last = (
+        {part.removeprefix(side): torch.from_numpy(x) for part, x in known.items() if part.startswith(side)}
+        for side in ("start/", "end/")
+    )
     for t in range(STEPS):
         noise = torch.stack([noise_of("step", segment * STEPS + t, env.step_noise) for segment in range(SEGMENTS)])
         state, reward, ended = env.step(state, actions[t].long(), noise, {})
@@ -57,16 +59,18 @@ def test_steps_equal_the_package(name: str) -> None:
         assert torch.equal(reward, rewards[t].float()) and torch.equal(ended, ends[t]), t
         first = torch.stack([noise_of("reset", int(count), env.reset_noise) for count in resets[t]])
         state = _where(ended, env.restart(state, first, {}), state)
-    for leaf, value in starts.items():
+    for leaf, value in last.items():
         shown = state["present"] if leaf in ("column", "rightward", "gold") else torch.tensor(True)
-        assert torch.equal(state[leaf] * shown, value[1:] * shown), leaf
+        assert torch.equal(state[leaf] * shown, value * shown), leaf
 
 
 def test_the_trajectories_go_far() -> None:
     """Through difficulties, refilled walls and waves; every flag is seen on both sides."""
     asterix, breakout, invaders = (recorded(f"{game}-v1") for game in GAMES)
-    assert asterix["start/move_speed"].min() < 5 and asterix["start/spawn_speed"].min() < 7
-    assert breakout["reward"].sum() > 30 and invaders["start/move_interval"].min() < 12
+    assert asterix["end/move_speed"].min() < 5 and asterix["end/spawn_speed"].min() < 7
+    assert invaders["end/move_interval"].min() < 12
+    grown = np.diff(np.unpackbits(breakout["observation"]).reshape(-1, 100, 4)[..., 3].sum(1, dtype=int))
+    assert ((grown > 20) & ~breakout["ended"][:-1] & (np.arange(1, len(grown) + 1) % STEPS > 0)).sum() >= 2  # refilled
     for known in (asterix, breakout, invaders):
         assert known["ended"].sum() >= 2 and known["reward"].sum() > 20
 
@@ -89,6 +93,18 @@ def test_random_play_scores_what_it_scores_in_the_package(name: str) -> None:
     assert abs(float(total.mean()) - expected) < 4 * math.hypot(error, float(total.std()) / math.sqrt(count))
 
 
+def test_aliens_that_land_end_the_episode() -> None:
+    """In the last row they do so when they would turn, or meet the cannon; otherwise they march on."""
+    env, noise = SpaceInvaders(sticky_action_prob=0.0), torch.full((3, 1), 0.5, dtype=torch.float64)
+    state = env.reset(noise[:, :0], {})
+    aliens = torch.zeros(3, 10, 10, dtype=torch.bool)
+    aliens[0, 9, 0] = aliens[1, 9, 3] = aliens[2, 9, 6] = aliens[:, 2, 5] = True  # they move left; the cannon is at 5
+    state.update(aliens=aliens.flatten(1), move_timer=torch.zeros(3, dtype=torch.int64))
+    new, _, terminated = env.step(state, torch.zeros(3, dtype=torch.int64), noise, {})
+    assert terminated.tolist() == [True, False, True]
+    assert new["direction"].tolist() == [1, -1, -1] and new["move_timer"].tolist() == [1, 1, 1]
+
+
 def test_the_last_action_outlives_an_episode() -> None:
     """In the package a sticky first step repeats the last action of the episode before."""
     env = Breakout(sticky_action_prob=1.0)
@@ -98,6 +114,12 @@ def test_the_last_action_outlives_an_episode() -> None:
     assert int(state["ball"]) == 39
     new, _, _ = env.step(state, torch.tensor([1]), torch.tensor([[0.5]], dtype=torch.float64), {})
     assert int(new["paddle"]) == 5 and int(new["last_action"]) == 3
+    world, ended = NativeWorld(Breakout(sticky_action_prob=0.0), (), 1), False
+    state = world.reset(torch.tensor(0))
+    while not ended:
+        state, transition = world.step(state, torch.tensor([2]))
+        ended = bool(transition.terminated)
+    assert int(state["env"]["last_action"]) == 3 and int(state["elapsed"]) == 0
 
 
 def test_stickiness_may_differ_by_learner() -> None:
