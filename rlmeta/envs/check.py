@@ -22,7 +22,14 @@ from rlmeta.envs.gymnasium.sources import VectorSource, resolve
 from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.envs.native import NativeEnv, NativeWorld
 from rlmeta.envs.task import Task
-from rlmeta.errors import RlmetaError, SettingError, require_count
+from rlmeta.errors import (
+    MissingExtraError,
+    RlmetaError,
+    SettingError,
+    SpaceError,
+    UnknownNameError,
+    require_count,
+)
 from rlmeta.functional import random, tree
 
 _MOST_ACTIONS = 64
@@ -66,17 +73,18 @@ def check(task: Task, steps: int = 1000, seed: int = 0) -> list[Finding]:
         What was found, each finding once; empty if nothing is.
 
     Raises:
-        SettingError: the task cannot be made at all, for reasons that are not the environment's.
+        SettingError, MissingExtraError, UnknownNameError: the task cannot be made, for reasons that are not the
+            environment's.
     """
     require_count("steps", steps)
     if isinstance(task.source, NativeEnv):
         return _unique(_check_native(task.source, steps, seed))
     try:
         source = resolve(task.source, task.settings, 2)
-    except SettingError:
+    except (SettingError, MissingExtraError, UnknownNameError):
         raise
     except RlmetaError as error:
-        return [Finding("contract", str(error))]
+        return [Finding("spaces" if isinstance(error, SpaceError) else "contract", str(error))]
     if isinstance(source, VectorSource):
         return _unique(_check_vector(task, source, steps, seed))
     return _unique(_check_single(source, steps, seed, task.max_episode_steps))

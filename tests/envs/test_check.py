@@ -20,6 +20,7 @@ from rlmeta.cli.main import main
 from rlmeta.envs.check import Finding, check
 from rlmeta.envs.native import NATIVE, CartPole, Physics
 from rlmeta.envs.world import State
+from rlmeta.errors import MissingExtraError, UnknownNameError
 from tests.envs.bad_environment import Bad
 
 STEPS = 120
@@ -251,6 +252,19 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         and main(["check", "CartPole-v1", "--ewc.a", "1"]) == 2
     )
     assert main(["check", "CartPole-v9"]) == 2
+
+
+def test_what_is_not_the_environments_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    with pytest.raises(MissingExtraError, match="needs ale_py"):
+        check(rl.task("atari:Pong-v5"))
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        check(rl.task("gymnasium:CartPole-v7"))
+
+    class Texts(Fine):
+        observation_space = spaces.Text(5)
+
+    assert lines(Texts)[0].startswith("wrong: spaces: the observation space Text")
 
 
 def test_a_finding_is_one_line() -> None:
