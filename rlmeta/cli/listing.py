@@ -17,11 +17,18 @@ from rlmeta.runs import folder as run_folder
 
 EXTRAS = {
     "box2d": ("Box2D", "rlmeta[box2d]"),
-    "mujoco": ("mujoco", "gymnasium[mujoco]"),
+    "mujoco": ("mujoco", "rlmeta[mujoco]"),
     "phys2d": ("jax", "gymnasium[jax]"),
     "tabular": ("jax", "gymnasium[jax]"),
 }
 """Package that a group of gymnasium's environments needs, and the extra that installs it."""
+
+PREFIXED = (
+    ("Atari's", "atari:NAME, as atari:Pong-v5", "ale_py", "atari"),
+    ("MiniGrid's", "minigrid:NAME, as minigrid:DoorKey-5x5-v0", "minigrid", "minigrid"),
+    ("EnvPool's", "envpool:NAME, as envpool:Pong-v5", "envpool", "envpool"),
+)
+"""Groups of environments whose names have a prefix, their package, and the extra that installs it."""
 
 
 def agents_table() -> Table:
@@ -47,8 +54,9 @@ def tasks_table() -> Table:
         package, extra = EXTRAS.get(group, ("", ""))
         missing = package and importlib.util.find_spec(package) is None
         table.add_row(f"gymnasium {group}", ", ".join(ids), f"missing: pip install '{extra}'" if missing else "")
-    missing = importlib.util.find_spec("envpool") is None
-    table.add_row("EnvPool's", "envpool:NAME, as envpool:Pong-v5", "missing: pip install envpool" if missing else "")
+    for group, name, package, extra in PREFIXED:
+        missing = importlib.util.find_spec(package) is None
+        table.add_row(group, name, f"missing: pip install 'rlmeta[{extra}]'" if missing else "")
     table.add_row("yours", "package.module:MyEnv-v0", "gymnasium imports package.module, which registers it")
     return table
 

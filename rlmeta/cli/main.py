@@ -1,4 +1,4 @@
-"""The command line: `rlmeta train | eval | resume | record | adapt | list | bench`."""
+"""The command line: `rlmeta train | eval | resume | record | adapt | check | list | bench`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from rlmeta.cli.adapt import adapt
 from rlmeta.cli.arguments import USAGE
+from rlmeta.cli.check import check
 from rlmeta.cli.evaluate import evaluate
 from rlmeta.cli.others import bench, show_list
 from rlmeta.cli.record import record
@@ -68,6 +69,7 @@ def _dispatch(arguments: list[str]) -> int:
         "resume": resume,
         "record": record,
         "adapt": adapt,
+        "check": check,
         "list": show_list,
         "bench": bench,
     }

@@ -287,7 +287,7 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
         SettingError, UnknownNameError: a name, a flag or a value that is wrong.
     """
     cls = agent_class(agent)
-    method_settings, rest = _dotted_settings(arguments)
+    method_settings, rest = dotted_settings(arguments)
     env = method_settings.pop("env", {})
     chosen = _peek(arguments, "--population")
     population_settings = method_settings.pop(user_code.population_class(chosen).name, {}) if chosen else {}
@@ -347,7 +347,7 @@ def _whole(text: str, flag: str) -> int:
         raise SettingError(f"{flag} is {text!r}, expected given, all, or a whole number") from None
 
 
-def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Parse dotted flags: `--env.KEY VALUE` of the environment, `--ewc.KEY VALUE` of a method, `--pbt.KEY VALUE`.
 
     Returns:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.families import from_table as named_family
+from rlmeta.envs.gymnasium import protocols
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, require_timeout
 from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, is_multi_agent
 from rlmeta.envs.names import read_named
@@ -33,8 +34,9 @@ Mode = Literal["sync", "async"]
 class Task:
     """Reinforcement-learning task, which creates the environments of any number of learners.
 
-    `source` is a native environment, a gymnasium id, `envpool:NAME`, an EnvSpec, or a factory of an environment or
-    VectorEnv (a factory, because a run needs separate environments for training and evaluation).
+    `source` is a native environment, a gymnasium id, `envpool:NAME`, `atari:NAME`, `minigrid:NAME`, an EnvSpec, or a
+    factory of an environment or VectorEnv (a factory, because a run needs separate environments for training and
+    evaluation).
     """
 
     name: str
@@ -249,7 +251,8 @@ def task(
 
     Args:
         source: a name (`rlmeta list`), a gymnasium id such as `LunarLander-v3` or `mypkg:MyEnv-v0`, `envpool:Pong-v5`
-            of EnvPool, an EnvSpec, a function that returns an environment or a VectorEnv, or a native environment.
+            of EnvPool, `atari:Pong-v5` or `minigrid:DoorKey-5x5-v0` by their protocols, an EnvSpec, a function that
+            returns an environment or a VectorEnv, or a native environment.
         name: of the task; by default derived from the source.
         settings: constants of a native environment, or keyword arguments of a gymnasium environment.
         mode: "async" runs gymnasium environments in worker processes.
@@ -361,6 +364,7 @@ def _named(source: str, name: str, settings: dict[str, Any], mode: Mode, native:
     if native and source in NATIVE:
         return Task(name, _with_constants(NATIVE[source], settings), settings)
     if ":" not in source and source not in gym.registry:
+        protocols.import_registering(source, source)
         if source.startswith("rlmeta/"):
             from rlmeta.envs.native import register  # noqa: F401 - registers the ids
         if source not in gym.registry and not _has_version(source):

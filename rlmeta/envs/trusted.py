@@ -18,6 +18,7 @@ from rlmeta.errors import SettingError
 EXTRAS = frozenset(
     {
         "ale_py",
+        "atari",
         "envpool",
         "gymnasium",
         "gymnasium_robotics",
@@ -29,7 +30,8 @@ EXTRAS = frozenset(
         "rlmeta.envs.native.register",
     }
 )
-"""Modules that a file may name in front of an environment's id, because importing them registers environments."""
+"""Modules that a file may name in front of an environment's id, because importing them registers environments, and the
+prefix `atari`, for which nothing of this name is imported."""
 OWN = ("rlmeta.nn", "rlmeta.rewards")
 """Packages of rlmeta from which a file may name classes and functions."""
 

@@ -19,7 +19,7 @@ import gymnasium as gym
 
 from rlmeta.agents.agent import NetworkFactory
 from rlmeta.envs import trusted, user_modules
-from rlmeta.envs.gymnasium.sources import ENVPOOL
+from rlmeta.envs.gymnasium.sources import has_prefix
 from rlmeta.envs.kinds import is_problem
 from rlmeta.envs.native import NativeEnv
 from rlmeta.errors import SettingError, unknown_name
@@ -82,13 +82,13 @@ def source_of(name: str, settings: Mapping[str, Any]) -> Any:
 def _is_object(name: str) -> bool:
     """Whether a name is that of an object in a user's module.
 
-    Other names are rlmeta's, gymnasium's, EnvPool's, or ids that the module has registered with gymnasium.
+    Other names are rlmeta's, gymnasium's, EnvPool's, a protocol's, or ids that the module has registered.
 
     Raises:
         SettingError: there is no such module, or neither such an object in it nor such an id.
     """
     module, colon, attribute = name.partition(":")
-    if not colon or name.startswith(ENVPOOL):
+    if not colon or has_prefix(name):
         return False
     there = hasattr(load_module(module), attribute)  # importing it registers its ids
     identifies = attribute in gym.registry or re.search(r"-v\d+$", attribute) is not None

@@ -761,7 +761,7 @@ def test_list_marks_what_needs_an_extra(monkeypatch: pytest.MonkeyPatch, capfd: 
     monkeypatch.setattr(listing.importlib, "util", found)
     said, _ = rlmeta_says(capfd, "list tasks")
     assert "LunarLander-v3" in said
-    assert "pip install 'gymnasium[mujoco]'" in said
+    assert "pip install 'rlmeta[mujoco]'" in said
     assert "rlmeta[box2d]" not in said
     assert "Ant-v5" in said
     assert "Ant-v4" not in said, "the newest version alone"

@@ -276,6 +276,8 @@ def test_random_numbers_follow_the_key():
 
 TASKS = ["FrozenLake-v1", "FrozenLake8x8-v1", "CliffWalking-v1", "GridWorld-v0", "Bandit-v0", "Navigation-v0"]
 TASKS += ["DeepSea-v0", "Pendulum-v1", "MountainCarContinuous-v0", "Acrobot-v1", "cartpole-physics", "CartPole-fixed"]
+TASKS += ["MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1", "MinAtar/Asterix-v0", "Catch-v0", "TMaze-v0"]
+TASKS += ["RepeatPrevious-easy", "CartPole-noisy-easy", "PointReach-v0"]
 AGENTS = [rl.PPO(num_steps=16, batch_size=64, num_epochs=4), rl.A2C(), rl.REINFORCE(num_steps=40)]
 AGENTS += [rl.DQN(learning_starts=16, gradient_steps=2)]
 

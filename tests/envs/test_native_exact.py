@@ -13,8 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlmeta.envs.native import NATIVE, Acrobot, CartPole, MountainCar, MountainCarContinuous, NativeEnv, Pendulum
+from rlmeta.envs.native import (
+    NATIVE,
+    Acrobot,
+    CartPole,
+    MountainCar,
+    MountainCarContinuous,
+    NativeEnv,
+    NativeWorld,
+    Pendulum,
+)
 from rlmeta.errors import SettingError
+from rlmeta.functional.random import make_keys
 
 COUNT = 3000
 CONTROL = ("CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1", "Pendulum-v1")
@@ -260,3 +270,34 @@ def test_wrong_options_are_refused() -> None:
         CartPole(kinematics_integrator="rk4")
     with pytest.raises(SettingError, match="book_or_nips='paper'"):
         Acrobot(book_or_nips="paper")
+
+
+def test_noisy_cartpole_is_cartpole_with_normal_noise_clipped_to_its_space() -> None:
+    """POPGym's NoisyPositionOnlyCartPole: the poles go as without noise, what is seen differs by normal numbers."""
+    plain = NativeWorld(CartPole(observe_velocities=False), (), 2000)
+    noisy = NativeWorld(CartPole(observe_velocities=False, observation_noise=0.3, step_reward=0.005), (), 2000)
+    key, action = make_keys([0])[0], torch.ones(2000, dtype=torch.int64)
+    (state, loud), differences = (plain.reset(key), noisy.reset(key)), []
+    # a width of 4 and one of 6 give other numbers
+    state["env"]["state"] = loud["env"]["state"]
+    high = torch.tensor([4.8, 0.41887903])
+    for _ in range(5):
+        seen, expected = noisy.observation(loud), (plain.observation(state) + loud["env"]["noise"]).float()
+        inside = expected.abs() < high
+        torch.testing.assert_close(seen[inside], expected[inside])
+        assert bool((seen.abs()[~inside] == high.expand_as(seen)[~inside]).all()) and bool((~inside).any())
+        differences.append(loud["env"]["noise"])
+        (state, expected_step), (loud, step) = plain.step(state, action), noisy.step(loud, action)
+        torch.testing.assert_close(loud["env"]["state"], state["env"]["state"])
+        assert torch.equal(step.reward, expected_step.reward * 0.005)
+    noise = torch.stack(differences)
+    assert float(noise.mean().abs()) < 0.01 and float(noise.std()) == pytest.approx(0.3, rel=0.02)
+    assert len(noise.unique()) == noise.numel()
+    with pytest.raises(SettingError, match=r"observation_noise=0\.0: expected a standard deviation"):
+        CartPole(observation_noise=0.0)
+
+
+def test_a_step_of_cartpole_pays_what_physics_says() -> None:
+    world = NativeWorld(CartPole(), (), 2, {"step_reward": torch.tensor(0.5)})
+    _, transition = world.step(world.reset(make_keys([0])[0]), torch.zeros(2, dtype=torch.int64))
+    assert transition.reward.tolist() == [0.5, 0.5]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlmeta.data.spaces import Layout
 from rlmeta.envs.native import (
     NATIVE,
     Bandit,
@@ -32,6 +33,7 @@ from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, UnknownNameError
 from rlmeta.functional import random, tree
 from rlmeta.functional.random import fold, make_keys
+from rlmeta.functional.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -98,20 +100,23 @@ def test_shapes_and_types(name: str, shape: tuple[tuple[int, ...], int]) -> None
     key = make_keys(range(math.prod(learners))).reshape(learners)
     state = world.reset(key)
     rows = (*learners, count)
-    space = world.observation_space
-    assert space.shape is not None
-    kind = torch.int64 if isinstance(space, gym.spaces.Discrete) else torch.float32
+    layout = Layout(world.observation_space)
+    forms = [((*rows, *leaf.shape), str(leaf.stored)) for leaf in layout.leaves]
+
+    def form_of(observation: Tree) -> list[tuple[tuple[int, ...], str]]:
+        parts = layout.unnest(observation, "an observation")
+        return [(tuple(part.shape), str(part.dtype).removeprefix("torch.")) for part in parts]
+
     assert all(leaf.shape[: len(rows)] == rows for leaf in tree.leaves(state))
-    assert world.observation(state).shape == (*rows, *space.shape) and world.observation(state).dtype == kind
+    assert form_of(world.observation(state)) == forms
     state, transition = world.step(state, random_actions(world, 1)[0])
     assert all(leaf.shape[: len(rows)] == rows for leaf in tree.leaves(state))
-    for observation in (transition.observation, transition.next_observation):
-        assert observation.shape == (*rows, *space.shape) and observation.dtype == kind
+    assert form_of(transition.observation) == form_of(transition.next_observation) == forms
     assert transition.reward.shape == rows and transition.reward.dtype == torch.float32
     for flag in (transition.terminated, transition.truncated, transition.valid, transition.memory_reset):
         assert flag.shape == rows and flag.dtype == torch.bool
     assert transition.valid.all()
-    assert torch.equal(world.observation(state), transition.observation)
+    assert same(world.observation(state), transition.observation)
 
 
 def test_observations_lie_in_the_space() -> None:
@@ -119,8 +124,11 @@ def test_observations_lie_in_the_space() -> None:
         world = NativeWorld(env, (), 4)
         _, transitions = roll(world, world.reset(make_keys([1])[0]), random_actions(world, 60))
         for transition in transitions:
-            for row in transition.next_observation:
-                assert env.observation_space.contains(row.numpy() if row.dim() else int(row)), name
+            for row in range(4):
+                shown = tree.map(
+                    lambda x, i=row: x[i].numpy() if x.dim() > 1 else int(x[i]), transition.next_observation
+                )
+                assert env.observation_space.contains(shown), name
 
 
 # ---------------------------------------------------------------------------------------------- episodes and resets

@@ -16,12 +16,18 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from rlmeta.data.spaces import Layout
-from rlmeta.envs.gymnasium import failures
+from rlmeta.envs.gymnasium import failures, protocols
 from rlmeta.envs.gymnasium.rows import MaskSource, Template, first_reset, has_own_mask, with_mask
 from rlmeta.errors import MissingExtraError, SettingError, SpaceError, nearest_names, unknown_name
 
 ENVPOOL = "envpool:"
 """Prefix of EnvPool names."""
+
+
+def has_prefix(name: str) -> bool:
+    """Whether a name's part before the colon is no module of the user's but a prefix of rlmeta's."""
+    return name.startswith(ENVPOOL) or protocols.is_protocol(name)
+
 
 _OURS = ("num_envs", "batch_size", "seed", "env_type")
 """Arguments of EnvPool that the user cannot set."""
@@ -41,8 +47,8 @@ def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | Vector
     """Resolve a source to a template of single environments or a VectorEnv.
 
     Args:
-        make: a gymnasium id, `envpool:NAME`, an EnvSpec, a VectorEnv, or a function that returns an environment or a
-            VectorEnv.
+        make: a gymnasium id, `envpool:NAME`, `atari:NAME`, `minigrid:NAME`, an EnvSpec, a VectorEnv, or a function that
+            returns an environment or a VectorEnv.
         settings: its keyword arguments.
         rows: number of environments, passed to a function with a parameter `num_envs`. One that also has a parameter
             `seed` gets a list of seeds, and is called again for other seeds.
@@ -63,6 +69,9 @@ def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | Vector
         raise SettingError(f"got the environment {make}; give a function that makes one, for every row needs its own")
     if isinstance(make, str) and make.startswith(ENVPOOL):
         return _envpool(make, settings, rows)
+    if isinstance(make, str) and protocols.is_protocol(make):
+        factory, what = protocols.maker(make, settings), f"environment {make!r}"
+        return _template(failures.construct(what, settings, factory), factory, what)
     if isinstance(make, str | EnvSpec):
         return _registered(make, settings)
     if not callable(make):
@@ -100,6 +109,7 @@ def _spec(identifier: str, what: str) -> EnvSpec:
     module, colon, registered = identifier.rpartition(":")
     if colon:
         failures.construct(what, {}, partial(importlib.import_module, module))
+    protocols.import_registering(registered, identifier)
     try:
         return gym.spec(registered)
     except gym.error.UnregisteredEnv as error:
@@ -119,7 +129,7 @@ def _envpool(name: str, settings: dict[str, Any], rows: int) -> VectorSource:
         import envpool
     except ImportError as error:
         raise MissingExtraError(
-            f"task {name!r} needs envpool, which can't be imported ({error}): install it"
+            f"task {name!r} needs envpool, which can't be imported ({error}): pip install 'rlmeta[envpool]'"
         ) from error
     identifier, known = name.removeprefix(ENVPOOL), envpool.list_all_envs()
     if identifier not in known:

@@ -64,6 +64,10 @@ class NativeEnv(ABC):
     def reset(self, noise: Tensor, physics: Physics) -> State:
         """Initial state of an episode; `noise` is `[*B, reset_noise]`."""
 
+    def restart(self, state: State, noise: Tensor, physics: Physics) -> State:
+        """Initial state of the episode after that of `state`; by default nothing outlives an episode, as in `reset`."""
+        return self.reset(noise, physics)
+
     @abstractmethod
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
         """Transition of a step.
@@ -217,7 +221,7 @@ class NativeWorld:
         episode = torch.as_tensor(episode, dtype=torch.int64, device=key.device).expand(self._rows).clone()
         physics = self._physics(rows, episode)
         state: State = {
-            "env": self._fresh(rows, episode, physics),
+            "env": self.env.reset(self._first_noise(rows, episode), physics),
             "key": rows,
             "episode": episode,
             "elapsed": torch.zeros_like(episode),
@@ -266,7 +270,8 @@ class NativeWorld:
             episode, elapsed = episode + done, elapsed.masked_fill(done, 0)
             if self._redraw is not None:
                 physics = self._physics(key, episode)  # unchanged in rows whose episode continues
-            env_state = _where(done, self._fresh(key, episode, physics, predrawn_noise), env_state)
+            fresh = self.env.restart(env_state, self._first_noise(key, episode, predrawn_noise), physics)
+            env_state = _where(done, fresh, env_state)
             observation = self.env.observe(env_state)
         new.update(env=env_state, episode=episode, elapsed=elapsed)
         if physics:
@@ -321,15 +326,13 @@ class NativeWorld:
     def _no_noise(self, key: Tensor) -> Tensor:
         return torch.empty((*self._rows, 0), dtype=torch.float64, device=key.device)
 
-    def _fresh(self, key: Tensor, episode: Tensor, physics: Physics, predrawn_noise: Tree | None = None) -> State:
-        noise = self._no_noise(key)
-        if self.env.reset_noise:
-            noise = (
-                self._reset_noise.at(key, episode)
-                if predrawn_noise is None
-                else _pick(predrawn_noise["reset"], episode)
-            )
-        return self.env.reset(noise, physics)
+    def _first_noise(self, key: Tensor, episode: Tensor, predrawn_noise: Tree | None = None) -> Tensor:
+        """Random numbers of the first state of an episode, `[*L, N, reset_noise]`."""
+        if not self.env.reset_noise:
+            return self._no_noise(key)
+        if predrawn_noise is None:
+            return self._reset_noise.at(key, episode)
+        return _pick(predrawn_noise["reset"], episode)
 
     def _physics(self, key: Tensor, episode: Tensor) -> dict[str, Tensor]:
         """Draw or copy the physics of episodes; every call returns new tensors, since a state may be written to."""

@@ -21,7 +21,7 @@ from rlmeta.errors import SettingError
 class CartPole(NativeEnv):
     """CartPole-v1 of gymnasium: reward 1 per step while the pole is upright.
 
-    The only leaf of the state, `state` `[*B, 4]`, is x, x', theta, theta' in m, m/s, rad, rad/s.
+    The state has `state` `[*B, 4]`, x, x', theta, theta' in m, m/s, rad, rad/s, and `noise`, of a noisy observation.
 
     With F = force_mag or -force_mag, m = masspole, M = masspole + masscart, l = length (half the pole's), c = m l / M,
     temp = F / M + c theta'^2 sin theta,
@@ -49,9 +49,11 @@ class CartPole(NativeEnv):
     thresholds, 0 outside. A constant reward then teaches nothing, since it cannot prolong an episode."""
     observe_velocities: bool = True
     """False for partial observability: velocities are hidden, and an agent needs memory to balance the pole."""
+    observation_noise: float | None = None
+    """Standard deviation of normal noise on every entry of an observation, clipped to its space; None for none."""
+    step_reward: float = 1.0
+    """Reward of a step; POPGym's tasks pay 1 / max_episode_steps, so that the best return is 1."""
     max_episode_steps: int | None = 500
-
-    reset_noise = 4
 
     def __post_init__(self) -> None:
         if self.kinematics_integrator not in ("euler", "semi-implicit"):
@@ -60,6 +62,20 @@ class CartPole(NativeEnv):
             )
         if self.fixed_horizon and self.max_episode_steps is None:
             raise SettingError("fixed_horizon=True without max_episode_steps: such an episode would never end")
+        if self.observation_noise is not None and not 0 < self.observation_noise < math.inf:
+            raise SettingError(
+                f"observation_noise={self.observation_noise}: expected a standard deviation above 0, or None for none"
+            )
+
+    @property
+    def step_noise(self) -> int:
+        """Number of random numbers of a step: one for each entry of a noisy observation."""
+        return 0 if self.observation_noise is None else 4 if self.observe_velocities else 2
+
+    @property
+    def reset_noise(self) -> int:
+        """Number of random numbers of a reset: 4 of the initial state, and those of its observation."""
+        return 4 + self.step_noise
 
     @cached_property
     def observation_space(self) -> gym.Space:
@@ -81,7 +97,8 @@ class CartPole(NativeEnv):
         """Initial state: uniform around the upright rest."""
         span = physics.get("initial_range", self.initial_range)
         span = span.unsqueeze(-1) if isinstance(span, Tensor) else span
-        return {"state": (noise * (2 * span)).sub_(span)}
+        first = noise if self.observation_noise is None else noise[..., :4]
+        return self._seen({"state": (first * (2 * span)).sub_(span)}, noise)
 
     def step(self, state: State, action: Tensor, noise: Tensor, physics: Physics) -> tuple[State, Tensor, Tensor]:
         """Push the cart for `tau` seconds."""
@@ -98,14 +115,34 @@ class CartPole(NativeEnv):
         if self.fixed_horizon:
             wrapped = torch.remainder(new[..., 2:3] + math.pi, 2 * math.pi) - math.pi
             new = torch.cat((new[..., :2], wrapped, new[..., 3:]), -1)
-            return {"state": new}, (~terminated).float(), torch.zeros_like(terminated)
-        reward = -terminated.float() if self.sutton_barto_reward else torch.ones_like(terminated, dtype=torch.float32)
-        return {"state": new}, reward, terminated
+            return self._seen({"state": new}, noise), (~terminated).float(), torch.zeros_like(terminated)
+        reward = -terminated.float() if self.sutton_barto_reward else self._paid(terminated, physics)
+        return self._seen({"state": new}, noise), reward, terminated
+
+    def _paid(self, terminated: Tensor, physics: Physics) -> Tensor:
+        paid = torch.ones_like(terminated, dtype=torch.float32)
+        if "step_reward" in physics:
+            return paid * physics["step_reward"].float()
+        return paid if self.step_reward == 1 else paid * self.step_reward
+
+    def _seen(self, state: State, noise: Tensor) -> State:
+        """State with the noise of its observation, from the last of the uniform numbers."""
+        if self.observation_noise is None:
+            return state
+        return {**state, "noise": torch.special.ndtri(noise[..., -self.step_noise :]) * self.observation_noise}
 
     def observe(self, state: State) -> Tensor:
-        """Observation: the state in float32, or its positions alone."""
+        """Observation: the state in float32, or its positions alone, with their noise."""
         seen = state["state"] if self.observe_velocities else state["state"][..., ::2]
-        return seen.float()
+        if self.observation_noise is None:
+            return seen.float()
+        noisy, high = (seen + state["noise"]).float(), self._high.to(seen.device)
+        return torch.minimum(torch.maximum(noisy, -high), high)
+
+    @cached_property
+    def _high(self) -> Tensor:
+        """Upper bounds of an observation."""
+        return torch.tensor(self.observation_space.high, device="cpu")  # type: ignore[attr-defined]
 
     def _accelerations(
         self, theta: Tensor, theta_dot: Tensor, action: Tensor, physics: Physics

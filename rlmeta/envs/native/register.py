@@ -1,5 +1,7 @@
 """Registration of the native environments with gymnasium, as `rlmeta/CartPole-v1` and so on, on import.
 
+A name of two parts has a dash in its id, `rlmeta/MinAtar-Breakout-v1`, for gymnasium allows one slash.
+
 `gymnasium.make("rlmeta.envs.native.register:rlmeta/CartPole-v1")` imports it. Constants are passed as a dictionary:
 `gymnasium.make("rlmeta/CartPole-v1", constants={"gravity": 1.6})`.
 """
@@ -21,7 +23,14 @@ from torch import Tensor
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError, unknown_name
+from rlmeta.functional import tree
 from rlmeta.functional.random import make_keys
+from rlmeta.functional.tree import Tree
+
+
+def gym_id(name: str) -> str:
+    """Gymnasium id of a native environment's name."""
+    return f"rlmeta/{name.replace('/', '-')}"
 
 
 def _environment(name: str, constants: Mapping[str, Any] | None, max_episode_steps: int | None) -> NativeEnv:
@@ -118,7 +127,7 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
         """Reset every row i: from seed + i, from its entry of a list of seeds, or at random."""
         seeds = self._seeds(seed)
         self._state = self._world.reset(torch.stack([_draw_key(seeding.np_random(s)[0]) for s in seeds]))
-        return self._world.observation(self._state).squeeze(1).numpy().copy(), {}
+        return _rows(self._world.observation(self._state)), {}
 
     def _seeds(self, seed: int | list[int | None] | None) -> list[int | None]:
         if isinstance(seed, int):
@@ -135,14 +144,15 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
             raise SettingError("step() before the first reset(): call reset() to start the episodes")
         _check_action(self.action_space, actions)
         self._state, transition = self._world.step(self._state, torch.from_numpy(np.array(actions)).unsqueeze(1))
-        observation, final, reward, terminated, truncated, _, done = (x.squeeze(1).numpy() for x in transition)
+        observation, final = _rows(transition.observation), _rows(transition.next_observation)
+        reward, terminated, truncated, _, done = (x.squeeze(1).numpy() for x in transition[2:])
         infos: dict[str, Any] = {}
         if done.any():
             infos["final_obs"] = np.full(self.num_envs, None, dtype=object)
             for row in done.nonzero()[0]:
-                infos["final_obs"][row] = final[row].copy()
+                infos["final_obs"][row] = tree.map(lambda leaf, row=row: leaf[row].copy(), final)
             infos |= {"_final_obs": done.copy(), "final_info": {}, "_final_info": done.copy()}
-        return observation.copy(), reward.astype(np.float64), terminated, truncated, infos
+        return observation, reward.astype(np.float64), terminated, truncated, infos
 
 
 def _check_action(space: gym.Space, action: Any) -> None:
@@ -151,15 +161,20 @@ def _check_action(space: gym.Space, action: Any) -> None:
         raise SettingError(f"action {action!r}: expected one of {space}")
 
 
-def _first_row(observation: Tensor) -> Any:
-    """Extract the observation of the first row: an array, or an int of a discrete space."""
-    return observation[0].numpy().copy() if observation.dim() > 1 else int(observation[0])
+def _rows(observation: Tree) -> Any:
+    """Copy observations `[R, 1, ...]` to arrays `[R, ...]`."""
+    return tree.map(lambda leaf: leaf.squeeze(1).numpy().copy(), observation)
+
+
+def _first_row(observation: Tree) -> Any:
+    """Extract the observation of the first row: an array, an int of a discrete space, or a dictionary of them."""
+    return tree.map(lambda leaf: leaf[0].numpy().copy() if leaf.dim() > 1 else int(leaf[0]), observation)
 
 
 for _name, _env in NATIVE.items():
-    if f"rlmeta/{_name}" not in gym.registry:
+    if gym_id(_name) not in gym.registry:
         gym.register(
-            id=f"rlmeta/{_name}",
+            id=gym_id(_name),
             entry_point="rlmeta.envs.native.register:NativeGymEnv",
             vector_entry_point="rlmeta.envs.native.register:NativeVectorEnv",
             max_episode_steps=_env.max_episode_steps,
