@@ -215,7 +215,7 @@ class PPGAgent(Agent):
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Losses `[*L]` of a minibatch `[*L, B, ...]` of the groups that move: of the policy phase, or the auxiliary."""
+        """Losses `[*L]` of a minibatch `[*L, B, ...]`: those of the groups that move, of either phase."""
         terms: dict[str, Tensor] = {}
         if ctx.moves("auxiliary"):
             terms |= self._auxiliary_losses(p, batch, ctx)

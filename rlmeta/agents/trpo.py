@@ -238,7 +238,7 @@ class TRPOAgent(Agent):
         return product
 
     def surrogate(self, now: dict[str, Tensor], old: dict[str, Tensor], batch: tree.Tree) -> tuple[Tensor, Tensor]:
-        """Surrogate objective E[π / π_old A] and divergence E[KL(π_old || π)] of a batch `[*L, B, ...]`, `[*L]` each."""
+        """Surrogate objective E[π / π_old A] and divergence E[KL(π_old || π)] of a batch, `[*L]` each."""
         valid, action = batch["valid"], batch["action"]
         ratio = (self.head.log_prob(now, action) - self.head.log_prob(old, action)).exp()
         return masked_mean(ratio * batch["advantage"], valid), masked_mean(self.head.kl(old, now), valid)

@@ -53,7 +53,7 @@ def test_learns_to_name_its_observation_in_every_action_space(name, kind):
     problem = task(partial(Target, kind), name="target")
     spaces = {"dqn": ("discrete", "shifted"), "sac": ("discrete", "shifted", "box")}
     if kind not in spaces.get(name, kind):
-        with pytest.raises(SpaceError, match="DQN chooses among Discrete|SAC acts in a Box with finite bounds"):
+        with pytest.raises(SpaceError, match=r"DQN chooses among Discrete|SAC acts in a Box"):
             start(SMALL[name], problem)
         return
     agent, state = train(SMALL[name], problem, 30)

@@ -1,4 +1,4 @@
-"""Conjugate gradient and line search: against a direct solve, learner by learner, whatever another learner's numbers."""
+"""Conjugate gradient and line search: against a direct solve, and every learner as if it were alone."""
 
 from __future__ import annotations
 

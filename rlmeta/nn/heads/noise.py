@@ -14,7 +14,6 @@ from rlmeta.nn.initialisers import parameter
 from rlmeta.nn.linear import Linear, linear
 from rlmeta.nn.units import ActionUnits
 
-
 _LEAST_VARIANCE = 1e-6
 """Keeps the density finite where every feature is zero, as in Stable-Baselines3."""
 
@@ -112,9 +111,9 @@ class TanhStateDependentNoiseHead(Block):
     the same distribution of each action, to which density and entropy refer. Gradients reach the features through the
     noise, too.
 
-    `{"mean": [*L, ..., A] (before squashing), "log_std": [*L, ..., A] (likewise), "features": [*L, ..., D], "noise_log_std":
-    [*L, D, A]}`; the last two are for sampling alone. Densities are those of the action in the environment's units, as
-    `TanhGaussianHead`'s.
+    `{"mean": [*L, ..., A] (before squashing), "log_std": [*L, ..., A] (likewise), "features": [*L, ..., D],
+    "noise_log_std": [*L, D, A]}`; the last two are for sampling alone. Densities are those of the action in the
+    environment's units, as `TanhGaussianHead`'s.
 
     Source: Raffin, Kober and Stulp, "Smooth Exploration for Robotic Reinforcement Learning", 2021.
     """
