@@ -2,9 +2,8 @@
 
 With advantages A by generalized advantage estimation and the ratio rho = pi(a|s) / pi_old(a|s), each rollout is good
 for one step of the policy's weights, along d = (F + damping I)^-1 g by conjugate gradient: g is the gradient of
-E[rho A], F the curvature of E[KL(pi_old(.|s) || pi(.|s))], of which products F v alone are computed.
-The whole step is sqrt(2 KL_TARGET / d'(F + damping I)d) d; it is cut until E[rho A] has grown and the divergence is at
-most KL_TARGET. The value function goes down the gradient of E[(V(s) - G)^2], G = A + V_old(s), by Adam.
+E[rho A], F the curvature of E[KL(pi_old || pi)]. The step is sqrt(2 KL_TARGET / d'(F + damping I)d) d, cut until
+E[rho A] has grown and the divergence is at most KL_TARGET. The value function learns G = A + V_old(s) by Adam.
 
 python agents/trpo.py --task Pendulum-v1 --seeds 8 --steps 100000
 
@@ -35,11 +34,11 @@ GAMMA, GAE_LAMBDA, HIDDEN_SIZES = 0.9, 0.95, (64, 64)
 
 def make_networks(world: World) -> dict[str, Block]:
     """The policy, whose head (also by itself) knows the distribution over actions, and the value of a state."""
-    encoder, features = Encoder(world.observation_space), HIDDEN_SIZES[-1]
-    head = head_for(world.action_space, features, state_dependent_noise=True)  # for a Box of actions
-    ends = {"policy": head, "value": ValueHead(features)}
-    bodies = {name: MLP(encoder.features, HIDDEN_SIZES, activation="tanh") for name in ends}
-    return {**{name: Sequential(encoder, bodies[name], end) for name, end in ends.items()}, "head": head}
+    encoder = Encoder(world.observation_space)
+    head = head_for(world.action_space, HIDDEN_SIZES[-1], state_dependent_noise=True)  # for a Box of actions
+    ends = {"policy": head, "value": ValueHead(HIDDEN_SIZES[-1])}
+    networks = {n: Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES), end) for n, end in ends.items()}
+    return {**networks, "head": head}
 
 
 def run(networks: dict, name: str, weights: dict, x: tree.Tree) -> tree.Tree:
@@ -53,9 +52,8 @@ def act(networks: dict, weights: dict, world: World, state: State, key: Tensor, 
     rows = []
     for t in range(first, first + NUM_STEPS):
         observation = world.observation(state)
-        action = networks["head"].sample(
-            run(networks, "policy", weights, observation), random.fold(key, t // NOISE_HOLD)
-        )
+        distribution = run(networks, "policy", weights, observation)
+        action = networks["head"].sample(distribution, random.fold(key, t // NOISE_HOLD))
         state, transition = world.step(state, action)
         rows.append({**transition._asdict(), "observation": observation, "action": action})
     return state, tree.map(lambda *steps: torch.stack(steps, 1), *rows)
@@ -77,11 +75,11 @@ def policy_step(networks: dict, weights: dict, batch: dict) -> dict:
     """The weights after the policy's step on a rollout `[S, B, ...]`."""
     theta = Packed.of({name: weight for name, weight in weights.items() if name.startswith("policy.")}, 1)
     head, valid, old = networks["head"], batch["valid"], run(networks, "policy", weights, batch["observation"])
-    old_log_prob, advantage = head.log_prob(old, batch["action"]), losses.normalise_advantage(batch["advantage"], valid)
+    advantage = losses.normalise_advantage(batch["advantage"], valid)
 
     def evaluate(flat: Tensor) -> tuple[Tensor, Tensor]:
         now = run(networks, "policy", Packed.view(flat, theta, 1), batch["observation"])
-        ratio = (head.log_prob(now, batch["action"]) - old_log_prob).exp()
+        ratio = (head.log_prob(now, batch["action"]) - head.log_prob(old, batch["action"])).exp()
         return masked_mean(ratio * advantage, valid), masked_mean(head.kl(old, now), valid)
 
     leaf = theta.flat.clone().requires_grad_()

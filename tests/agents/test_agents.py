@@ -67,7 +67,7 @@ def test_masked_actions_are_never_taken(name):
     assert greedy_return(agent, state, problem).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "dqn"])  # tests/test_crossings.py has all
 def test_dictionary_observations_and_a_network_of_ones_own(name):
     import dataclasses
 
@@ -92,7 +92,7 @@ def test_a_network_that_gives_no_features_is_refused_before_training():
         start(PPO(network=lambda space: 3), "CartPole-v1")
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "sac"])  # whose values are of entropy, too
+@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "dqn", "impala"])
 def test_time_limits_bootstrap_so_that_an_endless_reward_is_worth_its_sum(name):
     import dataclasses
 
@@ -117,7 +117,7 @@ def test_a_learner_is_the_same_in_any_company_up_to_rounding(name):
     for other in (alone, compared):
         for a, b in zip(weights_of(together, 0), weights_of(other, 0)):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(weights_of(compared, 0)[0], weights_of(compared, 1)[0])
+    assert not torch.allclose(weights_of(compared, 0)[-1], weights_of(compared, 1)[-1])
 
 
 @pytest.mark.parametrize("name", list(SMALL))
@@ -125,7 +125,7 @@ def test_same_seeds_give_the_same_bits_and_other_seeds_do_not(name):
     one, two = (train(SMALL[name], "CartPole-v1", 3)[1] for _ in range(2))
     for a, b in zip(tree.leaves(one), tree.leaves(two)):
         assert torch.equal(a, b)
-    weights = next(tree.leaves(one["params"]["weights"]))
+    *_, weights = tree.leaves(one["params"]["weights"])
     assert not torch.equal(weights[0], weights[1])
 
 
