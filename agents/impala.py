@@ -25,8 +25,8 @@ from rlmeta.nn import MLP, Block, Context, Encoder, Sequential, ValueHead, head_
 
 NUM_ENVS, NUM_STEPS = 8, 32  # environments of each seed, steps in each between updates: the length of a sequence
 NUM_EPOCHS, SEQUENCES = 4, 4  # passes over a rollout, sequences in a minibatch
-LEARNING_RATE = 1e-3  # falls to 0 in a straight line
-GAMMA = 0.99
+LEARNING_RATE = 5e-4  # falls to 0 in a straight line
+GAMMA = 0.98
 RHO_CLIP, C_CLIP, TRACE_LAMBDA = 1.0, 1.0, 1.0
 VALUE_COEFFICIENT, ENTROPY_COEFFICIENT = 0.5, 0.0  # c_v, and the entropy's
 MAX_GRAD_NORM = 0.5  # of each seed's gradient
