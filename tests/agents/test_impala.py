@@ -79,6 +79,17 @@ def test_no_gradient_passes_through_targets_and_weights():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_no_step_of_an_episode_is_cut_off():
+    agent, state, world = start(SMALL, "CartPole-v1", 2)
+    state, rollout = collect(agent, state, world, 3)
+    for name, place in (("terminated", 0), ("truncated", 1), ("valid", 2)):
+        rollout[name] = torch.full_like(rollout[name], name == "valid")
+        rollout[name][0, place, 0] = name != "valid"
+    credited = agent.credit(state["params"], rollout, {"task": rollout["reward"]})
+    assert credited["cut"][0, :, 0].all() and credited["cut"].sum() == 3
+    assert credited["discount"][0, :, 0].tolist() == pytest.approx([0.0, 0.99, 0.99])
+
+
 def test_the_first_step_on_a_rollout_is_on_policy():
     agent, state, world = start(SMALL, "CartPole-v1", 2)
     state, rollout = collect(agent, state, world, 3)

@@ -73,7 +73,12 @@ def test_losses_are_those_of_the_paper(problem):
     agent, state, _ = start(settings, problem, 3)
     generator, axes = torch.Generator().manual_seed(0), (3, 3)
     p, size = state["params"], agent.observation_space.shape
-    other = {**p, "weights": {name: w * 1.5 + 0.01 for name, w in p["weights"].items()}}
+    other = {
+        **p,
+        "weights": {
+            name: w * 1.5 + 0.3 * torch.randn(w.shape, generator=generator) for name, w in p["weights"].items()
+        },
+    }
     observation = torch.randn(*axes, *size, generator=generator)
     old = agent.distribution(other, {"observation": observation}, Context())
     action = agent.head.sample(old, state["key"])
