@@ -152,10 +152,10 @@ def test_recorded_iterations_equal_unrecorded_ones(monkeypatch):
 def test_it_learns_over_several_phases():
     settings = PPG(num_envs=8, num_steps=32, policy_epochs=4, value_epochs=4, batch_size=64, auxiliary_every=8,
                    learning_rate=2e-3)  # fmt: skip
-    agent, state = train(settings, "CartPole-v1", 40)
+    agent, state = train(settings, "CartPole-v1", 28)
     world = task("CartPole-v1").world((2,), 8)
     scores = agent.evaluate(state["params"], world, random.fold(state["key"], "test"), 8).returns.mean(-1)
-    assert (scores > 100).all(), scores
+    assert (scores > 60).all(), scores
 
 
 def test_settings_that_drop_samples_are_refused():

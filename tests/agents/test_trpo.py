@@ -128,7 +128,8 @@ def test_recorded_iterations_equal_unrecorded_ones(monkeypatch):
     monkeypatch.setattr("rlmeta.engine.capture.WARM_UP", 3)
     ends = []
     for recorded in (True, False):
-        agent, state, world = start(SMALL, "CartPole-v1", 3)
+        settings = dataclasses.replace(SMALL, conjugate_steps=3, line_search_steps=3)
+        agent, state, world = start(settings, "CartPole-v1", 3)
         agent.capture = agent.capture if recorded else None
         for _ in range(9):
             state, _ = agent.iterate(state, world)
@@ -160,7 +161,7 @@ def test_a_run_resumes_bit_for_bit(name, tmp_path):
     few = {"num_envs": 2, "num_steps": 8, "hidden_sizes": (4,)}
     replayed = {"learning_starts": 16, "batch_size": 8, "capacity": 64, "gradient_steps": 2}
     settings, problem = {
-        "TRPO": (rl.TRPO(batch_size=8, state_dependent_exploration=True, **few), "Pendulum-v1"),
+        "TRPO": (rl.TRPO(batch_size=8, state_dependent_exploration=True, conjugate_steps=4, **few), "Pendulum-v1"),
         "IMPALA": (rl.IMPALA(sequences=1, **few), "CartPole-v1"),
         "PPG": (rl.PPG(batch_size=8, auxiliary_every=3, **few), "CartPole-v1"),
         "DDPG": (rl.DDPG(**few, **replayed), "Pendulum-v1"),
