@@ -17,8 +17,9 @@ from rlmeta.runs.train import prepare
 from tests.crossings import NETWORKS, OBSERVATIONS, PROBLEMS, GymWalk, labelled, network, shown, walks
 
 WORLDS = ("native", "gymnasium")
-AGENTS = ("ppo", "recurrent ppo", "a2c", "reinforce", "dqn", "sac", "td3", "behaviour cloning", "gail")
-CONTINUOUS = ("sac", "td3")
+ON_POLICY = ("ppo", "recurrent ppo", "a2c", "reinforce", "trpo", "impala", "ppg")
+AGENTS = (*ON_POLICY, "dqn", "sac", "discrete sac", "td3", "ddpg", "behaviour cloning", "gail")
+CONTINUOUS = ("sac", "td3", "ddpg")
 LEARNERS = ("classifier", "regressor")
 
 
@@ -71,8 +72,13 @@ def settings(cell: Crossing) -> Any:
         "a2c": lambda: rl.A2C(**few),
         "reinforce": lambda: rl.REINFORCE(**few),
         "dqn": lambda: rl.DQN(gradient_steps=1, **few, **replayed),
-        "sac": lambda: rl.SAC(gradient_steps=1, **few, **replayed),
+        "trpo": lambda: rl.TRPO(batch_size=4, value_epochs=2, conjugate_steps=3, line_search_steps=4, **few),
+        "impala": lambda: rl.IMPALA(num_epochs=2, sequences=1, **few),
+        "ppg": lambda: rl.PPG(batch_size=4, auxiliary_every=2, auxiliary_epochs=2, **few),
+        "sac": lambda: rl.SAC(gradient_steps=1, state_dependent_exploration=True, **few, **replayed),
+        "discrete sac": lambda: rl.SAC(gradient_steps=1, **few, **replayed),
         "td3": lambda: rl.TD3(gradient_steps=2, **few, **replayed),
+        "ddpg": lambda: rl.DDPG(gradient_steps=1, **few, **replayed),
         "classifier": lambda: rl.Classifier(batch_size=4, num_steps=4, **own),
         "regressor": lambda: rl.Regressor(batch_size=4, num_steps=4, **own),
     }[cell.agent]()
@@ -119,10 +125,10 @@ def cross(cell: Crossing) -> str:
 
 
 def expected_to_be_refused(cell: Crossing) -> bool:
-    """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions;
-    a force can't be masked."""
+    """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions, and
+    gradient steps; a force can't be masked."""
     foreign = cell.problem == "family" and cell.world == "gymnasium"
-    values_alone = cell.agent == "dqn" and cell.problem == "stream"
+    values_alone = cell.agent in ("dqn", "trpo") and cell.problem == "stream"
     return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
 
 

@@ -30,7 +30,7 @@ def test_only_what_is_really_near_is_suggested(name: str, known: list[str], expe
     assert nearest_names(name, known) == expected
 
 
-@pytest.mark.parametrize("name", ["ddpg", "impala", "trpo", "rainbow"])
+@pytest.mark.parametrize("name", ["alphazero", "dreamer", "muzero"])
 def test_an_agent_that_is_none_of_ours_is_told_which_there_are(name: str) -> None:
     said = str(unknown_name("agent", name, AGENTS))
     assert said == f"unknown agent {name!r}: expected one of {', '.join(sorted(AGENTS))}"

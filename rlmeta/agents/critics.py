@@ -1,4 +1,4 @@
-"""Critics of continuous actions: Q-values of an observation and an action, as an ensemble."""
+"""Critics of continuous actions: Q-values of an observation and an action, of one network or an ensemble."""
 
 from __future__ import annotations
 
@@ -49,17 +49,18 @@ def box_units(name: str, action_space: gym.Space) -> ActionUnits:
     )
 
 
-def critic_ensemble(settings: Any, observation_space: gym.Space, units: ActionUnits, count: int) -> Ensemble:
-    """Build an ensemble of `count` critics with the settings' network or encoder, hidden layers and activation."""
+def critic_network(settings: Any, observation_space: gym.Space, units: ActionUnits) -> Critic:
+    """Build a critic with the settings' network or encoder, hidden layers and activation."""
     check_mask(observation_space, gym.spaces.Box(-1.0, 1.0, units.shape))
+    body, features = build_body(
+        settings.network, observation_space, (), settings.activation, "torch", whitens(settings)
+    )
+    joint = MLP(
+        features + units.centre.numel(), settings.hidden_sizes, activation=settings.activation, initialiser="torch"
+    )
+    return Critic(body, joint, ValueHead(settings.hidden_sizes[-1], initialiser="torch"), units)
 
-    def make() -> Critic:
-        body, features = build_body(
-            settings.network, observation_space, (), settings.activation, "torch", whitens(settings)
-        )
-        joint = MLP(
-            features + units.centre.numel(), settings.hidden_sizes, activation=settings.activation, initialiser="torch"
-        )
-        return Critic(body, joint, ValueHead(settings.hidden_sizes[-1], initialiser="torch"), units)
 
-    return Ensemble(make, count)
+def critic_ensemble(settings: Any, observation_space: gym.Space, units: ActionUnits, count: int) -> Ensemble:
+    """Build an ensemble of `count` critics (see `critic_network`)."""
+    return Ensemble(lambda: critic_network(settings, observation_space, units), count)

@@ -1,7 +1,8 @@
 """Soft actor-critic (Haarnoja et al., 2018): off-policy maximum entropy reinforcement learning.
 
 Two critics learn the soft value of an action, the policy climbs the lesser of them, and a temperature is set so that
-the policy keeps the entropy it is asked for.
+the policy keeps the entropy it is asked for. With Discrete actions (Christodoulou, 2019) the critics value all of them
+at once, and means over the policy's actions are exact instead of sampled.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.critics import box_units, critic_ensemble
-from rlmeta.agents.networks import Network, build_body, whitens
+from rlmeta.agents.networks import Network, build_body, check_mask, q_network, whitens
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
@@ -28,10 +29,11 @@ from rlmeta.learning.groups import Group
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
-from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.settings import PerLearner, require, require_range
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy, with_copy
-from rlmeta.nn import Block, Context, bare, head_for
+from rlmeta.nn import Block, Context, Ensemble, allowed, bare, head_for
+from rlmeta.nn.encoder import ACTION_MASK
 from rlmeta.nn.initialisers import parameter
 from rlmeta.rewards import Reward, check_rewards
 
@@ -63,13 +65,23 @@ class SAC:
     initial_temperature: float = 1.0
     """Initial temperature (entropy coefficient): the reward for a nat of entropy."""
     target_entropy: PerLearner = -1.0
-    """Target entropy in nats per component of an action, in units of its bounds."""
+    """Box actions: target entropy in nats per component of an action, in units of its bounds."""
+    entropy_fraction: PerLearner = 0.98
+    """Discrete actions: target entropy as a fraction of the largest, the mean log number of the allowed actions. The
+    paper's 0.98 keeps a policy nearly uniform: where good actions must be sure, give less."""
     gamma: PerLearner = 0.99
     """Discount factor."""
     target_rate: PerLearner = 0.005
     """Rate (tau) at which the target critics follow the critics in each gradient step."""
     critics: int = 2
     """Number of critics, of which the minimum is taken."""
+    state_dependent_exploration: bool = False
+    """Box actions: noise as a function of the features, held for noise_hold steps (gSDE, Raffin et al., 2021)."""
+    noise_hold: int = 4
+    """With state-dependent exploration: steps between two draws of the noise, and of the random actions before."""
+    initial_log_std: float = 0.0
+    """Box actions: the logarithm of the initial deviation, before actions are squashed into their bounds; with
+    state-dependent exploration that of the noise's weights."""
     max_grad_norm: PerLearner = float("inf")
     """Clip each learner's gradients, those of policy and critics apart, to this norm."""
     normalise_observation: bool = False
@@ -92,6 +104,9 @@ class SAC:
         for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "initial_temperature"):
             require_range(self, name, 0.0, above=True)
         require_range(self, "temperature_learning_rate", 0.0)
+        require_range(self, "entropy_fraction", 0.0, 1.0)
+        require_range(self, "initial_log_std", *LOG_STD_RANGE)
+        require_range(self, "noise_hold", 1)
         require_range(self, "gamma", 0.0, 1.0)
         require_range(self, "target_rate", 0.0, 1.0, above=True)
         require_range(self, "critics", 1)
@@ -119,8 +134,14 @@ class SACAgent(Agent):
     def __init__(
         self, settings: SAC, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
-        self.units = box_units("SAC", action_space)
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.units = None if self.discrete else box_units("SAC", action_space)
+        require(
+            not (self.discrete and settings.state_dependent_exploration),
+            f"SAC: state_dependent_exploration is for a Box, the actions are {action_space}: leave it out",
+        )
         super().__init__(settings, observation_space, action_space, methods)
+        self.noise_hold = settings.noise_hold if settings.state_dependent_exploration else 1
         self.steps_per_iteration = settings.num_steps
         self.idle_steps = off_policy.idle_steps(settings)
         blocks: dict[str, Any] = bare(self.networks)
@@ -129,15 +150,24 @@ class SACAgent(Agent):
         self.copies, self.beside_observations = (TARGET,), ("q", "temperature")
 
     def networks(self) -> dict[str, Block]:
-        """Build the networks: `policy`, a squashed Gaussian, `q`, all critics, and `temperature`, of entropy."""
-        s, space = self.settings, self.observation_space
+        """Build the networks: `policy`, a squashed Gaussian or categorical, `q`, all critics, and `temperature`."""
+        s, space, actions = self.settings, self.observation_space, self.action_space
+        check_mask(space, actions)
         body, features = build_body(s.network, space, s.hidden_sizes, s.activation, "torch", whitens(s))
-        head = head_for(self.action_space, features, initial_scale=1.0, action_bounds="squash")
-        return {
-            "policy": Network(body, head, features),
-            "q": critic_ensemble(s, space, self.units, s.critics),
-            "temperature": Temperature(s.initial_temperature),
-        }
+        if self.units is None:
+            head = head_for(actions, features, initial_scale=1.0)
+            q = Ensemble(lambda: q_network(s, space, actions), s.critics)
+        else:
+            head = head_for(
+                actions,
+                features,
+                initial_scale=1.0,
+                initial_log_std=s.initial_log_std,
+                action_bounds="squash",
+                state_dependent_noise=s.state_dependent_exploration,
+            )
+            q = critic_ensemble(s, space, self.units, s.critics)
+        return {"policy": Network(body, head, features), "q": q, "temperature": Temperature(s.initial_temperature)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """Initial state of a run: target critics are copies of the critics, the replay memory is empty."""
@@ -153,14 +183,22 @@ class SACAgent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Choose actions: a sample from the policy, random before learning starts; or the policy's median."""
+        """Choose actions: a sample from the policy, random before learning starts; or the policy's likeliest."""
         distribution = self.forward(self.policy, "policy", p, observation)
         if deterministic:
             return self.head.mode(distribution), memory
         action = self.head.sample(distribution, key)
-        shape = distribution["mean"].shape[key.dim() :]
-        uniform = self.units.to_environment(random.uniform(key, "exploration", 0, shape) * 2.0 - 1.0)
+        uniform = self._uniform(distribution, key)
         return torch.where(align(p["hyper"]["warms_up"], action), uniform, action), memory
+
+    def _uniform(self, distribution: dict[str, Tensor], key: Tensor) -> Tensor:
+        """Uniformly random actions, among those that a mask allows."""
+        if self.units is None:
+            logits = distribution["logits"]
+            allowed = torch.where(logits > torch.finfo(logits.dtype).min, 0.0, logits)
+            return self.head.sample({"logits": allowed}, random.fold(key, "exploration"))
+        shape = distribution["mean"].shape[key.dim() :]
+        return self.units.to_environment(random.uniform(key, "exploration", 0, shape) * 2.0 - 1.0)
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """One training iteration, with random actions before learning starts."""
@@ -169,10 +207,44 @@ class SACAgent(Agent):
 
     # ------------------------------------------------------------------ learn
 
-    def values(self, p: Params, name: str, observation: tree.Tree, action: Tensor, ctx: Context) -> Tensor:
-        """Minimum of the critics `name` for actions `[*L, B, ...]`, or the values of all, `[*L, critics, B]`."""
-        x = {"observation": self.preprocess(p, observation), "action": action}
-        return self.q.run({**p["weights"], **p["buffers"]}, x, ctx, f"{name}.")
+    def values(self, p: Params, name: str, observation: tree.Tree, action: Tensor | None, ctx: Context) -> Tensor:
+        """Values by all critics `name` of actions `[*L, B, ...]`: `[*L, critics, B]`.
+
+        None gives those of all Discrete actions, `[*L, critics, B, A]`; masked ones are minus infinity.
+        """
+        tensors, seen = {**p["weights"], **p["buffers"]}, self.preprocess(p, observation)
+        if self.units is not None:
+            return self.q.run(tensors, {"observation": seen, "action": action}, ctx, f"{name}.")
+        q: Tensor = self.q.run(tensors, seen, ctx, f"{name}.")
+        if action is None:
+            return q
+        chosen = action.unsqueeze(-2).unsqueeze(-1).expand(*q.shape[:-1], 1)
+        return q.gather(-1, chosen).squeeze(-1)
+
+    def soft(
+        self, p: Params, critics: str, observation: tree.Tree, ctx: Context, key: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Soft value E[min Q(s, a) - alpha log pi(a | s)] of the policy, and its entropy, `[*L, B]` each.
+
+        Of Discrete actions the mean is over all, else it is taken at one that is sampled.
+        """
+        axes, now = key.dim(), self.forward(self.policy, "policy", p, observation, ctx)
+        if self.units is None:
+            q = self.values(p, critics, observation, None, Context()).amin(axes)
+            return losses.expected_soft_value(q, now["logits"], alpha), self.head.entropy(now)
+        action, log_prob = self.head.sample_log_prob(now, key)
+        q = self.values(p, critics, observation, action, Context()).amin(axes)
+        return losses.soft_value(q, log_prob, alpha), -log_prob
+
+    def wanted(self, p: Params, observation: tree.Tree, valid: Tensor) -> Tensor:
+        """Target entropy in nats, `[*L]`."""
+        h = p["hyper"]
+        if self.units is not None:
+            return h["target_entropy"] * self.units.centre.numel() + self.head.log_half_width
+        number = torch.full(valid.shape, float(self.action_space.n), device=valid.device)  # type: ignore[attr-defined]
+        if isinstance(observation, dict) and ACTION_MASK in observation:
+            number = allowed(observation[ACTION_MASK]).sum(-1).to(number.dtype)
+        return h["entropy_fraction"] * masked_mean(number.log(), valid)
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """Losses `[*L]` of critics, policy and temperature for transitions `[*L, B, ...]`; needs a key."""
@@ -183,27 +255,24 @@ class SACAgent(Agent):
 
         # critics: (Q(s, a) - y)^2 with y = r + gamma (min Q'(s', a') - alpha log pi(a' | s')), a' ~ pi(. | s')
         with torch.no_grad():
-            after = self.forward(self.policy, "policy", p, next_observation)
-            next_action, next_log_prob = self.head.sample_log_prob(after, random.fold(ctx.key, "next action"))
-            next_q = self.values(p, "target", next_observation, next_action, Context()).amin(axes)
-            soft = losses.soft_value(next_q, next_log_prob, alpha)
-            target = losses.td_target(batch["reward"], batch["discount"], soft)
+            next_key = random.fold(ctx.key, "next action")
+            after, _ = self.soft(p, "target", next_observation, Context(), next_key, alpha)
+            target = losses.td_target(batch["reward"], batch["discount"], after)
         q = self.values(p, "q", observation, batch["action"], ctx)
         error = (q - target.unsqueeze(axes)).square()
         critic = masked_mean(error, valid.unsqueeze(axes).expand_as(error)).sum(-1)
 
         # policy: alpha log pi(a | s) - min Q(s, a), a ~ pi(. | s)
-        now = self.forward(self.policy, "policy", p, observation, ctx)
-        action, log_prob = self.head.sample_log_prob(now, random.fold(ctx.key, "action"))
-        best = self.values(p, "q", observation, action, Context()).amin(axes)
-        actor = -masked_mean(losses.soft_value(best, log_prob, alpha), valid)
+        value, entropy = self.soft(p, "q", observation, ctx, random.fold(ctx.key, "action"), alpha)
+        actor = -masked_mean(value, valid)
 
         # temperature: -log alpha (log pi(a | s) + wanted entropy)
-        wanted = p["hyper"]["target_entropy"] * self.units.centre.numel() + self.head.log_half_width
-        entropy = -masked_mean(log_prob.detach(), valid)
-        temperature = p["weights"]["temperature.log"] * (entropy - wanted)
+        mean_entropy = masked_mean(entropy.detach(), valid)
+        temperature = p["weights"]["temperature.log"] * (mean_entropy - self.wanted(p, observation, valid))
         if ctx.report:
-            ctx.info |= {"losses/temperature": alpha, "losses/entropy": entropy, "losses/q_values": q.mean((-2, -1))}
+            mean_q = masked_mean(q, valid.unsqueeze(axes).expand_as(q)).mean(-1)
+            seen = {"temperature": alpha, "entropy": mean_entropy, "q_values": mean_q}
+            ctx.info |= {f"losses/{name}": value for name, value in seen.items()}
         return {"critic": critic, "actor": actor, "temperature": temperature}
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:

@@ -22,6 +22,7 @@ from rlmeta.functional import (
     statistics,
     tabular,
     tree,
+    trust_region,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "statistics",
     "tabular",
     "tree",
+    "trust_region",
 ]

@@ -293,6 +293,29 @@ def soft_value(q: Tensor, log_prob: Tensor, temperature: float | Tensor) -> Tens
     return q - align(temperature, q) * log_prob
 
 
+def expected_soft_value(q: Tensor, logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Soft value of a categorical policy, V(s) = sum over actions of pi(a | s) (Q(s, a) - alpha log pi(a | s)).
+
+    Actions of probability 0, such as masked ones, whose value may be minus infinity, add nothing.
+
+    Args:
+        q: values of all actions, `[*L, B, A]`.
+        logits: of the policy, `[*L, B, A]`.
+        temperature: alpha, the weight of entropy in nats; a number or `[*L]`.
+
+    Returns:
+        `[*L, B]`
+
+    Source: Christodoulou, "Soft actor-critic for discrete action settings", 2019, equation 3.
+    """
+    same_shape(2, q=q, logits=logits)
+    log_prob = logits.log_softmax(-1)
+    probability = log_prob.exp()
+    possible = probability > 0
+    soft = q.where(possible, 0) - align(temperature, q) * log_prob.where(possible, 0)
+    return (probability * soft).sum(-1)
+
+
 def explained_variance(value: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
     """Explained variance of the targets by the values, 1 - Var[G - v] / Var[G].
 

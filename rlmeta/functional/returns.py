@@ -1,4 +1,4 @@
-"""Returns and advantages of rollouts: discounted, Monte Carlo, n-step and λ-returns, and GAE.
+"""Returns and advantages of rollouts: discounted, Monte Carlo, n-step and λ-returns, GAE, V-trace and Retrace.
 
 Row t of a rollout is one transition. All arguments are `[*L, T, N]` tensors of one shape:
 
@@ -155,6 +155,97 @@ def generalized_advantage(
     delta = reward + discount * next_value - value
     decay = discount * align(lambda_, reward) * ~cut
     return _recurse_back(delta, decay, torch.zeros_like(delta[..., 0, :]))
+
+
+def v_trace(
+    reward: Tensor,
+    discount: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    cut: Tensor,
+    log_ratio: Tensor,
+    rho_clip: float | Tensor = 1.0,
+    c_clip: float | Tensor = 1.0,
+    lambda_: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """V-trace: value targets and advantages of a policy π from the rollout of another, μ (Espeholt et al., 2018).
+
+    With ρₜ = min(ρ̄, πₜ/μₜ) and cₜ = λ min(c̄, πₜ/μₜ):
+
+    Gₜ = vₜ + ρₜ (rₜ + dₜ v'ₜ - vₜ) + dₜ cₜ (1 - cutₜ) (Gₜ₊₁ - vₜ₊₁), without the last term in the last row
+    Aₜ = ρₜ (rₜ + dₜ G'ₜ - vₜ), where G'ₜ is Gₜ₊₁, or v'ₜ where row t is cut or the last
+
+    G is the value function's target and A weighs ∇ log π(aₜ|sₜ). Where π is μ and λ is 1, G is the return to the end of
+    the episode or rollout, bootstrapped from v'.
+
+    Args:
+        reward: `[*L, T, N]`.
+        discount: `[*L, T, N]`.
+        value: `[*L, T, N]`.
+        next_value: `[*L, T, N]`; equal to the next row's value where the row is not cut.
+        cut: `[*L, T, N]` bool.
+        log_ratio: `[*L, T, N]`, log π(aₜ|sₜ) - log μ(aₜ|sₜ).
+        rho_clip: ρ̄, on which the fixed point depends: between V of μ at 0 and V of π at infinity; a number or `[*L]`.
+        c_clip: c̄, at most ρ̄; less of it is less variance and slower contraction.
+        lambda_: λ in [0, 1], a number or `[*L]`.
+
+    Returns:
+        Targets G and advantages A, `[*L, T, N]`.
+    """
+    cut = flags(cut, "cut")
+    same_shape(2, reward=reward, discount=discount, value=value, next_value=next_value, cut=cut, log_ratio=log_ratio)
+    _check_discount(discount)
+    ratio = log_ratio.exp()
+    rho = torch.minimum(ratio, _as_limit(rho_clip, ratio))
+    decay = discount * ~cut * align(lambda_, ratio) * torch.minimum(ratio, _as_limit(c_clip, ratio))
+    correction = _recurse_back(
+        rho * (reward + discount * next_value - value), decay, torch.zeros_like(value[..., 0, :])
+    )
+    target = value + correction
+    following = torch.where(cut[..., :-1, :], next_value[..., :-1, :], target[..., 1:, :])
+    after = torch.cat([following, next_value[..., -1:, :]], -2)
+    return target, rho * (reward + discount * after - value)
+
+
+def retrace(
+    reward: Tensor,
+    discount: Tensor,
+    q: Tensor,
+    next_value: Tensor,
+    cut: Tensor,
+    log_ratio: Tensor,
+    lambda_: float | Tensor = 1.0,
+) -> Tensor:
+    """Retrace(λ): targets of a policy's Q-values from any other policy's rollout (Munos et al., 2016).
+
+    Gₜ = rₜ + dₜ [v'ₜ + cₜ₊₁ (1 - cutₜ) (Gₜ₊₁ - qₜ₊₁)] with cₜ = λ min(1, πₜ/μₜ), and Gₜ = rₜ + dₜ v'ₜ in the last row
+
+    Args:
+        reward: `[*L, T, N]`.
+        discount: `[*L, T, N]`.
+        q: `[*L, T, N]`, Q(sₜ, aₜ) of the action taken.
+        next_value: `[*L, T, N]`, the mean of Q(s', ·) over π at the true successor.
+        cut: `[*L, T, N]` bool.
+        log_ratio: `[*L, T, N]`, log π(aₜ|sₜ) - log μ(aₜ|sₜ).
+        lambda_: λ in [0, 1], a number or `[*L]`.
+
+    Returns:
+        `[*L, T, N]`
+    """
+    cut = flags(cut, "cut")
+    same_shape(2, reward=reward, discount=discount, q=q, next_value=next_value, cut=cut, log_ratio=log_ratio)
+    _check_discount(discount)
+    trace = align(lambda_, reward) * log_ratio.clamp(max=0.0).exp()
+    last = torch.zeros_like(q[..., :1, :])
+    next_trace, next_q = (torch.cat([x[..., 1:, :], last], -2) for x in (trace, q))
+    decay = discount * ~cut * next_trace
+    return _recurse_back(reward + discount * next_value - decay * next_q, decay, last.squeeze(-2))
+
+
+def _as_limit(limit: float | Tensor, x: Tensor) -> Tensor:
+    """A limit as a tensor that broadcasts against `x`."""
+    limit = align(limit, x)
+    return limit.to(x.dtype) if isinstance(limit, Tensor) else torch.full_like(x[..., :1, :1], limit)
 
 
 def _check_discount(discount: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Off-policy learning: fill a replay memory, take gradient steps on its minibatches, update target networks.
 
-What DQN, SAC and TD3 share. Their settings have `num_envs, num_steps, gradient_steps, batch_size, capacity,
+What DQN, SAC, TD3 and DDPG share. Their settings have `num_envs, num_steps, gradient_steps, batch_size, capacity,
 learning_starts`, and `gamma` is among their settings per learner.
 """
 

@@ -13,6 +13,7 @@ put back where it was (`put`).
 | `active` | False for a learner that is frozen (not finite, stopped early), `[*L]` |
 | `world`, `memory`, `episode` | environments, the agent's memory, the running episodes, `[*L, N, ...]` |
 | `replay`, `rewards`, `values` | transitions an agent learns from again, `[*L, C, N, ...]`; what its rewards remember; value heads of streams of reward |
+| `rollouts` | of PPG: those that the next auxiliary phase learns from, `[*L, R, T, N, ...]`, and how many there are, `[*L]` |
 | `rates` | of Meta-SGD: the moments of its inner rates, which are buffers |
 | `methods`, `task` | the lifelong methods' memories; index, identity and progress of the task as methods are told them |
 | `stage`, `identity`, `matrix` | of a run on a stream: how many stages have begun, which task the world is set to, `[*L]` each, and the scores on all tasks |

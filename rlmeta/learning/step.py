@@ -90,7 +90,7 @@ def steps(
     state: State,
     batches: Minibatches,
     constants: tree.Tree,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Group],
     *,
     active: Tensor | None = None,
     max_grad_norm: float | Tensor | None = None,

@@ -13,7 +13,7 @@ from rlmeta.nn.heads.common import Distribution
 from rlmeta.nn.heads.deterministic import DeterministicHead
 from rlmeta.nn.heads.discrete import BernoulliHead, CategoricalHead, MultiDiscreteHead, allowed
 from rlmeta.nn.heads.gaussian import GaussianHead, TanhGaussianHead
-from rlmeta.nn.heads.noise import StateDependentNoiseHead
+from rlmeta.nn.heads.noise import StateDependentNoiseHead, TanhStateDependentNoiseHead
 from rlmeta.nn.heads.values import QHead, ValueHead
 from rlmeta.nn.initialisers import Initialiser, initialise
 from rlmeta.nn.lift import Sequential, lift
@@ -67,6 +67,7 @@ __all__ = [
     "Sequential",
     "StateDependentNoiseHead",
     "TanhGaussianHead",
+    "TanhStateDependentNoiseHead",
     "ValueHead",
     "allowed",
     "apply",

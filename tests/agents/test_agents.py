@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rlmeta as rl
-from rlmeta.agents import A2C, DQN, PPO, REINFORCE
+from rlmeta.agents import A2C, DQN, IMPALA, PPG, PPO, REINFORCE, SAC, TRPO
 from rlmeta.envs.task import task
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import random, tree
@@ -24,6 +24,14 @@ SMALL = {
     "dqn": DQN(num_envs=4, num_steps=8, gradient_steps=8, batch_size=32, capacity=2000, learning_starts=64,
                learning_rate=5e-3, target_every=16, hidden_sizes=(16,), exploration_fraction=0.5),
     "reinforce": REINFORCE(num_envs=8, num_steps=8, learning_rate=1e-2, hidden_sizes=(16,)),
+    "impala": IMPALA(num_envs=8, num_steps=8, num_epochs=2, sequences=4, learning_rate=1e-2, hidden_sizes=(16,)),
+    "trpo": TRPO(num_envs=4, num_steps=16, batch_size=32, kl_target=0.1, value_learning_rate=1e-2, value_epochs=4,
+                 conjugate_steps=5, line_search_steps=5, hidden_sizes=(16,)),
+    "ppg": PPG(num_envs=4, num_steps=16, batch_size=32, policy_epochs=4, value_epochs=4, auxiliary_every=4,
+               learning_rate=3e-3, hidden_sizes=(16,)),
+    "sac": SAC(num_envs=4, num_steps=8, gradient_steps=8, batch_size=32, capacity=2000, learning_starts=64,
+               actor_learning_rate=5e-3, critic_learning_rate=5e-3, temperature_learning_rate=1e-2,
+               entropy_fraction=0.3, target_rate=0.05, hidden_sizes=(16,)),
 }  # fmt: skip
 
 
@@ -41,11 +49,12 @@ def weights_of(state, learner):
 
 
 @pytest.mark.parametrize("kind", ["discrete", "shifted", "multidiscrete", "multibinary", "box"])
-@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "dqn"])
+@pytest.mark.parametrize("name", list(SMALL))
 def test_learns_to_name_its_observation_in_every_action_space(name, kind):
     problem = task(partial(Target, kind), name="target")
-    if name == "dqn" and kind not in ("discrete", "shifted"):
-        with pytest.raises(SpaceError, match="DQN chooses among Discrete"):
+    spaces = {"dqn": ("discrete", "shifted"), "sac": ("discrete", "shifted", "box")}
+    if kind not in spaces.get(name, kind):
+        with pytest.raises(SpaceError, match=r"DQN chooses among Discrete|SAC acts in a Box"):
             start(SMALL[name], problem)
         return
     agent, state = train(SMALL[name], problem, 30)
@@ -59,7 +68,7 @@ def test_masked_actions_are_never_taken(name):
     assert greedy_return(agent, state, problem).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "dqn"])  # tests/test_crossings.py has all
 def test_dictionary_observations_and_a_network_of_ones_own(name):
     import dataclasses
 
@@ -84,7 +93,7 @@ def test_a_network_that_gives_no_features_is_refused_before_training():
         start(PPO(network=lambda space: 3), "CartPole-v1")
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "dqn"])
+@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "dqn", "impala"])
 def test_time_limits_bootstrap_so_that_an_endless_reward_is_worth_its_sum(name):
     import dataclasses
 
@@ -103,12 +112,13 @@ def test_a_learner_is_the_same_in_any_company_up_to_rounding(name):
     settings = SMALL[name]
     together = train(settings, "CartPole-v1", 3, seeds=3)[1]
     alone = train(settings, "CartPole-v1", 3, seeds=1)[1]
-    many = dataclasses.replace(settings, learning_rate=[settings.learning_rate, 0.5])
+    field = {"trpo": "kl_target", "sac": "actor_learning_rate"}.get(name, "learning_rate")
+    many = dataclasses.replace(settings, **{field: [getattr(settings, field), 0.5]})
     compared = train(many, "CartPole-v1", 3, seeds=1)[1]
     for other in (alone, compared):
         for a, b in zip(weights_of(together, 0), weights_of(other, 0)):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(weights_of(compared, 0)[0], weights_of(compared, 1)[0])
+    assert not torch.allclose(weights_of(compared, 0)[-1], weights_of(compared, 1)[-1])
 
 
 @pytest.mark.parametrize("name", list(SMALL))
@@ -116,7 +126,7 @@ def test_same_seeds_give_the_same_bits_and_other_seeds_do_not(name):
     one, two = (train(SMALL[name], "CartPole-v1", 3)[1] for _ in range(2))
     for a, b in zip(tree.leaves(one), tree.leaves(two)):
         assert torch.equal(a, b)
-    weights = next(tree.leaves(one["params"]["weights"]))
+    *_, weights = tree.leaves(one["params"]["weights"])
     assert not torch.equal(weights[0], weights[1])
 
 
@@ -136,7 +146,7 @@ def test_a_learner_turned_nan_stops_and_the_others_go_on_bit_for_bit(name):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
+@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "trpo", "ppg"])
 def test_a_relabelled_reward_changes_the_credit(name):
     """Imitation's and reward shaping's stand-in: rewards are named streams that `credit` adds up."""
     agent, state, world = start(SMALL[name], "CartPole-v1")

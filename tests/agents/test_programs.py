@@ -29,7 +29,7 @@ from rlmeta.nn import Encoder
 from rlmeta.runs.shipped import AGENTS
 
 PROGRAMS = Path(__file__).parents[2] / "agents"
-ON_POLICY, OFF_POLICY = ("ppo", "a2c", "reinforce"), ("dqn", "sac", "td3")
+ON_POLICY, OFF_POLICY = ("ppo", "a2c", "reinforce", "impala", "trpo"), ("dqn", "sac", "td3", "ddpg")
 LEARNERS = 3
 SMALLER = {"hidden_sizes": (16, 16), "num_envs": 3, "max_grad_norm": 0.1}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -58,10 +58,33 @@ CHANGES: dict[str, dict[str, Any]] = {
         "target_rate": 0.1,
     },
 }
+CHANGES["ddpg"] = {"hidden_sizes": (16, 16), "num_envs": 3, "num_steps": 12, "capacity": 600, "learning_starts": 40} | {
+    "gradient_steps": 6,
+    "batch_size": 20,
+    "exploration_noise": 0.5,
+    "actor_learning_rate": 2e-3,
+    "critic_learning_rate": 3e-3,
+    "target_rate": 0.1,
+}
+CHANGES["impala"] = {**SMALLER, "num_steps": 9, "num_epochs": 2, "sequences": 1, "entropy_coefficient": 0.02} | {
+    "learning_rate": 3e-3,
+    "rho_clip": 1.2,
+    "c_clip": 0.9,
+    "trace_lambda": 0.95,
+}
+CHANGES["trpo"] = {"hidden_sizes": (16, 16), "num_envs": 3, "num_steps": 16, "value_epochs": 2, "batch_size": 12} | {
+    "kl_target": 0.02,
+    "damping": 0.05,
+    "conjugate_steps": 6,
+    "line_search_steps": 4,
+    "line_search_shrink": 0.6,
+    "noise_hold": 3,
+}
 """Settings that tell every part of an algorithm from its default. Random numbers of float32
 are multiplied by powers of two, so that products are the same in float64; the first iteration's 36 transitions are too
 few to learn from."""
-TASKS = {**dict.fromkeys(ON_POLICY, "CartPole-v1"), "dqn": "CartPole-v1", "sac": "Pendulum-v1", "td3": "Pendulum-v1"}
+TASKS = {**dict.fromkeys(OFF_POLICY, "Pendulum-v1"), **dict.fromkeys((*ON_POLICY, "dqn"), "CartPole-v1")}
+TASKS["trpo"] = "Pendulum-v1"
 
 
 @pytest.fixture
@@ -81,7 +104,9 @@ def settings_of(program: ModuleType, name: str) -> dict[str, Any]:
 
 def programs_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of the package's networks under the names that they have in the programs."""
-    shorter = (("member.joint.", "member.0."), ("member.head.", "member.1."), ("body.", ""), ("head.", "2."))
+    shorter = [("member.joint.", "member.0."), ("member.head.", "member.1."), ("body.", ""), ("head.", "2.")]
+    if any(name.startswith("q.joint.") for name in tensors):  # a critic alone
+        shorter = [("q.joint.", "q.0."), ("q.head.", "q.1."), *shorter]
     named = {}
     for name, tensor in tensors.items():
         for long, short in shorter:
@@ -148,12 +173,20 @@ def assert_same_weights(mine: dict[str, torch.Tensor], state: dict[str, Any]) ->
         torch.testing.assert_close(weight, packages[name], rtol=0, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("task", ["CartPole-v1", "Pendulum-v1"])
-@pytest.mark.parametrize("name", ON_POLICY)
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        (name, task)
+        for name in ON_POLICY
+        for task in ("CartPole-v1", "Pendulum-v1")
+        if (name, task) != ("trpo", "CartPole-v1")
+    ],
+)
 def test_updates_from_rollouts_are_the_packages(name, task, in_float64, monkeypatch):
     x = both(name, task, monkeypatch)
     program, state, weights, first = x.program, x.state, x.weights, x.weights
-    networks, moments = program.make_networks(x.world), program.optim.adam().init(weights, (LEARNERS,))
+    trained = {part: w for part, w in weights.items() if name != "trpo" or part.startswith("value.")}
+    networks, moments = program.make_networks(x.world), program.optim.adam().init(trained, (LEARNERS,))
     if name == "a2c":
         moments = program.optim.rmsprop().init(weights, (LEARNERS,))
     world_state = x.world.reset(random.fold(x.key, "world"))
@@ -165,7 +198,7 @@ def test_updates_from_rollouts_are_the_packages(name, task, in_float64, monkeypa
         rollout = eventful(rollout, i)
         state, _ = x.agent.update(state, rollout, {"task": rollout["reward"]})
         state = x.agent.end_iteration(state, rollout)
-        numbers = (x.key, i, i / 3) if name == "ppo" else (i / 3,)
+        numbers = {"ppo": (x.key, i, i / 3), "impala": (x.key, i, i / 3), "trpo": (x.key, i)}.get(name, (i / 3,))
         weights, moments = program.update(networks, weights, moments, rollout, *numbers)
     assert_same_weights(weights, state)
     assert all(bool((weights[part] != first[part]).reshape(LEARNERS, -1).any(1).all()) for part in weights)
@@ -174,7 +207,7 @@ def test_updates_from_rollouts_are_the_packages(name, task, in_float64, monkeypa
 @pytest.mark.parametrize(
     ("name", "task"),
     [("dqn", "CartPole-v1"), ("dqn", "Acrobot-v1")]
-    + [(name, task) for name in ("sac", "td3") for task in ("Pendulum-v1", "Navigation-v0")],
+    + [(name, task) for name in ("sac", "td3", "ddpg") for task in ("Pendulum-v1", "Navigation-v0")],
 )
 def test_updates_from_memory_are_the_packages(name, task, in_float64, monkeypatch):
     x = both(name, task, monkeypatch)
@@ -270,9 +303,12 @@ LIGHTER = {"LEARNING_STARTS": 200, "BATCH_SIZE": 64, "GRADIENT_STEPS": 8}
         ("ppo", "CartPole-v1", 8_000, {}, 110.0),  # untrained about 50, falling at once 9
         ("a2c", "CartPole-v1", 20_000, {}, 110.0),
         ("reinforce", "CartPole-v1", 40_000, {}, 110.0),
+        ("impala", "CartPole-v1", 16_000, {}, 110.0),
+        ("trpo", "Navigation-v0", 8_000, {"NUM_STEPS": 128}, -30.0),
         ("dqn", "CartPole-v1", 4_000, {"LEARNING_STARTS": 500, "GRADIENT_STEPS": 8}, 40.0),  # at random about 22
         ("sac", "Navigation-v0", 1_200, LIGHTER, -30.0),  # who stays where he is gets -42
         ("td3", "Navigation-v0", 1_200, LIGHTER, -30.0),
+        ("ddpg", "Navigation-v0", 1_200, LIGHTER, -30.0),
     ],
 )
 def test_programs_learn(name, task, steps, changes, bar, monkeypatch):
@@ -312,7 +348,7 @@ def load(name):
 
 
 def test_every_agent_has_a_short_program_and_settings():
-    others = {"regressor", "protonet", "meta_sgd"}  # one serves meta-learners, two are not of the core
+    others = {"regressor", "protonet", "meta_sgd", "ppg"}  # one serves meta-learners, three are not of the core
     for name in AGENTS.keys() - others:
         assert len((PROGRAMS / f"{name}.py").read_text().splitlines()) <= 150
         assert (PROGRAMS / f"{name}.toml").is_file()

@@ -27,6 +27,7 @@ from rlmeta.functional import (
     statistics,
     tabular,
     tree,
+    trust_region,
 )
 from rlmeta.functional.normalise import reward_init, running_init, running_update
 from rlmeta.nn import fisher, sample_gradients
@@ -136,6 +137,18 @@ CALLS: dict[str, Callable[[], Any]] = {
     "losses.squared_loss": lambda: called("losses.squared_loss", valid=FLAGS[..., 0]),
     "losses.soft_value": lambda: called(
         "losses.soft_value", q=SQUARE["reward"][..., 0], log_prob=SQUARE["reward"][..., 0], temperature=0.2
+    ),
+    "losses.expected_soft_value": lambda: called("losses.expected_soft_value", q=SQUARE["reward"], temperature=0.2),
+    "returns.v_trace": lambda: called("returns.v_trace", log_ratio=SQUARE["x"], rho_clip=1.5, c_clip=RATES),
+    "returns.retrace": lambda: called("returns.retrace", q=SQUARE["value"], log_ratio=SQUARE["x"]),
+    "trust_region.conjugate_gradient": lambda: trust_region.conjugate_gradient(
+        lambda x: x * BY_NAME["fisher"][0], SQUARE["x"][0], 2
+    ),
+    "trust_region.step_within": lambda: [
+        trust_region.step_within(limit, SQUARE["x"][0], SQUARE["value"][0]) for limit in (0.1, RATES)
+    ],
+    "trust_region.line_search": lambda: trust_region.line_search(
+        lambda x: (-x.square().sum(-1), x.square().sum(-1)), SQUARE["x"][0], -SQUARE["x"][0], RATES, 4
     ),
     "losses.q_target": lambda: called(
         "losses.q_target", reward=SQUARE["reward"][..., 0], discount=SQUARE["discount"][..., 0]

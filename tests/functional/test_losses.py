@@ -53,7 +53,7 @@ def data(count: int, *shape: int, seed: int = 0) -> list[Tensor]:
 
 def test_every_function_of_samples_is_in_the_table() -> None:
     own = {name for name, f in vars(losses).items() if getattr(f, "__module__", "") == losses.__name__}
-    others = {"q_target", "double_q_target", "cross_entropy_loss", "squared_loss"}
+    others = {"q_target", "double_q_target", "expected_soft_value", "cross_entropy_loss", "squared_loss"}
     assert {name for name in own if not name.startswith("_")} == FUNCTIONS.keys() | others
 
 
@@ -275,3 +275,25 @@ def test_explained_variance() -> None:
     assert explained_variance(target + 7, target).item() == pytest.approx(1)
     assert explained_variance(torch.zeros(40).double(), target).item() == pytest.approx(0)
     assert math.isnan(explained_variance(value, torch.ones(40).double()).item())
+
+
+def test_the_expected_soft_value_is_the_mean_over_actions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, logits = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    temperature = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    found = losses.expected_soft_value(q, logits, temperature)
+    for learner in range(3):
+        for row in range(4):
+            policy = torch.distributions.Categorical(logits=logits[learner, row])
+            mean = (policy.probs * q[learner, row]).sum() + temperature[learner] * policy.entropy()
+            torch.testing.assert_close(found[learner, row], mean)
+
+
+def test_masked_actions_have_no_part_in_the_expected_soft_value() -> None:
+    q = torch.tensor([[1.0, -torch.inf, 2.0]], requires_grad=True)
+    logits = torch.tensor([[0.3, torch.finfo(torch.float32).min, -0.2]], requires_grad=True)
+    found = losses.expected_soft_value(q, logits, 50.0)
+    two = losses.expected_soft_value(q[:, ::2], logits[:, ::2], 50.0)
+    torch.testing.assert_close(found, two)
+    for gradient in torch.autograd.grad(found.sum(), [q, logits]):
+        assert gradient.isfinite().all() and gradient[0, 1] == 0

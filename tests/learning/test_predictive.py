@@ -27,6 +27,12 @@ LEARNERS = {
     "ppo, gSDE": (rl.PPO(state_dependent_exploration=True, **SMALL), BOX, "policy"),
     "sac": (rl.SAC(**SMALL), BOX, "policy"),
     "td3": (rl.TD3(**SMALL), BOX, "policy"),
+    "sac, gSDE": (rl.SAC(state_dependent_exploration=True, **SMALL), BOX, "policy"),
+    "sac, discrete": (rl.SAC(**SMALL), DISCRETE, "policy"),
+    "trpo": (rl.TRPO(**SMALL), BOX, "policy"),
+    "impala": (rl.IMPALA(**SMALL), BOX, "policy"),
+    "ppg": (rl.PPG(**SMALL), DISCRETE, "policy"),
+    "ddpg": (rl.DDPG(**SMALL), BOX, "policy"),
 }
 
 

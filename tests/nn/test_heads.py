@@ -26,6 +26,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "gaussian matrix": lambda: nn.GaussianHead(FEATURES, 4, shape=(2, 2)),
     "tanh gaussian": lambda: nn.TanhGaussianHead(FEATURES, 3, low=[-2, 0, -1], high=[2, 1, 3]),
     "state-dependent noise": lambda: nn.StateDependentNoiseHead(FEATURES, 3),
+    "squashed noise": lambda: nn.TanhStateDependentNoiseHead(FEATURES, 3, low=[-2, 0, -1], high=[2, 1, 3]),
     "gaussian in bounds": lambda: nn.GaussianHead(FEATURES, 3, low=[-2, 0, -math.inf], high=[2, 1e3, 5]),
     "noise in bounds": lambda: nn.StateDependentNoiseHead(FEATURES, 3, low=[-2, 0, 0], high=[2, 1e3, math.inf]),
 }
@@ -44,7 +45,7 @@ def reference(name: str, d: dict[str, Tensor]) -> td.Distribution:
     if name == "bernoulli":
         return td.Independent(td.Bernoulli(logits=d["logits"]), 1)
     normal = td.Normal(d["mean"], d["log_std"].exp())
-    if name == "tanh gaussian":
+    if name in ("tanh gaussian", "squashed noise"):
         low, high = torch.tensor([-2.0, 0, -1]).double(), torch.tensor([2.0, 1, 3]).double()
         scale = td.AffineTransform((low + high) / 2, (high - low) / 2)
         return td.Independent(td.TransformedDistribution(normal, [td.TanhTransform(), scale]), 1)
@@ -92,7 +93,7 @@ def test_densities_are_torchs(name: str) -> None:
     if name.endswith("in bounds"):  # densities are those in the policy's units
         flat = (flat - head.units.centre.double()) / head.units.unit.double()
     assert_close(head.log_prob(d, action), torchs.log_prob(flat), rtol=1e-8)
-    if name != "tanh gaussian":
+    if name not in ("tanh gaussian", "squashed noise"):
         assert_close(head.entropy(d), torchs.entropy())
 
 
@@ -270,6 +271,29 @@ def test_noise_does_not_shape_the_features() -> None:
     assert nn.StateDependentNoiseHead(2, 3, initial_log_std=-2.0).log_std.tolist() == [[-2.0] * 3] * 2
 
 
+def test_squashed_noise_is_held_within_bounds_and_shapes_the_features() -> None:
+    head, params = ready("squashed noise", 3)
+    x, y, key = data(3, 4, FEATURES), data(3, 4, FEATURES, seed=2), keys(3)
+
+    def noise(features: Tensor) -> Tensor:
+        d = nn.apply(head, params, features)
+        return head.units.to_policy(head.sample(d, key)).double().atanh() - d["mean"]
+
+    assert_close(noise(0.2 * x + 0.1 * y), 0.2 * noise(x) + 0.1 * noise(y), rtol=1e-4, atol=1e-6)
+    far = {**params, "linear.bias": params["linear.bias"] + 100}
+    assert (nn.apply(head, far, x)["mean"] == 2.0).all()
+    x = x.requires_grad_()
+    d = nn.apply(head, params, x)
+    action, log_prob = head.sample_log_prob(d, key)
+    assert_close(log_prob, head.log_prob(d, action), rtol=1e-5)
+    squashed = nn.TanhGaussianHead(FEATURES, 3, low=[-2, 0, -1], high=[2, 1, 3])
+    assert_close(log_prob, squashed.sample_log_prob(d, key)[1])
+    (slope,) = torch.autograd.grad(d["log_std"].sum(), x)
+    assert slope.abs().min() > 0
+    with pytest.raises(SettingError, match="infinite"):
+        nn.TanhStateDependentNoiseHead(3, 1, low=[0.0], high=[math.inf])
+
+
 def test_noise_head_refuses_a_key_of_other_learners() -> None:
     head, params = ready("state-dependent noise", 3)
     d = nn.apply(head, params, data(3, 2, FEATURES))
@@ -314,6 +338,11 @@ def test_value_heads(learner_shape: tuple[int, ...]) -> None:
         (spaces.Box(-10, 10, ()), {}, nn.GaussianHead),
         (spaces.Box(-2, 1, (2,)), {"action_bounds": "squash"}, nn.TanhGaussianHead),
         (spaces.Box(-20, 10, (2, 2)), {"state_dependent_noise": True}, nn.StateDependentNoiseHead),
+        (
+            spaces.Box(-20, 10, (2, 2)),
+            {"state_dependent_noise": True, "action_bounds": "squash"},
+            nn.TanhStateDependentNoiseHead,
+        ),
         (spaces.Box(-np.inf, np.inf, (2,)), {}, nn.GaussianHead),
         (spaces.Box(-20, 20, (2,)), {"action_bounds": "clip"}, nn.GaussianHead),
     ],
@@ -360,8 +389,6 @@ def test_head_for_refuses_spaces(space: gym.Space) -> None:
 def test_head_for_refuses_combinations() -> None:
     with pytest.raises(SettingError, match="options for a Box"):
         nn.head_for(spaces.Discrete(2), 3, action_bounds="squash")
-    with pytest.raises(SettingError, match="exclude each other"):
-        nn.head_for(spaces.Box(-1, 1, (2,)), 3, action_bounds="squash", state_dependent_noise=True)
     with pytest.raises(SettingError, match="expected one of scale, squash, clip"):
         nn.head_for(spaces.Box(-1, 1, (2,)), 3, action_bounds="tanh")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r'equal, so nothing can be squashed.*action_bounds="scale"'):

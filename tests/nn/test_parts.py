@@ -130,6 +130,7 @@ def test_blocks_are_made_in_float32_on_the_cpu_whatever_torchs_defaults_are() ->
         lambda: nn.GaussianHead(3, 2),
         lambda: nn.TanhGaussianHead(3, 2),
         lambda: nn.StateDependentNoiseHead(3, 2),
+        lambda: nn.TanhStateDependentNoiseHead(3, 2),
     ]
     torch.set_default_dtype(torch.float64)
     try:

@@ -73,6 +73,18 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
     "dqn": _agent(lambda: rl.preset("dqn", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 6_000),
     "sac": _agent(lambda: rl.SAC(**_REPLAYED), lambda: rl.task("Pendulum-v1"), 3_000),
     "td3": _agent(lambda: rl.TD3(**_REPLAYED), lambda: rl.task("Pendulum-v1", native=False), 3_000),
+    "sac-gsde": _agent(
+        lambda: rl.SAC(**_REPLAYED, state_dependent_exploration=True), lambda: rl.task("Pendulum-v1"), 3_000
+    ),
+    "sac-discrete": _agent(lambda: rl.SAC(**_REPLAYED), lambda: rl.task("CartPole-v1"), 3_000),
+    "trpo": _agent(
+        lambda: rl.TRPO(num_steps=64, state_dependent_exploration=True), lambda: rl.task("Pendulum-v1"), 8_192
+    ),
+    "impala": _agent(lambda: rl.IMPALA(), lambda: rl.task("CartPole-v1"), 12_800),
+    "ppg": _agent(
+        lambda: rl.PPG(num_steps=64, batch_size=128, auxiliary_every=4), lambda: rl.task("CartPole-v1"), 12_800
+    ),
+    "ddpg": _agent(lambda: rl.DDPG(**_REPLAYED), lambda: rl.task("Pendulum-v1", native=False), 3_000),
     "a2c": _agent(lambda: rl.A2C(learning_rate=[3e-4, 1e-3]), lambda: rl.task("CartPole-v1"), 20_000),
     "reinforce": _agent(lambda: rl.preset("reinforce", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 20_000),
     "gail": _agent(lambda: rl.GAIL(demonstrations=_demonstrations(), **_GAIL), lambda: rl.task("CartPole-v1"), 8_192),

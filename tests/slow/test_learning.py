@@ -25,14 +25,21 @@ SEEDS = (100, 101, 102, 103)
         ("ppo", "Pendulum-v1", -220.0),
         ("sac", "Pendulum-v1", -165.0),
         ("td3", "Pendulum-v1", -185.0),
+        ("ddpg", "Pendulum-v1", -185.0),
+        ("trpo", "Pendulum-v1", -210.0),
+        ("impala", "CartPole-v1", 450.0),
+        ("ppg", "CartPole-v1", 475.0),
+        ("sac", "MountainCarContinuous-v0", 90.0),
         ("dqn", "MountainCar-v0", -150.0),
         ("dqn", "Acrobot-v1", -95.0),
     ],
 )
 def test_an_agents_preset_learns_its_task(agent: str, task: str, bar: float) -> None:
     settings = rl.preset(agent, task)
-    steps = {"ppo": 100_000, "a2c": 500_000, "reinforce": 500_000, "dqn": 50_000, "sac": 12_000, "td3": 12_000}[agent]
-    steps = {"MountainCar-v0": 120_000, "Acrobot-v1": 100_000, "bandits": 300_000}.get(task, steps)
+    steps = {"ppo": 100_000, "a2c": 500_000, "reinforce": 500_000, "dqn": 50_000, "trpo": 100_000}.get(agent, 12_000)
+    steps = 200_000 if agent in ("impala", "ppg") else steps
+    longer = {"MountainCar-v0": 120_000, "Acrobot-v1": 100_000, "bandits": 300_000, "MountainCarContinuous-v0": 50_000}
+    steps = longer.get(task, steps)
     run = rl.train(settings, task, steps=steps, seeds=SEEDS)
     assert run.summary()[0]["iqm"] >= bar, run.scores.tolist()
 

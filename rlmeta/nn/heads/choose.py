@@ -10,11 +10,17 @@ import numpy as np
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.nn.heads.discrete import BernoulliHead, CategoricalHead, MultiDiscreteHead
 from rlmeta.nn.heads.gaussian import GaussianHead, TanhGaussianHead
-from rlmeta.nn.heads.noise import StateDependentNoiseHead
+from rlmeta.nn.heads.noise import StateDependentNoiseHead, TanhStateDependentNoiseHead
 from rlmeta.nn.units import ActionBounds
 
 PolicyHead: TypeAlias = (
-    CategoricalHead | MultiDiscreteHead | BernoulliHead | GaussianHead | TanhGaussianHead | StateDependentNoiseHead
+    CategoricalHead
+    | MultiDiscreteHead
+    | BernoulliHead
+    | GaussianHead
+    | TanhGaussianHead
+    | StateDependentNoiseHead
+    | TanhStateDependentNoiseHead
 )
 """What `head_for` returns; an object with the methods described in `rlmeta.nn.heads` can take its place."""
 
@@ -36,7 +42,7 @@ def head_for(
         initial_log_std: initial log standard deviation of a Box's head, in the policy's units.
         action_bounds: for a Box: "scale" measures actions by the bounds (`ActionUnits`), "squash" keeps them within
             by a tanh (`TanhGaussianHead`), "clip" ignores the bounds.
-        state_dependent_noise: for a Box: `StateDependentNoiseHead`.
+        state_dependent_noise: for a Box: `StateDependentNoiseHead`, or squashed `TanhStateDependentNoiseHead`.
 
     Returns:
         `CategoricalHead`, `MultiDiscreteHead`, `BernoulliHead`, or for a Box `GaussianHead` unless the
@@ -44,8 +50,7 @@ def head_for(
 
     Raises:
         SpaceError: the space has no head.
-        SettingError: an option for a Box with another space, squashing with state-dependent noise, or squashing into
-            infinite bounds.
+        SettingError: an option for a Box with another space, or squashing into infinite bounds.
     """
     spaces, squash = gym.spaces, action_bounds == "squash"
     if action_bounds not in get_args(ActionBounds):
@@ -55,8 +60,6 @@ def head_for(
             f'action_bounds="squash" and state-dependent noise are options for a Box, the action space is '
             f"{action_space}: leave them out"
         )
-    if squash and state_dependent_noise:
-        raise SettingError('action_bounds="squash" and state-dependent noise exclude each other: choose one')
     if isinstance(action_space, spaces.Discrete):
         return CategoricalHead(features, int(action_space.n), initial_scale)
     if isinstance(action_space, spaces.MultiDiscrete):
@@ -68,11 +71,12 @@ def head_for(
     if isinstance(action_space, spaces.MultiBinary):
         return BernoulliHead(features, count, initial_scale, shape)
     if isinstance(action_space, spaces.Box) and count > 0 and np.issubdtype(action_space.dtype, np.floating):
-        kinds = {"squash": TanhGaussianHead, "noise": StateDependentNoiseHead, "plain": GaussianHead}
-        kind = "squash" if squash else "noise" if state_dependent_noise else "plain"
+        noisy = TanhStateDependentNoiseHead if squash else StateDependentNoiseHead
+        plain = TanhGaussianHead if squash else GaussianHead
         known = action_bounds != "clip"
         low, high = ((bound.reshape(-1).tolist() if known else None) for bound in (action_space.low, action_space.high))
-        return kinds[kind](features, count, initial_scale, initial_log_std, low, high, shape=shape)
+        kind = noisy if state_dependent_noise else plain
+        return kind(features, count, initial_scale, initial_log_std, low, high, shape=shape)
     raise SpaceError(
         f"action space {action_space} has no policy head: expected Discrete, MultiDiscrete, MultiBinary or a Box of "
         "floats; wrap the environment in gymnasium.wrappers.TransformAction to make it one"

@@ -25,6 +25,30 @@ _WEIGHTS = (-0.5 * _NODES.square()).softmax(0)
 the whole line is more exact than Gauss-Hermite quadrature with as many nodes."""
 
 
+def bounded_units(shape: tuple[int, ...], low: Sequence[float] | None, high: Sequence[float] | None) -> ActionUnits:
+    """Units of actions that are squashed into bounds, -1 and 1 by default.
+
+    Raises:
+        SettingError: a bound is infinite, or not below its upper one.
+    """
+    count = math.prod(shape)
+    lower, upper = [-1.0] * count if low is None else low, [1.0] * count if high is None else high
+    units = ActionUnits(shape, lower, upper)
+    if not units.bounded:
+        raise SettingError(
+            f"bounds {list(lower)} and {list(upper)} are infinite or equal, so nothing can be squashed into them: "
+            'use GaussianHead (an agent\'s action_bounds="scale")'
+        )
+    return units
+
+
+def tanh_entropy(d: Distribution) -> Tensor:
+    """Entropy in nats of a squashed Gaussian in units of [-1, 1] by quadrature, `[*L, ...]`."""
+    u = d["mean"].unsqueeze(-1) + d["log_std"].exp().unsqueeze(-1) * _NODES.to(d["mean"])
+    squeezed = 2.0 * (math.log(2.0) - u + F.logsigmoid(2.0 * u)) * _WEIGHTS.to(u)
+    return distributions.normal_entropy(d["log_std"]) + squeezed.sum((-2, -1))
+
+
 class GaussianHead(Block):
     """Diagonal Gaussian policy head with a state-independent parameter `log_std` `[*L, A]`.
 
@@ -125,13 +149,7 @@ class TanhGaussianHead(Block):
             SettingError: a bound is infinite, or not below its upper one.
         """
         super().__init__()
-        lower, upper = [-1.0] * actions if low is None else low, [1.0] * actions if high is None else high
-        self.units = ActionUnits((actions,) if shape is None else shape, lower, upper)
-        if not self.units.bounded:
-            raise SettingError(
-                f"bounds {list(lower)} and {list(upper)} are infinite or equal, so nothing can be squashed into them: "
-                'use GaussianHead (an agent\'s action_bounds="scale")'
-            )
+        self.units = bounded_units((actions,) if shape is None else shape, low, high)
         self.linear = Linear(features, 2 * actions, initialiser="orthogonal", gain=initial_scale)
         with torch.no_grad():
             self.linear.bias[actions:] = initial_log_std  # type: ignore[index]
@@ -169,9 +187,7 @@ class TanhGaussianHead(Block):
         """
         if key is not None:
             return distributions.tanh_normal_entropy(d["mean"], d["log_std"], key) + self.log_half_width
-        u = d["mean"].unsqueeze(-1) + d["log_std"].exp().unsqueeze(-1) * _NODES.to(d["mean"])
-        squeezed = 2.0 * (math.log(2.0) - u + F.logsigmoid(2.0 * u)) * _WEIGHTS.to(u)
-        return distributions.normal_entropy(d["log_std"]) + squeezed.sum((-2, -1)) + self.log_half_width
+        return tanh_entropy(d) + self.log_half_width
 
     def kl(self, d: Distribution, other: Distribution) -> Tensor:
         """KL divergence KL(d ‖ other) in nats, that of the Gaussians before squashing, `[*L, ...]`."""

@@ -1,0 +1,192 @@
+"""Deep deterministic policy gradient (Lillicrap et al., 2016).
+
+A critic learns the value of an action against slowly moving copies of itself and the policy; the deterministic policy
+climbs the critic, and explores by noise on its actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from rlmeta.agents.agent import Agent, NetworkFactory
+from rlmeta.agents.critics import box_units, critic_network
+from rlmeta.agents.networks import Network, build_body, whitens
+from rlmeta.envs.world import World
+from rlmeta.functional import losses, optim, random, tree
+from rlmeta.functional.axes import align, masked_mean
+from rlmeta.learning import off_policy
+from rlmeta.learning.collect import Rollout
+from rlmeta.learning.field_types import check_types
+from rlmeta.learning.gradients import StepContext
+from rlmeta.learning.groups import Group
+from rlmeta.learning.learner import Metrics
+from rlmeta.learning.method import Method
+from rlmeta.learning.optimizer_state import init_optimizer
+from rlmeta.learning.settings import PerLearner, require_range
+from rlmeta.learning.state import Params, State
+from rlmeta.learning.targets import Copy, with_copy
+from rlmeta.nn import Block, Context, DeterministicHead, bare
+from rlmeta.rewards import Reward, check_rewards
+
+TARGET_POLICY, TARGET_Q = Copy("target_policy", "policy"), Copy("target_q", "q")
+
+
+@dataclass(frozen=True)
+class DDPG:
+    """Settings of DDPG. A list for a number marked per learner compares its values."""
+
+    num_envs: int = 4
+    """Environments of each learner."""
+    num_steps: int = 4
+    """Steps in every environment between updates."""
+    gradient_steps: int = 16
+    """Gradient steps in each update."""
+    batch_size: int = 256
+    """Transitions in a minibatch."""
+    capacity: int = 100_000
+    """Transitions that each learner's replay memory holds."""
+    learning_starts: int = 1_000
+    """Transitions collected, with uniformly random actions, before the first gradient step."""
+    actor_learning_rate: PerLearner = 1e-3
+    """Adam's step size of the policy."""
+    critic_learning_rate: PerLearner = 1e-3
+    """Adam's step size of the critic."""
+    gamma: PerLearner = 0.99
+    """Discount factor."""
+    target_rate: PerLearner = 0.005
+    """Rate (tau) at which the target networks follow the others in each gradient step."""
+    exploration_noise: PerLearner = 0.1
+    """Standard deviation of the exploration noise, in units of the actions' bounds."""
+    max_grad_norm: PerLearner = float("inf")
+    """Clip each learner's gradients, those of policy and critic apart, to this norm."""
+    normalise_observation: bool = False
+    """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers of the default network, and of the critic behind any."""
+    activation: Literal["tanh", "relu"] = "relu"
+    """Activation of the default network."""
+    network: NetworkFactory | None = None
+    """Your own network: from an observation space to a module that gives features [B, D]."""
+    rewards: tuple[Reward, ...] = ()
+    """Reward shaping and intrinsic rewards to learn from, in order."""
+
+    adapts = False
+    """A meta-learner's inner loop can't take its gradient steps."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_rewards(self.rewards)
+        for name in ("actor_learning_rate", "critic_learning_rate", "max_grad_norm", "exploration_noise"):
+            require_range(self, name, 0.0, above=True)
+        require_range(self, "gamma", 0.0, 1.0)
+        require_range(self, "target_rate", 0.0, 1.0, above=True)
+        require_range(self, "hidden_sizes", 1)
+        off_policy.check_settings(self)
+
+    def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> DDPGAgent:
+        """Create the DDPG agent for an observation and an action space."""
+        return DDPGAgent(self, observation_space, action_space, methods)
+
+
+class DDPGAgent(Agent):
+    """DDPG agent for an observation and an action space."""
+
+    settings: DDPG
+
+    def __init__(
+        self, settings: DDPG, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
+    ) -> None:
+        self.units = box_units("DDPG", action_space)
+        super().__init__(settings, observation_space, action_space, methods)
+        self.steps_per_iteration = settings.num_steps
+        self.idle_steps = off_policy.idle_steps(settings)
+        blocks: dict[str, Any] = bare(self.networks)
+        self.policy, self.q = blocks["policy"], blocks["q"]
+        self.head = self.policy.head
+        self.copies, self.beside_observations = (TARGET_POLICY, TARGET_Q), ("q",)
+
+    def networks(self) -> dict[str, Block]:
+        """Build the networks: `policy`, an action in units of its bounds, and `q`, the critic."""
+        s, space, units = self.settings, self.observation_space, self.units
+        body, features = build_body(s.network, space, s.hidden_sizes, s.activation, "torch", whitens(s))
+        head = DeterministicHead(features, units, initial_scale=1.0)
+        return {"policy": Network(body, head, features), "q": critic_network(s, space, units)}
+
+    def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
+        """Initial state of a run: target networks are copies of the networks, the replay memory is empty."""
+        state = super().init(key, hyper, world)
+        p = with_copy(with_copy(state["params"], TARGET_POLICY), TARGET_Q)
+        state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
+        state["optimizer"] = init_optimizer(self.groups(state)[0], state)
+        state["replay"] = off_policy.first_memory(self.settings, world, state)
+        return state
+
+    # ------------------------------------------------------------------ act
+
+    def act(
+        self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
+    ) -> tuple[Tensor, tree.Tree]:
+        """Choose actions: the policy's with noise, uniformly random before learning starts; or without noise."""
+        mean = self.forward(self.policy, "policy", p, observation)["mean"]
+        if deterministic:
+            return self.units.to_environment(mean), memory
+        shape = mean.shape[key.dim() :]
+        noise = random.normal(key, "exploration noise", 0, shape) * align(p["hyper"]["exploration_noise"], mean)
+        uniform = random.uniform(key, "exploration", 0, shape) * 2.0 - 1.0
+        action = torch.where(align(p["hyper"]["warms_up"], mean), uniform, (mean + noise).clamp(-1.0, 1.0))
+        return self.units.to_environment(action), memory
+
+    def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
+        """One training iteration, with random actions before learning starts."""
+        state["params"]["hyper"]["warms_up"] = off_policy.warms_up(self, state)
+        return super().iterate(state, world)
+
+    # ------------------------------------------------------------------ learn
+
+    def values(self, p: Params, name: str, observation: tree.Tree, action: Tensor, ctx: Context) -> Tensor:
+        """Values `[*L, B]` of the critic `name` for actions `[*L, B, ...]`."""
+        x = {"observation": self.preprocess(p, observation), "action": action}
+        return self.q.run({**p["weights"], **p["buffers"]}, x, ctx, f"{name}.")
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """Losses `[*L]` of critic and policy for transitions `[*L, B, ...]`."""
+        observation, next_observation, valid = batch["observation"], batch["next_observation"], batch["valid"]
+
+        # critic: (Q(s, a) - y)^2 with y = r + gamma Q'(s', mu'(s'))
+        with torch.no_grad():
+            next_action = self.head.mode(self.forward(self.policy, "target_policy", p, next_observation))
+            next_q = self.values(p, "target_q", next_observation, next_action, Context())
+            target = losses.td_target(batch["reward"], batch["discount"], next_q)
+        q = self.values(p, "q", observation, batch["action"], ctx)
+        critic = losses.value_loss(q, target, valid)
+
+        # policy: -Q(s, mu(s))
+        action = self.head.mode(self.forward(self.policy, "policy", p, observation, ctx))
+        actor = -masked_mean(self.values(p, "q", observation, action, Context()), valid)
+        if ctx.report:
+            ctx.info["losses/q_values"] = q.mean(-1)
+        return {"critic": critic, "actor": actor}
+
+    def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
+        """Add the rollout to the replay memory; after a warm-up, take gradient steps on random transitions."""
+        off_policy.remember(self, state, rollout, rewards)
+        if not off_policy.ready(self, state):
+            return state, {}
+        rate = state["params"]["hyper"]["target_rate"]
+        follow = rate.expand(self.settings.gradient_steps, *rate.shape)
+        state, info = off_policy.learn(self, state, self.groups, {TARGET_POLICY: follow, TARGET_Q: follow})
+        off_policy.end_warm_up(state)
+        return state, info
+
+    def groups(self, state: State) -> Sequence[Sequence[Group]]:
+        """Update schedule: critic and policy in every gradient step, each on its own loss alone."""
+        h = state["params"]["hyper"]
+        critic = Group("critic", ("q.",), ("critic",), optim.adam(h["critic_learning_rate"]), h["max_grad_norm"])
+        actor = Group("actor", ("policy.",), ("actor",), optim.adam(h["actor_learning_rate"]), h["max_grad_norm"])
+        return [(critic, actor)]
