@@ -17,7 +17,12 @@ from rlmeta.runs.train import prepare
 from tests.crossings import NETWORKS, OBSERVATIONS, PROBLEMS, GymWalk, labelled, network, shown, walks
 
 WORLDS = ("native", "gymnasium")
-AGENTS = ("ppo", "recurrent ppo", "a2c", "reinforce", "dqn", "sac", "td3", "behaviour cloning", "gail")
+MEMORIES = {
+    "ppo with a gru": {"memory": "gru", "memory_size": 3},
+    "a2c with an lstm": {"memory": "lstm", "memory_size": 3, "memory_layers": 2},
+    "reinforce with attention": {"memory": "attention", "memory_size": 4, "attention_heads": 2, "context": 3},
+}
+AGENTS = ("ppo", "a2c", "reinforce", *MEMORIES, "dqn", "sac", "td3", "behaviour cloning", "gail")
 CONTINUOUS = ("sac", "td3")
 LEARNERS = ("classifier", "regressor")
 
@@ -63,11 +68,10 @@ def settings(cell: Crossing) -> Any:
             return rl.GAIL(demonstrations=given, batch_size=8, num_epochs=2, discriminator_updates=2, **few)
         white = cell.observation == "box"  # of Dict and Discrete there is nothing to whiten, and a sentence says so
         return rl.BehaviourCloning(demonstrations=given, num_steps=4, batch_size=8, normalise_observation=white, **own)
+    if cell.agent in MEMORIES:
+        few |= {"sees": ("action", "reward", "start"), **MEMORIES[cell.agent]}
     return {
         "ppo": lambda: rl.PPO(batch_size=4, num_epochs=2, **few),
-        "recurrent ppo": lambda: rl.PPO(
-            batch_size=4, num_epochs=2, memory="gru", memory_size=3, sees=("action", "reward", "start"), **few
-        ),
         "a2c": lambda: rl.A2C(**few),
         "reinforce": lambda: rl.REINFORCE(**few),
         "dqn": lambda: rl.DQN(gradient_steps=1, **few, **replayed),
@@ -75,7 +79,7 @@ def settings(cell: Crossing) -> Any:
         "td3": lambda: rl.TD3(gradient_steps=2, **few, **replayed),
         "classifier": lambda: rl.Classifier(batch_size=4, num_steps=4, **own),
         "regressor": lambda: rl.Regressor(batch_size=4, num_steps=4, **own),
-    }[cell.agent]()
+    }[cell.agent.partition(" with ")[0]]()
 
 
 def problem_of(cell: Crossing) -> Any:
@@ -109,7 +113,7 @@ def cross(cell: Crossing) -> str:
         for deterministic in (True, False):
             observation, _ = GymWalk(cell.observation, continuous=cell.agent in CONTINUOUS).reset(seed=0)
             action = run.act(observation, deterministic=deterministic, learner=1)
-            if cell.agent == "recurrent ppo":
+            if cell.agent in MEMORIES:
                 first, memory = action
                 action, _ = run.act(observation, memory, 1.0, deterministic=deterministic, learner=1)
                 assert first in run.world.action_space

@@ -181,8 +181,8 @@ class MultiHeadAttention(Block):
         """
         inputs: dict[str, Tensor] = x if isinstance(x, dict) else {"query": x}
         query = inputs["query"]
-        key = inputs["key"] if "key" in inputs else query
-        value = inputs["value"] if "value" in inputs else key
+        key = inputs.get("key", query)
+        value = inputs.get("value", key)
         q, k, v = self._projected(params, prefix, query, key, value)
         if self.rotary:
             places = inputs.get("positions")

@@ -63,6 +63,16 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
         lambda: rl.task("CartPole-positions"),
         8_192,
     ),
+    "ppo-attention": _agent(
+        lambda: rl.PPO(**_PPO, num_epochs=2, memory="attention", memory_size=8, attention_heads=2, context=16),
+        lambda: rl.task("CartPole-positions"),
+        8_192,
+    ),
+    "a2c-lstm": _agent(
+        lambda: rl.A2C(num_steps=16, memory="lstm", memory_size=8, memory_layers=2, sees=("action", "reward")),
+        lambda: rl.task("CartPole-positions"),
+        20_000,
+    ),
     "rl2": _agent(
         lambda: replace(rl.preset("ppo", "bandits"), num_envs=8, batch_size=120, memory_size=16),
         lambda: rl.family("bandits"),
