@@ -205,7 +205,7 @@ class MultiHeadAttention(Block):
         else:
             each = zip((query, key, value), weight.chunk(3, -2), bias.chunk(3, -1))
             parts = tuple(linear(*tensors) for tensors in each)
-        return [part.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in parts]
+        return [part.reshape(*part.shape[:-1], self.heads, -1).transpose(-3, -2) for part in parts]
 
 
 class TransformerLayer(Block):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +15,9 @@ from torch import Tensor
 import rlmeta as rl
 from rlmeta.engine.capture import Capture
 from rlmeta.envs.native import CartPole, NativeEnv
+from rlmeta.errors import SettingError
 from rlmeta.functional import tree
+from rlmeta.learning import off_policy, sequences
 from rlmeta.learning.collect import LAST_REWARD, collect, remember
 from rlmeta.learning.gradients import StepContext
 from tests.agents.worlds import start
@@ -121,6 +124,104 @@ def test_run_act_sees_what_it_did_and_what_that_brought(agent):
     assert LAST_REWARD in run.act(np.zeros(2, np.float32), memory, 1.0)[1]
 
 
+# ---------------------------------------------------------------------- DQN: sequences from a replay memory
+
+
+DRQN = rl.DQN(**SMALL, capacity=128, learning_starts=48, gradient_steps=2, batch_size=12, sequence_length=6)
+
+
+@each_kind
+def test_drawn_sequences_have_the_values_that_were_acted_by(kind):
+    """As long as the weights stay as they are, those of what followed, too, with the target network's."""
+    agent, state, world = start(replace(DRQN, **KINDS[kind]), SHORT, S)
+    told: list[dict[tuple[float, ...], Tensor]] = [{} for _ in range(S)]
+    for _ in range(6):
+        memory, p = tree.map(torch.clone, state["memory"]), agent.effective_params(state)
+        initial = agent.initial_memory(p, (S, N))
+        state, rollout = collect(agent, state, world, T)
+        for t in range(T):
+            step = tree.map(lambda x: x[:, t], {name: x for name, x in rollout.items() if name != "first_memory"})  # noqa: B023
+            values, after = agent.answer_at(agent.q, "q", p, step["observation"], memory)
+            blank = dict.fromkeys(("observation", "next_observation", "terminated", "truncated", "valid"))
+            transition = rl.envs.world.Transition(**blank, reward=step["reward"], memory_reset=step["memory_reset"])
+            memory = remember(after(step["action"]), initial, transition)
+            for s, row in [(s, row) for s in range(S) for row in range(N)]:
+                told[s][tuple(step["observation"][s, row].tolist())] = values[s, row]
+        off_policy.remember(agent, state, rollout, {"task": rollout["reward"]})
+    gamma = state["params"]["hyper"]["gamma"]
+    batch = tree.map(lambda x: x[0], sequences.sample(state["replay"], state["key"].unsqueeze(0), 8, 6, gamma))
+    values = agent.forward(agent.q, "q", p, batch["observation"])
+    following = agent.forward(agent.q, "target", p, batch["next_observation"])
+    assert batch["observation"]["begins"].any() and not batch["valid"].all()
+    met = 0
+    for s, row in [(s, row) for s in range(S) for row in range(48) if batch["valid"][s, row]]:
+        here, there = (tuple(batch[n]["observation"][s, row].tolist()) for n in ("observation", "next_observation"))
+        torch.testing.assert_close(values[s, row], told[s][here], rtol=0, atol=1e-5)
+        if there in told[s]:  # else it ended an episode, or is the newest
+            torch.testing.assert_close(following[s, row], told[s][there], rtol=0, atol=1e-5)
+            met += 1
+    assert met > 20
+
+
+@each_kind
+def test_dqn_in_sequences_batched_is_looped_and_burn_in_is_not_learned_from(kind):
+    agent, state, world = start(replace(DRQN, **KINDS[kind]), SHORT, S)
+    for _ in range(4):
+        state, rollout = collect(agent, state, world, T)
+        off_policy.remember(agent, state, rollout, {"task": rollout["reward"]})
+    p, gamma = agent.effective_params(state), state["params"]["hyper"]["gamma"]
+    draw = partial(sequences.sample, state["replay"], state["key"].unsqueeze(0), 4, 6, gamma)
+    batch, burnt = (tree.map(lambda x: x[0], draw(burn_in=burn_in)) for burn_in in (0, 2))
+    assert burnt["valid"][:, :8].eq(False).all() and burnt["valid"][:, 8:].equal(batch["valid"][:, 8:])
+
+    def total(p, batch):
+        weights = {name: w.detach().clone().requires_grad_() for name, w in p["weights"].items()}
+        loss = agent.losses({**p, "weights": weights}, batch, StepContext(training=True, report=False))["q"]
+        return loss, dict(zip(weights, torch.autograd.grad(loss.sum(), list(weights.values()))))
+
+    together, gradients = total(p, batch)
+    for i in range(S):
+        alone, own = total(tree.map(lambda x: x[i], p), tree.map(lambda x: x[i], batch))  # noqa: B023
+        torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
+        for name, gradient in own.items():
+            torch.testing.assert_close(gradients[name][i], gradient, rtol=0, atol=1e-5, msg=name)
+
+
+def test_dqn_with_a_memory_is_recorded_and_resumed_bit_for_bit(tmp_path):
+    results, settings = [], replace(DRQN, **KINDS["lstm"], average_rate=0.5)
+    for records in (True, False):
+        agent, state, world = start(settings, SHORT, S)
+        agent.capture = Capture(warm_up=2) if records else None
+        for _ in range(7):
+            state, _ = agent.iterate(state, world)
+        results.append(state)
+        if records:
+            assert {"steps of the world", "gradient steps"} <= agent.capture.operations().keys()
+    tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), *results)
+    given = {"steps": 8 * N * T, "seeds": 2, "final_episodes": 4}
+    whole = rl.train(settings, SHORT, **given)
+    stops = [lambda run, metrics: metrics["env_steps"] == 5 * N * T]
+    assert rl.train(settings, SHORT, **given, out=tmp_path / "run", callbacks=stops).stopped
+    resumed = rl.resume(tmp_path / "run")
+    for name in ("params", "memory", "optimizer", "replay"):
+        tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), resumed.state[name], whole.state[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 8}, "whole sequences"),
+        ({"burn_in": 6}, "leaves nothing"),
+        ({"n_steps": 2}, "of one step"),
+        ({"sequence_length": 0}, "sequence_length"),
+        ({"capacity": 48, "learning_starts": 8}, "expected at least"),
+    ],
+)
+def test_sequences_that_do_not_fit_are_refused(changes, said):
+    with pytest.raises(SettingError, match=said):
+        replace(DRQN, memory="gru", **changes)
+
+
 # ---------------------------------------------------------------------- all together
 
 
@@ -174,6 +275,10 @@ LEARNS: dict[str, Any] = {
     ),
     "a2c": rl.A2C(num_steps=6, optimizer="adam", learning_rate=1e-2, entropy_coefficient=0.01, **_BONUS),
     "reinforce": rl.REINFORCE(num_steps=6, learning_rate=1e-2, action_noise=0.05, **_BONUS),
+    "dqn": rl.DQN(
+        num_steps=6, sequence_length=6, batch_size=192, gradient_steps=4, learning_starts=960, learning_rate=3e-3,
+        **_BONUS,
+    ),
 }  # fmt: skip
 REMEMBERS: dict[str, dict[str, Any]] = {
     "gru": {"memory": "gru", "memory_size": 16},
@@ -181,7 +286,7 @@ REMEMBERS: dict[str, dict[str, Any]] = {
     "attention": {"memory": "attention", "memory_size": 16, "attention_heads": 2, "context": 4},
 }
 PAIRS = [(agent, kind) for agent in LEARNS for kind in REMEMBERS]
-QUICK = {("ppo", "gru"), ("a2c", "attention"), ("reinforce", "lstm")}
+QUICK = {("ppo", "gru"), ("a2c", "attention"), ("reinforce", "lstm"), ("dqn", "gru")}
 
 
 def score(agent, steps=7_680, **memory):
