@@ -20,6 +20,7 @@ WORLDS = ("native", "gymnasium")
 MEMORIES = {
     "ppo with a gru": {"memory": "gru", "memory_size": 3},
     "a2c with an lstm": {"memory": "lstm", "memory_size": 3, "memory_layers": 2},
+    "dqn with a gru": {"memory": "gru", "memory_size": 3, "sequence_length": 4},
     "reinforce with attention": {"memory": "attention", "memory_size": 4, "attention_heads": 2, "context": 3},
 }
 AGENTS = ("ppo", "a2c", "reinforce", *MEMORIES, "dqn", "sac", "td3", "behaviour cloning", "gail")
@@ -126,7 +127,7 @@ def expected_to_be_refused(cell: Crossing) -> bool:
     """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions;
     a force can't be masked."""
     foreign = cell.problem == "family" and cell.world == "gymnasium"
-    values_alone = cell.agent == "dqn" and cell.problem == "stream"
+    values_alone = cell.agent.startswith("dqn") and cell.problem == "stream"
     return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
 
 

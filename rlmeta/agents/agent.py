@@ -200,7 +200,10 @@ class Agent:
         """Initial recurrent memory of `rows` `[*L, N]` environments; empty for feed-forward agents."""
         if self.recurrence is None:
             return {}
-        return self.recurrence.initial(rows, next(iter(p["weights"].values())).device)
+        weight = next(iter(p["weights"].values()))
+        memory = self.recurrence.initial(rows, weight.device)
+        state = tree.map(lambda x: x.to(weight.dtype) if x.is_floating_point() else x, memory["hidden"])
+        return {**memory, "hidden": state}
 
     def effective_params(self, state: State) -> Params:
         """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
