@@ -219,6 +219,7 @@ def test_step_by_step_is_the_whole_sequence_and_sees_what_follows(layers, contex
     for step in range(T + 2):
         out, state = ours.step(params, x[:, step], reset(state, begins[:, step]), Context())
         assert {name: value.shape for name, value in state.items()} == shapes
+        assert state["seen"].max() <= context
         assert_close(out, whole[:, step], atol=1e-9)
         assert_close(ours.step(params, following[:, step], state, Context())[0], ahead[:, step], atol=1e-9)
 
