@@ -235,29 +235,36 @@ class Agent:
         """Inputs of one network, with normalised observations."""
         if self.recurrence is None:
             return self.preprocess(p, inputs)
+        network = name.partition(".")[0]
         sources = {copy.name: copy.source for copy in self.copies}  # a target network has the states of its source
-        seen = self.recurrence.of_network(inputs, sources.get(name, name))
+        seen = self.recurrence.of_network(inputs, sources.get(network, network))
         if "before" in seen:
             before = seen["before"]
             seen["before"] = {**before, "observation": self.preprocess(p, before["observation"])}
         return {**seen, "observation": self.preprocess(p, seen["observation"])}
 
     def answer_at(
-        self, network: Any, name: str, p: Params, observation: tree.Tree, memory: tree.Tree
+        self,
+        network: Any,
+        name: str,
+        p: Params,
+        observation: tree.Tree,
+        memory: tree.Tree,
+        ctx: Context | None = None,
     ) -> tuple[Any, Callable[[Tensor], tree.Tree]]:
         """Output of the acting network for one step `[*L, N, ...]`, and a function from the action to the memory after.
 
         The memories of all networks move on.
         """
         if self.recurrence is None:
-            return self.forward(network, name, p, observation), lambda action: memory
+            return self.forward(network, name, p, observation, ctx), lambda action: memory
         recurrence, inputs = self.recurrence, self.recurrence.present(observation, memory)
         tensors, features, hidden = {**p["weights"], **p["buffers"]}, {}, {}
         for each, body in recurrence.bodies.items():
             prefix = name if body is network.body else each
             seen = self._seen(p, inputs, each)
             features[prefix], hidden[each] = body.step(tensors, seen, Context(), f"{prefix}.body.")
-        out = network.answer(tensors, features[name], inputs, Context(), f"{name}.")
+        out = network.answer(tensors, features[name], inputs, ctx or Context(), f"{name}.")
         return out, lambda action: recurrence.after(memory, hidden, action)
 
     def inputs(self, rollout: Rollout) -> tree.Tree:

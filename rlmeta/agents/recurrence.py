@@ -239,7 +239,7 @@ class Recurrence:
                 "a network with a memory takes sequences of its agent's own steps, not observations alone: "
                 "choose memory='none' for this"
             )
-        return {**inputs, "hidden": inputs["hidden"][name.partition(".")[0]]}
+        return {**inputs, "hidden": inputs["hidden"][name]}
 
     # ------------------------------------------------------------------ acting
 
