@@ -258,7 +258,7 @@ class Agent:
         """
         if self.recurrence is None:
             return self.forward(network, name, p, observation, ctx), lambda action: memory
-        recurrence, inputs = self.recurrence, self.recurrence.present(observation, memory)
+        recurrence, inputs = self.recurrence, self.recurrence.acting_inputs(observation, memory)
         tensors, features, hidden = {**p["weights"], **p["buffers"]}, {}, {}
         for each, body in recurrence.bodies.items():
             prefix = name if body is network.body else each

@@ -184,8 +184,8 @@ class DQNAgent(Agent):
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
         inputs = None
         if self.recurrence is not None:
-            inputs = self.recurrence.present(world.observation(state["world"]), state["memory"])
-        state["replay"] = off_policy.first_memory(self.settings, world, state, inputs)
+            inputs = self.recurrence.acting_inputs(world.observation(state["world"]), state["memory"])
+        state["replay"] = off_policy.init_replay(self.settings, world, state, inputs)
         return state
 
     # ------------------------------------------------------------------ act

@@ -243,8 +243,8 @@ class Recurrence:
 
     # ------------------------------------------------------------------ acting
 
-    def present(self, observation: tree.Tree, memory: tree.Tree) -> tree.Tree:
-        """Network inputs while acting, for one step `[*L, N, ...]`."""
+    def acting_inputs(self, observation: tree.Tree, memory: tree.Tree) -> tree.Tree:
+        """Inputs of the recurrent networks for one acting step `[*L, N, ...]`, the additional inputs included."""
         return self._inputs(observation, memory["hidden"], memory)
 
     def after(self, memory: tree.Tree, hidden: Mapping[str, tree.Tree], action: Tensor) -> tree.Tree:
@@ -299,7 +299,7 @@ class Recurrence:
             steps: T.
             device: of the tensors.
         """
-        inputs = self.present(observation, self.initial(rows, device))
+        inputs = self.acting_inputs(observation, self.initial(rows, device))
         hidden, inputs["begins"] = inputs.pop("hidden"), torch.zeros(rows, dtype=torch.bool, device=device)
         axis = len(rows)
         long = tree.map(lambda x: x.unsqueeze(axis).expand(*rows, steps, *x.shape[axis:]), inputs)

@@ -33,7 +33,7 @@ EPSILON = 1e-5
 
 
 class StreamValue:
-    """Value head of one reward stream, the network `value_NAME`."""
+    """Value network (critic) of one extra reward stream, such as an intrinsic reward: the network `value_NAME`."""
 
     def __init__(self, settings: Any, reward: SeparateReward, observation_space: gym.Space, recorded: bool) -> None:
         self.settings, self.reward, self.observation_space = settings, reward, observation_space

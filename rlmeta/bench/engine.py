@@ -25,13 +25,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rlmeta.bench.seeds import table_seeds
-from rlmeta.engine.backends import VARIABLE
+from rlmeta.engine.backends import VARIABLE as BACKEND_VARIABLE
 from rlmeta.envs.native import NativeEnv
 from rlmeta.errors import SettingError
 
 DEFAULT = "default"
 """The first backend that takes a recording: TorchScript, or generated Python for what that refuses."""
-SIDES = (DEFAULT, "python", "none")
+BACKENDS = (DEFAULT, "python", "none")
 CASES = {"PPO, 1 learner": ("mlp", 1, 60_000), "PPO, 16 learners": ("mlp", 16, 60_000),
          "convolutions and norms, 8 learners": ("pictures", 8, 20_000)}  # fmt: skip
 
@@ -48,47 +48,47 @@ class Engine:
 
 @dataclass(frozen=True)
 class Dot(NativeEnv):
-    """A dot in a picture of 8 x 8 that moves left or right; the right edge pays."""
+    """A dot in a picture of 8 x 8 that moves left or right; reward 1 at the right edge, where the episode ends."""
 
     max_episode_steps: int | None = 16
     step_noise = 0
 
     @property
     def observation_space(self) -> gym.Space:
-        """Bytes."""
+        """A picture `[1, 8, 8]` of bytes."""
         return gym.spaces.Box(0, 255, (1, 8, 8), np.uint8)
 
     @property
     def action_space(self) -> gym.Space:
-        """Left or right."""
+        """Two actions: left and right."""
         return gym.spaces.Discrete(2)
 
     def reset(self, noise: Tensor, physics: Any) -> dict[str, Tensor]:
-        """At the left edge."""
+        """Initial state: the dot at the left edge."""
         return {"cell": torch.zeros(noise.shape[:-1], dtype=torch.int64, device=noise.device)}
 
     def step(self, state: Any, action: Tensor, noise: Tensor, physics: Any) -> tuple[Any, Tensor, Tensor]:
-        """Move."""
+        """Transition: the dot moves one cell."""
         cell = (state["cell"] + 2 * action - 1).clamp(0, 7)
         return {"cell": cell}, (cell == 7).float(), cell == 7
 
     def observe(self, state: Any) -> Tensor:
-        """The picture."""
+        """Picture with the dot in white."""
         lit = state["cell"].unsqueeze(-1) == torch.arange(8, device=state["cell"].device)
         return (255 * lit).to(torch.uint8)[..., None, None, :].expand(*lit.shape[:-1], 1, 8, 8).contiguous()
 
 
 class Scale(nn.Module):
-    """Bytes as numbers from 0 to 1."""
+    """Scaling of pixels from bytes to 0 to 1."""
 
     recordable = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x / 255."""
+        """Scale pixels to 0 to 1."""
         return x.float() / 255
 
 
-def pictures(space: gym.Space) -> nn.Module:
+def convolutional_network(space: gym.Space) -> nn.Module:
     """Two convolutions with norms, and a linear layer."""
     return nn.Sequential(
         *(Scale(), nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU()),
@@ -97,8 +97,8 @@ def pictures(space: gym.Space) -> nn.Module:
     )
 
 
-def work(case: str) -> dict[str, Any]:
-    """Train one side; steps/s of its second half, operations of the recordings, and a digest of the final weights."""
+def train_and_measure(case: str) -> dict[str, Any]:
+    """Train once: steps/s of the second half, operations of the recordings, and a digest of the final weights."""
     from rlmeta.agents import PPO
     from rlmeta.bench.agents import ZOO
     from rlmeta.bench.steady import train_and_time
@@ -106,7 +106,7 @@ def work(case: str) -> dict[str, Any]:
     from rlmeta.runs.experiment import Budget
 
     network, learners, steps = CASES[case]
-    small = PPO(num_envs=8, num_steps=32, batch_size=64, num_epochs=4, network=pictures)
+    small = PPO(num_envs=8, num_steps=32, batch_size=64, num_epochs=4, network=convolutional_network)
     settings, problem = (ZOO, task("CartPole-v1")) if network == "mlp" else (small, task(Dot(), name="dot"))
     budget = Budget(steps=steps, eval_every=10 * steps, final_episodes=4)
     run, taken, seconds = train_and_time(settings, problem, table_seeds(learners), budget, threads=1)
@@ -120,34 +120,34 @@ def work(case: str) -> dict[str, Any]:
 
 
 def _side(case: str, backend: str) -> dict[str, Any]:
-    environment = {**os.environ, VARIABLE: "" if backend == DEFAULT else backend, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, BACKEND_VARIABLE: "" if backend == DEFAULT else backend, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-c",
-        f"import json; from rlmeta.bench import engine; print(json.dumps(engine.work({case!r})))",
+        f"import json; from rlmeta.bench import engine; print(json.dumps(engine.train_and_measure({case!r})))",
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SettingError(f"bench: {case} on {backend} failed: {done.stderr[-500:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise SettingError(f"bench: {case} on {backend} failed: {process.stderr[-500:]}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
 def main(options: Engine) -> int:
-    """Print and write the table; 1 where two backends end with other weights."""
+    """Print and write the table; returns exit status 1 if final weights differ between backends."""
     if options.rounds < 1:
         raise SettingError("bench: rounds is at least 1")
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {case: {side: [] for side in SIDES} for case in CASES}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {case: {side: [] for side in BACKENDS} for case in CASES}
     for number in range(options.rounds):
         for case, sides in results.items():
-            for side in SIDES if number % 2 == 0 else reversed(SIDES):
+            for side in BACKENDS if number % 2 == 0 else reversed(BACKENDS):
                 sides[side].append(_side(case, side))
-    table = Table("case", *(f"{side} (steps/s)" for side in SIDES), "operations", box=None)
+    table = Table("case", *(f"{side} (steps/s)" for side in BACKENDS), "operations", box=None)
     rows: list[dict[str, Any]] = []
     for case, sides in results.items():
         rates = {side: statistics.median(x["steps_per_second"] for x in trials) for side, trials in sides.items()}
         equal = len({x["weights"] for trials in sides.values() for x in trials}) == 1
-        operations: dict[str, int] = sides[SIDES[0]][0]["operations"]
+        operations: dict[str, int] = sides[BACKENDS[0]][0]["operations"]
         rows.append({"case": case, "steps_per_second": rates, "equal_weights": equal, "operations": operations})
         cells = [f"{rate:,.0f} ({rate / rates['none']:.2f}x)" for rate in rates.values()]
         table.add_row(case, *cells, ", ".join(f"{name}: {count}" for name, count in operations.items()))

@@ -174,7 +174,10 @@ def _buffer_only(tasks: TaskStream, buffers: Any) -> dict[str, Any]:
 
 
 def _offline(name: str, tasks: TaskStream, data: Sequence[DataTask], steps: int) -> dict[str, Any]:
-    """Train one learner on each data set and evaluate it on every task; only the matrix's last row is filled."""
+    """Offline baseline (joint training, or the buffer alone): a learner per data set, evaluated on every task.
+
+    Only the last row of the accuracy matrix is filled.
+    """
     began, seeds = time.perf_counter(), len(data)
     distinct = list(data) if data[0] is not data[-1] else [data[0]]
     world = DataWorld(DataTable(distinct), (seeds,), min(NETWORK.batch_size, len(data[0].train.target)))

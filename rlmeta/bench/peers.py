@@ -275,7 +275,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Command line of the Stable-Baselines3 baselines: train, append to `sb3.jsonl`, return an exit status."""
     parser = argparse.ArgumentParser(prog="python -m rlmeta.bench.peers", description=__doc__.split("\n\n")[0])
     parser.add_argument("agent", help="a2c, dqn or ppo")
     parser.add_argument("task", help="a gymnasium id")

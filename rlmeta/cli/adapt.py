@@ -35,7 +35,7 @@ def _adapt(folder: Path, chosen: AdaptFlags, own: UserCode) -> int:
     from rlmeta.runs.run import load
 
     for label, member in members(folder).items():
-        run = load(member, **own.again(member))
+        run = load(member, **own.arguments(member))
         try:
             curve = adaptation.adapt(run, chosen.tasks, chosen.steps, chosen.seed)
             title = f"{run.experiment.agent_name} on {run.experiment.problem.name}" + (f", {label}" if label else "")

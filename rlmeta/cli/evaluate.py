@@ -49,7 +49,7 @@ def _evaluate(folder: Path, chosen: EvaluateFlags, own: UserCode) -> int:
 
     rows: list[dict[str, Any]] = []
     for label, member in members(folder).items():
-        run = load(member, **own.again(member))
+        run = load(member, **own.arguments(member))
         try:
             run.evaluation = run.evaluate(
                 chosen.episodes, deterministic=not chosen.sampled, best=chosen.best, seed=chosen.seed

@@ -24,13 +24,13 @@ from rlmeta.runs import train as training
 from rlmeta.runs.run import Run, load
 
 
-def run_groups(plan: Plan, folder: Path, again: str, inexact: bool = False, header: str = "") -> int:
+def run_groups(plan: Plan, folder: Path, resume_flags: str, inexact: bool = False, header: str = "") -> int:
     """Train or resume every group of a plan and print the results; returns the exit status.
 
     Args:
         plan: the plan.
         folder: the folder of the whole plan.
-        again: flags that a resume needs for user code, for the hint after an interruption.
+        resume_flags: flags that a resume needs for user code, for the hint after an interruption.
         inexact: as for `rlmeta resume`.
         header: printed before the first group; '' for none.
     """
@@ -43,7 +43,7 @@ def run_groups(plan: Plan, folder: Path, again: str, inexact: bool = False, head
                 raise KeyboardInterrupt
             rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
     except KeyboardInterrupt:
-        return interrupted(folder, again)
+        return interrupted(folder, resume_flags)
     print_results(rows)
     for run in runs:
         print_ends(run)
@@ -95,7 +95,7 @@ def _go_on(plan: Plan, settings: Any, where: Path, inexact: bool) -> Run:
     env = None if isinstance(plan.source, str) else plan.source
     if isinstance(env, NativeEnv):
         env = dataclasses.replace(env, **plan.env)  # type: ignore[type-var]
-    again: dict[str, Any] = {
+    code: dict[str, Any] = {
         "agent": user_code.own_class(settings),
         "network": getattr(settings, "network", None),
         "env": env,
@@ -103,8 +103,8 @@ def _go_on(plan: Plan, settings: Any, where: Path, inexact: bool) -> Run:
         "own": {"rewards": settings.rewards} if getattr(settings, "rewards", ()) else {},
     }
     if (where / run_folder.SUMMARY).is_file():
-        return load(where, **again)
-    return go_on(where, **again, wandb=plan.wandb, progress=not plan.options.quiet, inexact=inexact)
+        return load(where, **code)
+    return go_on(where, **code, wandb=plan.wandb, progress=not plan.options.quiet, inexact=inexact)
 
 
 def go_on(
@@ -153,8 +153,8 @@ def say_wandb(where: str, had: str) -> None:
     say(f"note: {where} says it is logged to W&B as {text}; not now: resume with --wandb {text}", error=True)
 
 
-def interrupted(folder: Path, again: str) -> int:
+def interrupted(folder: Path, resume_flags: str) -> int:
     """Print the command that resumes an interrupted run; returns the exit status."""
-    command = " ".join(filter(None, (f"rlmeta resume {folder}", again)))
+    command = " ".join(filter(None, (f"rlmeta resume {folder}", resume_flags)))
     say(f"interrupted; resume with: {command}" if is_run(folder) else "interrupted", error=True)
     return 130

@@ -43,7 +43,7 @@ MOST_SEEDS = 100_000
 
 @dataclass(frozen=True)
 class Plan:
-    """Training plan of a command. Everything but names is kept as the text of its flag."""
+    """Training plan of a command: names, the text of flags, and the settings of environment, methods and population."""
 
     agent: str
     task: str
@@ -51,7 +51,7 @@ class Plan:
     """Arguments of the environment."""
     lifelong: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of lifelong methods, by method."""
-    exchange: dict[str, Any] = field(default_factory=dict)
+    population_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the population."""
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """Text of the flags, in the groups `run`, `budget` and `settings`."""
@@ -78,7 +78,8 @@ class Plan:
             cls = agent_class(self.agent)
             per_learner = per_learner_names(cls)
             combinations: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
-        compared = [n for n, text in self.texts["settings"].items() if n not in per_learner and _compares(cls, n, text)]
+        static = {n: text for n, text in self.texts["settings"].items() if n not in per_learner}
+        compared = [n for n, text in static.items() if _has_several_values(cls, n, text)]
         return {",".join(f"{n}={grammar.text_of(getattr(s, n))}" for n in compared): s for s in combinations}
 
     @property
@@ -121,7 +122,7 @@ class Plan:
         """
         name = self.options.population
         with trusted.reading(self.file):
-            return user_code.population_named(name, self.exchange) if name else None
+            return user_code.population_named(name, self.population_settings) if name else None
 
     @cached_property
     def source(self) -> Any:
@@ -213,8 +214,8 @@ class Plan:
         length = f"{budget.epochs:g} epochs" if budget.epochs else f"{budget.steps:,} steps"
         lines = [f"{self.agent} on {self.task}{env}: {seeds}, {length} each, into {folder}"]
         path, name = self.preset.path, agent_class(self.agent).__name__
-        seeds = ", ".join(map(str, self.preset.chosen_on_seeds))
-        chosen = f", chosen on seeds {seeds}" if seeds else ""
+        tuning_seeds = ", ".join(map(str, self.preset.chosen_on_seeds))
+        chosen = f", chosen on seeds {tuning_seeds}" if tuning_seeds else ""
         lines += [f"preset {_short(path)} [{self.preset.table}]{chosen}" if path else "no preset"]
         differing = [
             f"{setting}={text} ({grammar.text_of(f.default)})"
@@ -227,7 +228,7 @@ class Plan:
             lines += [f"{len(self.groups)} groups, one after another: {' | '.join(self.groups)}"]
         return "\n".join(lines)
 
-    def again(self, code: Sequence[str] = ()) -> str:
+    def resume_flags(self, code: Sequence[str] = ()) -> str:
         """Flags that a resume needs for user code; a saved plan of several groups needs only the modules.
 
         Args:
@@ -248,10 +249,11 @@ class Plan:
             "rewards": texts.get("rewards", ""),
         }
         modules_by_flag = {flag: modules for flag, text in named.items() if (modules := user_code.modules_of(text))}
-        flags = [f"--{flag} {shlex.quote(named[flag])}" for flag in modules_by_flag]
+        texts_of_flags = [f"--{flag} {shlex.quote(named[flag])}" for flag in modules_by_flag]
         if len(self.groups) > 1:
-            code, flags = [*code, *(module for modules in modules_by_flag.values() for module in modules)], []
-        return " ".join([*flags, *([f"--code {','.join(dict.fromkeys(code))}"] if code else [])])
+            code = [*code, *(module for modules in modules_by_flag.values() for module in modules)]
+            texts_of_flags = []
+        return " ".join([*texts_of_flags, *([f"--code {','.join(dict.fromkeys(code))}"] if code else [])])
 
     # ------------------------------------------------------------------ folder and trackers
 
@@ -285,10 +287,10 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
         SettingError, UnknownNameError: a name, a flag or a value that is wrong.
     """
     cls = agent_class(agent)
-    dotted, rest = _dotted_settings(arguments)
-    env = dotted.pop("env", {})
+    method_settings, rest = _dotted_settings(arguments)
+    env = method_settings.pop("env", {})
     chosen = _peek(arguments, "--population")
-    exchange = dotted.pop(user_code.population_class(chosen).name, {}) if chosen else {}
+    population_settings = method_settings.pop(user_code.population_class(chosen).name, {}) if chosen else {}
     source = _peek(rest, "--preset")
     preset = presets.load_preset(cls, task_name, None if source in (None, "auto") else source)
     steps = {} if preset.steps is None else {"steps": preset.steps}
@@ -297,12 +299,12 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
     texts["settings"] = texts.pop(title)
     del texts["user_code"]  # a saved plan must not allow user code
-    plan = Plan(agent, task_name, env, dotted, exchange, texts, preset)
+    plan = Plan(agent, task_name, env, method_settings, population_settings, texts, preset)
     plan.check()
     return plan
 
 
-def _compares(cls: type, name: str, text: str) -> bool:
+def _has_several_values(cls: type, name: str, text: str) -> bool:
     return len(grammar.values(cls, name, text)) > 1
 
 
@@ -351,10 +353,10 @@ def _dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]
     Returns:
         Settings by owner, and the other arguments.
     """
-    users = user_code.methods_named(_peek(arguments, "--lifelong") or "")
+    user_classes = user_code.methods_named(_peek(arguments, "--lifelong") or "")
     population = _peek(arguments, "--population")
-    users += [user_code.population_class(population)] if population else []
-    owners = ("env", *METHODS, *POPULATIONS, *(owner.name for owner in users))
+    user_classes += [user_code.population_class(population)] if population else []
+    owners = ("env", *METHODS, *POPULATIONS, *(owner.name for owner in user_classes))
     settings: dict[str, dict[str, Any]] = {}
     others, rest = [], deque(arguments)
     while rest:

@@ -38,7 +38,7 @@ def begin(plan: Plan, folder: Path) -> None:
                 "task": plan.task,
                 "env": plan.env,
                 "lifelong": plan.lifelong,
-                "exchange": plan.exchange,
+                "population_settings": plan.population_settings,
                 "flags": plan.texts,
             }
         )
@@ -73,7 +73,7 @@ def from_folder(folder: Path) -> Plan:
             f"{path} is damaged, or not as the command wrote it ({error}): restore it from a copy, or train anew with "
             "the change"
         ) from error
-    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "exchange": dict, "flags": dict}
+    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "population_settings": dict, "flags": dict}
     groups: dict[str, Any] = {"run": Options, "budget": Budget, "settings": None}
     fits = set(content) == set(kinds) and all(isinstance(content[name], kind) for name, kind in kinds.items())
     fits = fits and all(isinstance(table, dict) for table in content["lifelong"].values())

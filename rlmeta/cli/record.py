@@ -65,7 +65,7 @@ def _record(folder: Path, chosen: RecordFlags, own: UserCode) -> int:
         raise SettingError(
             f"{folder} holds several runs: record one of {', '.join(map(str, members(folder).values()))}"
         )
-    run = load(folder, **own.again(folder))
+    run = load(folder, **own.arguments(folder))
     try:
         demonstrations = play(
             run,

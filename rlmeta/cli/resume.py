@@ -49,8 +49,8 @@ def _resume(folder: Path, chosen: ResumeFlags, own: UserCode) -> int:
             raise SettingError(f"{folder} holds several groups: resume them one by one with --steps, {folder}/GROUP")
         plan = dataclasses.replace(from_folder(folder), wandb=chosen.wandb)
         return run_groups(plan, folder, own.words(), chosen.inexact)
-    again, live = own.again(folder), not chosen.quiet
-    run = go_on(folder, **again, wandb=chosen.wandb, progress=live, inexact=chosen.inexact, steps=chosen.steps)
+    user_code, live = own.arguments(folder), not chosen.quiet
+    run = go_on(folder, **user_code, wandb=chosen.wandb, progress=live, inexact=chosen.inexact, steps=chosen.steps)
     if run.stopped == "interrupted":
         return interrupted(folder, own.words())
     print_results(run.summary())

@@ -28,4 +28,5 @@ def train(arguments: list[str]) -> int:
         plan = from_flags(names[0], names[1] if len(names) > 1 else "TASK", rest)
         folder = plan.folder()
         begin(plan, folder)
-        return run_groups(plan, folder, plan.again(code), header="" if plan.options.quiet else plan.header(folder))
+        header = "" if plan.options.quiet else plan.header(folder)
+        return run_groups(plan, folder, plan.resume_flags(code), header=header)

@@ -39,7 +39,7 @@ class UserCode:
         with allowed_here(names_in(self.code), [name for text in texts for name in user_names(text)]):
             yield
 
-    def again(self, folder: Path) -> dict[str, Any]:
+    def arguments(self, folder: Path) -> dict[str, Any]:
         """Load the user code that the flags name, as arguments of `load` and `resume` for the run in a folder."""
         from rlmeta.runs import user_code
         from rlmeta.runs.grammar import load_objects

@@ -96,11 +96,11 @@ class Demonstrations:
     @cached_property
     def digest(self) -> str:
         """Checksum of all numbers, equal for equal demonstrations."""
-        found = hashlib.sha256()
+        checksum = hashlib.sha256()
         for name, leaf in sorted(tree.flatten(self._tensors()).items()):
-            found.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
-            found.update(leaf.contiguous().numpy().tobytes())
-        return found.hexdigest()[:16]
+            checksum.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
+            checksum.update(leaf.contiguous().numpy().tobytes())
+        return checksum.hexdigest()[:16]
 
     # ------------------------------------------------------------------ what imitators read
 
@@ -165,13 +165,13 @@ class Demonstrations:
         Raises:
             DemonstrationError: the spaces differ.
         """
-        for role, mine, given in (
+        for role, mine, expected in (
             ("observation", self.observation_space, observation_space),
             ("action", self.action_space, action_space),
         ):
-            if not _same(mine, given):
+            if not _same(mine, expected):
                 raise DemonstrationError(
-                    f"the demonstrations{self._where()} have {role} space {mine}, the task has {given}: record them "
+                    f"the demonstrations{self._where()} have {role} space {mine}, the task has {expected}: record them "
                     "on this task"
                 )
 
@@ -222,15 +222,15 @@ class Demonstrations:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         except (SafetensorError, ValueError, OSError, RecursionError, MemoryError) as error:
             raise DemonstrationError(f"{path} is damaged or no file of demonstrations: {error}") from None
-        said = header.get("format", "no demonstrations") if isinstance(header, dict) else "no demonstrations"
-        if said != FORMAT:
-            raise DemonstrationError(f"{path} says it is {said!r}, expected {FORMAT!r}")
+        declared = header.get("format", "no demonstrations") if isinstance(header, dict) else "no demonstrations"
+        if declared != FORMAT:
+            raise DemonstrationError(f"{path} says it is {declared!r}, expected {FORMAT!r}")
         try:
             spaces: dict[str, Any] = {
                 f"{role}_space": _space_from_json(header[f"{role}_space"], role, tensors)
                 for role in ("observation", "action")
             }
-            found = Demonstrations(**tree.unflatten(tensors), **spaces, about=header["about"], path=str(path))
+            demonstrations = Demonstrations(**tree.unflatten(tensors), **spaces, about=header["about"], path=str(path))
         except DemonstrationError:
             raise
         except (
@@ -243,9 +243,9 @@ class Demonstrations:
             RecursionError,
         ) as error:
             raise DemonstrationError(f"{path} is damaged: {error}; record the demonstrations again") from None
-        if header.get("digest") != found.digest or header.get("sha256") != _checksum(header):
+        if header.get("digest") != demonstrations.digest or header.get("sha256") != _checksum(header):
             raise DemonstrationError(f"{path} is damaged: its checksum is wrong; record the demonstrations again")
-        return found
+        return demonstrations
 
     # ------------------------------------------------------------------ checks
 
@@ -384,9 +384,9 @@ def _counts(space: gym.Space) -> np.ndarray | None:
 def _check_leaf(named: dict[str, Tensor], path: str, space: gym.Space, where: str) -> None:
     """Check that an entry exists, and that its shape and discrete values are those of the space."""
     shape = tuple(space.shape or ())
-    given = tuple(named[path].shape[1:]) if path in named else "missing"
-    if given != shape:
-        raise DemonstrationError(f"{path} of the demonstrations{where} has shape {given}, its space {space} {shape}")
+    actual = tuple(named[path].shape[1:]) if path in named else "missing"
+    if actual != shape:
+        raise DemonstrationError(f"{path} of the demonstrations{where} has shape {actual}, its space {space} {shape}")
     counts = _counts(space)
     if counts is not None:
         leaf = named[path].numpy()
@@ -397,9 +397,9 @@ def _check_leaf(named: dict[str, Tensor], path: str, space: gym.Space, where: st
             )
 
 
-def _same(one: gym.Space, other: gym.Space) -> bool:
+def _same(space: gym.Space, other: gym.Space) -> bool:
     """Whether two spaces have the same form; the bounds of a Box may differ, as those of a task's variants do."""
-    first, second = _leaves(one, ""), _leaves(other, "")
+    first, second = _leaves(space, ""), _leaves(other, "")
     if [path for path, _ in first] != [path for path, _ in second]:
         return False
     for (_, a), (_, b) in zip(first, second):
@@ -417,8 +417,8 @@ def _are_bytes(space: gym.Space) -> bool:
 
 def _checksum(header: dict[str, Any]) -> str:
     """Sha256 of a file's header, including the digest of the tensors."""
-    said = {name: value for name, value in header.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    content = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _space_to_json(space: gym.Space) -> dict[str, Any]:
@@ -451,10 +451,10 @@ def _space_from_json(content: dict[str, Any], path: str, tensors: dict[str, Tens
     """
     kind = content["kind"]
     if kind in ("Box", "MultiBinary"):
-        said = content["shape" if kind == "Box" else "n"]
-        shape, given = (said,) if isinstance(said, int) else tuple(said), tuple(tensors[path].shape[1:])
-        if shape != given:
-            raise ValueError(f"{path} has shape {given}, its space says {shape}")
+        declared = content["shape" if kind == "Box" else "n"]
+        shape, actual = (declared,) if isinstance(declared, int) else tuple(declared), tuple(tensors[path].shape[1:])
+        if shape != actual:
+            raise ValueError(f"{path} has shape {actual}, its space says {shape}")
     if kind == "Box":
         dtype = np.dtype(content["dtype"])
         if dtype.kind not in "fiub":

@@ -73,31 +73,31 @@ class DataTask:
 
     def _checked_classes(self) -> tuple[int, ...]:
         """The classes as plain numbers that differ and are of the whole problem."""
-        given = self.classes.tolist() if isinstance(self.classes, Tensor | np.ndarray) else self.classes
-        fits = isinstance(given, Sequence | range) and not isinstance(given, str)
-        if not fits or not all(_is_whole(one) for one in given):
-            raise SettingError(f"{self.name}: classes are {given!r}, expected whole numbers such as (0, 1)")
-        found = tuple(int(one) for one in given)
-        if len(set(found)) < len(found):
-            raise SettingError(f"{self.name}: classes repeat: {found}")
+        classes = self.classes.tolist() if isinstance(self.classes, Tensor | np.ndarray) else self.classes
+        fits = isinstance(classes, Sequence | range) and not isinstance(classes, str)
+        if not fits or not all(_is_whole(number) for number in classes):
+            raise SettingError(f"{self.name}: classes are {classes!r}, expected whole numbers such as (0, 1)")
+        numbers = tuple(int(number) for number in classes)
+        if len(set(numbers)) < len(numbers):
+            raise SettingError(f"{self.name}: classes repeat: {numbers}")
         if not _is_whole(self.num_classes):
             raise SettingError(f"{self.name}: num_classes is {self.num_classes!r}, expected a whole number")
-        outside = [one for one in found if not 0 <= one < self.num_classes]
+        outside = [number for number in numbers if not 0 <= number < self.num_classes]
         if outside:
             raise SettingError(
                 f"{self.name}: class {outside[0]}, expected 0 to {self.num_classes - 1}: give num_classes= of all tasks"
             )
-        return found
+        return numbers
 
-    def _checked_samples(self, given: Any, part: str) -> Samples:
+    def _checked_samples(self, samples: Any, part: str) -> Samples:
         """Validate samples, and convert them to the dtypes that learners expect."""
-        if not isinstance(given, tuple | list) or len(given) != 2:
-            raise SettingError(f"{self.name}: {part} samples are {type(given).__name__}, expected Samples(x, y)")
-        observation, target = given
-        if not all(isinstance(x, Tensor) for x in given):
+        if not isinstance(samples, tuple | list) or len(samples) != 2:
+            raise SettingError(f"{self.name}: {part} samples are {type(samples).__name__}, expected Samples(x, y)")
+        observation, target = samples
+        if not all(isinstance(x, Tensor) for x in samples):
             raise SettingError(f"{self.name}: {part} samples are no tensors: make them with torch.as_tensor")
-        if any(x.dim() == 0 for x in given) or len(observation) == 0 or len(observation) != len(target):
-            counts = ["no row of" if x.dim() == 0 else str(len(x)) for x in given]
+        if any(x.dim() == 0 for x in samples) or len(observation) == 0 or len(observation) != len(target):
+            counts = ["no row of" if x.dim() == 0 else str(len(x)) for x in samples]
             raise SettingError(
                 f"{self.name}: {counts[0]} {part} inputs and {counts[1]} targets, expected as many of both, at least "
                 "one"
@@ -110,11 +110,11 @@ class DataTask:
         """Convert inputs: bytes stay as they are, everything else becomes float32."""
         if x.is_complex():
             raise SettingError(f"{self.name}: {what} are {x.dtype}, expected bytes or real numbers")
-        found = x.detach() if x.dtype == torch.uint8 else x.detach().float()
-        strange = 0 if x.dtype == torch.uint8 else int((~torch.isfinite(found)).flatten(1).any(-1).sum())
+        numbers = x.detach() if x.dtype == torch.uint8 else x.detach().float()
+        strange = 0 if x.dtype == torch.uint8 else int((~torch.isfinite(numbers)).flatten(1).any(-1).sum())
         if strange:
             raise SettingError(f"{self.name}: {strange} of {len(x)} {what} are not finite: leave them out or fill them")
-        return found
+        return numbers
 
     def _labels(self, target: Tensor, part: str) -> Tensor:
         """Convert classification targets to classes `[n]` int64, after a check that they are among the task's."""
@@ -165,7 +165,7 @@ def shared_classes(tasks: Sequence[DataTask]) -> list[DataTask]:
     groups = [task.classes for task in tasks]
     if len({frozenset(group) for group in groups}) == 1:
         return list(tasks)
-    if len({one for group in groups for one in group}) < sum(map(len, groups)):
+    if len({number for group in groups for number in group}) < sum(map(len, groups)):
         raise SettingError(
             "the scenario 'domain' needs tasks that are of the same classes, or each of its own: these share some"
         )
@@ -194,10 +194,10 @@ class DataTable:
     def __init__(self, tasks: Sequence[DataTask]) -> None:
         first = tasks[0]
         for task in tasks:
-            for given, expected in zip((*task.train, *task.test), (*first.train, *first.train)):
-                if given.shape[1:] != expected.shape[1:] or given.dtype != expected.dtype:
+            for actual, expected in zip((*task.train, *task.test), (*first.train, *first.train)):
+                if actual.shape[1:] != expected.shape[1:] or actual.dtype != expected.dtype:
                     raise SettingError(
-                        f"{task.name} has samples {given.dtype} {tuple(given.shape[1:])}, {first.name} has "
+                        f"{task.name} has samples {actual.dtype} {tuple(actual.shape[1:])}, {first.name} has "
                         f"{expected.dtype} {tuple(expected.shape[1:])}: tasks of one stream need the same form"
                     )
             if task.num_classes != first.num_classes:

@@ -66,10 +66,10 @@ def labelled(name: str) -> Labelled:
         UnknownNameError: there is no such data set.
         MissingExtraError: the package that ships or downloads it is not installed.
     """
-    found = {"digits": _digits, "mnist": _mnist}
-    if name not in found:
-        raise unknown_name("data set", name, found)
-    return found[name]()
+    loaders = {"digits": _digits, "mnist": _mnist}
+    if name not in loaders:
+        raise unknown_name("data set", name, loaders)
+    return loaders[name]()
 
 
 @functools.cache
@@ -86,9 +86,9 @@ def _digits() -> Labelled:
 
 @functools.cache
 def _mnist() -> Labelled:
-    given = data_folder()
-    if given is not None and (given / "mnist-10k.npz").is_file():
-        arrays = _arrays(given / "mnist-10k.npz", ("x", "y"))
+    folder = data_folder()
+    if folder is not None and (folder / "mnist-10k.npz").is_file():
+        arrays = _arrays(folder / "mnist-10k.npz", ("x", "y"))
         images, classes = arrays["x"].reshape(len(arrays["x"]), -1), arrays["y"]
         cut = len(classes) * 4 // 5
         return Labelled(_samples(images[:cut], classes[:cut]), _samples(images[cut:], classes[cut:]), 10)
@@ -107,8 +107,8 @@ def omniglot() -> Characters:
     `character_names`), else the background set is downloaded. Equal pictures are here once: the two small background
     sets have alphabets in common.
     """
-    given = data_folder()
-    files = sorted(given.glob("omniglot-*.npz")) if given is not None else []
+    folder = data_folder()
+    files = sorted(folder.glob("omniglot-*.npz")) if folder is not None else []
     parts = [_characters_of(file) for file in files] or [_downloaded_omniglot()]
     names = tuple(sorted({name for part in parts for name in part[2]}))
     images = np.concatenate([part[0] for part in parts])
@@ -152,13 +152,13 @@ Part = tuple[NDArray[np.uint8], NDArray[np.int64], list[str], NDArray[np.str_]]
 
 
 def _characters_of(path: Path) -> Part:
-    found = _arrays(path, ("image", "alphabet", "character"), ("alphabet_names", "character_names"))
-    names = [str(name) for name in found["alphabet_names"]]
-    for array, many in (("alphabet", len(names)), ("character", len(found["character_names"]))):
-        if len(found[array]) and not 0 <= int(found[array].min()) <= int(found[array].max()) < many:
-            raise SettingError(f"{path}: {array} goes to {int(found[array].max())}, there are names for {many}")
-    characters = np.array([str(name) for name in found["character_names"]])[found["character"]]
-    return found["image"], found["alphabet"].astype(np.int64), names, characters
+    arrays = _arrays(path, ("image", "alphabet", "character"), ("alphabet_names", "character_names"))
+    names = [str(name) for name in arrays["alphabet_names"]]
+    for array, many in (("alphabet", len(names)), ("character", len(arrays["character_names"]))):
+        if len(arrays[array]) and not 0 <= int(arrays[array].min()) <= int(arrays[array].max()) < many:
+            raise SettingError(f"{path}: {array} goes to {int(arrays[array].max())}, there are names for {many}")
+    characters = np.array([str(name) for name in arrays["character_names"]])[arrays["character"]]
+    return arrays["image"], arrays["alphabet"].astype(np.int64), names, characters
 
 
 def _arrays(path: Path, samples: Sequence[str], others: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
@@ -173,7 +173,7 @@ def _arrays(path: Path, samples: Sequence[str], others: Sequence[str] = ()) -> d
         with np.load(path, allow_pickle=False) as content:
             for name in (*samples, *others):
                 _check_size(content.zip, f"{name}.npy")
-            found = {name: content[name] for name in (*samples, *others)}
+            arrays = {name: content[name] for name in (*samples, *others)}
     except (
         OSError,
         ValueError,
@@ -187,10 +187,10 @@ def _arrays(path: Path, samples: Sequence[str], others: Sequence[str] = ()) -> d
             f"{path} can't be read ({error}): expected numpy's .npz with {', '.join((*samples, *others))}; put a whole "
             "copy there"
         ) from None
-    sizes = {name: len(found[name]) for name in samples}
+    sizes = {name: len(arrays[name]) for name in samples}
     if len(set(sizes.values())) > 1:
         raise SettingError(f"{path}: {', '.join(f'{n} {size}' for n, size in sizes.items())} samples, expected as many")
-    return found
+    return arrays
 
 
 def _check_size(archive: zipfile.ZipFile, name: str) -> None:
@@ -234,10 +234,10 @@ def data_folder() -> Path | None:
     Raises:
         SettingError: it names something else.
     """
-    given = os.environ.get("RLMETA_DATA", "")
-    if given and not Path(given).is_dir():
-        raise SettingError(f"RLMETA_DATA is {given!r}, which is no folder: name one that holds the data, or unset it")
-    return Path(given) if given else None
+    folder = os.environ.get("RLMETA_DATA", "")
+    if folder and not Path(folder).is_dir():
+        raise SettingError(f"RLMETA_DATA is {folder!r}, which is no folder: name one that holds the data, or unset it")
+    return Path(folder) if folder else None
 
 
 def download(name: str, url: str, file: str, checksum: str, instead: str) -> Path:

@@ -384,7 +384,7 @@ def _rows(space: gym.Space[Any], value: Any) -> list[Any]:
     if isinstance(space, spaces.Tuple):
         return list(zip(*(_rows(part, value[name]) for name, part in parts(space))))
     if isinstance(space, spaces.Box) and space.shape == ():
-        return [np.asarray(one) for one in value]  # iterating gives scalars, which are no values of a Box
+        return [np.asarray(scalar) for scalar in value]  # iterating gives scalars, which are no values of a Box
     return list(value)
 
 

@@ -22,11 +22,11 @@ def split(data: Labelled, groups: Sequence[Sequence[int]], scenario: Scenario | 
     Args:
         data: samples of all classes.
         groups: the classes of every task; in the scenario "domain" the first of each group is class 0, and so on.
-        scenario: one that a stream of these tasks must have, to say it here; a stream that says another is refused.
+        scenario: "task", "domain" or "class"-incremental: that of a stream of these tasks; another is refused then.
 
     Raises:
-        SettingError: groups that are none or have no samples, a class that is unknown or in two groups, or groups that
-            the scenario can't be of.
+        SettingError: `groups` is no list of lists of classes, a class is unknown, without samples or in two groups, or
+            the groups do not fit the scenario.
     """
     data = _checked(data)
     if scenario is not None and scenario not in get_args(Scenario):
@@ -36,8 +36,8 @@ def split(data: Labelled, groups: Sequence[Sequence[int]], scenario: Scenario | 
         raise SettingError(f"split {groups!r}: expected groups of classes such as [[0, 1], [2, 3]]")
     if not all(groups):
         raise SettingError(f"split {list(groups)}: a group has no classes, expected at least one in each")
-    named, known = [c for group in groups for c in group], set(range(data.num_classes))
-    if len(set(named)) < len(named) or not set(named) <= known or any(isinstance(c, bool) for c in named):
+    listed, known = [c for group in groups for c in group], set(range(data.num_classes))
+    if len(set(listed)) < len(listed) or not set(listed) <= known or any(isinstance(c, bool) for c in listed):
         raise SettingError(f"split {list(groups)}: expected groups of different classes of 0 to {data.num_classes - 1}")
     tasks = []
     for group in groups:
@@ -65,7 +65,7 @@ def permute(data: Labelled, count: int, samples: int | None = None) -> list[Data
     Raises:
         SettingError: no such number of tasks or samples.
     """
-    data, count, key = _checked(data), _counted("permute", count), random.make_keys([0])[0]
+    data, count, key = _checked(data), _check_count("permute", count), random.make_keys([0])[0]
     features = data.train.observation[0].numel()
     orders = [random.permutation(key, "pixels", i, features) for i in range(1, count)]
     orders.insert(0, torch.arange(features, device=key.device))
@@ -74,10 +74,11 @@ def permute(data: Labelled, count: int, samples: int | None = None) -> list[Data
         x = part.observation
         return Samples(x.flatten(1)[:, order].reshape(x.shape), part.target)
 
-    return [
-        _whole(data, f"permutation-{i}", shuffled(_some(data.train, i, samples), order), shuffled(data.test, order))
-        for i, order in enumerate(orders)
-    ]
+    tasks = []
+    for i, order in enumerate(orders):
+        train = shuffled(_subsample(data.train, i, samples), order)
+        tasks.append(_all_classes(data, f"permutation-{i}", train, shuffled(data.test, order)))
+    return tasks
 
 
 def rotate(data: Labelled, count: int, degrees: float = 180.0, samples: int | None = None) -> list[DataTask]:
@@ -86,7 +87,7 @@ def rotate(data: Labelled, count: int, degrees: float = 180.0, samples: int | No
     Args:
         data: square pictures `[n, H * H]`, or pictures `[n, H, W]` or `[n, C, H, W]`.
         count: how many tasks.
-        degrees: of the angle that would follow the last.
+        degrees: end of the range, which no task reaches: task i is rotated by degrees * i / count.
         samples: training samples of each task, drawn anew for each; None takes all.
 
     Raises:
@@ -95,10 +96,10 @@ def rotate(data: Labelled, count: int, degrees: float = 180.0, samples: int | No
     data, tasks = _checked(data), []
     if isinstance(degrees, bool) or not isinstance(degrees, int | float) or not math.isfinite(degrees):
         raise SettingError(f"degrees is {degrees!r}, expected a number")
-    for i in range(_counted("rotate", count)):
+    for i in range(_check_count("rotate", count)):
         angle = degrees * i / count
-        train, test = (_rotated(part, angle) for part in (_some(data.train, i, samples), data.test))
-        tasks.append(_whole(data, f"rotation-{angle:g}", train, test))
+        train, test = (_rotated(part, angle) for part in (_subsample(data.train, i, samples), data.test))
+        tasks.append(_all_classes(data, f"rotation-{angle:g}", train, test))
     return tasks
 
 
@@ -110,21 +111,21 @@ def _checked(data: Any) -> Labelled:
         )
     if isinstance(data.num_classes, bool) or not isinstance(data.num_classes, int) or data.num_classes < 1:
         raise SettingError(f"num_classes is {data.num_classes!r}, expected how many classes the data are of")
-    whole = _whole(data, "the data", data.train, data.test)
+    whole = _all_classes(data, "the data", data.train, data.test)
     return Labelled(whole.train, whole.test, data.num_classes)
 
 
-def _counted(what: str, count: Any) -> int:
+def _check_count(what: str, count: Any) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise SettingError(f"{what} is {count!r}, expected how many tasks, at least 1")
     return count
 
 
-def _whole(data: Labelled, name: str, train: Samples, test: Samples) -> DataTask:
+def _all_classes(data: Labelled, name: str, train: Samples, test: Samples) -> DataTask:
     return DataTask(name, train, test, tuple(range(data.num_classes)), data.num_classes)
 
 
-def _some(part: Samples, i: int, count: int | None) -> Samples:
+def _subsample(part: Samples, i: int, count: int | None) -> Samples:
     """`count` samples for task i, drawn without replacement."""
     if count is None:
         return part
@@ -135,7 +136,7 @@ def _some(part: Samples, i: int, count: int | None) -> Samples:
 
 
 def _rotated(part: Samples, degrees: float) -> Samples:
-    """The pictures turned about their middle, with bilinear interpolation."""
+    """The pictures rotated about their middle, with bilinear interpolation."""
     x = part.observation
     side = math.isqrt(x[0].numel())
     if x.dim() not in (2, 3, 4) or (x.dim() == 2 and side**2 != x.shape[1]):
@@ -146,9 +147,9 @@ def _rotated(part: Samples, degrees: float) -> Samples:
     pictures = x.reshape(-1, *shape).float()
     angle = math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
-    turn = torch.tensor([[cos, sin, 0.0], [-sin, cos, 0.0]], device=pictures.device)
-    grid = F.affine_grid(turn.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
-    turned = F.grid_sample(pictures, grid, align_corners=False)
+    rotation = torch.tensor([[cos, sin, 0.0], [-sin, cos, 0.0]], device=pictures.device)
+    grid = F.affine_grid(rotation.expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
+    rotated = F.grid_sample(pictures, grid, align_corners=False)
     if x.dtype == torch.uint8:
-        turned = turned.round().clamp(0, 255).to(torch.uint8)
-    return Samples(turned.reshape(x.shape), part.target)
+        rotated = rotated.round().clamp(0, 255).to(torch.uint8)
+    return Samples(rotated.reshape(x.shape), part.target)

@@ -106,7 +106,7 @@ class Python:
 
 
 class _Source:
-    """The lines of a tape's function, and the constants that they name."""
+    """Python source code generated from a recorded tape, and the constants that it names."""
 
     def __init__(self, tape: Tape) -> None:
         self.constants: dict[str, Any] = {"tensors": lambda outputs: [x for x in outputs if isinstance(x, Tensor)]}

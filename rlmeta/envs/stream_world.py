@@ -1,4 +1,4 @@
-"""World of a stream of reinforcement-learning tasks: every learner acts in the task it is set to."""
+"""Parallel environments of a sequence of reinforcement-learning tasks; every learner has its own current task."""
 
 from __future__ import annotations
 

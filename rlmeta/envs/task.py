@@ -18,7 +18,7 @@ from torch import Tensor
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.families import from_table as named_family
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, require_timeout
-from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, several_agents
+from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, is_multi_agent
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld, TrialWorld
 from rlmeta.envs.task_families import Split, task_keys
@@ -318,7 +318,7 @@ def _check_source(source: Any) -> None:
     """Refuse sources that are no factory, environment instances above all; the message names what to pass instead."""
     if isinstance(source, gym.Env | gym.vector.VectorEnv):
         raise SettingError(f"a task can't be {_instance_message(source)}")
-    if not isinstance(source, type) and several_agents(source):
+    if not isinstance(source, type) and is_multi_agent(source):
         raise SettingError(
             f"a task can't be {type(source).__name__}: environments of several agents, such as PettingZoo's, are not "
             "supported"

@@ -14,8 +14,8 @@ from torch import Tensor
 from rlmeta.functional.axes import align
 
 
-def no_quadratic(flat: Tensor) -> dict[str, Tensor]:
-    """Zero quadratic penalty, before any task: `precision` A, `centre` c like `flat` `[*L, P]`, `constant` `[*L]`."""
+def zero_quadratic(flat: Tensor) -> dict[str, Tensor]:
+    """Initial penalty of EWC, zero: `precision` A and `centre` c like `flat` `[*L, P]`, `constant` `[*L]`."""
     zero = torch.zeros_like(flat)
     return {"precision": zero, "centre": zero.clone(), "constant": zero[..., 0].clone()}
 
@@ -24,7 +24,7 @@ def add_quadratic(q: dict[str, Tensor], fisher: Tensor, theta: Tensor) -> dict[s
     """Sum of the quadratic penalties A (θ - c)² + constant and F (θ - θₖ)², as one quadratic.
 
     Args:
-        q: the sum so far, as `no_quadratic` begins it.
+        q: the sum so far, as `zero_quadratic` begins it.
         fisher: F, the new curvature `[*L, P]`, 0 or more.
         theta: θₖ, the new anchor `[*L, P]`.
     """

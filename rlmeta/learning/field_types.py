@@ -26,10 +26,10 @@ def check_types(settings: Any) -> None:
     check_values(type(settings), values, type(settings).__name__)
 
 
-def check_values(settings_class: type, given: Mapping[str, Any], where: str) -> None:
+def check_values(settings_class: type, values: Mapping[str, Any], where: str) -> None:
     """Check the types of values before they become settings; names without a field are ignored."""
     hints = typing.get_type_hints(settings_class, include_extras=True)
-    for name, value in given.items():
+    for name, value in values.items():
         if name in hints:
             require_type(value, hints[name], f"{where}: {name}")
 
@@ -51,8 +51,8 @@ def _expected(value: Any, hint: Any) -> str:
     """Describe what a field of this type hint expects; '' if the value fits, or the hint is unknown."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if "per learner" in getattr(hint, "__metadata__", ()):
-        one = value if isinstance(value, list | tuple) and len(value) else [value]
-        return "" if all(map(_is_number, one)) else "a number, or some to compare"
+        values = value if isinstance(value, list | tuple) and len(value) else [value]
+        return "" if all(map(_is_number, values)) else "a number, or some to compare"
     if origin in (typing.Union, types.UnionType):
         known = [_expected(value, argument) for argument in arguments if argument is not type(None)]
         none = type(None) in arguments

@@ -88,7 +88,7 @@ def memory(method: Method, hook: str, value: Any) -> Memory:
     return value
 
 
-def first_memory(method: Method, value: Any, key: Tensor) -> Memory:
+def init_memory(method: Method, value: Any, key: Tensor) -> Memory:
     """Validate an initial memory: every tensor starts with the learner axes of the key."""
     for name, leaf in tree.flatten(memory(method, "init", value)).items():
         fits = isinstance(leaf, Tensor) and leaf.shape[: key.dim()] == key.shape

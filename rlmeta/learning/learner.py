@@ -228,4 +228,4 @@ def initial_tensors(networks: Callable[[], dict[str, Block]], key: Tensor) -> Pa
 
 def initial_memories(learner: Learner, methods: Sequence[Method], state: State) -> State:
     """Initial memories of the lifelong methods by name, after the rest of the state."""
-    return {method.name: hooks.first_memory(method, method.init(learner, state), state["key"]) for method in methods}
+    return {method.name: hooks.init_memory(method, method.init(learner, state), state["key"]) for method in methods}

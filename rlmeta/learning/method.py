@@ -192,7 +192,7 @@ def check_needs(methods: Sequence[Method], reveals: frozenset[str], stream: str)
 
 
 def require_revealed(method: Method, needs: frozenset[str], reveals: frozenset[str], stream: str) -> None:
-    """Check that the stream reveals everything that a method needs.
+    """Check that a stream gives a method the task boundaries and task identities that it needs.
 
     Raises:
         SettingError: with what to do.

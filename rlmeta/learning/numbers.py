@@ -12,7 +12,7 @@ def number(text: str) -> float:
     """Parse a number: 3e-4, 100k, 1M, 1_000_000, inf.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no such number.
     """
     return float(_exact(text))
 
@@ -21,7 +21,7 @@ def whole(text: str) -> int:
     """Parse a whole number: 32, 100k, 1e6; exact whatever its size.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no such number.
     """
     value = _exact(text)
     if not value.is_finite() or value.adjusted() > sys.float_info.max_10_exp or value != value.to_integral_value():
@@ -30,10 +30,10 @@ def whole(text: str) -> int:
 
 
 def _exact(text: str) -> Decimal:
-    """Parse a text to an exact number.
+    """Parse a number with an optional suffix k, K or M to an exact Decimal.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no such number.
     """
     digits, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1)
     try:

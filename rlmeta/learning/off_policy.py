@@ -108,7 +108,7 @@ def idle_steps(settings: OffPolicySettings, n_steps: int = 1) -> int:
     return max(-(-settings.learning_starts // settings.num_envs), n_steps)
 
 
-def first_memory(settings: OffPolicySettings, world: World, state: State, inputs: tree.Tree | None = None) -> State:
+def init_replay(settings: OffPolicySettings, world: World, state: State, inputs: tree.Tree | None = None) -> State:
     """Initial empty replay memory, for `state["replay"]`; of sequences, given `inputs` of networks with a memory."""
     rows = settings.capacity // settings.num_envs
     if inputs is None:

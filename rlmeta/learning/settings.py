@@ -180,22 +180,22 @@ def require_range(settings: Any, name: str, low: float, high: float = math.inf, 
 
     Where the field is declared an int, a number that is not whole is refused too.
     """
-    given = getattr(settings, name)
+    setting = getattr(settings, name)
     kinds = [f.type for f in dataclasses.fields(settings) if f.name == name]
     counts = kinds[0] in ("int", int)
-    if isinstance(given, list | tuple) and (counts or kinds[0] in ("float", float)):
+    if isinstance(setting, list | tuple) and (counts or kinds[0] in ("float", float)):
         raise SettingError(
-            f"{type(settings).__name__}: {name} is {given!r}, expected one number: a list compares settings that are "
+            f"{type(settings).__name__}: {name} is {setting!r}, expected one number: a list compares settings that are "
             "per learner, others are trained one after another"
         )
-    if isinstance(given, Sequence) and not given:
-        raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a number, or some to compare")
-    for value in given if isinstance(given, Sequence) else [given]:
+    if isinstance(setting, Sequence) and not setting:
+        raise SettingError(f"{type(settings).__name__}: {name} is {setting!r}, expected a number, or some to compare")
+    for value in setting if isinstance(setting, Sequence) else [setting]:
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a number")
+            raise SettingError(f"{type(settings).__name__}: {name} is {setting!r}, expected a number")
         if counts and not isinstance(value, Integral):
-            raise SettingError(f"{type(settings).__name__}: {name} is {given!r}, expected a whole number")
-    for value in values_of(given):
+            raise SettingError(f"{type(settings).__name__}: {name} is {setting!r}, expected a whole number")
+    for value in values_of(setting):
         if not (low < value if above else low <= value) or not value <= high:
             bound = f"{'above' if above else 'at least'} {low:g}" + (
                 "" if math.isinf(high) else f" and at most {high:g}"

@@ -21,14 +21,14 @@ class Copy(NamedTuple):
     """Prefix of the network that the copy follows."""
 
     def sources(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Source tensors of the copy, under the copy's own names."""
+        """Online network's tensors, weights and buffers, under the names of the target network that tracks them."""
         start = f"{self.source}."
         online = {**weights, **buffers}
         return {f"{self.name}.{n.removeprefix(start)}": t for n, t in online.items() if n.startswith(start)}
 
 
 def with_copy(p: Params, copy: Copy) -> Params:
-    """Add a copy, equal to its source, to the buffers."""
+    """Add a target network, equal to its online network, to the buffers."""
     copies = {name: value.detach().clone() for name, value in copy.sources(p["weights"], p["buffers"]).items()}
     return {**p, "buffers": {**p["buffers"], **copies}}
 
@@ -40,7 +40,7 @@ def moved(copy: Copy, rate: Tensor, weights: Mapping[str, Tensor], buffers: Mapp
 
 
 def follow(state: State, copy: Copy, rate: Tensor) -> None:
-    """Update a target network in a state, for the active learners."""
+    """Soft (Polyak) update of a target network in a state, at `rate` `[*L]`; inactive learners keep theirs."""
     p = state["params"]
     p["buffers"] = {**p["buffers"], **moved(copy, rate * state["active"], p["weights"], p["buffers"])}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlmeta.functional import random, tree
 from rlmeta.functional.packed import Packed
-from rlmeta.functional.quadratics import add_quadratic, no_quadratic, replace_quadratic
+from rlmeta.functional.quadratics import add_quadratic, replace_quadratic, zero_quadratic
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
 from rlmeta.learning.predictive import check_predictive, predicting
 from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
@@ -68,7 +68,7 @@ class EWC(Method):
             check_room(learner, state, self.samples, "samples")
         flat = Packed.of(state["params"]["weights"], state["key"].dim()).flat
         return {
-            "quadratic": no_quadratic(flat),
+            "quadratic": zero_quadratic(flat),
             "strength": per_learner(self.strength, state),
             "decay": per_learner(self.decay, state),
             "key": random.fold(state["key"], "ewc"),

@@ -78,8 +78,8 @@ def adapt(
             losses.append(value.detach() if order == "none" else value)
     if order == "none":
         weights = {name: weight.detach() for name, weight in weights.items()}
-    found = {**frozen, **weights}
-    return Adapted({name: found[name] for name in names}, state or {}, losses)
+    adapted = {**frozen, **weights}
+    return Adapted({name: adapted[name] for name in names}, state or {}, losses)
 
 
 def inner_gradient(loss: Tensor, weights: Tensors, order: Order = "second") -> Tensors:
@@ -93,7 +93,7 @@ def inner_gradient(loss: Tensor, weights: Tensors, order: Order = "second") -> T
         raise SettingError(
             "the inner loss does not depend on the weights it was given: compute it from them, without detach or item"
         )
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         loss,
         list(weights.values()),
         torch.ones_like(loss),
@@ -102,7 +102,7 @@ def inner_gradient(loss: Tensor, weights: Tensors, order: Order = "second") -> T
         allow_unused=True,
         materialize_grads=True,
     )
-    return dict(zip(weights, found))
+    return dict(zip(weights, gradients))
 
 
 def expand_tasks(tensors: Tensors, learner_axes: int, tasks: int) -> Tensors:

@@ -84,11 +84,11 @@ class CoordinateLSTM(Block):
 
     def run(self, params: Params, x: Any, ctx: Context, prefix: str = "") -> Any:
         """Forward pass: `{"input": [*L, B, features], "0": {hidden, cell}, ...}` -> `{"output": [*L, B], "0": ...}`."""
-        value, found = x["input"], {}
+        value, memory = x["input"], {}
         for i, cell in enumerate(self.cells):
-            found[str(i)] = cell.run(params, {"input": value, **x[str(i)]}, ctx, f"{prefix}cells.{i}.")  # type: ignore[operator]
-            value = found[str(i)]["hidden"]
-        return {"output": self.output.run(params, value, ctx, f"{prefix}output.").squeeze(-1), **found}
+            memory[str(i)] = cell.run(params, {"input": value, **x[str(i)]}, ctx, f"{prefix}cells.{i}.")  # type: ignore[operator]
+            value = memory[str(i)]["hidden"]
+        return {"output": self.output.run(params, value, ctx, f"{prefix}output.").squeeze(-1), **memory}
 
 
 def learned_optimizer(
@@ -132,13 +132,13 @@ def learned_optimizer(
             str(i): {name: fold(value.to(like.dtype)) for name, value in state[str(i)].items()}
             for i in range(len(network.hidden_sizes))
         }
-        found = network.run(theta, {"input": fold(features_of(flat, k)), **memory}, Context())
-        move = (output_scale * found.pop("output")).reshape(flat.shape)
+        output = network.run(theta, {"input": fold(features_of(flat, k)), **memory}, Context())
+        move = (output_scale * output.pop("output")).reshape(flat.shape)
         pieces = torch.split(move, [g.shape[len(shape) :].numel() for g in grads.values()], -1)
         updates = {name: piece.reshape(g.shape).to(g.dtype) for (name, g), piece in zip(grads.items(), pieces)}
         cells = {
             i: {name: value.reshape(*shape, -1, value.shape[-1]) for name, value in cell.items()}
-            for i, cell in found.items()
+            for i, cell in output.items()
         }
         return updates, {"count": state["count"] + 1, **cells}
 
@@ -382,14 +382,14 @@ class LearnedOptimizerLearner:
         steps, problem, age = self.settings.unroll, carry["problem"], carry["age"]
 
         def loss(w: Tensors, i: int) -> Tensor:
-            found: Tensor = self.family.loss(w, problem, age + i)
-            return found
+            value: Tensor = self.family.loss(w, problem, age + i)
+            return value
 
         learned = self.learned({"weights": weights})
         order: Literal["first", "none"] = "first" if torch.is_grad_enabled() else "none"
-        found = adapt(loss, carry["weights"], learned, steps, order=order, state=carry["memory"])
-        after = [*found.losses[1:], loss(found.weights, steps)]
-        carry = {"problem": problem, "weights": found.weights, "memory": found.state, "age": age + steps}
+        adapted = adapt(loss, carry["weights"], learned, steps, order=order, state=carry["memory"])
+        after = [*adapted.losses[1:], loss(adapted.weights, steps)]
+        carry = {"problem": problem, "weights": adapted.weights, "memory": adapted.state, "age": age + steps}
         return torch.stack(after).mean(0), carry
 
     # ------------------------------------------------------------------ learn
@@ -435,11 +435,11 @@ class LearnedOptimizerLearner:
         p, key = state["params"], random.fold(state["key"], "evolution")
         sigma, counter = p["hyper"]["sigma"], state["count"]["iterations"]
         accumulator = state.get("accumulator")
-        found = evolved(self.unroll, p["weights"], p["buffers"]["carry"], key, counter, sigma, accumulator)
-        state["params"] = {**p, "buffers": {"carry": found.carry}}
+        estimate = evolved(self.unroll, p["weights"], p["buffers"]["carry"], key, counter, sigma, accumulator)
+        state["params"] = {**p, "buffers": {"carry": estimate.carry}}
         if accumulator is not None:
-            state["accumulator"] = found.accumulator
-        return state, {"gradient": found.gradient}, {"losses/unroll": found.loss}
+            state["accumulator"] = estimate.accumulator
+        return state, {"gradient": estimate.gradient}, {"losses/unroll": estimate.loss}
 
     def draw(self, state: State, world: FamilyWorld, n: int) -> tree.Tree:
         """Draw n training problems; the state stays as it is."""
@@ -486,12 +486,12 @@ def minimise(family: Any, problem: tree.Tree, optimizer: Optimizer, steps: int) 
     device = next(iter(start.values())).device
 
     def loss(w: Tensors, i: int) -> Tensor:
-        found: Tensor = family.loss(w, problem, torch.tensor(i, device=device))
-        return found
+        value: Tensor = family.loss(w, problem, torch.tensor(i, device=device))
+        return value
 
-    found = adapt(loss, start, optimizer, steps, order="none")
+    minimised = adapt(loss, start, optimizer, steps, order="none")
     with torch.no_grad():
-        return torch.stack([*found.losses, loss(found.weights, steps)], -1).double()
+        return torch.stack([*minimised.losses, loss(minimised.weights, steps)], -1).double()
 
 
 def _problems(world: FamilyWorld) -> Any:

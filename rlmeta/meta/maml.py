@@ -225,8 +225,8 @@ class MAMLLearner:
             batch = support[str(i)] if "0" in support else support
             return self.loss({**p, "weights": weights}, batch)
 
-        found = adapt(loss, p["weights"], self.inner_optimizer(p), steps, order=order)
-        return {**p, "weights": found.weights}
+        adapted = adapt(loss, p["weights"], self.inner_optimizer(p), steps, order=order)
+        return {**p, "weights": adapted.weights}
 
     def inner_optimizer(self, p: Params) -> optim.Optimizer:
         """Inner optimizer for the parameters `[*L, ...]`."""
@@ -262,8 +262,8 @@ class MAMLLearner:
         count = self.settings.inner_steps if steps is None else steps
         adapted = self.adapted(self.start(p, tasks), support, count, "none")
         with torch.no_grad():
-            said: Tensor = self.inner.prediction(adapted, query)
-        return said
+            prediction: Tensor = self.inner.prediction(adapted, query)
+        return prediction
 
     # ------------------------------------------------------------------ learn
 
@@ -426,8 +426,8 @@ class MAMLLearner:
         scores = []
         for i in range(steps + 1):
             fresh = random.fold(random.fold(key, "measure"), i)
-            found = evaluate(self.inner, p, tasks, fresh, tasks.num_envs, deterministic=deterministic)
-            scores.append(found.returns.mean(-1))
+            evaluation = evaluate(self.inner, p, tasks, fresh, tasks.num_envs, deterministic=deterministic)
+            scores.append(evaluation.returns.mean(-1))
             if i < steps:
                 p = self.adapted(p, self.rollout(p, tasks, random.fold(key, i))[0], 1, "none")
         return torch.stack(scores, -1)

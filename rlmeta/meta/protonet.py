@@ -179,11 +179,11 @@ class ProtoNetLearner:
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """Cross-entropy of the query in nats, mean over samples and tasks `[*L]`."""
-        found, target = self.logits(p, batch["support"], batch["query"], ctx), batch["query"]["target"]
-        loss = losses.cross_entropy_loss(found, target).mean(-1)
+        predicted, target = self.logits(p, batch["support"], batch["query"], ctx), batch["query"]["target"]
+        loss = losses.cross_entropy_loss(predicted, target).mean(-1)
         ctx.info["losses/loss"] = loss.detach()
         if ctx.report:
-            ctx.info["losses/accuracy"] = right(found.detach(), target).mean((-2, -1))
+            ctx.info["losses/accuracy"] = right(predicted.detach(), target).mean((-2, -1))
         return {"net": loss}
 
     def iterate(self, state: State, world: FamilyWorld) -> tuple[State, Metrics]:
@@ -223,12 +223,12 @@ class ProtoNetLearner:
         parts = []
         for number, first in enumerate(range(0, episodes, TASKS_AT_ONCE)):
             tasks = world.tasks(key, number, min(TASKS_AT_ONCE, episodes - first), world.split)
-            found = self.answer(p, tasks["support"], tasks["query"])
-            parts.append(right(found, tasks["query"]["target"]).double().mean(-1))
+            predicted = self.answer(p, tasks["support"], tasks["query"])
+            parts.append(right(predicted, tasks["query"]["target"]).double().mean(-1))
         accuracy = torch.cat(parts, -1)
         return Evaluation(accuracy, torch.zeros_like(accuracy, dtype=torch.int64))
 
 
-def right(found: Tensor, target: Tensor) -> Tensor:
+def right(predicted: Tensor, target: Tensor) -> Tensor:
     """Accuracy of every sample, 0 or 1, `[*L, B]`."""
-    return (found.argmax(-1) == target).to(found.dtype)
+    return (predicted.argmax(-1) == target).to(predicted.dtype)

@@ -64,7 +64,7 @@ class Adaptation:
         return int((~np.isfinite(self.scores[..., -1])).sum())
 
     @property
-    def interval(self) -> NDArray[np.float64]:
+    def half_width(self) -> NDArray[np.float64]:
         """Half-width of the mean's 95 % confidence interval, `[steps + 1]`."""
         flat = self.scores.reshape(-1, self.scores.shape[-1])
         return 1.96 * flat.std(0, ddof=min(1, len(flat) - 1)) / np.sqrt(len(flat))
@@ -84,7 +84,7 @@ def adapt(run: Run, tasks: int, steps: int, seed: int = 1) -> Adaptation:
         SettingError: the run's learner takes no inner steps.
     """
     if not isinstance(run.agent, Stepwise):
-        raise SettingError(f"a run of {run.experiment.agent_name} does not adapt step by step: give one of MAML")
+        raise SettingError(f"a run of {run.experiment.agent_name} does not adapt step by step: give a run of MAML")
     agent: Any = run.agent
     world = run.experiment.world()
     key = random.fold(random.fold(run.state["key"], "adaptation"), seed)
@@ -99,7 +99,7 @@ def table(adaptation: Adaptation, title: str) -> Table:
         rendered.add_column(column, justify="right")
     last = adaptation.scores.shape[-1] - 1
     for step in sorted({round(last * i / 10) for i in range(11)}):
-        rendered.add_row(str(step), f"{adaptation.mean[step]:.4g}", f"{adaptation.interval[step]:.2g}")
+        rendered.add_row(str(step), f"{adaptation.mean[step]:.4g}", f"{adaptation.half_width[step]:.2g}")
     if adaptation.not_finite:
         total = adaptation.scores[..., 0].size
         rendered.caption = f"{adaptation.not_finite} of {total} tasks end without a finite score"
@@ -117,7 +117,7 @@ def write(run: Run, adaptation: Adaptation, folder: Path, seed: int = 1) -> list
         "tasks": adaptation.scores.shape[1],
         "not_finite": adaptation.not_finite,
         "mean": adaptation.mean.tolist(),
-        "interval": adaptation.interval.tolist(),
+        "interval": adaptation.half_width.tolist(),
         "learners": adaptation.scores.mean(1).tolist(),
     }
     (folder / "adaptation.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -126,12 +126,12 @@ def write(run: Run, adaptation: Adaptation, folder: Path, seed: int = 1) -> list
     except ImportError:
         print(f"no picture: {missing_extra('matplotlib', 'plot', 'a picture')}")
         return [folder / "adaptation.json"]
-    line = _line(run, seed)
+    line = _predictions(run, seed)
     figure = Figure(figsize=(10 if line else 5, 4), layout="constrained")
     axes: Any = figure.subplots(1, 2 if line else 1, squeeze=False)[0]
     _draw_curve(axes[0], adaptation)
     if line:
-        _draw_line(axes[1], line)
+        _draw_predictions(axes[1], line)
     figure.savefig(folder / "adaptation.png", dpi=120)
     return [folder / "adaptation.json", folder / "adaptation.png"]
 
@@ -141,7 +141,7 @@ def _draw_curve(axes: Axes, adaptation: Adaptation) -> None:
     for learner in adaptation.scores.mean(1):
         axes.plot(steps, learner, color="#0072B2", linewidth=0.6, alpha=0.4)
     axes.plot(steps, adaptation.mean, color="#0072B2", linewidth=2)
-    low, high = adaptation.mean - adaptation.interval, adaptation.mean + adaptation.interval
+    low, high = adaptation.mean - adaptation.half_width, adaptation.mean + adaptation.half_width
     axes.fill_between(steps, low, high, color="#0072B2", alpha=0.25)
     axes.set(xlabel="inner steps", ylabel=f"mean {adaptation.name}", title="held-out tasks")
     axes.grid(alpha=0.3)
@@ -149,7 +149,7 @@ def _draw_curve(axes: Axes, adaptation: Adaptation) -> None:
 
 @undisturbed()
 @torch.no_grad()
-def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
+def _predictions(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
     """A task of the first learner for the plot: its samples, and predictions before and after adaptation.
 
     Empty unless inputs and targets are scalars.
@@ -181,7 +181,7 @@ def _line(run: Run, seed: int) -> dict[str, NDArray[np.float64]]:
     return flat
 
 
-def _draw_line(axes: Axes, line: dict[str, NDArray[np.float64]]) -> None:
+def _draw_predictions(axes: Axes, line: dict[str, NDArray[np.float64]]) -> None:
     axes.plot(line["x"], line["before"], color="#555555", linestyle="--", label="before")
     axes.plot(line["x"], line["after"], color="#D55E00", linewidth=2, label="after")
     axes.plot(line["support_x"], line["support_y"], "o", color="#0072B2", label="support")

@@ -1,4 +1,4 @@
-"""Score matrix of a run on a stream of tasks (`matrix.png`): a heat map, and every task's score during training."""
+"""Accuracy (or return) matrix of a run on a stream of tasks (`matrix.png`): a heat map, and scores during training."""
 
 from __future__ import annotations
 

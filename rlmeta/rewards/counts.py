@@ -48,7 +48,7 @@ class EpisodicCounts:
         """Initial memory: empty tables of counts `[*L, N, buckets]`.
 
         Raises:
-            SettingError: the cells are no whole numbers, one for each observation.
+            SettingError: `cell` does not give an integer for each observation.
         """
         rows = (*world.learner_shape, world.num_envs)
         device = self.bucket(world.observation(state["world"]), rows).device
@@ -89,8 +89,8 @@ class EpisodicCounts:
             return _rounded(observation, shape, self.resolution) % self.buckets
         cells = called(self.cell, "cell=", observation)
         if not isinstance(cells, Tensor) or tuple(cells.shape) != shape or cells.is_floating_point():
-            given = f"{cells.dtype} {tuple(cells.shape)}" if isinstance(cells, Tensor) else type(cells).__name__
-            raise SettingError(f"cell= gave {given} for observations {shape}, expected one whole number for each")
+            actual = f"{cells.dtype} {tuple(cells.shape)}" if isinstance(cells, Tensor) else type(cells).__name__
+            raise SettingError(f"cell= gave {actual} for observations {shape}, expected one whole number for each")
         return cells.to(torch.int64) % self.buckets
 
 

@@ -105,7 +105,7 @@ def check_rewards(rewards: Sequence[Any]) -> tuple[Any, ...]:
         if isinstance(reward, type):
             raise SettingError(f"rewards has the class {reward.__name__}, {example}: make one, {reward.__name__}(...)")
         methods = ("init", "relabel")
-        works = isinstance(reward, RewardSettings) or all(callable(getattr(reward, one, None)) for one in methods)
+        works = isinstance(reward, RewardSettings) or all(callable(getattr(reward, method, None)) for method in methods)
         if not works:
             raise SettingError(f"rewards has {reward!r}, {example}")
         if not hasattr(reward, "name"):
@@ -145,24 +145,24 @@ def called(function: Any, name: str, observation: tree.Tree) -> Any:
         ) from error
 
 
-def check_memory(reward: Reward, found: Any, key: Tensor) -> Memory:
+def check_memory(reward: Reward, memory: Any, key: Tensor) -> Memory:
     """Validate the result of `init`: a memory in which every tensor starts with the learner axes of the key `[*L]`.
 
     Raises:
         SettingError: it is none.
     """
-    if not isinstance(found, dict):
-        raise SettingError(f"init of the reward {reward.name!r} gave {type(found).__name__}, expected a dictionary")
-    for name, leaf in tree.flatten(found).items():
+    if not isinstance(memory, dict):
+        raise SettingError(f"init of the reward {reward.name!r} gave {type(memory).__name__}, expected a dictionary")
+    for name, leaf in tree.flatten(memory).items():
         if not isinstance(leaf, Tensor) or leaf.shape[: key.dim()] != key.shape:
             raise SettingError(
-                f"init of the reward {reward.name!r} gave {_said(leaf)} as {name!r} of its memory, expected a tensor "
-                f"that starts with the learners {tuple(key.shape)}"
+                f"init of the reward {reward.name!r} gave {_described(leaf)} as {name!r} of its memory, expected a "
+                f"tensor that starts with the learners {tuple(key.shape)}"
             )
-    return found
+    return memory
 
 
-def checked(reward: Reward, found: Any, like: Tensor) -> tuple[Memory, Rewards, dict[str, Tensor]]:
+def checked(reward: Reward, result: Any, like: Tensor) -> tuple[Memory, Rewards, dict[str, Tensor]]:
     """Validate the result of `relabel`: a memory, reward streams like the task's `[*L, T, N]`, and metrics `[*L]`.
 
     Streams of whole numbers or truth values become numbers like the task's. One that is not finite stays: it stops
@@ -172,22 +172,26 @@ def checked(reward: Reward, found: Any, like: Tensor) -> tuple[Memory, Rewards, 
         SettingError: it is none.
     """
     where = f"relabel of the reward {reward.name!r} gave"
-    if not isinstance(found, tuple) or len(found) != 3 or not all(isinstance(part, dict) for part in found):
-        raise SettingError(f"{where} {_said(found)}, expected (memory, streams, metrics), three dictionaries")
-    memory, streams, metrics = found
+    if not isinstance(result, tuple) or len(result) != 3 or not all(isinstance(part, dict) for part in result):
+        raise SettingError(f"{where} {_described(result)}, expected (memory, streams, metrics), three dictionaries")
+    memory, streams, metrics = result
     if not streams:
         raise SettingError(f"{where} no stream of rewards, expected at least one to learn from")
     for name, stream in streams.items():
         if not isinstance(stream, Tensor) or stream.shape != like.shape:
-            raise SettingError(f"{where} {_said(stream)} as the stream {name!r}, expected a tensor {tuple(like.shape)}")
+            raise SettingError(
+                f"{where} {_described(stream)} as the stream {name!r}, expected a tensor {tuple(like.shape)}"
+            )
     for name, metric in metrics.items():
         if not isinstance(metric, Tensor) or metric.shape != like.shape[:-2]:
-            raise SettingError(f"{where} {_said(metric)} as the metric {name!r}, expected {tuple(like.shape[:-2])}")
+            raise SettingError(
+                f"{where} {_described(metric)} as the metric {name!r}, expected {tuple(like.shape[:-2])}"
+            )
     return memory, {name: stream.to(like.dtype) for name, stream in streams.items()}, metrics
 
 
-def _said(found: Any) -> str:
-    return f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+def _described(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @torch.no_grad()
@@ -203,10 +207,10 @@ def relabel(
     memories, metrics = dict(state["rewards"]), dict[str, Tensor]()
     own = streams
     for reward in rewards:
-        found = reward.relabel(agent, state, memories[reward.name], rollout, streams)
-        memories[reward.name], streams, said = checked(reward, found, rollout["reward"])
+        result = reward.relabel(agent, state, memories[reward.name], rollout, streams)
+        memories[reward.name], streams, reported = checked(reward, result, rollout["reward"])
         _warn_of_numbers(reward, streams, rollout["valid"], state["active"])
-        metrics.update(said)
+        metrics.update(reported)
     state["rewards"] = memories
     valid = rollout["valid"].to(rollout["reward"].dtype)
     steps = valid.sum((-2, -1)).clamp(min=1)

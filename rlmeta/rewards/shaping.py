@@ -96,16 +96,16 @@ class PotentialShaping:
         Raises:
             SettingError: the function fails, another shape, or a value that is not finite.
         """
-        found = called(self.potential, "the potential", observation)
-        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-            given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        potential = called(self.potential, "the potential", observation)
+        if not isinstance(potential, Tensor) or tuple(potential.shape) != shape:
+            actual = tuple(potential.shape) if isinstance(potential, Tensor) else type(potential).__name__
             raise SettingError(
-                f"the potential gave {given} for a batch of observations {shape}, expected one number for each: "
+                f"the potential gave {actual} for a batch of observations {shape}, expected one number for each: "
                 "keep the leading axes, work on the last ones"
             )
-        bad = ~torch.isfinite(found)
+        bad = ~torch.isfinite(potential)
         if bool(bad.any()):
             where = tuple(bad.nonzero()[0].tolist())
             example = tree.map(lambda leaf: leaf[where].tolist(), observation)
-            raise SettingError(f"the potential is {float(found[where]):g} for the observation {example}")
-        return found if found.is_floating_point() else found.to(torch.float32)
+            raise SettingError(f"the potential is {float(potential[where]):g} for the observation {example}")
+        return potential if potential.is_floating_point() else potential.to(torch.float32)

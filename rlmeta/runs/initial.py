@@ -130,7 +130,7 @@ def _rows(run: Run, source: Run) -> Tensor:
 
 
 def _check_normalisers(p: Params, taken: Params, source: Run) -> None:
-    """Refuse weights whose observations were normalised if these are not, and the reverse."""
+    """Check that a run and the run of its initial weights agree on the normalisation of observations."""
     ours, theirs = "observation" in p["normalisers"], "observation" in taken["normalisers"]
     if ours != theirs:
         what, instead = ("with", "true") if theirs else ("without", "false")

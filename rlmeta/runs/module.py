@@ -110,7 +110,10 @@ def _plain(output: Any) -> Any:
 
 
 def observed(space: gym.Space, value: Any) -> Tree:
-    """Convert an environment's observations `[B, ...]` to a learner's: discrete ones start at 0, Tuples are named."""
+    """Convert an environment's observations `[B, ...]` to those of a learner.
+
+    Boxes become float32 (uint8 stays), Discrete values start at 0, Tuples become dictionaries with the keys "0", "1".
+    """
     if isinstance(space, gym.spaces.Dict):
         return {name: observed(part, value[name]) for name, part in space.spaces.items()}
     if isinstance(space, gym.spaces.Tuple):

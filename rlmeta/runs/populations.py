@@ -40,7 +40,7 @@ def explored_names(variants: Sequence[Any]) -> list[str]:
 
 
 def check(run: Run) -> None:
-    """Refuse a population without an exchange within the budget, or whose settings cannot change during training.
+    """Check a population (PBT): members differ, an exchange is within the budget, their settings can change.
 
     Raises:
         SettingError: the members are alike, the interval is too long, or a setting is a recorded constant.

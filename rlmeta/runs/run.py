@@ -501,7 +501,7 @@ def read(
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
         with within_memory(str(folder)):
             run.start()
-        run.state = fit(run.state, state, str(folder), own_network=network is not None)
+        run.state = match_checkpoint(run.state, state, str(folder), own_network=network is not None)
         run.evaluation = _final_evaluation(folder, run.id, len(experiment.learners))
     except BaseException:
         run.close()
@@ -566,8 +566,8 @@ def _final_evaluation(folder: Path, run: str, learners: int) -> Evaluation | Non
         raise run_folder.damaged_summary(folder, error) from error
 
 
-def fit(fresh: State, saved: State, where: str, own_network: bool = False) -> State:
-    """Move a loaded state to the run's device, after a check that its tensors are those of this agent and task.
+def match_checkpoint(fresh: State, saved: State, where: str, own_network: bool = False) -> State:
+    """Check names, shapes and dtypes of a loaded checkpoint's tensors, and move them to the run's device.
 
     Args:
         fresh: the run's initial state, with the expected names, shapes and dtypes.

@@ -22,12 +22,12 @@ MESSAGES = {
 
 
 class Interruption:
-    """Signal handlers of a run; true once a signal has asked it to stop.
+    """Handlers of Ctrl-C (SIGINT) and SIGTERM of a run; true once one has asked it to stop.
 
     The first signal lets the iteration finish. It raises KeyboardInterrupt immediately within `at_once` (the final
     evaluation, before which the run was saved), as does Ctrl-C if an environment has not answered for `HANGS` seconds.
-    A second signal meets the handlers from before the run. After SIGTERM the process terminates by that signal once
-    everything is closed.
+    A second signal is handled as before the run (usually it stops at once). After SIGTERM the process terminates by
+    that signal once everything is closed.
     """
 
     def __init__(self) -> None:

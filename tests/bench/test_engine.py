@@ -18,8 +18,8 @@ def test_backends_end_with_equal_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "CASES", {"PPO, 1 learner": ("mlp", 1, 2_560)})
 
     def side(case, backend):
-        monkeypatch.setenv(engine.VARIABLE, "" if backend == engine.DEFAULT else backend)
-        return engine.work(case)
+        monkeypatch.setenv(engine.BACKEND_VARIABLE, "" if backend == engine.DEFAULT else backend)
+        return engine.train_and_measure(case)
 
     monkeypatch.setattr(engine, "_side", side)
     assert engine.main(engine.Engine(rounds=1, out=tmp_path / "engine.json")) == 0

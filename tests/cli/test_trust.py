@@ -315,15 +315,15 @@ def test_an_interrupted_run_says_how_its_code_is_named_again() -> None:
         texts = {**plan.texts, **change}
         made = plans.Plan("ppo", "own:make", texts=texts)
         made.__dict__["groups"] = {"": None}
-        assert (made.again(), made.again(["more"])) == (said, f"{said} --code more")
+        assert (made.resume_flags(), made.resume_flags(["more"])) == (said, f"{said} --code more")
         named = plans.Plan("own:Agent", "own:make", texts=texts)
         named.__dict__["groups"] = {"": None}
-        assert named.again() == f"--agent own:Agent {said}"
+        assert named.resume_flags() == f"--agent own:Agent {said}"
         made.__dict__["groups"] = {"a": None, "b": None}
-        assert made.again(["more"]).startswith("--code more,own")
+        assert made.resume_flags(["more"]).startswith("--code more,own")
     made = plans.Plan("ppo", "minigrid:MiniGrid-Empty-v0", texts=plan.texts)
     made.__dict__["groups"] = {"": None}
-    assert made.again() == ""
+    assert made.resume_flags() == ""
 
 
 def test_what_is_rlmetas_gymnasiums_or_a_known_extras_needs_no_word() -> None:

@@ -18,7 +18,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.functional.packed import Packed
 from rlmeta.functional.projection import project
-from rlmeta.functional.quadratics import add_quadratic, no_quadratic, replace_quadratic
+from rlmeta.functional.quadratics import add_quadratic, replace_quadratic, zero_quadratic
 from rlmeta.learning.method import Gradients
 from rlmeta.lifelong.ewc import information
 from tests.lifelong.toy import trained
@@ -193,7 +193,7 @@ def test_penalty_and_gradient_are_the_packages(online: bool) -> None:
     module.load_state_dict({"0.weight": first, "0.bias": bias, "2.weight": out, "2.bias": shift})
     torch.testing.assert_close(module(batch["observation"]), run.agent.logits(p, batch))
     ewc = plain.EWC(module, strength=3.0, online=online, decay=0.7 if online else 1.0)
-    quadratic = no_quadratic(Packed.of(p["weights"], 0).flat)
+    quadratic = zero_quadratic(Packed.of(p["weights"], 0).flat)
     for _ in range(2):
         ewc.consolidate(batch["observation"])
         weights = dict(zip(p["weights"], (w.detach().clone() for w in module.parameters())))

@@ -185,7 +185,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "projection.nonnegative_quadratic": lambda: projection.nonnegative_quadratic(
         torch.ones(3, 3, 3, dtype=DOUBLE, device="cpu"), -SQUARE["x"][..., 0].double().abs()
     ),
-    "quadratics.no_quadratic": lambda: quadratics.no_quadratic(SQUARE["x"]),
+    "quadratics.zero_quadratic": lambda: quadratics.zero_quadratic(SQUARE["x"]),
     "packed.in_order": lambda: packed.in_order({"b": RATES, "a": ENDS}, {"a": ENDS, "b": RATES}),
     "schedules.anneal": lambda: [schedules.anneal(ENDS, name, DECAYS.double()) for name in ("linear", "cosine")],
     "schedules.constant": lambda: scheduled(schedules.constant(0.1)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlmeta.functional.quadratics import add_quadratic, no_quadratic, quadratic_value, replace_quadratic
+from rlmeta.functional.quadratics import add_quadratic, quadratic_value, replace_quadratic, zero_quadratic
 
 DOUBLE = torch.float64
 
@@ -22,7 +22,7 @@ def history(tasks: int, learners: tuple[int, ...], size: int) -> tuple[torch.Ten
 @pytest.mark.parametrize("learners", [(), (3,), (3, 2)])
 def test_one_quadratic_equals_the_sum_over_fifty_tasks(learners):
     fisher, anchors = history(50, learners, 7)
-    q = no_quadratic(anchors[0])
+    q = zero_quadratic(anchors[0])
     for f, anchor in zip(fisher, anchors):
         q = add_quadratic(q, f, anchor)
     theta = torch.randn(*learners, 7, dtype=DOUBLE, requires_grad=True)
@@ -36,7 +36,7 @@ def test_one_quadratic_equals_the_sum_over_fifty_tasks(learners):
 def test_online_with_decay_one_and_equal_anchors_is_the_sum_and_with_zero_the_last_task():
     fisher, anchors = history(5, (3,), 4)
     keep, forget = torch.ones(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
-    exact, online, last = (no_quadratic(anchors[0]) for _ in range(3))
+    exact, online, last = (zero_quadratic(anchors[0]) for _ in range(3))
     for f in fisher:
         exact, online = add_quadratic(exact, f, anchors[0]), replace_quadratic(online, f, anchors[0], keep)
         last = replace_quadratic(last, f, anchors[0], forget)

@@ -17,7 +17,7 @@ from rlmeta.learning.state import put, select, take
 from rlmeta.learning.step import step
 from rlmeta.lifelong import EWC, Method
 from rlmeta.runs.experiment import Budget
-from rlmeta.runs.run import fit
+from rlmeta.runs.run import match_checkpoint
 from tests.learning.toy import LinearRegression, data
 from tests.lifelong.toy import learner, points
 
@@ -137,4 +137,4 @@ def test_a_checkpoint_is_loaded_by_name(tmp_path: Path) -> None:
 
 def test_a_saved_state_fits_by_name() -> None:
     run = rl.train(rl.PPO(num_steps=32), "FrozenLake-v1", seeds=2, budget=Budget(steps=256, final_episodes=2))
-    assert equal(fit(turned(run.state), run.state, "here"), run.state)
+    assert equal(match_checkpoint(turned(run.state), run.state, "here"), run.state)

@@ -7,7 +7,7 @@ import torch
 
 from rlmeta.functional import random
 from rlmeta.functional.packed import Packed
-from rlmeta.functional.quadratics import add_quadratic, no_quadratic
+from rlmeta.functional.quadratics import add_quadratic, zero_quadratic
 from rlmeta.learning.method import Gradients
 from rlmeta.lifelong import EWC
 from rlmeta.lifelong.ewc import information
@@ -22,7 +22,8 @@ def test_two_quadratic_tasks_with_exact_curvature_give_the_joint_optimum():
     curvature = torch.tensor([[1.0, 3.0, 0.5], [2.0, 1.0, 0.0]], dtype=DOUBLE)
     optimum = torch.tensor([[1.0, -1.0, 2.0], [0.0, 2.0, 5.0]], dtype=DOUBLE)
     method, theta = EWC(strength=1.0), optimum[0].clone()
-    m = {"quadratic": add_quadratic(no_quadratic(theta), curvature[0], theta), "strength": torch.ones((), dtype=DOUBLE)}
+    quadratic = add_quadratic(zero_quadratic(theta), curvature[0], theta)
+    m = {"quadratic": quadratic, "strength": torch.ones((), dtype=DOUBLE)}
     task = {"index": torch.ones((), dtype=torch.int64)}
     for _ in range(200):
         gradient = curvature[1] * (theta - optimum[1])
@@ -49,7 +50,7 @@ def test_a_very_strong_spring_lets_only_free_weights_move():
     curvature = torch.tensor([[1.0, 0.0, 0.5], [2.0, 1.0, 3.0]], dtype=DOUBLE)
     optimum = torch.tensor([[1.0, -1.0, 2.0], [0.0, 2.0, 5.0]], dtype=DOUBLE)
     strength = torch.tensor(1e6, dtype=DOUBLE)
-    m = {"quadratic": add_quadratic(no_quadratic(optimum[0]), curvature[0], optimum[0]), "strength": strength}
+    m = {"quadratic": add_quadratic(zero_quadratic(optimum[0]), curvature[0], optimum[0]), "strength": strength}
     stiffness = strength * curvature[0]
     theta = (stiffness * optimum[0] + curvature[1] * optimum[1]) / (stiffness + curvature[1])
     gradient = curvature[1] * (theta - optimum[1])

@@ -23,8 +23,8 @@ from __future__ import annotations
 from rlmeta.compat.torch.checks import Batch
 from rlmeta.compat.torch.ewc import EWC
 from rlmeta.compat.torch.gem import AGEM, GEM
-from rlmeta.compat.torch.information import Distribution, Outputs, fisher_information
+from rlmeta.compat.torch.information import FisherArguments, Outputs, fisher_information
 from rlmeta.compat.torch.packnet import PackNet
 from rlmeta.compat.torch.reservoir import Reservoir
 
-__all__ = ["AGEM", "EWC", "GEM", "Batch", "Distribution", "Outputs", "PackNet", "Reservoir", "fisher_information"]
+__all__ = ["AGEM", "EWC", "GEM", "Batch", "FisherArguments", "Outputs", "PackNet", "Reservoir", "fisher_information"]

@@ -18,9 +18,9 @@ from rlmeta.compat.torch.checks import (
     require_number,
     trainable,
 )
-from rlmeta.compat.torch.information import Distribution, fisher_information
+from rlmeta.compat.torch.information import FisherArguments, fisher_information
 from rlmeta.errors import SettingError
-from rlmeta.functional.quadratics import add_quadratic, no_quadratic, quadratic_value, replace_quadratic
+from rlmeta.functional.quadratics import add_quadratic, quadratic_value, replace_quadratic, zero_quadratic
 
 
 class EWC:
@@ -47,7 +47,7 @@ class EWC:
         self._quadratics: dict[str, Named] = {}
 
     @quiet()
-    def consolidate(self, batch: Batch, **distribution: Unpack[Distribution]) -> None:
+    def consolidate(self, batch: Batch, **distribution: Unpack[FisherArguments]) -> None:
         """Consolidate the current weights at the end of a task, with the Fisher information of its samples.
 
         Args:
@@ -61,7 +61,7 @@ class EWC:
         self._check(dict(self.module.named_parameters()))
         for name, fisher in fisher_information(self.module, batch, **distribution).items():
             theta = precise(parameters[name].detach()).flatten()
-            before = self._quadratic(name, theta) if name in self._quadratics else no_quadratic(theta)
+            before = self._quadratic(name, theta) if name in self._quadratics else zero_quadratic(theta)
             new = fisher.flatten().to(theta.dtype)
             if self.online:
                 decay = torch.as_tensor(self.decay, dtype=theta.dtype, device=theta.device)

@@ -27,7 +27,7 @@ from rlmeta.functional import random
 from rlmeta.functional.projection import project, project_average
 
 
-class _Episodic:
+class _EpisodicMemory:
     """Episodic memory of every task, and gradients of the loss on it."""
 
     def __init__(self, module: nn.Module, memory: int, seed: int) -> None:
@@ -38,7 +38,7 @@ class _Episodic:
         self._key = random.make_keys([seed])[0]
         self._tasks: list[tuple[Batch, ...]] = []
         self._steps = 0
-        self._pool: list[Tensor] = []
+        self._joined: list[Tensor] = []  # samples of all tasks, joined when they are needed
 
     def __len__(self) -> int:
         """Number of tasks in memory."""
@@ -58,7 +58,7 @@ class _Episodic:
         self._check(leaves, structure)
         count = len(leaves[0])
         rows = random.permutation(random.fold(self._key, len(self)), "remember", 0, count)[: self.memory].sort()[0]
-        self._pool = []
+        self._joined = []
         self._tasks.append(pytree.tree_unflatten([take(leaf, rows) for leaf in leaves], structure))
 
     def _check(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> None:
@@ -71,7 +71,7 @@ class _Episodic:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the state of `state_dict`."""
         check_state(state, ("tasks", "steps"), type(self).__name__)
-        self._tasks, self._steps, self._pool = list(state["tasks"]), int(state["steps"]), []
+        self._tasks, self._steps, self._joined = list(state["tasks"]), int(state["steps"]), []
 
     def _gradient(self) -> tuple[dict[str, nn.Parameter], Tensor]:
         """Collect the trainable parameters and their gradient `[P]`, 0 for those without."""
@@ -88,7 +88,7 @@ class _Episodic:
             if not isinstance(value, Tensor) or value.numel() != 1:
                 actual = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise SettingError(f"{name}: the loss of the memories is {actual}, expected one number: take its mean")
-            gradients: Sequence[Tensor | None] = [None]
+            gradients: Sequence[Tensor | None] = [None]  # of a constant loss
             if value.requires_grad:
                 gradients = torch.autograd.grad(value.reshape(()), list(parameters.values()), allow_unused=True)
         if all(gradient is None for gradient in gradients):
@@ -99,7 +99,7 @@ class _Episodic:
         return _flat([_zero(p) if g is None else g for p, g in zip(parameters.values(), gradients)])
 
 
-class GEM(_Episodic):
+class GEM(_EpisodicMemory):
     """Gradient episodic memory (GEM, Lopez-Paz and Ranzato, 2017): no step may increase the loss on earlier tasks.
 
     Between `loss.backward()` and `optimizer.step()`, `project` replaces the gradient by the nearest one that has no
@@ -110,7 +110,7 @@ class GEM(_Episodic):
         module: whose gradient is projected.
         memory: number of samples stored of every task.
         margin: lower bound of the multipliers if a constraint is violated; above 0 it favours earlier tasks. In units
-            of the gradient: unscale a scaled gradient before.
+            of the gradient: with mixed precision, call `scaler.unscale_` before.
         seed: of the choice of samples.
 
     Raises:
@@ -144,7 +144,7 @@ class GEM(_Episodic):
         return _write(parameters, gradient, project(gradient, references, self.margin))
 
 
-class AGEM(_Episodic):
+class AGEM(_EpisodicMemory):
     """Averaged GEM (A-GEM, Chaudhry et al., 2019): one reference gradient, on a random sample of all tasks in memory.
 
     Args:
@@ -178,21 +178,21 @@ class AGEM(_Episodic):
         parameters, gradient = self._gradient()
         if not self._tasks:
             return False
-        if not self._pool:
-            self._pool = [torch.cat(column) for column in zip(*map(pytree.tree_leaves, self._tasks))]
-        count = len(self._pool[0])
+        if not self._joined:
+            self._joined = [torch.cat(column) for column in zip(*map(pytree.tree_leaves, self._tasks))]
+        count = len(self._joined[0])
         rows = random.integers(self._key, "rows", self._steps, (min(self.batch_size, count),), count)
         self._steps += 1
-        drawn = [take(leaf, rows) for leaf in self._pool]
+        drawn = [take(leaf, rows) for leaf in self._joined]
         samples = pytree.tree_unflatten(drawn, pytree.tree_structure(self._tasks[0]))
         return _write(parameters, gradient, project_average(gradient, self._reference(loss, samples, parameters)))
 
     def _check(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> None:
         for samples in self._tasks[:1]:
-            known, form = pytree.tree_flatten(samples)
-            if form != structure or any(a.shape[1:] != b.shape[1:] for a, b in zip(known, leaves)):
+            stored, stored_structure = pytree.tree_flatten(samples)
+            if stored_structure != structure or any(a.shape[1:] != b.shape[1:] for a, b in zip(stored, leaves)):
                 raise SettingError(
-                    f"AGEM remembers samples of shapes {[list(x.shape[1:]) for x in known]}, and was given "
+                    f"AGEM remembers samples of shapes {[list(x.shape[1:]) for x in stored]}, and was given "
                     f"{[list(x.shape[1:]) for x in leaves]}: it draws from all tasks at once, so they must be alike"
                 )
 
@@ -208,7 +208,10 @@ def _flat(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _write(parameters: Mapping[str, nn.Parameter], before: Tensor, after: Tensor) -> bool:
-    """Write a projected gradient `[P]` to `.grad`, if it differs from before; whether it did."""
+    """Write a projected gradient `[P]` to `.grad`; returns whether it changed.
+
+    One that is not finite is dropped: the gradient stays as it was.
+    """
     if torch.equal(before, after) or not bool(torch.isfinite(after).all()):
         return False
     for parameter, part in zip(parameters.values(), torch.split(after, [p.numel() for p in parameters.values()])):

@@ -23,8 +23,8 @@ Outputs: TypeAlias = Callable[[Callable[..., Any], Batch], Tensor]
 """Function from a callable of the module and a batch to an output per sample, such as `lambda model, x: model(x)`."""
 
 
-class Distribution(TypedDict, total=False):
-    """Keyword arguments of `fisher_information`: the kind of a module's outputs, and the origin of labels."""
+class FisherArguments(TypedDict, total=False):
+    """Keyword arguments of `fisher_information`: output distribution, kind of Fisher information, labels, seed."""
 
     logits: Outputs
     mean: Outputs

@@ -95,7 +95,7 @@ class PackNet:
 
     @quiet()
     def prune(self, share: float | None = None) -> None:
-        """Prune: the task keeps the largest of its weights in every layer; the others are set to 0 and free.
+        """Magnitude pruning: the task keeps the largest weights of every layer; the others become 0 and free.
 
         Train again afterwards: only the kept weights change then.
 

@@ -74,7 +74,7 @@ class Buffers:
         return Buffers(layout.empty(rows), layout.empty(rows), np.zeros(rows, np.float32), *flags)
 
     def arrays(self) -> list[Array]:
-        """All arrays, in a fixed order."""
+        """All buffers in one list: leaves of observation and final observation, then reward and flags."""
         flags = [self.terminated, self.truncated, self.valid, self.begins]
         return [*self.observation, *self.final, self.reward, *flags]
 

@@ -195,7 +195,7 @@ def _type_name(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
-def several_agents(value: Any) -> bool:
+def is_multi_agent(value: Any) -> bool:
     """Whether a value has PettingZoo's interface of environments with several agents."""
     return hasattr(value, "possible_agents") or (hasattr(value, "agents") and hasattr(value, "observe"))
 
@@ -204,7 +204,7 @@ def _instead_of(result: Any) -> str:
     """Give advice, for an error message, on a known kind of object that is no gymnasium environment."""
     if is_envpool(result):
         return ": create it with envpool.make_gymnasium"
-    if several_agents(result):
+    if is_multi_agent(result):
         return ": environments of several agents, such as PettingZoo's, are not supported"
     kind = type(result)
     if kind.__module__.startswith("rlmeta."):

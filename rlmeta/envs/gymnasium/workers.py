@@ -208,13 +208,13 @@ class WorkerRows:
         except EnvironmentFailedError as error:
             return error
 
-    def _limit(self, worker: int) -> float:
+    def _timeout_of(self, worker: int) -> float:
         """Timeout of a worker in seconds, longer before its first call of an environment, when it imports modules."""
         return self._timeout if self._progress[worker, 1] else max(self._timeout, WORKER_TIMEOUT)
 
     def _first_warning(self, worker: int) -> float:
         """Seconds of waiting for a worker until the first warning."""
-        return min(_FIRST_WARNING, self._limit(worker) / 20)
+        return min(_FIRST_WARNING, self._timeout_of(worker) / 20)
 
     def _wait(self, worker: int, waited: float) -> None:
         """Wait for the answer of a worker, with warnings that name the slow environment.
@@ -229,7 +229,7 @@ class WorkerRows:
         calls = int(self._progress[worker, 1])
         begun, due = time.monotonic() - waited, self._first_warning(worker)
         while True:
-            waited, limit = time.monotonic() - begun, self._limit(worker)
+            waited, limit = time.monotonic() - begun, self._timeout_of(worker)
             if int(self._progress[worker, 1]) != calls:  # slow perhaps, but it makes progress
                 calls = int(self._progress[worker, 1])
                 begun, waited, due = time.monotonic(), 0.0, self._first_warning(worker)

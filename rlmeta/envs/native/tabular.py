@@ -137,7 +137,10 @@ class Tabular(NativeEnv):
 
 
 class _Flat(NamedTuple):
-    """Flattened tables: `[S A, K]`, three times `[S A K]`, `[S]`; probabilities are cumulative."""
+    """Flattened tables of a Markov decision process of S states, A actions and K outcomes of each.
+
+    `outcome` `[S A, K]` and `start` `[S]` are cumulative probabilities, the others `[S A K]`.
+    """
 
     outcome: Tensor
     next_state: Tensor
@@ -147,7 +150,7 @@ class _Flat(NamedTuple):
 
 
 def _levels(probability: Tensor) -> Tensor:
-    """Cumulative probabilities `[..., K]`, infinite from the last possible outcome on, despite rounding."""
+    """Cumulative distribution `[..., K]`; entries that reach the total are infinite, against rounding errors."""
     total = probability.cumsum(-1)
     return total.masked_fill(total >= total[..., -1:], math.inf)
 

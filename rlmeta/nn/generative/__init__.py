@@ -1,3 +1,3 @@
-"""Generative models."""
+"""Generative models: the conditional variational autoencoder (VAE)."""
 
 __all__ = ["vae"]
