@@ -58,7 +58,7 @@ def rows_of(history, s, env, total):
 
 def test_a_sequence_is_what_happened_from_the_start_of_a_rollout_with_the_state_it_began_with():
     total, count = 28, 400
-    memory, history = filled(total)
+    memory, history = filled(total, ends=0.05)
     keys = torch.stack([random.make_keys(range(i, i + S)) for i in (0, 7)])
     batch = sequences.sample(memory, keys, count, LENGTH, GAMMA, burn_in=1)
     steps, following = batch["observation"], batch["next_observation"]
