@@ -88,6 +88,10 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "nn.linear.Linear initialiser": lambda x: nn.Linear(3, 2, initialiser=x),
     "nn.mlp.MLP activation": lambda x: nn.MLP(3, (2,), activation=x),
     "nn.mlp.MLP final_activation": lambda x: nn.MLP(3, (2,), 2, final_activation=x),
+    "nn.recurrent.Recurrent cell": lambda x: nn.Recurrent(x, 3, 2),
+    "nn.attention.TransformerLayer norm": lambda x: nn.TransformerLayer(4, 2, 4, x),
+    "nn.attention.Transformer positions": lambda x: nn.Transformer(3, 4, positions=x),
+    "nn.attention.Transformer norm": lambda x: nn.Transformer(3, 4, norm=x),
     "functional.schedules.anneal schedule": lambda x: schedules.anneal(torch.ones(2), x, torch.zeros(2)),
     "nn.mlp.MLP initialiser": lambda x: nn.MLP(3, (2,), initialiser=x),
 }

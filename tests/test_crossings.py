@@ -17,8 +17,14 @@ from rlmeta.runs.train import prepare
 from tests.crossings import NETWORKS, OBSERVATIONS, PROBLEMS, GymWalk, labelled, network, shown, walks
 
 WORLDS = ("native", "gymnasium")
-ON_POLICY = ("ppo", "recurrent ppo", "a2c", "reinforce", "trpo", "impala", "ppg")
-AGENTS = (*ON_POLICY, "dqn", "sac", "discrete sac", "td3", "ddpg", "behaviour cloning", "gail")
+ON_POLICY = ("ppo", "a2c", "reinforce", "trpo", "impala", "ppg")
+MEMORIES = {
+    "ppo with a gru": {"memory": "gru", "memory_size": 3},
+    "a2c with an lstm": {"memory": "lstm", "memory_size": 3, "memory_layers": 2},
+    "dqn with a gru": {"memory": "gru", "memory_size": 3, "sequence_length": 4},
+    "reinforce with attention": {"memory": "attention", "memory_size": 4, "attention_heads": 2, "context": 3},
+}
+AGENTS = (*ON_POLICY, *MEMORIES, "dqn", "sac", "discrete sac", "td3", "ddpg", "behaviour cloning", "gail")
 CONTINUOUS = ("sac", "td3", "ddpg")
 LEARNERS = ("classifier", "regressor")
 
@@ -64,11 +70,10 @@ def settings(cell: Crossing) -> Any:
             return rl.GAIL(demonstrations=given, batch_size=8, num_epochs=2, discriminator_updates=2, **few)
         white = cell.observation == "box"  # of Dict and Discrete there is nothing to whiten, and a sentence says so
         return rl.BehaviourCloning(demonstrations=given, num_steps=4, batch_size=8, normalise_observation=white, **own)
+    if cell.agent in MEMORIES:
+        few |= {"sees": ("action", "reward", "start"), **MEMORIES[cell.agent]}
     return {
         "ppo": lambda: rl.PPO(batch_size=4, num_epochs=2, **few),
-        "recurrent ppo": lambda: rl.PPO(
-            batch_size=4, num_epochs=2, memory="gru", memory_size=3, sees=("action", "reward", "start"), **few
-        ),
         "a2c": lambda: rl.A2C(**few),
         "reinforce": lambda: rl.REINFORCE(**few),
         "dqn": lambda: rl.DQN(gradient_steps=1, **few, **replayed),
@@ -81,7 +86,7 @@ def settings(cell: Crossing) -> Any:
         "ddpg": lambda: rl.DDPG(gradient_steps=1, **few, **replayed),
         "classifier": lambda: rl.Classifier(batch_size=4, num_steps=4, **own),
         "regressor": lambda: rl.Regressor(batch_size=4, num_steps=4, **own),
-    }[cell.agent]()
+    }[cell.agent.partition(" with ")[0]]()
 
 
 def problem_of(cell: Crossing) -> Any:
@@ -115,7 +120,7 @@ def cross(cell: Crossing) -> str:
         for deterministic in (True, False):
             observation, _ = GymWalk(cell.observation, continuous=cell.agent in CONTINUOUS).reset(seed=0)
             action = run.act(observation, deterministic=deterministic, learner=1)
-            if cell.agent == "recurrent ppo":
+            if cell.agent in MEMORIES:
                 first, memory = action
                 action, _ = run.act(observation, memory, 1.0, deterministic=deterministic, learner=1)
                 assert first in run.world.action_space
@@ -128,7 +133,7 @@ def expected_to_be_refused(cell: Crossing) -> bool:
     """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions, and
     gradient steps; a force can't be masked."""
     foreign = cell.problem == "family" and cell.world == "gymnasium"
-    values_alone = cell.agent in ("dqn", "trpo") and cell.problem == "stream"
+    values_alone = cell.agent.startswith(("dqn", "trpo")) and cell.problem == "stream"
     return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
+from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName, check_memory_settings
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
 from rlmeta.functional.axes import align, masked_mean
@@ -76,6 +77,19 @@ class A2C:
     """Activation of the default network."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    memory: MemoryName = "none"
+    """A memory behind the body of every network, for partially observable tasks: a gated recurrent unit (GRU), an LSTM,
+    or attention over the last steps; gradients then reach back num_steps."""
+    memory_size: int = 64
+    """Features of the memory."""
+    memory_layers: int = 1
+    """Layers of the memory."""
+    context: int = 32
+    """With attention: steps of its episode that the memory holds; a layer looks at these and at the present one."""
+    attention_heads: int = 4
+    """With attention: heads of every layer; twice their number divides memory_size."""
+    sees: tuple[SeenName, ...] = ()
+    """Additional inputs of the memory: the last action, its reward, whether an episode starts."""
     rewards: tuple[Reward, ...] = ()
     """Reward shaping and intrinsic rewards to learn from, in order."""
 
@@ -91,6 +105,7 @@ class A2C:
             require_range(self, name, 0.0)
         for name in ("num_envs", "num_steps"):
             require_range(self, name, 1)
+        check_memory_settings(self)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> A2CAgent:
         """Create the A2C agent for an observation and an action space."""
@@ -111,12 +126,14 @@ class A2CAgent(Agent):
         blocks = bare(self.networks)
         self.policy, self.value = blocks["policy"], blocks["value"]
         self.head: Any = self.policy.head
+        if settings.memory != "none":
+            self.recurrence = Recurrence(settings.sees, action_space, blocks)
 
     def networks(self) -> dict[str, Block]:
         """Build the networks: `policy`, the parameters of an action distribution, and `value`, the state value."""
         return {
             "policy": policy_network(self.settings, self.observation_space, self.action_space),
-            "value": value_network(self.settings, self.observation_space),
+            "value": value_network(self.settings, self.observation_space, self.action_space),
         }
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
@@ -138,8 +155,9 @@ class A2CAgent(Agent):
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
         """Choose actions `[*L, N, ...]`: a sample from the policy, or its mode."""
-        distribution = self.forward(self.policy, "policy", p, observation)
-        return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
+        distribution, memory_after = self.answer_at(self.policy, "policy", p, observation, memory)
+        action = self.head.mode(distribution) if deterministic else self.head.sample(distribution, key)
+        return action, memory_after(action)
 
     # ------------------------------------------------------------------ credit
 
@@ -147,19 +165,21 @@ class A2CAgent(Agent):
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
         """Estimate advantages and returns of every step, the training data of `losses`, `[*L, T, N, ...]`."""
         reward = total_reward(rewards, self.streams.rewards)
-        value = self.forward(self.value, "value", p, rollout["observation"])
-        next_value = self.forward(self.value, "value", p, rollout["next_observation"])
+        inputs = self.inputs(rollout)
+        value = self.forward(self.value, "value", p, inputs)
+        next_value = self.forward(self.value, "value", p, self.next_inputs(rollout))
         discount = align(p["hyper"]["gamma"], reward) * ~rollout["terminated"]
         cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
         advantage = generalized_advantage(reward, discount, value, next_value, cut, p["hyper"]["gae_lambda"])
-        kept = {name: rollout[name] for name in ("observation", "action", "valid")}
-        return {**kept, "advantage": advantage, "return": advantage + value, "old_value": value}
+        kept = {name: rollout[name] for name in ("action", "valid")}
+        return {**kept, "observation": inputs, "advantage": advantage, "return": advantage + value, "old_value": value}
 
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """Policy, value and entropy losses `[*L]` of a batch `[*L, B, ...]`."""
-        h, valid = p["hyper"], batch["valid"]
+        h, batch = p["hyper"], self.samples(batch)
+        valid = batch["valid"]
         distribution = self.forward(self.policy, "policy", p, batch["observation"], ctx)
         value = self.forward(self.value, "value", p, batch["observation"], ctx)
         advantage = batch["advantage"]
@@ -185,7 +205,8 @@ class A2CAgent(Agent):
             credited = {**credited, "advantage": credited["advantage"] + added}
         batch = self.items(credited, state["key"].dim())
         rate = self.annealed(state)
-        explained = losses.explained_variance(batch["old_value"], batch["return"], batch["valid"])
+        flat = self.samples(batch)
+        explained = losses.explained_variance(flat["old_value"], flat["return"], flat["valid"])
         state, info = step(
             self, state, batch, self.optimizer(rate), max_grad_norm=h["max_grad_norm"], methods=self.methods
         )

@@ -99,7 +99,7 @@ class Agent:
     supports_separate_rewards = False
     """Whether the agent supports reward streams with value functions of their own."""
     recurrence: Recurrence | None = None
-    """Hidden states and additional inputs of recurrent networks; None for feed-forward ones."""
+    """Memories and additional inputs of the networks; None for feed-forward ones."""
     copies: tuple[Copy, ...] = ()
     """Target networks and weight averages, which are kept among the buffers."""
 
@@ -200,7 +200,10 @@ class Agent:
         """Initial recurrent memory of `rows` `[*L, N]` environments; empty for feed-forward agents."""
         if self.recurrence is None:
             return {}
-        return self.recurrence.initial(rows, next(iter(p["weights"].values())).device)
+        weight = next(iter(p["weights"].values()))
+        memory = self.recurrence.initial(rows, weight.device)
+        state = tree.map(lambda x: x.to(weight.dtype) if x.is_floating_point() else x, memory["hidden"])
+        return {**memory, "hidden": state}
 
     def effective_params(self, state: State) -> Params:
         """Effective parameters of forward passes: the weights after the lifelong methods' hooks."""
@@ -224,21 +227,56 @@ class Agent:
         return observation if stats is None else normalise(observation, stats)
 
     def forward(self, network: Block, name: str, p: Params, observation: tree.Tree, ctx: Context | None = None) -> Any:
-        """Forward pass of one of the agent's networks on raw observations, of a recurrent one on its inputs."""
+        """Forward pass of one of the agent's networks on raw observations, of one with a memory on its inputs."""
         tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
+        return network.run(tensors, self._seen(p, observation, name), ctx or Context(), f"{name}.")
+
+    def _seen(self, p: Params, inputs: tree.Tree, name: str) -> tree.Tree:
+        """Inputs of one network, with normalised observations."""
         if self.recurrence is None:
-            seen = self.preprocess(p, observation)
-        else:
-            seen = self.recurrence.of_network(observation, name)
-            seen["observation"] = self.preprocess(p, seen["observation"])
-        return network.run(tensors, seen, ctx or Context(), f"{name}.")
+            return self.preprocess(p, inputs)
+        network = name.partition(".")[0]
+        sources = {copy.name: copy.source for copy in self.copies}  # a target network has the states of its source
+        seen = self.recurrence.of_network(inputs, sources.get(network, network))
+        if "before" in seen:
+            before = seen["before"]
+            seen["before"] = {**before, "observation": self.preprocess(p, before["observation"])}
+        return {**seen, "observation": self.preprocess(p, seen["observation"])}
+
+    def answer_at(
+        self,
+        network: Any,
+        name: str,
+        p: Params,
+        observation: tree.Tree,
+        memory: tree.Tree,
+        ctx: Context | None = None,
+    ) -> tuple[Any, Callable[[Tensor], tree.Tree]]:
+        """Output of the acting network for one step `[*L, N, ...]`, and a function from the action to the memory after.
+
+        The memories of all networks move on.
+        """
+        if self.recurrence is None:
+            return self.forward(network, name, p, observation, ctx), lambda action: memory
+        recurrence, inputs = self.recurrence, self.recurrence.acting_inputs(observation, memory)
+        tensors, features, hidden = {**p["weights"], **p["buffers"]}, {}, {}
+        for each, body in recurrence.bodies.items():
+            prefix = name if body is network.body else each
+            seen = self._seen(p, inputs, each)
+            features[prefix], hidden[each] = body.step(tensors, seen, Context(), f"{prefix}.body.")
+        out = network.answer(tensors, features[name], inputs, ctx or Context(), f"{name}.")
+        return out, lambda action: recurrence.after(memory, hidden, action)
 
     def inputs(self, rollout: Rollout) -> tree.Tree:
         """Network inputs for every step of a rollout, `[*L, T, N, ...]`.
 
-        They are observations, of recurrent networks with hidden states and additional inputs.
+        They are observations, of networks with a memory with its state and additional inputs.
         """
         return rollout["observation"] if self.recurrence is None else self.recurrence.inputs(rollout)
+
+    def next_inputs(self, rollout: Rollout) -> tree.Tree:
+        """Network inputs for the next observation of every step of a rollout, `[*L, T, N, ...]`."""
+        return rollout["next_observation"] if self.recurrence is None else self.recurrence.next_inputs(rollout)
 
     def items(self, credited: tree.Tree, axes: int) -> tree.Tree:
         """Reshape a batch of steps `[*L, T, N, ...]` to the items of minibatches, `[*L, M, ...]`.

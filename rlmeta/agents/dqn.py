@@ -13,10 +13,11 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import q_network
+from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName, check_memory_settings
 from rlmeta.envs.world import World
 from rlmeta.errors import SpaceError
 from rlmeta.functional import losses, optim, random, tree
-from rlmeta.functional.axes import align
+from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.schedules import ScheduleName, anneal, linear
 from rlmeta.learning import off_policy
 from rlmeta.learning.collect import Rollout
@@ -26,7 +27,7 @@ from rlmeta.learning.groups import Group, whole
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
-from rlmeta.learning.settings import PerLearner, require_range, values_of
+from rlmeta.learning.settings import PerLearner, require, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy, follow, with_copy
 from rlmeta.nn import Block, Context, bare
@@ -87,6 +88,24 @@ class DQN:
     """Activation of the default network."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    memory: MemoryName = "none"
+    """A memory behind the body of the network, for partially observable tasks: a gated recurrent unit (GRU), an LSTM,
+    or attention over the last steps; minibatches then are of sequences (DRQN, Hausknecht and Stone, 2015)."""
+    memory_size: int = 64
+    """Features of the memory."""
+    memory_layers: int = 1
+    """Layers of the memory."""
+    context: int = 32
+    """With attention: steps of its episode that the memory holds; a layer looks at these and at the present one."""
+    attention_heads: int = 4
+    """With attention: heads of every layer; twice their number divides memory_size."""
+    sees: tuple[SeenName, ...] = ()
+    """Additional inputs of the memory: the last action, its reward, whether an episode starts."""
+    sequence_length: int = 16
+    """With a memory: steps of a sequence, which divide batch_size. Each begins where a rollout of num_steps did, with
+    the state that acting had there (R2D2, Kapturowski et al., 2019)."""
+    burn_in: int = 0
+    """With a memory: first steps of a sequence that refresh the stored state, and are not learned from."""
     rewards: tuple[Reward, ...] = ()
     """Reward shaping and intrinsic rewards to learn from, in order."""
 
@@ -105,6 +124,25 @@ class DQN:
         for name in ("n_steps", "target_every"):
             require_range(self, name, 1)
         off_policy.check_settings(self, self.n_steps)
+        check_memory_settings(self)
+        require_range(self, "sequence_length", 1)
+        require_range(self, "burn_in", 0)
+        if self.memory != "none":
+            self._check_sequences()
+
+    def _check_sequences(self) -> None:
+        length = self.sequence_length
+        require(
+            self.batch_size % length == 0,
+            f"DQN: batch_size {self.batch_size} is not whole sequences of sequence_length = {length}, which a memory "
+            "learns from: give a multiple of it",
+        )
+        require(
+            self.burn_in < length,
+            f"DQN: burn_in {self.burn_in} leaves nothing of sequence_length = {length}: give less",
+        )
+        require(self.n_steps == 1, f"DQN: with a memory targets are of one step, got n_steps = {self.n_steps}: give 1")
+        off_policy.check_settings(self, length)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> DQNAgent:
         """Create the DQN agent for an observation and an action space."""
@@ -123,11 +161,15 @@ class DQNAgent(Agent):
             raise SpaceError(f"DQN chooses among Discrete actions, the task has {action_space}: use PPO or A2C")
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
-        self.idle_steps = off_policy.idle_steps(settings, settings.n_steps)
+        self.least_steps = settings.n_steps if settings.memory == "none" else settings.sequence_length
+        self.idle_steps = off_policy.idle_steps(settings, self.least_steps)
         self.averaged = min(values_of(settings.average_rate)) < 1.0 and not self.methods
         self.acting_network = "average" if self.averaged else "q"
         self.copies = (TARGET, AVERAGE) if self.averaged else (TARGET,)
-        self.q: Any = bare(self.networks)["q"]
+        blocks = bare(self.networks)
+        self.q: Any = blocks["q"]
+        if settings.memory != "none":
+            self.recurrence = Recurrence(settings.sees, action_space, blocks)
 
     def networks(self) -> dict[str, Block]:
         """Build the network: `q`, the value of every action."""
@@ -140,7 +182,10 @@ class DQNAgent(Agent):
         p = with_copy(p, AVERAGE) if self.averaged else p
         state["params"] = {**p, "hyper": {**hyper, "epsilon": hyper["epsilon_start"].clone()}}
         state["optimizer"] = init_optimizer(optim.adam(hyper["learning_rate"]), state)
-        state["replay"] = off_policy.init_replay(self.settings, world, state)
+        inputs = None
+        if self.recurrence is not None:
+            inputs = self.recurrence.acting_inputs(world.observation(state["world"]), state["memory"])
+        state["replay"] = off_policy.init_replay(self.settings, world, state, inputs)
         return state
 
     # ------------------------------------------------------------------ act
@@ -149,14 +194,16 @@ class DQNAgent(Agent):
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
         """Choose epsilon-greedy actions `[*L, N]`; a masked action is never taken."""
-        values = self.forward(self.q, "average" if deterministic and self.averaged else "q", p, observation)
+        name = "average" if deterministic and self.averaged else "q"
+        values, memory_after = self.answer_at(self.q, name, p, observation, memory)
         best = self.q.head.mode(values)
         if deterministic:
-            return best, memory
+            return best, memory_after(best)
         rows = best.shape[key.dim() :]
         noise = random.uniform(key, "exploration", 0, values.shape[key.dim() :]).masked_fill(values == -torch.inf, -1.0)
         explore = random.uniform(key, "epsilon", 0, rows) < align(p["hyper"]["epsilon"], best)
-        return torch.where(explore, self.q.head.mode(noise), best), memory
+        action = torch.where(explore, self.q.head.mode(noise), best)
+        return action, memory_after(action)
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """One training iteration, with the epsilon of the current progress."""
@@ -173,7 +220,7 @@ class DQNAgent(Agent):
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Temporal-difference loss `[*L]` of a minibatch of transitions `[*L, B, ...]`."""
+        """Temporal-difference loss `[*L]` of a minibatch of transitions `[*L, B, ...]`, of a memory in sequences."""
         with torch.no_grad():
             next_q = self.forward(self.q, "target", p, batch["next_observation"])
             if self.settings.double:
@@ -183,20 +230,22 @@ class DQNAgent(Agent):
                 target = losses.q_target(batch["reward"], batch["discount"], next_q)
         values = self.forward(self.q, "q", p, batch["observation"], ctx)
         chosen = self.q.head.take(values, batch["action"])
-        ctx.info["losses/q_values"] = chosen.mean(-1)
+        chosen = chosen.masked_fill(~batch["valid"], 0.0)  # where nothing was done a mask may close the action
+        ctx.info["losses/q_values"] = masked_mean(chosen, batch["valid"])
         return {"q": losses.huber_loss(chosen, target, p["hyper"]["huber_delta"], batch["valid"])}
 
     def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
         """Log probability of the actions, the log softmax of the action values, `[*L, B]`."""
-        values = self.forward(self.q, "q", p, batch["observation"], ctx)
-        return self.q.head.take(values.log_softmax(-1), batch["action"])
+        values = self._of_samples(self.q, "q", p, batch["observation"], ctx or Context())
+        log_prob: Tensor = self.q.head.take(values.log_softmax(-1), batch["action"])
+        return log_prob.sum(-1) if self.sequential else log_prob
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Add the rollout to the replay memory; after a warm-up, take gradient steps on random transitions."""
         s, h = self.settings, state["params"]["hyper"]
         off_policy.remember(self, state, rollout, rewards)
         metrics = {"charts/learning_rate": self.annealed(state), "charts/epsilon": h["epsilon"]}
-        if not off_policy.ready(self, state, s.n_steps):
+        if not off_policy.ready(self, state, self.least_steps):
             return state, metrics
         state, info = off_policy.learn(self, state, self.groups, self.moves(state), s.n_steps)
         if self.averaged:

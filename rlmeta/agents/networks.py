@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlmeta.agents.recurrence import RecurrentBody, seen_features
+from rlmeta.agents.recurrence import RecurrentBody, memory_block, seen_features
 from rlmeta.data.spaces import to_tree
 from rlmeta.errors import SettingError, SpaceError
 from rlmeta.functional import tree
@@ -104,11 +104,11 @@ def _places(observation_space: gym.Space, tasks: int) -> int:
 
 
 def _with_memory(settings: Any, body: Block, features: int, action_space: gym.Space | None) -> tuple[Block, int]:
-    """Add a recurrent layer to a body if the settings ask for one; returns the body and its number of features."""
+    """Add a memory to a body if the settings ask for one; returns the body and its number of features."""
     if action_space is None or getattr(settings, "memory", "none") == "none":
         return body, features
-    seen = seen_features(settings.sees, action_space)
-    return RecurrentBody(body, features, seen, settings.memory_size), settings.memory_size
+    memory = memory_block(settings, features + seen_features(settings.sees, action_space))
+    return RecurrentBody(body, memory), memory.features
 
 
 def check_mask(observation_space: gym.Space, action_space: gym.Space) -> None:
@@ -239,7 +239,7 @@ def value_network(
 ) -> Network:
     """Build a value network: the value of an observation; `tasks` as in `policy_network`.
 
-    It is recurrent, where the settings ask for that, only if it is given the action space: the last action is an input.
+    It has a memory, where the settings ask for one, only if it is given the action space: the last action is an input.
     """
     body, features = build_body(
         settings.network,
@@ -262,6 +262,7 @@ def q_network(settings: Any, observation_space: gym.Space, action_space: gym.Spa
     body, features = build_body(
         settings.network, observation_space, settings.hidden_sizes, settings.activation, "torch", whitens(settings)
     )
+    body, features = _with_memory(settings, body, features, action_space)
     return Network(body, QHead(features, int(action_space.n)), features)
 
 

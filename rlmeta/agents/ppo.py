@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
-from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName
+from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName, check_memory_settings
 from rlmeta.engine.parts import in_parts
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, tree
@@ -103,12 +103,18 @@ class PPO:
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
     memory: MemoryName = "none"
-    """A gated recurrent unit (GRU) behind the body of every network, for partially observable tasks;
-    minibatches then are of whole sequences, num_steps long."""
+    """A memory behind the body of every network, for partially observable tasks: a gated recurrent unit (GRU), an LSTM,
+    or attention over the last steps; minibatches then are of whole sequences, num_steps long."""
     memory_size: int = 64
-    """Units of the gated recurrent unit."""
+    """Features of the memory."""
+    memory_layers: int = 1
+    """Layers of the memory."""
+    context: int = 32
+    """With attention: steps of its episode that the memory holds; a layer looks at these and at the present one."""
+    attention_heads: int = 4
+    """With attention: heads of every layer; twice their number divides memory_size."""
     sees: tuple[SeenName, ...] = ()
-    """Additional inputs of the gated recurrent unit: the last action, its reward, whether an episode starts."""
+    """Additional inputs of the memory: the last action, its reward, whether an episode starts."""
     rewards: tuple[Reward, ...] = ()
     """Reward shaping and intrinsic rewards to learn from, in order."""
 
@@ -123,7 +129,7 @@ class PPO:
             require_range(self, name, 0.0, 1.0)
         for name in ("entropy_coefficient", "value_coefficient"):
             require_range(self, name, 0.0)
-        for name in ("num_envs", "num_steps", "num_epochs", "batch_size", "noise_hold", "memory_size"):
+        for name in ("num_envs", "num_steps", "num_epochs", "batch_size", "noise_hold"):
             require_range(self, name, 1)
         require_range(self, "task_heads", 0)
         require(
@@ -141,14 +147,7 @@ class PPO:
             f"PPO: batch_size {self.batch_size} does not divide num_envs * num_steps = {samples}; "
             "the rest of every rollout would be dropped",
         )
-        self._check_memory()
-
-    def _check_memory(self) -> None:
-        require(
-            self.memory != "none" or not self.sees,
-            f"PPO: sees={self.sees!r} goes into a memory: set memory='gru', or leave sees empty",
-        )
-        require(len(set(self.sees)) == len(self.sees), f"PPO: sees={self.sees!r} names something twice: name it once")
+        check_memory_settings(self)
         require(
             self.memory == "none" or self.batch_size % self.num_steps == 0,
             f"PPO: batch_size {self.batch_size} is not whole sequences of num_steps = {self.num_steps}, which a memory "
@@ -177,7 +176,7 @@ class PPOAgent(Agent):
         self.value = blocks["value"]
         self.head: Any = self.policy.head
         if settings.memory != "none":
-            self.recurrence = Recurrence(settings.sees, settings.memory_size, action_space, blocks)
+            self.recurrence = Recurrence(settings.sees, action_space, blocks)
         self.rewards_entropy = any(value > 0 for value in values_of(settings.entropy_coefficient))
         self.stops_early = any(value < math.inf for value in values_of(settings.stop_kl))
         self.clips_value = any(value < math.inf for value in values_of(settings.value_clip_range))
@@ -204,20 +203,9 @@ class PPOAgent(Agent):
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
         """Choose actions `[*L, N, ...]`: a sample from the policy, or its mode."""
-        if self.recurrence is None:
-            distribution = self.forward(self.policy, "policy", p, observation)
-            return self.head.mode(distribution) if deterministic else self.head.sample(distribution, key), memory
-        inputs = self.recurrence.acting_inputs(observation, memory)
-        hidden = self._hidden(p, inputs, self.recurrence.names)
-        tensors = {**p["weights"], **p["buffers"]}
-        distribution = self.policy.answer(tensors, hidden["policy"], inputs, Context(), "policy.")
+        distribution, memory_after = self.answer_at(self.policy, "policy", p, observation, memory)
         action = self.head.mode(distribution) if deterministic else self.head.sample(distribution, key)
-        return action, self.recurrence.after(memory, hidden, action)
-
-    def _hidden(self, p: Params, inputs: tree.Tree, names: Sequence[str]) -> dict[str, Tensor]:
-        """Hidden states of recurrent networks after each step, `[*L, *lead, H]`."""
-        blocks: dict[str, Any] = {"policy": self.policy, "value": self.value}
-        return {name: self.forward(blocks[name].body, f"{name}.body", p, inputs) for name in names}
+        return action, memory_after(action)
 
     # ------------------------------------------------------------------ credit
 
@@ -225,11 +213,9 @@ class PPOAgent(Agent):
     def credit(self, p: Params, rollout: Rollout, rewards: dict[str, Tensor]) -> tree.Tree:
         """Estimate advantages and returns of every step, the training data of `losses`, `[*L, T, N, ...]`."""
         reward = total_reward(rewards, self.streams.rewards)
-        ctx, inputs, following = Context(), self.inputs(rollout), rollout["next_observation"]
-        if self.recurrence is not None:
-            following = self.recurrence.next_inputs(rollout, self._hidden(p, inputs, self.recurrence.names[-1:]))
+        ctx, inputs = Context(), self.inputs(rollout)
         distribution, value = self._evaluate(p, inputs, ctx)
-        next_value = self._value(p, following, ctx)
+        next_value = self._value(p, self.next_inputs(rollout), ctx)
         gamma = p["hyper"]["gamma"]
         discount = align(gamma, reward) * ~rollout["terminated"]
         cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]

@@ -1,11 +1,12 @@
-"""Recurrent (GRU) networks of agents: hidden states, and additional inputs such as the last action and reward.
+"""Memories of agents, recurrent networks or attention: their states, and inputs such as the last action and reward.
 
-A recurrent network takes `inputs` in the place of an observation:
+A network with a memory takes `inputs` in the place of an observation:
 
     observation  `[*L, *lead, ...]`
-    hidden       `{network: [*L, *rows, H]}`, its hidden state before the first of the steps
-    begins       `[*L, *lead]` bool, absent for a single step: the hidden state is reset to that of an episode's start
+    hidden       `{network: {name: [*L, *rows, ...]}}`, the state of its memory before the first of the steps
+    begins       `[*L, *lead]` bool, absent for a single step: the state is reset to that of an episode's start
     last         `[*L, *lead, D]`, the additional inputs, absent where there are none
+    before       where observation and last are what follows each step: observation, last and begins of the steps
 
 where `lead` is `[N]` as it acts, `[T, N]` in a rollout and `[T * B]`, time first, in a loss. A minibatch holds whole
 sequences: an item of it is a row of the rollout, `[*L, B, T, ...]`.
@@ -14,7 +15,7 @@ sequences: an item of it is a row of the rollout, `[*L, B, T, ...]`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import gymnasium as gym
 import torch
@@ -23,46 +24,159 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.collect import LAST_REWARD, START, Rollout
-from rlmeta.nn import ActionUnits, Block, Context, Encoder, GRUCell, Params
+from rlmeta.learning.settings import require, require_range
+from rlmeta.nn import ActionUnits, AttentionMemory, Block, Context, Encoder, Params, Recurrent
+from rlmeta.nn.block import learner_axes
 
-MemoryName: TypeAlias = Literal["none", "gru"]
-"""Kind of recurrent network, "none" for feed-forward ones."""
+MemoryName: TypeAlias = Literal["none", "gru", "lstm", "attention"]
+"""Kind of memory: a gated recurrent unit (GRU), an LSTM, or attention over the last steps; "none" for no memory."""
 
 SeenName: TypeAlias = Literal["action", "reward", "start"]
-"""Additional input of a recurrent policy: its last action, its last reward, or whether an episode starts."""
+"""Additional input of a memory: its last action, its last reward, or whether an episode starts."""
+
+
+class HasMemory(Protocol):
+    """Settings of an agent that may have a memory."""
+
+    @property
+    def memory(self) -> MemoryName:
+        """Kind of memory."""
+        ...
+
+    @property
+    def memory_size(self) -> int:
+        """Features of the memory."""
+        ...
+
+    @property
+    def memory_layers(self) -> int:
+        """Layers of the memory."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """With attention: steps that the memory holds."""
+        ...
+
+    @property
+    def attention_heads(self) -> int:
+        """With attention: heads of every layer."""
+        ...
+
+    @property
+    def sees(self) -> tuple[SeenName, ...]:
+        """Additional inputs of the memory."""
+        ...
+
+
+def check_memory_settings(settings: HasMemory) -> None:
+    """Refuse settings of a memory that contradict each other.
+
+    Raises:
+        SettingError: with the reason.
+    """
+    s, agent = settings, type(settings).__name__
+    for name in ("memory_size", "memory_layers", "context", "attention_heads"):
+        require_range(s, name, 1)
+    require(
+        s.memory != "none" or not s.sees,
+        f"{agent}: sees={s.sees!r} goes into a memory: set memory='gru', or leave sees empty",
+    )
+    require(len(set(s.sees)) == len(s.sees), f"{agent}: sees={s.sees!r} names something twice: name it once")
+    require(
+        s.memory != "attention" or s.memory_size % (2 * s.attention_heads) == 0,
+        f"{agent}: memory_size {s.memory_size} does not divide into attention_heads = {s.attention_heads} of an even "
+        "size: give a multiple of twice the heads",
+    )
+
+
+class Memory(Protocol):
+    """Block that carries a state over steps: `nn.Recurrent` and `nn.AttentionMemory`."""
+
+    features: int
+    """Size of its output."""
+
+    def initial(self, rows: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+        """State of `rows` `[*L, *rows]` at the start of an episode."""
+        ...
+
+    def step(
+        self, params: Params, x: Tensor, state: dict[str, Tensor], ctx: Context, prefix: str = ""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Advance one step `[*L, *rows, in]`: features and the new state."""
+        ...
+
+    def unroll(
+        self, params: Params, x: Tensor, state: dict[str, Tensor], begins: Tensor | None, ctx: Context, prefix: str = ""
+    ) -> Tensor:
+        """Features of every step of sequences `[*L, T, B, in]`."""
+        ...
+
+    def peek(
+        self,
+        params: Params,
+        x: Tensor,
+        following: Tensor,
+        state: dict[str, Tensor],
+        begins: Tensor | None,
+        ctx: Context,
+        prefix: str = "",
+    ) -> Tensor:
+        """Features of what follows each step of sequences `[*L, T, B, in]`."""
+        ...
+
+
+def memory_block(settings: HasMemory, in_features: int) -> Recurrent | AttentionMemory:
+    """Build the memory that the settings ask for, of so many input features."""
+    s = settings
+    if s.memory == "attention":
+        return AttentionMemory(in_features, s.memory_size, s.memory_layers, s.context, s.attention_heads)
+    assert s.memory != "none"
+    return Recurrent(s.memory, in_features, s.memory_size, s.memory_layers)
 
 
 class RecurrentBody(Block):
-    """Recurrent network: a body, then a gated recurrent unit on its features and the additional inputs."""
+    """Network with a memory: a body, then the memory of its features and the additional inputs."""
 
-    def __init__(self, body: Block, features: int, seen: int, size: int) -> None:
+    def __init__(self, body: Block, memory: Recurrent | AttentionMemory) -> None:
         super().__init__()
-        self.body, self.cell = body, GRUCell(features + seen, size)
+        self.body, self.memory = body, memory
+        self._axes = {name: leaf.dim() for name, leaf in memory.initial((), torch.device("cpu")).items()}
 
     def run(self, params: Params, x: tree.Tree, ctx: Context, prefix: str = "") -> Tensor:
-        """Forward pass over a step or a sequence: the hidden state after each step, `[*L, *lead, H]`.
+        """Forward pass over a step or a sequence: the features after each step, `[*L, *lead, D]`.
 
-        Of the inputs `hidden` `[*L, *rows, H]` is that of this network alone.
-
-        There are as many steps as the leading axes hold more than the rows, and time is the first of them.
+        Of the inputs `hidden` is that of this network alone. There are as many steps as the leading axes hold more than
+        the rows, and time is the first of them.
         """
-        features = self.body.run(params, x["observation"], ctx, f"{prefix}body.")
-        if "last" in x:
-            features = torch.cat((features, x["last"]), -1)
-        axes, hidden, begins = params[f"{prefix}cell.weight_hh"].dim() - 2, x["hidden"], x.get("begins")
-        if begins is None:
-            return self.cell.run(params, {"input": features, "hidden": hidden}, ctx, f"{prefix}cell.")
-        learners, lead = hidden.shape[:axes], begins.shape
-        hidden = hidden.flatten(axes, -2)
-        steps = (-1, hidden.shape[-2])
-        states = self.cell.unroll(
-            params,
-            features.reshape(*learners, *steps, features.shape[-1]),
-            hidden,
-            begins.reshape(*learners, *steps),
-            f"{prefix}cell.",
-        )
-        return states.reshape(*lead, -1)
+        earlier = x.get("before", x)
+        if "begins" not in earlier:
+            return self.step(params, x, ctx, prefix)[0]
+        axes, begins = learner_axes(self.memory, params, ctx, f"{prefix}memory."), earlier["begins"]
+        learners, lead = begins.shape[:axes], begins.shape
+        state = {name: leaf.flatten(axes, leaf.dim() - 1 - self._axes[name]) for name, leaf in x["hidden"].items()}
+        rows = next(leaf.shape[axes] for leaf in state.values())
+
+        def in_sequence(value: Tensor) -> Tensor:
+            return value.reshape(*learners, -1, rows, *value.shape[len(lead) :])
+
+        seen, begins = in_sequence(self._features(params, earlier, ctx, prefix)), in_sequence(begins)
+        if "before" in x:
+            following = in_sequence(self._features(params, x, ctx, prefix))
+            out = self.memory.peek(params, seen, following, state, begins, ctx, f"{prefix}memory.")
+        else:
+            out = self.memory.unroll(params, seen, state, begins, ctx, f"{prefix}memory.")
+        return out.reshape(*lead, -1)
+
+    def step(self, params: Params, x: tree.Tree, ctx: Context, prefix: str = "") -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward pass over one step: features `[*L, N, D]`, and the state of the memory after it."""
+        seen = self._features(params, x, ctx, prefix)
+        return self.memory.step(params, seen, x["hidden"], ctx, f"{prefix}memory.")
+
+    def _features(self, params: Params, x: tree.Tree, ctx: Context, prefix: str) -> Tensor:
+        """Features of observations, and the additional inputs, `[*L, *lead, in]`."""
+        features: Tensor = self.body.run(params, x["observation"], ctx, f"{prefix}body.")
+        return torch.cat((features, x["last"]), -1) if "last" in x else features
 
 
 def last_action(action_space: gym.Space) -> tuple[int, Callable[[Tensor], Tensor]]:
@@ -84,29 +198,28 @@ def seen_features(sees: tuple[SeenName, ...], action_space: gym.Space) -> int:
 
 
 class Recurrence:
-    """Hidden states of a recurrent (GRU) agent, and the additional inputs of its networks.
+    """Memories of an agent's networks, and their additional inputs.
 
     Args:
         sees: additional inputs beside the observation.
-        size: units of every network's hidden state.
         action_space: of one environment.
         networks: of the agent, by name.
     """
 
-    def __init__(
-        self, sees: tuple[SeenName, ...], size: int, action_space: gym.Space, networks: Mapping[str, Block]
-    ) -> None:
-        self.sees, self.size = sees, size
+    def __init__(self, sees: tuple[SeenName, ...], action_space: gym.Space, networks: Mapping[str, Any]) -> None:
+        self.sees = sees
         self.action_features, self.encode = last_action(action_space)
-        self.names = [
-            name for name, block in networks.items() if isinstance(getattr(block, "body", None), RecurrentBody)
-        ]
+        self.bodies: dict[str, RecurrentBody] = {
+            name: block.body
+            for name, block in networks.items()
+            if isinstance(getattr(block, "body", None), RecurrentBody)
+        }
 
     def initial(self, rows: tuple[int, ...], device: torch.device) -> tree.Tree:
-        """Initial hidden states and additional inputs of `rows` `[*L, N]` environments, at the start of an episode."""
+        """Initial states and additional inputs of `rows` `[*L, N]` environments, at the start of an episode."""
         zero = torch.zeros(rows, dtype=torch.float32, device=device)
         wide = zero.unsqueeze(-1)
-        memory: tree.Tree = {"hidden": {name: wide.repeat(*zero.dim() * (1,), self.size) for name in self.names}}
+        memory: tree.Tree = {"hidden": {name: body.memory.initial(rows, device) for name, body in self.bodies.items()}}
         if "action" in self.sees:
             memory["last_action"] = wide.repeat(*zero.dim() * (1,), self.action_features)
         if "reward" in self.sees:
@@ -116,17 +229,17 @@ class Recurrence:
         return memory
 
     def of_network(self, inputs: tree.Tree, name: str) -> tree.Tree:
-        """Select the inputs of one network: those of all, with its own hidden state.
+        """Select the inputs of one network: those of all, with its own state.
 
         Raises:
-            SettingError: the inputs are observations without hidden states.
+            SettingError: the inputs are observations without states.
         """
         if not isinstance(inputs, dict) or "hidden" not in inputs:
             raise SettingError(
                 "a network with a memory takes sequences of its agent's own steps, not observations alone: "
                 "choose memory='none' for this"
             )
-        return {**inputs, "hidden": inputs["hidden"][name.partition(".")[0]]}
+        return {**inputs, "hidden": inputs["hidden"][name]}
 
     # ------------------------------------------------------------------ acting
 
@@ -134,7 +247,7 @@ class Recurrence:
         """Inputs of the recurrent networks for one acting step `[*L, N, ...]`, the additional inputs included."""
         return self._inputs(observation, memory["hidden"], memory)
 
-    def after(self, memory: tree.Tree, hidden: Mapping[str, Tensor], action: Tensor) -> tree.Tree:
+    def after(self, memory: tree.Tree, hidden: Mapping[str, tree.Tree], action: Tensor) -> tree.Tree:
         """Update the memory after an action `[*L, N, ...]`; its reward is added by `learning.collect.remember`."""
         new = {**memory, "hidden": dict(hidden)}
         if "action" in self.sees:
@@ -158,14 +271,11 @@ class Recurrence:
             seen[name] = before.masked_fill(fresh, 1.0 if name == START else 0.0)
         return {**self._inputs(rollout["observation"], first["hidden"], seen), "begins": begins}
 
-    def next_inputs(self, rollout: Rollout, hidden: Mapping[str, Tensor]) -> tree.Tree:
-        """Network inputs for the next observation of every step, `[*L, T, N, ...]`.
-
-        Args:
-            rollout: as it was acted.
-            hidden: of every network to run, its hidden state after every step, `[*L, T, N, H]`.
-        """
-        return self._inputs(rollout["next_observation"], dict(hidden), self._told(rollout))
+    def next_inputs(self, rollout: Rollout) -> tree.Tree:
+        """Network inputs for the next observation of every step, `[*L, T, N, ...]`, with the memory after that step."""
+        before = self.inputs(rollout)
+        following = self._inputs(rollout["next_observation"], before.pop("hidden"), self._told(rollout))
+        return {**following, "before": before}
 
     def items(self, batch: tree.Tree, axes: int) -> tree.Tree:
         """Transpose a batch of steps `[*L, T, N, ...]` to sequences `[*L, N, T, ...]`, the items of minibatches."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.networks import policy_network, value_network
+from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName, check_memory_settings
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
@@ -79,6 +80,19 @@ class REINFORCE:
     """Activation of the default network."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    memory: MemoryName = "none"
+    """A memory behind the body of every network, for partially observable tasks: a gated recurrent unit (GRU), an LSTM,
+    or attention over the last steps; gradients then reach back num_steps."""
+    memory_size: int = 64
+    """Features of the memory."""
+    memory_layers: int = 1
+    """Layers of the memory."""
+    context: int = 32
+    """With attention: steps of its episode that the memory holds; a layer looks at these and at the present one."""
+    attention_heads: int = 4
+    """With attention: heads of every layer; twice their number divides memory_size."""
+    sees: tuple[SeenName, ...] = ()
+    """Additional inputs of the memory: the last action, its reward, whether an episode starts."""
     rewards: tuple[Reward, ...] = ()
     """Reward shaping and intrinsic rewards to learn from, in order."""
 
@@ -93,6 +107,7 @@ class REINFORCE:
         require_range(self, "gamma", 0.0, 1.0)
         for name in ("num_envs", "num_steps"):
             require_range(self, name, 1)
+        check_memory_settings(self)
         require(self.baseline != "batch" or self.num_envs > 1, "REINFORCE: baseline batch needs num_envs of 2 or more")
 
     def bind(
@@ -119,13 +134,16 @@ class REINFORCEAgent(Agent):
         blocks = bare(self.networks)
         self.policy, self.value = blocks["policy"], blocks.get("value")
         self.head: Any = self.policy.head
+        if settings.memory != "none":
+            self.recurrence = Recurrence(settings.sees, action_space, blocks)
 
     def networks(self) -> dict[str, Block]:
         """Build the networks: `policy`, the parameters of an action distribution, and `value`, a learned baseline."""
-        policy = policy_network(self.settings, self.observation_space, self.action_space)
+        spaces = self.observation_space, self.action_space
+        policy = policy_network(self.settings, *spaces)
         if self.settings.baseline != "learned":
             return {"policy": policy}
-        return {"policy": policy, "value": value_network(self.settings, self.observation_space)}
+        return {"policy": policy, "value": value_network(self.settings, *spaces)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """Initial state of a run."""
@@ -139,17 +157,20 @@ class REINFORCEAgent(Agent):
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
         """Choose actions `[*L, N, ...]`: a sample from the policy with exploration noise, or the mode."""
-        distribution = self.forward(self.policy, "policy", p, observation)
-        if deterministic:
-            return self.head.mode(distribution), memory
-        action = self.head.sample(distribution, key)
+        distribution, memory_after = self.answer_at(self.policy, "policy", p, observation, memory)
+        action = self.head.mode(distribution) if deterministic else self._explored(p, distribution, key)
+        return action, memory_after(action)
+
+    def _explored(self, p: Params, distribution: Any, key: Tensor) -> Tensor:
+        """Sample of the policy with the exploration noise on top of it."""
+        action: Tensor = self.head.sample(distribution, key)
         noise = align(p["hyper"]["action_noise"], action)
         shape = action.shape[key.dim() :]
         if action.is_floating_point():
-            return action + self.head.units.step(noise * random.normal(key, "noise", 0, shape)), memory
+            return action + self.head.units.step(noise * random.normal(key, "noise", 0, shape))
         other = self.head.sample(tree.map(_uniform, distribution), random.fold(key, "uniform action"))
         explore = random.uniform(key, "noise", 0, shape[:1]).reshape(*key.shape, -1, *(1,) * (len(shape) - 1)) < noise
-        return torch.where(explore, other, action), memory
+        return torch.where(explore, other, action)
 
     # ------------------------------------------------------------------ credit
 
@@ -162,7 +183,7 @@ class REINFORCEAgent(Agent):
         cut = rollout["terminated"] | rollout["truncated"] | ~rollout["valid"]
         next_value = None
         if self.value is not None:
-            next_value = self.forward(self.value, "value", p, rollout["next_observation"])
+            next_value = self.forward(self.value, "value", p, self.next_inputs(rollout))
         discount = align(p["hyper"]["gamma"], reward) * ~rollout["terminated"]
         to_go = monte_carlo_return(reward, discount, next_value, cut)
         whole = ended.flip(-2).cumsum(-2).flip(-2) > 0  # the episode ends within the rollout
@@ -173,14 +194,15 @@ class REINFORCEAgent(Agent):
             credit = _at_episode_start(to_go, ended)
         if s.baseline == "batch":
             credit = (credit - credit.mean(-1, keepdim=True)) * (credit.shape[-1] / (credit.shape[-1] - 1))
-        kept = {name: rollout[name] for name in ("observation", "action")}
+        kept = {"observation": self.inputs(rollout), "action": rollout["action"]}
         return {**kept, "valid": valid, "credit": credit, "return": to_go}
 
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """Policy loss and, with a learned baseline, value loss `[*L]` of a batch `[*L, B, ...]`."""
-        h, valid, credit = p["hyper"], batch["valid"], batch["credit"]
+        h, batch = p["hyper"], self.samples(batch)
+        valid, credit = batch["valid"], batch["credit"]
         baseline_loss: dict[str, Tensor] = {}
         if self.value is not None:
             value = self.forward(self.value, "value", p, batch["observation"], ctx)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlmeta.engine.parts import in_parts
 from rlmeta.envs.world import World
 from rlmeta.functional import random, tree
-from rlmeta.learning import replay
+from rlmeta.learning import replay, sequences
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.gradients import HasLosses
 from rlmeta.learning.groups import Group
@@ -67,6 +67,19 @@ class OffPolicyLearner(HasLosses, Protocol):
     methods: tuple[Method, ...]
     capture: Any
 
+    @property
+    def sequential(self) -> bool:
+        """Whether its networks have a memory, and learn from sequences of `sequence_length` steps."""
+        ...
+
+    def inputs(self, rollout: Rollout) -> tree.Tree:
+        """Network inputs for every step of a rollout."""
+        ...
+
+    def next_inputs(self, rollout: Rollout) -> tree.Tree:
+        """Network inputs for the next observation of every step of a rollout."""
+        ...
+
 
 def check_settings(settings: OffPolicySettings, n_steps: int = 1) -> None:
     """Check that the settings leave transitions to learn from.
@@ -95,9 +108,12 @@ def idle_steps(settings: OffPolicySettings, n_steps: int = 1) -> int:
     return max(-(-settings.learning_starts // settings.num_envs), n_steps)
 
 
-def init_replay(settings: OffPolicySettings, world: World, state: State) -> State:
-    """Initial empty replay memory, for `state["replay"]`."""
-    return replay.init(world, state["world"], settings.capacity // settings.num_envs)
+def init_replay(settings: OffPolicySettings, world: World, state: State, inputs: tree.Tree | None = None) -> State:
+    """Initial empty replay memory, for `state["replay"]`; of sequences, given `inputs` of networks with a memory."""
+    rows = settings.capacity // settings.num_envs
+    if inputs is None:
+        return replay.init(world, state["world"], rows)
+    return sequences.init(world, state["world"], rows, settings.num_steps, inputs)
 
 
 def forget(state: State) -> None:
@@ -107,8 +123,12 @@ def forget(state: State) -> None:
 
 def remember(learner: OffPolicyLearner, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> None:
     """Write a rollout with its total reward into the replay memory."""
-    reward = torch.stack(list(rewards.values())).sum(0)
-    state["replay"] = replay.insert(state["replay"], rollout, reward, state["key"].dim())
+    reward, axes = torch.stack(list(rewards.values())).sum(0), state["key"].dim()
+    if learner.sequential:
+        inputs = learner.inputs(rollout), learner.next_inputs(rollout)
+        state["replay"] = sequences.insert(state["replay"], rollout, *inputs, reward, axes)
+    else:
+        state["replay"] = replay.insert(state["replay"], rollout, reward, axes)
 
 
 def ready(learner: OffPolicyLearner, state: State, n_steps: int = 1) -> bool:
@@ -152,7 +172,11 @@ def learn(
     first = state["count"]["gradient_steps"]
     numbers = first + torch.arange(s.gradient_steps, device=first.device).reshape(-1, *(1,) * axes)
     keys = random.fold(state["key"], numbers)
-    batches = replay.sample(state["replay"], keys, s.batch_size, gamma, n_steps)
+    if learner.sequential:
+        number = s.batch_size // s.sequence_length
+        batches = sequences.sample(state["replay"], keys, number, s.sequence_length, gamma, s.burn_in)
+    else:
+        batches = replay.sample(state["replay"], keys, s.batch_size, gamma, n_steps)
     rates = {copy.name: rate for copy, rate in copies.items()}
 
     def steps(state: State, drawn: tree.Tree) -> tuple[State, dict[str, Tensor]]:

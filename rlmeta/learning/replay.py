@@ -89,6 +89,8 @@ def cut(memory: State, learner_axes: int, rows: Tensor | None = None) -> State:
     already = memory["terminated"].gather(axes, newest) | last | ~memory["valid"].gather(axes, newest)
     memory["truncated"].scatter_(axes, newest, last | (begun & ~already))
     memory["written"] = written + (begun & ~already).squeeze(axes).long()
+    if "resets" in memory:  # of sequences
+        memory["resets"] = torch.ones_like(memory["resets"]) if rows is None else memory["resets"] | rows
     return memory
 
 

@@ -1,5 +1,18 @@
 """Neural network modules (blocks) with learner axes: layers, heads, encoders, lifting, and Fisher information."""
 
+from rlmeta.nn.attention import (
+    AttentionMemory,
+    GatedTransformerLayer,
+    LearnedPositions,
+    MultiHeadAttention,
+    Transformer,
+    TransformerLayer,
+    attention,
+    causal_mask,
+    episode_mask,
+    rotate,
+    sinusoidal_positions,
+)
 from rlmeta.nn.block import Block, Context, NeedsKey, Params, apply, bare, split, stack
 from rlmeta.nn.checks import check_block
 from rlmeta.nn.convolutional import running_convolutions, strided_convolutions
@@ -22,7 +35,7 @@ from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear
 from rlmeta.nn.mlp import MLP
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
 from rlmeta.nn.pictures import Layout, Picture, impala_cnn, minatar_cnn, nature_cnn, picture_cnn, picture_layout
-from rlmeta.nn.recurrent import GRUCell, LSTMCell
+from rlmeta.nn.recurrent import ElmanCell, GRUCell, LSTMCell, Recurrent
 from rlmeta.nn.renorm import BatchRenorm
 from rlmeta.nn.sample_gradients import check_outputs, group_gradients, squared_gradients
 from rlmeta.nn.units import ActionBounds, ActionUnits
@@ -34,6 +47,7 @@ __all__ = [
     "ActionUnits",
     "Activation",
     "ActivationName",
+    "AttentionMemory",
     "BatchNorm1d",
     "BatchRenorm",
     "BernoulliHead",
@@ -44,37 +58,47 @@ __all__ = [
     "DeterministicHead",
     "Distribution",
     "Dropout",
+    "ElmanCell",
     "Embedding",
     "Encoder",
     "Ensemble",
     "FisherKind",
     "Flatten",
     "GRUCell",
+    "GatedTransformerLayer",
     "GaussianHead",
     "Initialiser",
     "LSTMCell",
     "LayerNorm",
     "Layout",
+    "LearnedPositions",
     "Lifted",
     "Linear",
     "MultiDiscreteHead",
+    "MultiHeadAttention",
     "NeedsKey",
     "NormedWeight",
     "Params",
     "Picture",
     "PolicyHead",
     "QHead",
+    "Recurrent",
     "Sequential",
     "StateDependentNoiseHead",
     "TanhGaussianHead",
     "TanhStateDependentNoiseHead",
+    "Transformer",
+    "TransformerLayer",
     "ValueHead",
     "allowed",
     "apply",
+    "attention",
     "bare",
     "categorical_fisher",
+    "causal_mask",
     "check_block",
     "check_outputs",
+    "episode_mask",
     "feature_axes",
     "gaussian_fisher",
     "group_gradients",
@@ -86,8 +110,10 @@ __all__ = [
     "nature_cnn",
     "picture_cnn",
     "picture_layout",
+    "rotate",
     "running_convolutions",
     "score_fisher",
+    "sinusoidal_positions",
     "split",
     "squared_gradients",
     "stack",

@@ -1,4 +1,4 @@
-"""Recurrent PPO: what it learns from is what it acted by, whole sequences, its memory reset within them."""
+"""PPO with a memory: what it learns from is what it acted by, whole sequences, its memory reset within them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ SETTINGS = PPO(
     num_envs=N, num_steps=T, num_epochs=2, batch_size=2 * T, hidden_sizes=(5,), memory="gru", memory_size=3,
     sees=("action", "reward", "start"),
 )  # fmt: skip
+MEMORIES = {
+    "gru": SETTINGS,
+    "lstm": replace(SETTINGS, memory="lstm"),
+    "attention": replace(SETTINGS, memory="attention", memory_size=4, attention_heads=2, context=2),
+}
+each_memory = pytest.mark.parametrize("memory", MEMORIES)
 SHORT = rl.task(CartPole(observe_velocities=False, max_episode_steps=3), name="short")
 """Episodes end within every rollout, by their limit."""
 
@@ -48,20 +54,20 @@ def rolled(settings=SETTINGS, problem=SHORT, rollouts=2):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("sees", [(), ("action", "reward"), ("start", "reward", "action")])
-def test_a_minibatch_has_the_log_probabilities_and_values_that_were_acted_by(sees, shared):
-    agent, before, state, rollout = rolled(replace(SETTINGS, sees=sees, share_network=shared))
+@each_memory
+def test_a_minibatch_has_the_log_probabilities_and_values_that_were_acted_by(memory, sees, shared):
+    agent, before, state, rollout = rolled(replace(MEMORIES[memory], sees=sees, share_network=shared))
     assert rollout["memory_reset"].any() and not rollout["memory_reset"].all()
     memory, p = before["memory"], agent.effective_params(state)
     initial = agent.initial_memory(p, (S, N))
     log_probs, values = [], []
     for t in range(T):  # as it was acted, step by step
         step = tree.map(lambda x: x[:, t], {name: x for name, x in rollout.items() if name != "first_memory"})  # noqa: B023
-        inputs = agent.recurrence.present(step["observation"], memory)
+        inputs = agent.recurrence.acting_inputs(step["observation"], memory)
         distribution, value = agent._evaluate(p, inputs, rl.nn.Context())
         log_probs.append(agent.head.log_prob(distribution, step["action"]))
         values.append(value)
-        hidden = agent._hidden(p, inputs, agent.recurrence.names)
-        memory = {**agent.recurrence.after(memory, hidden, step["action"])}
+        memory = {**agent.answer_at(agent.policy, "policy", p, step["observation"], memory)[1](step["action"])}
         if LAST_REWARD in memory:
             memory[LAST_REWARD] = step["reward"]
         fresh = step["memory_reset"]
@@ -81,13 +87,14 @@ def test_a_minibatch_has_the_log_probabilities_and_values_that_were_acted_by(see
     torch.testing.assert_close(flat["old_log_prob"], credited["old_log_prob"].gather(2, rows).flatten(1))
 
 
-def test_what_follows_a_step_is_judged_with_the_memory_after_it():
+@each_memory
+def test_what_follows_a_step_is_judged_with_the_memory_after_it(memory):
     """Where an episode goes on, that is the value of the next step; where it is cut, of the true successor."""
-    agent, _, state, rollout = rolled()
+    agent, _, state, rollout = rolled(MEMORIES[memory])
     p = agent.effective_params(state)
     inputs = agent.inputs(rollout)
     value = agent._value(p, inputs, rl.nn.Context())
-    following = agent.recurrence.next_inputs(rollout, agent._hidden(p, inputs, ["value"]))
+    following = agent.next_inputs(rollout)
     next_value = agent._value(p, following, rl.nn.Context())
     assert following["last"][..., 3].eq(0).all(), "no successor is a start, of a cut step neither"
     assert following["last"][..., 2].equal(rollout["reward"])
@@ -121,9 +128,10 @@ def test_a_box_of_actions_is_seen_in_units_of_its_bounds():
     torch.testing.assert_close(state["memory"]["last_action"], rollout["action"][:, -1] / 2.0)
 
 
-def test_batched_is_looped():
+@each_memory
+def test_batched_is_looped(memory):
     """Losses and their gradients of every learner alone."""
-    agent, _, state, rollout = rolled()
+    agent, _, state, rollout = rolled(MEMORIES[memory])
     p = agent.effective_params(state)
     batch = agent.items(agent.credit(p, rollout, {"task": rollout["reward"]}), 1)
     batch["clip_range"] = torch.full((S,), 0.2)
@@ -142,10 +150,11 @@ def test_batched_is_looped():
             torch.testing.assert_close(gradients[name][i], gradient, rtol=0, atol=1e-5, msg=name)
 
 
-def test_actions_reach_back_in_time():
+@pytest.mark.parametrize("memory", ["gru", "lstm"])
+def test_actions_reach_back_in_time(memory):
     """The gradient of the last step's log-probability goes through the memory to what was observed first, but not over
     the end of an episode."""
-    agent, _, state, rollout = rolled()
+    agent, _, state, rollout = rolled(MEMORIES[memory])
     p = agent.effective_params(state)
     inputs = agent.inputs(rollout)
     seen = rollout["observation"].clone().requires_grad_()
@@ -158,11 +167,12 @@ def test_actions_reach_back_in_time():
     assert not whole.all()
 
 
-def test_acting_and_learning_are_recorded_and_change_no_bit():
+@each_memory
+def test_acting_and_learning_are_recorded_and_change_no_bit(memory):
     """Programs of the engine against the same run without them."""
     results = []
     for records in (True, False):
-        agent, world, state = begun()
+        agent, world, state = begun(MEMORIES[memory])
         agent.capture = Capture(warm_up=4) if records else None
         for _ in range(6):
             state, _ = agent.iterate(state, world)
@@ -172,10 +182,12 @@ def test_acting_and_learning_are_recorded_and_change_no_bit():
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), *results)
 
 
-def test_a_run_that_was_stopped_goes_on_as_the_one_that_was_not(tmp_path):
-    whole = rl.train(SETTINGS, SHORT, steps=4 * N * T, seeds=2, final_episodes=4)
+@each_memory
+def test_a_run_that_was_stopped_goes_on_as_the_one_that_was_not(tmp_path, memory):
+    settings = MEMORIES[memory]
+    whole = rl.train(settings, SHORT, steps=4 * N * T, seeds=2, final_episodes=4)
     part = rl.train(
-        SETTINGS, SHORT, steps=4 * N * T, seeds=2, final_episodes=4, out=tmp_path / "run",
+        settings, SHORT, steps=4 * N * T, seeds=2, final_episodes=4, out=tmp_path / "run",
         callbacks=[lambda run, metrics: metrics["env_steps"] == 2 * N * T],
     )  # fmt: skip
     assert part.stopped and part.env_steps == 2 * N * T
@@ -189,8 +201,9 @@ def test_a_run_that_was_stopped_goes_on_as_the_one_that_was_not(tmp_path):
     )
 
 
-def test_run_act_carries_the_memory_as_an_evaluation_does():
-    run = rl.train(SETTINGS, SHORT, steps=N * T, seeds=1, final_episodes=4)
+@each_memory
+def test_run_act_carries_the_memory_as_an_evaluation_does(memory):
+    run = rl.train(MEMORIES[memory], SHORT, steps=N * T, seeds=1, final_episodes=4)
     p = tree.map(lambda leaf: leaf[0], run.agent.effective_params(run.state))
     memory, expected, reward = None, run.agent.initial_memory(p, (1,)), None
     for seed in range(3):
@@ -230,6 +243,9 @@ def test_a_memory_begins_as_its_agent_says_not_with_zeros():
         ({"sees": ("colour",)}, "a tuple of action, reward, start"),
         ({"batch_size": 2}, "whole sequences"),
         ({"memory_size": 0}, "memory_size"),
+        ({"memory_layers": 0}, "memory_layers"),
+        ({"memory": "attention", "memory_size": 12}, "even size"),
+        ({"memory": "attention", "memory_size": 8, "context": 0}, "context"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, said):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,9 +108,17 @@ def test_ranges_of_a_list_draw_every_entry_and_those_of_numbers_as_before():
     assert world.reset(key)["physics"]["mean"].equal(family.sample(key)["mean"].unsqueeze(1).expand(S, N, 5))
 
 
-def test_a_run_on_trials_goes_on_as_the_one_that_was_not_stopped(tmp_path):
+MEMORIES = {
+    "gru": SETTINGS,
+    "lstm": replace(SETTINGS, memory="lstm"),
+    "attention": replace(SETTINGS, memory="attention", memory_size=4, attention_heads=2, context=3),
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_run_on_trials_goes_on_as_the_one_that_was_not_stopped(tmp_path, memory):
     problem = rl.trials("bandits", episodes=4)
-    settings = rl.PPO(**{**vars(SETTINGS), "num_steps": 4, "batch_size": 12})
+    settings = replace(MEMORIES[memory], num_steps=4, batch_size=12)
     whole = rl.train(settings, problem, steps=72, seeds=2, final_episodes=3)
     rl.train(
         settings, problem, steps=72, seeds=2, final_episodes=3, out=tmp_path / "run",

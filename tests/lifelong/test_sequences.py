@@ -31,6 +31,12 @@ SETTINGS = rl.PPO(
     num_envs=N, num_steps=T, batch_size=T, num_epochs=1, hidden_sizes=(5,), memory="gru", memory_size=4,
     sees=("action", "reward", "start"),
 )  # fmt: skip
+MEMORIES = {
+    "gru": SETTINGS,
+    "lstm": dataclasses.replace(SETTINGS, memory="lstm", memory_layers=2),
+    "attention": dataclasses.replace(SETTINGS, memory="attention", attention_heads=2, context=2),
+}
+each_memory = pytest.mark.parametrize("memory", MEMORIES)
 METHODS = [EWC(strength=100.0, samples=4), GEM(memory=4), AGEM(memory=4, batch_size=4), Replay(size=8), PackNet()]
 BUDGET = rl.Budget(steps=2 * N * T, eval_episodes=1, final_episodes=1, log_points=100)
 """Two iterations a task, of three gradient steps each."""
@@ -43,8 +49,8 @@ def hidden() -> Any:
     return rl.stream([rl.task(push, name=f"push {push.force_mag:g}") for push in pushes], "hidden")
 
 
-def train(*methods: Method, seeds: Any = S, **arguments: Any) -> Any:
-    return rl.train(SETTINGS, hidden(), budget=BUDGET, seeds=seeds, lifelong=methods, **arguments)
+def train(*methods: Method, seeds: Any = S, memory: str = "gru", **arguments: Any) -> Any:
+    return rl.train(MEMORIES[memory], hidden(), budget=BUDGET, seeds=seeds, lifelong=methods, **arguments)
 
 
 trained = functools.cache(train)
@@ -63,9 +69,9 @@ def in_float64(run: Any) -> tuple[Any, Any]:
     return agent, {name: doubled(dict(run.state["params"][name])) for name in parts}
 
 
-def drawn() -> tuple[Any, Any, Any]:
+def drawn(memory: str = "gru") -> tuple[Any, Any, Any]:
     """An agent, its parameters and sequences of its own `[S, B, T, ...]`, within which episodes end, in float64."""
-    run = trained()
+    run = trained(memory=memory)
     return *in_float64(run), doubled(run.agent.draw(run.state, run.world, B))
 
 
@@ -80,7 +86,11 @@ def with_leaves(p: Any) -> Any:
 
 def test_samples_are_as_many_whole_sequences_as_are_asked_for() -> None:
     agent, p, batch = drawn()
-    assert batch["action"].shape == (S, B, T) and batch["observation"]["hidden"]["policy"].shape == (S, B, 4)
+    assert batch["action"].shape == (S, B, T) and batch["observation"]["hidden"]["policy"]["hidden_l0"].shape == (
+        S,
+        B,
+        4,
+    )
     assert batch["observation"]["begins"].any() and not batch["observation"]["begins"].all()
     blank = tree.flatten(agent.blank((S,), torch.device("cpu"))["observation"])
     assert {n: x.shape for n, x in blank.items()} == {
@@ -90,33 +100,37 @@ def test_samples_are_as_many_whole_sequences_as_are_asked_for() -> None:
     assert draw(N + 1)["action"].shape == (S, N + 1, T)
     longer = doubled(draw(2 * N))
     tree.map(lambda a, b: torch.testing.assert_close(a[:, :N], b, atol=1e-5, rtol=1e-5), longer, batch)
-    at_end = longer["observation"]["hidden"]["policy"][:, N:]  # the second of a row goes on where its first ended
+    at_end = longer["observation"]["hidden"]["policy"]["hidden_l0"][
+        :, N:
+    ]  # the second of a row goes on where its first ended
     ended = (longer["terminated"] | longer["truncated"])[:, :N, -1]
     features = agent.features(p, batch, Context())[:, :, -1]
     torch.testing.assert_close(at_end, features.masked_fill(ended.unsqueeze(-1), 0.0), atol=1e-5, rtol=1e-5)
 
 
-def test_a_sequence_is_answered_step_by_step_with_the_memory_of_its_first_step() -> None:
-    agent, p, batch = drawn()
+@each_memory
+def test_a_sequence_is_answered_step_by_step_with_the_memory_of_its_first_step(memory: str) -> None:
+    agent, p, batch = drawn(memory)
     inputs, found = batch["observation"], agent.distribution(p, batch, Context())["logits"]
     features, log_prob = agent.features(p, batch, Context()), agent.log_prob(p, batch)
     assert found.shape == (S, B, T, A) and features.shape == (S, B, T, 4) and log_prob.shape == (S, B)
-    hidden_state, total = inputs["hidden"]["policy"], torch.zeros(S, B, dtype=torch.float64)
+    state, total = inputs["hidden"]["policy"], torch.zeros(S, B, dtype=torch.float64)
     for t in range(T):
-        hidden_state = hidden_state.masked_fill(inputs["begins"][:, :, t, None], 0.0)
-        now = {"observation": inputs["observation"][:, :, t], "last": inputs["last"][:, :, t]}
-        now["hidden"] = {"policy": hidden_state}
-        logits = agent.forward(agent.policy, "policy", p, now)["logits"]
-        hidden_state = agent.forward(agent.policy.body, "policy.body", p, now)
+        fresh = inputs["begins"][:, :, t]
+        state = {n: x.masked_fill(fresh.reshape(S, B, *(1,) * (x.dim() - 2)), 0) for n, x in state.items()}
+        now = {"observation": inputs["observation"][:, :, t], "last": inputs["last"][:, :, t], "hidden": state}
+        logits = agent.forward(agent.policy, "policy", p, {**now, "hidden": {"policy": state}})["logits"]
+        feature, state = agent.policy.body.step(p["weights"], now, Context(), "policy.body.")
         torch.testing.assert_close(found[:, :, t], logits)
-        torch.testing.assert_close(features[:, :, t], hidden_state)
+        torch.testing.assert_close(features[:, :, t], feature)
         total = total + agent.head.log_prob({"logits": logits}, batch["action"][:, :, t])
     torch.testing.assert_close(log_prob, total)
 
 
-def test_the_information_of_a_sequence_is_its_gradient_squared_over_its_steps() -> None:
+@each_memory
+def test_the_information_of_a_sequence_is_its_gradient_squared_over_its_steps(memory: str) -> None:
     """By a loop over learners and sequences; of the policy alone."""
-    agent, p, batch = drawn()
+    agent, p, batch = drawn(memory)
     found = Packed.view(information(agent, p, batch, 1, "exact", random.make_keys(range(S))), p["weights"], 1)
     for i in range(S):
         sums: dict[str, Tensor] = {name: torch.zeros_like(w[i]) for name, w in p["weights"].items()}
@@ -127,7 +141,7 @@ def test_the_information_of_a_sequence_is_its_gradient_squared_over_its_steps() 
             sums = {name: total + gradient[name].square() / (B * T) for name, total in sums.items()}
         for name, expected in sums.items():
             torch.testing.assert_close(found[name][i], expected, msg=name)
-            assert (expected.sum() > 0) == name.startswith("policy."), name
+            assert (expected.sum() > 0) == name.startswith("policy.") or memory == "attention", name
 
 
 def test_squares_of_a_sequences_gradient_are_in_expectation_the_sums_of_its_steps() -> None:
@@ -234,23 +248,27 @@ def test_reference_gradients_of_tasks_are_those_of_their_sequences() -> None:
 def test_a_method_works_on_the_policy_and_its_memory(method: Method) -> None:
     run, plain = trained(method), trained()
     assert torch.isfinite(flat(run.state)).all() and torch.isfinite(run.matrix[:, 1:]).all()
-    name = "policy.body.cell.weight_hh"
+    name = "policy.body.memory.weight_hh_l0"
     assert (run.state["params"]["weights"][name] != plain.state["params"]["weights"][name]).any()
 
 
-def test_a_run_stopped_and_resumed_ends_as_the_one_that_was_not(tmp_path: Any) -> None:
-    whole = trained(*METHODS)
-    stopped = train(*METHODS, out=tmp_path / "part", callbacks=[lambda run, metrics: metrics["iteration"] >= 4])
+@each_memory
+def test_a_run_stopped_and_resumed_ends_as_the_one_that_was_not(tmp_path: Any, memory: str) -> None:
+    whole = trained(*METHODS, memory=memory)
+    stopped = train(
+        *METHODS, memory=memory, out=tmp_path / "part", callbacks=[lambda run, metrics: metrics["iteration"] >= 4]
+    )
     assert stopped.stopped
     shutil.move(tmp_path / "part", tmp_path / "moved")
     again = rl.resume(tmp_path / "moved", env=hidden())
     ours, theirs = tree.flatten(again.state), tree.flatten(whole.state)
     assert set(ours) == set(theirs)
     assert [n for n, x in theirs.items() if not torch.equal(ours[n].nan_to_num(7.0), x.nan_to_num(7.0))] == []
+    assert torch.isfinite(flat(whole.state)).all() and torch.isfinite(whole.matrix[:, 1:]).all()
 
 
 def test_a_learner_that_is_not_active_stays_bit_for_bit() -> None:
-    run, name = trained(*METHODS), "policy.body.cell.weight_hh"
+    run, name = trained(*METHODS), "policy.body.memory.weight_hh_l0"
     state = tree.map(torch.clone, run.state)
     state["active"][1] = False
     before = tree.map(torch.clone, {part: state[part] for part in ("params", "optimizer", "methods")})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
 import rlmeta as rl
-from rlmeta.agents import PPO, REINFORCE
+from rlmeta.agents import A2C, PPO, REINFORCE
 from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.few_shot import FewShot
 from rlmeta.envs.native import Bandit
@@ -34,11 +35,26 @@ def images():
 
 
 NAVIGATION = NamedFamily("navigation", rl.family("navigation-short"))
-PROBLEMS = {
+PROBLEMS: dict[str, tuple[Any, Any]] = {
     "regressor": (SMALL, NamedFamily("sinusoid", Sinusoid(shots=4, queries=3))),
     "classifier": (Classifier(hidden_sizes=(4,), activation="tanh"), NamedFamily("images", images())),
     "reinforce": (REINFORCE(num_envs=4, num_steps=20, baseline="batch", hidden_sizes=(4,)), NAVIGATION),
     "ppo": (PPO(num_envs=4, num_steps=20, batch_size=80, hidden_sizes=(4,)), NAVIGATION),
+    "with a gru": (REINFORCE(num_envs=2, num_steps=4, hidden_sizes=(4,), memory="gru", memory_size=3), NAVIGATION),
+    "with an lstm": (A2C(num_envs=2, num_steps=4, hidden_sizes=(4,), memory="lstm", memory_size=3), NAVIGATION),
+    "with attention": (
+        PPO(
+            num_envs=2,
+            num_steps=4,
+            batch_size=8,
+            hidden_sizes=(4,),
+            memory="attention",
+            memory_size=4,
+            attention_heads=2,
+            context=2,
+        ),
+        NAVIGATION,
+    ),
 }
 
 

@@ -63,6 +63,16 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
         lambda: rl.task("CartPole-positions"),
         8_192,
     ),
+    "ppo-attention": _agent(
+        lambda: rl.PPO(**_PPO, num_epochs=2, memory="attention", memory_size=8, attention_heads=2, context=16),
+        lambda: rl.task("CartPole-positions"),
+        8_192,
+    ),
+    "a2c-lstm": _agent(
+        lambda: rl.A2C(num_steps=16, memory="lstm", memory_size=8, memory_layers=2, sees=("action", "reward")),
+        lambda: rl.task("CartPole-positions"),
+        20_000,
+    ),
     "rl2": _agent(
         lambda: replace(rl.preset("ppo", "bandits"), num_envs=8, batch_size=120, memory_size=16),
         lambda: rl.family("bandits"),
@@ -71,6 +81,11 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
     "ppo-rnd": _agent(lambda: rl.PPO(**_PPO, rewards=_REWARDS), lambda: rl.task("MountainCar-v0"), 8_192),
     "ppo-async": _agent(lambda: rl.PPO(**_PPO), lambda: rl.task("Pendulum-v1", native=False, mode="async"), 4_096),
     "dqn": _agent(lambda: rl.preset("dqn", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 6_000),
+    "dqn-gru": _agent(
+        lambda: rl.DQN(num_steps=8, memory="gru", memory_size=8, sees=("action",), capacity=4_000, burn_in=2),
+        lambda: rl.task("CartPole-positions"),
+        6_000,
+    ),
     "sac": _agent(lambda: rl.SAC(**_REPLAYED), lambda: rl.task("Pendulum-v1"), 3_000),
     "td3": _agent(lambda: rl.TD3(**_REPLAYED), lambda: rl.task("Pendulum-v1", native=False), 3_000),
     "sac-gsde": _agent(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 import rlmeta as rl
+from rlmeta.agents.recurrence import MemoryName
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,14 @@ def test_an_agents_preset_learns_its_task(agent: str, task: str, bar: float) -> 
     steps = longer.get(task, steps)
     run = rl.train(settings, task, steps=steps, seeds=SEEDS)
     assert run.summary()[0]["iqm"] >= bar, run.scores.tolist()
+
+
+@pytest.mark.parametrize("memory", ["lstm", "attention"])
+def test_every_memory_balances_a_pole_whose_velocities_are_hidden(memory: MemoryName) -> None:
+    """With the settings that were chosen for a GRU."""
+    settings = replace(rl.preset("ppo", "CartPole-positions"), memory=memory)
+    run = rl.train(settings, "CartPole-positions", steps=100_000, seeds=SEEDS)
+    assert run.summary()[0]["iqm"] >= 475.0, run.scores.tolist()
 
 
 def test_maml_adapts_in_one_step() -> None:
