@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,7 @@ from rlmeta.nn import fisher
 
 KEY = random.make_keys([0])[0]
 BOX = gym.spaces.Box(-1, 1, (3,))
+PICTURE = gym.spaces.Box(0, 255, (36, 36, 3), np.uint8)
 PIXELS = samples.Samples(torch.zeros(2, 4), torch.arange(2))
 LABELLED = sets.Labelled(PIXELS, PIXELS, 2)
 TASKS = tuple(splits.split(LABELLED, [[0], [1]], "task"))
@@ -94,6 +96,10 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "nn.attention.Transformer norm": lambda x: nn.Transformer(3, 4, norm=x),
     "functional.schedules.anneal schedule": lambda x: schedules.anneal(torch.ones(2), x, torch.zeros(2)),
     "nn.mlp.MLP initialiser": lambda x: nn.MLP(3, (2,), initialiser=x),
+    "nn.pictures.impala_cnn initialiser": lambda x: nn.impala_cnn(PICTURE, initialiser=x),
+    "nn.pictures.minatar_cnn initialiser": lambda x: nn.minatar_cnn(PICTURE, x),
+    "nn.pictures.nature_cnn initialiser": lambda x: nn.nature_cnn(PICTURE, x),
+    "nn.pictures.picture_cnn initialiser": lambda x: nn.picture_cnn(PICTURE, x),
 }
 
 ELSEWHERE = {

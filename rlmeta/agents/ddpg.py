@@ -124,7 +124,7 @@ class DDPGAgent(Agent):
         p = with_copy(with_copy(state["params"], TARGET_POLICY), TARGET_Q)
         state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
         state["optimizer"] = init_optimizer(self.groups(state)[0], state)
-        state["replay"] = off_policy.first_memory(self.settings, world, state)
+        state["replay"] = off_policy.init_replay(self.settings, world, state)
         return state
 
     # ------------------------------------------------------------------ act
