@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rlmeta as rl
 from rlmeta.envs.native import (
     NATIVE,
     Acrobot,
@@ -295,6 +296,19 @@ def test_noisy_cartpole_is_cartpole_with_normal_noise_clipped_to_its_space() -> 
     assert len(noise.unique()) == noise.numel()
     with pytest.raises(SettingError, match=r"observation_noise=0\.0: expected a standard deviation"):
         CartPole(observation_noise=0.0)
+
+
+@pytest.mark.parametrize("kind", ["positions", "noisy"])
+@pytest.mark.parametrize(
+    ("level", "positions", "noise"), [("easy", 200, 0.1), ("medium", 400, 0.2), ("hard", 600, 0.3)]
+)
+def test_popgyms_cartpoles_have_their_lengths_and_pay_1_in_all(
+    kind: str, level: str, positions: int, noise: float
+) -> None:
+    env: Any = rl.task(f"CartPole-{kind}-{level}").source
+    assert env.max_episode_steps == (positions if kind == "positions" else 200) and not env.observe_velocities
+    assert env.max_episode_steps * env.step_reward == pytest.approx(1)
+    assert env.observation_noise == (noise if kind == "noisy" else None)
 
 
 def test_a_step_of_cartpole_pays_what_physics_says() -> None:

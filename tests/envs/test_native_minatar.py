@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import rlmeta as rl
 from rlmeta.envs.native import NATIVE, Asterix, Breakout, NativeWorld, SpaceInvaders
 from rlmeta.envs.native.base import _where
 from rlmeta.errors import SettingError
-from rlmeta.functional import random
+from rlmeta.functional import random, tree
 from tests.envs.record_minatar import GAMES, PATH, SEGMENTS, STEPS, noise_of
 
 NAMES = [f"{game}-v{version}" for game in GAMES for version in (0, 1)]
@@ -134,7 +135,15 @@ def test_a_stickiness_that_is_no_probability_is_refused(cls: type[Breakout]) -> 
         cls(sticky_action_prob=1.5)
 
 
-def test_it_is_a_task_by_name() -> None:
-    agent = rl.PPO(num_envs=2, num_steps=8, batch_size=16, hidden_sizes=(4,))
-    run = rl.train(agent, rl.task("MinAtar/Breakout-v1", max_episode_steps=20), steps=64, seeds=2)
-    assert run.world.observation_space.shape == (10, 10, 4)
+def test_a_run_is_found_again_with_its_action_set(tmp_path: Path) -> None:
+    """Stopped and resumed, it ends as the one that was not."""
+    constant = {"learning_rate_schedule": "constant", "clip_range_schedule": "constant"}
+    agent = rl.PPO(num_envs=2, num_steps=8, batch_size=16, hidden_sizes=(4,), **constant)
+    task = rl.task("MinAtar/Breakout-v0", max_episode_steps=20)
+    whole = rl.train(agent, task, steps=96, seeds=2, final_episodes=2)
+    assert whole.world.observation_space.shape == (10, 10, 4)
+    rl.train(agent, task, steps=48, seeds=2, final_episodes=2, out=tmp_path / "run").close()
+    again = rl.resume(tmp_path / "run", steps=96)
+    assert again.world.action_space.n == 6 and torch.equal(again.scores, whole.scores)
+    both = [tree.flatten({"world": run.state["world"], "params": run.state["params"]}) for run in (whole, again)]
+    assert [name for name, leaf in both[0].items() if not torch.equal(leaf, both[1][name])] == []

@@ -60,6 +60,18 @@ def test_another_goal_is_paid_as_the_step_would_have_paid_it() -> None:
     assert paid > 10
 
 
+def test_at_the_radius_itself_too() -> None:
+    """Where the precision of what is stored decides."""
+    env, count = PointReach(), 2000
+    noise = random.uniform(torch.tensor(0), "a", 0, (2, count), torch.float64)
+    distance, angle = 0.05 * (1 + 1e-7 * (noise[0] - 0.5)), 2 * math.pi * noise[1]
+    goal = torch.stack((distance * angle.cos(), distance * angle.sin()), -1)
+    new, reward, _ = env.step({"position": 0 * goal, "goal": goal}, 0 * goal, noise[:0].T, {})
+    seen = env.observe(new)
+    assert torch.equal(env.compute_reward(seen["achieved_goal"], seen["desired_goal"]), reward)
+    assert 0 < float(reward.mean()) < 1
+
+
 def test_random_play_does_not_reach_it_and_a_straight_walk_does() -> None:
     world = NativeWorld(PointReach(), (), 1000)
     for straight in (False, True):
