@@ -7,7 +7,7 @@ E[rho A] has grown and the divergence is at most KL_TARGET. The value function l
 
 python agents/trpo.py --task Pendulum-v1 --seeds 8 --steps 100000
 
-Every tensor, weights too, is `[S, ...]` for S seeds, a rollout `[S, T, N, ...]`. The settings are agents/trpo.toml's.
+Every tensor, weights too, is `[S, ...]` for S seeds, a rollout `[S, T, N, ...]`. The settings are rl-baselines3-zoo's.
 """
 
 import math
@@ -25,17 +25,17 @@ from rlmeta.functional.trust_region import conjugate_gradient, line_search, step
 from rlmeta.nn import MLP, Block, Context, Encoder, Sequential, ValueHead, head_for, stack
 
 NUM_ENVS, NUM_STEPS = 2, 1_024  # environments of each seed, steps in each between updates
-KL_TARGET, DAMPING, CONJUGATE_STEPS = 0.02, 0.1, 15  # the trust region, the diagonal's addition, products F v
+KL_TARGET, DAMPING, CONJUGATE_STEPS = 0.01, 0.1, 15  # the trust region, the diagonal's addition, products F v
 LINE_SEARCH_STEPS, LINE_SEARCH_SHRINK = 10, 0.8  # lengths that are tried, from one to the next
 VALUE_EPOCHS, BATCH_SIZE, VALUE_LEARNING_RATE = 15, 128, 1e-3  # of the value function
-NOISE_HOLD = 4  # steps for which the noise, a function of the state, is held
+NOISE_HOLD, ACTION_BOUNDS = 4, "clip"  # steps for which the noise, a function of the state, is held; raw units
 GAMMA, GAE_LAMBDA, HIDDEN_SIZES = 0.9, 0.95, (64, 64)
 
 
 def make_networks(world: World) -> dict[str, Block]:
     """The policy, whose head (also by itself) knows the distribution over actions, and the value of a state."""
     encoder = Encoder(world.observation_space)
-    head = head_for(world.action_space, HIDDEN_SIZES[-1], state_dependent_noise=True)  # for a Box of actions
+    head = head_for(world.action_space, HIDDEN_SIZES[-1], action_bounds=ACTION_BOUNDS, state_dependent_noise=True)
     ends = {"policy": head, "value": ValueHead(HIDDEN_SIZES[-1])}
     networks = {n: Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES), end) for n, end in ends.items()}
     return {**networks, "head": head}

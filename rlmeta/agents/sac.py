@@ -66,9 +66,9 @@ class SAC:
     """Initial temperature (entropy coefficient): the reward for a nat of entropy."""
     target_entropy: PerLearner = -1.0
     """Box actions: target entropy in nats per component of an action, in units of its bounds."""
-    entropy_fraction: PerLearner = 0.98
+    entropy_fraction: PerLearner = 0.2
     """Discrete actions: target entropy as a fraction of the largest, the mean log number of the allowed actions. The
-    paper's 0.98 keeps a policy nearly uniform: where good actions must be sure, give less."""
+    paper's 0.98 asks for a nearly uniform policy, and the temperature may grow without bound in search of one."""
     gamma: PerLearner = 0.99
     """Discount factor."""
     target_rate: PerLearner = 0.005
