@@ -5,6 +5,7 @@ One module a subject; `import rlmeta.functional` imports all of them.
 
 from rlmeta.functional import (
     axes,
+    distributional,
     distributions,
     evolution,
     losses,
@@ -20,12 +21,14 @@ from rlmeta.functional import (
     schedules,
     shapes,
     statistics,
+    sum_tree,
     tabular,
     tree,
 )
 
 __all__ = [
     "axes",
+    "distributional",
     "distributions",
     "evolution",
     "losses",
@@ -41,6 +44,7 @@ __all__ = [
     "schedules",
     "shapes",
     "statistics",
+    "sum_tree",
     "tabular",
     "tree",
 ]

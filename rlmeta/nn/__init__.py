@@ -11,14 +11,17 @@ from rlmeta.nn.heads.choose import PolicyHead, head_for
 from rlmeta.nn.heads.common import Distribution
 from rlmeta.nn.heads.deterministic import DeterministicHead
 from rlmeta.nn.heads.discrete import BernoulliHead, CategoricalHead, MultiDiscreteHead, allowed
+from rlmeta.nn.heads.distributional import CategoricalQHead, QuantileQHead
 from rlmeta.nn.heads.gaussian import GaussianHead, TanhGaussianHead
 from rlmeta.nn.heads.noise import StateDependentNoiseHead
+from rlmeta.nn.heads.streams import ActionStreams, StreamOptions
 from rlmeta.nn.heads.values import QHead, ValueHead
 from rlmeta.nn.initialisers import Initialiser, initialise
 from rlmeta.nn.lift import Sequential, lift
 from rlmeta.nn.lifted import Lifted
 from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear
 from rlmeta.nn.mlp import MLP
+from rlmeta.nn.noisy import NoisyLinear
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
 from rlmeta.nn.recurrent import GRUCell, LSTMCell
 from rlmeta.nn.sample_gradients import check_outputs, group_gradients, squared_gradients
@@ -27,6 +30,7 @@ from rlmeta.nn.units import ActionBounds, ActionUnits
 __all__ = [
     "MLP",
     "ActionBounds",
+    "ActionStreams",
     "ActionUnits",
     "Activation",
     "ActivationName",
@@ -34,6 +38,7 @@ __all__ = [
     "BernoulliHead",
     "Block",
     "CategoricalHead",
+    "CategoricalQHead",
     "Context",
     "DeterministicHead",
     "Distribution",
@@ -51,11 +56,14 @@ __all__ = [
     "Linear",
     "MultiDiscreteHead",
     "NeedsKey",
+    "NoisyLinear",
     "Params",
     "PolicyHead",
     "QHead",
+    "QuantileQHead",
     "Sequential",
     "StateDependentNoiseHead",
+    "StreamOptions",
     "TanhGaussianHead",
     "ValueHead",
     "allowed",
