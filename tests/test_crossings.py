@@ -17,7 +17,7 @@ from rlmeta.runs.train import prepare
 from tests.crossings import NETWORKS, OBSERVATIONS, PROBLEMS, GymWalk, labelled, network, shown, walks
 
 WORLDS = ("native", "gymnasium")
-AGENTS = ("ppo", "recurrent ppo", "a2c", "reinforce", "dqn", "sac", "td3", "behaviour cloning", "gail")
+AGENTS = ("ppo", "recurrent ppo", "a2c", "reinforce", "dqn", "rainbow", "sac", "td3", "behaviour cloning", "gail")
 CONTINUOUS = ("sac", "td3")
 LEARNERS = ("classifier", "regressor")
 
@@ -71,6 +71,7 @@ def settings(cell: Crossing) -> Any:
         "a2c": lambda: rl.A2C(**few),
         "reinforce": lambda: rl.REINFORCE(**few),
         "dqn": lambda: rl.DQN(gradient_steps=1, **few, **replayed),
+        "rainbow": lambda: rl.Rainbow(gradient_steps=2, learning_rate=1e-3, head_sizes=(4,), **few, **replayed),
         "sac": lambda: rl.SAC(gradient_steps=1, **few, **replayed),
         "td3": lambda: rl.TD3(gradient_steps=2, **few, **replayed),
         "classifier": lambda: rl.Classifier(batch_size=4, num_steps=4, **own),
@@ -122,7 +123,7 @@ def expected_to_be_refused(cell: Crossing) -> bool:
     """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions;
     a force can't be masked."""
     foreign = cell.problem == "family" and cell.world == "gymnasium"
-    values_alone = cell.agent == "dqn" and cell.problem == "stream"
+    values_alone = cell.agent in ("dqn", "rainbow") and cell.problem == "stream"
     return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
 
 
