@@ -71,6 +71,7 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
     "ppo-rnd": _agent(lambda: rl.PPO(**_PPO, rewards=_REWARDS), lambda: rl.task("MountainCar-v0"), 8_192),
     "ppo-async": _agent(lambda: rl.PPO(**_PPO), lambda: rl.task("Pendulum-v1", native=False, mode="async"), 4_096),
     "dqn": _agent(lambda: rl.preset("dqn", "CartPole-v1"), lambda: rl.task("CartPole-v1"), 6_000),
+    "rainbow": _agent(lambda: rl.Rainbow(**_REPLAYED, target_every=50), lambda: rl.task("CartPole-v1"), 3_000),
     "sac": _agent(lambda: rl.SAC(**_REPLAYED), lambda: rl.task("Pendulum-v1"), 3_000),
     "td3": _agent(lambda: rl.TD3(**_REPLAYED), lambda: rl.task("Pendulum-v1", native=False), 3_000),
     "a2c": _agent(lambda: rl.A2C(learning_rate=[3e-4, 1e-3]), lambda: rl.task("CartPole-v1"), 20_000),
