@@ -71,7 +71,7 @@ def test_each_is_the_same_alone_and_in_company(name):
     assert torch.equal(alone["replay"]["action"], state["replay"]["action"][1:2])
 
 
-@pytest.mark.parametrize("name", ["prioritised", "categorical rainbow", "quantile rainbow"])
+@pytest.mark.parametrize("name", ["categorical rainbow", "quantile rainbow"])
 def test_a_resumed_run_ends_as_the_one_that_was_not(name, tmp_path):
     budget = rl.Budget(steps=256, final_episodes=4, eval_every=10**6, checkpoint_seconds=0.0, log_points=16)
     whole = rl.train(AGENTS[name], "CartPole-v1", budget=budget, seeds=2, threads=1)
@@ -127,6 +127,8 @@ def test_the_loss_is_that_of_a_loop(part):
     settings = replace(SMALL, **part, gamma=[0.9, 0.5])
     agent, state = train(settings, "CartPole-v1", 4, seeds=1)
     g, p = torch.Generator().manual_seed(0), state["params"]
+    for weight, value in p["buffers"].items():  # the target network prefers other actions than the online one
+        p["buffers"][weight] = -value if ".head." in weight else value
     batch = {
         "observation": torch.randn(2, 5, 4, generator=g),
         "next_observation": torch.randn(2, 5, 4, generator=g),
@@ -142,7 +144,8 @@ def test_the_loss_is_that_of_a_loop(part):
         agent.outputs(n, p, batch[o], None)
         for n, o in (("q", "observation"), ("q", "next_observation"), ("target", "next_observation"))
     )
-    kind = settings.distribution
+    kind, values = settings.distribution, agent.q.head.values
+    assert not torch.equal(values(online).argmax(-1), values(target).argmax(-1))
     for s in range(2):
         terms = []
         for b in range(5):
