@@ -208,6 +208,20 @@ def test_priorities_follow_the_errors_within_an_update():
     torch.testing.assert_close(memory[PRIORITY][0][seen[0]], ctx.errors[0], rtol=1e-3, atol=1e-4)
 
 
+def test_learners_split_over_two_cores_draw_from_their_own_memories():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        _, split = train(AGENTS["prioritised"], "CartPole-v1", 6, seeds=3)
+        torch.set_num_threads(1)
+        _, whole = train(AGENTS["prioritised"], "CartPole-v1", 6, seeds=3)
+    finally:
+        torch.set_num_threads(before)
+    for path, value in tree.flatten(whole["params"]).items():
+        torch.testing.assert_close(tree.flatten(split["params"])[path], value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(split["replay"][PRIORITY], whole["replay"][PRIORITY], rtol=1e-3, atol=1e-4)
+
+
 def test_a_new_task_begins_without_priorities():
     agent, state, world = start(AGENTS["prioritised"], "CartPole-v1")
     for _ in range(6):
