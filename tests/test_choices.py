@@ -84,6 +84,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "nn.heads.choose.head_for action_bounds": lambda x: nn.head_for(BOX, 3, action_bounds=x),
     "nn.heads.values.ValueHead initialiser": lambda x: nn.ValueHead(3, initialiser=x),
     "nn.heads.values.QHead initialiser": lambda x: nn.QHead(3, 2, initialiser=x),
+    "nn.heads.streams.ActionStreams initialiser": lambda x: nn.ActionStreams(3, 2, initialiser=x),
     "nn.initialisers.initialise initialiser": lambda x: nn.initialisers.initialise(torch.zeros(2, 2), None, x),
     "nn.linear.activation_function activation": nn.linear.activation_function,
     "nn.linear.Activation function": nn.Activation,

@@ -24,7 +24,7 @@ MEMORIES = {
     "dqn with a gru": {"memory": "gru", "memory_size": 3, "sequence_length": 4},
     "reinforce with attention": {"memory": "attention", "memory_size": 4, "attention_heads": 2, "context": 3},
 }
-AGENTS = (*ON_POLICY, *MEMORIES, "dqn", "sac", "discrete sac", "td3", "ddpg", "behaviour cloning", "gail")
+AGENTS = (*ON_POLICY, *MEMORIES, "dqn", "rainbow", "sac", "discrete sac", "td3", "ddpg", "behaviour cloning", "gail")
 CONTINUOUS = ("sac", "td3", "ddpg")
 LEARNERS = ("classifier", "regressor")
 
@@ -82,6 +82,7 @@ def settings(cell: Crossing) -> Any:
         "ppg": lambda: rl.PPG(batch_size=4, auxiliary_every=2, auxiliary_epochs=2, **few),
         "sac": lambda: rl.SAC(gradient_steps=1, state_dependent_exploration=True, **few, **replayed),
         "discrete sac": lambda: rl.SAC(gradient_steps=1, **few, **replayed),
+        "rainbow": lambda: rl.Rainbow(gradient_steps=2, learning_rate=1e-3, head_sizes=(4,), **few, **replayed),
         "td3": lambda: rl.TD3(gradient_steps=2, **few, **replayed),
         "ddpg": lambda: rl.DDPG(gradient_steps=1, **few, **replayed),
         "classifier": lambda: rl.Classifier(batch_size=4, num_steps=4, **own),
@@ -133,7 +134,7 @@ def expected_to_be_refused(cell: Crossing) -> bool:
     """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions, and
     gradient steps; a force can't be masked."""
     foreign = cell.problem == "family" and cell.world == "gymnasium"
-    values_alone = cell.agent.startswith(("dqn", "trpo")) and cell.problem == "stream"
+    values_alone = cell.agent.startswith(("dqn", "rainbow", "trpo")) and cell.problem == "stream"
     return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
 
 

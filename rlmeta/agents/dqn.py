@@ -1,10 +1,15 @@
-"""Deep Q-networks (Mnih et al., 2015), with double Q-learning (van Hasselt et al., 2016) and n-step targets."""
+"""Deep Q-networks (Mnih et al., 2015), with the extensions that together are Rainbow (Hessel et al., 2018).
+
+Each is a setting of its own: double Q-learning (van Hasselt et al., 2016), n-step targets, dueling networks (Wang et
+al., 2016), prioritised replay (Schaul et al., 2016), noisy networks (Fortunato et al., 2018), and distributions of
+returns by atoms (Bellemare et al., 2017) or quantiles (Dabney et al., 2018).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -16,7 +21,7 @@ from rlmeta.agents.networks import q_network
 from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName, check_memory_settings
 from rlmeta.envs.world import World
 from rlmeta.errors import SpaceError
-from rlmeta.functional import losses, optim, random, tree
+from rlmeta.functional import distributional, losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
 from rlmeta.functional.schedules import ScheduleName, anneal, linear
 from rlmeta.learning import off_policy
@@ -27,7 +32,7 @@ from rlmeta.learning.groups import Group, whole
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
-from rlmeta.learning.settings import PerLearner, require, require_range, values_of
+from rlmeta.learning.settings import PerLearner, require, require_finite, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy, follow, with_copy
 from rlmeta.nn import Block, Context, bare
@@ -55,6 +60,8 @@ class DQN:
     """Transitions collected, with random actions, before the first gradient step."""
     learning_rate: PerLearner = 1e-3
     """Adam's step size."""
+    adam_epsilon: float = 1e-8
+    """Adam's epsilon, which bounds its steps where gradients are small."""
     learning_rate_schedule: ScheduleName = "constant"
     """Keep the learning rate, or anneal it to 0 over the budget in a straight line or along a cosine."""
     gamma: PerLearner = 0.99
@@ -63,6 +70,25 @@ class DQN:
     """Double Q-learning: choose the next action by the online network, evaluate it by the target network."""
     n_steps: int = 1
     """Steps of n-step returns, after which the target network's value is used."""
+    dueling: bool = False
+    """Dueling network: the value of a state and the advantages of actions have layers of their own."""
+    distribution: Literal["none", "categorical", "quantile"] = "none"
+    """Learn the distribution of returns: "categorical" (C51) by the probabilities of `atoms` returns from `v_min` to
+    `v_max`, "quantile" (QR-DQN) by `atoms` quantiles; "none" learns its mean alone."""
+    atoms: int = 51
+    """Atoms, or quantiles, of a distribution of returns."""
+    v_min: float = -10.0
+    """Smallest return of a categorical distribution."""
+    v_max: float = 10.0
+    """Largest return of a categorical distribution."""
+    prioritised: bool = False
+    """Prioritised replay: draw transitions in proportion to their errors, not uniformly."""
+    priority_exponent: PerLearner = 0.5
+    """Exponent (alpha) of errors in priorities; 0 draws uniformly."""
+    importance_exponent: PerLearner = 0.4
+    """Exponent (beta) of importance weights at the start; it rises to 1 with the budget."""
+    noisy: bool = False
+    """Noisy network: layers of the head have random weights of learned spread, so that epsilon may be 0."""
     target_every: int = 100
     """Gradient steps between two updates of the target network."""
     target_rate: PerLearner = 1.0
@@ -77,13 +103,17 @@ class DQN:
     exploration_fraction: PerLearner = 0.2
     """Part of the budget over which epsilon falls linearly."""
     huber_delta: PerLearner = math.inf
-    """Threshold of the Huber loss; infinity for the squared error, 1 is the paper's clipped error."""
+    """Threshold of the Huber loss; infinity for the squared error, 1 is the paper's clipped error. Quantiles need a
+    finite one, a categorical distribution has none."""
     max_grad_norm: PerLearner = 10.0
     """Clip each learner's gradient to this norm."""
     normalise_observation: bool = False
     """Whiten observations by running statistics, saved with the weights and frozen in evaluation."""
     hidden_sizes: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers of the default network."""
+    head_sizes: tuple[int, ...] = ()
+    """Widths of hidden layers of the head, with ReLUs, after the network: of each stream of a dueling one, and noisy in
+    a noisy one."""
     activation: Literal["tanh", "relu"] = "relu"
     """Activation of the default network."""
     network: NetworkFactory | None = None
@@ -115,14 +145,20 @@ class DQN:
     def __post_init__(self) -> None:
         check_types(self)
         check_rewards(self.rewards)
-        for name in ("learning_rate", "max_grad_norm", "huber_delta"):
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "huber_delta"):
             require_range(self, name, 0.0, above=True)
-        for name in ("gamma", "epsilon_start", "epsilon_end"):
+        for name in ("gamma", "epsilon_start", "epsilon_end", "priority_exponent", "importance_exponent"):
             require_range(self, name, 0.0, 1.0)
         for name in ("target_rate", "average_rate", "exploration_fraction"):
             require_range(self, name, 0.0, 1.0, above=True)
         for name in ("n_steps", "target_every"):
             require_range(self, name, 1)
+        require_range(self, "atoms", 2)
+        require_finite(self, "v_min", "v_max")
+        name = type(self).__name__
+        require(self.v_min < self.v_max, f"{name}: v_min is {self.v_min:g}, expected less than v_max, {self.v_max:g}")
+        bounded = self.distribution != "quantile" or max(values_of(self.huber_delta)) < math.inf
+        require(bounded, f"{name}: huber_delta is inf, expected a finite one for quantiles, such as 1")
         off_policy.check_settings(self, self.n_steps)
         check_memory_settings(self)
         require_range(self, "sequence_length", 1)
@@ -141,6 +177,7 @@ class DQN:
             self.burn_in < length,
             f"DQN: burn_in {self.burn_in} leaves nothing of sequence_length = {length}: give less",
         )
+        require(not self.prioritised, f"{type(self).__name__}: prioritised draws no sequences, which a memory needs")
         require(self.n_steps == 1, f"DQN: with a memory targets are of one step, got n_steps = {self.n_steps}: give 1")
         off_policy.check_settings(self, length)
 
@@ -172,7 +209,7 @@ class DQNAgent(Agent):
             self.recurrence = Recurrence(settings.sees, action_space, blocks)
 
     def networks(self) -> dict[str, Block]:
-        """Build the network: `q`, the value of every action."""
+        """Build the network: `q`, the value of every action or the distribution of its return."""
         return {"q": q_network(self.settings, self.observation_space, self.action_space)}
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
@@ -185,7 +222,8 @@ class DQNAgent(Agent):
         inputs = None
         if self.recurrence is not None:
             inputs = self.recurrence.acting_inputs(world.observation(state["world"]), state["memory"])
-        state["replay"] = off_policy.init_replay(self.settings, world, state, inputs)
+        prioritised = self.settings.prioritised
+        state["replay"] = off_policy.init_replay(self.settings, world, state, inputs, prioritised)
         return state
 
     # ------------------------------------------------------------------ act
@@ -193,17 +231,50 @@ class DQNAgent(Agent):
     def act(
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
-        """Choose epsilon-greedy actions `[*L, N]`; a masked action is never taken."""
-        name = "average" if deterministic and self.averaged else "q"
-        values, memory_after = self.answer_at(self.q, name, p, observation, memory)
-        best = self.q.head.mode(values)
+        """Choose epsilon-greedy actions `[*L, N]`; a masked action is never taken.
+
+        Environments explore with noise of their own; evaluation has none.
+        """
+        noise = None
+        if self.settings.noisy and not deterministic:
+            numbers = torch.arange(next(tree.leaves(observation)).shape[key.dim()], device=key.device)
+            noise = random.fold(random.fold(key, "noise").unsqueeze(-1), numbers)
+        output, memory_after = self._acting(p, observation, memory, noise, deterministic)
+        values = self.q.head.values(output)
+        best = values.argmax(-1)
         if deterministic:
             return best, memory_after(best)
         rows = best.shape[key.dim() :]
-        noise = random.uniform(key, "exploration", 0, values.shape[key.dim() :]).masked_fill(values == -torch.inf, -1.0)
+        other = random.uniform(key, "exploration", 0, values.shape[key.dim() :]).masked_fill(values == -torch.inf, -1.0)
         explore = random.uniform(key, "epsilon", 0, rows) < align(p["hyper"]["epsilon"], best)
-        action = torch.where(explore, self.q.head.mode(noise), best)
+        action = torch.where(explore, other.argmax(-1), best)
         return action, memory_after(action)
+
+    def _acting(
+        self, p: Params, observation: tree.Tree, memory: tree.Tree, noise: Tensor | None, deterministic: bool
+    ) -> tuple[Any, Callable[[Tensor], tree.Tree]]:
+        """Output of the acting network's head, and a function from the action to the memory after it."""
+        name = "average" if deterministic and self.averaged else "q"
+        if self.recurrence is not None:
+            return self.answer_at(self.q, name, p, observation, memory, Context(key=noise))
+        return self.outputs(name, p, observation, noise), lambda action: memory
+
+    def outputs(
+        self, name: str, p: Params, observation: tree.Tree, noise: Tensor | None, ctx: Context | None = None
+    ) -> Any:
+        """Output of the head for observations `[*L, N, ...]`.
+
+        Args:
+            name: the network, "q" or that of a copy.
+            p: the effective parameters.
+            observation: as the environment gives them.
+            noise: key of a noisy head, `[*L]`, or `[*L, N]` for other noise in every row; None for no noise.
+            ctx: of the rest of the network.
+        """
+        ctx = ctx or Context()
+        features = self.forward(self.q.body, f"{name}.body", p, observation, ctx)
+        tensors = {**p["weights"], **p["buffers"]} if p["buffers"] else p["weights"]
+        return self.q.answer(tensors, features, observation, replace(ctx, key=noise), f"{name}.")
 
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """One training iteration, with the epsilon of the current progress."""
@@ -220,24 +291,54 @@ class DQNAgent(Agent):
     # ------------------------------------------------------------------ learn
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Temporal-difference loss `[*L]` of a minibatch of transitions `[*L, B, ...]`, of a memory in sequences."""
+        """Temporal-difference loss `[*L]` of a minibatch of transitions `[*L, B, ...]`, of a memory in sequences.
+
+        The errors of the samples go into `ctx`.
+        """
+        kind, delta = self.settings.distribution, p["hyper"]["huber_delta"]
         with torch.no_grad():
-            next_q = self.forward(self.q, "target", p, batch["next_observation"])
-            if self.settings.double:
-                next_online = self.forward(self.q, "q", p, batch["next_observation"])
-                target = losses.double_q_target(batch["reward"], batch["discount"], next_q, next_online)
-            else:
-                target = losses.q_target(batch["reward"], batch["discount"], next_q)
-        values = self.forward(self.q, "q", p, batch["observation"], ctx)
-        chosen = self.q.head.take(values, batch["action"])
-        chosen = chosen.masked_fill(~batch["valid"], 0.0)  # where nothing was done a mask may close the action
-        ctx.info["losses/q_values"] = masked_mean(chosen, batch["valid"])
-        return {"q": losses.huber_loss(chosen, target, p["hyper"]["huber_delta"], batch["valid"])}
+            target = self.target(p, batch, ctx)
+        output = self.outputs("q", p, batch["observation"], self._noise(ctx, "online"), ctx)
+        chosen = self.q.head.take(output, batch["action"])
+        if kind == "none":
+            chosen = chosen.masked_fill(~batch["valid"], 0.0)  # where nothing was done a mask may close the action
+            error = losses.huber_error(chosen, target, delta)
+            ctx.errors = (chosen - target).abs()
+        elif kind == "categorical":
+            ctx.errors = error = distributional.categorical_divergence(chosen, target)
+        else:
+            ctx.errors = error = distributional.quantile_huber(chosen, target, delta)
+        if ctx.report:
+            values = self.q.head.values(output).gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
+            ctx.info["losses/q_values"] = masked_mean(values, batch["valid"])
+        return {"q": distributional.weighted_mean(error, batch["valid"], batch.get("weight"))}
+
+    def target(self, p: Params, batch: tree.Tree, ctx: StepContext) -> Tensor:
+        """Target of the actions taken: values `[*L, B]`, or distributions of returns `[*L, B, K]`."""
+        s, head, reward, discount = self.settings, self.q.head, batch["reward"], batch["discount"]
+        output = chooser = self.outputs("target", p, batch["next_observation"], self._noise(ctx, "target"))
+        if s.double:
+            chooser = self.outputs("q", p, batch["next_observation"], self._noise(ctx, "choice"))
+        following = head.take(output, head.values(chooser).argmax(-1))
+        if s.distribution == "categorical":
+            probabilities = following.softmax(-1)
+            return distributional.categorical_projection(probabilities, reward, discount, s.v_min, s.v_max)
+        if s.distribution == "quantile":
+            return distributional.quantile_target(following, reward, discount)
+        return losses.td_target(reward, discount, following)
+
+    def _noise(self, ctx: Context, stream: str) -> Tensor | None:
+        """Key of the noise of one of a gradient step's forward passes, None without noise."""
+        return random.fold(ctx.key, stream) if self.settings.noisy and ctx.key is not None else None
 
     def log_prob(self, p: Params, batch: tree.Tree, ctx: Context | None = None) -> Tensor:
-        """Log probability of the actions, the log softmax of the action values, `[*L, B]`."""
-        values = self._of_samples(self.q, "q", p, batch["observation"], ctx or Context())
-        log_prob: Tensor = self.q.head.take(values.log_softmax(-1), batch["action"])
+        """Log probability of the actions, the log softmax of the action values, `[*L, B]`; of a sequence their sum."""
+        ctx = ctx or Context()
+        if self.sequential:
+            output = self._of_samples(self.q, "q", p, batch["observation"], ctx)
+        else:
+            output = self.outputs("q", p, batch["observation"], self._noise(ctx, "online"), ctx)
+        log_prob = self.q.head.values(output).log_softmax(-1).gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
         return log_prob.sum(-1) if self.sequential else log_prob
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
@@ -247,14 +348,16 @@ class DQNAgent(Agent):
         metrics = {"charts/learning_rate": self.annealed(state), "charts/epsilon": h["epsilon"]}
         if not off_policy.ready(self, state, self.least_steps):
             return state, metrics
-        state, info = off_policy.learn(self, state, self.groups, self.moves(state), s.n_steps)
+        moves = self.moves(state)
+        state, info = off_policy.learn(self, state, self.groups, moves, s.n_steps, prioritised=s.prioritised)
         if self.averaged:
             follow(state, AVERAGE, h["average_rate"])
         return state, {**info, **metrics}
 
     def groups(self, state: State) -> Sequence[Sequence[Group]]:
         """Update schedule: all weights in every gradient step."""
-        return [whole(optim.adam(self.annealed(state)), state["params"]["hyper"]["max_grad_norm"])]
+        adam = optim.adam(self.annealed(state), eps=self.settings.adam_epsilon)
+        return [whole(adam, state["params"]["hyper"]["max_grad_norm"])]
 
     def moves(self, state: State) -> dict[Copy, Tensor]:
         """Target update rates after each gradient step, `[gradient_steps, *L]`; none if the target network stays."""

@@ -23,15 +23,17 @@ from rlmeta.nn import (
     ActivationName,
     Block,
     CategoricalHead,
+    CategoricalQHead,
     Context,
     Encoder,
     Initialiser,
     MultiDiscreteHead,
     Params,
     QHead,
+    QuantileQHead,
     Sequential,
+    StreamOptions,
     ValueHead,
-    allowed,
     check_block,
     feature_axes,
     head_for,
@@ -70,9 +72,7 @@ class Network(Block):
             x = x["observation"]
         if not isinstance(x, dict) or ACTION_MASK not in x or isinstance(head, ValueHead):
             return head.run(params, features, ctx, name)
-        if isinstance(head, QHead):
-            return head.run(params, features, ctx, name).masked_fill(~allowed(x[ACTION_MASK]), -torch.inf)
-        assert isinstance(head, CategoricalHead | MultiDiscreteHead)
+        assert isinstance(head, CategoricalHead | MultiDiscreteHead | QHead | CategoricalQHead | QuantileQHead)
         return head.run(params, features, ctx, name, x[ACTION_MASK])
 
     def placed(self, features: Tensor, x: Tree) -> Tensor:
@@ -255,15 +255,26 @@ def value_network(
 
 
 def q_network(settings: Any, observation_space: gym.Space, action_space: gym.Space) -> Network:
-    """Build a Q-network: the value of every action; masked ones are minus infinity."""
+    """Build a Q-network: the value of every action, or the distribution of its return; masked ones are minus infinity.
+
+    Args:
+        settings: of DQN.
+        observation_space: of one environment.
+        action_space: of one environment.
+    """
     if not isinstance(action_space, gym.spaces.Discrete):
         raise SpaceError(f"a value for every action needs Discrete actions, the task has {action_space}")
     check_mask(observation_space, action_space)
-    body, features = build_body(
-        settings.network, observation_space, settings.hidden_sizes, settings.activation, "torch", whitens(settings)
-    )
-    body, features = _with_memory(settings, body, features, action_space)
-    return Network(body, QHead(features, int(action_space.n)), features)
+    s, actions = settings, int(action_space.n)
+    body, features = build_body(s.network, observation_space, s.hidden_sizes, s.activation, "torch", whitens(s))
+    body, features = _with_memory(s, body, features, action_space)
+    options = StreamOptions(s.dueling, s.noisy, tuple(s.head_sizes))
+    head: Block = QHead(features, actions, options=options)
+    if s.distribution == "categorical":
+        head = CategoricalQHead(features, actions, s.atoms, s.v_min, s.v_max, options)
+    elif s.distribution == "quantile":
+        head = QuantileQHead(features, actions, s.atoms, options)
+    return Network(body, head, features)
 
 
 # ---------------------------------------------------------------------- a user's network

@@ -215,6 +215,7 @@ def _of_shapes(operation: Operation, layouts: dict[Place, Layout]) -> Operation:
 
 _ELEMENTWISE = ["abs", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "clamp", "div", "exp", "expm1", "lerp"]
 _ELEMENTWISE += ["log", "masked_fill", "mul", "neg", "pow", "relu", "reciprocal", "rsqrt", "sigmoid", "sqrt", "sub"]
+_ELEMENTWISE += ["scatter"]  # each element is the argument's own or a new one; a large one is not copied for a few
 
 
 def written_over(tape: Tape, spare: Iterable[Place] = ()) -> Tape:

@@ -5,6 +5,7 @@ One module a subject; `import rlmeta.functional` imports all of them.
 
 from rlmeta.functional import (
     axes,
+    distributional,
     distributions,
     evolution,
     losses,
@@ -20,6 +21,7 @@ from rlmeta.functional import (
     schedules,
     shapes,
     statistics,
+    sum_tree,
     tabular,
     tree,
     trust_region,
@@ -27,6 +29,7 @@ from rlmeta.functional import (
 
 __all__ = [
     "axes",
+    "distributional",
     "distributions",
     "evolution",
     "losses",
@@ -42,6 +45,7 @@ __all__ = [
     "schedules",
     "shapes",
     "statistics",
+    "sum_tree",
     "tabular",
     "tree",
     "trust_region",

@@ -208,8 +208,25 @@ def clipped_value_loss(
     return masked_mean(torch.maximum((value - target).square(), (near - target).square()), valid)
 
 
+def huber_error(prediction: Tensor, target: Tensor, delta: float | Tensor = 1.0) -> Tensor:
+    """Huber error of every sample, q (|e| - q/2) with q = min(|e|, δ): quadratic up to δ, linear beyond (Huber, 1964).
+
+    Args:
+        prediction: `[*L, B]`.
+        target: `[*L, B]`, detached.
+        delta: δ > 0, a number or `[*L]`.
+
+    Returns:
+        `[*L, B]`
+    """
+    same_shape(prediction=prediction, target=target)
+    error = (prediction - target).abs()
+    quadratic = error.clamp(max=align(delta, error))
+    return quadratic * (error - 0.5 * quadratic)  # the same, and finite for an infinite δ
+
+
 def huber_loss(prediction: Tensor, target: Tensor, delta: float | Tensor = 1.0, valid: Tensor | None = None) -> Tensor:
-    """Huber loss E[q (|e| - q/2)] with q = min(|e|, δ): quadratic up to δ, linear beyond (Huber, 1964).
+    """Huber loss E[q (|e| - q/2)] with q = min(|e|, δ): the mean of `huber_error`.
 
     Args:
         prediction: `[*L, B]`.
@@ -220,11 +237,7 @@ def huber_loss(prediction: Tensor, target: Tensor, delta: float | Tensor = 1.0, 
     Returns:
         `[*L]`
     """
-    same_shape(prediction=prediction, target=target)
-    error = (prediction - target).abs()
-    delta = align(delta, error)
-    quadratic = error.clamp(max=delta)
-    return masked_mean(quadratic * (error - 0.5 * quadratic), valid)  # the same, and finite for an infinite δ
+    return masked_mean(huber_error(prediction, target, delta), valid)
 
 
 def td_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ __all__ = [
     "phases",
     "populations",
     "predictive",
+    "prioritised",
     "replay",
     "settings",
     "state",

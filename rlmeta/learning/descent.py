@@ -40,7 +40,8 @@ def descend(
 
     Returns:
         Weights, moments and memories after the step, `flat`, `moments` and `memories`, new `buffers`, whether all is
-        `finite`, the `norm` of the gradient before it was clipped, and `reported` values.
+        `finite`, the `norm` of the gradient before it was clipped, `reported` values, and the samples' `errors` if the
+        learner says them.
     """
     weights = state["params"]["weights"]
     outputs = all_gradients(learner, state, batch, groups, methods, ctx)

@@ -27,11 +27,13 @@ class StepContext(Context):
         info: where they go, `{name: [*L]}`.
         moving: None where every loss is differentiated, or the names of the groups that move: a loss that only others
             need may be left out.
+        errors: where the learner puts the size of every sample's error, `[*L, B]`, for a prioritised replay memory.
     """
 
     report: bool = True
     info: dict[str, Tensor] = field(default_factory=dict)
     moving: frozenset[str] | None = None
+    errors: Tensor | None = None
 
     def moves(self, group: str) -> bool:
         """Whether a group's losses are differentiated."""
@@ -69,8 +71,8 @@ def all_gradients(
         ctx: of the learner's own losses.
 
     Returns:
-        `gradients` by group, `reported` values and new `buffers`; with methods the parameters as they are
-        through them, and the `penalties`' gradients by group where they add losses.
+        `gradients` by group, `reported` values, new `buffers` and the samples' `errors`; with methods the parameters as
+        they are through them, and the `penalties`' gradients by group where they add losses.
     """
     params = state["params"]
     leaves = _leaves(params["weights"])
@@ -118,7 +120,11 @@ def _further_losses(
 
 def _outputs(losses: dict[str, Tensor], ctx: StepContext) -> dict[str, dict[str, Tensor]]:
     values = {**losses, **ctx.info} if ctx.report else {}
-    return {"reported": {name: value.detach() for name, value in values.items()}, "buffers": dict(ctx.new_buffers)}
+    return {
+        "reported": {name: value.detach() for name, value in values.items()},
+        "buffers": dict(ctx.new_buffers),
+        "errors": {} if ctx.errors is None else {"size": ctx.errors.detach()},
+    }
 
 
 def _gradients(

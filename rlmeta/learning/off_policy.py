@@ -20,6 +20,7 @@ from rlmeta.learning.collect import Rollout
 from rlmeta.learning.gradients import HasLosses
 from rlmeta.learning.groups import Group
 from rlmeta.learning.method import Method
+from rlmeta.learning.prioritised import Prioritised, fixed, moving, with_moved
 from rlmeta.learning.settings import require, require_range
 from rlmeta.learning.state import State
 from rlmeta.learning.step import replay_steps
@@ -108,11 +109,17 @@ def idle_steps(settings: OffPolicySettings, n_steps: int = 1) -> int:
     return max(-(-settings.learning_starts // settings.num_envs), n_steps)
 
 
-def init_replay(settings: OffPolicySettings, world: World, state: State, inputs: tree.Tree | None = None) -> State:
+def init_replay(
+    settings: OffPolicySettings,
+    world: World,
+    state: State,
+    inputs: tree.Tree | None = None,
+    prioritised: bool = False,
+) -> State:
     """Initial empty replay memory, for `state["replay"]`; of sequences, given `inputs` of networks with a memory."""
     rows = settings.capacity // settings.num_envs
     if inputs is None:
-        return replay.init(world, state["world"], rows)
+        return replay.init(world, state["world"], rows, prioritised)
     return sequences.init(world, state["world"], rows, settings.num_steps, inputs)
 
 
@@ -155,44 +162,55 @@ def learn(
     cycle: Callable[[State], Sequence[Sequence[Group]]],
     copies: Mapping[Copy, Tensor],
     n_steps: int = 1,
+    *,
+    prioritised: bool = False,
 ) -> tuple[State, dict[str, Tensor]]:
     """Take `gradient_steps` steps on minibatches from the replay memory, with the learners split over all cores.
 
     Args:
-        learner: gives the losses.
+        learner: gives the losses; where the memory is prioritised also the errors of the samples, in their context.
         state: consumed.
         cycle: from a state to the groups that move in the first step, the second, ..., and again from the start.
         copies: which target networks move after each step, and how far, `[gradient_steps, *L]` each.
         n_steps: rewards that are added up before a target network's value takes over.
+        prioritised: whether transitions are drawn by their priorities (`learning.prioritised`), which each step
+            changes, instead of uniformly; `priority_exponent` and `importance_exponent` are settings per learner.
 
     Returns:
         The new state, and the means of the reports of the cycles' last steps, `{name: [*L]}`.
     """
-    s, gamma, axes = learner.settings, state["params"]["hyper"]["gamma"], state["key"].dim()
+    s, axes, memory = learner.settings, state["key"].dim(), state.pop("replay")  # not copied to the cores
     first = state["count"]["gradient_steps"]
     numbers = first + torch.arange(s.gradient_steps, device=first.device).reshape(-1, *(1,) * axes)
     keys = random.fold(state["key"], numbers)
-    if learner.sequential:
+    gamma = state["params"]["hyper"]["gamma"]
+    drawn: tree.Tree = {"keys": keys, "rates": {copy.name: rate for copy, rate in copies.items()}}
+    source = Prioritised(s.batch_size, n_steps) if prioritised else None
+    if prioritised:
+        state["source"] = moving(memory, n_steps)
+    elif learner.sequential:
         number = s.batch_size // s.sequence_length
-        batches = sequences.sample(state["replay"], keys, number, s.sequence_length, gamma, s.burn_in)
+        drawn["batches"] = sequences.sample(memory, keys, number, s.sequence_length, gamma, s.burn_in)
     else:
-        batches = replay.sample(state["replay"], keys, s.batch_size, gamma, n_steps)
-    rates = {copy.name: rate for copy, rate in copies.items()}
+        drawn["batches"] = replay.sample(memory, keys, s.batch_size, gamma, n_steps)
 
-    def steps(state: State, drawn: tree.Tree) -> tuple[State, dict[str, Tensor]]:
+    def steps(state: State, drawn: tree.Tree, memory: State) -> tuple[State, dict[str, Tensor]]:
         moved = {copy: drawn["rates"][copy.name] for copy in copies}
+        batches = drawn["batches"] if source is None else fixed(memory, state)
         return replay_steps(
-            learner, state, drawn["batches"], drawn["keys"], cycle(state), copies=moved, methods=learner.methods
+            learner, state, batches, drawn["keys"], cycle(state), copies=moved, methods=learner.methods, source=source
         )
 
     def some(state: State, drawn: tree.Tree) -> tuple[State, dict[str, Tensor]]:
-        return steps(state, tree.map(lambda x: x.movedim(axes, 0).contiguous(), drawn))
+        own = drawn.pop("learner").flatten(1)[:, 0]
+        part = tree.map(lambda x: x.narrow(0, int(own[0]), len(own)), memory)
+        return steps(state, tree.map(lambda x: x.movedim(axes, 0).contiguous(), drawn), part)
 
-    drawn: tree.Tree = {"batches": batches, "keys": keys, "rates": rates}
-    memory = state.pop("replay")  # not copied to the cores
     if learner.capture is None or learner.methods or not axes:
-        state, info = steps(state, drawn)
+        state, info = steps(state, drawn, memory)
     else:
-        state, info = in_parts(some, state, tree.map(lambda x: x.movedim(0, axes), drawn))
-    state["replay"] = memory
+        number = torch.arange(len(first), device=first.device).reshape(-1, *(1,) * (axes - 1)).expand_as(first)
+        by_learner = tree.map(lambda x: x.movedim(0, axes), drawn)
+        state, info = in_parts(some, state, {**by_learner, "learner": number.unsqueeze(-1)})
+    state["replay"] = with_moved(memory, state.pop("source"), n_steps) if prioritised else memory
     return state, info

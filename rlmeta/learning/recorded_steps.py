@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,22 @@ from rlmeta.learning.state import State, select
 from rlmeta.learning.targets import Copy, moved
 
 
+class Source(Protocol):
+    """Source of minibatches that depend on the steps before, such as a prioritised replay memory.
+
+    Equal ones hash alike. Both methods are pure functions of tensors: `now` is what the steps change, `fixed` what they
+    do not.
+    """
+
+    def draw(self, now: tree.Tree, fixed: tree.Tree, key: Tensor) -> tree.Tree:
+        """Draw a minibatch `[*L, B, ...]`; the key is `[*L]`."""
+        ...
+
+    def update(self, now: tree.Tree, fixed: tree.Tree, batch: tree.Tree, errors: Tensor) -> tree.Tree:
+        """What has changed after a step on a minibatch whose samples had errors of these sizes, `[*L, B]`."""
+        ...
+
+
 class Steps(NamedTuple):
     """Several gradient steps, to be recorded as one program."""
 
@@ -28,7 +44,8 @@ class Steps(NamedTuple):
     constants: tree.Tree
     """Further entries of every minibatch, every leaf `[*L, ...]`."""
     each: tree.Tree
-    """Inputs of each step, every leaf `[number, ...]`: `index` or `batch`, `key`, the copies' `rates`."""
+    """Inputs of each step, every leaf `[number, ...]`: `index` or `batch` (none with a source), `key`, the copies'
+    `rates`."""
     number: int
     """Number of steps; a multiple of the cycle's length."""
     cycle: tuple[tuple[Group, ...], ...]
@@ -41,6 +58,9 @@ class Steps(NamedTuple):
     """Whether the last step of every cycle computes metrics."""
     methods: tuple[Method, ...] = ()
     """Lifelong methods, in order."""
+    source: Source | None = None
+    """Source of the minibatches, if they depend on the steps before; its `fixed` is `batch`, its `now` the state's
+    `source`."""
 
 
 def recorded_descents(
@@ -63,6 +83,7 @@ def recorded_descents(
         "active": state["active"],
         "methods": {method.name: state["methods"][method.name] for method in work.methods},
         "count": {"gradient_steps": state["count"]["gradient_steps"]} if work.methods else {},
+        "source": {} if work.source is None else state["source"],
     }
     keep = torch.ones_like(state["active"]) if work.keep is None else work.keep
     fixed = {
@@ -75,10 +96,10 @@ def recorded_descents(
     }
     length = len(work.cycle)
     each = work.each if length == 1 else tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), work.each)
-    name = ("gradient steps", *weights, work.copies, *(descent.name for descent in descents))
+    name = ("gradient steps", *weights, work.copies, work.source, *(descent.name for descent in descents))
 
     def follow(held: bool) -> tuple[tree.Tree, tree.Tree]:
-        body = _cycle(descents, weights, axes, work.copies, held)
+        body = _cycle(descents, weights, axes, work, held)
         return capture.scan((*name, held), body, carried, fixed, each, work.number // length)
 
     everyone = bool((state["active"] & keep).all())
@@ -90,6 +111,8 @@ def recorded_descents(
     state["active"], state["optimizer"] = last["active"], last["moments"]
     if work.methods:
         state["methods"] = {**state["methods"], **last["methods"]}
+    if work.source is not None:
+        state["source"] = last["source"]
     return state, reports
 
 
@@ -104,12 +127,15 @@ class _Descent(NamedTuple):
 
 
 def _cycle(
-    descents: Sequence[_Descent], weights: Packed, axes: int, copies: Sequence[Copy], held: bool
+    descents: Sequence[_Descent], weights: Packed, axes: int, work: Steps, held: bool
 ) -> Callable[[tree.Tree], tree.Tree]:
     """Build the steps for `Capture.scan`; learners that are `held` back keep their tensors."""
 
     def single(number: int, old: tree.Tree, fixed: tree.Tree, each: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
-        batch = each["batch"] if "batch" in each else pick(fixed["batch"], each.get("index"))
+        if work.source is not None:
+            batch = work.source.draw(old["source"], fixed["batch"], each["key"])
+        else:
+            batch = each["batch"] if "batch" in each else pick(fixed["batch"], each.get("index"))
         now = {
             "params": {**fixed["params"], "buffers": old["buffers"]},
             "batch": {**batch, **fixed["constants"]},
@@ -122,7 +148,7 @@ def _cycle(
         outputs = descents[number].call(now)
         active = old["active"] & outputs["finite"]
         buffers = {**old["buffers"], **outputs["buffers"]}
-        for copy in copies:
+        for copy in work.copies:
             online = Packed.view(outputs["flat"], weights, axes)
             buffers = {**buffers, **moved(copy, each["rates"][copy.name], online, buffers)}
         new = {
@@ -130,7 +156,10 @@ def _cycle(
             "moments": outputs["moments"],
             "buffers": buffers,
             "methods": outputs["memories"],
+            "source": {},
         }
+        if work.source is not None:
+            new["source"] = work.source.update(old["source"], fixed["batch"], batch, outputs["errors"]["size"])
         if held:
             new = select(active & fixed["keep"], new, {name: old[name] for name in new})
         return {**new, "active": active, "count": tree.map(lambda x: x + 1, old["count"])}, _reported(outputs)
@@ -163,8 +192,8 @@ def _descent(
     tensors: dict[str, dict[str, Tensor]] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for group in groups:
-        assert group.optimizer.recipe is not None
-        settings = {**group.optimizer.recipe.settings, "max_norm": group.max_norm}
+        recipe = group.optimizer.recipe
+        settings = {**({} if recipe is None else recipe.settings), "max_norm": group.max_norm}
         tensors[group.name] = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
         numbers[group.name] = {name: value for name, value in settings.items() if not isinstance(value, Tensor)}
 
@@ -185,16 +214,17 @@ def _descent(
     return _Descent(call, tensors, (report, bound, *apart))
 
 
-def _recipe(group: Group) -> Callable[..., Any]:
-    assert group.optimizer.recipe is not None
-    return group.optimizer.recipe.make
+def _recipe(group: Group) -> Any:
+    """What makes a group's optimizer of its settings; the optimizer itself where it does not follow from settings."""
+    return group.optimizer if group.optimizer.recipe is None else group.optimizer.recipe.make
 
 
 def _with_settings(group: Group, settings: dict[str, Any]) -> Group:
     """Replace the settings of a group's optimizer, and its bound on the gradient norm."""
     settings = dict(settings)
     max_norm = settings.pop("max_norm")
-    return group._replace(optimizer=_recipe(group)(**settings), max_norm=max_norm)
+    optimizer = group.optimizer if group.optimizer.recipe is None else _recipe(group)(**settings)
+    return group._replace(optimizer=optimizer, max_norm=max_norm)
 
 
 def recorded_descent(

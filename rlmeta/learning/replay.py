@@ -14,18 +14,26 @@ from torch import Tensor
 
 from rlmeta.envs.world import World
 from rlmeta.functional import random, tree
+from rlmeta.functional.axes import align
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.state import State
 
 FLAGS = ("terminated", "truncated", "valid")
+
+PRIORITY, LARGEST = "priority", "largest"
+"""Names of what a prioritised memory has besides: p^α of every row `[*L, C, N]`, 0 where nothing was done (the final
+observation of an episode, a row that is about to be overwritten), and the largest so far `[*L]`, 0 before the first."""
 
 _TRIES = 4
 """Rows drawn for a transition; the first in which something was done is taken. Only every so many episodes' length to
 the power of this is none found, and then a loss does not count it."""
 
 
-def init(world: World, world_state: State, capacity: int) -> State:
-    """Initial empty replay memory of `capacity` rows for each of the environments of a world."""
+def init(world: World, world_state: State, capacity: int, prioritised: bool = False) -> State:
+    """Initial empty replay memory of `capacity` rows for each of the environments of a world.
+
+    A prioritised one (`learning.prioritised`) has a priority for every row besides.
+    """
     axes = len(world.learner_shape)
     observation = world.observation(world_state)
     rows = (*world.learner_shape, capacity, world.num_envs)
@@ -35,18 +43,26 @@ def init(world: World, world_state: State, capacity: int) -> State:
     def like(x: Tensor) -> Tensor:
         return torch.zeros(*rows, *x.shape[axes + 1 :], dtype=x.dtype, device=device)
 
+    priorities = {
+        PRIORITY: torch.zeros(rows, dtype=torch.float32, device=device),
+        LARGEST: torch.zeros(world.learner_shape, dtype=torch.float32, device=device),
+    }
     return {
         "observation": tree.map(like, observation),
         "action": torch.zeros(*rows, *shape, dtype=torch.float32 if continuous else torch.int64, device=device),
         "reward": torch.zeros(rows, dtype=torch.float32, device=device),
         **{name: torch.zeros(rows, dtype=torch.bool, device=device) for name in FLAGS},
         "written": torch.zeros(*world.learner_shape, world.num_envs, dtype=torch.int64, device=device),
+        **(priorities if prioritised else {}),
     }
 
 
 @torch.no_grad()
 def insert(memory: State, rollout: Rollout, reward: Tensor, learner_axes: int) -> State:
-    """Append a rollout `[*L, T, N, ...]`, over the oldest transitions. Written in place."""
+    """Append a rollout `[*L, T, N, ...]`, over the oldest transitions. Written in place.
+
+    In a prioritised memory new transitions have the largest priority so far, or 1.
+    """
     axes, written = learner_axes, memory["written"]
     capacity, length = memory["reward"].shape[axes], reward.shape[axes]
     ended = rollout["terminated"] | rollout["truncated"]
@@ -57,6 +73,10 @@ def insert(memory: State, rollout: Rollout, reward: Tensor, learner_axes: int) -
     _write(memory["observation"], rollout["next_observation"], (row + 1) % capacity, axes)
     _write(memory["observation"], rollout["observation"], row % capacity, axes)
     _write(memory["valid"], torch.zeros_like(ended), (row + 1) % capacity, axes)
+    if PRIORITY in memory:
+        largest = memory[LARGEST]
+        done[PRIORITY] = rollout["valid"] * align(torch.where(largest > 0, largest, 1.0), reward)
+        _write(memory[PRIORITY], torch.zeros_like(reward), (row + 1) % capacity, axes)
     _write({name: memory[name] for name in done}, done, row % capacity, axes)
     memory["written"] = written + length + ended.long().sum(axes)
     return memory
@@ -113,6 +133,16 @@ def sample(memory: State, key: Tensor, batch_size: int, gamma: Tensor, n_steps: 
     """
     pick = _Picker(memory, gamma.dim(), key.dim())
     t, env = _draw(memory, key, batch_size, n_steps, pick)
+    return _transitions(pick, t, env, gamma, n_steps)
+
+
+def transitions(memory: State, t: Tensor, env: Tensor, gamma: Tensor, n_steps: int = 1) -> tree.Tree:
+    """Transitions of rows `t` of environments `env`, `[*K, *L, B]` each; else as `sample`."""
+    return _transitions(_Picker(memory, gamma.dim(), t.dim() - 1), t, env, gamma, n_steps)
+
+
+def _transitions(pick: _Picker, t: Tensor, env: Tensor, gamma: Tensor, n_steps: int) -> tree.Tree:
+    """Add up the rewards of the transitions at rows `t` of environments `env`, and gather their observations."""
     gamma = gamma.unsqueeze(-1)
     first = last = pick.rows(t, env)
     reward, after = pick("reward", first), t + 1

@@ -20,9 +20,9 @@ from rlmeta.learning.groups import Group, moving
 from rlmeta.learning.method import Method, recordable
 from rlmeta.learning.minibatch import Minibatches
 from rlmeta.learning.optimizer_state import as_groups
-from rlmeta.learning.recorded_steps import Steps, recorded_descent, recorded_descents
+from rlmeta.learning.recorded_steps import Source, Steps, recorded_descent, recorded_descents
 from rlmeta.learning.state import State, select
-from rlmeta.learning.targets import Copy, follow
+from rlmeta.learning.targets import Copy
 
 
 def step(
@@ -138,39 +138,39 @@ def replay_steps(
     *,
     copies: Mapping[Copy, Tensor] | None = None,
     methods: Sequence[Method] = (),
+    source: Source | None = None,
 ) -> tuple[State, dict[str, Tensor]]:
     """Take gradient steps on minibatches of a replay memory, and update target networks after each.
 
     Args:
         learner: gives the losses.
-        state: with `params` and `optimizer`; consumed.
-        batches: minibatches, every leaf `[K, *L, B, ...]`; K is a multiple of the cycle's length.
-        keys: `[K, *L]`, what the losses draw from.
+        state: with `params` and `optimizer`, and `source` if there is one; consumed.
+        batches: minibatches, every leaf `[K, *L, B, ...]`; or what the source draws them from, every leaf `[*L, ...]`.
+        keys: `[K, *L]`, what the losses, and the source, draw from; K is a multiple of the cycle's length.
         cycle: the groups that move in the first step, the second, ..., and again from the start.
         copies: which copies move after each step, and how far, `[K, *L]` each.
         methods: lifelong methods, in order.
+        source: draws every minibatch after the step before, and is told the errors of its samples.
 
     Returns:
         The new state, and the means of the reports of the cycles' last steps, `{name: [*L]}`.
     """
     copies, count = copies or {}, len(keys)
     capture = _capture(learner, [group for groups in cycle for group in groups], methods)
-    if capture is not None:
-        rates = {copy.name: rate for copy, rate in copies.items()}
-        each = {"batch": batches, "key": keys, "rates": rates}
-        work = Steps({}, {}, each, count, tuple(map(tuple, cycle)), tuple(copies), report=True, methods=tuple(methods))
-        state, reports = recorded_descents(capture, learner, state, work)
-        _count_steps(state, count)
-    else:
-        rows = []
-        for number in range(count):
-            batch, last = tree.map(lambda x: x[number], batches), number % len(cycle) == len(cycle) - 1  # noqa: B023
-            groups = cycle[number % len(cycle)]
-            state, info = step(learner, state, batch, groups, methods=methods, key=keys[number], report=last)
-            for copy, rate in copies.items():
-                follow(state, copy, rate[number])
-            rows += [info] if last else []
-        reports = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    each = {"key": keys, "rates": {copy.name: rate for copy, rate in copies.items()}}
+    work = Steps(
+        {} if source is None else batches,
+        {},
+        each if source is not None else {**each, "batch": batches},
+        count,
+        tuple(map(tuple, cycle)),
+        tuple(copies),
+        report=True,
+        methods=tuple(methods),
+        source=source,
+    )
+    state, reports = recorded_descents(capture or Capture(backends=()), learner, state, work)
+    _count_steps(state, count)
     return state, {name: values.mean(0) for name, values in reports.items()}
 
 

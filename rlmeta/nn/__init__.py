@@ -25,14 +25,17 @@ from rlmeta.nn.heads.choose import PolicyHead, head_for
 from rlmeta.nn.heads.common import Distribution
 from rlmeta.nn.heads.deterministic import DeterministicHead
 from rlmeta.nn.heads.discrete import BernoulliHead, CategoricalHead, MultiDiscreteHead, allowed
+from rlmeta.nn.heads.distributional import CategoricalQHead, QuantileQHead
 from rlmeta.nn.heads.gaussian import GaussianHead, TanhGaussianHead
 from rlmeta.nn.heads.noise import StateDependentNoiseHead, TanhStateDependentNoiseHead
+from rlmeta.nn.heads.streams import ActionStreams, StreamOptions
 from rlmeta.nn.heads.values import QHead, ValueHead
 from rlmeta.nn.initialisers import Initialiser, initialise
 from rlmeta.nn.lift import Sequential, lift
 from rlmeta.nn.lifted import Lifted
 from rlmeta.nn.linear import Activation, ActivationName, Flatten, Linear
 from rlmeta.nn.mlp import MLP
+from rlmeta.nn.noisy import NoisyLinear
 from rlmeta.nn.norm import BatchNorm1d, LayerNorm
 from rlmeta.nn.pictures import Layout, Picture, impala_cnn, minatar_cnn, nature_cnn, picture_cnn, picture_layout
 from rlmeta.nn.recurrent import ElmanCell, GRUCell, LSTMCell, Recurrent
@@ -44,6 +47,7 @@ from rlmeta.nn.weight_norm import NormedWeight
 __all__ = [
     "MLP",
     "ActionBounds",
+    "ActionStreams",
     "ActionUnits",
     "Activation",
     "ActivationName",
@@ -53,6 +57,7 @@ __all__ = [
     "BernoulliHead",
     "Block",
     "CategoricalHead",
+    "CategoricalQHead",
     "Choose",
     "Context",
     "DeterministicHead",
@@ -77,14 +82,17 @@ __all__ = [
     "MultiDiscreteHead",
     "MultiHeadAttention",
     "NeedsKey",
+    "NoisyLinear",
     "NormedWeight",
     "Params",
     "Picture",
     "PolicyHead",
     "QHead",
+    "QuantileQHead",
     "Recurrent",
     "Sequential",
     "StateDependentNoiseHead",
+    "StreamOptions",
     "TanhGaussianHead",
     "TanhStateDependentNoiseHead",
     "Transformer",

@@ -16,7 +16,7 @@ from rlmeta.rewards import EpisodicCounts, PotentialShaping
 
 AGENTS = (PPO, A2C, REINFORCE, DQN, BehaviourCloning, GAIL, IRL)
 FIELDS = [(cls, f.name) for cls in AGENTS for f in dataclasses.fields(cls)]
-ANY_NUMBER = {"initial_log_std"}  # the only one that may be below 0
+ANY_NUMBER = {"initial_log_std", "v_min", "v_max"}  # those that may be below 0
 
 
 def hint_of(cls: type, name: str) -> typing.Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 import rlmeta.functional
 from rlmeta.functional import (
     axes,
+    distributional,
     normalise,
     optim,
     packed,
@@ -25,6 +26,7 @@ from rlmeta.functional import (
     random,
     schedules,
     statistics,
+    sum_tree,
     tabular,
     tree,
     trust_region,
@@ -127,6 +129,9 @@ def scheduled(schedule: schedules.Schedule) -> Any:
 
 
 ENDS = torch.tensor([1.0, 2.0, 3.0], device="cpu")
+ROWS = SQUARE["reward"][..., 0], SQUARE["discount"][..., 0]
+DISTRIBUTIONS = SQUARE["x"], SQUARE["value"].softmax(-1)
+WEIGHTS, SHARES = numbers("weights", 3, 5).abs(), numbers("shares", 3, 3, dtype=DOUBLE).sigmoid()
 CALLS: dict[str, Callable[[], Any]] = {
     "axes.align": lambda: axes.align(BY_NAME["gamma"], SQUARE["x"]),
     "distributions.multi_discrete_log_prob": lambda: called(
@@ -156,6 +161,22 @@ CALLS: dict[str, Callable[[], Any]] = {
     "losses.double_q_target": lambda: called(
         "losses.double_q_target", reward=SQUARE["reward"][..., 0], discount=SQUARE["discount"][..., 0]
     ),
+    "losses.huber_error": lambda: called("losses.huber_error", delta=BY_NAME["gamma"]),
+    "distributional.support": lambda: distributional.support(ENDS, 4.0, SQUARE["x"]),
+    "distributional.categorical_projection": lambda: distributional.categorical_projection(
+        SQUARE["x"].softmax(-1), *ROWS, -ENDS, ENDS
+    ),
+    "distributional.categorical_divergence": lambda: distributional.categorical_divergence(*DISTRIBUTIONS),
+    "distributional.categorical_loss": lambda: distributional.categorical_loss(*DISTRIBUTIONS, FLAGS[..., 0]),
+    "distributional.quantile_target": lambda: distributional.quantile_target(SQUARE["x"], *ROWS),
+    "distributional.quantile_huber": lambda: distributional.quantile_huber(*DISTRIBUTIONS, RATES),
+    "distributional.quantile_loss": lambda: distributional.quantile_loss(*DISTRIBUTIONS, 0.5, FLAGS[..., 0]),
+    "distributional.weighted_mean": lambda: distributional.weighted_mean(ROWS[0], FLAGS[..., 0], ROWS[1].abs()),
+    "sum_tree.build": lambda: sum_tree.build(WEIGHTS),
+    "sum_tree.total": lambda: sum_tree.total(sum_tree.build(WEIGHTS)),
+    "sum_tree.weights_of": lambda: sum_tree.weights_of(sum_tree.build(WEIGHTS), 5),
+    "sum_tree.find": lambda: sum_tree.find(sum_tree.build(WEIGHTS), SHARES),
+    "sum_tree.replace": lambda: sum_tree.replace(sum_tree.build(WEIGHTS), CHOSEN, ROWS[0].abs()),
     "evolution.evolution_gradient": lambda: called("evolution.evolution_gradient", sigma=0.5),
     "fisher.categorical_fisher": lambda: [
         fisher.categorical_fisher(linear, {"weights": PARAMS}, SQUARE["value"], 1, kind, **labels)

@@ -308,12 +308,13 @@ def test_noise_head_refuses_a_key_of_other_learners() -> None:
 def test_value_heads(learner_shape: tuple[int, ...]) -> None:
     value, q = nn.ValueHead(FEATURES), nn.QHead(FEATURES, 3)
     x = data(*learner_shape, 3, 3, FEATURES)
-    for head, shape in ((value, ()), (q, (3,))):
+    for head, shape, name in ((value, (), "linear."), (q, (3,), "streams.linear.")):
         params = scattered(nn.stack(lambda head=head: head, keys(*learner_shape)))
         out = nn.apply(head, params, x)
         assert out.shape == (*learner_shape, 3, 3, *shape)
         for i in indices(learner_shape):
-            expected = torch.nn.functional.linear(x[i], params["linear.weight"][i], params["linear.bias"][i])
+            weight, bias = params[f"{name}weight"][i], params[f"{name}bias"][i]
+            expected = torch.nn.functional.linear(x[i], weight, bias)
             assert_close(out[i], expected.reshape(3, 3, *shape))
     best = q.mode(out)
     assert torch.equal(best, out.argmax(-1))

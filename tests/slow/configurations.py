@@ -86,6 +86,7 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
         lambda: rl.task("CartPole-positions"),
         6_000,
     ),
+    "rainbow": _agent(lambda: rl.Rainbow(**_REPLAYED, target_every=50), lambda: rl.task("CartPole-v1"), 3_000),
     "sac": _agent(lambda: rl.SAC(**_REPLAYED), lambda: rl.task("Pendulum-v1"), 3_000),
     "td3": _agent(lambda: rl.TD3(**_REPLAYED), lambda: rl.task("Pendulum-v1", native=False), 3_000),
     "sac-gsde": _agent(

@@ -14,4 +14,4 @@ parameters of their distribution are in the policy's (`ActionUnits`); so are den
 Gaussians, which differ from those in the environment's units by a constant.
 """
 
-__all__ = ["choose", "common", "discrete", "gaussian", "noise", "values"]
+__all__ = ["choose", "common", "deterministic", "discrete", "distributional", "gaussian", "noise", "streams", "values"]
