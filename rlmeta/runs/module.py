@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -17,7 +18,7 @@ from rlmeta.nn import Block, Context, bare
 from rlmeta.supervised.learner import Supervised
 
 ACTION = "action"
-"""Name of the module that maps observations to actions for `env.step`."""
+"""Name of the module that maps observations to actions for `env.step`, as `run.act(..., deterministic=True)` does."""
 
 
 class TrainedModule(nn.Module):
@@ -47,7 +48,7 @@ class TrainedModule(nn.Module):
                 f"the learner is recurrent, it keeps a memory between steps, so {name!r} is not a function of the "
                 "observation alone: use run.act(observation, memory)"
             )
-        self.name, self._learner = name, learner
+        self.name, self._learner = name, _without_training(learner)
         self._networks = None if isinstance(learner, Supervised) else dict(bare(learner.networks))
         self._names = dict[str, str]()
         for path, leaf in tree.flatten(needed).items():
@@ -62,8 +63,9 @@ class TrainedModule(nn.Module):
         """Network output for observations `[B, ...]`.
 
         Returns:
-            For `ACTION` the policy's mode `[B, ...]`; else the network's output `[B, ...]`: logits, action values, a
-            state value or a prediction; `{"mean": [B, A], "log_std": [B, A]}` if a distribution has several parameters.
+            For `ACTION` the policy's mode as an action of the environment `[B, ...]`; else the network's output `[B,
+            ...]`: logits, action values, a state value, a prediction, or a distribution's parameters, before any tanh,
+            scaling or clipping makes them an action: `{"mean": [B, A], "log_std": [B, A]}` if there are several.
         """
         p = tree.unflatten({path: getattr(self, name) for path, name in self._names.items()})
         p = {"buffers": {}, "normalisers": {}, "hyper": {}, **p}
@@ -78,8 +80,34 @@ class TrainedModule(nn.Module):
         return to_env_action(learner.action_space, action)
 
 
+def _without_training(learner: Any) -> Any:
+    """Copy of a learner without what only training needs, some of which cannot be pickled, and all of which is large.
+
+    That are recorded programs, methods and rewards, demonstrations, and functions that build a user's networks.
+    """
+    copied = copy.copy(learner)
+    copied.settings = copy.copy(learner.settings)
+    for name, nothing in _ONLY_TRAINING.items():
+        for part in (copied, copied.settings):
+            if name in vars(part):
+                object.__setattr__(part, name, nothing)  # settings are frozen
+    return copied
+
+
+_ONLY_TRAINING: dict[str, Any] = {
+    "capture": None,
+    "streams": None,
+    "pretrain": None,
+    "network": None,
+    "demonstrations": None,
+    "methods": (),
+    "rewards": (),
+}
+"""Attributes of a learner and its settings that no forward pass uses, and what they are then."""
+
+
 def names_of(learner: Any) -> list[str]:
-    """Names of the modules that a learner can be exported as: its networks, the acting one first, and `ACTION`.
+    """Names of the modules that a learner can be exported as: `ACTION` first if it acts, then its networks.
 
     Raises:
         SettingError: none of its networks takes observations.
@@ -90,7 +118,7 @@ def names_of(learner: Any) -> list[str]:
         raise SettingError(f"{type(learner).__name__} has no network of observations: its parameters are in run.state")
     networks = bare(learner.networks)
     of_observations = [name for name in networks if name not in learner.beside_observations]
-    return [*dict.fromkeys([learner.acting_network or next(iter(networks)), *of_observations]), ACTION]
+    return [*dict.fromkeys([ACTION, learner.acting_network or next(iter(networks)), *of_observations])]
 
 
 def network_output(learner: Any, networks: dict[str, Block], p: Params, name: str, observation: Tree) -> Any:
