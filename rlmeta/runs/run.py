@@ -238,7 +238,7 @@ class Run:
         p = tree.map(lambda leaf: leaf[learner], self.agent.effective_params(state))
         batch = spaces.batch_size(self.world.observation_space, observation)
         rows = () if batch is None else (batch,)
-        observed = spaces.to_tree(self.world.observation_space, observation, rows)
+        observed = spaces.to_tree(self.world.observation_space, observation, rows, "the caller")
         if any(bool(leaf.isnan().any()) for leaf in tree.leaves(observed) if leaf.is_floating_point()):
             raise SpaceError("the observation to act on holds NaN")
         if batch is None:
@@ -271,8 +271,9 @@ class Run:
 
         Raises:
             SettingError: the run's learner is not a meta-learner on support sets; support and query do not fit
-                together; a class has no sample; steps is negative.
-            SpaceError: inputs or targets are not in the tasks' spaces.
+                together; a class has no sample; steps is no whole number from 0 on.
+            SpaceError: inputs or targets have another shape or type than the tasks', or are whole numbers outside of
+                their bounds, such as bytes of a picture for 0 to 1; floats outside of them are used with a warning.
         """
         agent: Any = self.agent
         if not agent.answers:

@@ -229,6 +229,8 @@ def test_critics_of_actions_are_no_modules_of_observations(agent):
         run.module(name="q")
     with pytest.raises(rl.RlmetaError, match="holds NaN"):
         run.act(np.full(3, np.nan, np.float32))
+    with pytest.raises(rl.RlmetaError, match=r"has the shape \[4\] and dtype float32, expected \[3\], or \[B, 3\]"):
+        run.act(np.zeros(4, np.float32))
 
 
 def test_a_classifier_is_told_apart_from_what_acts():
