@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import gymnasium as gym
@@ -83,14 +84,16 @@ class TrainedModule(nn.Module):
 def _without_training(learner: Any) -> Any:
     """Copy of a learner without what only training needs, some of which cannot be pickled, and all of which is large.
 
-    That are recorded programs, methods and rewards, demonstrations, and functions that build a user's networks.
+    Those are recorded programs, methods and rewards, demonstrations, and functions that build a user's networks.
     """
     copied = copy.copy(learner)
     copied.settings = copy.copy(learner.settings)
+    fields = {field.name for field in dataclasses.fields(copied.settings)}
     for name, nothing in _ONLY_TRAINING.items():
-        for part in (copied, copied.settings):
-            if name in vars(part):
-                object.__setattr__(part, name, nothing)  # settings are frozen
+        if name in vars(copied):
+            setattr(copied, name, nothing)
+        if name in fields:
+            object.__setattr__(copied.settings, name, nothing)  # they are frozen, and not checked again
     return copied
 
 
