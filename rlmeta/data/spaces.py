@@ -432,7 +432,7 @@ def batch_size(space: gym.Space[Any], value: Any) -> int | None:
     """Batch size of observations that a caller gives; None for a single observation.
 
     Raises:
-        SpaceError: they have another shape, dtype or unit than the space; a Tuple's observation, or batch of them, is
+        SpaceError: they have another shape or dtype than the space; a Tuple's observation, or batch of them, is
             no tuple of as many parts.
     """
     _check_tuples(space, value)
@@ -446,7 +446,6 @@ def batch_size(space: gym.Space[Any], value: Any) -> int | None:
                 f"the observation{leaf.where} to act on has the shape {list(array.shape)} and dtype {array.dtype}, "
                 f"expected {list(leaf.shape)}, or [B{shape}] for a batch, of {leaf.space}"
             )
-        leaf.check_unit(array, "the observations")
         sizes.add(rows[0] if rows else None)
     if len(sizes) > 1:
         shown = ", ".join("none" if size is None else str(size) for size in sizes)

@@ -416,7 +416,6 @@ PARTS = spaces.Dict({"a": spaces.Box(0, 1, (2,)), "b": spaces.Discrete(3)})
         (spaces.Box(-1, 1, (2,)), [[0.0], [0.0, 1.0]], "dtype object"),
         (spaces.Box(-1, 1, (2,)), "left", "dtype <U4"),
         (spaces.Discrete(3), 1.0, "dtype float64"),
-        (spaces.Box(0, 1, (2,)), np.array([0, 255], np.uint8), "are uint8 from 0 to 255, outside of Box.*: scale them"),
         (PARTS, {"a": np.zeros(3), "b": 1}, r"the observation at 'a' to act on has the shape \[3\]"),
         (PARTS, {"a": np.zeros((4, 2)), "b": np.zeros(3, int)}, "have batches of"),
         (PARTS, {"a": np.zeros(2)}, "the caller gave an observation without 'b'"),
@@ -430,4 +429,4 @@ def test_what_a_caller_cannot_act_on_is_the_callers(space: Any, value: Any, reas
 
 def test_the_size_of_a_batch_is_that_of_every_part() -> None:
     assert batch_size(PARTS, {"a": np.zeros((4, 2)), "b": np.zeros(4, int)}) == 4
-    assert batch_size(PARTS, {"a": np.array([0, 1], np.uint8), "b": 1}) is None
+    assert batch_size(PARTS, {"a": np.array([0, 7], np.uint8), "b": 1}) is None, "an environment may show these, too"
