@@ -156,10 +156,14 @@ def observed(space: gym.Space, value: Any) -> Tree:
 
 
 def to_env_action(space: gym.Space, action: Tensor) -> Tensor:
-    """Convert policy actions `[B, ...]` to environment actions: clipped to the bounds, discrete ones from `start`."""
+    """Convert policy actions `[B, ...]` to environment actions, of the space's dtype.
+
+    Those of a Box are clipped to its bounds, discrete ones count from `start`.
+    """
     if isinstance(space, gym.spaces.Box):
         low, high = (torch.as_tensor(bound, device=action.device) for bound in (space.low, space.high))
         if space.dtype.kind in "iu":
             return action.clamp(low.to(action), high.to(action)).round().to(low.dtype)
         return action.to(low.dtype).clamp(low, high)
-    return action + torch.as_tensor(getattr(space, "start", 0), device=action.device)
+    action = action + torch.as_tensor(getattr(space, "start", 0), device=action.device)
+    return action.to(getattr(torch, np.dtype(space.dtype).name))

@@ -74,6 +74,7 @@ AGENTS = {
         rl.task(Many, name="many"),
     ),
     "own": (rl.A2C(**SMALL), rl.task(partial(Target, "box"), name="own")),
+    "binary": (rl.A2C(**SMALL), rl.task(partial(Target, "multibinary"), name="binary")),
     "sac": (rl.SAC(capacity=400, learning_starts=100, hidden_sizes=(8,)), "Pendulum-v1"),
     "td3": (rl.TD3(capacity=400, learning_starts=100, hidden_sizes=(8,)), "Pendulum-v1"),
 }
@@ -119,7 +120,7 @@ def test_the_module_does_what_the_run_does(name):
     found = run.module(1, "q" if name.startswith("dqn") else "policy")(observation)
     if isinstance(found, dict):
         assert found["mean"].shape == found["log_std"].shape
-    elif not isinstance(run.world.action_space, gym.spaces.Box):
+    elif isinstance(run.world.action_space, gym.spaces.Discrete):
         start = int(run.world.action_space.start)
         assert (found.argmax(-1) + start).equal(expected)
 
