@@ -56,7 +56,7 @@ def test_a_minibatch_has_the_log_probabilities_and_values_that_were_acted_by(see
     log_probs, values = [], []
     for t in range(T):  # as it was acted, step by step
         step = tree.map(lambda x: x[:, t], {name: x for name, x in rollout.items() if name != "first_memory"})  # noqa: B023
-        inputs = agent.recurrence.present(step["observation"], memory)
+        inputs = agent.recurrence.acting_inputs(step["observation"], memory)
         distribution, value = agent._evaluate(p, inputs, rl.nn.Context())
         log_probs.append(agent.head.log_prob(distribution, step["action"]))
         values.append(value)
