@@ -47,17 +47,21 @@ SETTINGS = Settings()
 def network(world: DataWorld, s: Settings = SETTINGS) -> Sequential:
     """f: from inputs `[*L, B, ...]` to a logit for every class, `[*L, B, C]`."""
     encoder = Encoder(world.observation_space)  # flat, and bytes divided by their bound
-    return Sequential(encoder, MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), "relu", None, "torch"))
+    mlp = MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), activation="relu", initialiser="torch")
+    return Sequential(encoder, mlp)
 
 
 def logits(net: Sequential, weights: Params, batch: Batch, ctx: Context | None = None) -> Tensor:
-    """f, with minus infinity for the classes of other tasks where the task is known."""
+    """f, with minus infinity for the classes of other tasks where the task is known.
+
+    `ctx` is what `categorical_fisher` hands over, to see every layer's input; without one `apply` evaluates.
+    """
     answers = apply(net, weights, batch["observation"], ctx)
     return answers.masked_fill(~batch["allowed"], -torch.inf) if "allowed" in batch else answers
 
 
 def flat(weights: Params) -> Tensor:
-    """All weights of a learner in one row, `{name: [seeds, ...]}` -> `[seeds, P]`."""
+    """All weights of a learner in one row, `{name: [seeds, ...]}` -> `[seeds, P]`; `categorical_fisher`'s order too."""
     return torch.cat([weight.flatten(1) for weight in weights.values()], -1)
 
 

@@ -47,7 +47,8 @@ SETTINGS = Settings()
 def network(world: DataWorld, s: Settings = SETTINGS) -> Sequential:
     """f: from inputs `[*L, B, ...]` to a logit for every class, `[*L, B, C]`."""
     encoder = Encoder(world.observation_space)  # flat, and bytes divided by their bound
-    return Sequential(encoder, MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), "relu", None, "torch"))
+    mlp = MLP(encoder.features, s.hidden_sizes, int(world.action_space.n), activation="relu", initialiser="torch")
+    return Sequential(encoder, mlp)
 
 
 def logits(net: Sequential, weights: Params, batch: Batch) -> Tensor:

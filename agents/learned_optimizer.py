@@ -64,6 +64,7 @@ def features(gradient: Tensor, k: float = 10.0) -> Tensor:
 
 def lstm(phi: Params, x: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """From features `[seeds, K, D, 2]` to updates `[seeds, K, D]`, and the memory after them."""
+    # Context(): evaluation; phi is of all three, and the last argument what its names begin with
     first = NET["first"].run(phi, {"input": x, **memory["first"]}, Context(), "first.")
     second = NET["second"].run(phi, {"input": first["hidden"], **memory["second"]}, Context(), "second.")
     output = NET["output"].run(phi, second["hidden"], Context(), "output.")

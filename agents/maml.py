@@ -44,7 +44,7 @@ FAMILY = Sinusoid(shots=10, queries=10)
 
 def network() -> MLP:
     """f: from x to y, `[*L, points, 1]` to the same."""
-    return MLP(1, (40, 40), 1, "relu", initialiser="torch")
+    return MLP(1, (40, 40), 1, activation="relu", initialiser="torch")
 
 
 NET = network()

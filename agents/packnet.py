@@ -34,14 +34,14 @@ Owner = dict[str, Tensor]
 BATCH_SIZE = 32
 HIDDEN_SIZES = (100, 100)
 ADAM = optim.adam(1e-3)
-RETRAIN = 0.5
-"""Steps after the pruning, as a part of those before."""
+RETRAIN = 0.5  # steps after the pruning, as a part of those before
 
 
 def network(world: DataWorld) -> Sequential:
     """f: from inputs `[*L, B, ...]` to a logit for every class, `[*L, B, C]`."""
     encoder = Encoder(world.observation_space)  # flat, and bytes divided by their bound
-    return Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES, int(world.action_space.n), "relu", None, "torch"))
+    mlp = MLP(encoder.features, HIDDEN_SIZES, int(world.action_space.n), activation="relu", initialiser="torch")
+    return Sequential(encoder, mlp)
 
 
 def logits(net: Sequential, weights: Params, batch: Batch) -> Tensor:

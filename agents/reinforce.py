@@ -21,7 +21,7 @@ from torch import Tensor
 import rlmeta as rl
 from rlmeta.envs.world import State, World
 from rlmeta.functional import losses, optim, random, returns, tree
-from rlmeta.nn import MLP, Block, Context, Encoder, Sequential, ValueHead, head_for, stack
+from rlmeta.nn import MLP, Block, Encoder, Sequential, ValueHead, apply, head_for, stack
 
 NUM_ENVS, NUM_STEPS = 8, 128  # environments of each seed, steps in each between updates
 LEARNING_RATE = 3e-3  # falls to 0 in a straight line
@@ -32,19 +32,21 @@ HIDDEN_SIZES = (64, 64)
 
 
 def make_networks(world: World) -> dict[str, Block]:
-    """The policy, whose head (also by itself) knows the distribution over actions, and the value of a state."""
+    """The policy, from observations to a distribution over actions, and the value of a state."""
     encoder, features = Encoder(world.observation_space), HIDDEN_SIZES[-1]
     head = head_for(world.action_space, features)
     return {
         "policy": Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES, activation="tanh"), head),
         "value": Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES, activation="tanh"), ValueHead(features)),
-        "head": head,
+        "head": head,  # the policy's, once more for what needs no weights: to sample from what the policy gave
     }
 
 
 def run(networks: dict, name: str, weights: dict, x: tree.Tree) -> tree.Tree:
     """What a network gives for `x` `[S, ..., D]`: each seed's rows go through its own weights."""
-    return networks[name].run(weights, x, Context(), f"{name}.")
+    # both networks' weights are one dictionary, "policy.2.linear.weight", ..., since their gradient is clipped as one
+    own = {key.removeprefix(f"{name}."): weight for key, weight in weights.items() if key.startswith(f"{name}.")}
+    return apply(networks[name], own, x)
 
 
 @torch.no_grad()
@@ -97,6 +99,7 @@ def train(task: str = "CartPole-v1", seeds: int = 8, steps: int = 500_000) -> tu
     """The networks, and the weights of `seeds` learners after so many steps each."""
     world, key = rl.task(task).world((seeds,), NUM_ENVS), random.make_keys(range(seeds))
     networks = make_networks(world)  # only their form counts, the seeds' weights are these
+    # a ModuleDict puts each network's name before its weights'; the head's are in the policy already
     weights = stack(lambda: torch.nn.ModuleDict(make_networks(world)), random.fold(key, "initialisation"))
     moments = optim.adam().init(weights, key.shape)
     state = world.reset(random.fold(key, "world"))

@@ -38,8 +38,9 @@ CRITICS, HIDDEN_SIZES = 2, (64, 64)
 
 
 def make_networks(world: World) -> dict[str, Block]:
-    """The policy, whose head (also by itself) knows a Gaussian squashed into the bounds, and the critics."""
+    """The policy, whose head (also by itself: it samples without weights) squashes a Gaussian, and the critics."""
     encoder, features = Encoder(world.observation_space), HIDDEN_SIZES[-1]
+    # of the last layer; with the small initial_scale of on-policy agents all first actions would be near the middle
     head = head_for(world.action_space, features, initial_scale=1.0, action_bounds="squash")
     body = partial(MLP, hidden_sizes=HIDDEN_SIZES, activation="relu", initialiser="torch")
     both = encoder.features + math.prod(world.action_space.shape)
@@ -49,7 +50,7 @@ def make_networks(world: World) -> dict[str, Block]:
 
 def values(networks: dict, weights: dict, observation: tree.Tree, action: Tensor) -> Tensor:
     """What all critics give for actions `[S, B, ...]`, `[S, critics, B]`."""
-    action = networks["head"].units.to_policy(action)
+    action = networks["head"].units.to_policy(action)  # from the bounds to -1 ... 1
     return apply(networks["q"], weights, torch.cat([networks["encoder"](observation), action], -1))
 
 
@@ -80,7 +81,7 @@ def losses_of(networks: dict, weights: dict, batch: dict, key: Tensor) -> dict[s
     now = apply(policy, weights["policy"], batch["observation"])
     action, log_prob = head.sample_log_prob(now, random.fold(key, "action"))
     q = values(networks, weights["q"], batch["observation"], action).amin(1)
-    wanted = TARGET_ENTROPY * action[0, 0].numel() + head.log_half_width
+    wanted = TARGET_ENTROPY * action[0, 0].numel() + head.log_half_width  # H is of -1 ... 1, log_prob of the bounds
     return {
         "policy": -masked_mean(losses.soft_value(q, log_prob, alpha), valid),
         "q": masked_mean(error, valid.unsqueeze(1).expand_as(error)).sum(-1),
@@ -93,7 +94,7 @@ def update(networks: dict, weights: dict, moments: dict, memory: State, key: Ten
     rates = {"policy": ACTOR_LEARNING_RATE, "q": CRITIC_LEARNING_RATE, "temperature": TEMPERATURE_LEARNING_RATE}
     for k in range(first, first + GRADIENT_STEPS):
         now = random.fold(key, k)
-        batch = replay.sample(memory, now, BATCH_SIZE, torch.full(key.shape, GAMMA))
+        batch = replay.sample(memory, now, BATCH_SIZE, torch.full(key.shape, GAMMA))  # with their discount, 0 at an end
         leaves = tree.map(lambda weight: weight.detach().requires_grad_(), weights)
         for name, loss in losses_of(networks, leaves, batch, now).items():
             own = leaves[name]  # no actor's gradient reaches a critic; seeds share no weight, so their sum will do

@@ -86,18 +86,19 @@ def require_choice(what: str, value: object, choices: Any) -> None:
         raise SettingError(f"{what} is {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
-def require_count(what: str, value: object) -> None:
-    """Check that a value is a whole number of at least 1.
+def require_count(what: str, value: object, least: int = 1) -> None:
+    """Check that a value is a whole number of at least `least`.
 
     Args:
         what: name of the setting, for the message.
         value: to check.
+        least: smallest allowed.
 
     Raises:
         SettingError: the value is no such number.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise SettingError(f"{what} is {value!r}, expected a whole number, at least 1")
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise SettingError(f"{what} is {value!r}, expected a whole number, at least {least}")
 
 
 LONGEST_LIST = 600

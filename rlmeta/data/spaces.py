@@ -119,15 +119,8 @@ class Leaf:
         Raises:
             SpaceError: wrong shape or dtype, or an element that a discrete space doesn't have.
         """
-        try:
-            array = np.asarray(value)
-        except ValueError:  # ragged
-            array = np.asarray(value, dtype=object)
-        if self.is_box:
-            fits = np.can_cast(array.dtype, self.dtype, "same_kind")
-        else:
-            fits = array.dtype.kind in "biu"
-        if not fits or array.shape != leading + self.shape:
+        array = _array(value)
+        if not self.fits(array) or array.shape != leading + self.shape:
             raise SpaceError(
                 f"{source} gave an observation{self.where} of shape {array.shape} and dtype {array.dtype}, but its "
                 f"space {self.space} declares shape {leading + self.shape} and dtype {self.dtype}: "
@@ -136,6 +129,33 @@ class Leaf:
         if self.is_box:
             return np.array(array, self.stored)
         return self._in_range(np.asarray(array.astype(np.int64) - self.start), f"{source} gave an observation")
+
+    def fits(self, array: Array) -> bool:
+        """Whether an array's dtype can be read as one of this space without losing more than precision."""
+        if self.is_box:
+            return np.can_cast(array.dtype, self.dtype, "same_kind")
+        return array.dtype.kind in "biu"
+
+    def check_unit(self, array: Array, what: str) -> None:
+        """Refuse whole numbers for a Box of floats that lie outside of it, such as bytes of a picture for 0 to 1.
+
+        Args:
+            array: `[..., *shape]`.
+            what: `array` is, in the plural, for the message.
+
+        Raises:
+            SpaceError: some lie outside.
+        """
+        if self.is_box and self.dtype.kind == "f" and array.dtype.kind in "iu" and self.outside(array):
+            raise SpaceError(
+                f"{what}{self.where} are {array.dtype} from {array.min()} to {array.max()}, outside of {self.space}: "
+                "scale them as the task's are"
+            )
+
+    def outside(self, array: Array) -> bool:
+        """Whether some values `[..., *shape]` are outside of the bounds of a Box; False for other spaces."""
+        low, high = self.bounds or (-np.inf, np.inf)
+        return bool(((array < low) | (array > high)).any())
 
     def to_stored_action(self, action: Any, leading: tuple[int, ...]) -> Array:
         """Convert policy actions `[*leading, *shape]`, a tensor or an array, to the stored dtype.
@@ -409,15 +429,36 @@ def to_tree(space: gym.Space[Any], value: Any, batch: tuple[int, ...] = (), sour
 
 
 def batch_size(space: gym.Space[Any], value: Any) -> int | None:
-    """Batch size of observations, by their first array; None for a single observation.
+    """Batch size of observations that a caller gives; None for a single observation.
 
     Raises:
-        SpaceError: a Tuple's observation, or batch of them, is no tuple of as many parts.
+        SpaceError: they have another shape or dtype than the space; a Tuple's observation, or batch of them, is
+            no tuple of as many parts.
     """
     _check_tuples(space, value)
-    leaf = Layout(space).leaves[0]
-    shape = np.shape(pick(value, leaf.path, "the caller"))
-    return int(shape[0]) if len(shape) == len(leaf.shape) + 1 else None
+    sizes = set[int | None]()
+    for leaf in Layout(space).leaves:
+        array = _array(pick(value, leaf.path, "the caller"))
+        rows = array.shape[: max(array.ndim - len(leaf.shape), 0)]
+        if not leaf.fits(array) or array.shape != rows + leaf.shape or len(rows) > 1:
+            shape = "".join(f", {size}" for size in leaf.shape)
+            raise SpaceError(
+                f"the observation{leaf.where} to act on has the shape {list(array.shape)} and dtype {array.dtype}, "
+                f"expected {list(leaf.shape)}, or [B{shape}] for a batch, of {leaf.space}"
+            )
+        sizes.add(rows[0] if rows else None)
+    if len(sizes) > 1:
+        shown = ", ".join("none" if size is None else str(size) for size in sizes)
+        raise SpaceError(f"the parts of the observation to act on have batches of {shown}, expected one size")
+    return sizes.pop()
+
+
+def _array(value: Any) -> Array:
+    """Convert a caller's value to an array, a ragged one to an array of objects."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.asarray(value, dtype=object)
 
 
 def _check_tuples(space: gym.Space[Any], value: Any) -> None:

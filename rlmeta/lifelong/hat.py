@@ -243,8 +243,9 @@ class Layer(NamedTuple):
 
 
 NO_CHAIN = (
-    "HAT gates the units of linear layers in a row, at least one of them hidden: leave network and "
-    "share_network to their defaults, set hidden_sizes, and let actions be discrete and observations no pictures"
+    "HAT gates the units of linear layers in a row, at least one of them hidden, with one last layer: leave network, "
+    "share_network, memory and task_heads at their defaults, set hidden_sizes, and let actions be discrete and "
+    "observations no pictures"
 )
 
 

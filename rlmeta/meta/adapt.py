@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rlmeta.errors import SettingError, require_choice
+from rlmeta.errors import SettingError, require_choice, require_count
 from rlmeta.functional.optim import Optimizer, State, Tensors, apply_updates
 from rlmeta.nn.product import plain_graph
 
@@ -55,11 +55,10 @@ def adapt(
         state: of the optimizer; None for a fresh one.
 
     Raises:
-        SettingError: the loss does not depend on the weights, or steps is negative.
+        SettingError: the loss does not depend on the weights, or steps is no whole number from 0 on.
     """
     require_choice("order", order, Order)
-    if steps < 0:
-        raise SettingError(f"{steps} inner steps, expected 0 or more")
+    require_count("steps", steps, 0)
     names = list(weights)
     frozen = {n: w for n, w in weights.items() if isinstance(w, nn.Parameter) and not w.requires_grad}
     weights = {n: w for n, w in weights.items() if n not in frozen}

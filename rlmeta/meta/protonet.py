@@ -28,7 +28,7 @@ from rlmeta.engine.capture import Capture
 from rlmeta.envs.families import FamilyWorld
 from rlmeta.envs.task import TaskFamily
 from rlmeta.envs.task_families import minimises
-from rlmeta.errors import SettingError
+from rlmeta.errors import SettingError, require_count
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.schedules import ScheduleName, anneal
 from rlmeta.learning.evaluate import Evaluation
@@ -207,8 +207,10 @@ class ProtoNetLearner:
         """Predict logits of the query's inputs from the support, `[*L, K, B, C]`.
 
         Raises:
-            SettingError: steps, of which it takes none.
+            SettingError: any steps, of which it takes none.
         """
+        if steps is not None:
+            require_count("steps", steps, 0)
         require(not steps, f"ProtoNet averages the support, it can't take {steps} steps: leave steps out")
         return self.logits(p, support, query, Context())
 

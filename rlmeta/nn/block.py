@@ -98,6 +98,10 @@ class Block(nn.Module, metaclass=_Finished):
         """Whether tied weights of this block are one tensor in `params`, under their first name."""
         return False
 
+    def trains_otherwise(self) -> bool:
+        """Whether this block itself, in its own mode, computes something else in training than in evaluation."""
+        return False
+
     def trains(self, ctx: Context) -> bool:
         """Whether this block itself is in training mode: the context trains, and it was not put in `eval()`."""
         return ctx.training and self.training
@@ -251,8 +255,39 @@ def apply(block: Block, params: Params, x: Tree, ctx: Context | None = None) -> 
 
     Raises:
         ValueError: `x` does not start with the learner axes of `params`, or its features do not fit.
+        SettingError: there is no context, gradients of `params` are recorded, and a part in training mode (dropout,
+            batch normalisation) would be evaluated: it does not follow whether that is meant.
     """
-    return block.run(params, x, Context() if ctx is None else ctx)
+    if ctx is None:
+        _check_mode(block, params)
+        ctx = Context()
+    return block.run(params, x, ctx)
+
+
+def _check_mode(block: Block, params: Params) -> None:
+    """Refuse to differentiate an evaluation that nobody asked for, of a block that trains otherwise."""
+    if not torch.is_grad_enabled() or not any(value.requires_grad for value in params.values()):
+        return
+    for name, part in block.named_modules():
+        if differs_in_training(part):
+            raise SettingError(
+                f"{type(part).__name__} {name!r} is in training mode and gradients are recorded, but apply was given "
+                "no ctx: pass Context(training=True, key=...) to train it, Context() to evaluate it, or lift the "
+                "module after eval()"
+            )
+
+
+def differs_in_training(module: nn.Module) -> bool:
+    """Whether a module itself, in its own mode, computes something else in training: dropout, batch normalisation."""
+    if isinstance(module, Block):
+        return module.trains_otherwise()
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.training and module.track_running_stats
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.training and module.p > 0.0
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.training and module.dropout > 0.0
+    return module.training and isinstance(module, nn.RReLU)
 
 
 def stack(factory: Callable[[], nn.Module], seeds: Tensor) -> Params:

@@ -51,6 +51,10 @@ class Dropout(Block):
         """Whether it is in training mode with a positive probability."""
         return self.training and self._p > 0.0
 
+    def trains_otherwise(self) -> bool:
+        """As `may_draw`."""
+        return self.may_draw()
+
     def begin(self, key: Tensor | None, name: str) -> None:
         """Set the key of the next calls inside a lifted module, each with a mask of its own; None unsets it."""
         self._key, self._name, self._calls = key, name, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeAlias
 
 import gymnasium as gym
@@ -77,32 +78,36 @@ def byte_bound(space: gym.Space) -> float | Tensor | None:
     return torch.tensor(high.tolist(), dtype=torch.float32, device="cpu")
 
 
+def _one_hots(x: Tensor, axes: int, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    """One-hot vectors side by side of the entries of `[..., *shape]`, whose shape has so many `axes`."""
+    columns = x.reshape(*x.shape[: x.dim() - axes], len(sizes)).unbind(-1)
+    return torch.cat([_one_hot(column, size, dtype) for column, size in zip(columns, sizes)], -1)
+
+
+def _flattened(x: Tensor, axes: int, size: int, bound: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Entries of `[..., *shape]` as `[..., size]`, bytes divided by their bound."""
+    divisor = bound if x.dtype == torch.uint8 else None
+    x = x.to(dtype)
+    if axes != 1:
+        x = x.reshape(*x.shape[: x.dim() - axes], size)
+    if divisor is None:
+        return x
+    return x / (divisor.to(x) if isinstance(divisor, Tensor) else divisor)
+
+
 def _leaf_encoder(space: gym.Space, dtype: torch.dtype) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """Number of features of an elementary space, and its encoding function `[..., *shape]` -> `[..., D]`."""
-    shape = space.shape or ()
+    """Number of features of an elementary space, and its encoding function `[..., *shape]` -> `[..., D]`.
+
+    It is a partial of a module's function, which can be pickled with the network around it; a closure cannot.
+    """
+    axes = len(space.shape or ())
     if isinstance(space, gym.spaces.Discrete):
-        return int(space.n), lambda x: _one_hot(x, int(space.n), dtype)
+        return int(space.n), partial(_one_hot, size=int(space.n), dtype=dtype)
     if isinstance(space, gym.spaces.MultiDiscrete):
         sizes = space.nvec.reshape(-1).tolist()
-
-        def encode(x: Tensor) -> Tensor:
-            columns = x.reshape(*x.shape[: x.dim() - len(shape)], len(sizes)).unbind(-1)
-            return torch.cat([_one_hot(column, size, dtype) for column, size in zip(columns, sizes)], -1)
-
-        return sum(sizes), encode
-    size = int(np.prod(shape))
-    bound = byte_bound(space)
-
-    def flatten(x: Tensor) -> Tensor:
-        divisor = bound if x.dtype == torch.uint8 else None
-        x = x.to(dtype)
-        if len(shape) != 1:
-            x = x.reshape(*x.shape[: x.dim() - len(shape)], size)
-        if divisor is None:
-            return x
-        return x / (divisor.to(x) if isinstance(divisor, Tensor) else divisor)
-
-    return size, flatten
+        return sum(sizes), partial(_one_hots, axes=axes, sizes=sizes, dtype=dtype)
+    size = int(np.prod(space.shape or ()))
+    return size, partial(_flattened, axes=axes, size=size, bound=byte_bound(space), dtype=dtype)
 
 
 class Encoder(Block):

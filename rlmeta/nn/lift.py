@@ -49,7 +49,7 @@ def lift(module: nn.Module, feature_axes: Tree | None = None) -> Block:
     has no batching rule (an LSTM). In the copy, batch normalisation, dropout, embeddings and normalised weights are
     replaced by this package's, buffers that the module writes are returned, and other random numbers come from torch's
     generator, seeded by the context's key. Every submodule keeps the mode, `train()` or `eval()`, that it has when it
-    is lifted.
+    is lifted; those in `train()` train where the context says so, `Context(training=True, key=key)`.
 
     Learners and environments share one call of the module, so it must not mix the rows of its batch, keep memory
     between calls, or draw random numbers without a key. Learners check this for a `network=` (`rlmeta.nn.checks`),
@@ -137,6 +137,10 @@ class Folded(Block):
     def may_draw(self) -> bool:
         """As the inner block."""
         return self._inner[0].may_draw()
+
+    def trains_otherwise(self) -> bool:
+        """As the inner block."""
+        return self._inner[0].trains_otherwise()
 
     def keeps_ties(self) -> bool:
         """As the inner block."""

@@ -23,6 +23,7 @@ from rlmeta.nn.block import (
     NeedsKey,
     Params,
     alone,
+    differs_in_training,
     latest,
     learner_axes,
     own_tensors,
@@ -129,6 +130,10 @@ class Lifted(Block):
     def may_draw(self) -> bool:
         """True: whether a module draws random numbers is not known before it runs."""
         return True
+
+    def trains_otherwise(self) -> bool:
+        """As the module itself; its parts are this block's, and asked on their own."""
+        return differs_in_training(self._template[0])
 
     def keeps_ties(self) -> bool:
         """True: tied weights of a module stay tied."""

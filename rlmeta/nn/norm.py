@@ -83,6 +83,10 @@ class BatchNorm1d(Block):
         block.training = module.training
         return block
 
+    def trains_otherwise(self) -> bool:
+        """Whether it is in training mode and keeps running statistics, which evaluation uses."""
+        return self.training and self._buffers["running_mean"] is not None
+
     def run(self, params: Params, x: Tensor, ctx: Context, prefix: str = "") -> Tensor:
         """Normalise `x`; the shape stays the same."""
         axes = learner_axes(self, params, ctx, prefix)

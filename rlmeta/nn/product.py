@@ -88,7 +88,12 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _large(a: Tensor, weight: Tensor) -> bool:
-    """Whether the product of `[..., M, K]` and `[..., N, K]` is large enough for oneDNN, in float32 on the CPU."""
+    """Whether the product of `[..., M, K]` and `[..., N, K]` is large enough for oneDNN, in float32 on the CPU.
+
+    No in a program that is compiled or exported: it is for every batch size, and for machines of other kinds.
+    """
+    if torch.compiler.is_compiling():
+        return False
     if not _ONEDNN or a.shape[-2] * a.shape[-1] * weight.shape[-2] < _LARGE or a.shape[:-2] != weight.shape[:-2]:
         return False
     single = a.dtype == weight.dtype == torch.float32

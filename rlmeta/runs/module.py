@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import gymnasium as gym
@@ -17,7 +19,7 @@ from rlmeta.nn import Block, Context, bare
 from rlmeta.supervised.learner import Supervised
 
 ACTION = "action"
-"""Name of the module that maps observations to actions for `env.step`."""
+"""Name of the module that maps observations to actions for `env.step`, as `run.act(..., deterministic=True)` does."""
 
 
 class TrainedModule(nn.Module):
@@ -47,7 +49,7 @@ class TrainedModule(nn.Module):
                 f"the learner is recurrent, it keeps a memory between steps, so {name!r} is not a function of the "
                 "observation alone: use run.act(observation, memory)"
             )
-        self.name, self._learner = name, learner
+        self.name, self._learner = name, _without_training(learner)
         self._networks = None if isinstance(learner, Supervised) else dict(bare(learner.networks))
         self._names = dict[str, str]()
         for path, leaf in tree.flatten(needed).items():
@@ -62,8 +64,9 @@ class TrainedModule(nn.Module):
         """Network output for observations `[B, ...]`.
 
         Returns:
-            For `ACTION` the policy's mode `[B, ...]`; else the network's output `[B, ...]`: logits, action values, a
-            state value or a prediction; `{"mean": [B, A], "log_std": [B, A]}` if a distribution has several parameters.
+            For `ACTION` the policy's mode as an action of the environment `[B, ...]`; else the network's output `[B,
+            ...]`: logits, action values, a state value, a prediction, or a distribution's parameters, before any tanh,
+            scaling or clipping makes them an action: `{"mean": [B, A], "log_std": [B, A]}` if there are several.
         """
         p = tree.unflatten({path: getattr(self, name) for path, name in self._names.items()})
         p = {"buffers": {}, "normalisers": {}, "hyper": {}, **p}
@@ -78,8 +81,36 @@ class TrainedModule(nn.Module):
         return to_env_action(learner.action_space, action)
 
 
+def _without_training(learner: Any) -> Any:
+    """Copy of a learner without what only training needs, some of which cannot be pickled, and all of which is large.
+
+    Those are recorded programs, methods and rewards, demonstrations, and functions that build a user's networks.
+    """
+    copied = copy.copy(learner)
+    copied.settings = copy.copy(learner.settings)
+    fields = {field.name for field in dataclasses.fields(copied.settings)}
+    for name, nothing in _ONLY_TRAINING.items():
+        if name in vars(copied):
+            setattr(copied, name, nothing)
+        if name in fields:
+            object.__setattr__(copied.settings, name, nothing)  # they are frozen, and not checked again
+    return copied
+
+
+_ONLY_TRAINING: dict[str, Any] = {
+    "capture": None,
+    "streams": None,
+    "pretrain": None,
+    "network": None,
+    "demonstrations": None,
+    "methods": (),
+    "rewards": (),
+}
+"""Attributes of a learner and its settings that no forward pass uses, and what they are then."""
+
+
 def names_of(learner: Any) -> list[str]:
-    """Names of the modules that a learner can be exported as: its networks, the acting one first, and `ACTION`.
+    """Names of the modules that a learner can be exported as: `ACTION` first if it acts, then its networks.
 
     Raises:
         SettingError: none of its networks takes observations.
@@ -90,7 +121,7 @@ def names_of(learner: Any) -> list[str]:
         raise SettingError(f"{type(learner).__name__} has no network of observations: its parameters are in run.state")
     networks = bare(learner.networks)
     of_observations = [name for name in networks if name not in learner.beside_observations]
-    return [*dict.fromkeys([learner.acting_network or next(iter(networks)), *of_observations]), ACTION]
+    return [*dict.fromkeys([ACTION, learner.acting_network or next(iter(networks)), *of_observations])]
 
 
 def network_output(learner: Any, networks: dict[str, Block], p: Params, name: str, observation: Tree) -> Any:
@@ -125,10 +156,14 @@ def observed(space: gym.Space, value: Any) -> Tree:
 
 
 def to_env_action(space: gym.Space, action: Tensor) -> Tensor:
-    """Convert policy actions `[B, ...]` to environment actions: clipped to the bounds, discrete ones from `start`."""
+    """Convert policy actions `[B, ...]` to environment actions, of the space's dtype.
+
+    Those of a Box are clipped to its bounds, discrete ones count from `start`.
+    """
     if isinstance(space, gym.spaces.Box):
         low, high = (torch.as_tensor(bound, device=action.device) for bound in (space.low, space.high))
         if space.dtype.kind in "iu":
             return action.clamp(low.to(action), high.to(action)).round().to(low.dtype)
         return action.to(low.dtype).clamp(low, high)
-    return action + torch.as_tensor(getattr(space, "start", 0), device=action.device)
+    action = action + torch.as_tensor(getattr(space, "start", 0), device=action.device)
+    return action.to(getattr(torch, np.dtype(space.dtype).name))

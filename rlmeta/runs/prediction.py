@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, TypeAlias
 
 import gymnasium as gym
@@ -36,12 +37,13 @@ def to_batches(
 
     Raises:
         SettingError: the support is not a pair; parts do not fit together; a class has no sample.
-        SpaceError: a part has another shape or type than its space, or is not finite.
+        SpaceError: a part has another shape or type than its space, is of whole numbers outside of its bounds, or is
+            not finite.
     """
     if not isinstance(support, tuple | list) or len(support) != 2:
         raise SettingError(f"support is {type(support).__name__}, expected a pair (inputs, targets)")
     shown = _tensors(observation_space, support[0], "the support's inputs", device)
-    target = _tensors(target_space, support[1], "the support's targets", device)
+    target = _tensors(target_space, support[1], "the support's targets", device, warns=False)
     wanted = _tensors(observation_space, query, "the query's inputs", device)
     parts = {"inputs of the support": shown[1], "targets of the support": target[1], "inputs of the query": wanted[1]}
     if len({len(front) for front in parts.values()}) > 1 or shown[1] != target[1] or shown[1][:-1] != wanted[1][:-1]:
@@ -67,7 +69,9 @@ def _check_classes(target: Tensor, classes: int) -> None:
             )
 
 
-def _tensors(space: gym.Space, value: Any, what: str, device: torch.device) -> tuple[Tree, tuple[int, ...]]:
+def _tensors(
+    space: gym.Space, value: Any, what: str, device: torch.device, warns: bool = True
+) -> tuple[Tree, tuple[int, ...]]:
     """Convert a value `[n, ...]` or `[K, n, ...]` of a space to tensors; returns them and the leading axes."""
     tensors: dict[str, Tensor] = {}
     fronts = set()
@@ -82,7 +86,15 @@ def _tensors(space: gym.Space, value: Any, what: str, device: torch.device) -> t
             )
         if not leaf.is_box and array.dtype.kind not in "biu":
             raise SpaceError(f"{what}{leaf.where} are {array.dtype}, expected whole numbers for {space}")
+        leaf.check_unit(array, what)
         rows = leaf.read(array.reshape(-1, *leaf.shape), (math.prod(front),), what)
+        if warns and leaf.outside(rows):
+            warnings.warn(
+                f"{what}{leaf.where} reach from {rows.min():.3g} to {rows.max():.3g}, outside of the tasks' "
+                f"{leaf.space}: they are used as they are",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         tensors[leaf.name] = torch.from_numpy(rows).reshape(*front, *leaf.shape).to(device)
         fronts.add(front)
     if len(fronts) > 1:

@@ -238,7 +238,7 @@ class Run:
         p = tree.map(lambda leaf: leaf[learner], self.agent.effective_params(state))
         batch = spaces.batch_size(self.world.observation_space, observation)
         rows = () if batch is None else (batch,)
-        observed = spaces.to_tree(self.world.observation_space, observation, rows)
+        observed = spaces.to_tree(self.world.observation_space, observation, rows, "the caller")
         if any(bool(leaf.isnan().any()) for leaf in tree.leaves(observed) if leaf.is_floating_point()):
             raise SpaceError("the observation to act on holds NaN")
         if batch is None:
@@ -271,8 +271,9 @@ class Run:
 
         Raises:
             SettingError: the run's learner is not a meta-learner on support sets; support and query do not fit
-                together; a class has no sample; steps is negative.
-            SpaceError: inputs or targets are not in the tasks' spaces.
+                together; a class has no sample; steps is no whole number from 0 on.
+            SpaceError: inputs or targets have another shape or type than the tasks', or are whole numbers outside of
+                their bounds, such as bytes of a picture for 0 to 1; floats outside of them are used with a warning.
         """
         agent: Any = self.agent
         if not agent.answers:
@@ -289,13 +290,17 @@ class Run:
         return predictions if several else predictions[0]
 
     def module(self, learner: int | None = None, name: str | None = None, *, best: bool = False) -> TrainedModule:
-        """Export a trained network of one learner as an `nn.Module` on batches of observations, for `torch.export`.
+        """Export a trained policy or network of one learner as an `nn.Module` on batches of observations `[B, ...]`.
+
+        Of what acts it gives the actions for `env.step` that `run.act(..., deterministic=True)` gives; of what predicts
+        its predictions. It can be called, saved by `torch.save`, and exported by `torch.export` or to ONNX.
 
         Args:
             learner: the learner's index; by default the best in the final evaluation.
-            name: one of the learner's networks ("policy", "value", "q", "net"), by default the one it acts by, whose
-                outputs are logits, means and log deviations, or action values; or "action" for the deterministic
-                action itself. Of MAML it is the inner learner's, with the meta-learned initial weights.
+            name: "action", the default of what acts; or one of the learner's networks ("policy", "value", "q", "net")
+                for its own outputs: logits, action values, or a distribution's parameters, which are no actions: a
+                mean before the tanh or the scaling to the actions' bounds. Of MAML it is the inner learner's, with the
+                meta-learned initial weights.
             best: use the parameters of its best periodic evaluation instead of the final ones.
 
         Raises:

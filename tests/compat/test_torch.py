@@ -653,6 +653,49 @@ def test_a_growing_module_and_heads_of_other_tasks() -> None:
             assert torch.equal(heads[task](body(x).relu()), answers[task])
 
 
+def test_a_task_that_has_no_weight_is_refused_before_it_is_counted() -> None:
+    module = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    packnet, optimizer = plain.PackNet(module, share=1.0), torch.optim.SGD(module.parameters(), 0.1)
+    packnet.begin()
+    learn(module, packnet, optimizer, 2)
+    packnet.prune()
+    learn(module, packnet, optimizer, 2)
+    before = copy.deepcopy(packnet.state_dict())
+    for _ in range(2):
+        with pytest.raises(SettingError, match="PackNet: 1 tasks own every weight"):
+            packnet.begin()
+    torch.testing.assert_close(packnet.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(SettingError, match=r"use\(1\), expected None or one of the 1 tasks begun"):
+        packnet.use(1)
+
+
+def test_an_optimizer_that_needs_a_closure_takes_it_and_frozen_weights_stay() -> None:
+    module, x, y = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(64, 8), torch.arange(64) % 3
+    packnet, optimizer = plain.PackNet(module, share=0.5), torch.optim.LBFGS(module.parameters(), max_iter=5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(module(x), y)
+        loss.backward()
+        return loss
+
+    packnet.begin()
+    closure()
+    with pytest.raises(SettingError, match=r"LBFGS computes .* no closure: call step\(optimizer, closure\)"):
+        packnet.step(optimizer)
+    first = packnet.step(optimizer, closure)
+    assert first is not None and closure().detach() < first.detach(), "it learns"
+    packnet.prune()
+    packnet.step(optimizer, closure)
+    packnet.begin()
+    kept = {n: p.detach().clone() for n, p in module.named_parameters()}
+    packnet.step(torch.optim.LBFGS(module.parameters(), max_iter=5), closure)
+    for name, owner in packnet.state_dict()["owner"].items():
+        now = dict(module.named_parameters())[name].detach()
+        assert torch.equal(now[owner == 1], kept[name][owner == 1])
+        assert bool((now[owner == 0] != kept[name][owner == 0]).any())
+
+
 # ---------------------------------------------------------------------- replay
 
 

@@ -12,7 +12,7 @@ from gymnasium.vector.utils import batch_space
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlmeta.data.spaces import Layout, check_space, to_numpy, to_tree
+from rlmeta.data.spaces import Layout, batch_size, check_space, to_numpy, to_tree
 from rlmeta.errors import SpaceError
 from rlmeta.functional import tree
 
@@ -394,3 +394,39 @@ def test_a_box_is_not_written_from_another_shape(value: Any) -> None:
 )
 def test_logs_of_actions_take_as_little_room_as_they_can(space: Any, dtype: Any) -> None:
     assert Layout(space, "action").leaves[0].log_dtype == dtype
+
+
+PARTS = spaces.Dict({"a": spaces.Box(0, 1, (2,)), "b": spaces.Discrete(3)})
+
+
+@pytest.mark.parametrize(
+    ("space", "value", "reason"),
+    [
+        (
+            spaces.Box(-1, 1, (2,)),
+            np.zeros(3),
+            r"observation to act on has the shape \[3\] and dtype float64",
+        ),
+        (
+            spaces.Box(-1, 1, (2,)),
+            np.zeros((1, 2, 2)),
+            r"\[1, 2, 2\] .* expected \[2\], or \[B, 2\] for a batch",
+        ),
+        (spaces.Box(-1, 1, (2,)), np.zeros(2, complex), "dtype complex128"),
+        (spaces.Box(-1, 1, (2,)), [[0.0], [0.0, 1.0]], "dtype object"),
+        (spaces.Box(-1, 1, (2,)), "left", "dtype <U4"),
+        (spaces.Discrete(3), 1.0, "dtype float64"),
+        (PARTS, {"a": np.zeros(3), "b": 1}, r"the observation at 'a' to act on has the shape \[3\]"),
+        (PARTS, {"a": np.zeros((4, 2)), "b": np.zeros(3, int)}, "have batches of"),
+        (PARTS, {"a": np.zeros(2)}, "the caller gave an observation without 'b'"),
+    ],
+)
+def test_what_a_caller_cannot_act_on_is_the_callers(space: Any, value: Any, reason: str) -> None:
+    with pytest.raises(SpaceError, match=reason) as caught:
+        batch_size(space, value)
+    assert "correct the environment" not in str(caught.value)
+
+
+def test_the_size_of_a_batch_is_that_of_every_part() -> None:
+    assert batch_size(PARTS, {"a": np.zeros((4, 2)), "b": np.zeros(4, int)}) == 4
+    assert batch_size(PARTS, {"a": np.array([0, 7], np.uint8), "b": 1}) is None, "an environment may show these, too"

@@ -295,7 +295,7 @@ def test_tasks_can_be_adapted_inside_vmap_as_a_researcher_may_do():
 def test_a_loss_that_forgets_the_weights_is_refused():
     with pytest.raises(SettingError, match="does not depend on the weights"):
         adapt(lambda w, _: torch.ones(S, K), expand_tasks(WEIGHTS, 1, K), optim.sgd(RATE), 1)
-    with pytest.raises(SettingError, match="-1 inner steps"):
+    with pytest.raises(SettingError, match="steps is -1, expected a whole number, at least 0"):
         adapt(lambda w, _: squared(w, SUPPORT), expand_tasks(WEIGHTS, 1, K), optim.sgd(RATE), -1)
 
 

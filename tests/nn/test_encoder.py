@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import gymnasium as gym
@@ -190,3 +191,10 @@ def test_stands_in_a_sequence_with_learner_axes() -> None:
     for i in range(3):
         alone = nn.apply(block, {k: v[i] for k, v in params.items()}, {k: v[i] for k, v in x.items()})
         torch.testing.assert_close(out[i], alone)
+
+
+@pytest.mark.parametrize("space", [*LEAVES, spaces.Box(0, 255, (2, 2), np.uint8)], ids=str)
+def test_an_encoder_can_be_pickled(space: gym.Space) -> None:
+    encoder = pickle.loads(pickle.dumps(nn.Encoder(space)))
+    x = torch.ones((5, *(space.shape or ())), dtype=torch.uint8)
+    assert torch.equal(encoder(x), nn.Encoder(space)(x))

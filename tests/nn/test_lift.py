@@ -209,7 +209,9 @@ def test_equals_a_loop_over_learners(build: Callable, shape: tuple[int, ...], le
     params = stacked(build, learner_shape)
     x = data(*learner_shape, *shape)
     run = lifted(build)
-    assert_equals_loop(lambda p, x: nn.apply(run, p, x), as_torch(build().eval()), params, x, learner_shape)
+    assert_equals_loop(
+        lambda p, x: nn.apply(run, p, x, nn.Context()), as_torch(build().eval()), params, x, learner_shape
+    )
 
 
 def test_learners_run_at_once_where_they_can() -> None:

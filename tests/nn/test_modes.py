@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from rlmeta import nn
+from rlmeta.errors import SettingError
+from rlmeta.functional import random
 from tests.nn.learners import assert_close, data, keys
 
 
@@ -113,3 +115,54 @@ def test_a_module_that_freezes_its_own_parts_has_its_way() -> None:
     nn.apply(nn.lift(module), params, torch.randn(2, 5, 3), ctx)
     assert moved(ctx, params) == set()
     assert module.norm.training  # the user's own module is left alone
+
+
+class Attending(torch.nn.Module):
+    """A layer of torch's whose dropout is an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)),
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)),
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout1d(0.5)),
+        Attending,
+    ],
+)
+def test_gradients_of_an_evaluation_that_nobody_asked_for_are_refused(build: Callable, folded: bool) -> None:
+    key = random.make_keys([0, 1])
+    x, params = torch.randn(2, 5, 4), nn.stack(build, key)
+    if build is Attending:
+        x = x.unsqueeze(2)
+    block = nn.lift(build(), x.dim() - 2 if folded else None)
+    leaves = {n: p.requires_grad_() if p.is_floating_point() else p for n, p in params.items()}
+    with pytest.raises(SettingError, match=r"is in training mode .* no ctx: pass Context\(training=True, key=...\)"):
+        nn.apply(block, leaves, x)
+    evaluated = nn.apply(block, leaves, x, nn.Context())
+    assert evaluated.requires_grad
+    with torch.no_grad():
+        assert torch.allclose(nn.apply(block, leaves, x), evaluated), "nothing is trained here"
+    assert torch.allclose(nn.apply(nn.lift(build().eval()), leaves, x), evaluated)
+    if not folded:
+        nn.apply(block, leaves, x, nn.Context(training=True, key=key))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.0), torch.nn.LayerNorm(4)),
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4, track_running_stats=False)),
+    ],
+)
+def test_what_trains_as_it_is_evaluated_needs_no_context(build: Callable) -> None:
+    params = {n: p.requires_grad_() for n, p in nn.stack(build, random.make_keys([0, 1])).items()}
+    assert nn.apply(nn.lift(build()), params, torch.randn(2, 5, 4)).requires_grad

@@ -199,3 +199,24 @@ def test_products_of_transposed_matrices_to_the_third_derivative(transposed: tup
         return torch.autograd.grad(out.pow(3).sum(), a, create_graph=True)[0]
 
     assert torch.autograd.gradgradcheck(slope, (a, b))
+
+
+class Layer(torch.nn.Module):
+    """A product of one learner, without a derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(1, 16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return learner_product(x.unsqueeze(0), self.weight, None)
+
+
+def test_an_exported_product_takes_a_batch_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_module, "_ONEDNN", True)
+    monkeypatch.setattr(product_module, "_LARGE", 4 * 16 * 100)
+    layer, free = Layer(), ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(layer, (torch.randn(5, 4),), dynamic_shapes=free).module()
+    for rows in (1, 5, 2000):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(program(x), x @ layer.weight.mT)

@@ -57,7 +57,7 @@ def test_a_finished_run_acts_without_its_demonstrations_from_any_folder(name, sh
     x = np.array([0.01, 0.02, 0.03, 0.04], np.float32)
     assert again.act(x, learner=1) == rl.load("../run").act(x, learner=1) in (0, 1)
     assert again.evaluate(4).returns.equal(rl.load("../run").evaluate(4).returns)
-    assert len(rl.record(again, 2)) == 2 and again.module(0)(torch.zeros(1, 4)).shape == (1, 2)
+    assert len(rl.record(again, 2)) == 2 and again.module(0, "policy")(torch.zeros(1, 4)).shape == (1, 2)
     assert (
         again.agent.effective_params(again.state)["normalisers"].keys()
         == run.agent.effective_params(run.state)["normalisers"].keys()

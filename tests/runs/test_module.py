@@ -11,6 +11,7 @@ import torch
 
 import rlmeta as rl
 from rlmeta.errors import SettingError, UnknownNameError
+from rlmeta.functional import tree
 from tests.agents.worlds import Target
 
 SMALL = {"num_envs": 2, "num_steps": 16, "hidden_sizes": (8,)}
@@ -73,7 +74,12 @@ AGENTS = {
         rl.task(Many, name="many"),
     ),
     "own": (rl.A2C(**SMALL), rl.task(partial(Target, "box"), name="own")),
+    "binary": (rl.A2C(**SMALL), rl.task(partial(Target, "multibinary"), name="binary")),
+    "sac": (rl.SAC(capacity=400, learning_starts=100, hidden_sizes=(8,)), "Pendulum-v1"),
+    "td3": (rl.TD3(capacity=400, learning_starts=100, hidden_sizes=(8,)), "Pendulum-v1"),
 }
+BUILT = "own network"
+AGENTS[BUILT] = (rl.A2C(network=lambda space: torch.nn.Linear(4, 6), **SMALL), "CartPole-v1")
 
 
 def played(run, count: int = 12):
@@ -85,7 +91,7 @@ def played(run, count: int = 12):
     seen, actions = [], []
     for _ in range(count):
         seen.append(observation)
-        actions.append(run.act(observation, learner=1))
+        actions.append(run.act(observation, deterministic=True, learner=1))
         observation, _, terminated, truncated, _ = env.step(actions[-1])
         if terminated or truncated:
             observation, _ = env.reset()
@@ -105,15 +111,16 @@ def test_the_module_does_what_the_run_does(name):
     run = rl.train(settings, problem, seeds=2, budget=BUDGET, threads=1)
     space, seen, actions = played(run)
     observation = batched(space, seen)
-    module = run.module(1, "action")
+    module = run.module(1)
     expected = torch.as_tensor(np.stack([np.asarray(one) for one in actions]))
     torch.testing.assert_close(module(observation), expected, rtol=1e-5, atol=1e-6)
+    assert module.name == "action" and run.module(1, "action")(observation).equal(module(observation))
     one, other = (next(run.module(i).parameters()) for i in (0, 1))
     assert not torch.equal(one, other)
-    found = run.module(1)(observation)
+    found = run.module(1, "q" if name.startswith("dqn") else "policy")(observation)
     if isinstance(found, dict):
         assert found["mean"].shape == found["log_std"].shape
-    elif not isinstance(run.world.action_space, gym.spaces.Box):
+    elif isinstance(run.world.action_space, gym.spaces.Discrete):
         start = int(run.world.action_space.start)
         assert (found.argmax(-1) + start).equal(expected)
 
@@ -159,21 +166,41 @@ def test_an_exported_module_gives_the_trained_numbers(name):
     run = rl.train(settings, problem, seeds=2, budget=BUDGET, threads=1)
     space, seen, _ = played(run, 6)
     observation = batched(space, seen)
-    for part in (None, "action"):
+    batch = {0: torch.export.Dim("batch")}
+    free = dict.fromkeys(observation, batch) if isinstance(observation, dict) else batch
+    many = tree.map(lambda x: x.repeat(400, *[1] * (x.dim() - 1))[:2000], observation)
+    for part in (None, "q" if name == "dqn" else "policy"):
         module = run.module(1, part)
-        program = torch.export.export(module, (observation,))
-        torch.testing.assert_close(program.module()(observation), module(observation), rtol=1e-5, atol=1e-6)
+        program = torch.export.export(module, (observation,), dynamic_shapes=(free,)).module()
+        for rows in (observation, many, tree.map(lambda x: x[:1], observation)):
+            torch.testing.assert_close(program(rows), module(rows), rtol=1e-5, atol=1e-6)
 
 
-def test_onnx_gives_the_trained_numbers(tmp_path):
+def test_onnx_gives_the_trained_numbers_for_any_batch(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     run = rl.train(AGENTS["ppo-normalised"][0], "CartPole-v1", seeds=2, budget=BUDGET, threads=1)
-    module, x = run.module(1), torch.randn(3, 4)
-    torch.onnx.export(module, (x,), str(tmp_path / "policy.onnx"), dynamo=True)
-    session = runtime.InferenceSession(str(tmp_path / "policy.onnx"))
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), module(x).detach(), rtol=1e-4, atol=1e-5)
+    module, path = run.module(1, "policy"), str(tmp_path / "policy.onnx")
+    free = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(module, (torch.randn(3, 4),), path, dynamo=True, dynamic_shapes=free)
+    session = runtime.InferenceSession(path)
+    for rows in (3, 2000):
+        x = torch.randn(rows, 4)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), module(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ppo-masked-dict", "a2c-bytes", "sac", BUILT])
+def test_a_module_can_be_saved_and_read_back(name, tmp_path):
+    settings, problem = AGENTS[name]
+    run = rl.train(settings, problem, seeds=2, budget=BUDGET, threads=1)
+    space, seen, _ = played(run, 6)
+    observation, module = batched(space, seen), run.module(1)
+    torch.save(module, tmp_path / "policy.pt")
+    again = torch.load(tmp_path / "policy.pt", weights_only=False)
+    assert again(observation).equal(module(observation)) and not again.training
+    assert run.agent.capture is not None or name == BUILT, "what the module leaves out is still the run's"
+    assert run.agent.settings == settings
 
 
 def test_a_module_of_an_own_network_is_built_once_and_draws_nothing():
@@ -198,12 +225,13 @@ def test_a_module_of_an_own_network_is_built_once_and_draws_nothing():
 def test_critics_of_actions_are_no_modules_of_observations(agent):
     settings = getattr(rl, agent)(capacity=400, learning_starts=100, hidden_sizes=(8,))
     run = rl.train(settings, "Pendulum-v1", steps=128, final_episodes=2, threads=1)
-    assert run.module()(torch.randn(5, 3)) is not None
-    assert run.module(name="action")(torch.randn(5, 3)).shape == (5, 1)
+    assert run.module()(torch.randn(5, 3)).shape == (5, 1)
     with pytest.raises(rl.RlmetaError, match="expected one of action, policy"):
         run.module(name="q")
     with pytest.raises(rl.RlmetaError, match="holds NaN"):
         run.act(np.full(3, np.nan, np.float32))
+    with pytest.raises(rl.RlmetaError, match=r"has the shape \[4\] and dtype float32, expected \[3\], or \[B, 3\]"):
+        run.act(np.zeros(4, np.float32))
 
 
 def test_a_classifier_is_told_apart_from_what_acts():

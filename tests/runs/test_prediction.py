@@ -104,11 +104,29 @@ def test_what_is_no_task_is_refused(name: str, support: Any, query: Any, reason:
 def test_steps_that_cannot_be_taken_and_runs_that_are_shown_nothing_are_refused() -> None:
     with pytest.raises(SettingError, match="ProtoNet averages the support, it can't take 2 steps"):
         trained("protonet").predict((X, Y), X, steps=2)
-    with pytest.raises(SettingError, match="-1 inner steps"):
-        trained("maml").predict((X, Y), X, steps=-1)
+    for name in ("maml", "protonet"):
+        for steps in (-1, 1.5, True, "2"):
+            with pytest.raises(SettingError, match=f"steps is {steps!r}, expected a whole number, at least 0"):
+                trained(name).predict((X, Y), X, steps=steps)  # type: ignore[arg-type]
+    assert trained("maml").predict((X, Y), X, steps=np.int64(2)).shape == (3, 3)  # type: ignore[arg-type]
     for run in (
         rl.train(rl.PPO(num_envs=4, num_steps=8, batch_size=32), "CartPole-v1", steps=32, final_episodes=1),
         rl.train(rl.MAML(rl.REINFORCE(num_envs=2, num_steps=20)), "navigation-short", steps=2000, final_episodes=1),
     ):
         with pytest.raises(SettingError, match="does not predict from a support set: give one of MAML or ProtoNet"):
             run.predict((X, Y), X)
+
+
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+def test_inputs_in_another_unit_are_refused_and_those_outside_of_the_bounds_are_told(name: str) -> None:
+    run = trained(name)
+    low, high = run.world.observation_space.low.min(), run.world.observation_space.high.max()
+    picture = np.full((3, 8, 8), 255, np.uint8)
+    with pytest.raises(SpaceError, match=r"inputs are uint8 from 255 to 255, outside of Box.*: scale them"):
+        run.predict((picture, Y), X)
+    with pytest.raises(SpaceError, match="the query's inputs are int64 from 255 to 255, outside of Box"):
+        run.predict((X, Y), picture.astype(np.int64))
+    with pytest.warns(RuntimeWarning, match="the query's inputs reach from 255 to 255, outside of the tasks' Box"):
+        run.predict((X, Y), picture.astype(np.float32))
+    assert low == 0 < high, "so black pictures of bytes are in the same unit"
+    assert run.predict((X.astype(np.uint8), Y), X).equal(run.predict((X, Y), X))

@@ -182,10 +182,11 @@ class AGEM(_EpisodicMemory):
             self._joined = [torch.cat(column) for column in zip(*map(pytree.tree_leaves, self._tasks))]
         count = len(self._joined[0])
         rows = random.integers(self._key, "rows", self._steps, (min(self.batch_size, count),), count)
-        self._steps += 1
         drawn = [take(leaf, rows) for leaf in self._joined]
         samples = pytree.tree_unflatten(drawn, pytree.tree_structure(self._tasks[0]))
-        return _write(parameters, gradient, project_average(gradient, self._reference(loss, samples, parameters)))
+        reference = self._reference(loss, samples, parameters)
+        self._steps += 1  # a step that is refused draws the same samples when it is repeated
+        return _write(parameters, gradient, project_average(gradient, reference))
 
     def _check(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> None:
         for samples in self._tasks[:1]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,11 +76,15 @@ class PackNet:
 
         Returns:
             Index of the task, from 0, the argument of `use`.
+
+        Raises:
+            SettingError: earlier tasks own every weight, and the last one goes on; or `use` shows an old task.
         """
         self._require_working("begin()")
         if self._task >= 0:
             if not self._pruned:
                 self.prune()
+            self._require_free()
             self._end()
         self._task, self._pruned, self._trained = self._task + 1, False, False
         for name, parameter in self._packed().items():
@@ -87,11 +92,21 @@ class PackNet:
                 free = self._owner[name] == _FREE
                 parameter.copy_(torch.where(free, self._drawn(name), parameter))
             self._kept[name] = parameter.clone()
-        if not any(bool((owner == _FREE).any()) for owner in self._owner.values()):
-            raise SettingError(
-                f"PackNet: {self._task} tasks own every weight, so a further one has none: choose a smaller share"
-            )
         return self._task
+
+    def _require_free(self) -> None:
+        """Refuse a further task before anything is changed, if the end of this one leaves no weight free."""
+        free = [owner == _FREE for owner in (self._owner[name] for name in self._packed())]
+        if not any(bool(part.any()) for part in (*free, *self._useless().values())):
+            raise SettingError(
+                f"PackNet: {self._task + 1} tasks own every weight, so a further one has none: choose a smaller share"
+            )
+
+    def _useless(self) -> Named:
+        """Masks of the weights that the task gives back at its end: those without a gradient since the pruning."""
+        if not (self._trained and self.give_back):
+            return {}
+        return {n: (self._owner[n] == self._task + 1) & ~self._useful[n] for n in self._packed()}
 
     @quiet()
     def prune(self, share: float | None = None) -> None:
@@ -125,11 +140,10 @@ class PackNet:
     def _end(self) -> None:
         """End a task: free weights without a gradient since the pruning, if `give_back`, and store its copies."""
         self.restore()
-        for name, parameter in self._packed().items():
-            if self._trained and self.give_back:
-                useless = (self._owner[name] == self._task + 1) & ~self._useful[name]
-                self._owner[name].masked_fill_(useless, _FREE)
-                parameter.masked_fill_(useless, 0.0)
+        packed = self._packed()
+        for name, useless in self._useless().items():
+            self._owner[name].masked_fill_(useless, _FREE)
+            packed[name].masked_fill_(useless, 0.0)
         self._copies.append({name: value.clone() for name, value in self._copied().items()})
 
     def _drawn(self, name: str) -> Tensor:
@@ -141,11 +155,42 @@ class PackNet:
 
     # ------------------------------------------------------------------ every step
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Optimizer step between `mask_gradients` and `restore`, in place of `optimizer.step()`."""
-        self.mask_gradients()
-        optimizer.step()
+    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Optimizer step between `mask_gradients` and `restore`, in place of `optimizer.step(closure)`.
+
+        Args:
+            optimizer: of the module's parameters.
+            closure: clears the gradients, computes the loss and its gradients, as LBFGS needs it: gradients are masked
+                after every call.
+
+        Returns:
+            What the optimizer returns.
+
+        Raises:
+            SettingError: as `mask_gradients`; the optimizer needs a closure.
+        """
+        if closure is None:
+            parameters = inspect.signature(optimizer.step).parameters.values()
+            if any(p.name == "closure" and p.default is p.empty for p in parameters):
+                raise SettingError(
+                    f"PackNet: {type(optimizer).__name__} computes the loss several times in a step and was given no "
+                    "closure: call step(optimizer, closure) with a function that clears the gradients, calls "
+                    "backward() and returns the loss"
+                )
+            self.mask_gradients()
+            optimizer.step()
+            self.restore()
+            return None
+
+        def masked() -> Tensor:
+            loss = closure()
+            self.mask_gradients()
+            return loss
+
+        self._require_task("step()")
+        loss = optimizer.step(masked)  # type: ignore[arg-type]
         self.restore()
+        return loss  # type: ignore[return-value]
 
     @quiet()
     def mask_gradients(self) -> None:
