@@ -167,7 +167,7 @@ def resume(
             callbacks=callbacks,
             listeners=listeners(trackers, progress),
             inexact=inexact,
-            steps=0 if steps is None else steps,
+            steps=steps,
         )
 
 

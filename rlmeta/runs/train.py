@@ -151,22 +151,23 @@ def resume(
     callbacks: Sequence[Callback],
     listeners: Sequence[Listener],
     inexact: bool,
-    steps: int = 0,
+    steps: int | None = None,
 ) -> Run:
     """Resume a run from its newest checkpoint; arguments and errors are those of `rlmeta.api.resume`."""
     folder = Path(folder).absolute()
+    longer = 0 if steps is None else extension.checked_steps(steps)
     if os.path.lexists(folder / run_folder.CONFIG):
         run_folder.check_plain(folder)
     with run_folder.lock(folder) as held:
         run = read(
-            folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=steps
+            folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=longer
         )
         run.stopped, run.held = "", held
         try:
             held.sign(run.id)
             restore_world(run, inexact)
-            if steps:
-                extension.begin(run)
+            if longer:
+                extension.warn_of_schedules(run)
             return Loop(run, callbacks, listeners).go()
         finally:
             run.close()
