@@ -12,6 +12,10 @@ from rlmeta.errors import SettingError, did_you_mean
 from rlmeta.runs.grammar import SWITCH, SWITCHES, docs, flag_of, forms, text_of
 
 
+class Answered(SystemExit):
+    """The end of a command that `--help` has answered; any other SystemExit is the user's code's."""
+
+
 def read(
     prog: str, description: str, groups: Mapping[str, tuple[type, Mapping[str, Any]]], arguments: Sequence[str]
 ) -> dict[str, dict[str, str]]:
@@ -37,7 +41,12 @@ def read(
     outer = dataclasses.make_dataclass(
         "Flags", [(title, cls, dataclasses.field(default_factory=cls)) for title, cls in zip(groups, classes)]
     )
-    parsed: Any = tyro.cli(outer, prog=prog, description=description, args=joined, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        parsed: Any = tyro.cli(
+            outer, prog=prog, description=description, args=joined, config=(tyro.conf.OmitArgPrefixes,)
+        )
+    except SystemExit as stop:  # after its help
+        raise Answered(stop.code) from None
     return {title: dataclasses.asdict(getattr(parsed, title)) for title in groups}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from rlmeta.cli.adapt import adapt
 from rlmeta.cli.arguments import USAGE
 from rlmeta.cli.evaluate import evaluate
+from rlmeta.cli.flags import Answered
 from rlmeta.cli.others import bench, show_list
 from rlmeta.cli.record import record
 from rlmeta.cli.resume import resume
@@ -38,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(" ".join(str(error).split()), 2)
-    except SystemExit as stop:  # tyro exits after its help
-        return stop.code if isinstance(stop.code, int) else 2
+    except SystemExit as stop:
+        if isinstance(stop, Answered) or arguments[:1] == ["bench"]:  # after a help
+            return stop.code if isinstance(stop.code, int) else 2
+        return _complain(f"code that the command called ended the program (SystemExit: {stop.code})", 1)
     except KeyboardInterrupt:
         say("interrupted", error=True)
         return 130

@@ -103,7 +103,7 @@ def _parents(population: Any, score: Tensor, active: Tensor, key: Tensor) -> Ten
     require(
         answer == expected, f"population: {type(population).__name__}.parents returned {answer}, expected {expected}"
     )
-    return parents  # type: ignore[no-any-return]
+    return parents
 
 
 def _explored(population: Any, name: str, value: Tensor, key: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _explored(population: Any, name: str, value: Tensor, key: Tensor) -> Tensor:
         f"population: {type(population).__name__}.explore returned {_described(new)} for {name}, expected "
         f"{_described(value)}",
     )
-    return new.to(value.device, value.dtype)  # type: ignore[no-any-return]
+    return new.to(value.device, value.dtype)
 
 
 def _described(value: Any) -> str:

@@ -342,6 +342,7 @@ def test_settings_have_ranges(values: dict[str, object], message: str) -> None:
 # ------------------------------------------------------------------------------------------------- one's own, by name
 
 OWN_CODE = """
+from dataclasses import dataclass
 import torch
 from rlmeta.learning import populations
 from rlmeta.learning.settings import values_of
