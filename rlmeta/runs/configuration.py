@@ -22,9 +22,9 @@ from rlmeta.errors import CheckpointError, SettingError
 from rlmeta.learning.field_types import check_values
 from rlmeta.learning.method import Method
 from rlmeta.learning.populations import Population
-from rlmeta.learning.settings import check_names, per_learner_names, variants
+from rlmeta.learning.settings import check_names, per_learner_names, values_of, variants
 from rlmeta.runs import grammar
-from rlmeta.runs.descriptions import difference, entry_of, is_described, object_name, plain, settings_table
+from rlmeta.runs.descriptions import difference, entry_of, is_described, object_name, settings_table
 from rlmeta.runs.digests import check_digests
 from rlmeta.runs.experiment import Budget, Experiment, Problem, method_table
 from rlmeta.runs.folder import CONFIG
@@ -340,13 +340,13 @@ def _same_method(method: Method, saved: dict[str, Any], where: str) -> Method:
     if not dataclasses.is_dataclass(method):
         return method
     names = [name for name in per_learner_names(type(method)) if isinstance(saved["settings"].get(name), list)]
-    listed = {name: plain(now["settings"].get(name)) for name in names}
+    listed = {name: values_of(getattr(method, name)) for name in names}
     whole = {name: saved["settings"][name] for name in names}
     compared = [name for name in names if listed[name] in (whole[name], list(dict.fromkeys(whole[name])))]
     differs = difference(saved["settings"], {**now["settings"], **{name: whole[name] for name in compared}})
     if differs:
         raise SettingError(f"{where} had the lifelong method {method.name} with {differs}: {hint}")
-    return dataclasses.replace(method, **{name: tuple(whole[name]) for name in names})
+    return dataclasses.replace(method, **{name: tuple(whole[name]) for name in names}) if names else method
 
 
 def _own_again(

@@ -106,7 +106,8 @@ def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for name in dict.fromkeys([*saved, *now]):
         before, given = (plain(table.get(name)) for table in (saved, now))
         if not same(before, given):
-            return f"{name} = {before!r}, this one has {given!r}"
+            words = ("nothing, or the default" if value is None else repr(value) for value in (before, given))
+            return f"{name} = {', this one has '.join(words)}"
     return ""
 
 
