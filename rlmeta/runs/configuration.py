@@ -19,13 +19,14 @@ from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Mode, Task, TaskFamily, task
 from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.learning.comparisons import difference, is_described, object_name
+from rlmeta.learning.digests import check_digests
 from rlmeta.learning.field_types import check_values
 from rlmeta.learning.method import Method
 from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import check_names, per_learner_names, values_of, variants
 from rlmeta.runs import grammar
-from rlmeta.runs.descriptions import difference, entry_of, is_described, object_name, settings_table
-from rlmeta.runs.digests import check_digests
+from rlmeta.runs.descriptions import entry_of, settings_table
 from rlmeta.runs.experiment import Budget, Experiment, Problem, method_table
 from rlmeta.runs.folder import CONFIG
 from rlmeta.runs.objects import load_object

@@ -19,6 +19,7 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.learning import settings as settings_
+from rlmeta.learning.digests import digest_of
 from rlmeta.learning.field_types import check_values, require_type
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, check_needs, checked_methods
@@ -26,7 +27,6 @@ from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import require
 from rlmeta.runs import populations
 from rlmeta.runs.descriptions import settings_table
-from rlmeta.runs.digests import digest_of
 from rlmeta.runs.populations import POPULATIONS
 from rlmeta.runs.shipped import METHODS, name_on_command_line
 

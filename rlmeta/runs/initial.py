@@ -12,9 +12,9 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
+from rlmeta.learning.comparisons import object_name
 from rlmeta.learning.state import Params
 from rlmeta.learning.targets import Copy, with_copy
-from rlmeta.runs.descriptions import object_name
 
 if TYPE_CHECKING:
     from rlmeta.runs.run import Run

@@ -17,9 +17,8 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning import settings as settings_
-from rlmeta.learning.field_types import require_type, shown
 from rlmeta.learning.learner import Metrics
-from rlmeta.learning.populations import PBT, STREAM, copied
+from rlmeta.learning.populations import PBT, STREAM, check_hooks, chosen_parents, copied, explored
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import State, select
 
@@ -67,7 +66,7 @@ def check(run: Run) -> None:
     fixed = _constants(experiment, run.world)
     for setting in names:
         values = run.state["params"]["hyper"][setting]
-        new = _explored(population, setting, values, random.fold(run.state["key"], STREAM)).tolist()
+        new = explored(population, setting, values, random.fold(run.state["key"], STREAM)).tolist()
         some = new[:: experiment.repeats]
         pairs = zip(experiment.variants, some)
         variants = [settings_.with_values(v, {setting: x}) if _takes(v, setting, x) else v for v, x in pairs]
@@ -85,47 +84,7 @@ def _check_parents(run: Run) -> None:
     population, shape = run.experiment.population, (len(run.experiment.variants), run.experiment.repeats)
     key = random.fold(run.state["key"], STREAM)
     score = random.uniform(key, STREAM, 0, ()).reshape(shape)
-    _parents(population, score, torch.ones_like(score, dtype=torch.bool), key.reshape(shape))
-
-
-def _parents(population: Any, score: Tensor, active: Tensor, key: Tensor) -> Tensor:
-    """Selection by a population's `parents`, after a check of what it returns.
-
-    Raises:
-        SettingError: no tensor `[V, R]` int64 of members' indices.
-    """
-    parents = population.parents(score, active, key)
-    expected = f"int64 of shape {tuple(score.shape)}, each the index of a member, 0 to {len(score) - 1}"
-    answer = _described(parents)
-    if answer == f"int64 of shape {tuple(score.shape)}":
-        outside = parents[(parents < 0) | (parents >= len(score))]
-        answer = f"the index {int(outside[0])}" if len(outside) else expected
-    require(
-        answer == expected, f"population: {type(population).__name__}.parents returned {answer}, expected {expected}"
-    )
-    return parents
-
-
-def _explored(population: Any, name: str, value: Tensor, key: Tensor) -> Tensor:
-    """New values of a setting by a population's `explore`, in the setting's dtype, after a check of their shape.
-
-    Raises:
-        SettingError: no tensor of numbers `[S]`.
-    """
-    new = population.explore(value, key)
-    fits = isinstance(new, Tensor) and new.shape == value.shape and not new.is_complex() and new.dtype != torch.bool
-    require(
-        fits,
-        f"population: {type(population).__name__}.explore returned {_described(new)} for {name}, expected "
-        f"{_described(value)}",
-    )
-    return new.to(value.device, value.dtype)
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return shown(value)
-    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    chosen_parents(population, score, torch.ones_like(score, dtype=torch.bool), key.reshape(shape))
 
 
 def _constants(experiment: Experiment, world: Any, variants: Sequence[Any] = ()) -> dict[str, Any]:
@@ -149,12 +108,7 @@ def refuse(experiment: Experiment) -> None:
     Raises:
         SettingError: no population at all, a stream of tasks, or a target at which learners stop early.
     """
-    population: Any = experiment.population
-    hooks = all(callable(getattr(population, hook, None)) for hook in ("parents", "explore"))
-    if isinstance(population, type) or not hooks or not isinstance(getattr(population, "name", None), str):
-        example = population.__name__ if isinstance(population, type) and hooks else "PBT"
-        raise SettingError(f"population is {shown(population)}, expected the settings of one, such as {example}()")
-    require_type(getattr(population, "every", None), int, f"population: every of {type(population).__name__}")
+    check_hooks(experiment.population)
     require(
         not isinstance(experiment.problem, TaskStream),
         f"population: {experiment.problem.name!r} is a stream, along which every learner keeps memories of its own: "
@@ -187,7 +141,7 @@ def exchange(run: Run, score: Tensor, done: int) -> Metrics:
     shape = (len(experiment.variants), experiment.repeats)
     key = random.fold(random.fold(state["key"], STREAM), done)
     good = score if run.agent.score.maximise else -score
-    chosen = _parents(population, good.reshape(shape), state["active"].reshape(shape), key.reshape(shape))
+    chosen = chosen_parents(population, good.reshape(shape), state["active"].reshape(shape), key.reshape(shape))
     place = torch.arange(score.numel(), device=score.device)
     parent = place.reshape(shape).gather(0, chosen).flatten()
     replaced, stopped = parent != place, ~state["active"]
@@ -196,7 +150,7 @@ def exchange(run: Run, score: Tensor, done: int) -> Metrics:
         state = copied(state, parent, replaced)
         hyper = dict(state["params"]["hyper"])
         for name in names:
-            new = _explored(population, name, hyper[name], random.fold(key, name))
+            new = explored(population, name, hyper[name], random.fold(key, name))
             taken = [_takes(experiment.variants[0], name, value) for value in new.tolist()]
             fits = torch.tensor(taken, device=replaced.device)
             hyper[name] = torch.where(replaced & fits, new, hyper[name])

@@ -11,11 +11,11 @@ from typing import Any
 
 from rlmeta.data.demonstrations import Demonstrations, Unread
 from rlmeta.errors import RlmetaError, SettingError
+from rlmeta.learning.comparisons import is_described, same
 from rlmeta.learning.field_types import shown
 from rlmeta.learning.settings import per_learner_names
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.configuration import method_again, settings_again
-from rlmeta.runs.descriptions import is_described, same
 from rlmeta.runs.experiment import Experiment
 
 

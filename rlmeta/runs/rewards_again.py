@@ -8,10 +8,11 @@ from typing import Any
 
 from rlmeta.envs import trusted
 from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.learning.comparisons import difference, is_described
 from rlmeta.learning.field_types import check_values
 from rlmeta.learning.settings import check_names
 from rlmeta.rewards import check_rewards
-from rlmeta.runs.descriptions import difference, is_described, reward_table
+from rlmeta.runs.descriptions import reward_table
 from rlmeta.runs.folder import CONFIG
 from rlmeta.runs.objects import load_object
 from rlmeta.runs.shipped import REWARDS

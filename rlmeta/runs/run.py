@@ -20,6 +20,7 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError, SpaceError
 from rlmeta.functional import random, statistics, tree
 from rlmeta.functional.packed import Packed
+from rlmeta.learning import prediction
 from rlmeta.learning.collect import LAST_REWARD
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
@@ -28,7 +29,7 @@ from rlmeta.learning.populations import begin as begin_population
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
-from rlmeta.runs import budgets, checkpoint, extension, populations, prediction, stages
+from rlmeta.runs import budgets, checkpoint, extension, populations, stages
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.allocator import keep_freed_memory
 from rlmeta.runs.configuration import from_config, within_memory
@@ -485,9 +486,8 @@ def read(
     if training:
         for name, mark in about["offsets"].items():
             check_start(folder / f"{name}.jsonl", mark)
-    config = run_folder.read_config(folder)
     experiment = from_config(
-        config,
+        run_folder.read_config(folder),
         where=str(folder),
         agent=agent,
         network=network,
@@ -499,8 +499,7 @@ def read(
     longer = steps or about["extended_to"]
     with within_memory(str(folder)):
         run = Run(extension.extended(experiment, longer) if longer else experiment, folder)
-    run.extended_to = longer
-    run.previous_end = about["previous_end"]
+    run.extended_to, run.previous_end = longer, about["previous_end"]
     try:
         run.id, run.config_digest = about["run"], about["config"]
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
