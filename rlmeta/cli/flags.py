@@ -8,12 +8,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from rlmeta.cli.arguments import Answered
 from rlmeta.errors import SettingError, did_you_mean
 from rlmeta.runs.grammar import SWITCH, SWITCHES, docs, flag_of, forms, text_of
-
-
-class Answered(SystemExit):
-    """The end of a command that `--help` has answered; any other SystemExit is the user's code's."""
 
 
 def read(

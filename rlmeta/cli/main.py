@@ -9,9 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from rlmeta.cli.adapt import adapt
-from rlmeta.cli.arguments import USAGE
+from rlmeta.cli.arguments import USAGE, Answered
 from rlmeta.cli.evaluate import evaluate
-from rlmeta.cli.flags import Answered
 from rlmeta.cli.others import bench, show_list
 from rlmeta.cli.record import record
 from rlmeta.cli.resume import resume

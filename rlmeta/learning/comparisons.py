@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,25 +44,40 @@ def is_described(entry: Any) -> bool:
     return isinstance(entry, str) and entry[:1] == "<"
 
 
-def same(before: Any, now: Any) -> bool:
-    """Whether two values are equal and of the same types at every depth; NaN equals NaN, numpy's numbers plain ones."""
+def same(before: Any, now: Any, *, strict: bool = True) -> bool:
+    """Whether two values are equal and of the same types at every depth; NaN equals NaN, numpy's numbers plain ones.
+
+    Args:
+        strict: whether 1 and 1.0 are two values.
+    """
     before, now = (value.item() if isinstance(value, np.generic) else value for value in (before, now))
+    if not strict and all(type(value) in (int, float) for value in (before, now)):
+        return bool(before == now) or (before != before and now != now)
     if type(before) is not type(now):
         return False
     if isinstance(before, tuple | list):
-        return len(before) == len(now) and all(map(same, before, now))
+        return len(before) == len(now) and all(map(partial(same, strict=strict), before, now))
     if isinstance(before, dict):
-        return list(before) == list(now) and all(map(same, before.values(), now.values()))
+        return list(before) == list(now) and all(map(partial(same, strict=strict), before.values(), now.values()))
     if dataclasses.is_dataclass(before) and not isinstance(before, type | Demonstrations):
         return all(same(getattr(before, f.name), getattr(now, f.name)) for f in dataclasses.fields(before))
     return bool(before == now) or (before != before and now != now)
 
 
+MODULE = re.compile(r"[\w.]+:(?=[\w<])")
+"""Matches the module in `package.module:Name`."""
+
+
+def _without_modules(value: Any) -> Any:
+    """A description without modules: a script's `__main__:f` is `script:f` where it is imported."""
+    return MODULE.sub("", value) if is_described(value) else value
+
+
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first difference between saved settings and those given again, for an error message; '' if they agree."""
     for name in dict.fromkeys([*saved, *now]):
-        before, given = (plain(table.get(name)) for table in (saved, now))
-        if not same(before, given):
+        before, given = (_without_modules(plain(table.get(name))) for table in (saved, now))
+        if not same(before, given, strict=False):
             words = ("nothing, or the default" if value is None else repr(value) for value in (before, given))
             return f"{name} = {', this one has '.join(words)}"
     return ""

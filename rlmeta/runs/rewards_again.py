@@ -49,14 +49,14 @@ def check_rewards_again(saved: Any, compared: Sequence[Any], where: str) -> int:
     Raises:
         SettingError: there is none; the message names the first setting that differs.
     """
-    for index, tables in enumerate(compared):
-        if all(not difference(before, now) for before, now in zip(saved, tables)):
+    settings = [[table.get("settings", {}) for table in tables] for tables in (saved, *compared)]
+    differences = [list(map(difference, settings[0], given)) for given in settings[1:]]
+    for index, of_variant in enumerate(differences):
+        if not any(of_variant):
             return index
-    before, now = next((b, n) for b, n in zip(saved, compared[0]) if difference(b, n))
-    differs = difference(before.get("settings", {}), now.get("settings", {}))
+    named, differs = next((table["class"], text) for table, text in zip(saved, differences[0]) if text)
     raise SettingError(
-        f"{where} had the reward {_name(before['class'])} with {differs}: give the same, or train another run with the "
-        "change"
+        f"{where} had the reward {_name(named)} with {differs}: give the same, or train another run with the change"
     )
 
 

@@ -65,6 +65,11 @@ def test_rewards_with_other_settings_are_refused(tmp_path: Path) -> None:
     assert rl.resume(tmp_path / "run", own={"rewards": (Centre(0.1),)}).scores.equal(run.scores)
 
 
+def test_whole_numbers_may_be_given_again_as_decimals(tmp_path: Path) -> None:
+    train(tmp_path / "run", Centre(2, 1))
+    assert rl.load(tmp_path / "run", own={"rewards": (Centre(2.0, 1),)}).scores.isfinite().all()
+
+
 def test_rewards_come_back_from_a_module_that_is_allowed(tmp_path: Path) -> None:
     train(tmp_path / "run", Centre(0.1, 2), rl.RND(hidden_sizes=(4,), batch_size=8))
     with pytest.raises(SettingError, match=rf"pass it again as own=.*, or allow the module as code=\['{__name__}'\]"):
@@ -88,8 +93,17 @@ def test_a_reward_that_holds_code_is_asked_for(tmp_path: Path) -> None:
     train(tmp_path / "run", rl.rewards.EpisodicCounts(cell=cells))
     with pytest.raises(SettingError, match=r"had the rewards <.*cell=<.*:cells>.*pass it again as own="):
         rl.resume(tmp_path / "run", code=CODE)
-    with pytest.raises(SettingError, match=r"cell = '<.*:cells>', this one has '<.*:other_cells>'"):
+    with pytest.raises(SettingError, match=r"cell = '<cells>', this one has '<other_cells>'"):
         rl.resume(tmp_path / "run", own={"rewards": (rl.rewards.EpisodicCounts(cell=other_cells),)})
+
+
+def test_the_module_of_what_is_given_again_may_be_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (Centre, cells):
+        monkeypatch.setattr(name, "__module__", "__main__")
+    run = train(tmp_path / "run", Centre(0.1), rl.rewards.EpisodicCounts(cell=cells))
+    for name in (Centre, cells):
+        monkeypatch.setattr(name, "__module__", __name__)
+    assert rl.resume(tmp_path / "run", own={"rewards": run.experiment.variants[0].rewards}).scores.equal(run.scores)
 
 
 def cells(observation: torch.Tensor) -> torch.Tensor:
