@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import warnings
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_the_evaluation_that_was_left_out_at_the_old_end_is_made(tmp_path):
     assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
     best, same = (rl.load(tmp_path / name).state["best"]["score"] for name in ("run", "whole"))
     assert torch.equal(best, same)
+
+
+def test_interrupted_in_the_evaluation_at_the_old_end_it_is_not_made_twice(tmp_path):
+    train(tmp_path / "run", 64)
+    stopped = rl.resume(tmp_path / "run", steps=128, callbacks=[lambda run, line: signal.raise_signal(signal.SIGINT)])
+    assert stopped.stopped == "interrupted" and stopped.iterations_done == 2
+    rl.resume(tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    evaluated = [line["iteration"] for line in lines if "eval/return" in line]
+    assert evaluated == [2]
 
 
 def test_it_is_remembered_when_the_longer_run_is_stopped(tmp_path):
