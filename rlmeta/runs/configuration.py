@@ -437,17 +437,19 @@ def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem
             what = "samples" if kind == "data" else "family"
             raise SettingError(f"{where} learned from your own {what} {described['name']!r}: {ENV_AGAIN}")
         is_complete = kind == "data" or isinstance(source, families.NamedFamily)
-        return source if is_complete else families.NamedFamily(described["name"], source)
-    restored = _task_again(described, source, where)
-    differs = "" if source is None else difference(*map(_constants_of, (described, restored.describe())))
-    if differs:
+        restored = source if is_complete else families.NamedFamily(described["name"], source)
+    else:
+        restored = _task_again(described, source, where)
+    parts = [name for name in ("constants", "settings", "ranges") if name in described]
+    differs = difference(*(_constants_of(table, parts) for table in (described, restored.describe())))
+    if source is not None and differs:
         raise SettingError(f"{where} learned in environments with {differs}: give those it learned in")
     return restored
 
 
-def _constants_of(described: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's constants, settings and ranges by name."""
-    tables = [described.get(name) or {} for name in ("constants", "settings", "ranges")]
+def _constants_of(described: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """A task's or family's constants, settings and ranges by name."""
+    tables = [described.get(name) or {} for name in parts]
     return {name: value for table in tables for name, value in table.items()}
 
 

@@ -19,6 +19,7 @@ from rlmeta.errors import SettingError
 from rlmeta.learning.settings import PerLearner
 from rlmeta.lifelong import Method
 from tests.lifelong.toy import learner, points
+from tests.runs.test_own_things import Lines
 
 CODE = [__name__]
 SMALL = {"num_envs": 2, "num_steps": 8, "hidden_sizes": (4,)}
@@ -169,7 +170,21 @@ def test_an_environment_with_other_constants_is_refused(tmp_path: Path) -> None:
     assert rl.load(tmp_path / "run", env=dataclasses.replace(env, length=0.7)).scores.isfinite().all()
 
 
-def test_a_folder_never_calls_what_is_no_reward(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Noisy(Lines):
+    """A family with a setting."""
+
+    noise: float = 0.0
+
+
+def test_a_family_with_other_settings_is_refused(tmp_path: Path) -> None:
+    rl.train(rl.MAML(num_envs=4), Noisy(0.1), steps=8, out=tmp_path / "run")
+    with pytest.raises(SettingError, match=r"learned in environments with noise = 0\.1, this one has 0\.3: give those"):
+        rl.load(tmp_path / "run", env=Noisy(0.3))
+    assert rl.load(tmp_path / "run", env=Noisy(0.1)).scores.isfinite().all()
+
+
+def test_a_folder_holds_the_class_and_the_settings_of_a_reward(tmp_path: Path) -> None:
     train(tmp_path / "run", Centre(0.1))
     saved = tomllib.loads((tmp_path / "run/config.toml").read_text())["variants"][0]["rewards"]
     settings = {"coefficient": 0.1, "power": 1, "name": "centre"}
