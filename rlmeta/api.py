@@ -145,7 +145,8 @@ def resume(
         network: your network factory, or its name.
         env: your environment factory, stream or family, or its name.
         lifelong: the lifelong methods, or the names of your own.
-        own: other settings by name that are code or data: rewards, demonstrations.
+        own: other settings by name that are code or data: rewards, demonstrations. rlmeta's own rewards come back by
+            themselves, yours also from the modules of `code`. What is given again must have the run's settings.
         callbacks: as for `train`.
         trackers: as for `train`.
         progress: as for `train`.
@@ -167,7 +168,7 @@ def resume(
             callbacks=callbacks,
             listeners=listeners(trackers, progress),
             inexact=inexact,
-            steps=0 if steps is None else steps,
+            steps=steps,
         )
 
 

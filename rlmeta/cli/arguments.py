@@ -24,6 +24,10 @@ USAGE = """usage: rlmeta COMMAND ...
   rlmeta COMMAND --help, rlmeta train AGENT --help, rlmeta --version"""
 
 
+class Answered(SystemExit):
+    """The end of a command that `--help` has answered; any other SystemExit is the user's code's."""
+
+
 def names_before_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Split arguments into the leading names and the flags after them."""
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from rlmeta.cli.arguments import Answered
 from rlmeta.errors import SettingError, did_you_mean
 from rlmeta.runs.grammar import SWITCH, SWITCHES, docs, flag_of, forms, text_of
 
@@ -37,7 +38,12 @@ def read(
     outer = dataclasses.make_dataclass(
         "Flags", [(title, cls, dataclasses.field(default_factory=cls)) for title, cls in zip(groups, classes)]
     )
-    parsed: Any = tyro.cli(outer, prog=prog, description=description, args=joined, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        parsed: Any = tyro.cli(
+            outer, prog=prog, description=description, args=joined, config=(tyro.conf.OmitArgPrefixes,)
+        )
+    except SystemExit as stop:  # after its help
+        raise Answered(stop.code) from None
     return {title: dataclasses.asdict(getattr(parsed, title)) for title in groups}
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import shlex
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rlmeta import api
@@ -37,11 +42,12 @@ def run_groups(plan: Plan, folder: Path, resume_flags: str, inexact: bool = Fals
     rows: list[dict[str, Any]] = []
     runs: list[Run] = []
     try:
-        for label in plan.groups:
-            runs.append(run := train(plan, label, folder, inexact, "" if runs else header))
-            if run.stopped == "interrupted":
-                raise KeyboardInterrupt
-            rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
+        with told_on_sigterm(folder, resume_flags):
+            for label in plan.groups:
+                runs.append(run := train(plan, label, folder, inexact, "" if runs else header))
+                if run.stopped == "interrupted":
+                    raise KeyboardInterrupt
+                rows += [{**row, "setting": ", ".join(filter(None, (label, row["setting"])))} for row in run.summary()]
     except KeyboardInterrupt:
         return interrupted(folder, resume_flags)
     print_results(rows)
@@ -155,6 +161,32 @@ def say_wandb(where: str, had: str) -> None:
 
 def interrupted(folder: Path, resume_flags: str) -> int:
     """Print the command that resumes an interrupted run; returns the exit status."""
-    command = " ".join(filter(None, (f"rlmeta resume {folder}", resume_flags)))
-    say(f"interrupted; resume with: {command}" if is_run(folder) else "interrupted", error=True)
+    say(_how_to_resume("interrupted", folder, resume_flags), error=True)
     return 130
+
+
+def _how_to_resume(what: str, folder: Path, resume_flags: str) -> str:
+    command = " ".join(filter(None, (f"rlmeta resume {folder}", resume_flags)))
+    return f"{what}; resume with: {command}" if is_run(folder) else what
+
+
+@contextlib.contextmanager
+def told_on_sigterm(folder: Path, resume_flags: str) -> Iterator[None]:
+    """Print the command that resumes the run before SIGTERM ends the process, which it does once the run is saved."""
+    process = os.getpid()
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:  # and not in a worker of an environment
+            os.write(2, f"{_how_to_resume('terminated', folder, resume_flags)}\n".encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rlmeta.envs.names import names, read_toml
 from rlmeta.errors import RlmetaError, printable
+from rlmeta.runs import checkpoint
 from rlmeta.runs import folder as run_folder
 
 EXTRAS = {
@@ -116,7 +117,7 @@ def runs_table(folder: Path = Path("runs")) -> Table:
         run = config.parent
         try:
             content = run_folder.read_config(run)
-            cells = [content["exp_name"], content["env_id"], len(content["seeds"]), content["budget"]["steps"]]
+            cells = [content["exp_name"], content["env_id"], len(content["seeds"]), _steps(run, content)]
             row = [*map(str, cells), *_outcome(run, run_folder.run_id(content, run))]
         except Exception as error:  # a malformed file must not hide the other runs
             row = ["", "", "", "", f"unreadable: {error}", ""]
@@ -133,6 +134,13 @@ TABLES: dict[str, Callable[[], Table]] = {
     "runs": runs_table,
 }
 """Tables of `rlmeta list` by kind."""
+
+
+def _steps(run: Path, content: dict[str, Any]) -> Any:
+    """Steps of a run's budget, also where a resume has extended it."""
+    state = run / run_folder.STATE
+    extended_to = checkpoint.about(state).get("extended_to") if checkpoint.is_saved(state) else 0
+    return extended_to or content["budget"]["steps"]
 
 
 def _outcome(run: Path, name: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from rlmeta.cli.adapt import adapt
-from rlmeta.cli.arguments import USAGE
+from rlmeta.cli.arguments import USAGE, Answered
 from rlmeta.cli.check import check
 from rlmeta.cli.evaluate import evaluate
 from rlmeta.cli.others import bench, show_list
@@ -39,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(" ".join(str(error).split()), 2)
-    except SystemExit as stop:  # tyro exits after its help
-        return stop.code if isinstance(stop.code, int) else 2
+    except SystemExit as stop:
+        if isinstance(stop, Answered) or arguments[:1] == ["bench"]:  # after a help
+            return stop.code if isinstance(stop.code, int) else 2
+        return _complain(f"code that the command called ended the program (SystemExit: {stop.code})", 1)
     except KeyboardInterrupt:
         say("interrupted", error=True)
         return 130

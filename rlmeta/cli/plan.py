@@ -53,6 +53,8 @@ class Plan:
     """Settings of lifelong methods, by method."""
     population_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the population."""
+    reward_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of rewards, by reward."""
     texts: dict[str, dict[str, str]] = field(default_factory=dict)
     """Text of the flags, in the groups `run`, `budget` and `settings`."""
     preset: presets.Preset = presets.NOTHING
@@ -78,6 +80,7 @@ class Plan:
             cls = agent_class(self.agent)
             per_learner = per_learner_names(cls)
             combinations: list[Any] = grammar.combinations(cls, self.texts["settings"], per_learner)
+            combinations = [user_code.with_reward_settings(each, self.reward_settings) for each in combinations]
         static = {n: text for n, text in self.texts["settings"].items() if n not in per_learner}
         compared = [n for n, text in static.items() if _has_several_values(cls, n, text)]
         return {",".join(f"{n}={grammar.text_of(getattr(s, n))}" for n in compared): s for s in combinations}
@@ -299,7 +302,9 @@ def from_flags(agent: str, task_name: str, arguments: Sequence[str]) -> Plan:
     texts = flags.read(f"rlmeta train {agent} {task_name}", ABOUT, groups, rest)
     texts["settings"] = texts.pop(title)
     del texts["user_code"]  # a saved plan must not allow user code
-    plan = Plan(agent, task_name, env, method_settings, population_settings, texts, preset)
+    rewards = [name for name in user_code.reward_names(_peek(arguments, "--rewards")) if name in method_settings]
+    reward_settings = {name: method_settings.pop(name) for name in rewards}
+    plan = Plan(agent, task_name, env, method_settings, population_settings, reward_settings, texts, preset)
     plan.check()
     return plan
 
@@ -348,7 +353,8 @@ def _whole(text: str, flag: str) -> int:
 
 
 def dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Parse dotted flags: `--env.KEY VALUE` of the environment, `--ewc.KEY VALUE` of a method, `--pbt.KEY VALUE`.
+    """Parse dotted flags: `--env.KEY VALUE` of the environment, `--ewc.KEY VALUE` of a method, and so of a population
+    and of rewards.
 
     Returns:
         Settings by owner, and the other arguments.
@@ -356,7 +362,8 @@ def dotted_settings(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]]
     user_classes = user_code.methods_named(_peek(arguments, "--lifelong") or "")
     population = _peek(arguments, "--population")
     user_classes += [user_code.population_class(population)] if population else []
-    owners = ("env", *METHODS, *POPULATIONS, *(owner.name for owner in user_classes))
+    rewards = user_code.reward_names(_peek(arguments, "--rewards"))
+    owners = ("env", *METHODS, *POPULATIONS, *(owner.name for owner in user_classes), *rewards)
     settings: dict[str, dict[str, Any]] = {}
     others, rest = [], deque(arguments)
     while rest:

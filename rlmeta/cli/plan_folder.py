@@ -39,6 +39,7 @@ def begin(plan: Plan, folder: Path) -> None:
                 "env": plan.env,
                 "lifelong": plan.lifelong,
                 "population_settings": plan.population_settings,
+                "reward_settings": plan.reward_settings,
                 "flags": plan.texts,
             }
         )
@@ -73,10 +74,12 @@ def from_folder(folder: Path) -> Plan:
             f"{path} is damaged, or not as the command wrote it ({error}): restore it from a copy, or train anew with "
             "the change"
         ) from error
-    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "population_settings": dict, "flags": dict}
+    kinds = {"agent": str, "task": str, "env": dict, "lifelong": dict, "population_settings": dict}
+    kinds |= {"reward_settings": dict, "flags": dict}
     groups: dict[str, Any] = {"run": Options, "budget": Budget, "settings": None}
     fits = set(content) == set(kinds) and all(isinstance(content[name], kind) for name, kind in kinds.items())
-    fits = fits and all(isinstance(table, dict) for table in content["lifelong"].values())
+    nested = ("lifelong", "reward_settings")
+    fits = fits and all(isinstance(table, dict) for name in nested for table in content[name].values())
     fits = fits and set(content["flags"]) == set(groups)
     if not fits or not all(_are_texts(table) for table in content["flags"].values()):
         raise CheckpointError(f"{path} is not the plan of a run: restore it from a copy")

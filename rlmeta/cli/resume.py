@@ -41,7 +41,7 @@ def resume(arguments: list[str]) -> int:
 
 
 def _resume(folder: Path, chosen: ResumeFlags, own: UserCode) -> int:
-    from rlmeta.cli.groups import go_on, interrupted, run_groups
+    from rlmeta.cli.groups import go_on, interrupted, run_groups, told_on_sigterm
     from rlmeta.cli.plan_folder import from_folder, is_plan
 
     if is_plan(folder):
@@ -50,7 +50,8 @@ def _resume(folder: Path, chosen: ResumeFlags, own: UserCode) -> int:
         plan = dataclasses.replace(from_folder(folder), wandb=chosen.wandb)
         return run_groups(plan, folder, own.words(), chosen.inexact)
     user_code, live = own.arguments(folder), not chosen.quiet
-    run = go_on(folder, **user_code, wandb=chosen.wandb, progress=live, inexact=chosen.inexact, steps=chosen.steps)
+    with told_on_sigterm(folder, own.words()):
+        run = go_on(folder, **user_code, wandb=chosen.wandb, progress=live, inexact=chosen.inexact, steps=chosen.steps)
     if run.stopped == "interrupted":
         return interrupted(folder, own.words())
     print_results(run.summary())

@@ -42,9 +42,8 @@ class UserCode:
     def arguments(self, folder: Path) -> dict[str, Any]:
         """Load the user code that the flags name, as arguments of `load` and `resume` for the run in a folder."""
         from rlmeta.runs import user_code
-        from rlmeta.runs.grammar import load_objects
 
-        rewards = load_objects(self.rewards)
+        rewards = tuple(user_code.rewards_named(self.rewards))  # a class takes the settings that the run had
         own: dict[str, Any] = {"rewards": rewards} if rewards else {}
         if self.demonstrations is not None:
             own["demonstrations"] = self.demonstrations

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.functional.packed import Packed
-from rlmeta.learning.field_types import check_types
+from rlmeta.learning.field_types import check_types, require_type, shown
 from rlmeta.learning.numbers import whole
 from rlmeta.learning.settings import require, require_finite, require_range
 from rlmeta.learning.state import State
@@ -110,6 +110,59 @@ class PBT:
     def explore(self, value: Tensor, key: Tensor) -> Tensor:
         """Multiply a setting by one of the two factors, drawn at random."""
         return value * torch.where(random.uniform(key, STREAM, 1, ()) < 0.5, self.shrink, self.grow)
+
+
+def check_hooks(population: Any) -> None:
+    """Refuse what is no population's settings, by its name and hooks.
+
+    Raises:
+        SettingError: also for the class instead of its settings.
+    """
+    hooks = all(callable(getattr(population, hook, None)) for hook in ("parents", "explore"))
+    if isinstance(population, type) or not hooks or not isinstance(getattr(population, "name", None), str):
+        example = population.__name__ if isinstance(population, type) and hooks else "PBT"
+        raise SettingError(f"population is {shown(population)}, expected the settings of one, such as {example}()")
+    require_type(getattr(population, "every", None), int, f"population: every of {type(population).__name__}")
+
+
+def chosen_parents(population: Any, score: Tensor, active: Tensor, key: Tensor) -> Tensor:
+    """Selection by a population's `parents`, after a check of what it returns.
+
+    Raises:
+        SettingError: no tensor `[V, R]` int64 of members' indices.
+    """
+    parents = population.parents(score, active, key)
+    expected = f"int64 of shape {tuple(score.shape)}, each the index of a member, 0 to {len(score) - 1}"
+    answer = _described(parents)
+    if answer == f"int64 of shape {tuple(score.shape)}":
+        outside = parents[(parents < 0) | (parents >= len(score))]
+        answer = f"the index {int(outside[0])}" if len(outside) else expected
+    require(
+        answer == expected, f"population: {type(population).__name__}.parents returned {answer}, expected {expected}"
+    )
+    return parents
+
+
+def explored(population: Any, name: str, value: Tensor, key: Tensor) -> Tensor:
+    """New values of a setting by a population's `explore`, in the setting's dtype, after a check of their shape.
+
+    Raises:
+        SettingError: no tensor of numbers `[S]`.
+    """
+    new = population.explore(value, key)
+    fits = isinstance(new, Tensor) and new.shape == value.shape and not new.is_complex() and new.dtype != torch.bool
+    require(
+        fits,
+        f"population: {type(population).__name__}.explore returned {_described(new)} for {name}, expected "
+        f"{_described(value)}",
+    )
+    return new.to(value.device, value.dtype)
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return shown(value)
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
 
 
 def begin(state: State) -> State:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, get_args
@@ -18,16 +19,19 @@ from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Mode, Task, TaskFamily, task
 from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.learning.comparisons import difference, is_described, object_name
+from rlmeta.learning.digests import check_digests
 from rlmeta.learning.field_types import check_values
 from rlmeta.learning.method import Method
 from rlmeta.learning.populations import Population
-from rlmeta.learning.settings import check_names, variants
+from rlmeta.learning.settings import check_names, per_learner_names, values_of, variants
 from rlmeta.runs import grammar
-from rlmeta.runs.digests import check_digests
-from rlmeta.runs.experiment import Budget, Experiment, Problem, settings_table
+from rlmeta.runs.descriptions import entry_of, settings_table
+from rlmeta.runs.experiment import Budget, Experiment, Problem, method_table
 from rlmeta.runs.folder import CONFIG
 from rlmeta.runs.objects import load_object
 from rlmeta.runs.populations import POPULATIONS
+from rlmeta.runs.rewards_again import check_rewards_again, or_allow, rewards_again
 from rlmeta.runs.shipped import METHODS, agent_class, checked_class
 
 
@@ -65,7 +69,7 @@ def from_config(
         check_table(config["budget"], {}, where_config)
         cls = _agent_again(config["exp_name"], agent, where)
         saved = config["variants"]
-        tables = [_settings_again(cls, table, agent, network, own or {}, where, training) for table in saved]
+        tables = [settings_again(cls, table, agent, network, own or {}, where, training) for table in saved]
         check_names(Budget, config["budget"], f"{where_config}: budget")
         for method in config["methods"]:
             check_table(method, METHOD, f"{where_config}: methods")
@@ -90,12 +94,10 @@ def from_config(
 def _saved_variant(settings: Any, saved: Mapping[str, Any], where_config: str) -> Any:
     """Settings of one variant; if the rewards given again compare values, the variant whose rewards were saved."""
     compared = variants(settings)
-    if len(compared) == 1:
+    tables = [settings_table(variant).get("rewards", []) for variant in compared]
+    if not any(tables):  # none, or left out as only training needs them
         return compared[0]
-    same = [variant for variant in compared if settings_table(variant).get("rewards") == saved.get("rewards")]
-    if not same:
-        raise SettingError(f"{where_config} had the rewards {saved.get('rewards')}, got others: give the same")
-    return same[0]
+    return compared[check_rewards_again(saved["rewards"], tables, where_config)]
 
 
 @contextlib.contextmanager
@@ -157,7 +159,7 @@ def check_table(table: Any, kinds: Kinds, where: str) -> None:
             raise CheckpointError(f"{where}: {name} is {table[name]!r}, expected {expected}: restore it from a copy")
 
 
-def _settings_again(
+def settings_again(
     cls: type,
     saved: Any,
     agent: type | None,
@@ -170,20 +172,30 @@ def _settings_again(
     where_variants = f"{where}/{CONFIG}: variants"
     check_table(saved, {}, where_variants)
     check_table(saved, {name: TEXT for name in ("network", "learner") if name in saved}, where_variants)
-    table: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    check_names(cls, table, where_variants)
+    check_names(cls, saved, where_variants)
+    check_names(cls, dict(own), f"{where}: own")
+    table = values_again(cls, saved)
     if "network" in table:
         table["network"] = _network_again(table["network"], network, where)
     if "learner" in table:
         table["learner"] = _learner_again(table["learner"], agent, network, where)
     if not training:
         table |= _left_out(table, own)
-    table |= _own_again(table, own, where)
+    elif "rewards" in table and "rewards" not in own:
+        table["rewards"] = rewards_again(saved["rewards"], (), where)
+    table |= _own_again(cls, saved, table, own, where)
     check_values(cls, table, where_variants)
     named = table.get("demonstrations")
     if isinstance(named, str | os.PathLike) and (training or "demonstrations" in own):
         table["demonstrations"] = Demonstrations.load(named)
     return table
+
+
+def values_again(cls: type, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from their saved table: lists become tuples, except where the class declares a list."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    lists = [name for name, hint in hints.items() if list in (hint, typing.get_origin(hint))]
+    return {n: tuple(v) if isinstance(v, list) and n not in lists else v for n, v in saved.items()}
 
 
 def _left_out(table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,21 +222,29 @@ def methods_again(
         SettingError: one of the user's own methods is missing.
     """
     own_methods = {**_allowed_methods(tables), **(own or {})}
-    remaining = [table for table in tables if table["name"] not in own_methods]
-    missing = [t.get("class", t["name"]) for t in remaining if "class" in t or t["name"] not in METHODS]
+    missing = [t.get("class", t["name"]) for t in tables if _is_missing(t, own_methods.get(t["name"]))]
     if missing:
         raise SettingError(
             f"{where} had lifelong methods of your own: pass them again as lifelong= (on the command line --lifelong "
-            f"{','.join(missing)}){_or_allow(missing[0])}"
+            f"{','.join(missing)}){or_allow(missing[0])}"
         )
     methods: list[Method] = []
     for table in tables:
         method: Any = own_methods.get(table["name"], METHODS.get(table["name"]))
-        values = {n: tuple(v) if isinstance(v, list) else v for n, v in table["settings"].items()}
         methods.append(
-            method if isinstance(method, Method) else _method(method, values, f"{where}/{CONFIG}: {table['name']}")
+            method
+            if isinstance(method, Method)
+            else method_again(method, table["settings"], f"{where}/{CONFIG}: {table['name']}")
         )
     return tuple(methods)
+
+
+def _is_missing(table: Mapping[str, Any], own: Any) -> bool:
+    """Whether the user has to give a method again: its class is unknown, or a setting is only described."""
+    if isinstance(own, Method):
+        return False
+    unknown = own is None and ("class" in table or table["name"] not in METHODS)
+    return unknown or any(map(is_described, table["settings"].values()))
 
 
 def _allowed_methods(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -241,33 +261,23 @@ def _population_again(table: Any, where: str) -> Population | None:
     named = table.get("class", table["name"])
     if named not in POPULATIONS and not trusted.is_allowed(str(named)):
         raise SettingError(
-            f"{where}/{CONFIG} had a population of your own, {named}: give its module again{_or_allow(str(named))}"
+            f"{where}/{CONFIG} had a population of your own, {named}: give its module again{or_allow(str(named))}"
         )
     cls: Any = POPULATIONS.get(named) or load_object(named)
-    check_names(cls, table["settings"], f"{where}/{CONFIG}: population")
-    check_values(cls, table["settings"], f"{where}/{CONFIG}: population")
-    again: Population = cls(**table["settings"])
+    again: Population = method_again(cls, table["settings"], f"{where}/{CONFIG}: population")
     return again
 
 
-def _or_allow(named: str) -> str:
-    """Hint for an error message: allow the module of `package.module:Name`; '' if it cannot be imported."""
-    module = named.partition(":")[0]
-    can_be_imported = all(part.isidentifier() for part in module.split(".")) and module != "__main__"
-    if "<" in named or not can_be_imported:
-        return ""
-    return f", or allow the module as code=[{module!r}] (on the command line --code {module})"
-
-
-def _method(cls: Any, values: dict[str, Any], where: str) -> Method:
-    """Instantiate a lifelong method, after a check of its settings' names and types."""
+def method_again(cls: Any, saved: Mapping[str, Any], where: str) -> Any:
+    """Instantiate a lifelong method or a population, after a check of its settings' names and types."""
+    values: dict[str, Any] = {}
     if dataclasses.is_dataclass(cls):
-        check_names(cls, values, where)  # type: ignore[arg-type]
+        check_names(cls, dict(saved), where)  # type: ignore[arg-type]
+        values = values_again(cls, saved)  # type: ignore[arg-type]
         check_values(cls, values, where)  # type: ignore[arg-type]
-    elif values:
+    elif saved:
         raise CheckpointError(f"{where} has settings, but takes none: restore it from a copy")
-    method: Method = cls(**values)
-    return method
+    return cls(**values)
 
 
 def _network_again(name: str, network: NetworkFactory | None, where: str) -> NetworkFactory:
@@ -278,8 +288,11 @@ def _network_again(name: str, network: NetworkFactory | None, where: str) -> Net
     if network is None:
         raise SettingError(
             f"{where}/{CONFIG} had the network {name}: pass it again as network= (on the command line --network)"
-            f"{_or_allow(name)}"
+            f"{or_allow(name)}"
         )
+    given = object_name(network)
+    if given.partition(":")[2] != name.partition(":")[2]:
+        raise SettingError(f"{where} had the network {name}, got {given}: give the same")
     return network
 
 
@@ -290,7 +303,7 @@ def _agent_again(name: str, agent: type | None, where: str) -> type:
     if agent is None:
         raise SettingError(
             f"{where}/{CONFIG} had the agent {name}: pass it again as agent= (on the command line --agent)"
-            f"{_or_allow(name)}"
+            f"{or_allow(name)}"
         )
     if checked_class(agent, name).__qualname__ != name.partition(":")[2]:
         raise SettingError(f"{where} had the agent {name}, got {agent.__qualname__}: give the same")
@@ -307,25 +320,58 @@ def _learner_again(text: str, agent: type | None, network: NetworkFactory | None
 
 
 def _same_methods(methods: tuple[Method, ...], tables: Sequence[dict[str, Any]], where: str) -> tuple[Method, ...]:
-    """Check that the methods given again have the names of the run's, in order."""
+    """Check that the methods given again are the run's, in order, with its settings.
+
+    Where these compare values, every variant of the run has its own again.
+    """
     saved_names = [table["name"] for table in tables]
     if methods and [method.name for method in methods] != saved_names:
         names = ", ".join(method.name for method in methods)
         saved = ", ".join(saved_names) or "(none)"
         raise SettingError(f"{where} had lifelong methods {saved}, got {names}: give the same")
-    return methods
+    return tuple(_same_method(method, table, where) for method, table in zip(methods, tables))
 
 
-def _own_again(table: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings given again; those that the configuration only describes, in <>, are required."""
-    described = {n: value for n, value in table.items() if isinstance(value, str) and value[:1] == "<"}
+def _same_method(method: Method, saved: dict[str, Any], where: str) -> Method:
+    now, hint = method_table(method), "give the same, or train another run with the change"
+    classes = [str(table.get("class", "")).partition(":")[2] for table in (saved, now)]
+    if classes[0] != classes[1]:
+        had, given = (f"{name} of your own" if name else "that of rlmeta" for name in classes)
+        raise SettingError(f"{where} had the lifelong method {method.name}, {had}, got {given}: {hint}")
+    if not dataclasses.is_dataclass(method):
+        return method
+    names = [name for name in per_learner_names(type(method)) if isinstance(saved["settings"].get(name), list)]
+    listed = {name: values_of(getattr(method, name)) for name in names}
+    whole = {name: saved["settings"][name] for name in names}
+    compared = [name for name in names if listed[name] in (whole[name], list(dict.fromkeys(whole[name])))]
+    differs = difference(saved["settings"], {**now["settings"], **{name: whole[name] for name in compared}})
+    if differs:
+        raise SettingError(f"{where} had the lifelong method {method.name} with {differs}: {hint}")
+    return dataclasses.replace(method, **{name: tuple(whole[name]) for name in names}) if names else method
+
+
+def _own_again(
+    cls: type, saved: Mapping[str, Any], table: Mapping[str, Any], own: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Settings given again, with the run's values; those that the configuration only describes, in <>, are required."""
+    described = {name: value for name, value in table.items() if is_described(value)}
     for name, value in described.items():
         if name not in own:
             raise SettingError(
                 f"{where} had the {name} {value}, which a configuration only describes: pass it again as "
-                f"own={{{name!r}: ...}} (on the command line --{name})"
+                f"own={{{name!r}: ...}}{' (on the command line --demonstrations)' * (name == 'demonstrations')}"
             )
-    return {name: own[name] for name in table if name in own}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name in own.keys() - {"demonstrations", "rewards"}:  # whose data and settings are compared elsewhere
+        differs = difference(
+            {name: saved[name]} if name in saved else {}, {name: entry_of(name, own[name], hints.get(name))}
+        )
+        if differs:
+            raise SettingError(f"{where} had {differs}: give the same, or train another run with the change")
+    again = {name: own[name] for name in table if name in own}
+    if "rewards" in again:
+        again["rewards"] = rewards_again(saved["rewards"], again["rewards"], where)
+    return again
 
 
 DESCRIBED: dict[str, Kinds] = {
@@ -391,8 +437,20 @@ def problem_again(described: dict[str, Any], source: Any, where: str) -> Problem
             what = "samples" if kind == "data" else "family"
             raise SettingError(f"{where} learned from your own {what} {described['name']!r}: {ENV_AGAIN}")
         is_complete = kind == "data" or isinstance(source, families.NamedFamily)
-        return source if is_complete else families.NamedFamily(described["name"], source)
-    return _task_again(described, source, where)
+        restored = source if is_complete else families.NamedFamily(described["name"], source)
+    else:
+        restored = _task_again(described, source, where)
+    parts = [name for name in ("constants", "settings", "ranges") if name in described]
+    differs = difference(*(_constants_of(table, parts) for table in (described, restored.describe())))
+    if source is not None and differs:
+        raise SettingError(f"{where} learned in environments with {differs}: give those it learned in")
+    return restored
+
+
+def _constants_of(described: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """A task's or family's constants, settings and ranges by name."""
+    tables = [described.get(name) or {} for name in parts]
+    return {name: value for table in tables for name, value in table.items()}
 
 
 def _stream_again(described: dict[str, Any], source: Any, where: str) -> TaskStream:
@@ -429,7 +487,7 @@ def _allowed_source(described: dict[str, Any], where: str) -> Any:
     """Load the user's environment, or its factory, from a module that the user has allowed."""
     named = described["source"]
     if not trusted.is_allowed(named):
-        raise SettingError(f"{where}/{CONFIG} had environments of {named}: {ENV_AGAIN}{_or_allow(named)}")
+        raise SettingError(f"{where}/{CONFIG} had environments of {named}: {ENV_AGAIN}{or_allow(named)}")
     loaded = load_object(named)
     is_native_class = isinstance(loaded, type) and issubclass(loaded, NativeEnv)
     return loaded(**described.get("constants", {})) if is_native_class else loaded

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlmeta.data.demonstrations import Demonstrations, Unread
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 from rlmeta.learning import settings as settings_
+from rlmeta.learning.digests import digest_of
 from rlmeta.learning.field_types import check_values, require_type
 from rlmeta.learning.learner import Learner
 from rlmeta.learning.method import Method, check_needs, checked_methods
 from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import require
-from rlmeta.runs import grammar, populations
-from rlmeta.runs.digests import digest_of
+from rlmeta.runs import populations
+from rlmeta.runs.descriptions import settings_table
 from rlmeta.runs.populations import POPULATIONS
 from rlmeta.runs.shipped import METHODS, name_on_command_line
 
@@ -284,8 +284,8 @@ class Experiment:
             "task": self.problem.describe(),
             "budget": dataclasses.asdict(self.budget),
             "digests": self.digests(),
-            "methods": [_method_table(method) for method in self.methods],
-            "population": None if self.population is None else _method_table(self.population),
+            "methods": [method_table(method) for method in self.methods],
+            "population": None if self.population is None else method_table(self.population),
             "variants": [settings_table(variant) for variant in self.variants],
         }
 
@@ -316,25 +316,8 @@ def _alone(method: Method) -> list[Any]:
     return settings_.variants(method) if _compared(method) else [method]
 
 
-def settings_table(settings: Any) -> dict[str, Any]:
-    """A variant's settings as a table for TOML; objects that TOML cannot hold are described in <>."""
-    table = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    for name, value in table.items():
-        if isinstance(value, Unread):
-            table[name] = value.name
-        elif isinstance(value, Demonstrations):
-            table[name] = os.path.abspath(value.path) if value.path else f"<{value}>"
-        elif dataclasses.is_dataclass(value):
-            table[name] = grammar.text_of(value)
-        elif isinstance(value, tuple):
-            plain = all(isinstance(entry, int | float | str) for entry in value)
-            table[name] = list(value) if plain else f"<{', '.join(str(entry) for entry in value)}>"
-        elif callable(value):
-            table[name] = f"{value.__module__}:{value.__qualname__}"
-    return {name: value for name, value in table.items() if value is not None}
-
-
-def _method_table(method: Method | Population) -> dict[str, Any]:
+def method_table(method: Method | Population) -> dict[str, Any]:
+    """A lifelong method's or population's name and settings as a table, with the class of the user's own."""
     settings: dict[str, Any] = settings_table(method) if dataclasses.is_dataclass(method) else {}
     cls = type(method)
     own = {} if cls in (*METHODS.values(), *POPULATIONS.values()) else {"class": f"{cls.__module__}:{cls.__qualname__}"}

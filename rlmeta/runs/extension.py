@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError
+from rlmeta.learning.field_types import require_type
+from rlmeta.learning.settings import require
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.experiment import Experiment
 
@@ -35,12 +37,19 @@ def extended(experiment: Experiment, steps: int) -> Experiment:
     return dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, steps=steps))
 
 
-def begin(run: Run) -> None:
-    """Discard the final evaluation and summary of the old end, and warn of schedules that depend on the budget.
+def checked_steps(steps: Any) -> int:
+    """The steps of a longer budget, as a plain whole number.
 
     Raises:
-        CheckpointError: the summary cannot be removed.
+        SettingError: it is none, or below 1.
     """
+    require_type(steps, int, "steps")
+    require(int(steps) >= 1, f"steps is {steps}, expected at least 1")
+    return int(steps)
+
+
+def warn_of_schedules(run: Run) -> None:
+    """Warn of schedules that depend on the budget."""
     over_budget = scheduled(run.experiment.variants[0])
     if over_budget:
         warnings.warn(
@@ -49,6 +58,14 @@ def begin(run: Run) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def discard_summary(run: Run) -> None:
+    """Discard the final evaluation and summary of a run that goes on, once a checkpoint says so.
+
+    Raises:
+        CheckpointError: the summary cannot be removed.
+    """
     run.evaluation = None
     if run.folder is not None:
         try:

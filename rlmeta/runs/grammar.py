@@ -113,7 +113,10 @@ def _names(choices: Mapping[str, Any], text: str) -> tuple[Any, ...]:
 def load_objects(text: str) -> tuple[Any, ...]:
     """Load the objects of names `package.module:Name` joined by +; a class is instantiated with its defaults."""
     loaded = () if text == "none" else tuple(load_object(part.strip()) for part in text.split("+"))
-    return tuple(entry() if isinstance(entry, type) else entry for entry in loaded)
+    try:
+        return tuple(entry() if isinstance(entry, type) else entry for entry in loaded)
+    except TypeError as error:
+        raise SettingError(f"{text} can't be made with its defaults ({error}): give every setting one") from error
 
 
 def form(hint: Any) -> Form:

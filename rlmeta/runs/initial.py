@@ -12,6 +12,7 @@ from torch import Tensor
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.functional.packed import Packed
+from rlmeta.learning.comparisons import object_name
 from rlmeta.learning.state import Params
 from rlmeta.learning.targets import Copy, with_copy
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from rlmeta.runs.run import Run
 
 
-SAME = ("activation", "action_bounds", "share_network", "state_dependent_exploration", "task_heads")
+SAME = (
+    *("activation", "action_bounds", "share_network", "state_dependent_exploration", "task_heads", "memory", "sees"),
+    *("network", "output_scale", "preprocess"),
+)
 """Settings that change a network's output but not its parameters' names and shapes; both runs need the same."""
 
 
@@ -92,7 +96,9 @@ def _check_same(run: Run, source: Run) -> None:
     """Refuse weights that were trained under settings with which they compute something else."""
     ours, theirs = (_settings(each) for each in (run, source))
     for name in SAME:
-        before, now = getattr(theirs, name, None), getattr(ours, name, None)
+        before, now = (getattr(settings, name, None) for settings in (theirs, ours))
+        before, now = (object_name(value) if callable(value) else value for value in (before, now))
+        before, now = (tuple(sorted(value)) if isinstance(value, tuple) else value for value in (before, now))
         if before is not None and now is not None and before != now:
             raise SettingError(
                 f"init: {_named(source)} was trained with {name} = {before!r}: it is {now!r} here, set the same"

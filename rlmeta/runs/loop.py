@@ -17,7 +17,7 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.state import select
-from rlmeta.runs import averages, populations, stages
+from rlmeta.runs import averages, extension, populations, stages
 from rlmeta.runs.frozen import FrozenLearners
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.metric_log import MetricLog
@@ -49,7 +49,7 @@ class Loop:
         population = run.experiment.population
         every = 0 if population is None else int(population.every)
         self.exchange_every = self.iterations if population is None else max(1, round(every / self.steps_per_iteration))
-        self.iteration = int(run.state["count"]["iterations"].max())
+        self.iteration = self._begun_at = run.iterations_done
         self.interruption = Interruption()
         self.frozen = FrozenLearners(run.experiment.problem.native)
         self._started = self._saved = time.perf_counter()
@@ -110,7 +110,9 @@ class Loop:
         """Evaluate at the end of the previous budget of a run that now gets more steps, where that was skipped."""
         if self._evaluation_is_due() and 0 < self.iteration == self.run.previous_end:
             steps = self.iteration * self.steps_per_iteration
-            self._log({"iteration": self.iteration, "env_steps": steps, **_lists(self._evaluate_and_exchange())})
+            log_entry = {"iteration": self.iteration, "env_steps": steps, **_lists(self._evaluate_and_exchange())}
+            self.run.previous_end = 0
+            self._log(log_entry)
 
     def _evaluation_is_due(self) -> bool:
         """Whether a periodic evaluation is due after this iteration; never on a stream."""
@@ -338,6 +340,8 @@ class Loop:
             "torch": torch.__version__,
         }
         run.save(about)
+        if self.iteration > self._begun_at or self.iteration < self.iterations:
+            extension.discard_summary(run)
         self._saved = time.perf_counter()
 
 

@@ -33,13 +33,19 @@ def load_module(name: str) -> types.ModuleType:
     """Import a module of the user's, also from the current folder; an error inside it is passed on as it is.
 
     Raises:
-        SettingError: there is no such module; or a file names it, and it is neither rlmeta's nor a known extra.
+        SettingError: there is no such module, or it ends the program; or a file names it, and it is neither rlmeta's
+            nor a known extra.
     """
     trusted.check_module(name)
     if not trusted.from_file():
         user_modules.allow(name)
     try:
         return importlib.import_module(name)
+    except SystemExit as stop:
+        raise SettingError(
+            f"the module {name!r} ends the program while it is imported (SystemExit: {stop.code}): put what it does as "
+            'a program under `if __name__ == "__main__":`'
+        ) from stop
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
             raise  # the module exists, but a module that it imports does not

@@ -18,7 +18,7 @@ from rlmeta.errors import SettingError
 from rlmeta.functional import random, tree
 from rlmeta.learning import settings as settings_
 from rlmeta.learning.learner import Metrics
-from rlmeta.learning.populations import PBT, STREAM, copied
+from rlmeta.learning.populations import PBT, STREAM, check_hooks, chosen_parents, copied, explored
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import State, select
 
@@ -40,14 +40,16 @@ def explored_names(variants: Sequence[Any]) -> list[str]:
 
 
 def check(run: Run) -> None:
-    """Check a population (PBT): members differ, an exchange is within the budget, their settings can change.
+    """Check a population (PBT): its hooks answer, members differ, an exchange is in the budget, settings can change.
 
     Raises:
-        SettingError: the members are alike, the interval is too long, or a setting is a recorded constant.
+        SettingError: a hook returns something else than is expected of it, the members are alike, the interval is too
+            long, or a setting is a recorded constant.
     """
     experiment, population = run.experiment, run.experiment.population
     if population is None:
         return
+    _check_parents(run)
     name, (first, *_) = type(experiment.variants[0]).__name__, experiment.variants
     names = explored_names(experiment.variants)
     require(
@@ -64,7 +66,7 @@ def check(run: Run) -> None:
     fixed = _constants(experiment, run.world)
     for setting in names:
         values = run.state["params"]["hyper"][setting]
-        new = population.explore(values, random.fold(run.state["key"], STREAM)).tolist()
+        new = explored(population, setting, values, random.fold(run.state["key"], STREAM)).tolist()
         some = new[:: experiment.repeats]
         pairs = zip(experiment.variants, some)
         variants = [settings_.with_values(v, {setting: x}) if _takes(v, setting, x) else v for v, x in pairs]
@@ -75,6 +77,14 @@ def check(run: Run) -> None:
             f"population: {setting} can't change during training, as {name} computes {', '.join(other)} from it once "
             f"and for all: give a single value ({getattr(first, setting, None)})",
         )
+
+
+def _check_parents(run: Run) -> None:
+    """Call a population's `parents` once, with scores that are drawn at random, before anything is trained."""
+    population, shape = run.experiment.population, (len(run.experiment.variants), run.experiment.repeats)
+    key = random.fold(run.state["key"], STREAM)
+    score = random.uniform(key, STREAM, 0, ()).reshape(shape)
+    chosen_parents(population, score, torch.ones_like(score, dtype=torch.bool), key.reshape(shape))
 
 
 def _constants(experiment: Experiment, world: Any, variants: Sequence[Any] = ()) -> dict[str, Any]:
@@ -96,8 +106,9 @@ def refuse(experiment: Experiment) -> None:
     """Refuse experiments that a population does not support.
 
     Raises:
-        SettingError: a stream of tasks, or a target at which learners stop early.
+        SettingError: no population at all, a stream of tasks, or a target at which learners stop early.
     """
+    check_hooks(experiment.population)
     require(
         not isinstance(experiment.problem, TaskStream),
         f"population: {experiment.problem.name!r} is a stream, along which every learner keeps memories of its own: "
@@ -130,7 +141,7 @@ def exchange(run: Run, score: Tensor, done: int) -> Metrics:
     shape = (len(experiment.variants), experiment.repeats)
     key = random.fold(random.fold(state["key"], STREAM), done)
     good = score if run.agent.score.maximise else -score
-    chosen = population.parents(good.reshape(shape), state["active"].reshape(shape), key.reshape(shape))
+    chosen = chosen_parents(population, good.reshape(shape), state["active"].reshape(shape), key.reshape(shape))
     place = torch.arange(score.numel(), device=score.device)
     parent = place.reshape(shape).gather(0, chosen).flatten()
     replaced, stopped = parent != place, ~state["active"]
@@ -139,7 +150,7 @@ def exchange(run: Run, score: Tensor, done: int) -> Metrics:
         state = copied(state, parent, replaced)
         hyper = dict(state["params"]["hyper"])
         for name in names:
-            new = population.explore(hyper[name], random.fold(key, name))
+            new = explored(population, name, hyper[name], random.fold(key, name))
             taken = [_takes(experiment.variants[0], name, value) for value in new.tolist()]
             fits = torch.tensor(taken, device=replaced.device)
             hyper[name] = torch.where(replaced & fits, new, hyper[name])
@@ -172,6 +183,11 @@ def _with_fresh_episodes(run: Run, state: State, begins: Tensor, key: Tensor) ->
     return {**state, **{name: select(begins, fresh[name], state[name]) for name in parts}}
 
 
+def _shortest(value: Tensor) -> float:
+    """A setting as the number of the shortest text that is its value in float32: 0.008, not 0.00800000037997961."""
+    return float(str(value.cpu().numpy()))
+
+
 def summary(run: Run) -> list[dict[str, Any]]:
     """Lineage of every variant for the rows of a run's summary; empty without a population.
 
@@ -188,7 +204,7 @@ def summary(run: Run) -> list[dict[str, Any]]:
         {
             "origin": (about["origin"][row] // repeats).tolist(),
             "copies": about["copies"][row].tolist(),
-            "settings": {name: hyper[name][row].tolist() for name in names},
+            "settings": {name: [_shortest(value) for value in hyper[name][row]] for name in names},
         }
         for row in rows
     ]

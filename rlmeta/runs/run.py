@@ -20,6 +20,7 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import CheckpointError, SettingError, SpaceError
 from rlmeta.functional import random, statistics, tree
 from rlmeta.functional.packed import Packed
+from rlmeta.learning import prediction
 from rlmeta.learning.collect import LAST_REWARD
 from rlmeta.learning.evaluate import Evaluation
 from rlmeta.learning.learner import Learner
@@ -28,7 +29,7 @@ from rlmeta.learning.populations import begin as begin_population
 from rlmeta.learning.settings import require
 from rlmeta.learning.state import State, select
 from rlmeta.lifelong import metrics
-from rlmeta.runs import budgets, checkpoint, extension, populations, prediction, stages
+from rlmeta.runs import budgets, checkpoint, extension, populations, stages
 from rlmeta.runs import folder as run_folder
 from rlmeta.runs.allocator import keep_freed_memory
 from rlmeta.runs.configuration import from_config, within_memory
@@ -61,7 +62,8 @@ class Run:
         held: the lock on the folder, while this process writes it.
         begun_from: folder of the run whose weights it was initialised with, or ''.
         extended_to: steps of an extended budget, 0 if it is the one in config.toml.
-        previous_end: iteration at which the run ended before it was extended just now, else 0.
+        previous_end: iteration at which the run ended before it was extended, while the evaluation that a longer run
+            makes there is still to be made, else 0.
     """
 
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
@@ -135,6 +137,11 @@ class Run:
         return matrix
 
     # ------------------------------------------------------------------ evaluation, actions, predictions
+
+    @property
+    def iterations_done(self) -> int:
+        """Iterations trained so far (the most of any learner, as some may have stopped)."""
+        return int(self.state["count"]["iterations"].max())
 
     @property
     def env_steps(self) -> int:
@@ -411,7 +418,7 @@ class Run:
             self._check_held()
             about = {**about, "run": self.id, "config": self.config_digest}
             if self.extended_to:
-                about["extended_to"] = self.extended_to
+                about |= {"extended_to": self.extended_to, "previous_end": self.previous_end}
             checkpoint.save(self.folder / run_folder.STATE, self.state, about, learner_axes=1)
 
     def _check_held(self) -> None:
@@ -484,9 +491,8 @@ def read(
     if training:
         for name, mark in about["offsets"].items():
             check_start(folder / f"{name}.jsonl", mark)
-    config = run_folder.read_config(folder)
     experiment = from_config(
-        config,
+        run_folder.read_config(folder),
         where=str(folder),
         agent=agent,
         network=network,
@@ -498,20 +504,25 @@ def read(
     longer = steps or about["extended_to"]
     with within_memory(str(folder)):
         run = Run(extension.extended(experiment, longer) if longer else experiment, folder)
-    run.extended_to = longer
-    if steps:
-        run.previous_end = math.ceil((about["extended_to"] or experiment.budget.steps) / run.env_steps_per_iteration)
+    run.extended_to, run.previous_end = longer, about["previous_end"]
     try:
         run.id, run.config_digest = about["run"], about["config"]
         run.seconds, run.stopped, run.offsets = float(about["seconds"]), about["stopped"], about["offsets"]
         with within_memory(str(folder)):
             run.start()
         run.state = match_checkpoint(run.state, state, str(folder), own_network=network is not None)
+        if steps and run.iterations_done == _last_iteration(run, about["extended_to"] or experiment.budget.steps):
+            run.previous_end = run.iterations_done
         run.evaluation = _final_evaluation(folder, run.id, len(experiment.learners))
     except BaseException:
         run.close()
         raise
     return run
+
+
+def _last_iteration(run: Run, steps: int) -> int:
+    """The iteration at which a budget of `steps` ends."""
+    return math.ceil(steps / run.env_steps_per_iteration)
 
 
 def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
@@ -534,9 +545,10 @@ def _saved(folder: Path) -> tuple[State, dict[str, Any]]:
         if set(offsets) != set(NAMES):
             raise ValueError(f"metric logs {offsets!r}")
         about["offsets"] = {name: Mark.of(mark) for name, mark in offsets.items()}
-        about["extended_to"] = saved.get("extended_to", 0)
-        if type(about["extended_to"]) is not int or about["extended_to"] < 0:
-            raise ValueError(f"extended_to {about['extended_to']!r}")
+        for name in ("extended_to", "previous_end"):
+            about[name] = saved.get(name, 0)
+            if type(about[name]) is not int or about[name] < 0:
+                raise ValueError(f"{name} {about[name]!r}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"the metadata of the checkpoint in {where} is not of a run ({error!r}): restore it from a copy"

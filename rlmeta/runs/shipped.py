@@ -10,6 +10,7 @@ from rlmeta.envs.names import names
 from rlmeta.errors import RlmetaError, SettingError, did_you_mean, unknown_name
 from rlmeta.learning.method import Method
 from rlmeta.learning.settings import name_of, settings_classes
+from rlmeta.rewards import RND, EpisodicCounts, PotentialShaping
 from rlmeta.runs.objects import load_object
 
 AGENTS: dict[str, type] = {name_of(cls): cls for cls in (*agents.ALL, *imitation.ALL, *supervised.ALL, *meta.ALL)}
@@ -17,6 +18,12 @@ AGENTS: dict[str, type] = {name_of(cls): cls for cls in (*agents.ALL, *imitation
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in lifelong.ALL}
 """Class of every lifelong method, by name."""
+
+
+REWARDS: dict[str, type] = {
+    f"{cls.__module__}:{cls.__qualname__}": cls for cls in (RND, EpisodicCounts, PotentialShaping)
+}
+"""Settings class of every reward of rlmeta that plain settings may bring back, by `package.module:Name`."""
 
 
 def agent_class(name: str) -> type:

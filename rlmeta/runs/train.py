@@ -16,6 +16,7 @@ from rlmeta.envs.kinds import problem_of
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning import replay
+from rlmeta.learning.field_types import shown
 from rlmeta.learning.method import Method, checked_methods
 from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import check_choices, group, variants
@@ -27,6 +28,7 @@ from rlmeta.runs.experiment import Budget, Experiment, Problem, chosen_seeds, co
 from rlmeta.runs.initial import take_weights
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.loop import Callback, Loop
+from rlmeta.runs.read_back import check_read_back
 from rlmeta.runs.run import Run, load, read
 from rlmeta.runs.shipped import check_family
 from rlmeta.runs.surroundings import undisturbed
@@ -74,16 +76,29 @@ def prepare(
     try:
         run.start()
         if init is not None:
-            take_weights(run, init if isinstance(init, Run) else load(init))
+            take_weights(run, _source(init))
         budgets.check_learns(run.experiment.problem, run.agent, run.iterations, run.experiment.budget)
         populations.check(run)
         if out is not None:
-            run_folder.encoded(run.experiment.config())
+            check_read_back(run.experiment)
         budgets.warn_of_rounding(budget, run.iterations, run.env_steps_per_iteration)
     except BaseException:
         run.close()
         raise
     return run
+
+
+def _source(init: Any) -> Run:
+    """The run of the initial weights, loaded from its folder if that is given.
+
+    Raises:
+        SettingError: neither a run nor the path of a folder.
+    """
+    if isinstance(init, Run):
+        return init
+    if not isinstance(init, str | os.PathLike):
+        raise SettingError(f"init is {shown(init)}, expected a trained run, or the folder of one")
+    return load(Path(init))
 
 
 def _resolved(problem: Any, agent: type) -> Problem:
@@ -151,22 +166,23 @@ def resume(
     callbacks: Sequence[Callback],
     listeners: Sequence[Listener],
     inexact: bool,
-    steps: int = 0,
+    steps: int | None = None,
 ) -> Run:
     """Resume a run from its newest checkpoint; arguments and errors are those of `rlmeta.api.resume`."""
     folder = Path(folder).absolute()
+    longer = 0 if steps is None else extension.checked_steps(steps)
     if os.path.lexists(folder / run_folder.CONFIG):
         run_folder.check_plain(folder)
     with run_folder.lock(folder) as held:
         run = read(
-            folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=steps
+            folder, agent=agent, network=network, env=env, lifelong=lifelong, own=own, training=True, steps=longer
         )
         run.stopped, run.held = "", held
         try:
             held.sign(run.id)
             restore_world(run, inexact)
-            if steps:
-                extension.begin(run)
+            if longer:
+                extension.warn_of_schedules(run)
             return Loop(run, callbacks, listeners).go()
         finally:
             run.close()

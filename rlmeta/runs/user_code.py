@@ -7,6 +7,7 @@ the modules (`rlmeta.envs.trusted`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import re
@@ -188,20 +189,72 @@ def build_method(method: Any, settings: Mapping[str, Any]) -> Method:
     Raises:
         SettingError: it has no such setting, or a value is malformed.
     """
-    name = method.name
-    if isinstance(method, Method) or not hasattr(method, "__dataclass_fields__"):
-        if settings:
-            raise SettingError(f"--{name}.{next(iter(settings))}: {name} has no settings here, leave the flag out")
-        return method if isinstance(method, Method) else method()
-    check_names(method, dict(settings), f"--{name}")
+    name: str = method.name
+    if isinstance(method, type) and dataclasses.is_dataclass(method):
+        cls: Any = method
+        built: Method = cls(**_parsed(cls, name, settings))
+        return built
+    _refuse_settings(name, settings)
+    return method if isinstance(method, Method) else method()
+
+
+def _refuse_settings(name: str, settings: Mapping[str, Any]) -> None:
+    if settings:
+        raise SettingError(f"--{name}.{next(iter(settings))}: {name} has no settings here, leave the flag out")
+
+
+def _parsed(cls: Any, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the dotted flags `--NAME.SETTING` of a method's or reward's class.
+
+    Raises:
+        SettingError: it has no such setting, or a value is malformed.
+    """
+    check_names(cls, dict(settings), f"--{name}")
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        parsed = grammar.values(method, key, grammar.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
-        if len(parsed) > 1 and key not in per_learner_names(method):
+        parsed = grammar.values(cls, key, grammar.text_of(value), where := f"--{name}.{key.replace('_', '-')}")
+        if len(parsed) > 1 and key not in per_learner_names(cls):
             raise SettingError(f"{where} is {value!r}, expected one value: learners of one batch share it")
         values[key] = parsed if len(parsed) > 1 else parsed[0]
-    built: Method = method(**values)
-    return built
+    return values
+
+
+# ---------------------------------------------------------------------- rewards
+
+
+def rewards_named(text: str | None) -> list[Any]:
+    """Load the classes or rewards of names `package.module:Name` joined by + or commas; none for `none`."""
+    names = [name.strip() for name in re.split(r"[,+]", text or "")]
+    return [load_object(name) for name in names if name not in ("", "none")]
+
+
+def reward_names(text: str | None) -> list[str]:
+    """Names of the rewards that a text names, whose settings are `--NAME.SETTING` on the command line."""
+    names = [getattr(reward, "name", None) for reward in rewards_named(text)]
+    return [name for name in names if isinstance(name, str)]
+
+
+def with_reward_settings(settings: Any, of_rewards: Mapping[str, Mapping[str, Any]]) -> Any:
+    """An agent's settings whose rewards take settings of the command line, by reward.
+
+    Raises:
+        SettingError: a reward has no such setting, or a value is malformed.
+    """
+    if not of_rewards:
+        return settings
+    rewards = [_with_settings(reward, of_rewards.get(reward.name, {})) for reward in settings.rewards]
+    return dataclasses.replace(settings, rewards=tuple(rewards))
+
+
+def _with_settings(reward: Any, settings: Mapping[str, Any]) -> Any:
+    name: str = reward.name
+    if dataclasses.is_dataclass(reward):
+        return dataclasses.replace(reward, **_parsed(type(reward), name, settings))  # type: ignore[type-var]
+    _refuse_settings(name, settings)
+    return reward
+
+
+# ---------------------------------------------------------------------- populations
 
 
 def population_class(name: str) -> Any:

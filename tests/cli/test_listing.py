@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import rlmeta as rl
 from rlmeta.cli.listing import runs_table
 from rlmeta.cli.main import main
 from rlmeta.runs import folder as run_folder
@@ -101,3 +102,10 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capfd: pytest.Captu
     for arguments in (["list", "runs", "nowhere"], ["list", "nowhere"]):
         assert main(arguments) == 2
         assert "nowhere" in capfd.readouterr().err
+
+
+def test_a_budget_that_was_extended_is_shown(tmp_path: Path) -> None:
+    settings = rl.A2C(num_envs=2, num_steps=8, hidden_sizes=(4,))
+    rl.train(settings, "CartPole-v1", steps=32, final_episodes=1, out=tmp_path / "run")
+    rl.resume(tmp_path / "run", steps=48)
+    assert any(f"{tmp_path / 'run'} a2c CartPole-v1 1 48 finished" in line for line in shown(tmp_path))

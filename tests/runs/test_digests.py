@@ -14,8 +14,8 @@ from rlmeta.data.samples import DataTask, Samples
 from rlmeta.envs.few_shot import FewShot
 from rlmeta.envs.native import TabularMDP
 from rlmeta.errors import DemonstrationError, SettingError
+from rlmeta.learning.digests import digest_of
 from rlmeta.rewards import PotentialShaping
-from rlmeta.runs.digests import digest_of
 
 GAIL = {"num_envs": 2, "num_steps": 8, "batch_size": 16, "num_epochs": 1, "hidden_sizes": (4,)}
 GAIL |= {"discriminator_updates": 2, "discriminator_batch_size": 4, "discriminator_hidden_sizes": (4,), "warm_start": 2}

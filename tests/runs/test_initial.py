@@ -97,6 +97,34 @@ def test_weights_that_would_mean_something_else_are_refused(change, words):
         prepare(dataclasses.replace(SMALL, **change), "Pendulum-v1", rl.Budget(steps=32), init=source)
 
 
+def test_what_the_weights_saw_is_seen_again():
+    memory = dataclasses.replace(SMALL, memory="gru", memory_size=8, sees=("reward",))
+    source = rl.train(memory, "CartPole-positions", steps=32, final_episodes=2, threads=1)
+    with pytest.raises(SettingError, match=r"was trained with sees = \('reward',\): it is \('start',\) here, set the"):
+        prepare(dataclasses.replace(memory, sees=("start",)), "CartPole-positions", rl.Budget(steps=32), init=source)
+    prepare(memory, "CartPole-positions", rl.Budget(steps=32), init=source).close()
+
+
+def tanh(space: Any) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
+
+
+def relu(space: Any) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+
+
+def test_another_network_of_the_same_shapes_is_refused():
+    source = train(dataclasses.replace(SMALL, network=tanh))
+    with pytest.raises(SettingError, match=r"was trained with network = '.*:tanh': it is '.*:relu' here"):
+        start_of(source, dataclasses.replace(SMALL, network=relu))
+
+
+@pytest.mark.parametrize("init", [3, rl.PPO, SMALL], ids=["number", "class", "settings"])
+def test_what_is_no_run_is_refused(init):
+    with pytest.raises(SettingError, match=r"^init is .*, expected a trained run, or the folder of one"):
+        start_of(init, SMALL)
+
+
 def test_another_head_and_other_spaces_are_refused():
     source = rl.train(dataclasses.replace(SMALL, activation="relu"), "Pendulum-v1", steps=32, final_episodes=2)
     with pytest.raises(SettingError, match="ends in GaussianHead, that of td3 in DeterministicHead"):

@@ -62,10 +62,13 @@ def deep(space):
     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
 
 
-def test_another_network_than_the_runs_is_named_as_the_fault(tmp_path):
+def test_another_network_than_the_runs_is_named_as_the_fault(tmp_path, monkeypatch):
     budget = rl.Budget(steps=64, final_episodes=2)
     rl.train(rl.A2C(network=narrow), "CartPole-v1", out=tmp_path / "run", budget=budget)
     for other in (wide, deep):
+        with pytest.raises(SettingError, match=f"had the network .*:narrow, got .*:{other.__name__}: give the same"):
+            rl.load(tmp_path / "run", network=other)
+        monkeypatch.setattr(other, "__qualname__", "narrow")
         with pytest.raises(CheckpointError, match="network= is not the network that the run was trained with"):
             rl.load(tmp_path / "run", network=other)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +215,26 @@ def test_more_steps_exchange_where_a_longer_run_would_have(tmp_path: Path) -> No
         assert torch.equal(value, tree.flatten(resumed.state["params"])[name]), name
 
 
+def extend_until_opened(folder: str) -> None:
+    """It is killed between the checkpoint with the longer budget and the evaluation at the old end."""
+    rl.resume(folder, steps=320, trackers=[lambda run: os.kill(os.getpid(), signal.SIGKILL)])
+
+
+def test_killed_before_the_evaluation_at_the_old_end_it_is_made_and_exchanged_later(
+    tmp_path: Path, killer: Killer
+) -> None:
+    whole, rhythm = train(out=tmp_path / "whole"), {"steps": 128, "eval_every": 32}
+    train(out=tmp_path / "run", **rhythm)
+    for _ in range(2):
+        killer.kill("tests.runs.test_populations:extend_until_opened", str(tmp_path / "run"))
+    longer = rl.resume(tmp_path / "run")
+    assert [line["iteration"] for line in lines_of(tmp_path / "run")] == [4, 8, 12, 16]
+    ours, theirs = (
+        {k: v for k, v in tree.flatten(run.state).items() if not k.startswith("metrics")} for run in (longer, whole)
+    )
+    assert all(torch.equal(value.nan_to_num(), theirs[name].nan_to_num()) for name, value in ours.items())
+
+
 def test_lineage_and_settings_are_in_the_records_and_the_summary(tmp_path: Path) -> None:
     run = train(out=tmp_path / "run")
     lines = lines_of(tmp_path / "run")
@@ -231,7 +253,7 @@ def test_lineage_and_settings_are_in_the_records_and_the_summary(tmp_path: Path)
     assert rows == json.loads((tmp_path / "run" / "summary.json").read_text())["summary"]
     assert [place for row in rows for place in row["origin"]] == [place // 2 for place in origin]
     assert [count for row in rows for count in row["copies"]] == copies
-    assert [rate for row in rows for rate in row["settings"]["learning_rate"]] == rates
+    assert [rate for row in rows for rate in row["settings"]["learning_rate"]] == pytest.approx(rates, rel=1e-6)
     assert [row["setting"] for row in rows] == [f"from learning_rate={rate}" for rate in RATES]
     assert "origin" not in train(population=None, steps=32).summary()[0]
     assert run.experiment.population == rl.load(tmp_path / "run").experiment.population == POPULATION
@@ -254,6 +276,45 @@ def test_what_can_exchange_nothing_is_refused(
     with pytest.raises(SettingError, match=message):
         train(settings, population, out=tmp_path / "run", **others)
     assert not (tmp_path / "run").exists()
+
+
+HOOKS = [
+    ("parents", lambda score: score.argmax(0), "parents returned int64 of shape (2,), expected int64 of shape (4, 2)"),
+    ("parents", lambda score: torch.zeros_like(score), "parents returned float32 of shape (4, 2), expected int64"),
+    ("parents", lambda score: torch.full_like(score, 7).long(), "parents returned the index 7, expected int64"),
+    ("parents", lambda score: torch.full_like(score, -1).long(), "parents returned the index -1, expected int64"),
+    ("parents", lambda score: None, "parents returned None, expected int64"),
+    ("explore", lambda value: value[:2], "explore returned float32 of shape (2,) for learning_rate, expected float32"),
+    ("explore", lambda value: 0.5, "explore returned 0.5 for learning_rate, expected float32 of shape (8,)"),
+    ("explore", lambda value: None, "explore returned None for learning_rate, expected float32 of shape (8,)"),
+]
+
+
+def own(hook: str, answer: Callable[[torch.Tensor], Any]) -> rl.PBT:
+    """A population of one's own, whose hook calls a function of its first argument."""
+    members = {"name": "mine", hook: lambda self, first, *others: answer(first)}
+    return type("Mine", (rl.PBT,), members)(every=64, fraction=0.5)
+
+
+@pytest.mark.parametrize(("hook", "answer", "message"), HOOKS)
+def test_what_a_hook_returns_is_checked_before_anything_is_trained(
+    hook: str, answer: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError, match=f"^population: Mine.{re.escape(message)}"):
+        train(population=own(hook, answer), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_explored_in_another_dtype_are_taken_in_the_settings_own(tmp_path: Path) -> None:
+    run = train(population=own("explore", lambda value: value.double() * 2), out=tmp_path / "run")
+    assert run.state["params"]["hyper"]["learning_rate"].dtype == torch.float32
+    assert int(run.state["population"]["copies"].max()) > 0
+
+
+@pytest.mark.parametrize("population", [3, rl.PBT, object()], ids=["number", "class", "object"])
+def test_what_is_no_population_is_refused(population: object) -> None:
+    with pytest.raises(SettingError, match=r"^population is .*, expected the settings of one, such as PBT\(\)"):
+        train(population=population)
 
 
 def test_a_stream_is_refused() -> None:
