@@ -194,8 +194,8 @@ def load(
         env: your environment factory, stream or family, or its name.
         lifelong: the lifelong methods, or their names, if some are your own.
         own: other settings by name that are code or data and needed for acting.
-        code: modules, such as `["package.module"]`, from which the folder may load the code that it names, instead of
-            the arguments above. Give only modules that you trust.
+        code: modules, such as `["package.module"]` or a single one, from which the folder may load the code that it
+            names, instead of the arguments above. Give only modules that you trust.
 
     Raises:
         CheckpointError: no run there, or a file that is truncated, corrupted or of another agent.
