@@ -109,11 +109,12 @@ class MiniGrid:
 
     def make(self, identifier: str) -> gym.Env[Any, Any]:
         """Create an environment by its id in gymnasium's registry."""
-        from minigrid import wrappers
+        from minigrid.wrappers import FlatObsWrapper, ImgObsWrapper
 
         limit = {} if self.max_episode_steps is None else {"max_steps": self.max_episode_steps}
         env = gym.make(identifier, disable_env_checker=True, **limit)
-        wrapped = wrappers.ImgObsWrapper(env) if self.observation == "image" else wrappers.FlatObsWrapper(env)
+        wrapper: Any = ImgObsWrapper if self.observation == "image" else FlatObsWrapper
+        wrapped = wrapper(env)
         high = wrapped.observation_space.high.reshape(-1).copy()
         seen: Any = env.observation_space
         cells = seen["image"].low.size
