@@ -291,7 +291,7 @@ def _network_again(name: str, network: NetworkFactory | None, where: str) -> Net
             f"{or_allow(name)}"
         )
     given = object_name(network)
-    if given.partition(":")[2] != name.partition(":")[2]:
+    if re.split("[:.]", given)[-1] != re.split("[:.]", name)[-1]:  # the same function may lie elsewhere by now
         raise SettingError(f"{where} had the network {name}, got {given}: give the same")
     return network
 
