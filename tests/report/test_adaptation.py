@@ -14,7 +14,7 @@ from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.minimisation import Quadratics
 from rlmeta.envs.regression import Sinusoid
 from rlmeta.functional import random
-from rlmeta.report.adaptation import Adaptation, AdaptFlags, _line, adapt
+from rlmeta.report.adaptation import Adaptation, AdaptFlags, _predictions, adapt
 
 TEST = {"split": "test"}
 SMALL = rl.Regressor(hidden_sizes=(4,))
@@ -66,9 +66,9 @@ def test_adaptation_is_to_test_tasks_unless_told_otherwise(runs):
 def test_the_interval_is_of_the_mean_over_tasks_of_all_learners():
     scores = np.random.default_rng(0).normal(size=(2, 50, 1))
     expected = 1.96 * scores.std(ddof=1) / 10
-    assert Adaptation(scores, "x").interval == pytest.approx(expected)
+    assert Adaptation(scores, "x").half_width == pytest.approx(expected)
     assert Adaptation(scores, "x").mean == pytest.approx(scores.mean())
-    assert Adaptation(np.ones((1, 1, 1)), "x").interval == 0
+    assert Adaptation(np.ones((1, 1, 1)), "x").half_width == 0
 
 
 def test_what_does_not_adapt_is_refused(runs, capsys):
@@ -89,7 +89,7 @@ def test_a_family_made_in_code_is_given_again(tmp_path):
 
 def test_the_line_of_the_picture_is_the_learners_answer_before_and_after(runs):
     run = rl.load(runs / "one")
-    line = _line(run, 1)
+    line = _predictions(run, 1)
     tasks = run.experiment.world().tasks(random.fold(run.state["key"], 1), 0, 1, "test")
     p, inner = run.agent.start(run.agent.effective_params(run.state), 1), run.agent.inner
     x = {"observation": torch.as_tensor(line["x"], dtype=torch.float32).reshape(1, 1, -1, 1)}
