@@ -73,7 +73,7 @@ def test_the_interval_is_of_the_mean_over_tasks_of_all_learners():
 
 def test_what_does_not_adapt_is_refused(runs, capsys):
     assert main(["adapt", str(runs / "ppo")]) == 2
-    assert "a run of ppo does not adapt step by step: give one of MAML" in capsys.readouterr().err
+    assert "a run of ppo does not adapt step by step: give a run of MAML" in capsys.readouterr().err
     with pytest.raises(rl.RlmetaError, match="--tasks is 0"):
         AdaptFlags(tasks=0)
 
