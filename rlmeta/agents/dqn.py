@@ -35,7 +35,7 @@ from rlmeta.learning.optimizer_state import init_optimizer
 from rlmeta.learning.settings import PerLearner, require, require_finite, require_range, values_of
 from rlmeta.learning.state import Params, State
 from rlmeta.learning.targets import Copy, follow, with_copy
-from rlmeta.nn import Block, Context, bare
+from rlmeta.nn import Block, CategoricalQHead, Context, QHead, QuantileQHead, StreamOptions, bare
 from rlmeta.rewards import Reward, check_rewards
 
 TARGET = Copy("target", "q")
@@ -210,7 +210,16 @@ class DQNAgent(Agent):
 
     def networks(self) -> dict[str, Block]:
         """Build the network: `q`, the value of every action or the distribution of its return."""
-        return {"q": q_network(self.settings, self.observation_space, self.action_space)}
+        return {"q": q_network(self.settings, self.observation_space, self.action_space, self._head)}
+
+    def _head(self, features: int, actions: int) -> Block:
+        s = self.settings
+        options = StreamOptions(s.dueling, s.noisy, tuple(s.head_sizes))
+        if s.distribution == "categorical":
+            return CategoricalQHead(features, actions, s.atoms, s.v_min, s.v_max, options)
+        if s.distribution == "quantile":
+            return QuantileQHead(features, actions, s.atoms, options)
+        return QHead(features, actions, options=options)
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """Initial state of a run: the target network is a copy of the online one, the replay memory is empty."""

@@ -32,7 +32,6 @@ from rlmeta.nn import (
     QHead,
     QuantileQHead,
     Sequential,
-    StreamOptions,
     ValueHead,
     check_block,
     feature_axes,
@@ -254,27 +253,27 @@ def value_network(
     return Network(body, ValueHead(features), features, tasks)
 
 
-def q_network(settings: Any, observation_space: gym.Space, action_space: gym.Space) -> Network:
+def q_network(
+    settings: Any,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    head: Callable[[int, int], Block] = QHead,
+) -> Network:
     """Build a Q-network: the value of every action, or the distribution of its return; masked ones are minus infinity.
 
     Args:
-        settings: of DQN.
+        settings: the agent's.
         observation_space: of one environment.
         action_space: of one environment.
+        head: function from the numbers of features and actions to the head.
     """
     if not isinstance(action_space, gym.spaces.Discrete):
         raise SpaceError(f"a value for every action needs Discrete actions, the task has {action_space}")
     check_mask(observation_space, action_space)
-    s, actions = settings, int(action_space.n)
+    s = settings
     body, features = build_body(s.network, observation_space, s.hidden_sizes, s.activation, "torch", whitens(s))
     body, features = _with_memory(s, body, features, action_space)
-    options = StreamOptions(s.dueling, s.noisy, tuple(s.head_sizes))
-    head: Block = QHead(features, actions, options=options)
-    if s.distribution == "categorical":
-        head = CategoricalQHead(features, actions, s.atoms, s.v_min, s.v_max, options)
-    elif s.distribution == "quantile":
-        head = QuantileQHead(features, actions, s.atoms, options)
-    return Network(body, head, features)
+    return Network(body, head(features, int(action_space.n)), features)
 
 
 # ---------------------------------------------------------------------- a user's network

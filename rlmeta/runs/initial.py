@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SAME = (
     *("activation", "action_bounds", "share_network", "state_dependent_exploration", "task_heads", "memory", "sees"),
-    *("network", "output_scale", "preprocess"),
+    *("network", "output_scale", "preprocess", "attention_heads", "distribution", "v_min", "v_max"),
 )
 """Settings that change a network's output but not its parameters' names and shapes; both runs need the same."""
 

@@ -15,11 +15,12 @@ from torch import Tensor
 import rlmeta.functional
 from rlmeta.engine.capture import Capture
 from rlmeta.errors import SettingError
-from rlmeta.functional import axes, distributions, losses, normalise, random, returns
+from rlmeta.functional import axes, distributional, distributions, losses, normalise, random, returns
 from rlmeta.functional.shapes import flags, same_shape
 
 FLAGS = torch.tensor([[False, True, False], [True, False, False], [False, False, True]])
 X, Y, Z = random.normal(random.make_keys([0])[0], "x", 0, (3, 3, 3), torch.float64)
+XY = torch.stack([X, Y], -1)
 GAE = returns.generalized_advantage
 
 CALLS: dict[tuple[str, str], Callable[[Any], Any]] = {
@@ -51,6 +52,11 @@ CALLS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("losses.cross_entropy_loss", "valid"): lambda f: losses.cross_entropy_loss(
         torch.stack([X, Y], -1), FLAGS.to(torch.int64), f
     ),
+    ("returns.v_trace", "cut"): lambda f: returns.v_trace(X, Y, Z, X, f, 0.1 * Y)[0],
+    ("returns.retrace", "cut"): lambda f: returns.retrace(X, Y, Z, X, f, 0.1 * Y),
+    ("distributional.weighted_mean", "valid"): lambda f: distributional.weighted_mean(X, f, Y.abs()),
+    ("distributional.categorical_loss", "valid"): lambda f: distributional.categorical_loss(XY, XY.softmax(-1), f),
+    ("distributional.quantile_loss", "valid"): lambda f: distributional.quantile_loss(XY, 2 * XY, 1.0, f),
     ("losses.squared_loss", "valid"): lambda f: losses.squared_loss(X.unsqueeze(-1), Y.unsqueeze(-1), f),
 }
 

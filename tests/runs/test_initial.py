@@ -80,7 +80,7 @@ def test_a_target_network_that_the_source_lacks_is_a_copy_of_its_network():
     for name, value in p["weights"].items():
         assert torch.equal(value, source.state["params"]["weights"][name])
         assert torch.equal(p["buffers"][name.replace("q.", "average.")], value)
-    assert not torch.equal(p["buffers"]["target.head.linear.bias"], p["weights"]["q.head.linear.bias"])
+    assert not torch.equal(p["buffers"]["target.head.streams.linear.bias"], p["weights"]["q.head.streams.linear.bias"])
 
 
 @pytest.mark.parametrize(
