@@ -22,7 +22,7 @@ SEEDS = (100, 101, 102, 103)
         ("reinforce", "CartPole-v1", 475.0),
         ("dqn", "CartPole-v1", 450.0),
         ("ppo", "CartPole-positions", 475.0),
-        ("ppo", "bandits", 0.68),
+        ("ppo", "bandits", 0.6),  # of 300k of its 1M steps; without a memory 0.5
         ("ppo", "Pendulum-v1", -220.0),
         ("sac", "Pendulum-v1", -165.0),
         ("td3", "Pendulum-v1", -185.0),
