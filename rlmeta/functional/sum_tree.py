@@ -1,8 +1,7 @@
 """Sum tree: weights of which one can be changed, and one drawn in proportion, without a pass over all of them.
 
 A tree of three levels with F children each: the leaves `[*L, M * F, F]`, their sums by rows `[*L, M, F]`, and those
-sums' sums `[*L, 1, M]`. For 100,000 leaves three levels are as fast as a binary tree's seventeen, and ten times as fast
-as a cumulative sum of all.
+sums' sums `[*L, 1, M]`. A draw looks at F numbers of each level, where a cumulative sum passes over all leaves.
 
 Sums are float64 and always of the present children, never of differences: in single precision a weight of 0.001 behind
 100,000 of 1 vanishes, and differences pile up errors.
