@@ -1,13 +1,14 @@
 """Speed, as a ratio against a peer measured in the same go: equal samples and gradient steps per learner, float32.
 
-`rlmeta bench agents` trains PPO, or DQN, on CartPole-v1 with rl-zoo's settings on both sides, every side in a process
-of its own, the sides in turn, round after round; it prints medians, ratios, and each side's final score, so that speed
-is never bought with learning. `rlmeta bench agents --scale` plots seconds against the number of learners, and `--jax
-PYTHON` compares with rejax instead.
+`rlmeta bench agents --agent NAME` trains PPO or DQN on CartPole-v1, PPO with an LSTM on CartPole-positions, or SAC on
+Pendulum-v1, with rl-zoo's settings on both sides, every side in a process of its own, the sides in turn, round after
+round; it prints medians, ratios, and each side's final score, so that speed is never bought with learning. `--scale`
+plots seconds against the number of learners, and `--jax PYTHON` compares with rejax instead.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from rlmeta.agents import DQN, PPO
+from rlmeta.agents import DQN, PPO, SAC
 from rlmeta.bench.seeds import FIRST_SEED, table_seeds
 from rlmeta.errors import SettingError, require_extra, unknown_name
 from rlmeta.learning.settings import check_choices
@@ -63,23 +64,78 @@ ZOO_DQN = DQN(
 """rl-zoo's settings of DQN on CartPole-v1. Its target network is copied every 10 environment steps, so always before
 the 128 gradient steps that follow 256 of those."""
 
-SETTINGS = {"ppo": ZOO, "dqn": ZOO_DQN}
+ZOO_RECURRENT = PPO(
+    num_envs=8,
+    num_steps=32,
+    batch_size=256,
+    num_epochs=20,
+    gamma=0.98,
+    gae_lambda=0.8,
+    learning_rate=1e-3,
+    learning_rate_schedule="linear",
+    clip_range_schedule="linear",
+    normalise_observation=True,
+    normalise_reward=True,
+    activation="relu",
+    hidden_sizes=(64,),
+    memory="lstm",
+    memory_size=64,
+)
+"""rl-zoo's settings of recurrent PPO on CartPoleNoVel-v1. Its hidden layer lies behind the LSTM, ours before it."""
+
+ZOO_SAC = SAC(
+    num_envs=1,
+    num_steps=1,
+    gradient_steps=1,
+    batch_size=256,
+    learning_starts=100,
+    actor_learning_rate=1e-3,
+    critic_learning_rate=1e-3,
+    temperature_learning_rate=1e-3,
+    hidden_sizes=(256, 256),
+)
+"""rl-zoo's settings of SAC on Pendulum-v1: a gradient step of everything after each step of the environment."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What both sides train."""
+
+    task: str
+    settings: PPO | DQN | SAC
+    peer: str
+    """Stable-Baselines3's or sb3-contrib's agent."""
+    peer_changes: dict[str, Any]
+    """Arguments of the peer's class that differ from rl-zoo's."""
+    learners: int
+    """Learners of the side with many."""
+
+
+SMALL = {"policy_kwargs": {"net_arch": [64, 64]}}
+
+COMPARISONS = {
+    "ppo": Comparison("CartPole-v1", ZOO, "ppo", {}, 16),
+    "dqn": Comparison("CartPole-v1", ZOO_DQN, "dqn", {}, 16),
+    "recurrent-ppo": Comparison("CartPole-positions", ZOO_RECURRENT, "recurrent_ppo", {}, 16),
+    "sac": Comparison("Pendulum-v1", dataclasses.replace(ZOO_SAC, hidden_sizes=(64, 64)), "sac", SMALL, 8),
+    "sac-256": Comparison("Pendulum-v1", ZOO_SAC, "sac", {}, 8),
+}
 
 
 @dataclass(frozen=True)
 class Agents:
-    """PPO or DQN on CartPole-v1 against Stable-Baselines3, or PPO against rejax."""
+    """An agent against Stable-Baselines3 or sb3-contrib, or PPO against rejax."""
 
-    agent: Literal["ppo", "dqn"] = "ppo"
-    """Which one, against Stable-Baselines3."""
+    agent: Literal["ppo", "dqn", "recurrent-ppo", "sac", "sac-256"] = "ppo"
+    """Which one, against Stable-Baselines3 or sb3-contrib; sac has 64x64 networks."""
     steps: int = 100_000
     """Environment steps of each learner."""
     rounds: int = 3
     """How often every side is measured; medians are printed."""
-    seeds: int = 16
-    """Learners of the side with many."""
+    seeds: int = 0
+    """Learners of the side with many; 0 for 16, of SAC 8."""
     scale: bool = False
-    """Instead: seconds against 1 ... 256 learners, as a plot."""
+    """Instead: seconds against 1 ... 256 learners of PPO, or 1 ... 64 of another agent, as a plot."""
     jax: Path | None = None
     """Instead: against rejax, which is installed in the environment of this Python."""
     out: Path = Path("runs/results")
@@ -91,8 +147,8 @@ class Agents:
 
 USAGE = """usage: rlmeta bench NAME [flags]
 
-  agents      PPO or DQN on CartPole-v1 against Stable-Baselines3; --jax PYTHON: against rejax; --scale: against the
-              number of learners
+  agents      PPO, DQN, recurrent PPO and SAC against Stable-Baselines3; --jax PYTHON: PPO against rejax; --scale:
+              against the number of learners
   checkout    training seconds of this checkout against another one's
   engine      steps/s of each backend of recordings, and of none
   imitation   imitation and shaping; --speed: against the package imitation
@@ -134,8 +190,8 @@ def main(arguments: Sequence[str]) -> int:
     if name != "agents":
         raise unknown_name("benchmark", name, ["agents", "checkout", "engine", "imitation", "lifelong", "meta"])
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
-    if options.steps < 1 or options.rounds < 1 or options.seeds < 1:
-        raise SettingError("bench: steps, rounds and seeds are at least 1")
+    if options.steps < 1 or options.rounds < 1 or options.seeds < 0:
+        raise SettingError("bench: steps and rounds are at least 1, seeds at least 0")
     if options.jax is not None:
         from rlmeta.bench import against_rejax
 
@@ -148,17 +204,18 @@ def main(arguments: Sequence[str]) -> int:
 
 def _work(job: dict[str, Any]) -> dict[str, Any]:
     """Train one side; seconds count training alone, from the first environment step to the last gradient step."""
+    comparison = COMPARISONS[job["agent"]]
     if job["side"] == "sb3":
         from rlmeta.bench.peers import train_sb3
 
-        result = train_sb3(job["agent"], "CartPole-v1", job["steps"], job["seed"])
+        result = train_sb3(comparison.peer, comparison.task, job["steps"], job["seed"], comparison.peer_changes)
         scores, steps, seconds = [statistics.fmean(result["returns"])], result["steps"], result["seconds"]
     else:
         from rlmeta.api import train
 
         final = Budget(steps=job["steps"], final_episodes=256, eval_every=10 * job["steps"])
-        settings: Any = SETTINGS[job["agent"]]
-        run = train(settings, "CartPole-v1", seeds=table_seeds(job["seeds"]), budget=final, threads=job["threads"])
+        seeds = table_seeds(job["seeds"])
+        run = train(comparison.settings, comparison.task, seeds=seeds, budget=final, threads=job["threads"])
         scores, steps, seconds = run.scores.tolist(), run.env_steps * job["seeds"], run.seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return {"steps": steps, "seconds": seconds, "scores": scores, "gigabytes": peak}
@@ -196,11 +253,12 @@ def agents(options: Agents) -> int:
     cores = os.cpu_count() or 1
     ours: dict[str, Any] = {"side": "rlmeta", "agent": options.agent, "steps": options.steps}
     peer: dict[str, Any] = {**ours, "side": "sb3"}
-    many, single = f"rlmeta, {options.seeds} seeds in one process", "rlmeta, 1 seed"
+    learners = options.seeds or COMPARISONS[options.agent].learners
+    many, single = f"rlmeta, {learners} seeds in one process", "rlmeta, 1 seed"
     alone, each = "Stable-Baselines3, 1 process", f"Stable-Baselines3, {cores} processes, one a core"
     sides = {
         alone: [{**peer, "seed": FIRST_SEED}],
-        many: [{**ours, "seeds": options.seeds, "threads": cores}],
+        many: [{**ours, "seeds": learners, "threads": cores}],
         single: [{**ours, "seeds": 1, "threads": 1}],
         each: [{**peer, "seed": seed} for seed in table_seeds(cores)],
     }
@@ -238,7 +296,7 @@ def _row(side: str, rounds: Sequence[dict[str, dict[str, Any]]], alone: str, eac
 
 
 def _table(options: Agents, rows: Sequence[dict[str, Any]]) -> Table:
-    what = f"{options.agent.upper()} on CartPole-v1"
+    what = f"{options.agent} on {COMPARISONS[options.agent].task}"
     title = f"{what}, {options.steps:,} steps a learner, median of {options.rounds} rounds"
     table = Table(title=title)
     for column in ("side", "steps/s (lowest-highest)", "x SB3 alone", "x SB3 a core", "mean final score", "peak GB"):
@@ -261,10 +319,10 @@ def _table(options: Agents, rows: Sequence[dict[str, Any]]) -> Table:
 def scale(options: Agents) -> int:
     """Train 1, 2, 4 ... 256 learners for a tenth of the budget each; a plot of seconds and of steps/s."""
     require_extra("matplotlib", "plot", "the plot of bench --scale")
-    counts, points = [2**power for power in range(9)], []
+    counts, points = [2**power for power in range(9 if options.agent == "ppo" else 7)], []
     steps = max(256, options.steps // 10)
     for count in counts:
-        job = {"side": "rlmeta", "agent": "ppo", "steps": steps, "seeds": count, "threads": os.cpu_count() or 1}
+        job = {"side": "rlmeta", "agent": options.agent, "steps": steps, "seeds": count, "threads": os.cpu_count() or 1}
         result = _run([job])
         rate = result["steps_per_second"]
         points.append(
@@ -277,12 +335,14 @@ def scale(options: Agents) -> int:
         )
         print(f"{count} learners: {points[-1]['seconds']:.1f} s, {rate:,.0f} steps/s", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "bench_scale.json").write_text(json.dumps({"steps": steps, "points": points}, indent=1) + "\n")
-    _plot_scale(points, steps, options.out / "bench_scale.png")
+    name = "bench_scale" if options.agent == "ppo" else f"bench_scale_{options.agent}"
+    (options.out / f"{name}.json").write_text(json.dumps({"steps": steps, "points": points}, indent=1) + "\n")
+    title = f"{options.agent} on {COMPARISONS[options.agent].task}, {steps:,} steps a learner"
+    _plot_scale(points, title, options.out / f"{name}.png")
     return 0
 
 
-def _plot_scale(points: Sequence[dict[str, float]], steps: int, path: Path) -> None:
+def _plot_scale(points: Sequence[dict[str, float]], title: str, path: Path) -> None:
     """Seconds and steps/s against the number of learners, both axes logarithmic."""
     from matplotlib.figure import Figure
 
@@ -294,5 +354,5 @@ def _plot_scale(points: Sequence[dict[str, float]], steps: int, path: Path) -> N
         axis.loglog(learners, [point[name] for point in points], marker="o", base=2)
         axis.set(xlabel="learners in one process", ylabel=label)
         axis.grid(alpha=0.3)
-    figure.suptitle(f"PPO on CartPole-v1, {steps:,} steps a learner")
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Baselines: Stable-Baselines3 trained with rl-zoo's published settings and evaluated as rlmeta's agents are.
+"""Baselines: Stable-Baselines3 and sb3-contrib with rl-zoo's published settings, evaluated as rlmeta's agents are.
 
 `python -m rlmeta.bench.peers ppo CartPole-v1 --steps 100000 --seeds 0,1 --out runs/results/sb3` appends one JSON line
 per seed to `sb3.jsonl` and skips what is there already, so it can be killed and started again.
@@ -10,18 +10,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import gymnasium
+import numpy as np
 import torch
 
 from rlmeta.errors import RlmetaError, SettingError, UnknownNameError, missing_extra
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.vec_env import VecEnv
 
 EVALUATION_ENVS = 32
@@ -40,6 +44,18 @@ class Linear:
 
 
 WIDE = {"net_arch": [256, 256]}
+
+PENDULUM_NOISE = {
+    "n_timesteps": 20_000,
+    "noise_std": 0.1,
+    "gamma": 0.98,
+    "buffer_size": 200_000,
+    "learning_starts": 10_000,
+    "gradient_steps": 1,
+    "train_freq": 1,
+    "learning_rate": 1e-3,
+    "policy_kwargs": {"net_arch": [400, 300]},
+}
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("a2c", "CartPole-v1"): {"n_timesteps": 500_000, "n_envs": 8, "ent_coef": 0.0},
@@ -88,6 +104,62 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "n_epochs": 4,
         "ent_coef": 0.01,
     },
+    ("ppo", "Hopper-v5"): {
+        "n_timesteps": 1_000_000,
+        "normalize": True,
+        "n_steps": 512,
+        "batch_size": 32,
+        "gae_lambda": 0.99,
+        "gamma": 0.999,
+        "n_epochs": 5,
+        "ent_coef": 0.00229519,
+        "learning_rate": 9.80828e-5,
+        "clip_range": 0.2,
+        "max_grad_norm": 0.7,
+        "vf_coef": 0.835671,
+        "policy_kwargs": WIDE | {"log_std_init": -2, "ortho_init": False, "activation_fn": torch.nn.ReLU},
+    },
+    ("recurrent_ppo", "CartPole-positions"): {
+        "n_timesteps": 100_000,
+        "normalize": True,
+        "n_envs": 8,
+        "n_steps": 32,
+        "batch_size": 256,
+        "gae_lambda": 0.8,
+        "gamma": 0.98,
+        "n_epochs": 20,
+        "ent_coef": 0.0,
+        "learning_rate": Linear(0.001),
+        "clip_range": Linear(0.2),
+        "policy_kwargs": {
+            "ortho_init": False,
+            "activation_fn": torch.nn.ReLU,
+            "lstm_hidden_size": 64,
+            "enable_critic_lstm": True,
+            "net_arch": [64],
+        },
+    },
+    ("trpo", "Pendulum-v1"): {
+        "n_timesteps": 100_000,
+        "n_envs": 2,
+        "n_steps": 1024,
+        "gamma": 0.9,
+        "n_critic_updates": 15,
+        "use_sde": True,
+        "sde_sample_freq": 4,
+    },
+    ("sac", "Pendulum-v1"): {"n_timesteps": 20_000, "learning_rate": 1e-3},
+    ("sac", "LunarLanderContinuous-v3"): {
+        "n_timesteps": 500_000,
+        "batch_size": 256,
+        "learning_rate": Linear(7.3e-4),
+        "learning_starts": 10_000,
+        "gamma": 0.99,
+        "tau": 0.01,
+        "policy_kwargs": {"net_arch": [400, 300]},
+    },
+    ("td3", "Pendulum-v1"): PENDULUM_NOISE,
+    ("ddpg", "Pendulum-v1"): PENDULUM_NOISE,
     ("dqn", "CartPole-v1"): {
         "n_timesteps": 50_000,
         "learning_rate": 2.3e-3,
@@ -131,23 +203,28 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "policy_kwargs": WIDE,
     },
 }
-"""(agent, task) -> rl-zoo3's settings (DLR-RM/rl-baselines3-zoo, commit 22e3ff2, `hyperparams/{a2c,dqn,ppo}.yml`).
+"""(agent, task) -> rl-zoo3's settings (DLR-RM/rl-baselines3-zoo, commit 22e3ff2, `hyperparams/AGENT.yml`;
+Hopper-v4's and CartPoleNoVel-v1's stand under rlmeta's names of these tasks).
 
-The names are rl-zoo's. Three are about the run and the rest are arguments of the SB3 class, whose defaults hold where
+The names are rl-zoo's. Four are about the run and the rest are arguments of the SB3 class, whose defaults hold where
 none is given: `n_timesteps` the budget the settings were published for, `n_envs` environments stepped together
-(1 if absent), `normalize` observations and rewards through `VecNormalize` (off if absent). Every policy is
-`MlpPolicy`. REINFORCE has no counterpart in SB3.
+(1 if absent), `normalize` observations and rewards through `VecNormalize` (off if absent), `noise_std` the deviation
+of Gaussian noise on actions (none if absent). Every policy is `MlpPolicy`, or `MlpLstmPolicy`. REINFORCE has no
+counterpart in SB3.
 """
 
 
-def train_sb3(agent: str, task: str, steps: int, seed: int) -> dict[str, Any]:
+def train_sb3(
+    agent: str, task: str, steps: int, seed: int, changes: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Train an SB3 agent with rl-zoo's settings on one thread; evaluate its final parameters.
 
     Args:
-        agent: `a2c`, `dqn` or `ppo`.
-        task: a gymnasium id that `SETTINGS` has for the agent.
+        agent: `ppo`, or another that `SETTINGS` has.
+        task: a gymnasium id, or `CartPole-positions`, that `SETTINGS` has for the agent.
         steps: environment steps to train for; SB3 rounds up to whole rollouts.
         seed: of parameters, exploration and training environments; evaluation environments get others.
+        changes: arguments of the SB3 class that differ from rl-zoo's.
 
     Returns:
         `returns`: undiscounted raw returns of 256 greedy episodes, 8 in each of 32 environments; `steps` really
@@ -157,7 +234,7 @@ def train_sb3(agent: str, task: str, steps: int, seed: int) -> dict[str, Any]:
     Raises:
         UnknownNameError: `SETTINGS` has no such pair.
         SettingError: `steps` is not positive.
-        MissingExtraError: stable-baselines3 is not installed.
+        MissingExtraError: stable-baselines3 or sb3-contrib is not installed.
     """
     if (agent, task) not in SETTINGS:
         known = ", ".join(" ".join(pair) for pair in sorted(SETTINGS))
@@ -165,7 +242,7 @@ def train_sb3(agent: str, task: str, steps: int, seed: int) -> dict[str, Any]:
     if steps < 1:
         raise SettingError(f"steps is {steps}: give a positive number of environment steps.")
     with _one_thread():
-        model = _build(agent, task, seed)
+        model = _build(agent, task, seed, changes)
         wall, cpu = time.perf_counter(), time.process_time()
         model.learn(steps)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -191,17 +268,53 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _build(agent: str, task: str, seed: int) -> BaseAlgorithm:
-    """The untrained SB3 model of `SETTINGS[agent, task]`, with its training environments."""
-    try:
-        import stable_baselines3 as sb3
-    except ImportError as error:
-        raise missing_extra("stable-baselines3", "bench", "training a baseline") from error
-    settings = dict(SETTINGS[agent, task])
+def _build(agent: str, task: str, seed: int, changes: Mapping[str, Any] = MappingProxyType({})) -> BaseAlgorithm:
+    """The untrained SB3 model of `SETTINGS[agent, task]` with these changes, with its training environments."""
+    settings = {**SETTINGS[agent, task], **changes}
     envs = _environments(task, settings.pop("n_envs", 1), seed, settings.pop("normalize", False), settings.get("gamma"))
     del settings["n_timesteps"]
-    algorithms: dict[str, type[BaseAlgorithm]] = {"a2c": sb3.A2C, "dqn": sb3.DQN, "ppo": sb3.PPO}
-    return algorithms[agent]("MlpPolicy", envs, seed=seed, device="cpu", **settings)
+    if "noise_std" in settings:
+        settings["action_noise"] = _action_noise(envs, settings.pop("noise_std"))
+    policy = "MlpLstmPolicy" if agent == "recurrent_ppo" else "MlpPolicy"
+    return _algorithm(agent)(policy, envs, seed=seed, device="cpu", **settings)
+
+
+def _algorithm(agent: str) -> type[BaseAlgorithm]:
+    """SB3's or sb3-contrib's class of this name."""
+    try:
+        import sb3_contrib
+        import stable_baselines3 as sb3
+    except ImportError as error:
+        raise missing_extra("stable-baselines3 or sb3-contrib", "bench", "training a baseline") from error
+    algorithms: dict[str, type[BaseAlgorithm]] = {
+        "a2c": sb3.A2C,
+        "ddpg": sb3.DDPG,
+        "dqn": sb3.DQN,
+        "ppo": sb3.PPO,
+        "recurrent_ppo": sb3_contrib.RecurrentPPO,
+        "sac": sb3.SAC,
+        "td3": sb3.TD3,
+        "trpo": sb3_contrib.TRPO,
+    }
+    return algorithms[agent]
+
+
+def _action_noise(envs: VecEnv, deviation: float) -> NormalActionNoise:
+    """Gaussian noise of this deviation in every coordinate of an action, whose unit SB3 scales to [-1, 1]."""
+    from stable_baselines3.common.noise import NormalActionNoise
+
+    assert isinstance(envs.action_space, gymnasium.spaces.Box)
+    zeros = np.zeros(envs.action_space.shape)
+    return NormalActionNoise(zeros, zeros + deviation)
+
+
+def _positions_only() -> gymnasium.Env[Any, Any]:
+    """CartPole that shows the positions of cart and pole, without their velocities."""
+    env = gymnasium.make("CartPole-v1")
+    shown = env.observation_space
+    assert isinstance(shown, gymnasium.spaces.Box)
+    space = gymnasium.spaces.Box(shown.low[[0, 2]], shown.high[[0, 2]])
+    return gymnasium.wrappers.TransformObservation(env, lambda state: state[[0, 2]], space)
 
 
 def _environments(task: str, count: int, seed: int, normalize: bool, gamma: float | None) -> VecEnv:
@@ -209,7 +322,7 @@ def _environments(task: str, count: int, seed: int, normalize: bool, gamma: floa
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    envs = make_vec_env(task, n_envs=count, seed=seed)
+    envs = make_vec_env(_positions_only if task == "CartPole-positions" else task, n_envs=count, seed=seed)
     if not normalize:
         return envs
     return VecNormalize(envs) if gamma is None else VecNormalize(envs, gamma=gamma)
@@ -277,8 +390,8 @@ def _seeds(text: str) -> list[int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the Stable-Baselines3 baselines: train, append to `sb3.jsonl`, return an exit status."""
     parser = argparse.ArgumentParser(prog="python -m rlmeta.bench.peers", description=__doc__.split("\n\n")[0])
-    parser.add_argument("agent", help="a2c, dqn or ppo")
-    parser.add_argument("task", help="a gymnasium id")
+    parser.add_argument("agent", help="ppo, or another that SETTINGS has")
+    parser.add_argument("task", help="a gymnasium id, or CartPole-positions")
     parser.add_argument("--steps", type=int, help="environment steps (default: rl-zoo's budget)")
     parser.add_argument("--seeds", type=_seeds, default=[0], help="comma-separated (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/results/sb3"), help="folder of sb3.jsonl")
