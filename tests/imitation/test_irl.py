@@ -106,6 +106,7 @@ def test_demonstrations_cut_by_a_time_limit_say_nothing_of_what_would_have_come(
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_network_that_sees_only_the_distance_explains_a_reward_of_it():
     """Deep MaxEnt: a reward of the distance to the goal, learned from features of it by a hidden layer."""
 

@@ -40,8 +40,18 @@ def assert_same_run(one: rl.Run, two: rl.Run) -> None:
     assert torch.equal(one.evaluation.returns, two.evaluation.returns)
 
 
-@pytest.mark.parametrize("agent", ["ppo", "a2c", "dqn", "reinforce"])
-@pytest.mark.parametrize("task", ["CartPole-v1", "LunarLander-v3", "own"])
+QUICK = [("dqn", "CartPole-v1"), ("reinforce", "CartPole-v1"), ("ppo", "LunarLander-v3"), ("a2c", "own")]
+"""Every agent and every kind of task once; all of their pairs are slow."""
+
+
+@pytest.mark.parametrize(
+    ("agent", "task"),
+    [
+        pytest.param(agent, task, marks=[] if (agent, task) in QUICK else pytest.mark.slow)
+        for task in ("CartPole-v1", "LunarLander-v3", "own")
+        for agent in ("ppo", "a2c", "dqn", "reinforce")
+    ],
+)
 def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path, killer):
     whole = killed.train(str(tmp_path / "whole"), agent, task)
     half = int(whole.state["count"]["iterations"].max()) // 2
@@ -56,14 +66,14 @@ def test_killed_and_resumed_equals_never_stopped(agent, task, tmp_path, killer):
     [
         ("classifier", "split-digits+ewc+replay", 5),
         ("classifier", "split-digits+gem", 5),
-        ("classifier", "split-digits+agem", 7),
-        ("classifier", "split-digits+packnet", 3),
+        pytest.param("classifier", "split-digits+agem", 7, marks=pytest.mark.slow),
+        pytest.param("classifier", "split-digits+packnet", 3, marks=pytest.mark.slow),
         ("classifier", "split-digits+packnet", 4),
-        ("classifier", "split-digits+hat", 5),
+        pytest.param("classifier", "split-digits+hat", 5, marks=pytest.mark.slow),
         ("classifier", "split-digits+generative_replay", 3),
-        ("classifier", "split-digits+generative_replay", 6),
+        pytest.param("classifier", "split-digits+generative_replay", 6, marks=pytest.mark.slow),
         ("ppo", "cartpole-conflicts+ewc+replay", 5),
-        ("ppo", "cartpole-conflicts+packnet", 6),
+        pytest.param("ppo", "cartpole-conflicts+packnet", 6, marks=pytest.mark.slow),
     ],
 )
 def test_killed_along_a_stream_and_resumed_equals_never_stopped(agent, stream, tenth, tmp_path, killer):
