@@ -1,7 +1,8 @@
-"""Baseline: PPO on CartPole-v1 by rejax, in an environment of its own that needs nothing of rlmeta.
+"""Baseline: PPO by rejax, in an environment of its own that needs nothing of rlmeta.
 
-`PYTHON peer_rejax.py '{"seeds": 16, "steps": 100000, "settings": {...}}'` prints one line of JSON: the steps, the
-seconds of training once everything is compiled, the seconds of the first call, which compiles, and mean final returns.
+`PYTHON peer_rejax.py '{"task": "CartPole-v1", "episode_steps": 500, "seeds": 16, "steps": 100000, "settings": {...}}'`
+prints one line of JSON: the steps, the seconds of training once everything is compiled, the seconds of the first call,
+which compiles, and mean final returns.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ FIRST_SEED = 100
 EVALUATION_EPISODES = 64
 
 
-def train(seeds: int, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
+def train(task: str, episode_steps: int, seeds: int, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Train as many seeds at once with equal settings, twice; the second time is measured.
 
     Args:
+        task: by its name in gymnax.
+        episode_steps: after which an episode of the evaluation is cut.
         seeds: learners.
         steps: environment steps of each.
         settings: in the names of `rejax.PPO.create`.
@@ -27,9 +30,7 @@ def train(seeds: int, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     from rejax import PPO
     from rejax.evaluate import evaluate
 
-    algorithm = PPO.create(
-        env="CartPole-v1", total_timesteps=steps, eval_freq=steps, skip_initial_evaluation=True, **settings
-    )
+    algorithm = PPO.create(env=task, total_timesteps=steps, eval_freq=steps, skip_initial_evaluation=True, **settings)
     algorithm = algorithm.replace(eval_callback=lambda algorithm, state, key: ())
     run = jax.jit(jax.vmap(algorithm.train))
 
@@ -45,7 +46,7 @@ def train(seeds: int, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
     def score(state: Any) -> Any:
         act = algorithm.make_act(state)
         key = jax.random.PRNGKey(0)
-        return evaluate(act, key, algorithm.env, algorithm.env_params, EVALUATION_EPISODES, 500)[1].mean()
+        return evaluate(act, key, algorithm.env, algorithm.env_params, EVALUATION_EPISODES, episode_steps)[1].mean()
 
     scores = [float(x) for x in jax.jit(jax.vmap(score))(state)]
     return {"steps": steps * seeds, "seconds": seconds, "first_call": compiling, "scores": scores}
@@ -53,4 +54,4 @@ def train(seeds: int, steps: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    print(json.dumps(train(job["seeds"], job["steps"], job["settings"])))
+    print(json.dumps(train(**job)))
