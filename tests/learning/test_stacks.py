@@ -18,7 +18,6 @@ from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.functional import random, tree
 from rlmeta.learning import prioritised, replay, sequences
 from rlmeta.learning.replay import PRIORITY
-from tests.learning.test_prioritised import HYPER
 
 S, N, T, C = 2, 2, 4, 14
 GAMMA = torch.tensor([0.9, 0.5])
@@ -129,10 +128,8 @@ def test_what_is_drawn_is_what_a_memory_of_whole_stacks_gives(rollouts, k, n, en
         for m in (once, whole)
     ]
     assert rows[0] == rows[1] and rows[0]
-    fixed = prioritised.fixed(
-        once, {"params": {"hyper": {n: x[:S] for n, x in HYPER.items()}}, "progress": torch.zeros(S).double()}
-    )
-    batch = prioritised.Prioritised(16, n).draw(prioritised.moving(once, n), {**fixed, "gamma": GAMMA}, key[0])
+    fixed = prioritised.fixed(once, GAMMA, torch.ones(S), torch.ones(S))
+    batch = prioritised.Prioritised(16, n).draw(prioritised.moving(once, n), fixed, key[0])
     env = batch["place"] % N
     number = numbered(once).flatten(1).gather(1, batch["place"])
     expected = replay.transitions(whole, number, env, GAMMA, n)
