@@ -22,7 +22,7 @@ import rlmeta as rl
 from rlmeta.envs.world import EVALUATION_LIMIT, State, World
 from rlmeta.functional import distributional, optim, random, tree
 from rlmeta.learning import prioritised, replay
-from rlmeta.nn import Block, CategoricalQHead, Context, Sequential, StreamOptions, lift, minatar_cnn, stack
+from rlmeta.nn import Block, CategoricalQHead, Context, Encoder, Sequential, StreamOptions, picture_cnn, stack
 
 NUM_ENVS, NUM_STEPS = 8, 4  # environments of each seed, steps in each between updates
 GRADIENT_STEPS, BATCH_SIZE = 8, 32  # in an update
@@ -32,16 +32,17 @@ GAMMA, N_STEPS = 0.99, 3
 ATOMS, V_MIN, V_MAX = 51, 0.0, 20.0
 PRIORITY_EXPONENT, IMPORTANCE_EXPONENT = 0.5, 0.4  # beta rises from here to 1
 TARGET_EVERY = 1_000  # gradient steps between two copies of the weights to the target network
-HEAD_SIZES = (128,)  # hidden layers of each of the two streams, after 128 features
+HEAD_SIZES = (128,)  # hidden layers of each of the two streams, after the convolution's 128 units
 
 SOURCE = prioritised.Prioritised(BATCH_SIZE, N_STEPS)
 
 
 def make_network(world: World) -> Block:
     """The distribution of the return of every action."""
+    encoder = Encoder(world.observation_space, choose=picture_cnn)
     streams = StreamOptions(dueling=True, noisy=True, hidden_sizes=HEAD_SIZES)
-    head = CategoricalQHead(128, int(world.action_space.n), ATOMS, V_MIN, V_MAX, streams)
-    return Sequential(lift(minatar_cnn(world.observation_space)), head)
+    head = CategoricalQHead(encoder.features, int(world.action_space.n), ATOMS, V_MIN, V_MAX, streams)
+    return Sequential(encoder, head)
 
 
 @torch.no_grad()
@@ -62,7 +63,8 @@ def act(q: Block, weights: dict, world: World, state: State, key: Tensor, first:
 
 def taken(q: Block, weights: dict, observation: Tensor, action: Tensor, key: Tensor) -> Tensor:
     """Logits of the atoms for an action in each observation, `[S, B, K]`, under one draw of noise."""
-    return q[1].take(q.run(weights, observation, Context(key=key)), action)
+    logits = q.run(weights, observation, Context(key=key))["logits"]
+    return torch.take_along_dim(logits, action[..., None, None], -2).squeeze(-2)
 
 
 def losses(q: Block, weights: dict, target: dict, batch: dict, key: Tensor) -> Tensor:
