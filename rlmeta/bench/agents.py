@@ -154,6 +154,7 @@ USAGE = """usage: rlmeta bench NAME [flags]
   imitation   imitation and shaping; --speed: against the package imitation
   lifelong    lifelong methods on three streams; --speed: against loops and Avalanche
   meta        meta-learners on their families; --speed: against learn2learn
+  rainbow     Rainbow's parts on MinAtar's Breakout, one taken away at a time
 
   rlmeta bench NAME --help shows the flags"""
 
@@ -187,8 +188,13 @@ def main(arguments: Sequence[str]) -> int:
         from rlmeta.bench import imitation
 
         return imitation.imitation(tyro.cli(imitation.Imitation, prog="rlmeta bench imitation", args=flags))
+    if name == "rainbow":
+        from rlmeta.bench import rainbow
+
+        return rainbow.rainbow(tyro.cli(rainbow.Ablation, prog="rlmeta bench rainbow", args=flags))
     if name != "agents":
-        raise unknown_name("benchmark", name, ["agents", "checkout", "engine", "imitation", "lifelong", "meta"])
+        known = ["agents", "checkout", "engine", "imitation", "lifelong", "meta", "rainbow"]
+        raise unknown_name("benchmark", name, known)
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
     if options.steps < 1 or options.rounds < 1 or options.seeds < 0:
         raise SettingError("bench: steps and rounds are at least 1, seeds at least 0")

@@ -33,6 +33,15 @@ from rlmeta.functional.tree import Tree, flatten, unflatten
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+
+class FrameStack(spaces.Box):
+    """Space of stacked frames: the last k observations of an environment, along the first axis, the newest last.
+
+    At a reset the first one is repeated k times, as by gymnasium's FrameStackObservation. Of an environment that
+    declares its observations so, a replay memory stores each frame once.
+    """
+
+
 _ADVICE = (
     "rlmeta takes Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple; "
     "wrap the environment (gymnasium.ObservationWrapper or ActionWrapper) to turn it into one of these"

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlmeta.engine.parts import in_parts
 from rlmeta.envs.world import World
 from rlmeta.functional import random, tree
+from rlmeta.functional.schedules import linear
 from rlmeta.learning import replay, sequences
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.gradients import HasLosses
@@ -196,7 +197,7 @@ def learn(
 
     def steps(state: State, drawn: tree.Tree, memory: State) -> tuple[State, dict[str, Tensor]]:
         moved = {copy: drawn["rates"][copy.name] for copy in copies}
-        batches = drawn["batches"] if source is None else fixed(memory, state)
+        batches = drawn["batches"] if source is None else _fixed(memory, state)
         return replay_steps(
             learner, state, batches, drawn["keys"], cycle(state), copies=moved, methods=learner.methods, source=source
         )
@@ -214,3 +215,10 @@ def learn(
         state, info = in_parts(some, state, {**by_learner, "learner": number.unsqueeze(-1)})
     state["replay"] = with_moved(memory, state.pop("source"), n_steps) if prioritised else memory
     return state, info
+
+
+def _fixed(memory: State, state: State) -> State:
+    """What a prioritised source of minibatches reads; the importance exponent rises to 1 with the progress."""
+    h = state["params"]["hyper"]
+    beta = torch.as_tensor(linear(h["importance_exponent"], 1.0)(state["progress"]))
+    return fixed(memory, h["gamma"], h["priority_exponent"], beta)

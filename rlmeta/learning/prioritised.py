@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rlmeta.functional import random, sum_tree, tree
 from rlmeta.functional.axes import align
-from rlmeta.functional.schedules import linear
 from rlmeta.learning import replay
 from rlmeta.learning.replay import LARGEST, PRIORITY
 from rlmeta.learning.state import State
@@ -37,15 +36,17 @@ def moving(memory: State, n_steps: int) -> State:
     return {"levels": sum_tree.build(open_.flatten(axes)), LARGEST: memory[LARGEST]}
 
 
-def fixed(memory: State, state: State) -> State:
-    """What gradient steps need of a memory and do not change, for `Prioritised`."""
-    hyper, start = state["params"]["hyper"], state["params"]["hyper"]["importance_exponent"]
-    return {
-        "memory": {name: part for name, part in memory.items() if name not in (PRIORITY, LARGEST)},
-        "gamma": hyper["gamma"],
-        "alpha": hyper["priority_exponent"],
-        "beta": torch.as_tensor(linear(start, 1.0)(state["progress"])),
-    }
+def fixed(memory: State, gamma: Tensor, alpha: Tensor, beta: Tensor) -> State:
+    """What gradient steps need of a memory and do not change, for `Prioritised`.
+
+    Args:
+        memory: prioritised, of `replay.init` and `replay.insert`.
+        gamma: discount factor, `[*L]`.
+        alpha: exponent of errors in priorities, `[*L]`.
+        beta: exponent of importance weights, `[*L]`.
+    """
+    kept = {name: part for name, part in memory.items() if name not in (PRIORITY, LARGEST)}
+    return {"memory": kept, "gamma": gamma, "alpha": alpha, "beta": beta}
 
 
 def with_moved(memory: State, moved: State, n_steps: int) -> State:

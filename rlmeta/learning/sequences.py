@@ -34,17 +34,19 @@ def init(world: World, world_state: State, capacity: int, num_steps: int, inputs
         inputs: of the networks for one step, `[*L, N, ...]`, with `hidden`, the state of their memories.
     """
     memory, axes = replay.init(world, world_state, capacity), len(world.learner_shape)
-    kept = {name: value for name, value in inputs.items() if name != "hidden"}
-    places = -(-capacity // num_steps)
+    kept = {name: value for name, value in inputs.items() if name not in ("observation", "hidden")}
+    places, rows = -(-capacity // num_steps), memory["reward"].shape[axes]
 
-    def ring(x: Tensor, rows: int = capacity) -> Tensor:
+    def ring(x: Tensor, rows: int = rows) -> Tensor:
         shape = (*x.shape[:axes], rows, *x.shape[axes:])
         return torch.zeros(shape, dtype=x.dtype, device=x.device)
 
     empty = torch.zeros_like(memory["written"])
+    lags = {replay.LAGS: {"observation": memory[replay.LAGS]}} if replay.LAGS in memory else {}
     return {
         **memory,
-        "observation": {**tree.map(ring, kept), "begins": ring(empty.bool())},
+        **lags,
+        "observation": {**tree.map(ring, kept), "observation": memory["observation"], "begins": ring(empty.bool())},
         "hidden": tree.map(lambda x: ring(x, places), inputs["hidden"]),
         "starts": ring(empty, places),
         "rollouts": torch.zeros(world.learner_shape, dtype=torch.int64, device=empty.device),
@@ -109,15 +111,10 @@ def sample(memory: State, key: Tensor, sequences: int, length: int, gamma: Tenso
     """
     axes = gamma.dim()
     place, env = _draw(memory, key, sequences, length)
-    num_envs, capacity = memory["written"].shape[-1], memory["reward"].shape[axes]
-    first = _of(memory, ("starts", "hidden"), (place * num_envs + env).unsqueeze(-1), axes)
-    rows = first["starts"] + torch.arange(length + 1, device=key.device)
-    told = _of(
-        memory,
-        ("observation", "action", "reward", "terminated", "valid"),
-        rows % capacity * num_envs + env.unsqueeze(-1),
-        axes,
-    )
+    first = _of(memory, ("starts", "hidden"), (place * memory["written"].shape[-1] + env).unsqueeze(-1), axes)
+    steps_in, pick = torch.arange(length + 1, device=key.device), replay.Picker(memory, axes, key.dim())
+    rows = pick.rows(first["starts"] + steps_in, env.unsqueeze(-1))
+    told = {name: pick(name, rows) for name in ("observation", "action", "reward", "terminated", "valid")}
     inputs = tree.map(lambda x: x.transpose(axes + 1, axes + 2), told.pop("observation"))
 
     def part(begin: int) -> tree.Tree:
@@ -143,9 +140,9 @@ def sample(memory: State, key: Tensor, sequences: int, length: int, gamma: Tenso
 def _draw(memory: State, key: Tensor, sequences: int, length: int) -> tuple[Tensor, Tensor]:
     """Draw places of stored states whose next `length` rows are there, and their environments, `[K, *L, n]` each."""
     starts, written = memory["starts"], memory["written"].unsqueeze(-2)
-    capacity, num_envs = memory["reward"].shape[-2:]
+    num_envs, oldest = written.shape[-1], written - memory["reward"].shape[-2] + replay.frames(memory) - 1
     stored = torch.arange(starts.shape[-2], device=key.device) < memory["rollouts"].unsqueeze(-1)
-    whole = (starts + length <= written) & (starts > written - capacity) & stored.unsqueeze(-1)
+    whole = (starts + length <= written) & (starts > oldest) & stored.unsqueeze(-1)
     ends = whole.flatten(-2).long().cumsum(-1)
     number = random.integers(key, "replay", 0, (sequences,), ends[..., -1:])
     at = torch.searchsorted(ends.expand(*key.shape, -1).contiguous(), number, right=True)

@@ -25,11 +25,14 @@ from rlmeta.functional.packed import Packed
 from rlmeta.learning import off_policy, replay
 from rlmeta.learning.collect import collect
 from rlmeta.learning.settings import per_learner_names
-from rlmeta.nn import Encoder
+from rlmeta.nn import Encoder, pictures
+from rlmeta.nn.pictures import Picture
 from rlmeta.runs.shipped import AGENTS
 
 PROGRAMS = Path(__file__).parents[2] / "agents"
-ON_POLICY, OFF_POLICY = ("ppo", "a2c", "reinforce", "impala", "trpo"), ("dqn", "sac", "td3", "ddpg")
+ON_POLICY, OFF_POLICY = ("ppo", "a2c", "reinforce", "impala", "trpo"), ("dqn", "rainbow", "sac", "td3", "ddpg")
+VALUES = ("dqn", "rainbow")
+"""Those that learn the values of actions alone."""
 LEARNERS = 3
 SMALLER = {"hidden_sizes": (16, 16), "num_envs": 3, "max_grad_norm": 0.1}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -80,17 +83,30 @@ CHANGES["trpo"] = {"hidden_sizes": (16, 16), "num_envs": 3, "num_steps": 16, "va
     "line_search_shrink": 0.6,
     "noise_hold": 3,
 }
+CHANGES["rainbow"] = {"num_envs": 3, "num_steps": 12, "capacity": 600, "learning_starts": 40, "gradient_steps": 5} | {
+    "batch_size": 20,
+    "max_grad_norm": 0.1,
+    "target_every": 2,
+    "atoms": 9,
+    "v_max": 4.0,
+    "head_sizes": (8,),
+    "priority_exponent": 0.75,
+    "importance_exponent": 0.25,
+}
 """Settings that tell every part of an algorithm from its default. Random numbers of float32
 are multiplied by powers of two, so that products are the same in float64; the first iteration's 36 transitions are too
 few to learn from."""
 TASKS = {**dict.fromkeys(OFF_POLICY, "Pendulum-v1"), **dict.fromkeys((*ON_POLICY, "dqn"), "CartPole-v1")}
-TASKS["trpo"] = "Pendulum-v1"
+TASKS |= {"trpo": "Pendulum-v1", "rainbow": "MinAtar/Breakout-v1"}
 
 
 @pytest.fixture
 def in_float64(monkeypatch):
     """Whatever has no type of its own is float64, observations too."""
     monkeypatch.setattr("rlmeta.agents.networks.Encoder", partial(Encoder, dtype=torch.float64))
+    network, scaled = pictures._encoder, Picture.run
+    monkeypatch.setattr(pictures, "_encoder", lambda *parts: network(*parts).double())
+    monkeypatch.setattr(Picture, "run", lambda self, params, x, *rest: scaled(self, params, x.double(), *rest))
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -105,6 +121,8 @@ def settings_of(program: ModuleType, name: str) -> dict[str, Any]:
 def programs_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of the package's networks under the names that they have in the programs."""
     shorter = [("member.joint.", "member.0."), ("member.head.", "member.1."), ("body.", ""), ("head.", "2.")]
+    if any("streams" in name for name in tensors):  # the network is the encoder
+        shorter = [("body.", "0."), ("head.", "1.")]
     if any(name.startswith("q.joint.") for name in tensors):  # a critic alone
         shorter = [("q.joint.", "q.0."), ("q.head.", "q.1."), *shorter]
     named = {}
@@ -132,10 +150,17 @@ def flat(networks: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor
 def both(name: str, task: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A program and the package's agent with the same settings, weights, keys and worlds, in float64."""
     program = load(name)
-    monkeypatch.setattr(program, "Encoder", partial(Encoder, dtype=torch.float64))
+    monkeypatch.setattr(program, "Encoder", partial(Encoder, dtype=torch.float64), raising=False)
     for setting, value in CHANGES[name].items():
         if hasattr(program, setting.upper()):
             monkeypatch.setattr(program, setting.upper(), value)
+    if name == "rainbow":
+        monkeypatch.setattr(program, "SOURCE", program.SOURCE._replace(batch_size=program.BATCH_SIZE))
+        # a layer's noise depends on its name, which is another in the program
+        drawn = SimpleNamespace(
+            normal=lambda key, name, *rest: random.normal(key, name.partition("streams.")[2], *rest)
+        )
+        monkeypatch.setattr("rlmeta.nn.noisy.random", drawn)
     settings = replace(rl.preset(name, TASKS[name]), **{**CHANGES[name], **settings_of(program, name)})
     world = rl.task(task).world((LEARNERS,), settings.num_envs)
     agent = settings.bind(world.observation_space, world.action_space)
@@ -206,23 +231,24 @@ def test_updates_from_rollouts_are_the_packages(name, task, in_float64, monkeypa
 
 @pytest.mark.parametrize(
     ("name", "task"),
-    [("dqn", "CartPole-v1"), ("dqn", "Acrobot-v1")]
+    [("dqn", "CartPole-v1"), ("dqn", "Acrobot-v1"), ("rainbow", "MinAtar/Breakout-v1")]
     + [(name, task) for name in ("sac", "td3", "ddpg") for task in ("Pendulum-v1", "Navigation-v0")],
 )
 def test_updates_from_memory_are_the_packages(name, task, in_float64, monkeypatch):
     x = both(name, task, monkeypatch)
     program, s, state, weights = x.program, x.settings, x.state, by_network(x.weights)
-    networks = program.make_network(x.world) if name == "dqn" else program.make_networks(x.world)
+    networks = program.make_network(x.world) if name in VALUES else program.make_networks(x.world)
     trained = {network: own for network, own in weights.items() if network in ("policy", "q", "temperature")}
     moments = {network: program.optim.adam().init(own, (LEARNERS,)) for network, own in trained.items()}
-    moments = moments["q"] if name == "dqn" else moments
+    moments = moments["q"] if name in VALUES else moments
     world_state = x.world.reset(random.fold(x.key, "world"))
-    memory = replay.init(x.world, world_state, program.CAPACITY // s.num_envs)
+    memory = replay.init(x.world, world_state, program.CAPACITY // s.num_envs, prioritised=name == "rainbow")
     for i in range(4):
         state["progress"] = torch.full_like(state["progress"], i / 12)
         h, warm = state["params"]["hyper"], i * s.num_steps * s.num_envs < s.learning_starts
-        if name == "dqn":
-            h["epsilon"], explore = x.agent.epsilon(state), 1.0 if warm else program.epsilon(i / 12)
+        if name in VALUES:
+            later = program.epsilon(i / 12) if name == "dqn" else 0.0
+            h["epsilon"], explore = x.agent.epsilon(state), 1.0 if warm else later
         else:
             h["warms_up"], explore = off_policy.warms_up(x.agent, state), warm
         state, rollout = collect(x.agent, state, x.world, s.num_steps)
@@ -232,8 +258,13 @@ def test_updates_from_memory_are_the_packages(name, task, in_float64, monkeypatc
         state, _ = x.agent.update(state, rollout, {"task": rollout["reward"]})
         state = x.agent.end_iteration(state, rollout)
         memory = replay.insert(memory, rollout, rollout["reward"], learner_axes=1)
-        if i:
-            weights, moments = program.update(networks, weights, moments, memory, x.key, (i - 1) * s.gradient_steps)
+        if not i:
+            continue
+        given = (networks, weights, moments, memory, x.key, (i - 1) * s.gradient_steps)
+        if name == "rainbow":
+            weights, moments, memory = program.update(*given, i / 12)
+        else:
+            weights, moments = program.update(*given)
     after = flat(weights)
     assert state["count"]["gradient_steps"].tolist() == [3 * s.gradient_steps] * LEARNERS
     assert_same_weights(after, state)
@@ -262,7 +293,7 @@ def test_evaluations_are_the_packages(name, in_float64, monkeypatch):
     p, key = x.state["params"], random.make_keys(range(100, 100 + LEARNERS))
     p["buffers"] = {part: -copy for part, copy in p["buffers"].items()}  # so that copies differ from what they follow
     weights = programs_names({**p["weights"], **p["buffers"]})
-    networks = x.program.make_network(x.world) if name == "dqn" else x.program.make_networks(x.world)
+    networks = x.program.make_network(x.world) if name in VALUES else x.program.make_networks(x.world)
     world = rl.task(TASKS[name]).world((LEARNERS,), 5)
     mine = x.program.evaluate(networks, weights if name in ON_POLICY else by_network(weights), world, key)
     packages = x.agent.evaluate(p, world, key, 5).returns.mean(-1)
@@ -270,12 +301,15 @@ def test_evaluations_are_the_packages(name, in_float64, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ON_POLICY + OFF_POLICY)
-def test_programs_begin_as_the_packages_agent_does(name):
+def test_programs_begin_as_the_packages_agent_does(name, monkeypatch):
     """With its settings for the task, and weights of the same spread."""
     program, settings = load(name), rl.preset(name, TASKS[name])
     constants = settings_of(program, name)
     assert constants.items() <= {field.name: getattr(settings, field.name) for field in fields(settings)}.items()
     assert len(constants) >= 8
+    if name in OFF_POLICY:  # of 64 seeds, whose memories stay empty
+        monkeypatch.setattr(program, "CAPACITY", 8_000)
+        settings = replace(settings, capacity=8_000)
     _, weights = program.train(TASKS[name], seeds=64, steps=0)
     weights = weights if name in ON_POLICY else flat(weights)
     world = rl.task(TASKS[name]).world((64,), 1)
@@ -348,7 +382,7 @@ def load(name):
 
 
 def test_every_agent_has_a_short_program_and_settings():
-    others = {"regressor", "protonet", "meta_sgd", "ppg", "rainbow"}  # one serves meta-learners, the others are no core
+    others = {"regressor", "protonet", "meta_sgd", "ppg"}  # one serves meta-learners, the others are no core
     for name in AGENTS.keys() - others:
         assert len((PROGRAMS / f"{name}.py").read_text().splitlines()) <= 150
         assert (PROGRAMS / f"{name}.toml").is_file()

@@ -18,8 +18,9 @@ HYPER = {
 }
 
 
-def state_at(progress):
-    return {"params": {"hyper": HYPER}, "progress": torch.full((S,), progress, dtype=torch.float64)}
+def fixed_at(progress, memory, learners=slice(None)):
+    gamma, alpha, start = (HYPER[name][learners] for name in HYPER)
+    return prioritised.fixed(memory, gamma, alpha, start + (1 - start) * progress)
 
 
 def with_priorities(memory):
@@ -41,7 +42,7 @@ def filled(total, capacity=C, ends=0.15, priorities=True):
 
 def draw(memory, batch_size, n_steps=1, progress=0.0, key=None):
     source = Prioritised(batch_size, n_steps)
-    now, fixed = prioritised.moving(memory, n_steps), prioritised.fixed(memory, state_at(progress))
+    now, fixed = prioritised.moving(memory, n_steps), fixed_at(progress, memory)
     key = random.make_keys(range(S)) if key is None else key
     return source, now, fixed, source.draw(now, fixed, key)
 
@@ -153,10 +154,8 @@ def test_a_learner_draws_the_same_in_any_company():
     for s in range(S):
         own = {n: m[s : s + 1] for n, m in memory.items()}
         source = Prioritised(16, 3)
-        hyper = {name: value[s : s + 1] for name, value in HYPER.items()}
-        state = {"params": {"hyper": hyper}, "progress": torch.zeros(1).double()}
         key = random.make_keys([s])
-        alone = source.draw(prioritised.moving(own, 3), prioritised.fixed(own, state), key)
+        alone = source.draw(prioritised.moving(own, 3), fixed_at(0.0, own, slice(s, s + 1)), key)
         for name, value in alone.items():
             assert torch.equal(together[name][s : s + 1], value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import torch
 
 from rlmeta.functional import random, tree
@@ -19,6 +20,7 @@ class World:
     """As much of a world as a memory begins with."""
 
     learner_shape, num_envs, action_space = (S,), N, Space()
+    observation_space = gym.spaces.Box(-1, 1, (1,))
 
     def observation(self, state):
         return torch.zeros(S, N, 1)

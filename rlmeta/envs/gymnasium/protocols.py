@@ -15,6 +15,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
+from rlmeta.data.spaces import FrameStack
 from rlmeta.envs.gymnasium import failures
 from rlmeta.errors import MissingExtraError, SettingError, require_choice, require_count, unknown_name
 
@@ -89,6 +90,8 @@ class Atari:
             terminal_on_life_loss=self.terminal_on_life_loss,
         )
         stacked = wrappers.FrameStackObservation(env, self.frame_stack)
+        shape = stacked.observation_space.shape
+        stacked.observation_space = FrameStack(0, 255, shape, np.uint8)
         return wrappers.TimeLimit(stacked, self.max_episode_steps)
 
 
