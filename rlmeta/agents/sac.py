@@ -18,14 +18,16 @@ from torch import Tensor
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.critics import box_units, critic_ensemble
 from rlmeta.agents.networks import Network, build_body, check_mask, q_network, whitens
+from rlmeta.envs.goals import Goals
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
-from rlmeta.learning import off_policy
+from rlmeta.learning import hindsight, off_policy
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.groups import Group
+from rlmeta.learning.hindsight import HindsightName
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
@@ -92,6 +94,11 @@ class SAC:
     """Activation of the default network."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    hindsight: HindsightName = "none"
+    """Goals taken in hindsight, for tasks with goals (HER, Andrychowicz et al., 2017): "future" trains on drawn
+    transitions as if a goal that was achieved later in their episode had been the desired one; "none" does not."""
+    hindsight_goals: PerLearner = 4.0
+    """With hindsight: transitions with a goal taken so for every one with its own (the paper's k)."""
     rewards: tuple[Reward, ...] = ()
     """Reward shaping and intrinsic rewards to learn from, in order."""
 
@@ -112,6 +119,7 @@ class SAC:
         require_range(self, "critics", 1)
         require_range(self, "hidden_sizes", 1)
         off_policy.check_settings(self)
+        hindsight.check_settings(self)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> SACAgent:
         """Create the SAC agent for an observation and an action space."""
@@ -130,6 +138,8 @@ class SACAgent(Agent):
     """SAC agent for an observation and an action space."""
 
     settings: SAC
+    goals: Goals | None = None
+    """What the task pays for other goals, where transitions take them in hindsight."""
 
     def __init__(
         self, settings: SAC, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -140,6 +150,7 @@ class SACAgent(Agent):
             not (self.discrete and settings.state_dependent_exploration),
             f"SAC: state_dependent_exploration is for a Box, the actions are {action_space}: leave it out",
         )
+        hindsight.check_space(settings, observation_space)
         super().__init__(settings, observation_space, action_space, methods)
         self.noise_hold = settings.noise_hold if settings.state_dependent_exploration else 1
         self.steps_per_iteration = settings.num_steps
@@ -171,6 +182,7 @@ class SACAgent(Agent):
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """Initial state of a run: target critics are copies of the critics, the replay memory is empty."""
+        self.goals = hindsight.goals_for(self.settings, world)
         state = super().init(key, hyper, world)
         p = with_copy(state["params"], TARGET)
         state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
@@ -203,6 +215,7 @@ class SACAgent(Agent):
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """One training iteration, with random actions before learning starts."""
         state["params"]["hyper"]["warms_up"] = off_policy.warms_up(self, state)
+        self.goals = hindsight.goals_for(self.settings, world)
         return super().iterate(state, world)
 
     # ------------------------------------------------------------------ learn
@@ -282,7 +295,7 @@ class SACAgent(Agent):
             return state, {}
         rate = state["params"]["hyper"]["target_rate"]
         follow = {TARGET: rate.expand(self.settings.gradient_steps, *rate.shape)}
-        state, info = off_policy.learn(self, state, self.groups, follow)
+        state, info = off_policy.learn(self, state, self.groups, follow, draw=hindsight.drawing(self.goals, state))
         off_policy.end_warm_up(state)
         return state, info
 

@@ -200,3 +200,14 @@ class _Picker:
             return x.reshape(-1, *x.shape[axes:]).index_select(0, rows.flatten()).reshape(*rows.shape, *x.shape[axes:])
 
         return tree.map(read, self.memory[name])
+
+
+def draw(memory: State, key: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Draw the rows `t` of transitions and their environments, `[*K, *L, B]` each, as `sample` does."""
+    return _draw(memory, key, batch_size, 1, _Picker(memory, memory["written"].dim() - 1, key.dim()))
+
+
+def rows_of(memory: State, name: str, t: Tensor, env: Tensor) -> tree.Tree:
+    """Gather an entry of a memory at rows `t` of environments `env`, `[*K, *L, B]` each: `[*K, *L, B, ...]`."""
+    pick = _Picker(memory, memory["written"].dim() - 1, t.dim() - 1)
+    return pick(name, pick.rows(t, env))
