@@ -243,6 +243,17 @@ def test_in_sequences_batched_is_looped_and_burn_in_is_not_learned_from(kind, na
 
 
 @pytest.mark.parametrize("name", ["dqn", "sac"])
+def test_nothing_is_learned_before_a_whole_sequence_is_there(name):
+    settings, task = REPLAYS[name]
+    agent, state, world = start(replace(settings, memory="gru", learning_starts=0), task, S)
+    agent.capture, steps = None, []
+    for _ in range(2):  # of 4 steps, a sequence has 6
+        state, _ = agent.iterate(state, world)
+        steps.append(int(state["count"]["gradient_steps"].max()))
+    assert steps == [0, 2] and bool(state["active"].all())
+
+
+@pytest.mark.parametrize("name", ["dqn", "sac"])
 def test_with_a_memory_it_is_recorded_and_resumed_bit_for_bit(name, tmp_path):
     settings, task = REPLAYS[name]
     settings = replace(settings, **({**KINDS["lstm"], "average_rate": 0.5} if name == "dqn" else KINDS["gru"]))
