@@ -80,7 +80,7 @@ def goals_of(world: World) -> Goals:
     env: Any = asked.unwrapped
     if not isinstance(env, PaysGoals):
         raise _silent(world.name)
-    return _live(env, world.observation_space[DESIRED].dtype, world.name)  # type: ignore[index]
+    return _live(env, world.observation_space[DESIRED], world.name)  # type: ignore[index]
 
 
 def _silent(name: str) -> SettingError:
@@ -105,13 +105,14 @@ def _native(world: NativeWorld) -> Goals:
 # ------------------------------------------------------------------------------------------- gymnasium environments
 
 
-def _live(env: Any, dtype: Any, name: str) -> Goals:
+def _live(env: Any, space: gym.Space[Any], name: str) -> Goals:
     """The goals of a gymnasium environment, in arrays of one row a step."""
 
+    shape, dtype = space.shape or (), space.dtype
+
     def rows(achieved: Tensor, desired: Tensor) -> tuple[Any, Any]:
-        size, axes = achieved.shape, achieved.dim() - len(env.observation_space[DESIRED].shape)
-        flat = [goal.reshape(-1, *size[axes:]).cpu().numpy().astype(dtype) for goal in (achieved, desired)]
-        return flat[0], flat[1]
+        first, second = (goal.reshape(-1, *shape).cpu().numpy().astype(dtype) for goal in (achieved, desired))
+        return first, second
 
     def reward(achieved: Tensor, desired: Tensor) -> Tensor:
         first, second = rows(achieved, desired)
