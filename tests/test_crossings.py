@@ -22,10 +22,11 @@ MEMORIES = {
     "ppo with a gru": {"memory": "gru", "memory_size": 3},
     "a2c with an lstm": {"memory": "lstm", "memory_size": 3, "memory_layers": 2},
     "dqn with a gru": {"memory": "gru", "memory_size": 3, "sequence_length": 4},
+    "sac with a gru": {"memory": "gru", "memory_size": 3, "sequence_length": 4},
     "reinforce with attention": {"memory": "attention", "memory_size": 4, "attention_heads": 2, "context": 3},
 }
 AGENTS = (*ON_POLICY, *MEMORIES, "dqn", "rainbow", "sac", "discrete sac", "td3", "ddpg", "behaviour cloning", "gail")
-CONTINUOUS = ("sac", "td3", "ddpg")
+CONTINUOUS = ("sac", "sac with a gru", "td3", "ddpg")
 LEARNERS = ("classifier", "regressor")
 
 

@@ -8,14 +8,17 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rlmeta.agents.networks import build_body, check_mask, whitens
+from rlmeta.agents.networks import build_body, check_mask, whitens, with_memory
 from rlmeta.errors import SpaceError
 from rlmeta.functional.tree import Tree
 from rlmeta.nn import MLP, ActionUnits, Block, Context, Ensemble, Params, ValueHead
 
 
 class Critic(Block):
-    """Critic network Q(s, a): an MLP on the observation's features and the action, in units of its bounds."""
+    """Critic network Q(s, a): an MLP on the observation's features and the action, in units of its bounds.
+
+    Where its body has a memory it is given the inputs of a network with one in the place of the observation.
+    """
 
     def __init__(self, body: Block, joint: Block, head: ValueHead, units: ActionUnits) -> None:
         super().__init__()
@@ -51,10 +54,12 @@ def box_units(name: str, action_space: gym.Space) -> ActionUnits:
 
 def critic_network(settings: Any, observation_space: gym.Space, units: ActionUnits) -> Critic:
     """Build a critic with the settings' network or encoder, hidden layers and activation."""
-    check_mask(observation_space, gym.spaces.Box(-1.0, 1.0, units.shape))
+    actions = gym.spaces.Box(-1.0, 1.0, units.shape)
+    check_mask(observation_space, actions)
     body, features = build_body(
         settings.network, observation_space, (), settings.activation, "torch", whitens(settings)
     )
+    body, features = with_memory(settings, body, features, actions)
     joint = MLP(
         features + units.centre.numel(), settings.hidden_sizes, activation=settings.activation, initialiser="torch"
     )

@@ -17,14 +17,16 @@ from torch import Tensor
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.critics import box_units, critic_network
 from rlmeta.agents.networks import Network, build_body, whitens
+from rlmeta.envs.goals import Goals
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
-from rlmeta.learning import off_policy
+from rlmeta.learning import hindsight, off_policy
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.groups import Group
+from rlmeta.learning.hindsight import HindsightName
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
@@ -73,6 +75,11 @@ class DDPG:
     """Activation of the default network."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    hindsight: HindsightName = "none"
+    """Goals taken in hindsight, for tasks with goals (HER, Andrychowicz et al., 2017): "future" trains on drawn
+    transitions as if a goal that was achieved later in their episode had been the desired one; "none" does not."""
+    hindsight_goals: PerLearner = 4.0
+    """With hindsight: transitions with a goal taken so for every one with its own (the paper's k)."""
     rewards: tuple[Reward, ...] = ()
     """Reward shaping and intrinsic rewards to learn from, in order."""
 
@@ -88,6 +95,7 @@ class DDPG:
         require_range(self, "target_rate", 0.0, 1.0, above=True)
         require_range(self, "hidden_sizes", 1)
         off_policy.check_settings(self)
+        hindsight.check_settings(self)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> DDPGAgent:
         """Create the DDPG agent for an observation and an action space."""
@@ -98,11 +106,14 @@ class DDPGAgent(Agent):
     """DDPG agent for an observation and an action space."""
 
     settings: DDPG
+    goals: Goals | None = None
+    """What the task pays for other goals, where transitions take them in hindsight."""
 
     def __init__(
         self, settings: DDPG, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
         self.units = box_units("DDPG", action_space)
+        hindsight.check_space(settings, observation_space)
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
         self.idle_steps = off_policy.idle_steps(settings)
@@ -120,6 +131,7 @@ class DDPGAgent(Agent):
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """Initial state of a run: target networks are copies of the networks, the replay memory is empty."""
+        self.goals = hindsight.goals_for(self.settings, world)
         state = super().init(key, hyper, world)
         p = with_copy(with_copy(state["params"], TARGET_POLICY), TARGET_Q)
         state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
@@ -145,6 +157,7 @@ class DDPGAgent(Agent):
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """One training iteration, with random actions before learning starts."""
         state["params"]["hyper"]["warms_up"] = off_policy.warms_up(self, state)
+        self.goals = hindsight.goals_for(self.settings, world)
         return super().iterate(state, world)
 
     # ------------------------------------------------------------------ learn
@@ -179,8 +192,9 @@ class DDPGAgent(Agent):
         if not off_policy.ready(self, state):
             return state, {}
         rate = state["params"]["hyper"]["target_rate"]
-        follow = rate.expand(self.settings.gradient_steps, *rate.shape)
-        state, info = off_policy.learn(self, state, self.groups, {TARGET_POLICY: follow, TARGET_Q: follow})
+        moves = rate.expand(self.settings.gradient_steps, *rate.shape)
+        follow = {TARGET_POLICY: moves, TARGET_Q: moves}
+        state, info = off_policy.learn(self, state, self.groups, follow, draw=hindsight.drawing(self.goals, state))
         off_policy.end_warm_up(state)
         return state, info
 

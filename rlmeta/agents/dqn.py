@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.networks import q_network
-from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName, check_memory_settings
+from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName, check_sequence_settings
 from rlmeta.envs.world import World
 from rlmeta.errors import SpaceError
 from rlmeta.functional import distributional, losses, optim, random, tree
@@ -160,26 +160,14 @@ class DQN:
         bounded = self.distribution != "quantile" or max(values_of(self.huber_delta)) < math.inf
         require(bounded, f"{name}: huber_delta is inf, expected a finite one for quantiles, such as 1")
         off_policy.check_settings(self, self.n_steps)
-        check_memory_settings(self)
-        require_range(self, "sequence_length", 1)
-        require_range(self, "burn_in", 0)
+        check_sequence_settings(self)
         if self.memory != "none":
             self._check_sequences()
 
     def _check_sequences(self) -> None:
-        length = self.sequence_length
-        require(
-            self.batch_size % length == 0,
-            f"DQN: batch_size {self.batch_size} is not whole sequences of sequence_length = {length}, which a memory "
-            "learns from: give a multiple of it",
-        )
-        require(
-            self.burn_in < length,
-            f"DQN: burn_in {self.burn_in} leaves nothing of sequence_length = {length}: give less",
-        )
         require(not self.prioritised, f"{type(self).__name__}: prioritised draws no sequences, which a memory needs")
         require(self.n_steps == 1, f"DQN: with a memory targets are of one step, got n_steps = {self.n_steps}: give 1")
-        off_policy.check_settings(self, length)
+        off_policy.check_settings(self, self.sequence_length)
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> DQNAgent:
         """Create the DQN agent for an observation and an action space."""

@@ -102,7 +102,7 @@ def _places(observation_space: gym.Space, tasks: int) -> int:
     return tasks
 
 
-def _with_memory(settings: Any, body: Block, features: int, action_space: gym.Space | None) -> tuple[Block, int]:
+def with_memory(settings: Any, body: Block, features: int, action_space: gym.Space | None) -> tuple[Block, int]:
     """Add a memory to a body if the settings ask for one; returns the body and its number of features."""
     if action_space is None or getattr(settings, "memory", "none") == "none":
         return body, features
@@ -220,7 +220,7 @@ def policy_network(
         "orthogonal",
         whitens(settings),
     )
-    body, features = _with_memory(settings, body, features, action_space)
+    body, features = with_memory(settings, body, features, action_space)
     features *= _places(observation_space, tasks)
     head = head_for(
         action_space,
@@ -248,7 +248,7 @@ def value_network(
         "orthogonal",
         whitens(settings),
     )
-    body, features = _with_memory(settings, body, features, action_space)
+    body, features = with_memory(settings, body, features, action_space)
     features *= _places(observation_space, tasks)
     return Network(body, ValueHead(features), features, tasks)
 
@@ -272,7 +272,7 @@ def q_network(
     check_mask(observation_space, action_space)
     s = settings
     body, features = build_body(s.network, observation_space, s.hidden_sizes, s.activation, "torch", whitens(s))
-    body, features = _with_memory(s, body, features, action_space)
+    body, features = with_memory(s, body, features, action_space)
     return Network(body, head(features, int(action_space.n)), features)
 
 

@@ -90,6 +90,46 @@ def check_memory_settings(settings: HasMemory) -> None:
     )
 
 
+class ReplaysSequences(HasMemory, Protocol):
+    """Settings of an agent that may learn from sequences of a replay memory."""
+
+    @property
+    def batch_size(self) -> int:
+        """Transitions in a minibatch."""
+        ...
+
+    @property
+    def sequence_length(self) -> int:
+        """Steps of a sequence."""
+        ...
+
+    @property
+    def burn_in(self) -> int:
+        """First steps of a sequence that are not learned from."""
+        ...
+
+
+def check_sequence_settings(settings: ReplaysSequences) -> None:
+    """Refuse settings of a memory that leave no whole sequences to learn from.
+
+    Raises:
+        SettingError: with the reason.
+    """
+    s, agent, length = settings, type(settings).__name__, settings.sequence_length
+    check_memory_settings(s)
+    require_range(s, "sequence_length", 1)
+    require_range(s, "burn_in", 0)
+    require(
+        s.memory == "none" or s.batch_size % length == 0,
+        f"{agent}: batch_size {s.batch_size} is not whole sequences of sequence_length = {length}, which a memory "
+        "learns from: give a multiple of it",
+    )
+    require(
+        s.memory == "none" or s.burn_in < length,
+        f"{agent}: burn_in {s.burn_in} leaves nothing of sequence_length = {length}: give less",
+    )
+
+
 class Memory(Protocol):
     """Block that carries a state over steps: `nn.Recurrent` and `nn.AttentionMemory`."""
 

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from rlmeta.agents.agent import LOG_STD_RANGE, Agent, NetworkFactory
 from rlmeta.agents.critics import box_units, critic_ensemble
-from rlmeta.agents.networks import Network, build_body, check_mask, q_network, whitens
+from rlmeta.agents.networks import Network, build_body, check_mask, q_network, whitens, with_memory
+from rlmeta.agents.recurrence import MemoryName, Recurrence, SeenName, check_sequence_settings
+from rlmeta.envs.goals import Goals
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
-from rlmeta.learning import off_policy
+from rlmeta.learning import hindsight, off_policy
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.groups import Group
+from rlmeta.learning.hindsight import HindsightName
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
@@ -92,6 +95,30 @@ class SAC:
     """Activation of the default network."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    memory: MemoryName = "none"
+    """A memory behind the bodies of policy and critics, for partially observable tasks: a gated recurrent unit (GRU),
+    an LSTM, or attention over the last steps; minibatches then are of sequences."""
+    memory_size: int = 64
+    """Features of the memory."""
+    memory_layers: int = 1
+    """Layers of the memory."""
+    context: int = 32
+    """With attention: steps of its episode that the memory holds; a layer looks at these and at the present one."""
+    attention_heads: int = 4
+    """With attention: heads of every layer; twice their number divides memory_size."""
+    sees: tuple[SeenName, ...] = ()
+    """Additional inputs of the memory: the last action, its reward, whether an episode starts."""
+    sequence_length: int = 16
+    """With a memory: steps of a sequence, which divide batch_size. Each begins where a rollout of num_steps did: the
+    policy's memory with the state that acting had there (R2D2, Kapturowski et al., 2019), those of the critics with
+    that of an episode's start."""
+    burn_in: int = 0
+    """With a memory: first steps of a sequence that refresh the state, and are not learned from."""
+    hindsight: HindsightName = "none"
+    """Goals taken in hindsight, for tasks with goals (HER, Andrychowicz et al., 2017): "future" trains on drawn
+    transitions as if a goal that was achieved later in their episode had been the desired one; "none" does not."""
+    hindsight_goals: PerLearner = 4.0
+    """With hindsight: transitions with a goal taken so for every one with its own (the paper's k)."""
     rewards: tuple[Reward, ...] = ()
     """Reward shaping and intrinsic rewards to learn from, in order."""
 
@@ -112,6 +139,11 @@ class SAC:
         require_range(self, "critics", 1)
         require_range(self, "hidden_sizes", 1)
         off_policy.check_settings(self)
+        hindsight.check_settings(self)
+        check_sequence_settings(self)
+        if self.memory != "none":
+            off_policy.check_settings(self, self.sequence_length)
+            require(self.hindsight == "none", "SAC: hindsight draws no sequences, which a memory needs: leave one out")
 
     def bind(self, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()) -> SACAgent:
         """Create the SAC agent for an observation and an action space."""
@@ -130,6 +162,8 @@ class SACAgent(Agent):
     """SAC agent for an observation and an action space."""
 
     settings: SAC
+    goals: Goals | None = None
+    """What the task pays for other goals, where transitions take them in hindsight."""
 
     def __init__(
         self, settings: SAC, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
@@ -140,13 +174,17 @@ class SACAgent(Agent):
             not (self.discrete and settings.state_dependent_exploration),
             f"SAC: state_dependent_exploration is for a Box, the actions are {action_space}: leave it out",
         )
+        hindsight.check_space(settings, observation_space)
         super().__init__(settings, observation_space, action_space, methods)
         self.noise_hold = settings.noise_hold if settings.state_dependent_exploration else 1
         self.steps_per_iteration = settings.num_steps
-        self.idle_steps = off_policy.idle_steps(settings)
+        self.least_steps = 1 if settings.memory == "none" else settings.sequence_length
+        self.idle_steps = off_policy.idle_steps(settings, self.least_steps)
         blocks: dict[str, Any] = bare(self.networks)
         self.policy, self.q = blocks["policy"], blocks["q"]
         self.head = self.policy.head
+        if settings.memory != "none":
+            self.recurrence = Recurrence(settings.sees, action_space, blocks)
         self.copies, self.beside_observations = (TARGET,), ("q", "temperature")
 
     def networks(self) -> dict[str, Block]:
@@ -154,6 +192,7 @@ class SACAgent(Agent):
         s, space, actions = self.settings, self.observation_space, self.action_space
         check_mask(space, actions)
         body, features = build_body(s.network, space, s.hidden_sizes, s.activation, "torch", whitens(s))
+        body, features = with_memory(s, body, features, actions)
         if self.units is None:
             head = head_for(actions, features, initial_scale=1.0)
             q = Ensemble(lambda: q_network(s, space, actions), s.critics)
@@ -171,11 +210,15 @@ class SACAgent(Agent):
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """Initial state of a run: target critics are copies of the critics, the replay memory is empty."""
+        self.goals = hindsight.goals_for(self.settings, world)
         state = super().init(key, hyper, world)
         p = with_copy(state["params"], TARGET)
         state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
         state["optimizer"] = init_optimizer(self.groups(state)[0], state)
-        state["replay"] = off_policy.init_replay(self.settings, world, state)
+        inputs = None
+        if self.recurrence is not None:
+            inputs = self.recurrence.acting_inputs(world.observation(state["world"]), state["memory"])
+        state["replay"] = off_policy.init_replay(self.settings, world, state, inputs)
         return state
 
     # ------------------------------------------------------------------ act
@@ -184,12 +227,14 @@ class SACAgent(Agent):
         self, p: Params, observation: tree.Tree, memory: tree.Tree, key: Tensor, deterministic: bool = False
     ) -> tuple[Tensor, tree.Tree]:
         """Choose actions: a sample from the policy, random before learning starts; or the policy's likeliest."""
-        distribution = self.forward(self.policy, "policy", p, observation)
+        distribution, memory_after = self.answer_at(self.policy, "policy", p, observation, memory)
         if deterministic:
-            return self.head.mode(distribution), memory
+            action = self.head.mode(distribution)
+            return action, memory_after(action)
         action = self.head.sample(distribution, key)
         uniform = self._uniform(distribution, key)
-        return torch.where(align(p["hyper"]["warms_up"], action), uniform, action), memory
+        action = torch.where(align(p["hyper"]["warms_up"], action), uniform, action)
+        return action, memory_after(action)
 
     def _uniform(self, distribution: dict[str, Tensor], key: Tensor) -> Tensor:
         """Uniformly random actions, among those that a mask allows."""
@@ -203,6 +248,7 @@ class SACAgent(Agent):
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """One training iteration, with random actions before learning starts."""
         state["params"]["hyper"]["warms_up"] = off_policy.warms_up(self, state)
+        self.goals = hindsight.goals_for(self.settings, world)
         return super().iterate(state, world)
 
     # ------------------------------------------------------------------ learn
@@ -212,7 +258,7 @@ class SACAgent(Agent):
 
         None gives those of all Discrete actions, `[*L, critics, B, A]`; masked ones are minus infinity.
         """
-        tensors, seen = {**p["weights"], **p["buffers"]}, self.preprocess(p, observation)
+        tensors, seen = {**p["weights"], **p["buffers"]}, self._seen_by_critics(p, name, observation)
         if self.units is not None:
             return self.q.run(tensors, {"observation": seen, "action": action}, ctx, f"{name}.")
         q: Tensor = self.q.run(tensors, seen, ctx, f"{name}.")
@@ -220,6 +266,16 @@ class SACAgent(Agent):
             return q
         chosen = action.unsqueeze(-2).unsqueeze(-1).expand(*q.shape[:-1], 1)
         return q.gather(-1, chosen).squeeze(-1)
+
+    def _seen_by_critics(self, p: Params, name: str, inputs: tree.Tree) -> tree.Tree:
+        """Inputs of the critics `name`; their memories begin every sequence as an episode."""
+        if self.recurrence is None:
+            return self.preprocess(p, inputs)
+        weight, axes = p["weights"]["temperature.log"], p["hyper"]["gamma"].dim()
+        rows = next(tree.leaves(inputs["hidden"])).shape[: axes + 1]
+        state = self.q.member.body.memory.initial(tuple(rows), weight.device)
+        hidden = tree.map(lambda x: x.to(weight.dtype) if x.is_floating_point() else x, state)
+        return self._seen(p, {**inputs, "hidden": {"q": hidden}}, name)
 
     def soft(
         self, p: Params, critics: str, observation: tree.Tree, ctx: Context, key: Tensor, alpha: Tensor
@@ -242,6 +298,7 @@ class SACAgent(Agent):
         if self.units is not None:
             return h["target_entropy"] * self.units.centre.numel() + self.head.log_half_width
         number = torch.full(valid.shape, float(self.action_space.n), device=valid.device)  # type: ignore[attr-defined]
+        observation = observation["observation"] if self.sequential else observation
         if isinstance(observation, dict) and ACTION_MASK in observation:
             number = allowed(observation[ACTION_MASK]).sum(-1).to(number.dtype)
         return h["entropy_fraction"] * masked_mean(number.log(), valid)
@@ -278,11 +335,11 @@ class SACAgent(Agent):
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:
         """Add the rollout to the replay memory; after a warm-up, take gradient steps on random transitions."""
         off_policy.remember(self, state, rollout, rewards)
-        if not off_policy.ready(self, state):
+        if not off_policy.ready(self, state, self.least_steps):
             return state, {}
         rate = state["params"]["hyper"]["target_rate"]
         follow = {TARGET: rate.expand(self.settings.gradient_steps, *rate.shape)}
-        state, info = off_policy.learn(self, state, self.groups, follow)
+        state, info = off_policy.learn(self, state, self.groups, follow, draw=hindsight.drawing(self.goals, state))
         off_policy.end_warm_up(state)
         return state, info
 

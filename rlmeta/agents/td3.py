@@ -17,14 +17,16 @@ from torch import Tensor
 from rlmeta.agents.agent import Agent, NetworkFactory
 from rlmeta.agents.critics import box_units, critic_ensemble
 from rlmeta.agents.networks import Network, build_body, whitens
+from rlmeta.envs.goals import Goals
 from rlmeta.envs.world import World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.functional.axes import align, masked_mean
-from rlmeta.learning import off_policy
+from rlmeta.learning import hindsight, off_policy
 from rlmeta.learning.collect import Rollout
 from rlmeta.learning.field_types import check_types
 from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.groups import Group
+from rlmeta.learning.hindsight import HindsightName
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.method import Method
 from rlmeta.learning.optimizer_state import init_optimizer
@@ -81,6 +83,11 @@ class TD3:
     """Activation of the default network."""
     network: NetworkFactory | None = None
     """Your own network: from an observation space to a module that gives features [B, D]."""
+    hindsight: HindsightName = "none"
+    """Goals taken in hindsight, for tasks with goals (HER, Andrychowicz et al., 2017): "future" trains on drawn
+    transitions as if a goal that was achieved later in their episode had been the desired one; "none" does not."""
+    hindsight_goals: PerLearner = 4.0
+    """With hindsight: transitions with a goal taken so for every one with its own (the paper's k)."""
     rewards: tuple[Reward, ...] = ()
     """Reward shaping and intrinsic rewards to learn from, in order."""
 
@@ -99,6 +106,7 @@ class TD3:
         for name in ("critics", "policy_delay", "hidden_sizes"):
             require_range(self, name, 1)
         off_policy.check_settings(self)
+        hindsight.check_settings(self)
         require(
             self.gradient_steps % self.policy_delay == 0,
             f"TD3: gradient_steps {self.gradient_steps} is no multiple of policy_delay {self.policy_delay}",
@@ -113,11 +121,14 @@ class TD3Agent(Agent):
     """TD3 agent for an observation and an action space."""
 
     settings: TD3
+    goals: Goals | None = None
+    """What the task pays for other goals, where transitions take them in hindsight."""
 
     def __init__(
         self, settings: TD3, observation_space: gym.Space, action_space: gym.Space, methods: Sequence[Method] = ()
     ) -> None:
         self.units = box_units("TD3", action_space)
+        hindsight.check_space(settings, observation_space)
         super().__init__(settings, observation_space, action_space, methods)
         self.steps_per_iteration = settings.num_steps
         self.idle_steps = off_policy.idle_steps(settings)
@@ -135,6 +146,7 @@ class TD3Agent(Agent):
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """Initial state of a run: target networks are copies of the networks, the replay memory is empty."""
+        self.goals = hindsight.goals_for(self.settings, world)
         state = super().init(key, hyper, world)
         p = with_copy(with_copy(state["params"], TARGET_POLICY), TARGET_Q)
         state["params"] = {**p, "hyper": {**hyper, "warms_up": torch.ones_like(key, dtype=torch.bool)}}
@@ -160,6 +172,7 @@ class TD3Agent(Agent):
     def iterate(self, state: State, world: World) -> tuple[State, Metrics]:
         """One training iteration, with random actions before learning starts."""
         state["params"]["hyper"]["warms_up"] = off_policy.warms_up(self, state)
+        self.goals = hindsight.goals_for(self.settings, world)
         return super().iterate(state, world)
 
     # ------------------------------------------------------------------ learn
@@ -204,7 +217,8 @@ class TD3Agent(Agent):
         if not off_policy.ready(self, state):
             return state, {}
         moves = torch.stack([rate * (number % s.policy_delay == 0) for number in range(1, s.gradient_steps + 1)])
-        state, info = off_policy.learn(self, state, self.groups, {TARGET_POLICY: moves, TARGET_Q: moves})
+        follow = {TARGET_POLICY: moves, TARGET_Q: moves}
+        state, info = off_policy.learn(self, state, self.groups, follow, draw=hindsight.drawing(self.goals, state))
         off_policy.end_warm_up(state)
         return state, info
 

@@ -1,4 +1,4 @@
-"""Check of an environment before training: spaces, contract, seeding, autoreset, time limit, action bounds, NaN."""
+"""Check of an environment before training: spaces, contract, seeding, ends, action bounds, goals, NaN."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from gymnasium import spaces
 from torch import Tensor
 
 from rlmeta.data.spaces import Array, Layout
+from rlmeta.envs.goals import ACHIEVED, DESIRED, PaysGoals, goals_of, has_goals
 from rlmeta.envs.gymnasium import failures
 from rlmeta.envs.gymnasium.rows import Template, first_reset
 from rlmeta.envs.gymnasium.sources import VectorSource, resolve
 from rlmeta.envs.gymnasium.world import GymnasiumWorld
 from rlmeta.envs.native import NativeEnv, NativeWorld
 from rlmeta.envs.task import Task
+from rlmeta.envs.world import Transition, TrialTransition
 from rlmeta.errors import (
     MissingExtraError,
     RlmetaError,
@@ -43,7 +45,7 @@ class Finding:
     """Finding about an environment: what is wrong, or worth knowing, and what to do."""
 
     topic: str
-    """Spaces, contract, seeding, autoreset, time limit, action bounds, or not finite."""
+    """Spaces, contract, seeding, autoreset, time limit, action bounds, goals, or not finite."""
     text: str
     wrong: bool = True
     """Whether training on it would go wrong; otherwise it is a note."""
@@ -105,6 +107,7 @@ def _check_single(template: Template, steps: int, seed: int, limit: int | None) 
         lambda: _check_seeding(template, steps, seed),
         lambda: _check_ends(template, steps, seed, limit),
         lambda: _check_extremes(template, seed),
+        lambda: _check_goals(template, min(steps, 200), seed),
     ]
     for part in checks:
         try:
@@ -266,6 +269,35 @@ def _check_extremes(template: Template, seed: int) -> Iterator[Finding]:
                 text = f"the action {action!r} of {template.action_space} gave an observation with NaN or infinity"
                 yield Finding("action bounds", text)
                 return
+    finally:
+        failures.close(env, template.name)
+
+
+def _check_goals(template: Template, steps: int, seed: int) -> Iterator[Finding]:
+    """Whether compute_reward pays what a step paid, for one goal and for several at once."""
+    env, actions = template.environment(), _Actions(template.action_space, seed)
+    goals: Any = env.unwrapped
+    try:
+        if not has_goals(template.observation_space) or not isinstance(goals, PaysGoals):
+            return
+        achieved, desired, paid = [], [], []
+        first_reset(env, seed, template.name)
+        for number in range(steps):
+            observation, reward, terminated, truncated, info = env.step(actions.draw())
+            achieved.append(np.array(observation[ACHIEVED]))
+            desired.append(np.array(observation[DESIRED]))
+            paid.append(float(reward))
+            again = float(goals.compute_reward(achieved[-1], desired[-1], info))
+            if not np.isclose(again, paid[-1], rtol=1e-4, atol=1e-6):
+                text = f"a step was paid {paid[-1]:g}, compute_reward of its goals says {again:g}"
+                yield Finding("goals", f"{text}: hindsight would learn from another reward than the task's")
+                return
+            if terminated or truncated:
+                first_reset(env, seed + 1 + number, template.name)
+        several = np.asarray(goals.compute_reward(np.stack(achieved), np.stack(desired), {}))
+        if several.shape != (steps,) or not np.allclose(several, paid, rtol=1e-4, atol=1e-6):
+            text = f"compute_reward of {steps} goals at once, with an empty info, gave other rewards than one by one"
+            yield Finding("goals", f"{text}: let it take goals [B, ...], as GoalEnv has it, and look at them alone")
     finally:
         failures.close(env, template.name)
 
@@ -451,6 +483,7 @@ def _play_native(world: NativeWorld, keys: Tensor, steps: int) -> Iterator[Findi
             return
         if not all(leaf.isfinite().all() for leaf in tree.leaves(transition.next_observation)):
             yield Finding("not finite", f"{owner} gave an observation with NaN or infinity")
+        yield from _check_native_goals(world, transition)
         if not transition.reward.isfinite().all():
             yield Finding("not finite", f"{owner} gave a reward that is NaN or infinite")
         yield from _check_native_bounds(world, transition.next_observation)
@@ -459,6 +492,22 @@ def _play_native(world: NativeWorld, keys: Tensor, steps: int) -> Iterator[Findi
     if not ended and world.max_episode_steps is None:
         text = f"no episode of {owner} ended in {steps} steps and there is no time limit"
         yield Finding("time limit", f"{text}: set max_episode_steps")
+
+
+def _check_native_goals(world: NativeWorld, transition: Transition | TrialTransition) -> Iterator[Finding]:
+    """Whether the environment pays for a step's own goal what the step paid."""
+    if not has_goals(world.observation_space) or not isinstance(world.env, PaysGoals):
+        return
+    goals, seen = goals_of(world), transition.next_observation
+    same = torch.allclose(goals.reward(seen[ACHIEVED], seen[DESIRED]), transition.reward, equal_nan=True)
+    if not same:
+        text = f"compute_reward of {type(world.env).__name__} pays a step's own goals otherwise than the step did"
+        yield Finding("goals", f"{text}: hindsight would learn from another reward than the task's")
+    if goals.terminated is not None:
+        ended = goals.terminated(seen[ACHIEVED], seen[DESIRED])
+        if not torch.equal(ended, transition.terminated):
+            text = f"compute_terminated of {type(world.env).__name__} ends a step otherwise than it did"
+            yield Finding("goals", f"{text}: hindsight would learn from other ends than the task's")
 
 
 def _check_native_bounds(world: NativeWorld, observation: Any) -> Iterator[Finding]:

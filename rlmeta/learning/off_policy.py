@@ -165,6 +165,7 @@ def learn(
     n_steps: int = 1,
     *,
     prioritised: bool = False,
+    draw: Callable[[State, Tensor, int, Tensor, int], tree.Tree] = replay.sample,
 ) -> tuple[State, dict[str, Tensor]]:
     """Take `gradient_steps` steps on minibatches from the replay memory, with the learners split over all cores.
 
@@ -176,6 +177,7 @@ def learn(
         n_steps: rewards that are added up before a target network's value takes over.
         prioritised: whether transitions are drawn by their priorities (`learning.prioritised`), which each step
             changes, instead of uniformly; `priority_exponent` and `importance_exponent` are settings per learner.
+        draw: draws the others, as `replay.sample` or `learning.hindsight`.
 
     Returns:
         The new state, and the means of the reports of the cycles' last steps, `{name: [*L]}`.
@@ -193,7 +195,7 @@ def learn(
         number = s.batch_size // s.sequence_length
         drawn["batches"] = sequences.sample(memory, keys, number, s.sequence_length, gamma, s.burn_in)
     else:
-        drawn["batches"] = replay.sample(memory, keys, s.batch_size, gamma, n_steps)
+        drawn["batches"] = draw(memory, keys, s.batch_size, gamma, n_steps)
 
     def steps(state: State, drawn: tree.Tree, memory: State) -> tuple[State, dict[str, Tensor]]:
         moved = {copy: drawn["rates"][copy.name] for copy in copies}

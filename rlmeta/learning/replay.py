@@ -291,3 +291,14 @@ class Picker:
     def _read(self, x: Tensor, rows: Tensor) -> Tensor:
         inner = x.shape[self.axes + 2 :]
         return x.reshape(-1, *inner).index_select(0, rows.flatten()).reshape(*rows.shape, *inner)
+
+
+def draw(memory: State, key: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Draw the rows `t` of transitions and their environments, `[*K, *L, B]` each, as `sample` does."""
+    return _draw(memory, key, batch_size, 1, Picker(memory, memory["written"].dim() - 1, key.dim()))
+
+
+def rows_of(memory: State, name: str, t: Tensor, env: Tensor) -> tree.Tree:
+    """Gather an entry of a memory at rows `t` of environments `env`, `[*K, *L, B]` each: `[*K, *L, B, ...]`."""
+    pick = Picker(memory, memory["written"].dim() - 1, t.dim() - 1)
+    return pick(name, pick.rows(t, env))

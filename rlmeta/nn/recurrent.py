@@ -265,14 +265,7 @@ class Recurrent(Block):
     ) -> Tensor:
         """Features `[*L, T, B, D]` of what follows each step, as if the next step were to begin with it.
 
-        Args:
-            params: as in `trace`.
-            x: of the steps, as in `trace`.
-            following: what follows each of them in its own episode, `[*L, T, B, in]`.
-            state: as in `trace`.
-            begins: as in `trace`.
-            ctx: as in `trace`.
-            prefix: as in `trace`.
+        That is `following` `[*L, T, B, in]`, in the episode of the step; the rest as in `trace`.
         """
         states = self.trace(params, x, state, begins, ctx, prefix)[1]
         return self.step(params, following, states, ctx, prefix)[0]

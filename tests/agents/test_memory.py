@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 import rlmeta as rl
 from rlmeta.engine.capture import Capture
-from rlmeta.envs.native import CartPole, NativeEnv
+from rlmeta.envs.native import CartPole, NativeEnv, Pendulum
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning import off_policy, sequences
 from rlmeta.learning.collect import LAST_REWARD, collect, remember
 from rlmeta.learning.gradients import StepContext
+from rlmeta.nn import Context
 from tests.agents.worlds import start
 
 S = N = T = 4
@@ -124,16 +125,30 @@ def test_run_act_sees_what_it_did_and_what_that_brought(agent):
     assert LAST_REWARD in run.act(np.zeros(2, np.float32), memory, 1.0)[1]
 
 
-# ---------------------------------------------------------------------- DQN: sequences from a replay memory
+# -------------------------------------------------------------- DQN and SAC: sequences from a replay memory
 
 
-DRQN = rl.DQN(**SMALL, capacity=128, learning_starts=48, gradient_steps=2, batch_size=12, sequence_length=6)
+REPLAYED: dict[str, Any] = {**SMALL, "capacity": 128, "learning_starts": 48, "gradient_steps": 2, "batch_size": 12,
+                            "sequence_length": 6}  # fmt: skip
+DRQN, RSAC = rl.DQN(**REPLAYED), rl.SAC(**REPLAYED)
+SWING = rl.task(Pendulum(observe_velocity=False, max_episode_steps=3), name="swing")
+REPLAYS = {"dqn": (DRQN, SHORT), "sac": (RSAC, SWING), "discrete sac": (RSAC, SHORT)}
+each_replay = pytest.mark.parametrize("name", REPLAYS)
 
 
+def shown(output: Any) -> Tensor:
+    """Values of actions, or the parameters of a distribution over them."""
+    return output if isinstance(output, Tensor) else output["mean" if "mean" in output else "logits"]
+
+
+@each_replay
 @each_kind
-def test_drawn_sequences_have_the_values_that_were_acted_by(kind):
-    """As long as the weights stay as they are, those of what followed, too, with the target network's."""
-    agent, state, world = start(replace(DRQN, **KINDS[kind]), SHORT, S)
+def test_drawn_sequences_have_the_outputs_that_were_acted_by(kind, name):
+    """As long as the weights stay as they are, those of what followed, too, with the target network's of DQN."""
+    settings, task = REPLAYS[name]
+    agent, state, world = start(replace(settings, **KINDS[kind]), task, S)
+    acting, later = ("q", "target") if name == "dqn" else ("policy", "policy")
+    network = getattr(agent, acting)
     told: list[dict[tuple[float, ...], Tensor]] = [{} for _ in range(S)]
     for _ in range(6):
         memory, p = tree.map(torch.clone, state["memory"]), agent.effective_params(state)
@@ -141,7 +156,8 @@ def test_drawn_sequences_have_the_values_that_were_acted_by(kind):
         state, rollout = collect(agent, state, world, T)
         for t in range(T):
             step = tree.map(lambda x: x[:, t], {name: x for name, x in rollout.items() if name != "first_memory"})  # noqa: B023
-            values, after = agent.answer_at(agent.q, "q", p, step["observation"], memory)
+            values, after = agent.answer_at(network, acting, p, step["observation"], memory)
+            values = shown(values)
             blank = dict.fromkeys(("observation", "next_observation", "terminated", "truncated", "valid"))
             transition = rl.envs.world.Transition(**blank, reward=step["reward"], memory_reset=step["memory_reset"])
             memory = remember(after(step["action"]), initial, transition)
@@ -150,8 +166,8 @@ def test_drawn_sequences_have_the_values_that_were_acted_by(kind):
         off_policy.remember(agent, state, rollout, {"task": rollout["reward"]})
     gamma = state["params"]["hyper"]["gamma"]
     batch = tree.map(lambda x: x[0], sequences.sample(state["replay"], state["key"].unsqueeze(0), 8, 6, gamma))
-    values = agent.forward(agent.q, "q", p, batch["observation"])
-    following = agent.forward(agent.q, "target", p, batch["next_observation"])
+    values = shown(agent.forward(network, acting, p, batch["observation"]))
+    following = shown(agent.forward(network, later, p, batch["next_observation"]))
     assert batch["observation"]["begins"].any() and not batch["valid"].all()
     met = 0
     for s, row in [(s, row) for s in range(S) for row in range(48) if batch["valid"][s, row]]:
@@ -163,9 +179,47 @@ def test_drawn_sequences_have_the_values_that_were_acted_by(kind):
     assert met > 20
 
 
+def _reset(begins: Tensor, first: Tensor, now: Tensor) -> Tensor:
+    return torch.where(begins.reshape(*begins.shape, *(1,) * (now.dim() - begins.dim())), first, now)
+
+
 @each_kind
-def test_dqn_in_sequences_batched_is_looped_and_burn_in_is_not_learned_from(kind):
-    agent, state, world = start(replace(DRQN, **KINDS[kind]), SHORT, S)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_critics_of_sac_begin_every_sequence_as_an_episode(kind, discrete):
+    """Their values of a whole sequence are those of one step after another, from their own first state."""
+    agent, state, world = start(replace(RSAC, **KINDS[kind]), SHORT if discrete else SWING, S)
+    for _ in range(6):
+        state, rollout = collect(agent, state, world, T)
+        off_policy.remember(agent, state, rollout, {"task": rollout["reward"]})
+    p, gamma = agent.effective_params(state), state["params"]["hyper"]["gamma"]
+    batch = tree.map(lambda x: x[0], sequences.sample(state["replay"], state["key"].unsqueeze(0), 2, 6, gamma))
+    together = agent.values(p, "q", batch["observation"], batch["action"], Context())
+    body, tensors = agent.q.member.body, {**p["weights"], **p["buffers"]}
+    for i in range(2):  # each critic alone
+        member = {n.removeprefix("q.member."): w[:, i] for n, w in tensors.items() if n.startswith("q.")}
+        hidden = first = body.memory.initial((S, 2), state["key"].device)
+        for t in range(6):
+            now = {n: x[:, 2 * t : 2 * t + 2] for n, x in batch["observation"].items() if n != "hidden"}
+            begins = now.pop("begins")
+            hidden = tree.map(partial(_reset, begins), first, hidden)
+            features, after = body.step(member, {**now, "hidden": hidden}, Context(), "body.")
+            action = batch["action"][:, 2 * t : 2 * t + 2]
+            if discrete:
+                value = agent.q.member.head.run(member, features, Context(), "head.")
+                value = value.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+            else:
+                joint = torch.cat((features, agent.units.to_policy(action).float()), -1)
+                joint = agent.q.member.joint.run(member, joint, Context(), "joint.")
+                value = agent.q.member.head.run(member, joint, Context(), "head.")
+            torch.testing.assert_close(together[:, i, 2 * t : 2 * t + 2], value, rtol=0, atol=1e-5)
+            hidden = after
+
+
+@each_replay
+@each_kind
+def test_in_sequences_batched_is_looped_and_burn_in_is_not_learned_from(kind, name):
+    settings, task = REPLAYS[name]
+    agent, state, world = start(replace(settings, **KINDS[kind]), task, S)
     for _ in range(4):
         state, rollout = collect(agent, state, world, T)
         off_policy.remember(agent, state, rollout, {"task": rollout["reward"]})
@@ -174,23 +228,38 @@ def test_dqn_in_sequences_batched_is_looped_and_burn_in_is_not_learned_from(kind
     batch, burnt = (tree.map(lambda x: x[0], draw(burn_in=burn_in)) for burn_in in (0, 2))
     assert burnt["valid"][:, :8].eq(False).all() and burnt["valid"][:, 8:].equal(batch["valid"][:, 8:])
 
-    def total(p, batch):
+    def total(p, batch, key):
         weights = {name: w.detach().clone().requires_grad_() for name, w in p["weights"].items()}
-        loss = agent.losses({**p, "weights": weights}, batch, StepContext(training=True, report=False))["q"]
+        losses = agent.losses({**p, "weights": weights}, batch, StepContext(training=True, key=key, report=False))
+        loss = torch.stack(list(losses.values())).sum(0)
         return loss, dict(zip(weights, torch.autograd.grad(loss.sum(), list(weights.values()))))
 
-    together, gradients = total(p, batch)
+    together, gradients = total(p, batch, state["key"])
     for i in range(S):
-        alone, own = total(tree.map(lambda x: x[i], p), tree.map(lambda x: x[i], batch))  # noqa: B023
+        alone, own = total(tree.map(lambda x: x[i], p), tree.map(lambda x: x[i], batch), state["key"][i])  # noqa: B023
         torch.testing.assert_close(together[i], alone, rtol=0, atol=1e-5)
         for name, gradient in own.items():
             torch.testing.assert_close(gradients[name][i], gradient, rtol=0, atol=1e-5, msg=name)
 
 
-def test_dqn_with_a_memory_is_recorded_and_resumed_bit_for_bit(tmp_path):
-    results, settings = [], replace(DRQN, **KINDS["lstm"], average_rate=0.5)
+@pytest.mark.parametrize("name", ["dqn", "sac"])
+def test_nothing_is_learned_before_a_whole_sequence_is_there(name):
+    settings, task = REPLAYS[name]
+    agent, state, world = start(replace(settings, memory="gru", learning_starts=0), task, S)
+    agent.capture, steps = None, []
+    for _ in range(2):  # of 4 steps, a sequence has 6
+        state, _ = agent.iterate(state, world)
+        steps.append(int(state["count"]["gradient_steps"].max()))
+    assert steps == [0, 2] and bool(state["active"].all())
+
+
+@pytest.mark.parametrize("name", ["dqn", "sac"])
+def test_with_a_memory_it_is_recorded_and_resumed_bit_for_bit(name, tmp_path):
+    settings, task = REPLAYS[name]
+    settings = replace(settings, **({**KINDS["lstm"], "average_rate": 0.5} if name == "dqn" else KINDS["gru"]))
+    results = []
     for records in (True, False):
-        agent, state, world = start(settings, SHORT, S)
+        agent, state, world = start(settings, task, S)
         agent.capture = Capture(warm_up=2) if records else None
         for _ in range(7):
             state, _ = agent.iterate(state, world)
@@ -199,9 +268,9 @@ def test_dqn_with_a_memory_is_recorded_and_resumed_bit_for_bit(tmp_path):
             assert {"steps of the world", "gradient steps"} <= agent.capture.operations().keys()
     tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), *results)
     given = {"steps": 8 * N * T, "seeds": 2, "final_episodes": 4}
-    whole = rl.train(settings, SHORT, **given)
+    whole = rl.train(settings, task, **given)
     stops = [lambda run, metrics: metrics["env_steps"] == 5 * N * T]
-    assert rl.train(settings, SHORT, **given, out=tmp_path / "run", callbacks=stops).stopped
+    assert rl.train(settings, task, **given, out=tmp_path / "run", callbacks=stops).stopped
     resumed = rl.resume(tmp_path / "run")
     for name in ("params", "memory", "optimizer", "replay"):
         tree.map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), resumed.state[name], whole.state[name])
@@ -215,11 +284,14 @@ def test_dqn_with_a_memory_is_recorded_and_resumed_bit_for_bit(tmp_path):
         ({"n_steps": 2}, "of one step"),
         ({"sequence_length": 0}, "sequence_length"),
         ({"capacity": 48, "learning_starts": 8}, "expected at least"),
+        ({"hindsight": "future"}, "SAC: hindsight draws no sequences"),
     ],
 )
 def test_sequences_that_do_not_fit_are_refused(changes, said):
-    with pytest.raises(SettingError, match=said):
-        replace(DRQN, memory="gru", **changes)
+    for settings in (DRQN, RSAC):
+        if set(changes) <= {field.name for field in fields(settings)}:
+            with pytest.raises(SettingError, match=said):
+                replace(settings, memory="gru", **changes)
 
 
 # ---------------------------------------------------------------------- all together
@@ -275,6 +347,11 @@ LEARNS: dict[str, Any] = {
     ),
     "a2c": rl.A2C(num_steps=6, optimizer="adam", learning_rate=1e-2, entropy_coefficient=0.01, **_BONUS),
     "reinforce": rl.REINFORCE(num_steps=6, learning_rate=1e-2, action_noise=0.05, **_BONUS),
+    "sac": rl.SAC(
+        num_steps=6, sequence_length=6, batch_size=192, gradient_steps=8, learning_starts=960,
+        actor_learning_rate=3e-3, critic_learning_rate=3e-3, temperature_learning_rate=3e-3, initial_temperature=0.1,
+        **_BONUS,
+    ),
     "dqn": rl.DQN(
         num_steps=6, sequence_length=6, batch_size=192, gradient_steps=4, learning_starts=960, learning_rate=3e-3,
         **_BONUS,

@@ -18,7 +18,7 @@ from torch import Tensor
 import rlmeta as rl
 from rlmeta.cli.main import main
 from rlmeta.envs.check import Finding, check
-from rlmeta.envs.native import NATIVE, CartPole, Physics
+from rlmeta.envs.native import NATIVE, CartPole, Physics, PointReach
 from rlmeta.envs.world import State
 from rlmeta.errors import MissingExtraError, UnknownNameError
 from tests.envs.bad_environment import Bad
@@ -217,6 +217,42 @@ def test_a_native_environment_that_writes_into_its_state() -> None:
             return (new, *rest)  # type: ignore[return-value]
 
     assert any("writes into the state" in line for line in lines(Writes()))
+
+
+class Pays(Fine):
+    """A goal on a line that pays the distance; `cost` is paid by the step alone, `one` takes one goal at a time."""
+
+    observation_space = spaces.Dict(
+        dict.fromkeys(("observation", "achieved_goal", "desired_goal"), Fine.observation_space)
+    )
+    cost, one = 0.0, False
+
+    def _seen(self) -> Any:
+        return {"observation": self.place, "achieved_goal": self.place, "desired_goal": np.ones(2, np.float32)}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self._seen(), {}
+
+    def step(self, action: Any) -> Any:
+        super().step(action)
+        paid = self.compute_reward(self.place, np.ones(2, np.float32), {}) - self.cost
+        return self._seen(), float(paid), False, self.time >= self.limit, {}
+
+    def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
+        return -np.linalg.norm(achieved_goal - desired_goal, axis=None if self.one else -1)
+
+
+def test_goals_are_paid_as_the_steps_were() -> None:
+    assert lines(Pays) == []
+    assert any("wrong: goals: a step was paid" in line for line in lines(type("Costs", (Pays,), {"cost": 0.1})))
+    assert any("goals at once" in line for line in lines(type("One", (Pays,), {"one": True})))
+
+    class Nearer(PointReach):
+        def compute_reward(self, achieved_goal: Tensor, desired_goal: Tensor) -> Tensor:
+            return super().compute_reward(achieved_goal, desired_goal) - 1.0
+
+    assert any("wrong: goals: compute_reward of Nearer" in line for line in lines(Nearer()))
 
 
 def test_vector_environments() -> None:

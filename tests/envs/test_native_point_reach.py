@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
-from rlmeta.envs.native import NativeWorld, PointReach
+from rlmeta.envs.native import NativeWorld, PointReach, register
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
 
@@ -85,6 +88,24 @@ def test_random_play_does_not_reach_it_and_a_straight_walk_does() -> None:
             total += transition.reward * playing
             playing &= ~transition.memory_reset
         assert float(total.mean()) == 1 if straight else float(total.mean()) < 0.01
+
+
+def test_gymnasiums_has_goal_envs_interface() -> None:
+    env: Any = gym.make(register.gym_id("PointReach-v0"), constants={"radius": 0.4, "nearest": 0.0, "stride": 0.2})
+    observation, _ = env.reset(seed=0)
+    env.action_space.seed(0)
+    goals, paid = env.unwrapped, []
+    for _ in range(50):
+        observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        own = observation["achieved_goal"], observation["desired_goal"], info
+        assert (goals.compute_reward(*own), goals.compute_terminated(*own)) == (reward, terminated)
+        paid.append(reward)
+        if terminated or truncated:
+            env.reset()
+    assert 0 < sum(paid) < 50
+    many = np.array([[0.0, 0.0], [0.1, 0.2], [1.0, 0.0]])
+    assert goals.compute_reward(many, 0 * many, {}).tolist() == [1.0, 1.0, 0.0]
+    assert goals.compute_terminated(many, 0 * many, {}).tolist() == [True, True, False]
 
 
 def test_a_radius_of_nothing_is_refused() -> None:

@@ -92,6 +92,16 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
     "sac-gsde": _agent(
         lambda: rl.SAC(**_REPLAYED, state_dependent_exploration=True), lambda: rl.task("Pendulum-v1"), 3_000
     ),
+    "sac-hindsight": _agent(
+        lambda: rl.SAC(**_REPLAYED, hindsight="future"),
+        lambda: rl.task("rlmeta.envs.native.register:rlmeta/PointReach-v0"),
+        3_000,
+    ),
+    "sac-gru": _agent(
+        lambda: rl.SAC(num_steps=8, memory="gru", memory_size=8, sees=("action", "reward"), burn_in=2, **_REPLAYED),
+        lambda: rl.task("Pendulum-positions"),
+        2_000,
+    ),
     "sac-discrete": _agent(lambda: rl.SAC(**_REPLAYED), lambda: rl.task("CartPole-v1"), 3_000),
     "trpo": _agent(
         lambda: rl.TRPO(num_steps=64, state_dependent_exploration=True), lambda: rl.task("Pendulum-v1"), 8_192

@@ -31,6 +31,7 @@ SEEDS = (100, 101, 102, 103)
         ("impala", "CartPole-v1", 450.0),
         ("ppg", "CartPole-v1", 475.0),
         ("sac", "MountainCarContinuous-v0", 90.0),
+        ("sac", "PointReach-v0", 0.95),  # without hindsight under 0.2
         ("dqn", "MountainCar-v0", -150.0),
         ("dqn", "Acrobot-v1", -95.0),
         ("rainbow", "MinAtar/Breakout-v1", 1.0),  # 20k of its 1M steps; at random 0.42

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -124,9 +125,11 @@ class GymnasiumWorld:
         self.max_episode_steps: int | None
         """Time limit of episodes in steps, None if the environment declares none."""
         self._rows: Rows | WorkerRows | VectorRows
+        self._template: Template | None = None
+        self._asked: gym.Env[Any, Any] | None = None
         common: Template | VectorRows
         if isinstance(source, Template):
-            common = source if max_episode_steps is None else source.limited(max_episode_steps)
+            common = self._template = source if max_episode_steps is None else source.limited(max_episode_steps)
             alone = mode == "sync"
             self._rows = (
                 Rows(common, self._count) if alone else WorkerRows(common, self._count, workers, worker_timeout)
@@ -261,9 +264,20 @@ class GymnasiumWorld:
         log = [part.cpu().contiguous() for part in self._log_leaves(state)]
         return self._state(log)
 
+    def asked(self) -> gym.Env[Any, Any] | None:
+        """An environment beside the rows, never stepped, to ask for what depends on its arguments alone.
+
+        None of a VectorEnv.
+        """
+        if self._asked is None and self._template is not None:
+            self._asked = self._template.environment()
+        return self._asked
+
     def close(self) -> None:
         """Close the environments and end worker processes."""
         self._rows.close()
+        if self._asked is not None:
+            failures.close(self._asked, self.name)
 
     # ------------------------------------------------------------------------------------------------------- episodes
 

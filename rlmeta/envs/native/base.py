@@ -170,6 +170,8 @@ class NativeWorld:
     trial_episodes = 1
     recordable: bool
     """Whether steps with random numbers from `predraw_noise` may be recorded; not if physics is drawn every episode."""
+    varies: bool
+    """Whether rows or episodes have constants of their own, so that `env` does not tell them."""
 
     def __init__(
         self,
@@ -190,6 +192,7 @@ class NativeWorld:
         self._constants = env.constants()
         self._redraw: Redraw | None = physics if callable(physics) else None
         self.recordable = self._redraw is None
+        self.varies = physics is not None
         self._fixed = None if physics is None or callable(physics) else self._per_row(physics)
         self._bounds = _action_bounds(env.action_space)
         self._observations, self._unseen = Layout(env.observation_space), True

@@ -33,14 +33,16 @@ class Pendulum(NativeEnv):
     initial_angle: float = math.pi
     """The initial angle is uniform in [-initial_angle, initial_angle]."""
     initial_velocity: float = 1.0
+    observe_velocity: bool = True
+    """Whether the velocity is observed, beside the cosine and sine of the angle."""
     max_episode_steps: int | None = 200
 
     reset_noise = 2
 
     @cached_property
     def observation_space(self) -> gym.Space:
-        """Space of the cosine and sine of the angle, and the angular velocity."""
-        high = np.array([1.0, 1.0, self.max_speed], dtype=np.float32)
+        """Space of the cosine and sine of the angle, and the angular velocity if it is observed."""
+        high = np.array([1.0, 1.0, self.max_speed][: 3 if self.observe_velocity else 2], dtype=np.float32)
         return gym.spaces.Box(-high, high, dtype=np.float32)
 
     @cached_property
@@ -69,6 +71,7 @@ class Pendulum(NativeEnv):
         return {"state": new}, -cost.float(), torch.zeros_like(theta, dtype=torch.bool)
 
     def observe(self, state: State) -> Tensor:
-        """Observation: cosine and sine of the angle, and velocity, in float32."""
+        """Observation: cosine and sine of the angle, and velocity if it is observed, in float32."""
         theta, velocity = state["state"].unbind(-1)
-        return torch.stack((theta.cos(), theta.sin(), velocity), -1).float()
+        seen = (theta.cos(), theta.sin(), velocity) if self.observe_velocity else (theta.cos(), theta.sin())
+        return torch.stack(seen, -1).float()

@@ -9,7 +9,7 @@ A name of two parts has a dash in its id, `rlmeta/MinAtar-Breakout-v1`, for gymn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from rlmeta.envs.goals import PaysGoals
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError, unknown_name
@@ -86,6 +87,28 @@ class NativeGymEnv(gym.Env[Any, Any]):
         self._state, transition = self._world.step(self._state, torch.from_numpy(np.array(action)).unsqueeze(0))
         observation = _first_row(transition.next_observation)
         return observation, float(transition.reward), bool(transition.terminated), False, {}
+
+
+class NativeGoalEnv(NativeGymEnv):
+    """Native environment of a task with goals, with the interface of Gymnasium-Robotics' GoalEnv.
+
+    `compute_reward` and `compute_terminated` take goals `[*B, ...]` in NumPy; the info is not looked at.
+    """
+
+    def compute_reward(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
+        """Reward `[*B]` of steps that end at the achieved goals."""
+        return _of_goals(self._goals().compute_reward, achieved_goal, desired_goal)
+
+    def compute_terminated(self, achieved_goal: Any, desired_goal: Any, info: Any) -> Any:
+        """Whether the steps that end at the achieved goals terminate the episode, `[*B]`."""
+        return _of_goals(self._goals().compute_terminated, achieved_goal, desired_goal)
+
+    def _goals(self) -> Any:
+        return self._world.env
+
+
+def _of_goals(function: Callable[[Tensor, Tensor], Tensor], achieved_goal: Any, desired_goal: Any) -> Any:
+    return function(torch.as_tensor(np.array(achieved_goal)), torch.as_tensor(np.array(desired_goal))).numpy()[()]
 
 
 class NativeVectorEnv(VectorEnv[Any, Any, Any]):
@@ -172,10 +195,11 @@ def _first_row(observation: Tree) -> Any:
 
 
 for _name, _env in NATIVE.items():
+    _single = NativeGoalEnv if isinstance(_env, PaysGoals) else NativeGymEnv
     if gym_id(_name) not in gym.registry:
         gym.register(
             id=gym_id(_name),
-            entry_point="rlmeta.envs.native.register:NativeGymEnv",
+            entry_point=f"rlmeta.envs.native.register:{_single.__name__}",
             vector_entry_point="rlmeta.envs.native.register:NativeVectorEnv",
             max_episode_steps=_env.max_episode_steps,
             reward_threshold=gym.registry[_name].reward_threshold if _name in gym.registry else None,
