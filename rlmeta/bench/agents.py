@@ -98,6 +98,7 @@ USAGE = """usage: rlmeta bench NAME [flags]
   imitation   imitation and shaping; --speed: against the package imitation
   lifelong    lifelong methods on three streams; --speed: against loops and Avalanche
   meta        meta-learners on their families; --speed: against learn2learn
+  offline     offline learning on data sets of Pendulum; --d3rlpy PYTHON: beside d3rlpy
 
   rlmeta bench NAME --help shows the flags"""
 
@@ -131,8 +132,13 @@ def main(arguments: Sequence[str]) -> int:
         from rlmeta.bench import imitation
 
         return imitation.imitation(tyro.cli(imitation.Imitation, prog="rlmeta bench imitation", args=flags))
+    if name == "offline":
+        from rlmeta.bench import offline
+
+        return offline.offline(tyro.cli(offline.Offline, prog="rlmeta bench offline", args=flags))
     if name != "agents":
-        raise unknown_name("benchmark", name, ["agents", "checkout", "engine", "imitation", "lifelong", "meta"])
+        known = ["agents", "checkout", "engine", "imitation", "lifelong", "meta", "offline"]
+        raise unknown_name("benchmark", name, known)
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
     if options.steps < 1 or options.rounds < 1 or options.seeds < 1:
         raise SettingError("bench: steps, rounds and seeds are at least 1")
