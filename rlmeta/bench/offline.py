@@ -40,7 +40,7 @@ PEERS = ("td3_bc", "iql")
 
 DATA_SEED = 0
 """Seed of the SAC that the data comes from."""
-MEDIUM_STEPS, MIXED_STEPS = 2_000, 8_000
+MEDIUM_STEPS, MIXED_STEPS = 3_600, 8_000
 """Environment steps of SAC in the medium data set, and at the end of the mixed one."""
 PARTS = 20
 """Policies of increasing steps in the mixed data set."""

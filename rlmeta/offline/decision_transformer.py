@@ -202,9 +202,8 @@ class DecisionTransformerAgent(Agent):
 
     def init(self, key: Tensor, hyper: dict[str, Tensor], world: World) -> State:
         """Initial state of a run."""
-        state = super().init(key, hyper, world)
         best = torch.full_like(hyper["target_return"], self.best_return)
-        state["params"]["hyper"] = {**hyper, "best_return": best}
+        state = super().init(key, {**hyper, "best_return": best}, world)
         state["optimizer"] = init_optimizer(self.groups(state)[0], state)
         return state if self.steps is None else self.watch(state, self.steps["observation"])
 
