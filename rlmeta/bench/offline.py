@@ -116,7 +116,7 @@ def _recorded(name: str, options: Offline) -> Demonstrations:
             count = options.episodes if name == "random" else episodes
             parts.append(record(run, count, learner=0, deterministic=False, seed=line["env_steps"]))
 
-    budget = Budget(steps=steps, log_points=PARTS, final_episodes=4)
+    budget = Budget(steps=steps, log_points=PARTS, eval_every=steps, eval_episodes=4, final_episodes=4)
     run = train(settings, TASK, seeds=[DATA_SEED], budget=budget, callbacks=[keep], threads=options.threads)
     if name == "medium":
         return record(run, options.episodes, learner=0, deterministic=False)
@@ -143,7 +143,7 @@ def _row(name: str, data: str, recorded: Demonstrations, options: Offline) -> di
         run = resume(folder, own=own, progress=True)
     else:
         settings = replace(preset(name, TASK), demonstrations=recorded.path)
-        budget = Budget(steps=options.steps, final_episodes=options.final_episodes)
+        budget = Budget(steps=options.steps, eval_every=options.steps, final_episodes=options.final_episodes)
         run = train(settings, TASK, seeds=seeds, out=folder, budget=budget, threads=options.threads, progress=True)
     row = {**run.summary()[0], "row": name}
     run.close()
