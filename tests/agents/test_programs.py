@@ -349,7 +349,7 @@ def load(name):
 
 def test_every_agent_has_a_short_program_and_settings():
     others = {"regressor", "protonet", "meta_sgd", "ppg", "rainbow"}  # one serves meta-learners, the others are no core
-    others |= {"td3_bc", "cql", "decision_transformer"}
+    others |= {"cql", "decision_transformer"}
     for name in AGENTS.keys() - others:
         assert len((PROGRAMS / f"{name}.py").read_text().splitlines()) <= 150
         assert (PROGRAMS / f"{name}.toml").is_file()
