@@ -38,7 +38,7 @@ CRITICS, HIDDEN_SIZES = 2, (64, 64)
 
 
 def make_networks(world: World) -> dict[str, Block]:
-    """The policy, whose head (also by itself) knows the actions' bounds, and the critics, of normalised observations."""
+    """The policy, whose head (also by itself) knows the actions' bounds, and the critics."""
     encoder, features, space = Encoder(world.observation_space), HIDDEN_SIZES[-1], world.action_space
     units = ActionUnits(space.shape, space.low.reshape(-1).tolist(), space.high.reshape(-1).tolist())
     head = DeterministicHead(features, units, initial_scale=1.0)

@@ -65,7 +65,7 @@ def test_an_action_depends_on_nothing_later_and_on_nothing_before_the_episode():
 
 def test_it_acts_as_it_was_trained():
     """Step by step with the recorded rewards, its actions are those that training predicts from the same sequences."""
-    agent, state = agent_and_state(target_return=[3.0, -50.0])
+    agent, state = agent_and_state(target_return=[3.0, -50.0], return_scale=1.0)
     p = tree.map(lambda leaf: leaf[1::2][:1].expand_as(leaf).clone(), state["params"]["weights"])
     p = {**state["params"], "weights": p}
     assert torch.equal(p["hyper"]["target_return"], torch.tensor([3.0, 3.0, -50.0, -50.0]))
@@ -82,6 +82,7 @@ def test_it_acts_as_it_was_trained():
         batch = {**last, "time": time, "valid": torch.ones_like(time, dtype=torch.bool)}
         expected = 2 * agent._predicted(p, batch, Context())["mean"][:, 0, -1]
         torch.testing.assert_close(action[:, 0], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(memory["to_go"][:, 0], to_go)
         assert torch.equal(action[:, 0], action[:, 1]) and not torch.equal(action[0], action[2])
         reward = recorded().reward[t]
         memory, to_go = {**memory, LAST_REWARD: reward.expand(4, 2)}, to_go - reward
