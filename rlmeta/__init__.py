@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rlmeta import lifelong as lifelong
     from rlmeta import meta as meta
     from rlmeta import nn as nn
+    from rlmeta import offline as offline
     from rlmeta import rewards as rewards
     from rlmeta import supervised as supervised
     from rlmeta.agents import *  # noqa: F403
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from rlmeta.learning.populations import PBT as PBT
     from rlmeta.lifelong import *  # noqa: F403
     from rlmeta.meta import *  # noqa: F403
+    from rlmeta.offline import *  # noqa: F403
     from rlmeta.rewards import *  # noqa: F403
     from rlmeta.runs.experiment import Budget as Budget
     from rlmeta.runs.presets import preset as preset
@@ -92,7 +94,7 @@ _WHERE = {
 }
 """Modules of names that are imported on first use: `import rlmeta` alone imports neither torch nor environments."""
 
-_PACKAGES = ("agents", "supervised", "imitation", "rewards", "lifelong", "meta")
+_PACKAGES = ("agents", "supervised", "imitation", "offline", "rewards", "lifelong", "meta")
 """Packages whose classes are also `rlmeta.NAME`: a new algorithm is a module in one of them and a name in `__all__`."""
 
 _PARTS = (*_PACKAGES, "compat", "data", "envs", "functional", "learning", "nn")

@@ -26,6 +26,7 @@ MEMORIES = {
     "reinforce with attention": {"memory": "attention", "memory_size": 4, "attention_heads": 2, "context": 3},
 }
 AGENTS = (*ON_POLICY, *MEMORIES, "dqn", "rainbow", "sac", "discrete sac", "td3", "ddpg", "behaviour cloning", "gail")
+OFFLINE = ("iql", "cql", "decision transformer")
 CONTINUOUS = ("sac", "sac with a gru", "td3", "ddpg")
 LEARNERS = ("classifier", "regressor")
 
@@ -44,6 +45,7 @@ class Crossing(NamedTuple):
 
 
 ACTING = [Crossing(*values) for values in itertools.product(AGENTS, NETWORKS, OBSERVATIONS, PROBLEMS, WORLDS)]
+RECORDED = [Crossing(*values) for values in itertools.product(OFFLINE, NETWORKS, OBSERVATIONS, PROBLEMS, WORLDS)]
 LABELLED = [
     Crossing(*values)
     for values in itertools.product(LEARNERS, NETWORKS, ("box", "bytes"), ("task", "stream"), WORLDS[:1])
@@ -71,6 +73,15 @@ def settings(cell: Crossing) -> Any:
             return rl.GAIL(demonstrations=given, batch_size=8, num_epochs=2, discriminator_updates=2, **few)
         white = cell.observation == "box"  # of Dict and Discrete there is nothing to whiten, and a sentence says so
         return rl.BehaviourCloning(demonstrations=given, num_steps=4, batch_size=8, normalise_observation=white, **own)
+    if cell.agent in OFFLINE:
+        given: Any = {"demonstrations": shown(cell.observation, cell.world == "native"), "num_steps": 4}
+        given["batch_size"] = 4
+        if cell.agent == "decision transformer":
+            own.pop("hidden_sizes", None)
+            white = cell.observation == "box"
+            small = {"context": 3, "features": 8, "layers": 1, "normalise_observation": white}
+            return rl.DecisionTransformer(**given, **small, **own)
+        return rl.IQL(**given, **own) if cell.agent == "iql" else rl.CQL(**given, **own)
     if cell.agent in MEMORIES:
         few |= {"sees": ("action", "reward", "start"), **MEMORIES[cell.agent]}
     return {
@@ -122,7 +133,7 @@ def cross(cell: Crossing) -> str:
         for deterministic in (True, False):
             observation, _ = GymWalk(cell.observation, continuous=cell.agent in CONTINUOUS).reset(seed=0)
             action = run.act(observation, deterministic=deterministic, learner=1)
-            if cell.agent in MEMORIES:
+            if cell.agent in (*MEMORIES, "decision transformer"):
                 first, memory = action
                 action, _ = run.act(observation, memory, 1.0, deterministic=deterministic, learner=1)
                 assert first in run.world.action_space
@@ -135,8 +146,9 @@ def expected_to_be_refused(cell: Crossing) -> bool:
     """A family draws the constants of environments that are rlmeta's own; EWC needs a distribution over actions, and
     gradient steps; a force can't be masked."""
     foreign = cell.problem == "family" and cell.world == "gymnasium"
-    values_alone = cell.agent.startswith(("dqn", "rainbow", "trpo")) and cell.problem == "stream"
-    return foreign or values_alone or (cell.agent in CONTINUOUS and cell.observation == "masked")
+    values_alone = cell.agent.startswith(("dqn", "rainbow", "trpo", "decision")) and cell.problem == "stream"
+    masked = cell.agent in (*CONTINUOUS, "decision transformer") and cell.observation == "masked"
+    return foreign or values_alone or masked
 
 
 def check(cell: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +166,6 @@ def test_every_two_of_them_meet(cell: Crossing, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [*ACTING, *LABELLED], ids=str)
+@pytest.mark.parametrize("cell", [*ACTING, *LABELLED, *RECORDED], ids=str)
 def test_all_of_them_meet(cell: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
     check(cell, monkeypatch)

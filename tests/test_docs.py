@@ -19,6 +19,7 @@ from rlmeta.engine.capture import WARM_UP
 from rlmeta.imitation import ALL as IMITATORS
 from rlmeta.lifelong import ALL as METHODS
 from rlmeta.meta import ALL as META_LEARNERS
+from rlmeta.offline import ALL as OFFLINE
 from rlmeta.rewards import RND, EpisodicCounts, PotentialShaping
 from rlmeta.supervised import ALL as SUPERVISED
 from tests.markdown import DOCUMENTS, ROOT, code_blocks, links, run_section, sections, table_rows
@@ -26,7 +27,7 @@ from tests.markdown import DOCUMENTS, ROOT, code_blocks, links, run_section, sec
 PAGES = {name: text for name, text in DOCUMENTS.items() if name.startswith("docs/")}
 MEASUREMENTS = "docs/measurements.md"
 ALGORITHMS = [name for name in PAGES if name.startswith("docs/algorithms/")]
-ALL = [*AGENTS, *IMITATORS, *META_LEARNERS, *SUPERVISED, *METHODS]
+ALL = [*AGENTS, *IMITATORS, *OFFLINE, *META_LEARNERS, *SUPERVISED, *METHODS]
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ def test_every_public_name_says_what_it_is(package: str) -> None:
 
 
 def test_the_packages_of_algorithms_are_the_top_levels_classes() -> None:
-    for package in ("agents", "supervised", "imitation", "rewards", "lifelong", "meta"):
+    for package in ("agents", "supervised", "imitation", "offline", "rewards", "lifelong", "meta"):
         classes = {name for name in public(f"rlmeta.{package}") if name[0].isupper()}
         assert classes <= set(rl.__all__)
         assert all(getattr(rl, name) is value_of(f"rlmeta.{package}", name) for name in classes)

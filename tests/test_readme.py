@@ -15,6 +15,7 @@ from rlmeta.agents import ALL as AGENTS
 from rlmeta.imitation import ALL as IMITATORS
 from rlmeta.lifelong import ALL as METHODS
 from rlmeta.meta import ALL as META_LEARNERS
+from rlmeta.offline import ALL as OFFLINE
 from rlmeta.supervised import ALL as SUPERVISED
 from tests.markdown import DOCUMENTS, ROOT, anchors, links, sections, small_blocks, table_rows
 
@@ -53,7 +54,7 @@ def test_every_algorithm_is_linked_to_its_file_and_its_page():
     linked = set(links(sections(README)["Algorithms"]))
     pages = {name: text for name, text in DOCUMENTS.items() if name.startswith("docs/algorithms/")}
     assert pages.keys() <= linked
-    for settings in [*AGENTS, *IMITATORS, *META_LEARNERS, *SUPERVISED, *METHODS]:
+    for settings in [*AGENTS, *IMITATORS, *OFFLINE, *META_LEARNERS, *SUPERVISED, *METHODS]:
         file = f"{settings.__module__.replace('.', '/')}.py"
         assert file in linked
         assert any(f"../../{file}" in links(text) for text in pages.values()), file

@@ -15,13 +15,14 @@ from rlmeta.bench.engine import Engine
 from rlmeta.bench.imitation import Imitation
 from rlmeta.bench.lifelong import Lifelong
 from rlmeta.bench.meta import Meta
+from rlmeta.bench.offline import Offline
 from rlmeta.cli.main import main
 from rlmeta.cli.plan import from_flags
 from tests.markdown import DOCUMENTS, ROOT, small_blocks
 from tests.test_readme import run
 
 BENCHMARKS = {"agents": Agents, "checkout": Checkout, "engine": Engine}
-BENCHMARKS |= {"imitation": Imitation, "lifelong": Lifelong, "meta": Meta}
+BENCHMARKS |= {"imitation": Imitation, "lifelong": Lifelong, "meta": Meta, "offline": Offline}
 
 
 def commands_of(document: str) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "rlmeta"
 UPPER = ["errors", "functional", "nn", "engine", "data", "envs", "learning", "rewards", "agents", "supervised"]
-ORDER = [*UPPER, "lifelong", "meta", "imitation", "runs", "report", "api", "compat", "bench", "cli"]
+ORDER = [*UPPER, "lifelong", "meta", "imitation", "offline", "runs", "report", "api", "compat", "bench", "cli"]
 """From the top down; `rlmeta` itself names things of all of them."""
 LARGEST, LARGEST_ENVS = 0.15, 0.20
 """Part of the package's lines that a folder may have."""

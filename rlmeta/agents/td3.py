@@ -182,13 +182,14 @@ class TD3Agent(Agent):
         x = {"observation": self.preprocess(p, observation), "action": action}
         return self.q.run({**p["weights"], **p["buffers"]}, x, ctx, f"{name}.")
 
-    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
-        """Losses `[*L]` of critics and, where it is updated, policy for transitions `[*L, B, ...]`; needs a key."""
+    def critic_loss(self, p: Params, batch: tree.Tree, ctx: StepContext) -> Tensor:
+        """Loss `[*L]` of the critics for transitions `[*L, B, ...]`; needs a key.
+
+        (Q(s, a) - y)^2 with y = r + gamma min Q'(s', mu'(s') + clipped noise)
+        """
         assert ctx.key is not None
         axes, valid, h = ctx.key.dim(), batch["valid"], p["hyper"]
-        observation, next_observation = batch["observation"], batch["next_observation"]
-
-        # critics: (Q(s, a) - y)^2 with y = r + gamma min Q'(s', mu'(s') + clipped noise)
+        next_observation = batch["next_observation"]
         with torch.no_grad():
             after = self.forward(self.policy, "target_policy", p, next_observation)["mean"]
             noise = random.normal(ctx.key, "target noise", 0, after.shape[axes:]) * align(h["target_noise"], after)
@@ -197,17 +198,21 @@ class TD3Agent(Agent):
             next_action = self.units.to_environment(blurred)
             next_q = self.values(p, "target_q", next_observation, next_action, Context()).amin(axes)
             target = losses.td_target(batch["reward"], batch["discount"], next_q)
-        q = self.values(p, "q", observation, batch["action"], ctx)
+        q = self.values(p, "q", batch["observation"], batch["action"], ctx)
         error = (q - target.unsqueeze(axes)).square()
-        terms = {"critic": masked_mean(error, valid.unsqueeze(axes).expand_as(error)).sum(-1)}
+        if ctx.report:
+            ctx.info["losses/q_values"] = q.mean((-2, -1))
+        return masked_mean(error, valid.unsqueeze(axes).expand_as(error)).sum(-1)
+
+    def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
+        """Losses `[*L]` of critics and, where it is updated, policy for transitions `[*L, B, ...]`; needs a key."""
+        terms, observation = {"critic": self.critic_loss(p, batch, ctx)}, batch["observation"]
 
         # policy: -Q(s, mu(s)), by the first critic
         if ctx.moves("actor"):
             action = self.head.mode(self.forward(self.policy, "policy", p, observation, ctx))
-            first = self.values(p, "q", observation, action, Context()).select(axes, 0)
-            terms["actor"] = -masked_mean(first, valid)
-        if ctx.report:
-            ctx.info["losses/q_values"] = q.mean((-2, -1))
+            first = self.values(p, "q", observation, action, Context()).select(p["hyper"]["gamma"].dim(), 0)
+            terms["actor"] = -masked_mean(first, batch["valid"])
         return terms
 
     def update(self, state: State, rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[State, Metrics]:

@@ -9,6 +9,7 @@ plots seconds against the number of learners, and `--jax PYTHON` compares with r
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import resource
@@ -154,9 +155,21 @@ USAGE = """usage: rlmeta bench NAME [flags]
   imitation   imitation and shaping; --speed: against the package imitation
   lifelong    lifelong methods on three streams; --speed: against loops and Avalanche
   meta        meta-learners on their families; --speed: against learn2learn
+  offline     offline learning on data sets of Pendulum; --d3rlpy PYTHON: beside d3rlpy
   rainbow     Rainbow's parts on MinAtar's Breakout, one taken away at a time
 
   rlmeta bench NAME --help shows the flags"""
+
+
+OTHERS = {
+    "checkout": ("Checkout", "main"),
+    "engine": ("Engine", "main"),
+    "imitation": ("Imitation", "imitation"),
+    "lifelong": ("Lifelong", "lifelong"),
+    "offline": ("Offline", "offline"),
+    "rainbow": ("Ablation", "rainbow"),
+}
+"""Modules of this folder, imported where they are asked for: the class of their flags, and the function to run."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -172,29 +185,15 @@ def main(arguments: Sequence[str]) -> int:
         from rlmeta.bench import meta
 
         return meta.main(flags)
-    if name == "checkout":
-        from rlmeta.bench import checkout
-
-        return checkout.main(tyro.cli(checkout.Checkout, prog="rlmeta bench checkout", args=flags))
-    if name == "engine":
-        from rlmeta.bench import engine
-
-        return engine.main(tyro.cli(engine.Engine, prog="rlmeta bench engine", args=flags))
-    if name == "lifelong":
-        from rlmeta.bench import lifelong
-
-        return lifelong.lifelong(tyro.cli(lifelong.Lifelong, prog="rlmeta bench lifelong", args=flags))
-    if name == "imitation":
-        from rlmeta.bench import imitation
-
-        return imitation.imitation(tyro.cli(imitation.Imitation, prog="rlmeta bench imitation", args=flags))
-    if name == "rainbow":
-        from rlmeta.bench import rainbow
-
-        return rainbow.rainbow(tyro.cli(rainbow.Ablation, prog="rlmeta bench rainbow", args=flags))
+    if name in OTHERS:
+        options_class, run = OTHERS[name]
+        module = importlib.import_module(f"rlmeta.bench.{name}")
+        status: int = getattr(module, run)(
+            tyro.cli(getattr(module, options_class), prog=f"rlmeta bench {name}", args=flags)
+        )
+        return status
     if name != "agents":
-        known = ["agents", "checkout", "engine", "imitation", "lifelong", "meta", "rainbow"]
-        raise unknown_name("benchmark", name, known)
+        raise unknown_name("benchmark", name, sorted(["agents", "meta", *OTHERS]))
     options = tyro.cli(Agents, prog="rlmeta bench agents", args=flags)
     if options.steps < 1 or options.rounds < 1 or options.seeds < 0:
         raise SettingError("bench: steps and rounds are at least 1, seeds at least 0")

@@ -247,6 +247,37 @@ class Demonstrations:
             raise DemonstrationError(f"{path} is damaged: its checksum is wrong; record the demonstrations again")
         return demonstrations
 
+    @staticmethod
+    def from_minari(source: Any) -> Demonstrations:
+        """Read a Minari data set: the id of one on this machine, or a `minari.MinariDataset`; the extra `minari`.
+
+        Raises:
+            MissingExtraError: minari is not installed.
+            DemonstrationError: there is no such data set here, it has no episode, one is cut or not of its spaces.
+            SpaceError: a space is not supported, or an observation is none of it.
+        """
+        from rlmeta.data import minari
+
+        return minari.read(source)
+
+    def to_minari(self, dataset_id: str, env: str | None = None) -> Any:
+        """Write a Minari data set on this machine, which `from_minari` reads with the same digest.
+
+        Args:
+            dataset_id: the new data set's id, such as pendulum/mixed-v0.
+            env: id of the Gymnasium environment that Minari is to recover from it; None for none.
+
+        Returns:
+            The `minari.MinariDataset`.
+
+        Raises:
+            MissingExtraError: minari is not installed.
+            DemonstrationError: the id is malformed, or there is such a data set already.
+        """
+        from rlmeta.data import minari
+
+        return minari.write(self, dataset_id, env)
+
     # ------------------------------------------------------------------ checks
 
     def _tensors(self) -> dict[str, tree.Tree]:

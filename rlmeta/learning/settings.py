@@ -39,8 +39,8 @@ class Bindable(Protocol):
 
 
 def name_of(settings_class: type) -> str:
-    """Name of a learner on the command line: `PPO` is ppo, `ProtoNet` protonet, `MyAgent` my_agent."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])(?!Net$)", "_", settings_class.__name__).lower()
+    """Name of a learner on the command line: `PPO` is ppo, `ProtoNet` protonet, `MyAgent` my_agent, `TD3BC` td3_bc."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])(?!Net$)|(?<=\d)(?=[A-Z]{2})", "_", settings_class.__name__).lower()
 
 
 def settings_classes(names: Mapping[str, Any]) -> tuple[type, ...]:

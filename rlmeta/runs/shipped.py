@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from rlmeta import agents, imitation, lifelong, meta, supervised
+from rlmeta import agents, imitation, lifelong, meta, offline, supervised
 from rlmeta.envs.kinds import kind_named
 from rlmeta.envs.names import names
 from rlmeta.errors import RlmetaError, SettingError, did_you_mean, unknown_name
@@ -13,8 +13,10 @@ from rlmeta.learning.settings import name_of, settings_classes
 from rlmeta.rewards import RND, EpisodicCounts, PotentialShaping
 from rlmeta.runs.objects import load_object
 
-AGENTS: dict[str, type] = {name_of(cls): cls for cls in (*agents.ALL, *imitation.ALL, *supervised.ALL, *meta.ALL)}
-"""Settings class of every agent, supervised learner, imitation learner and meta-learner, by name."""
+AGENTS: dict[str, type] = {
+    name_of(cls): cls for package in (agents, imitation, offline, supervised, meta) for cls in package.ALL
+}
+"""Settings class of every agent, imitation, offline and supervised learner and meta-learner, by name."""
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in lifelong.ALL}
 """Class of every lifelong method, by name."""
