@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from rlmeta.learning.populations import PBT as PBT
     from rlmeta.lifelong import *  # noqa: F403
     from rlmeta.meta import *  # noqa: F403
+    from rlmeta.report.watch import watch as watch
     from rlmeta.rewards import *  # noqa: F403
     from rlmeta.runs.experiment import Budget as Budget
     from rlmeta.runs.presets import preset as preset
@@ -89,6 +90,7 @@ _WHERE = {
     "task": "envs.task",
     "train": "api",
     "trials": "envs.task",
+    "watch": "report.watch",
 }
 """Modules of names that are imported on first use: `import rlmeta` alone imports neither torch nor environments."""
 

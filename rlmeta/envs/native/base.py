@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlmeta.data.spaces import Layout
 from rlmeta.envs import nonfinite
+from rlmeta.envs.native.drawing import Drawing, Picture, observed
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, unknown_name
 from rlmeta.functional import random, tree
@@ -85,6 +86,15 @@ class NativeEnv(ABC):
     @abstractmethod
     def observe(self, state: State) -> Tree:
         """Observation of a state: float32 for Box, int64 for Discrete."""
+
+    def drawing(self) -> Drawing:
+        """How a state is drawn: by default its observation is, at ten pictures a second."""
+
+        def draw(state: State, physics: Physics) -> Picture:
+            rows = tree.map(lambda leaf: leaf.unsqueeze(0), state)
+            return observed(self.observation_space, tree.map(lambda leaf: leaf[0], self.observe(rows)))
+
+        return Drawing(draw, 10)
 
     def constants(self) -> dict[str, Tensor]:
         """Constants that physics may override, with shape and dtype: by default every field declared as a float."""
@@ -252,13 +262,9 @@ class NativeWorld:
         """
         key, episode, physics = state["key"], state["episode"], state.get("physics", {})
         new: State = {"key": key}
-        noise = self._no_noise(key)
         if self.env.step_noise:
-            count = state["step_count"]
-            noise = self._step_noise.at(key, count) if predrawn_noise is None else _pick(predrawn_noise["step"], count)
-            new["step_count"] = count + 1
-        action = self._legal(action, look=predrawn_noise is None)
-        env_state, reward, terminated = self.env.step(state["env"], action, noise, physics)
+            new["step_count"] = state["step_count"] + 1
+        env_state, reward, terminated = self._advance(state, action, predrawn_noise)
         observation = next_observation = self.env.observe(env_state)
         if self._unseen:
             self._check_form(observation, reward, terminated)
@@ -283,6 +289,20 @@ class NativeWorld:
             if predrawn_noise is None:
                 self.warn_of_nonfinite(new)
         return new, transition
+
+    def successor(self, state: State, action: Tensor) -> State:
+        """State of the environments after a step, before `step` begins another episode where one has ended."""
+        return self._advance(state, action, None)[0]
+
+    def _advance(self, state: State, action: Tensor, predrawn_noise: Tree | None) -> tuple[State, Tensor, Tensor]:
+        """Environments' state after a step, its reward, and whether it terminates the episode."""
+        noise = self._no_noise(state["key"])
+        if self.env.step_noise:
+            count = state["step_count"]
+            drawn = predrawn_noise
+            noise = self._step_noise.at(state["key"], count) if drawn is None else _pick(drawn["step"], count)
+        action = self._legal(action, look=predrawn_noise is None)
+        return self.env.step(state["env"], action, noise, state.get("physics", {}))
 
     def warn_of_nonfinite(self, state: State) -> None:
         """Warn once of the first reward or observation that was not finite, with its row and step.

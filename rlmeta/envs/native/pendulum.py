@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics, clip
+from rlmeta.envs.native.drawing import Drawing, Picture, twin
 from rlmeta.envs.world import State
 
 
@@ -72,3 +73,13 @@ class Pendulum(NativeEnv):
         """Observation: cosine and sine of the angle, and velocity, in float32."""
         theta, velocity = state["state"].unbind(-1)
         return torch.stack((theta.cos(), theta.sin(), velocity), -1).float()
+
+    def drawing(self) -> Drawing:
+        """Gymnasium's picture, without the arrow of the torque, which is in no state."""
+        env, fps = twin("Pendulum-v1")
+
+        def draw(state: State, physics: Physics) -> Picture:
+            env.state = state["state"].tolist()
+            return env.render()
+
+        return Drawing(draw, fps)
