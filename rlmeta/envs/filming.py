@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from rlmeta.envs.episodes import Episode
-from rlmeta.envs.gymnasium.pictures import RenderMode, Stage
+from rlmeta.envs.gymnasium.pictures import Stage
 from rlmeta.envs.native import NativeEnv
 from rlmeta.envs.native.drawing import Picture
 from rlmeta.envs.task import Task
@@ -44,12 +44,12 @@ class NativeCamera:
         """Release nothing."""
 
 
-def camera(task: Task, mode: RenderMode, fps: int = 0) -> Camera:
+def camera(task: Task, live: bool, fps: int = 0) -> Camera:
     """Camera for the environments of a task.
 
     Args:
         task: the task.
-        mode: whether gymnasium's environments give arrays or draw in a window of their own; native ones give arrays.
+        live: whether gymnasium's environments draw in a window of their own; native ones always give arrays.
         fps: pictures a second in such a window; 0 for the environment's own.
 
     Raises:
@@ -58,4 +58,4 @@ def camera(task: Task, mode: RenderMode, fps: int = 0) -> Camera:
     """
     if isinstance(task.source, NativeEnv):
         return NativeCamera(task.source)
-    return Stage(task.source, dict(task.settings), task.max_episode_steps, mode, fps)
+    return Stage(task.source, dict(task.settings), task.max_episode_steps, live, fps)

@@ -99,7 +99,7 @@ def watch(
     with ExitStack() as closing:
         cameras = []
         for each in plan.tasks:
-            cameras.append(camera(each, "human" if live else "rgb_array", fps or 0))
+            cameras.append(camera(each, live, fps or 0))
             closing.callback(cameras[-1].close)
         played = _play(run, plan)
         pace = fps or cameras[0].fps

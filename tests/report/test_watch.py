@@ -1,4 +1,4 @@
-"""Films of runs: their episodes are those of an evaluation, a picture a step, of native environments and gymnasium's."""
+"""Films of runs: their episodes are those of an evaluation, a picture a step, natively and of gymnasium."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_function_is_told_the_render_mode(tmp_path: Path) -> None:
     run = trained(rl.task(Square, name="square"))
     assert rl.watch(run, tmp_path / "a.gif", episodes=3).frames == 15
     assert shown(tmp_path / "a.gif")[0] == 15
-    with pytest.raises(SettingError, match="render mode None and knows rgb_array, human.*parameter render_mode"):
+    with pytest.raises(SettingError, match=r"render mode None and knows rgb_array, human.*parameter render_mode"):
         rl.watch(trained(rl.task(lambda: Square(), name="square")), tmp_path / "b.gif")
 
 
@@ -167,7 +167,7 @@ def test_an_environment_that_goes_on_otherwise_is_not_drawn(tmp_path: Path) -> N
 
 def test_a_vector_environment_is_not_drawn(tmp_path: Path) -> None:
     task = rl.task(lambda num_envs: gym.vector.SyncVectorEnv([Square] * num_envs), name="squares")
-    with pytest.raises(SettingError, match="vector environment.*--task"):
+    with pytest.raises(SettingError, match=r"vector environment.*--task"):
         rl.watch(trained(task), tmp_path / "a.gif")
 
 

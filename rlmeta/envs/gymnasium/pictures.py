@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,6 @@ from rlmeta.envs.native.drawing import Picture
 from rlmeta.errors import EnvironmentFailedError, SettingError, SpaceError
 from rlmeta.functional import tree
 
-RenderMode = Literal["rgb_array", "human"]
-
 
 class Stage:
     """Single environment in which episodes are played again and drawn: as arrays, or in gymnasium's own window.
@@ -27,7 +25,7 @@ class Stage:
         make: as for `GymnasiumWorld`.
         settings: as there.
         max_episode_steps: as there.
-        mode: gymnasium's render mode.
+        live: draw in gymnasium's own window, its render mode "human", instead of arrays.
         fps: pictures a second in a window; 0 for the environment's own.
 
     Raises:
@@ -35,9 +33,10 @@ class Stage:
     """
 
     def __init__(
-        self, make: Any, settings: dict[str, Any], max_episode_steps: int | None, mode: RenderMode, fps: int = 0
+        self, make: Any, settings: dict[str, Any], max_episode_steps: int | None, live: bool, fps: int = 0
     ) -> None:
-        source = resolve(make, settings, 1, mode)
+        self._mode = "human" if live else "rgb_array"
+        source = resolve(make, settings, 1, self._mode)
         if not isinstance(source, Template):
             source.env.close()
             raise SettingError(
@@ -45,7 +44,7 @@ class Stage:
                 "task=, on the command line --task"
             )
         template = source if max_episode_steps is None else source.limited(max_episode_steps)
-        self.name, self._mode = template.name, mode
+        self.name = template.name
         self._env = template.environment()
         self._actions = Layout(template.action_space, "action")
         try:
