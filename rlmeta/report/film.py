@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -58,7 +59,8 @@ def write_film(path: Path, frames: Iterable[Picture | None], fps: int) -> int:
     except OSError as error:
         raise SettingError(f"the film {path} cannot be written: {error.strerror or error}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return counted.count
 
 

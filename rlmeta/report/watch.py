@@ -95,21 +95,44 @@ def watch(
             raise SettingError(f"live shows a window and out is a film, {os.fspath(out)}: give one of them")
     chosen = run.chosen_learner(learner)
     state = run.best_state() if best else run.state
-    plan = _Plan(state, chosen, _problem(run, task), episodes, deterministic, seed)
+    return _shown(run, _Plan(state, chosen, _problem(run, task), episodes, deterministic, seed), path, live, fps or 0)
+
+
+@undisturbed()
+def film(run: Run, path: Path, learner: int) -> Watched:
+    """Film an episode of a learner's present parameters, on a stream one of every task; replaces the film `path`."""
+    problem: Any = run.experiment.problem
+    return _shown(run, _Plan(run.state, learner, problem, 1, True, 0), path)
+
+
+def check_filmed(run: Run, path: Path) -> None:
+    """Refuse a run that cannot be filmed, before it is trained: arguments are those of `film`.
+
+    Raises:
+        SettingError: the run's learner does not act, or its environment can't be drawn.
+        MissingExtraError: a package that draws or writes the film is not installed.
+    """
+    if not run.agent.acts:
+        raise SettingError(f"a run of {run.experiment.agent_name} does not act: there is nothing to film")
+    check_film(path)
+    for task in _Plan(run.state, 0, _problem(run, None), 1, True, 0).tasks:
+        camera(task, False).close()
+
+
+def _shown(run: Run, plan: _Plan, path: Path | None, live: bool = False, fps: int = 0) -> Watched:
+    """Play, then write the film `path`, or show it in a window."""
     with ExitStack() as closing:
         cameras = []
         for each in plan.tasks:
-            cameras.append(camera(each, live, fps or 0))
+            cameras.append(camera(each, live, fps))
             closing.callback(cameras[-1].close)
         played = _play(run, plan)
         pace = fps or cameras[0].fps
         frames = _frames(cameras, played)
         count = _show(frames, run.experiment.problem.name, pace) if path is None else write_film(path, frames, pace)
-    returns, lengths = (torch.cat([getattr(part.evaluation, name)[chosen] for part in played]) for name in _COLUMNS)
-    return Watched(chosen, returns, lengths, count, path)
-
-
-_COLUMNS = ("returns", "lengths")
+    returns = torch.cat([part.evaluation.returns[plan.learner] for part in played])
+    lengths = torch.cat([part.evaluation.lengths[plan.learner] for part in played])
+    return Watched(plan.learner, returns, lengths, count, path)
 
 
 class _Plan(NamedTuple):
