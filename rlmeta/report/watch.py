@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlmeta.envs.episodes import Episode, EpisodeRecorder
 from rlmeta.envs.filming import Camera, camera
+from rlmeta.envs.kinds import evaluated
 from rlmeta.envs.native.drawing import Picture
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.task import Task
@@ -101,8 +102,7 @@ def watch(
 @undisturbed()
 def film(run: Run, path: Path, learner: int) -> Watched:
     """Film an episode of a learner's present parameters, on a stream one of every task; replaces the film `path`."""
-    problem: Any = run.experiment.problem
-    return _shown(run, _Plan(run.state, learner, problem, 1, True, 0), path)
+    return _shown(run, _Plan(run.state, learner, _problem(run, None), 1, True, 0), path)
 
 
 def check_filmed(run: Run, path: Path) -> None:
@@ -197,14 +197,14 @@ def _frames(cameras: Sequence[Camera], played: Sequence[_Played]) -> Iterator[Pi
             yield from cameras[part.task].frames(episode)
 
 
-def _problem(run: Run, task: Any) -> Task | TaskStream:
-    """The task that is given, or the run's problem.
+def _problem(run: Run, task: Any) -> Any:
+    """The task that is given, or the run's problem, as it is evaluated.
 
     Raises:
         SettingError: it is neither a task nor a stream of tasks.
     """
     problem: Any = run.experiment.problem if task is None else task
-    return problem if isinstance(problem, Task | TaskStream) else task_of(problem)
+    return evaluated(problem if isinstance(problem, Task | TaskStream) else task_of(problem))
 
 
 def film_path(run: Run, out: str | os.PathLike[str] | None) -> Path:

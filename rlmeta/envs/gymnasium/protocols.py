@@ -54,8 +54,7 @@ class Atari:
     noop_max: int = 0
     """Largest number of idle steps at an episode's start; above 0 in the protocol without sticky actions alone."""
     terminal_on_life_loss: bool = False
-    """Whether an episode ends with a life and the next begins a new game; scores are those of one life, in evaluation,
-    too."""
+    """Whether an episode of training ends with a life and the next begins a new game; evaluation plays whole games."""
     full_action_space: bool = False
     """Whether there are all 18 actions instead of those that matter in the game."""
     max_episode_steps: int = 27_000

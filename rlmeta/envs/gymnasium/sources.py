@@ -33,6 +33,24 @@ _OURS = ("num_envs", "batch_size", "seed", "env_type")
 """Arguments of EnvPool that the user cannot set."""
 
 
+_IN_EVALUATION: dict[str, dict[str, Any]] = {
+    protocols.ATARI: {"terminal_on_life_loss": False},
+    ENVPOOL: {"episodic_life": False, "reward_clip": False},
+}
+"""Settings that change what an episode or a reward is to help training, and their values in evaluation, by prefix."""
+
+
+def evaluation_settings(make: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with which a source is evaluated: whole episodes and the environment's own rewards.
+
+    Args:
+        make: the source, as for `resolve`.
+        settings: those of training.
+    """
+    whole = [values for prefix, values in _IN_EVALUATION.items() if isinstance(make, str) and make.startswith(prefix)]
+    return {name: values.get(name, value) for values in whole for name, value in settings.items()} or settings
+
+
 @dataclass(frozen=True)
 class VectorSource:
     """VectorEnv, with a constructor if its environments take seeds only on construction."""
