@@ -41,6 +41,9 @@ class NativeEnv(ABC):
     max_episode_steps: int | None
     """Time limit in steps, after which episodes are truncated; None for none."""
 
+    costly_observation = False
+    """Whether to observe takes longer than to keep a state: if so, a rollout's final observations are made at once."""
+
     @property
     def reset_noise(self) -> int:
         """Number of uniform random numbers that `reset` needs; a subclass sets a class attribute."""
@@ -180,6 +183,8 @@ class NativeWorld:
     trial_episodes = 1
     recordable: bool
     """Whether steps with random numbers from `predraw_noise` may be recorded; not if physics is drawn every episode."""
+    defers: bool
+    """Whether `step` may leave successors to be observed later: costly observations, of rlmeta's own environments."""
 
     def __init__(
         self,
@@ -204,6 +209,7 @@ class NativeWorld:
         self._bounds = _action_bounds(env.action_space)
         self._observations, self._unseen = Layout(env.observation_space), True
         self._watched, self._reported = not type(env).__module__.startswith("rlmeta."), False
+        self.defers = env.costly_observation and not self._watched
         self._reset_noise = _NoiseCache("environment/reset", env.reset_noise, math.prod(self._rows))
         self._step_noise = _NoiseCache("environment/step", env.step_noise, math.prod(self._rows))
 
@@ -250,11 +256,24 @@ class NativeWorld:
         """Current observation `[*L, N, ...]`."""
         return self.env.observe(state["env"])
 
-    def step(self, state: State, action: Tensor, predrawn_noise: Tree | None = None) -> tuple[State, Transition]:
+    def observe(self, successors: State) -> Tree:
+        """Observation of states that a deferred step has left, `[*L, ..., N, ...]`."""
+        return self.env.observe(successors)
+
+    def step(
+        self, state: State, action: Tensor, predrawn_noise: Tree | None = None, *, deferred: bool = False
+    ) -> tuple[State, Transition]:
         """Step every environment; where an episode ends, the next one starts in the same step.
 
         With noise from `predraw_noise` no operation depends on a tensor's value, so that the step can be recorded;
         without them, discrete actions are checked to be in their space.
+
+        Args:
+            state: of the world.
+            action: `[*L, N, ...]`.
+            predrawn_noise: as above.
+            deferred: leave the transition's observations to the caller, if `defers`: `next_observation` is the state
+                before another episode begins, for `observe`, and `observation` is left out, for `observation(state)`.
 
         Raises:
             SpaceError: an action has another shape or dtype than its space, or is outside of it; or, at the first step,
@@ -265,8 +284,8 @@ class NativeWorld:
         if self.env.step_noise:
             new["step_count"] = state["step_count"] + 1
         env_state, reward, terminated = self._advance(state, action, predrawn_noise)
-        observation = next_observation = self.env.observe(env_state)
-        if self._unseen:
+        observation = next_observation = env_state if deferred else self.env.observe(env_state)
+        if self._unseen and not deferred:
             self._check_form(observation, reward, terminated)
         elapsed = state["elapsed"] + 1
         limit = self.env.max_episode_steps
@@ -278,7 +297,7 @@ class NativeWorld:
                 physics = self._physics(key, episode)  # unchanged in rows whose episode continues
             fresh = self.env.restart(env_state, self._first_noise(key, episode, predrawn_noise), physics)
             env_state = _where(done, fresh, env_state)
-            observation = self.env.observe(env_state)
+            observation = {} if deferred else self.env.observe(env_state)
         new.update(env=env_state, episode=episode, elapsed=elapsed)
         if physics:
             new["physics"] = physics

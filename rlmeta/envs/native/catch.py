@@ -28,6 +28,7 @@ class Catch(NativeEnv):
     columns: int = 5
     max_episode_steps: int | None = None
 
+    costly_observation = True
     reset_noise = 1
 
     def __post_init__(self) -> None:
