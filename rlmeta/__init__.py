@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from rlmeta.lifelong import *  # noqa: F403
     from rlmeta.meta import *  # noqa: F403
     from rlmeta.offline import *  # noqa: F403
+    from rlmeta.report.watch import watch as watch
     from rlmeta.rewards import *  # noqa: F403
     from rlmeta.runs.experiment import Budget as Budget
     from rlmeta.runs.presets import preset as preset
@@ -91,6 +92,7 @@ _WHERE = {
     "task": "envs.task",
     "train": "api",
     "trials": "envs.task",
+    "watch": "report.watch",
 }
 """Modules of names that are imported on first use: `import rlmeta` alone imports neither torch nor environments."""
 

@@ -10,6 +10,7 @@ from rlmeta.agents.agent import NetworkFactory
 from rlmeta.errors import SettingError
 from rlmeta.learning.method import Method
 from rlmeta.learning.populations import Population
+from rlmeta.report.films import films, films_again
 from rlmeta.report.listeners import Pictures, Tracking
 from rlmeta.report.progress import Progress
 from rlmeta.report.trackers import TrackerFactory
@@ -46,6 +47,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[TrackerFactory] = (),
     progress: bool = False,
+    video_every: int = 0,
     device: str = "cpu",
     threads: int = 0,
     code: Sequence[str] = (),
@@ -70,6 +72,8 @@ def train(
         callbacks: functions of (run, metrics) that stop the run by returning True.
         trackers: experiment trackers, such as `to_tensorboard()`.
         progress: show a progress bar.
+        video_every: film the best learner after the first evaluation of every so many steps, into the folder `videos`
+            of the run's; 0 for no films. A resume goes on filming.
         device: device of all tensors.
         threads: threads for torch; 0 for one a core.
         code: your own modules that a file of the `envs` folders may name and so import.
@@ -97,7 +101,7 @@ def train(
             threads=threads,
             init=init,
         )
-    return runs.go(run, callbacks=callbacks, listeners=listeners(trackers, progress))
+    return runs.go(run, callbacks=callbacks, listeners=[*listeners(trackers, progress), *films(run, video_every)])
 
 
 def _methods(lifelong: Any) -> Any:
@@ -166,7 +170,7 @@ def resume(
             **_again(folder, agent, network, env, lifelong),
             own=own,
             callbacks=callbacks,
-            listeners=listeners(trackers, progress),
+            listeners=[*listeners(trackers, progress), *films_again(folder)],
             inexact=inexact,
             steps=steps,
         )

@@ -28,7 +28,7 @@ from rlmeta.envs.native.cartpole import CartPole
 from rlmeta.errors import SettingError, require_choice
 from rlmeta.functional import optim, random, schedules
 from rlmeta.meta import adapt
-from rlmeta.nn import fisher
+from rlmeta.nn import feature_pictures, fisher
 
 KEY = random.make_keys([0])[0]
 BOX = gym.spaces.Box(-1, 1, (3,))
@@ -86,6 +86,12 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "nn.heads.values.QHead initialiser": lambda x: nn.QHead(3, 2, initialiser=x),
     "nn.heads.streams.ActionStreams initialiser": lambda x: nn.ActionStreams(3, 2, initialiser=x),
     "nn.initialisers.initialise initialiser": lambda x: nn.initialisers.initialise(torch.zeros(2, 2), None, x),
+    "nn.feature_pictures.feature_network activation": lambda x: feature_pictures.feature_network(
+        PICTURE, (3,), 2, activation=x
+    ),
+    "nn.feature_pictures.FeaturePictures initialiser": lambda x: feature_pictures.FeaturePictures(
+        PICTURE, initialiser=x
+    ),
     "nn.linear.activation_function activation": nn.linear.activation_function,
     "nn.linear.Activation function": nn.Activation,
     "nn.linear.Linear initialiser": lambda x: nn.Linear(3, 2, initialiser=x),

@@ -13,6 +13,7 @@ USAGE = """usage: rlmeta COMMAND ...
   resume RUN [flags]         resume a run that was interrupted or killed
   adapt RUN [flags]          follow a meta-learner as it adapts to held-out tasks
   record RUN [flags]         write demonstrations: whole episodes of one of its learners
+  watch RUN [flags]          film one of its learners as it plays, or show it in a window
   check TASK [flags]         check an environment, one line a finding
   list [agents|tasks|families|streams|methods|runs [FOLDER]]
                              what can be named, and the runs in a folder

@@ -22,6 +22,7 @@ from rlmeta.cli.terminal import say
 from rlmeta.envs.native import NativeEnv
 from rlmeta.errors import CheckpointError
 from rlmeta.learning.method import Method
+from rlmeta.report.films import films
 from rlmeta.report.trackers import logged_to_wandb, trackers_of
 from rlmeta.runs import checkpoint, user_code
 from rlmeta.runs import folder as run_folder
@@ -93,7 +94,8 @@ def train(plan: Plan, label: str, folder: Path, inexact: bool = False, header: s
     )
     for line in filter(None, (header, label if not quiet else "")):
         say(line)
-    return training.go(run, listeners=api.listeners(trackers, progress=not quiet))
+    filming = films(run, plan.options.video_every)
+    return training.go(run, listeners=[*api.listeners(trackers, progress=not quiet), *filming])
 
 
 def _go_on(plan: Plan, settings: Any, where: Path, inexact: bool) -> Run:

@@ -1,4 +1,4 @@
-"""The command line: `rlmeta train | eval | resume | record | adapt | check | list | bench`."""
+"""The command line: `rlmeta train | eval | resume | record | watch | adapt | check | list | bench`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rlmeta.cli.record import record
 from rlmeta.cli.resume import resume
 from rlmeta.cli.terminal import say
 from rlmeta.cli.train import train
+from rlmeta.cli.watch import watch
 from rlmeta.errors import RlmetaError, unknown_name
 
 
@@ -70,6 +71,7 @@ def _dispatch(arguments: list[str]) -> int:
         "eval": evaluate,
         "resume": resume,
         "record": record,
+        "watch": watch,
         "adapt": adapt,
         "check": check,
         "list": show_list,

@@ -43,6 +43,8 @@ class Options:
     """Threads for torch; 0 chooses."""
     device: str = "cpu"
     """Device of all tensors: cpu, cuda, cuda:1."""
+    video_every: int = 0
+    """Film the best learner after the first evaluation of every so many steps, into the run's folder; 0 for never."""
     tensorboard: bool = False
     """Write TensorBoard's files into the run's folder."""
     wandb: bool = False

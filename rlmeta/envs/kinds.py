@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
@@ -66,6 +67,17 @@ def problem_of(value: Any, learner: str, learns_from_tasks: bool) -> Task | Data
             else f"{name!r} is a family of tasks for meta-learners, {learner} learns one task: use MAML or another "
             "meta-learner"
         )
+    return problem
+
+
+def evaluated(problem: Any) -> Any:
+    """The problem as it is evaluated (`Task.evaluated`), of a stream every task; others are evaluated as they are."""
+    if isinstance(problem, Task):
+        return problem.evaluated()
+    if isinstance(problem, TaskStream):
+        tasks = tuple(evaluated(member) for member in problem.tasks)
+        same = all(whole is member for whole, member in zip(tasks, problem.tasks))
+        return problem if same else dataclasses.replace(problem, tasks=tasks)
     return problem
 
 

@@ -147,6 +147,11 @@ class StreamWorld:
         )
         return {**new, "identity": state["identity"]}, transition
 
+    def successor(self, state: State, action: Tensor) -> State:
+        """State of native environments after a step, before another episode begins (`NativeWorld.successor`)."""
+        successor: State = self._current.successor(_inner(state), action)
+        return successor
+
     def predraw_noise(self, state: State) -> tuple[Tree, int]:
         """Draw random numbers for the next steps; returns them and the number of steps for which they suffice."""
         numbers: tuple[Tree, int] = self._current.predraw_noise(_inner(state))

@@ -19,7 +19,7 @@ from rlmeta.envs.families import NamedFamily
 from rlmeta.envs.families import from_table as named_family
 from rlmeta.envs.gymnasium import protocols
 from rlmeta.envs.gymnasium.rows import WORKER_TIMEOUT, require_timeout
-from rlmeta.envs.gymnasium.sources import ENVPOOL, is_envpool, is_multi_agent
+from rlmeta.envs.gymnasium.sources import ENVPOOL, evaluation_settings, is_envpool, is_multi_agent
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native import NATIVE, NativeEnv, NativeWorld, TrialWorld
 from rlmeta.envs.task_families import Split, task_keys
@@ -89,6 +89,12 @@ class Task:
 
     def _redraw(self, key: Tensor) -> dict[str, Tensor]:
         return draw_constants(key, "physics", self.source, self.ranges)
+
+    def evaluated(self) -> Task:
+        """The task as it is evaluated: whole episodes and their own rewards, without what helps training (Atari's
+        lives)."""
+        settings = evaluation_settings(self.source, self.settings)
+        return self if settings == self.settings else dataclasses.replace(self, settings=settings)
 
     @property
     def native(self) -> bool:

@@ -30,7 +30,8 @@ from rlmeta.learning.method import Method
 from rlmeta.learning.minibatch import flatten_time, gather
 from rlmeta.learning.settings import PerLearner, require_range
 from rlmeta.learning.state import Params, State
-from rlmeta.nn import MLP, ActionUnits, Block, Context, Encoder, bare
+from rlmeta.nn import ActionUnits, Block, Context, Encoder, bare
+from rlmeta.nn.feature_pictures import feature_network
 from rlmeta.rewards import check_rewards
 from rlmeta.rewards.reward import Memory, Rewards, check_name
 
@@ -287,6 +288,7 @@ class Discriminator:
             self.bounds = torch.from_numpy(space.low), torch.from_numpy(space.high)
             self.units = ActionUnits(space.shape, low.tolist(), high.tolist())
         self.features = self.observation.features + self.action.features + absorbing
+        self._space, self._following = demonstrations.observation_space, self.action.features + absorbing
         self.hidden_sizes, self.absorbing = hidden_sizes, absorbing
         self.network, self.capture = bare(self.networks)["discriminator"], Capture()
         steps = demonstrations.transitions()
@@ -298,7 +300,7 @@ class Discriminator:
 
     def networks(self) -> dict[str, Block]:
         """Networks: `discriminator`, from inputs to a logit."""
-        return {"discriminator": MLP(self.features, self.hidden_sizes, 1)}
+        return {"discriminator": feature_network(self._space, self.hidden_sizes, 1, following=self._following)}
 
     def encode(self, observation: tree.Tree, action: Tensor) -> Tensor:
         """Encode steps `[*L, ...]` as normalised inputs `[*L, ..., D]`."""
@@ -328,10 +330,10 @@ class Discriminator:
 
     def _absorbing_input(self, p: Params) -> Tensor:
         """Input of the absorbing state, `[*L, 1, D]`."""
-        weight = next(iter(p["weights"].values()))
-        row = torch.zeros(1, self.features, dtype=weight.dtype, device=weight.device)
+        bias = min(p["weights"].values(), key=lambda weight: weight.dim())
+        row = torch.zeros(1, self.features, dtype=bias.dtype, device=bias.device)
         row[..., -1] = 1.0
-        return row.expand(*weight.shape[:-2], 1, self.features)
+        return row.expand(*bias.shape[:-1], 1, self.features)
 
     def losses(self, p: Params, batch: tree.Tree, ctx: StepContext) -> dict[str, Tensor]:
         """Discriminator loss `[*L]`: binary cross-entropy with equal weights of both sides, and gradient penalty.

@@ -92,15 +92,15 @@ def _steps(
     `fixed` is `params` and `initial`, the memory at the start of an episode.
     """
     rows: list[Rollout] = []
-    acting = {"params": fixed["params"]}
+    acting, observation = {"params": fixed["params"]}, world.observation(moving["world"])
     for key in keys.unbind(0):
         clock.switch("act")
-        observation = world.observation(moving["world"])
         action, memory = _act(agent, {**acting, "observation": observation, "memory": moving["memory"], "key": key})
         clock.switch("environment")
         world_state, transition = world.step(moving["world"], action)
         moving = {"world": world_state, "memory": remember(memory, fixed["initial"], transition)}
         rows.append({"observation": observation, "action": action, **_entries_of(transition)})
+        observation = transition.observation
     return moving, tree.map(lambda *steps: torch.stack(steps, axes), *rows)
 
 
@@ -110,13 +110,14 @@ def _recorded_steps(
     """Take steps as `_steps` does, as one recorded program for as many steps as predrawn random numbers suffice."""
     clock.switch("act")
 
-    name = ("steps of the world", world)
+    name, defers = ("steps of the world", world), getattr(world, "defers", False)
+    later = {"deferred": True} if defers else {}
 
     def step(inputs: tree.Tree) -> tree.Tree:
         moving, fixed = inputs["carried"], inputs["fixed"]
         observation = world.observation(moving["world"])
         action, memory = agent.act(fixed["params"], observation, moving["memory"], inputs["each"]["key"])
-        world_state, transition = world.step(moving["world"], action, fixed["predrawn_noise"])
+        world_state, transition = world.step(moving["world"], action, fixed["predrawn_noise"], **later)
         memory = remember(memory, fixed["initial"], transition)
         row = {"observation": observation, "action": action, **_entries_of(transition)}
         return {"carried": {"world": world_state, "memory": memory}, "row": row}
@@ -128,7 +129,10 @@ def _recorded_steps(
         now_fixed = {**fixed, "predrawn_noise": predrawn_noise}
         moving, rows = agent.capture.scan(name, step, moving, now_fixed, {"key": now}, len(now), axes)
         pieces.append(rows)
-    return moving, pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
+    rollout = pieces[0] if len(pieces) == 1 else tree.map(lambda *piece: torch.cat(piece, axes), *pieces)
+    if defers:
+        rollout["next_observation"] = world.observe(rollout["next_observation"])
+    return moving, rollout
 
 
 def _capture(agent: Actor) -> Capture | None:

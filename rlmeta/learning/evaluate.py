@@ -62,13 +62,14 @@ def evaluate(
     begun = 0
     while not score.complete():  # once, but where an episode was cut
         state = world.reset(key if begun == 0 else random.fold(random.fold(key, "after a cut"), begun))
-        memory = initial = agent.initial_memory(p, rows)
+        memory, observation = (initial := agent.initial_memory(p, rows)), world.observation(state)
         score.begin()
         while not score.idle():
             step_key = random.fold(key, score.steps // agent.noise_hold)
             with one_core(score.finished.numel() <= FEW_ROWS):
-                action, memory = agent.act(p, world.observation(state), memory, step_key, deterministic)
+                action, memory = agent.act(p, observation, memory, step_key, deterministic)
                 state, transition = world.step(state, action)
+            observation = transition.observation
             memory = remember(memory, initial, transition)
             score.add(transition)
         begun += 1

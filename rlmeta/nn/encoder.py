@@ -48,14 +48,15 @@ def feature_axes(space: gym.Space, path: str = "") -> Tree:
     )
 
 
-def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], gym.Space]]:
+def space_leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], gym.Space]]:
+    """Parts of an observation space that are no Dict or Tuple, with their paths, in the order of an `Encoder`."""
     if isinstance(space, gym.spaces.Dict):
         for name, child in sorted(space.spaces.items()):
             if name != ACTION_MASK:
-                yield from _leaves(child, (*path, name))
+                yield from space_leaves(child, (*path, name))
     elif isinstance(space, gym.spaces.Tuple):
         for index, child in enumerate(space.spaces):
-            yield from _leaves(child, (*path, str(index)))
+            yield from space_leaves(child, (*path, str(index)))
     else:
         yield path, space
 
@@ -145,7 +146,7 @@ class Encoder(Block):
         self._dtype = dtype
         self._entries: list[tuple[tuple[str, ...], tuple[int, ...], Callable[[Tensor], Tensor] | str]] = []
         self.features = 0
-        for index, (path, space) in enumerate(_leaves(observation_space)):
+        for index, (path, space) in enumerate(space_leaves(observation_space)):
             shape = tuple(space.shape or ())
             network = None if choose is None else choose(space)
             if network is None:

@@ -12,6 +12,7 @@ task's: it has a discount and a value head of its own and goes on over the ends 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -36,7 +37,8 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.minibatch import flatten_time, minibatches
 from rlmeta.learning.settings import PerLearner, require, require_finite, require_range
 from rlmeta.learning.state import Params, State
-from rlmeta.nn import MLP, Block, Context, Encoder, bare
+from rlmeta.nn import Block, Context, Encoder, bare
+from rlmeta.nn.feature_pictures import feature_network
 from rlmeta.rewards.reward import Memory, Rewards, check_name
 
 FARTHEST = 5.0
@@ -61,7 +63,7 @@ class RND:
     batch_size: int = 256
     """Steps in a minibatch of the predictor, which passes once over every rollout; a smaller rollout is one."""
     hidden_sizes: tuple[int, ...] = (64,)
-    """Widths of the hidden layers of both networks."""
+    """Widths of the hidden layers of both networks, which follow convolutions where observations are pictures."""
     outputs: int = 16
     """Number of outputs that the predictor predicts."""
     name: str = "rnd"
@@ -88,7 +90,7 @@ class RNDReward:
     def __init__(self, settings: RND, observation_space: gym.Space) -> None:
         self.settings, self.name, self.episodic = settings, settings.name, settings.episodic
         self.encoder = Encoder(observation_space)
-        self.predictor = Predictor(self.encoder.features, settings.hidden_sizes, settings.outputs)
+        self.predictor = Predictor(observation_space, settings.hidden_sizes, settings.outputs)
 
     def init(self, agent: Any, state: State, world: World) -> Memory:
         """Initial RND memory: fresh networks for every learner, and empty running statistics.
@@ -138,18 +140,14 @@ class RNDReward:
 class Predictor:
     """Predictor and random target network: gradient steps train the predictor to give the target's outputs."""
 
-    def __init__(self, features: int, hidden_sizes: tuple[int, ...], outputs: int) -> None:
-        self.features, self.hidden_sizes, self.outputs = features, hidden_sizes, outputs
+    def __init__(self, observation_space: gym.Space, hidden_sizes: tuple[int, ...], outputs: int) -> None:
+        self._build = partial(feature_network, observation_space, hidden_sizes, outputs, activation="relu")
         blocks = bare(self.networks)
         self.predictor, self.target, self.capture = blocks["predictor"], blocks["target"], Capture()
 
     def networks(self) -> dict[str, Block]:
         """Build the two networks: `predictor`, and `target`, whose weights are frozen."""
-        sizes = self.features, self.hidden_sizes, self.outputs
-        return {
-            "predictor": MLP(*sizes, activation="relu"),
-            "target": MLP(*sizes, activation="relu").requires_grad_(False),
-        }
+        return {"predictor": self._build(), "target": self._build().requires_grad_(False)}
 
     def error(self, p: Params, observation: Tensor) -> Tensor:
         """Mean squared prediction error, `[*L, ..., D]` -> `[*L, ...]`."""

@@ -15,6 +15,7 @@ from rlmeta.data.samples import DataTask
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.learning.learner import Learner
+from rlmeta.learning.populations import Population
 from rlmeta.learning.settings import name_of
 from rlmeta.runs.experiment import Budget, Problem
 
@@ -64,6 +65,19 @@ def check_learns(problem: Problem, learner: Learner, iterations: tuple[int, ...]
             f"{name_of(type(settings))} takes its first gradient step after {waits * settings.num_envs:,} steps, the "
             f"budget is {budget.steps:,}{where}: give more steps, or less to wait for (learning_starts, n_steps)"
         )
+
+
+def periods(budget: Budget, population: Population | None, iterations: int, every: int) -> tuple[int, int]:
+    """Iterations between two periodic evaluations, and between two exchanges of a population, which evaluate, too.
+
+    Args:
+        budget: the settled budget.
+        population: the population, or None, which never exchanges within `iterations`.
+        iterations: number of iterations of the run.
+        every: steps of each learner in one iteration.
+    """
+    evaluated = max(1, round(budget.eval_every / every))
+    return evaluated, iterations if population is None else max(1, round(int(population.every) / every))
 
 
 def warn_of_rounding(budget: Budget, iterations: tuple[int, ...], every: int) -> None:

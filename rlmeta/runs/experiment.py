@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlmeta.envs.kinds import evaluated
 from rlmeta.envs.streams import TaskStream
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
@@ -249,6 +250,10 @@ class Experiment:
     def world(self, num_envs: int | None = None) -> Any:
         """Create the environments `[S, N]`, N from `num_envs` or else from the settings."""
         return self.problem.world((len(self.learners),), num_envs or self.variants[0].num_envs)
+
+    def evaluation_world(self, num_envs: int) -> Any:
+        """Create environments `[S, N]` for an evaluation, of the problem as it is evaluated."""
+        return evaluated(self.problem).world((len(self.learners),), num_envs)
 
     def bind(self, world: Any) -> Learner:
         """Create the learner for the world's observation and action spaces."""

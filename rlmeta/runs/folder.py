@@ -39,7 +39,7 @@ ID = re.compile(r"[0-9a-f]{16}")
 """Format of a run's id, `run` in its config.toml."""
 UNFINISHED = (f"{CONFIG}.tmp", f"{PLAN}.tmp")
 """Temporary files that a killed process may leave."""
-SUBFOLDERS = (STATE, "tensorboard", "wandb")
+SUBFOLDERS = (STATE, "tensorboard", "wandb", "videos")
 """Subfolders that a run writes into."""
 OWN_LINKS = "wandb"
 """The folder in which W&B creates links of its own, which point into it."""

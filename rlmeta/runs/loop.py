@@ -17,7 +17,7 @@ from rlmeta.envs.streams import TaskStream
 from rlmeta.functional import random, tree
 from rlmeta.learning.learner import Metrics
 from rlmeta.learning.state import select
-from rlmeta.runs import averages, extension, populations, stages
+from rlmeta.runs import averages, budgets, extension, populations, stages
 from rlmeta.runs.frozen import FrozenLearners
 from rlmeta.runs.listeners import Listener
 from rlmeta.runs.metric_log import MetricLog
@@ -45,10 +45,9 @@ class Loop:
         self.stages = run.stages
         self.iterations = self.stages[-1].last
         self.log_every = max(1, self.iterations // self.budget.log_points)
-        self.eval_every = max(1, round(self.budget.eval_every / self.steps_per_iteration))
-        population = run.experiment.population
-        every = 0 if population is None else int(population.every)
-        self.exchange_every = self.iterations if population is None else max(1, round(every / self.steps_per_iteration))
+        self.eval_every, self.exchange_every = budgets.periods(
+            self.budget, run.experiment.population, self.iterations, self.steps_per_iteration
+        )
         self.iteration = self._begun_at = run.iterations_done
         self.interruption = Interruption()
         self.frozen = FrozenLearners(run.experiment.problem.native)

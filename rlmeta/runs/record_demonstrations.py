@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.data.demonstrations import Demonstrations
+from rlmeta.envs.kinds import evaluated
 from rlmeta.envs.streams import TaskStream
 from rlmeta.envs.world import EVALUATION_LIMIT, World
 from rlmeta.errors import SettingError
@@ -50,7 +51,7 @@ def record(
     p = run.agent.effective_params(run.best_state() if best else run.state)
     agent: Any = run.agent
     alone = tree.map(lambda leaf: leaf[learner : learner + 1], {"p": p, "key": run.state["key"]})
-    task = run.experiment.problem
+    task: Any = evaluated(run.experiment.problem)
     world = task.world((1,), evaluation_rows(episodes, task.native))
     try:
         key = random.fold(random.fold(alone["key"], "demonstrations"), seed)

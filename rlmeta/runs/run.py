@@ -210,7 +210,7 @@ class Run:
     def evaluation_world(self, episodes: int) -> Any:
         """Create environments for an evaluation of `episodes` episodes."""
         rows = self.agent.evaluation_rows(episodes, self.experiment.problem.native)
-        return self.experiment.world(rows)
+        return self.experiment.evaluation_world(rows)
 
     @undisturbed()
     @torch.no_grad()

@@ -29,6 +29,7 @@ from rlmeta.envs.native import (
     TabularMDP,
 )
 from rlmeta.envs.native.base import _NoiseCache
+from rlmeta.envs.native.trials import TrialWorld
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, UnknownNameError
 from rlmeta.functional import random, tree
@@ -603,3 +604,27 @@ def test_an_environment_of_ones_own_that_gives_another_form_is_refused(part: str
         world.step(world.reset(make_keys([0, 1])), torch.zeros(ROWS, dtype=torch.int64))
     fine = NativeWorld(Wrong(), (2,), 3)
     fine.step(fine.reset(make_keys([0, 1])), torch.zeros(ROWS, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["MinAtar/Asterix-v1", "MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1", "Catch-v0"])
+def test_a_deferred_step_leaves_the_successors_for_one_observation(name: str) -> None:
+    """As a rollout of the same actions that observes at every step, where episodes end, too."""
+    env, key = NATIVE[name], make_keys([0, 1])
+    plain, late = NativeWorld(env, (2,), 3), NativeWorld(env, (2,), 3)
+    assert late.defers and not NativeWorld(NATIVE["CartPole-v1"]).defers
+    assert not TrialWorld(env, (), 1, episodes=2).defers
+    state, other = plain.reset(key), late.reset(key)
+    seen, successors, ends = [], [], 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        action = torch.randint(0, int(env.action_space.n), (2, 3), generator=generator)  # type: ignore[attr-defined]
+        state, transition = plain.step(state, action)
+        noise, _ = late.predraw_noise(other)
+        other, deferred = late.step(other, action, noise, deferred=True)
+        assert deferred.observation == {}
+        assert torch.equal(late.observation(other), transition.observation)
+        seen.append(transition.next_observation)
+        successors.append(deferred.next_observation)
+        ends += int(transition.memory_reset.sum())
+    at_once = late.observe(tree.map(lambda *steps: torch.stack(steps, 1), *successors))
+    assert torch.equal(at_once, torch.stack(seen, 1)) and ends > 0

@@ -13,6 +13,7 @@ import torch
 import rlmeta as rl
 from rlmeta.envs.gymnasium import protocols
 from rlmeta.envs.gymnasium.world import GymnasiumWorld
+from rlmeta.envs.kinds import evaluated
 from rlmeta.errors import MissingExtraError, RlmetaError, SettingError, UnknownNameError
 from rlmeta.functional import tree
 from rlmeta.functional.random import make_keys
@@ -79,8 +80,9 @@ def test_a_lost_life_may_end_an_episode_and_rewards_are_the_games() -> None:
     pytest.importorskip("ale_py")
     pytest.importorskip("cv2")
     lengths, rewards = {}, set()
-    for ends in (False, True):
-        env = protocols.maker("atari:SpaceInvaders-v5", {"terminal_on_life_loss": ends, "sticky": 0.0})()
+    task = rl.task("atari:SpaceInvaders-v5", settings={"terminal_on_life_loss": True, "sticky": 0.0})
+    for ends in (False, True):  # evaluation plays whole games
+        env = protocols.maker(str(task.source), task.settings if ends else evaluated(task).settings)()
         env.reset(seed=0)
         for lengths[ends] in range(2000):  # stand still and fire
             _, reward, terminated, _, info = env.step(1)
@@ -92,6 +94,15 @@ def test_a_lost_life_may_end_an_episode_and_rewards_are_the_games() -> None:
     assert lengths[True] < lengths[False] < 1999 and max(rewards) >= 5
 
 
+def test_what_helps_training_alone_is_left_out_of_every_task_of_a_stream_in_evaluation() -> None:
+    pong = rl.task("envpool:Pong-v5", settings={"episodic_life": True, "reward_clip": True, "noop_max": 5})
+    atari, cart = rl.task("atari:Pong-v5", settings={"terminal_on_life_loss": True}), rl.task("CartPole-v1")
+    stream = evaluated(rl.stream([pong, atari, cart]))
+    whole = {"episodic_life": False, "reward_clip": False, "noop_max": 5}
+    assert [task.settings for task in stream.tasks] == [whole, {"terminal_on_life_loss": False}, {}]
+    assert evaluated(cart) is cart and evaluated("anything else") == "anything else"
+
+
 def test_atari_resumes_exactly() -> None:
     pytest.importorskip("ale_py")
     pytest.importorskip("cv2")
@@ -101,9 +112,13 @@ def test_atari_resumes_exactly() -> None:
 def test_an_agent_trains_on_atari_and_is_saved_as_data(tmp_path: Any) -> None:
     pytest.importorskip("ale_py")
     pytest.importorskip("cv2")
-    task = rl.task("atari:Pong-v5", settings={"frame_stack": 2, "screen_size": 24, "max_episode_steps": 12})
+    settings = {"frame_stack": 2, "screen_size": 24, "max_episode_steps": 12, "terminal_on_life_loss": True}
+    task = rl.task("atari:Pong-v5", settings=settings)
     agent = rl.PPO(num_envs=1, num_steps=8, batch_size=8, hidden_sizes=(4,))
     run = rl.train(agent, task, steps=16, seeds=1, out=tmp_path / "run", final_episodes=1)
+    for world, ends in ((run.experiment.world(1), True), (run.evaluation_world(1), False)):
+        assert world._rows.envs[0].get_wrapper_attr("terminal_on_life_loss") is ends
+        world.close()
     run.close()
     again = rl.load(tmp_path / "run")
     assert again.experiment.problem.describe() == task.describe()

@@ -17,7 +17,7 @@ from torch import Tensor
 import rlmeta as rl
 from rlmeta.envs.gymnasium.sources import is_envpool
 from rlmeta.envs.gymnasium.world import GymnasiumWorld
-from rlmeta.envs.native import NativeEnv, Physics
+from rlmeta.envs.native import NATIVE, NativeEnv, Physics
 from rlmeta.envs.world import State
 from rlmeta.errors import (
     EnvironmentFailedError,
@@ -302,6 +302,38 @@ def test_envpools_rows_have_their_own_seeds_and_repeat_them() -> None:
     invalid = torch.stack([~step["valid"] for step in together[1:]])
     ended = torch.stack([step["terminated"] | step["truncated"] for step in together[1:]])
     assert ended[:-1].any() and torch.equal(invalid[1:], ended[:-1])
+
+
+def test_no_transition_of_an_envpool_leads_into_another_episode() -> None:
+    """Every valid one is a step of the same physics, where an episode ends, too. At the time limit EnvPool sets no
+    `terminated`, whatever happened."""
+    pytest.importorskip("envpool")
+    world, env = _pool(max_episode_steps=12), NATIVE["CartPole-v1"]
+    state, generator = world.reset(make_keys([0, 1])), torch.Generator().manual_seed(0)
+    ends = {"terminated": 0, "truncated": 0, "both": 0}
+    for _ in range(60):
+        observation, action = world.observation(state), torch.randint(0, 2, (2, 3), generator=generator)
+        moved, _, fell = env.step({"state": observation.double()}, action, torch.empty(2, 3, 0), {})
+        state, transition = world.step(state, action)
+        valid, truncated = transition.valid, transition.truncated
+        assert torch.equal(transition.next_observation[valid], world.observation(state)[valid])
+        torch.testing.assert_close(transition.next_observation[valid], moved["state"].float()[valid], rtol=0, atol=1e-5)
+        assert torch.equal(transition.terminated[valid], (fell & ~truncated)[valid])
+        assert (transition.reward[~valid] == 0).all() and torch.equal(transition.memory_reset, ~valid)
+        ends["terminated"] += int(transition.terminated.sum())
+        ends["truncated"] += int(truncated.sum())
+        ends["both"] += int((fell & truncated & valid).sum())
+    world.close()
+    assert all(ends.values())
+
+
+def test_the_time_limits_of_envpool_are_known() -> None:
+    pytest.importorskip("envpool")
+    limits = {"CartPole-v1": 500, "Pendulum-v1": 200, "Catch-v0": None}
+    for name, steps in limits.items():
+        world = _pool(source=f"envpool:{name}")
+        world.close()
+        assert world.max_episode_steps == steps
 
 
 def test_another_reset_of_an_envpool_takes_other_seeds() -> None:

@@ -419,3 +419,36 @@ def test_other_demonstrations_in_the_middle_of_a_run_are_refused(tmp_path):
     cartpole().shuffled().save(path)
     with pytest.raises(SettingError, match="not those the run began with"):
         rl.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("absorbing", [False, True])
+def test_the_discriminator_of_pictures_has_convolutions(absorbing: bool) -> None:
+    """Which picture is shown is where the ball is: steps of other columns are told apart."""
+    space = gym.spaces.Box(0, 255, (4, 5, 1), np.uint8)
+    shown = torch.zeros(41, 4, 5, 1, dtype=torch.uint8)
+    shown[:, 1, 2] = 255
+    action = torch.zeros(40, dtype=torch.int64)
+    expert = demonstrations((40,), observation=shown, action=action, observation_space=space)
+    discriminator = Discriminator(expert, (8,), absorbing)
+    p = parameters(discriminator, 2, torch.float32)
+    assert max(weight.dim() for weight in p["weights"].values()) == 5  # of a convolution, with a learner axis
+    own = shown[:40].roll(1, 2)
+    inputs = discriminator.encode(own.expand(2, *own.shape), action.expand(2, 40))
+    side = {"ends": torch.zeros(2, 40), "valid": torch.ones(2, 40)}
+    batch = {
+        "demonstrations": {**side, "input": discriminator.shown["input"].expand(2, *inputs.shape[1:])},
+        "agent": {**side, "input": inputs},
+        "mix": torch.full((2, 40, 1), 0.5),
+        "gradient_penalty": torch.ones(2),
+    }
+    weights = {name: weight.clone().requires_grad_() for name, weight in p["weights"].items()}
+    optimizer = torch.optim.Adam(weights.values(), 1e-2)
+    for _ in range(30):
+        parts = discriminator.losses({**p, "weights": weights}, batch, StepContext(training=True, report=True))
+        optimizer.zero_grad()
+        sum(parts.values()).sum().backward()  # type: ignore[union-attr]
+        optimizer.step()
+    trained = {**p, "weights": weights}
+    assert (discriminator.logit(trained, batch["demonstrations"]["input"]) > 0).all()
+    assert (discriminator.logit(trained, inputs) < 0).all()
+    assert discriminator.absorbing_logit(trained).shape == (2,) if absorbing else True

@@ -119,14 +119,15 @@ def test_batched_equals_one_learner_at_a_time():
         torch.testing.assert_close(found["rewards/rnd"][0], metrics["rewards/rnd"][seed], rtol=1e-3, atol=1e-5)
 
 
-def test_resumed_equals_never_stopped(tmp_path):
+@pytest.mark.parametrize(("task", "axes", "steps"), [("CartPole-v1", 3, 512), ("Catch-v0", 5, 128)])
+def test_resumed_equals_never_stopped(task, axes, steps, tmp_path):
+    """Of pictures the weights of convolutions have 5 axes."""
     rewards = (rl.RND(coefficient=[0.5, 1.0], **RND),)
     settings, runs = rl.PPO(**PPO, rewards=rewards), []
     for name in ("whole", "half"):
-        stop = [lambda run, line: line["iteration"] >= 8] if name == "half" else []
-        runs.append(
-            rl.train(settings, "CartPole-v1", seeds=1, out=tmp_path / name, budget=budget(), callbacks=stop, threads=1)
-        )
+        stop = [lambda run, line: line["iteration"] >= steps // 64] if name == "half" else []
+        runs.append(rl.train(settings, task, seeds=1, out=tmp_path / name, budget=budget(), callbacks=stop, threads=1))
+    assert max(weight.dim() for weight in runs[0].state["rewards"]["rnd"]["params"]["weights"].values()) == axes
     assert_same_run(runs[0], rl.resume(tmp_path / "half", own={"rewards": rewards}))
 
 

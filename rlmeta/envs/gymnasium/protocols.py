@@ -55,8 +55,7 @@ class Atari:
     noop_max: int = 0
     """Largest number of idle steps at an episode's start; above 0 in the protocol without sticky actions alone."""
     terminal_on_life_loss: bool = False
-    """Whether an episode ends with a life and the next begins a new game; scores are those of one life, in evaluation,
-    too."""
+    """Whether an episode of training ends with a life and the next begins a new game; evaluation plays whole games."""
     full_action_space: bool = False
     """Whether there are all 18 actions instead of those that matter in the game."""
     max_episode_steps: int = 27_000
@@ -70,8 +69,8 @@ class Atari:
                 f"sticky={self.sticky}, noop_max={self.noop_max}: expected a probability, and a count from 0 on"
             )
 
-    def make(self, identifier: str) -> gym.Env[Any, Any]:
-        """Create an environment by its id in gymnasium's registry."""
+    def make(self, identifier: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
+        """Create an environment by its id in gymnasium's registry; to draw it is the game's own picture in colours."""
         from gymnasium import wrappers
 
         env = gym.make(
@@ -80,6 +79,7 @@ class Atari:
             repeat_action_probability=self.sticky,
             full_action_space=self.full_action_space,
             max_num_frames_per_episode=None,
+            render_mode=render_mode,
             disable_env_checker=True,
         )
         env = wrappers.AtariPreprocessing(
@@ -110,12 +110,12 @@ class MiniGrid:
         if self.max_episode_steps is not None:
             require_count("max_episode_steps", self.max_episode_steps)
 
-    def make(self, identifier: str) -> gym.Env[Any, Any]:
+    def make(self, identifier: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
         """Create an environment by its id in gymnasium's registry."""
         from minigrid.wrappers import FlatObsWrapper, ImgObsWrapper
 
         limit = {} if self.max_episode_steps is None else {"max_steps": self.max_episode_steps}
-        env = gym.make(identifier, disable_env_checker=True, **limit)
+        env = gym.make(identifier, render_mode=render_mode, disable_env_checker=True, **limit)
         wrapper: Any = ImgObsWrapper if self.observation == "image" else FlatObsWrapper
         wrapped = wrapper(env)
         high = wrapped.observation_space.high.reshape(-1).copy()
@@ -142,11 +142,12 @@ class Maker:
 
     settings: Atari | MiniGrid
     identifier: str
+    render_mode: str | None = None
 
     def __call__(self) -> gym.Env[Any, Any]:
         """Create an environment."""
         import_registering(self.identifier, self.identifier)
-        return self.settings.make(self.identifier)
+        return self.settings.make(self.identifier, self.render_mode)
 
 
 def is_protocol(name: str) -> bool:
@@ -154,12 +155,13 @@ def is_protocol(name: str) -> bool:
     return name.startswith(tuple(_PROTOCOLS))
 
 
-def maker(name: str, settings: Mapping[str, Any]) -> Maker:
+def maker(name: str, settings: Mapping[str, Any], render_mode: str | None = None) -> Maker:
     """Return the function that makes environments by a name with the prefix of a protocol.
 
     Args:
         name: such as `atari:Pong-v5`; the beginning of the id may be given, too.
         settings: fields of the protocol's class.
+        render_mode: gymnasium's, of environments that are to be drawn.
 
     Raises:
         MissingExtraError: a package is not installed.
@@ -180,7 +182,7 @@ def maker(name: str, settings: Mapping[str, Any]) -> Maker:
         if setting not in fields:
             raise SettingError(str(unknown_name(f"setting of {name}", setting, fields)))
     with failures.converting(f"environment {name!r}"):
-        return Maker(cls(**settings), identifier)
+        return Maker(cls(**settings), identifier, render_mode)
 
 
 def import_registering(identifier: str, name: str) -> None:

@@ -33,6 +33,24 @@ _OURS = ("num_envs", "batch_size", "seed", "env_type")
 """Arguments of EnvPool that the user cannot set."""
 
 
+_IN_EVALUATION: dict[str, dict[str, Any]] = {
+    protocols.ATARI: {"terminal_on_life_loss": False},
+    ENVPOOL: {"episodic_life": False, "reward_clip": False},
+}
+"""Settings that change what an episode or a reward is to help training, and their values in evaluation, by prefix."""
+
+
+def evaluation_settings(make: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with which a source is evaluated: whole episodes and the environment's own rewards.
+
+    Args:
+        make: the source, as for `resolve`.
+        settings: those of training.
+    """
+    whole = [values for prefix, values in _IN_EVALUATION.items() if isinstance(make, str) and make.startswith(prefix)]
+    return {name: values.get(name, value) for values in whole for name, value in settings.items()} or settings
+
+
 @dataclass(frozen=True)
 class VectorSource:
     """VectorEnv, with a constructor if its environments take seeds only on construction."""
@@ -43,7 +61,7 @@ class VectorSource:
     """Constructor from a seed for each environment, None if `reset` takes seeds."""
 
 
-def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | VectorSource:
+def resolve(make: Any, settings: dict[str, Any], rows: int, render_mode: str | None = None) -> Template | VectorSource:
     """Resolve a source to a template of single environments or a VectorEnv.
 
     Args:
@@ -52,6 +70,8 @@ def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | Vector
         settings: its keyword arguments.
         rows: number of environments, passed to a function with a parameter `num_envs`. One that also has a parameter
             `seed` gets a list of seeds, and is called again for other seeds.
+        render_mode: gymnasium's, of single environments that are to be drawn, which is passed to a function with such a
+            parameter; None for environments that are not.
 
     Raises:
         UnknownNameError: the id is not registered.
@@ -70,13 +90,14 @@ def resolve(make: Any, settings: dict[str, Any], rows: int) -> Template | Vector
     if isinstance(make, str) and make.startswith(ENVPOOL):
         return _envpool(make, settings, rows)
     if isinstance(make, str) and protocols.is_protocol(make):
-        factory, what = protocols.maker(make, settings), f"environment {make!r}"
+        factory, what = protocols.maker(make, settings, render_mode), f"environment {make!r}"
         return _template(failures.construct(what, settings, factory), factory, what)
+    drawn = {} if render_mode is None else {"render_mode": render_mode}
     if isinstance(make, str | EnvSpec):
-        return _registered(make, settings)
+        return _registered(make, settings | drawn)
     if not callable(make):
         raise SettingError(f"got {type(make).__name__}, expected a gymnasium id, an EnvSpec, a VectorEnv or a function")
-    return _from_function(make, settings, rows)
+    return _from_function(make, settings | (drawn if has_parameter(make, "render_mode") else {}), rows)
 
 
 def is_envpool(env: Any) -> bool:

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from rlmeta.data.spaces import Array, Layout, pick
 from rlmeta.envs.gymnasium import failures
 from rlmeta.envs.gymnasium.rows import Buffers, MaskSource, has_own_mask, mask_length, masked_space
-from rlmeta.envs.gymnasium.sources import VectorSource
+from rlmeta.envs.gymnasium.sources import VectorSource, is_envpool
 from rlmeta.errors import SettingError, SpaceError
 
 
@@ -57,7 +57,7 @@ class VectorRows:
         self.seeds_rows = True
         """Whether `reset` takes a list of seeds, one per row."""
         self._pending = np.zeros(count, np.bool_)
-        self.max_episode_steps: int | None = getattr(env.spec, "max_episode_steps", None)
+        self.max_episode_steps = _time_limit(env)
         """Time limit of episodes in steps, None if the VectorEnv declares none."""
 
     @property
@@ -202,6 +202,14 @@ class VectorRows:
         for row in np.flatnonzero(has_mask):
             ones[row] = column[row]
         return ones, has_mask
+
+
+def _time_limit(env: VectorEnv[Any, Any, Any]) -> int | None:
+    """Time limit of episodes in steps: of gymnasium's spec, or of EnvPool's configuration, where 2^31 - 1 is none."""
+    if not is_envpool(env.unwrapped):
+        return getattr(env.spec, "max_episode_steps", None)
+    steps = int(env.unwrapped.config["max_episode_steps"])  # type: ignore[attr-defined]
+    return None if steps == 2**31 - 1 else steps
 
 
 def _column(infos: Any, name: str) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics, clip
+from rlmeta.envs.native.drawing import Drawing, Picture, twin
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError
 
@@ -91,6 +92,17 @@ class Acrobot(NativeEnv):
         angles, velocities = state["state"].split(2, -1)
         waves = torch.stack((angles.cos(), angles.sin()), -1).flatten(-2)
         return torch.cat((waves, velocities), -1).float()
+
+    def drawing(self) -> Drawing:
+        """Gymnasium's picture, with the row's own first link."""
+        env, fps = twin("Acrobot-v1")
+
+        def draw(state: State, physics: Physics) -> Picture:
+            env.state = state["state"].tolist()
+            env.LINK_LENGTH_1 = float(physics.get("link_length_1", self.link_length_1))
+            return env.render()
+
+        return Drawing(draw, fps)
 
     def _derivative(self, state: Tensor, torque: Tensor, physics: Physics) -> Tensor:
         theta_1, theta_2, dtheta_1, dtheta_2 = state.unbind(-1)

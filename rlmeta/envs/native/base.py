@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlmeta.data.spaces import Layout
 from rlmeta.envs import nonfinite
+from rlmeta.envs.native.drawing import Drawing, Picture, observed
 from rlmeta.envs.world import State, Transition
 from rlmeta.errors import SettingError, SpaceError, unknown_name
 from rlmeta.functional import random, tree
@@ -39,6 +40,9 @@ class NativeEnv(ABC):
 
     max_episode_steps: int | None
     """Time limit in steps, after which episodes are truncated; None for none."""
+
+    costly_observation = False
+    """Whether to observe takes longer than to keep a state: if so, a rollout's final observations are made at once."""
 
     @property
     def reset_noise(self) -> int:
@@ -85,6 +89,15 @@ class NativeEnv(ABC):
     @abstractmethod
     def observe(self, state: State) -> Tree:
         """Observation of a state: float32 for Box, int64 for Discrete."""
+
+    def drawing(self) -> Drawing:
+        """How a state is drawn: by default its observation is, at ten pictures a second."""
+
+        def draw(state: State, physics: Physics) -> Picture:
+            rows = tree.map(lambda leaf: leaf.unsqueeze(0), state)
+            return observed(self.observation_space, tree.map(lambda leaf: leaf[0], self.observe(rows)))
+
+        return Drawing(draw, 10)
 
     def constants(self) -> dict[str, Tensor]:
         """Constants that physics may override, with shape and dtype: by default every field declared as a float."""
@@ -172,6 +185,8 @@ class NativeWorld:
     """Whether steps with random numbers from `predraw_noise` may be recorded; not if physics is drawn every episode."""
     varies: bool
     """Whether rows or episodes have constants of their own, so that `env` does not tell them."""
+    defers: bool
+    """Whether `step` may leave successors to be observed later: costly observations, of rlmeta's own environments."""
 
     def __init__(
         self,
@@ -197,6 +212,7 @@ class NativeWorld:
         self._bounds = _action_bounds(env.action_space)
         self._observations, self._unseen = Layout(env.observation_space), True
         self._watched, self._reported = not type(env).__module__.startswith("rlmeta."), False
+        self.defers = env.costly_observation and not self._watched
         self._reset_noise = _NoiseCache("environment/reset", env.reset_noise, math.prod(self._rows))
         self._step_noise = _NoiseCache("environment/step", env.step_noise, math.prod(self._rows))
 
@@ -243,11 +259,24 @@ class NativeWorld:
         """Current observation `[*L, N, ...]`."""
         return self.env.observe(state["env"])
 
-    def step(self, state: State, action: Tensor, predrawn_noise: Tree | None = None) -> tuple[State, Transition]:
+    def observe(self, successors: State) -> Tree:
+        """Observation of states that a deferred step has left, `[*L, ..., N, ...]`."""
+        return self.env.observe(successors)
+
+    def step(
+        self, state: State, action: Tensor, predrawn_noise: Tree | None = None, *, deferred: bool = False
+    ) -> tuple[State, Transition]:
         """Step every environment; where an episode ends, the next one starts in the same step.
 
         With noise from `predraw_noise` no operation depends on a tensor's value, so that the step can be recorded;
         without them, discrete actions are checked to be in their space.
+
+        Args:
+            state: of the world.
+            action: `[*L, N, ...]`.
+            predrawn_noise: as above.
+            deferred: leave the transition's observations to the caller, if `defers`: `next_observation` is the state
+                before another episode begins, for `observe`, and `observation` is left out, for `observation(state)`.
 
         Raises:
             SpaceError: an action has another shape or dtype than its space, or is outside of it; or, at the first step,
@@ -255,15 +284,11 @@ class NativeWorld:
         """
         key, episode, physics = state["key"], state["episode"], state.get("physics", {})
         new: State = {"key": key}
-        noise = self._no_noise(key)
         if self.env.step_noise:
-            count = state["step_count"]
-            noise = self._step_noise.at(key, count) if predrawn_noise is None else _pick(predrawn_noise["step"], count)
-            new["step_count"] = count + 1
-        action = self._legal(action, look=predrawn_noise is None)
-        env_state, reward, terminated = self.env.step(state["env"], action, noise, physics)
-        observation = next_observation = self.env.observe(env_state)
-        if self._unseen:
+            new["step_count"] = state["step_count"] + 1
+        env_state, reward, terminated = self._advance(state, action, predrawn_noise)
+        observation = next_observation = env_state if deferred else self.env.observe(env_state)
+        if self._unseen and not deferred:
             self._check_form(observation, reward, terminated)
         elapsed = state["elapsed"] + 1
         limit = self.env.max_episode_steps
@@ -275,7 +300,7 @@ class NativeWorld:
                 physics = self._physics(key, episode)  # unchanged in rows whose episode continues
             fresh = self.env.restart(env_state, self._first_noise(key, episode, predrawn_noise), physics)
             env_state = _where(done, fresh, env_state)
-            observation = self.env.observe(env_state)
+            observation = {} if deferred else self.env.observe(env_state)
         new.update(env=env_state, episode=episode, elapsed=elapsed)
         if physics:
             new["physics"] = physics
@@ -286,6 +311,20 @@ class NativeWorld:
             if predrawn_noise is None:
                 self.warn_of_nonfinite(new)
         return new, transition
+
+    def successor(self, state: State, action: Tensor) -> State:
+        """State of the environments after a step, before `step` begins another episode where one has ended."""
+        return self._advance(state, action, None)[0]
+
+    def _advance(self, state: State, action: Tensor, predrawn_noise: Tree | None) -> tuple[State, Tensor, Tensor]:
+        """Environments' state after a step, its reward, and whether it terminates the episode."""
+        noise = self._no_noise(state["key"])
+        if self.env.step_noise:
+            count = state["step_count"]
+            drawn = predrawn_noise
+            noise = self._step_noise.at(state["key"], count) if drawn is None else _pick(drawn["step"], count)
+        action = self._legal(action, look=predrawn_noise is None)
+        return self.env.step(state["env"], action, noise, state.get("physics", {}))
 
     def warn_of_nonfinite(self, state: State) -> None:
         """Warn once of the first reward or observation that was not finite, with its row and step.

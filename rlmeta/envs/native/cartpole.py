@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.native.drawing import Drawing, Picture, twin
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError
 
@@ -138,6 +139,18 @@ class CartPole(NativeEnv):
             return seen.float()
         noisy, high = (seen + state["noise"]).float(), self._high.to(seen.device)
         return torch.minimum(torch.maximum(noisy, -high), high)
+
+    def drawing(self) -> Drawing:
+        """Gymnasium's picture, with the row's own track and pole."""
+        env, fps = twin("CartPole-v1")
+
+        def draw(state: State, physics: Physics) -> Picture:
+            env.state = state["state"].tolist()
+            env.x_threshold = float(physics.get("x_threshold", self.x_threshold))
+            env.length = float(physics.get("length", self.length))
+            return env.render()
+
+        return Drawing(draw, fps)
 
     @cached_property
     def _high(self) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.native.drawing import BLUE, RED, Drawing, Picture, cells
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError
 
@@ -27,6 +28,7 @@ class Catch(NativeEnv):
     columns: int = 5
     max_episode_steps: int | None = None
 
+    costly_observation = True
     reset_noise = 1
 
     def __post_init__(self) -> None:
@@ -68,3 +70,12 @@ class Catch(NativeEnv):
         cells = torch.arange(self.rows * self.columns, device=ball.device)
         marked = (cells == ball.unsqueeze(-1)) | (cells == paddle.unsqueeze(-1))
         return marked.to(torch.uint8).unflatten(-1, (self.rows, self.columns, 1))
+
+    def drawing(self) -> Drawing:
+        """Grid of ball and paddle."""
+
+        def draw(state: State, physics: Physics) -> Picture:
+            ball, paddle = (int(state["row"]), int(state["column"])), (self.rows - 1, int(state["paddle"]))
+            return cells((self.rows, self.columns), [([paddle], BLUE), ([ball], RED)])
+
+        return Drawing(draw, 5)

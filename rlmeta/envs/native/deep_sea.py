@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.native.drawing import BLUE, GREEN, Drawing, Picture, cells
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError
 from rlmeta.functional import random
@@ -76,3 +77,12 @@ class DeepSea(NativeEnv):
         cell = state["row"] * self.size + state["column"]
         cells = torch.arange(self.size**2, device=cell.device)
         return (cell.unsqueeze(-1) == cells).float().unflatten(-1, (self.size, self.size))
+
+    def drawing(self) -> Drawing:
+        """Grid of the cells, with a row below for the end of the episode, and the place of the reward in it."""
+
+        def draw(state: State, physics: Physics) -> Picture:
+            here = int(state["row"]), int(state["column"])
+            return cells((self.size + 1, self.size), [([(self.size, self.size - 1)], GREEN), ([here], BLUE)])
+
+        return Drawing(draw, 5)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics, clip
+from rlmeta.envs.native.drawing import Drawing, Picture, twin
 from rlmeta.envs.world import State
 
 
@@ -51,6 +52,18 @@ class _MountainCar(NativeEnv):
     def observe(self, state: State) -> Tensor:
         """Observation: the state in float32."""
         return state["state"].float()
+
+    def drawing(self) -> Drawing:
+        """Gymnasium's picture, with the row's own walls and goal."""
+        env, fps = twin("MountainCar-v0")
+
+        def draw(state: State, physics: Physics) -> Picture:
+            env.state = state["state"].tolist()
+            for name in ("min_position", "max_position", "goal_position"):
+                setattr(env, name, float(physics.get(name, getattr(self, name))))
+            return env.render()
+
+        return Drawing(draw, fps)
 
     def _drive(self, state: State, push: Tensor, physics: Physics) -> tuple[State, Tensor]:
         position, velocity = state["state"].unbind(-1)

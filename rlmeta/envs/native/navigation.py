@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.native.drawing import BLUE, GREEN, Drawing, Picture, plane
 from rlmeta.envs.world import State
 
 
@@ -56,3 +57,14 @@ class Navigation(NativeEnv):
     def observe(self, state: State) -> Tensor:
         """Observation: the position in float32."""
         return state["state"].float()
+
+    def drawing(self) -> Drawing:
+        """The plane with the goal and the robot; a robot that leaves it is drawn at its edge."""
+
+        def draw(state: State, physics: Physics) -> Picture:
+            goal = [float(physics.get(name, getattr(self, name))) for name in ("goal_x", "goal_y")]
+            span = max(0.6, *map(abs, goal)) * 1.2
+            here = state["state"].clamp(-span, span).tolist()
+            return plane(span, [(goal, float(physics.get("radius", self.radius)), GREEN), (here, 0.0, BLUE)])
+
+        return Drawing(draw, 10)

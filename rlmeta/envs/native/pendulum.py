@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics, clip
+from rlmeta.envs.native.drawing import Drawing, Picture, twin
 from rlmeta.envs.world import State
 
 
@@ -75,3 +76,13 @@ class Pendulum(NativeEnv):
         theta, velocity = state["state"].unbind(-1)
         seen = (theta.cos(), theta.sin(), velocity) if self.observe_velocity else (theta.cos(), theta.sin())
         return torch.stack(seen, -1).float()
+
+    def drawing(self) -> Drawing:
+        """Gymnasium's picture, without the arrow of the torque, which is in no state."""
+        env, fps = twin("Pendulum-v1")
+
+        def draw(state: State, physics: Physics) -> Picture:
+            env.state = state["state"].tolist()
+            return env.render()
+
+        return Drawing(draw, fps)

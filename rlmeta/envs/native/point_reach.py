@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.native.drawing import BLUE, GREEN, Drawing, Picture, plane
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError
 
@@ -84,6 +85,15 @@ class PointReach(NativeEnv):
         """Position and goals."""
         position = state["position"].float()
         return {"observation": position, "achieved_goal": position, "desired_goal": state["goal"].float()}
+
+    def drawing(self) -> Drawing:
+        """The plane with the goal, as large as what counts as success, and the point."""
+
+        def draw(state: State, physics: Physics) -> Picture:
+            radius = float(physics.get("radius", self.radius))
+            return plane(1.05, [(state["goal"].tolist(), radius, GREEN), (state["position"].tolist(), 0.0, BLUE)])
+
+        return Drawing(draw, 10)
 
 
 def _near(position: Tensor, goal: Tensor, radius: float | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.native.drawing import PALETTE, Drawing, Picture, cells
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError
 
@@ -75,6 +76,15 @@ class RepeatPrevious(NativeEnv):
     def observe(self, state: State) -> Tensor:
         """The suit of the last card."""
         return state["recent"][..., -1]
+
+    def drawing(self) -> Drawing:
+        """Row of the last k cards in the colours of their suits, of which the agent sees the last alone."""
+
+        def draw(state: State, physics: Physics) -> Picture:
+            suits = state["recent"].tolist()
+            return cells((1, self.k), [([(0, i)], PALETTE[suit]) for i, suit in enumerate(suits)])
+
+        return Drawing(draw, 4)
 
 
 def _deal(left: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

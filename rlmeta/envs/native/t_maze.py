@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.native.drawing import BLACK, BLUE, GREEN, RED, Drawing, Picture, cells
 from rlmeta.envs.world import State
 from rlmeta.errors import require_count
 
@@ -91,3 +92,16 @@ class TMaze(NativeEnv):
         """Shown side, junction and arm, `[*B, 3]`."""
         junction = state["column"] == self.corridor_length + self.active
         return torch.stack((state["shown"], junction.long(), state["arm"]), -1).float()
+
+    def drawing(self) -> Drawing:
+        """Grid of the maze: the goal, the agent, and the sign at the place where it is shown, while it is shown."""
+        junction = self.corridor_length + self.active
+        walls = [(row, column) for row in (0, 2) for column in range(junction)]
+
+        def draw(state: State, physics: Physics) -> Picture:
+            goal = 1 - int(state["goal"]), junction
+            here = 1 - int(state["arm"]), int(state["column"])
+            sign = [(1 - int(state["shown"]), 0)] if int(state["shown"]) else []
+            return cells((3, junction + 1), [(walls, BLACK), (sign, RED), ([goal], GREEN), ([here], BLUE)])
+
+        return Drawing(draw, 10)

@@ -15,6 +15,7 @@ from gymnasium.envs.toy_text.frozen_lake import MAPS
 from torch import Tensor
 
 from rlmeta.envs.native.base import NativeEnv, Physics
+from rlmeta.envs.native.drawing import BLACK, BLUE, GREEN, RED, Drawing, Picture, cells, twin
 from rlmeta.envs.world import State
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional.shapes import flags
@@ -308,6 +309,16 @@ class FrozenLake(Tabular):
             start / start.sum(),
         )
 
+    def drawing(self) -> Drawing:
+        """Gymnasium's picture of the lake."""
+        env, fps = twin("FrozenLake-v1", desc=list(MAPS[self.map_name] if self.desc is None else self.desc))
+
+        def draw(state: State, physics: Physics) -> Picture:
+            env.s = int(state["state"])
+            return env.render()
+
+        return Drawing(draw, fps)
+
     def _ahead_rate(self, physics: Physics) -> Tensor | None:
         return physics.get("success_rate")
 
@@ -339,6 +350,16 @@ class CliffWalking(Tabular):
             outcomes == 47,
             start,
         )
+
+    def drawing(self) -> Drawing:
+        """Gymnasium's picture of the cliff."""
+        env, fps = twin("CliffWalking-v1")
+
+        def draw(state: State, physics: Physics) -> Picture:
+            env.s = int(state["state"])
+            return env.render()
+
+        return Drawing(draw, fps)
 
 
 @dataclass(frozen=True)
@@ -391,6 +412,21 @@ class GridWorld(Tabular):
             (goal | trap)[outcomes],
             start / start.sum(),
         )
+
+    def drawing(self) -> Drawing:
+        """Grid of walls, goals, traps and the agent."""
+        rows = list(self.layout)
+
+        def cells_of(letter: str) -> list[tuple[int, int]]:
+            return [(i, j) for i, row in enumerate(rows) for j, here in enumerate(row) if here == letter]
+
+        fixed = [(cells_of("#"), BLACK), (cells_of("G"), GREEN), (cells_of("H"), RED)]
+
+        def draw(state: State, physics: Physics) -> Picture:
+            agent = divmod(int(state["state"]), len(rows[0]))
+            return cells((len(rows), len(rows[0])), [*fixed, ([agent], BLUE)])
+
+        return Drawing(draw, 4)
 
     def _ahead_rate(self, physics: Physics) -> Tensor | None:
         return 1 - physics["slip"] if "slip" in physics else None

@@ -35,7 +35,7 @@ class TrialWorld(NativeWorld):
         episodes: int,
     ) -> None:
         super().__init__(env, learner_shape, num_envs, physics)
-        self.trial_episodes = episodes
+        self.trial_episodes, self.defers = episodes, False
 
     def step(  # type: ignore[override]
         self, state: State, action: Tensor, predrawn_noise: Tree | None = None

@@ -48,6 +48,7 @@ class Asterix(NativeEnv):
     all 6."""
     max_episode_steps: int | None = None
 
+    costly_observation = True
     step_noise = 4
 
     def __post_init__(self) -> None:

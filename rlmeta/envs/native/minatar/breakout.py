@@ -70,6 +70,7 @@ class Breakout(NativeEnv):
     """Whether there are only the actions that matter here (none, left, right), as in MinAtar/Breakout-v1, or all 6."""
     max_episode_steps: int | None = None
 
+    costly_observation = True
     reset_noise = 1
     step_noise = 1
 

@@ -73,6 +73,7 @@ class SpaceInvaders(NativeEnv):
     or all 6."""
     max_episode_steps: int | None = None
 
+    costly_observation = True
     step_noise = 1
 
     def __post_init__(self) -> None:
