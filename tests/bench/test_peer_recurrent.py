@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +15,17 @@ from rlmeta.errors import MissingExtraError, SettingError, UnknownNameError
 @pytest.mark.parametrize("task", peer_recurrent.SETTINGS)
 def test_rows_of_a_native_task_end_as_stable_baselines_expects(task: str) -> None:
     rows = peer_recurrent.native_rows(task, 3, seed=5)
-    first = rows.reset()
-    dones = []
+    first = np.asarray(rows.reset())
+    dones: list[Any] = []
     for step in range(60):
         observation, _, done, infos = rows.step(np.full(3, step % 2))
         assert len(infos) == 3 and ["terminal_observation" in info for info in infos] == done.tolist()
         dones.append(done)
     assert any(done.any() for done in dones)
-    assert observation.shape == first.shape and np.array_equal(first, peer_recurrent.native_rows(task, 3, 5).reset())
+    again = np.asarray(peer_recurrent.native_rows(task, 3, seed=5).reset())
+    assert np.asarray(observation).shape == first.shape and np.array_equal(first, again)
     if task == "RepeatPrevious-easy":
-        assert np.stack(dones).all(1).nonzero()[0].tolist() == [50]  # 52 cards; the first is dealt by reset
+        assert np.flatnonzero(np.stack(dones).all(1)).tolist() == [50]  # 52 cards; the first is dealt by reset
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
