@@ -6,10 +6,14 @@ from rlmeta.lifelong.ewc import EWC
 from rlmeta.lifelong.gem import GEM
 from rlmeta.lifelong.generative_replay import GenerativeReplay
 from rlmeta.lifelong.hat import HAT
+from rlmeta.lifelong.l2 import L2
+from rlmeta.lifelong.mas import MAS
 from rlmeta.lifelong.packnet import PackNet
 from rlmeta.lifelong.replay import Replay
+from rlmeta.lifelong.rwalk import RWalk
+from rlmeta.lifelong.si import SI
 
-__all__ = ["AGEM", "EWC", "GEM", "HAT", "GenerativeReplay", "Method", "PackNet", "Replay"]
+__all__ = ["AGEM", "EWC", "GEM", "HAT", "L2", "MAS", "SI", "GenerativeReplay", "Method", "PackNet", "RWalk", "Replay"]
 
 ALL = method_classes(globals())
 """Class of every lifelong method that can be named on the command line (`--lifelong NAME`)."""
