@@ -41,7 +41,7 @@ def descended(method, m, theta, rate, steps, pull=0.0):
         gradient = CURVATURE * (theta - OPTIMUM)
         delta = -rate * (gradient + pull)
         theta = theta + delta
-        m = method.after_step(Plain, StepInfo(gradient, delta, {}), weights(theta), m, TASK, None)
+        m = method.after_step(Plain, StepInfo(gradient, delta, {}, {}), weights(theta), m, TASK, None)
     return m, theta
 
 
@@ -92,7 +92,7 @@ def test_rwalks_score_by_hand():
     moment = place = 0.0
     for step, (g, d) in enumerate(((2.0, -0.5), (1.0, -0.25), (1.0, 0.5), (-1.0, 1.0)), 1):
         theta, place = theta + d, place + d
-        info = StepInfo(torch.tensor([g], dtype=DOUBLE), torch.tensor([d], dtype=DOUBLE), {})
+        info = StepInfo(torch.tensor([g], dtype=DOUBLE), torch.tensor([d], dtype=DOUBLE), {}, {})
         m = method.after_step(Plain, info, weights(theta), m, TASK, None)
         fisher, path = 0.5 * g * g + 0.5 * fisher, path - g * d
         if step % 2 == 0:

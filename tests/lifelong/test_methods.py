@@ -15,18 +15,30 @@ from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import effective_params
-from rlmeta.lifelong import AGEM, EWC, GEM, HAT, L2, MAS, SI, PackNet, Replay, RWalk
+from rlmeta.lifelong import AGEM, DER, ERACE, EWC, GEM, HAT, L2, MAS, SI, LwF, PackNet, Replay, RWalk
 from rlmeta.lifelong.recall import per_learner
 from rlmeta.runs import stages
 from tests.lifelong.toy import flat, learner, points, tasks, trained
 
 OFF = [EWC(strength=0.0), L2(strength=0.0), SI(strength=0.0), MAS(strength=0.0), RWalk(strength=0.0)]
-OFF += [GEM(memory=0), AGEM(memory=0), Replay(size=0), Replay(strength=0.0)]
-ON = [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8, batch_size=8), Replay(size=6), L2(), SI(), MAS(), RWalk()]
+OFF += [LwF(strength=0.0), GEM(memory=0), AGEM(memory=0), Replay(size=0), Replay(strength=0.0)]
+LABELLED_OFF = [DER(size=0), DER(distillation=0.0, strength=0.0), ERACE(size=0)]
+ON = [
+    EWC(strength=100.0),
+    GEM(memory=8),
+    AGEM(memory=8, batch_size=8),
+    Replay(size=6),
+    L2(),
+    SI(),
+    MAS(),
+    RWalk(),
+    LwF(),
+]
+ON += [DER(size=6), DER(size=6, strength=0.0), ERACE(size=6)]
 ON += [PackNet(), HAT()]
 
 
-@pytest.mark.parametrize("method", OFF, ids=repr)
+@pytest.mark.parametrize("method", OFF + LABELLED_OFF, ids=repr)
 def test_a_method_that_is_switched_off_is_fine_tuning_bit_for_bit(method):
     assert torch.equal(flat(trained(method).state), flat(trained().state))
 
@@ -37,7 +49,8 @@ def test_a_method_that_is_switched_on_is_not(method):
 
 
 @pytest.mark.parametrize(
-    "method", [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8), L2(), SI(), MAS(), RWalk(), PackNet(retrain=0.0)]
+    "method",
+    [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8), L2(), SI(), MAS(), RWalk(), LwF(), PackNet(retrain=0.0)],
 )
 def test_the_first_task_is_as_without_the_method(method):
     run, plain = trained(method, count=1), trained(count=1)
@@ -103,7 +116,7 @@ def without_steps(arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if name != "steps"}
 
 
-@pytest.mark.parametrize("method", ON[:8], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", ON[:-2], ids=lambda m: m.name)
 def test_which_task_it_is_at_test_is_not_looked_at(method):
     run = trained(method)
     state = run.state
@@ -261,8 +274,7 @@ AGENTS = [
     GEM(memory=8),
     AGEM(memory=8, batch_size=8),
     Replay(size=16),
-    PackNet(),
-    HAT(),
+    *(L2(), SI(), MAS(samples=32), RWalk(), LwF(), PackNet(), HAT()),
 ]
 
 
