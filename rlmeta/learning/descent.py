@@ -61,7 +61,7 @@ def descend(
             total = total.masked_fill(frozen, 0.0)
         totals = {group.name: entries(total, spans(group, weights)) for group in groups}
         outputs |= move(weights, state["optimizer"], totals, groups, axes, frozen)
-        info = StepInfo(task_gradient, outputs["flat"] - weights.flat, batch)
+        info = StepInfo(task_gradient, outputs["flat"] - weights.flat, batch, seen)
         return {**outputs, "memories": _memories_after(learner, state, outputs, info, methods)}
 
 

@@ -81,7 +81,11 @@ def all_gradients(
         for method in methods:
             effective = method.params(learner, effective, state["methods"][method.name], state["task"])
             effective = {**effective, "weights": in_order(effective["weights"], leaves)}
-        losses = learner.losses(effective, batch, ctx)
+        own = batch
+        for method in methods:
+            value = method.batch(learner, effective, state["methods"][method.name], own, state["task"])
+            own = hooks.own_batch(method, value)
+        losses = learner.losses(effective, own, ctx)
         totals = [group.total(losses) for group in groups]
         extra = _further_losses(learner, state, effective, batch, groups, methods, ctx, totals[0])
         added = [torch.stack([losses[number] for losses in extra]).sum(0) for number in range(len(groups)) if extra]

@@ -55,6 +55,12 @@ def mask(method: Method, value: Any, like: Tensor) -> Tensor | None:
     return value
 
 
+def own_batch(method: Method, value: Any) -> tree.Tree:
+    """Validate the minibatch for the learner's own loss."""
+    expect(method, "batch", value, "a minibatch, a dictionary of tensors", isinstance(value, dict))
+    return value
+
+
 def further_batches(method: Method, value: Any) -> Sequence[tuple[tree.Tree, float | Tensor]]:
     """Validate further minibatches: pairs of a minibatch and the weight of its loss."""
     fits = isinstance(value, list | tuple) and all(

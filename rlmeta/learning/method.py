@@ -45,6 +45,8 @@ class StepInfo(NamedTuple):
     """Change of the weights in the step, `[*L, P]`: after clipping, the optimizer and the frozen entries."""
     batch: tree.Tree
     """The minibatch of the step."""
+    before: Params
+    """Effective parameters of its losses, from before the step."""
 
 
 class Learned(NamedTuple):
@@ -72,9 +74,9 @@ class Method:
     needs: frozenset[str] = frozenset()
     """Information that a stream must reveal: some of `boundaries`, `train_id`, `test_id`."""
     recordable: bool = False
-    """Whether the hooks of a gradient step (`params`, `batches`, `loss`, `grads`, `frozen`, `after_step`) depend on the
-    tensors that they are handed, and on settings, alone: then whole steps are recorded and replayed without Python. It
-    is to stand in the method's own class, for a class derived from it may do anything."""
+    """Whether the hooks of a gradient step (`params`, `batch`, `batches`, `loss`, `grads`, `frozen`, `after_step`)
+    depend on the tensors that they are handed, and on settings, alone: then whole steps are recorded and replayed
+    without Python. It is to stand in the method's own class, for a class derived from it may do anything."""
 
     def init(self, learner: Any, state: State) -> Memory:
         """Initial memory of the method."""
@@ -109,6 +111,10 @@ class Method:
     def params(self, learner: Any, p: Params, m: Memory, task: Task) -> Params:
         """Effective parameters of every forward pass, in training and evaluation."""
         return p
+
+    def batch(self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task) -> tree.Tree:
+        """Minibatch for the learner's own loss; the other hooks get the original one."""
+        return batch
 
     def batches(
         self, learner: Any, p: Params, m: Memory, batch: tree.Tree, task: Task, key: Tensor

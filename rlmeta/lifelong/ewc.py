@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from rlmeta.functional import random, tree
-from rlmeta.functional.packed import Packed
-from rlmeta.functional.quadratics import add_quadratic, replace_quadratic, zero_quadratic
+from rlmeta.functional.quadratics import add_quadratic, replace_quadratic
 from rlmeta.learning.method import Draw, Gradients, Memory, Method, Task
-from rlmeta.learning.predictive import check_predictive, predicting
-from rlmeta.learning.settings import PerLearner, check_choices, require_finite, require_range, values_of
+from rlmeta.learning.predictive import predicting
+from rlmeta.learning.settings import PerLearner, check_choices, require_range
 from rlmeta.learning.state import Params, State
+from rlmeta.lifelong.anchors import held, initial_anchor, is_idle, packed, pulled
 from rlmeta.lifelong.recall import check_room, per_learner, position_of
 from rlmeta.nn import CategoricalHead, Context, GaussianHead
 from rlmeta.nn.fisher import FisherKind, categorical_fisher, gaussian_fisher, score_fisher
@@ -35,7 +35,7 @@ class EWC(Method):
     """Settings of EWC, and the method itself."""
 
     strength: PerLearner = 1e3
-    """λ: weight of the penalty ½ λ Σ F (θ - θₖ)², with F averaged per sample."""
+    """λ: weight of the penalty ½ λ Σ F (θ - θₖ)², with F averaged per sample; inf holds every weight with F > 0."""
     samples: int = 500
     """Number of samples for the Fisher information of a task, at most all of its training samples."""
     fisher: FisherKind = "exact"
@@ -53,35 +53,23 @@ class EWC(Method):
         require_range(self, "strength", 0.0)
         require_range(self, "samples", 1)
         require_range(self, "decay", 0.0, 1.0)
-        require_finite(self, "strength")
         check_choices(self)
-
-    @property
-    def _idle(self) -> bool:
-        """Whether the strength is 0 for every learner."""
-        return not any(values_of(self.strength))
 
     def init(self, learner: Any, state: State) -> Memory:
         """Initial EWC memory before the first task: a quadratic penalty of zero for every weight."""
-        check_predictive(learner)
+        anchor = initial_anchor(learner, self.strength, state)
         if learner.acts:
             check_room(learner, state, self.samples, "samples")
-        flat = Packed.of(state["params"]["weights"], state["key"].dim()).flat
-        return {
-            "quadratic": zero_quadratic(flat),
-            "strength": per_learner(self.strength, state),
-            "decay": per_learner(self.decay, state),
-            "key": random.fold(state["key"], "ewc"),
-        }
+        return {**anchor, "decay": per_learner(self.decay, state), "key": random.fold(state["key"], "ewc")}
 
     def task_end(self, learner: Any, p: Params, m: Memory, task: Task, draw: Draw) -> tuple[Params, Memory]:
         """Add the Fisher information of the task that has ended to the quadratic penalty."""
-        if self._idle:
+        if is_idle(self.strength):
             return p, m
         axes = task["index"].dim()
         key = random.fold(m["key"], position_of(task))
         fisher = information(learner, p, draw(self.samples), axes, self.fisher, key)
-        theta = Packed.of(p["weights"], axes).flat
+        theta = packed(p, axes)
         if self.online:
             quadratic = replace_quadratic(m["quadratic"], fisher, theta, m["decay"])
         else:
@@ -90,12 +78,11 @@ class EWC(Method):
 
     def grads(self, learner: Any, gradients: Gradients, p: Params, m: Memory, task: Task) -> Tensor:
         """Add the gradient of the quadratic penalty to the total gradient."""
-        if self._idle:
-            return gradients.total
-        q, strength = m["quadratic"], m["strength"].unsqueeze(-1)
-        theta = Packed.of(p["weights"], task["index"].dim()).flat.detach()
-        pulled = gradients.total + strength * (q["precision"] * (theta - q["centre"]))
-        return torch.where(strength > 0, pulled, gradients.total)
+        return gradients.total if is_idle(self.strength) else pulled(gradients.total, p, m)
+
+    def frozen(self, p: Params, m: Memory, task: Task) -> Tensor | None:
+        """Mask of the weights that an infinite strength holds."""
+        return held(self.strength, m)
 
 
 # ---------------------------------------------------------------------- Fisher information of a learner

@@ -157,7 +157,7 @@ def per_learner(setting: float | Sequence[float], state: State) -> Tensor:
         raise SettingError(f"{len(values)} values for {key.numel()} learners: give one for each, or for equal blocks")
     dtype = next(iter(state["params"]["weights"].values())).dtype
     per_value = torch.tensor(values, dtype=dtype, device=key.device)
-    if not bool(torch.isfinite(per_value).all()):
+    if any(math.isfinite(value) for value, kept in zip(values, per_value.tolist()) if not math.isfinite(kept)):
         raise SettingError(f"{setting!r} is more than {dtype} can hold: choose a smaller number")
     return per_value.repeat_interleave(key.numel() // len(values)).reshape(key.shape)
 

@@ -94,14 +94,8 @@ class Replay(Method):
         """Draw a minibatch from the replay buffer uniformly."""
         if self._idle or learner.acts or not bool(m["met"].any()):
             return ()
-        axes = task["index"].dim()
-        size = self.batch_size or next(tree.leaves(batch)).shape[axes]
-        groups = m["met"].shape[-1]
-        share = next(tree.leaves(m["samples"])).shape[axes] // groups
-        filled = torch.arange(share, device=key.device) < m["met"].clamp(max=share).unsqueeze(-1)
-        ends = filled.flatten(axes).cumsum(-1)
-        chosen = random.integers(key, "rows", 0, (size,), ends[..., -1:])
-        return [(gather(m["samples"], torch.searchsorted(ends, chosen, right=True)), m["strength"])]
+        size = self.batch_size or next(tree.leaves(batch)).shape[task["index"].dim()]
+        return [(draw_from_reservoir(m["samples"], m["met"], size, key), m["strength"])]
 
     def after_step(self, learner: Any, info: StepInfo, p: Params, m: Memory, task: Task, key: Tensor) -> Memory:
         """Add the minibatch to the reservoirs by reservoir sampling."""
@@ -130,6 +124,19 @@ class Replay(Method):
         rows = random.integers(key, "rows", 0, (size,), kept.unsqueeze(-1))
         samples = gather(tree.map(lambda x: x.flatten(axes, axes + 1), m["samples"]), rows)
         return m["strength"] * recall_loss(learner, p, samples, Context(training=True)).mean(-1)
+
+
+def draw_from_reservoir(samples: tree.Tree, met: Tensor, size: int, key: Tensor) -> tree.Tree:
+    """Draw `size` samples `[*L, size, ...]` uniformly, with replacement, of all that the reservoirs hold.
+
+    `samples` and `met` are those of `reservoir`, and something was offered to every learner's before.
+    """
+    axes, groups = key.dim(), met.shape[-1]
+    share = next(tree.leaves(samples)).shape[axes] // groups
+    filled = torch.arange(share, device=key.device) < met.clamp(max=share).unsqueeze(-1)
+    ends = filled.flatten(axes).cumsum(-1)
+    chosen = random.integers(key, "rows", 0, (size,), ends[..., -1:])
+    return gather(samples, torch.searchsorted(ends, chosen, right=True))
 
 
 def reservoir(samples: tree.Tree, met: Tensor, new: tree.Tree, group: Tensor, key: Tensor) -> tuple[tree.Tree, Tensor]:

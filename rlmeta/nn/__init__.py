@@ -40,7 +40,7 @@ from rlmeta.nn.norm import BatchNorm1d, LayerNorm
 from rlmeta.nn.pictures import Layout, Picture, impala_cnn, minatar_cnn, nature_cnn, picture_cnn, picture_layout
 from rlmeta.nn.recurrent import ElmanCell, GRUCell, LSTMCell, Recurrent
 from rlmeta.nn.renorm import BatchRenorm
-from rlmeta.nn.sample_gradients import check_outputs, group_gradients, squared_gradients
+from rlmeta.nn.sample_gradients import absolute_gradients, check_outputs, group_gradients, squared_gradients
 from rlmeta.nn.units import ActionBounds, ActionUnits
 from rlmeta.nn.weight_norm import NormedWeight
 
@@ -98,6 +98,7 @@ __all__ = [
     "Transformer",
     "TransformerLayer",
     "ValueHead",
+    "absolute_gradients",
     "allowed",
     "apply",
     "attention",

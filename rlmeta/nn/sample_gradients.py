@@ -1,10 +1,11 @@
-"""Per-sample gradients, squared and summed, and gradients of groups of samples, from one batched backward pass.
+"""Per-sample gradients, their squares or absolute values summed, and gradients of groups, from one backward pass.
 
 The gradient of sample i at a linear layer y = x Wᵀ + b is the outer product δᵢ xᵢᵀ of the gradient at the layer's
-output and its input (Goodfellow, "Efficient per-example gradient computations", 2015). Sums of squared gradients, and
-gradients of groups, are therefore matrix products of what the layers record in `Context.taps`, and no per-sample
-gradient is ever formed. Weights that are not used by a linear layer of this package are differentiated sample by
-sample, by `torch.func.vmap` or in a loop if that cannot run the function, and group by group.
+output and its input (Goodfellow, "Efficient per-example gradient computations", 2015), and so its square is that of
+their squares, its absolute value that of theirs. Sums of these, and gradients of groups, are therefore matrix products
+of what the layers record in `Context.taps`, and no per-sample gradient is ever formed. Weights that are not used by a
+linear layer of this package are differentiated sample by sample, by `torch.func.vmap` or in a loop if that cannot run
+the function, and group by group.
 
 The function may be any that computes its outputs from the weights in its arguments. Functions for which the result
 would be silently wrong (outputs that depend on none of these weights, rows of the batch that depend on each other) are
@@ -36,6 +37,9 @@ normalisation and dropout run in evaluation mode. It is fastest if it passes the
 
 Cotangents: TypeAlias = Callable[[Tensor, tree.Tree], Iterator[Tensor]]
 """Function from outputs `[*L, B, K]` and their batch to cotangents `[*L, B, K]`, one after another."""
+
+_Factor: TypeAlias = Callable[[Tensor], Tensor]
+"""What gradients are multiplied with before they are summed: themselves, for squares, or signs, for absolute values."""
 
 _MAX_TEMPORARY_ENTRIES = 1 << 24
 """Maximal number of entries of a temporary tensor where per-sample gradients are formed."""
@@ -73,6 +77,33 @@ def squared_gradients(
         SettingError: the outputs have another shape, depend on none of the weights, or on other samples than their own,
             or `chunk` is less than 1.
     """
+    return _sums(torch.positive, forward, p, batch, cotangents_of, learner_axes, names, chunk)
+
+
+def absolute_gradients(
+    forward: Forward,
+    p: ParamTree,
+    batch: tree.Tree,
+    cotangents_of: Cotangents,
+    learner_axes: int,
+    names: Sequence[str] | None = None,
+    chunk: int = 512,
+) -> Tensor:
+    """Sum of absolute per-sample gradients, Σᵢ Σᵣ |Jᵢᵀ vᵢᵣ|; arguments, result and errors as `squared_gradients`."""
+    return _sums(torch.sign, forward, p, batch, cotangents_of, learner_axes, names, chunk)
+
+
+def _sums(
+    factor: _Factor,
+    forward: Forward,
+    p: ParamTree,
+    batch: tree.Tree,
+    cotangents_of: Cotangents,
+    learner_axes: int,
+    names: Sequence[str] | None,
+    chunk: int,
+) -> Tensor:
+    """Sum of per-sample gradients times their factor, `[*L, P]`."""
     axes, wanted = learner_axes, _wanted(p, names)
     require_count("fisher: chunk", chunk)
     with _differentiating():
@@ -84,9 +115,10 @@ def squared_gradients(
         tapped = _tapped_names(forward, constants, first_samples, reached, axes)
         for start in range(0, samples if tapped else 0, chunk):
             part = _narrow(batch, axes, start, min(chunk, samples - start))
-            _add_tapped_squares(sums, tapped, forward, constants, part, cotangents_of, axes)
+            _add_tapped(sums, tapped, factor, forward, constants, part, cotangents_of, axes)
         if reached - tapped:
-            _add_single_squares(sums, sorted(reached - tapped), forward, constants, batch, cotangents_of, axes, chunk)
+            rest = sorted(reached - tapped)
+            _add_single(sums, rest, factor, forward, constants, batch, cotangents_of, axes, chunk)
         return torch.cat([value.reshape(*value.shape[:axes], -1) for value in sums.values()], -1)
 
 
@@ -336,55 +368,63 @@ def _rows_are_samples(gradient: Tensor, chosen: Tensor, axes: int) -> bool:
     return bool((gradient.index_select(axes, (~chosen).nonzero().flatten()) == 0).all())
 
 
-def _add_tapped_squares(
+def _add_tapped(
     sums: dict[str, Tensor],
     wanted: set[str],
+    factor: _Factor,
     forward: Forward,
     p: ParamTree,
     batch: tree.Tree,
     cotangents_of: Cotangents,
     axes: int,
 ) -> None:
-    """Add the squared per-sample gradients of tapped linear layers to `sums`, in place.
+    """Add the per-sample gradients of tapped linear layers, times their factor, to `sums`, in place.
 
     Args:
         sums: `{name: like the weight}`, modified.
         wanted: names of the layers' weights.
+        factor: of gradients.
         forward, p, batch, cotangents_of: as for `squared_gradients`.
         axes: number of learner axes.
     """
     out, taps, _ = _run(forward, p, batch, wanted)
-    squares: dict[str, Tensor] = {}
+    sizes: dict[str, Tensor] = {}
     for cotangent in cotangents_of(out.detach(), batch):
         for prefix, gradients in _backward(out, taps, {}, cotangent, keep=True)[0].items():
             if len(gradients) == 1 and gradients[0].dim() == axes + 2:
-                square = squares.get(prefix)
-                first = gradients[0]
-                squares[prefix] = first.square() if square is None else square.addcmul_(first, first)
+                size, first = sizes.get(prefix), gradients[0]
+                sizes[prefix] = _sized(first, factor) if size is None else size.addcmul_(first, factor(first))
             else:
-                _add_outer_squares(sums, wanted, prefix, [x for x, _ in taps[prefix]], gradients, axes)
-    for prefix, square in squares.items():  # summed over cotangents before the product, so that there is one product
+                _add_outer(sums, wanted, factor, prefix, [x for x, _ in taps[prefix]], gradients, axes)
+    for prefix, size in sizes.items():  # summed over cotangents before the product, so that there is one product
         if f"{prefix}weight" in wanted:
-            sums[f"{prefix}weight"] += product(square.mT, taps[prefix][0][0].square())
+            sums[f"{prefix}weight"] += product(size.mT, _sized(taps[prefix][0][0], factor))
         if f"{prefix}bias" in wanted:
-            sums[f"{prefix}bias"] += square.sum(-2)
+            sums[f"{prefix}bias"] += size.sum(-2)
 
 
-def _add_outer_squares(
+def _sized(x: Tensor, factor: _Factor) -> Tensor:
+    """Square or absolute value."""
+    return x * factor(x)
+
+
+def _add_outer(
     sums: dict[str, Tensor],
     wanted: set[str],
+    factor: _Factor,
     prefix: str,
     inputs: list[Tensor],
     gradients: list[Tensor],
     axes: int,
 ) -> None:
-    """Add the squared per-sample gradients of a layer that every sample passes several times to `sums`, in place.
+    """Add the per-sample gradients of a layer that every sample passes several times to `sums`, in place.
 
-    Such a gradient is a sum of outer products, which is squared as a whole.
+    Such a gradient is a sum of outer products, whose square or absolute value is taken as a whole.
 
     Args:
         sums: `{name: like the weight}`, modified.
         wanted: names of weights.
+        factor: of gradients.
         prefix: prefix of the layer's weights.
         inputs: of every call of the layer, `[*L, B, ..., in]`.
         gradients: at the outputs of every call, `[*L, B, ..., out]`.
@@ -395,9 +435,9 @@ def _add_outer_squares(
     size = max(1, _MAX_TEMPORARY_ENTRIES // (x.shape[-1] * g.shape[-1] * x.shape[:axes].numel()))
     for some_x, some_g in zip(torch.split(x, size, axes), torch.split(g, size, axes)):
         if f"{prefix}weight" in wanted:
-            sums[f"{prefix}weight"] += (some_g.mT @ some_x).square().sum(axes)
+            sums[f"{prefix}weight"] += _sized(some_g.mT @ some_x, factor).sum(axes)
         if f"{prefix}bias" in wanted:
-            sums[f"{prefix}bias"] += some_g.sum(-2).square().sum(axes)
+            sums[f"{prefix}bias"] += _sized(some_g.sum(-2), factor).sum(axes)
 
 
 def _tapped_groups(wanted: set[str], losses: Forward, p: ParamTree, batch: tree.Tree, axes: int) -> dict[str, Tensor]:
@@ -434,9 +474,10 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 # ---------------------------------------------------------------------- other weights: sample by sample, group by group
 
 
-def _add_single_squares(
+def _add_single(
     sums: dict[str, Tensor],
     names: Sequence[str],
+    factor: _Factor,
     forward: Forward,
     p: ParamTree,
     batch: tree.Tree,
@@ -444,22 +485,23 @@ def _add_single_squares(
     axes: int,
     chunk: int,
 ) -> None:
-    """Add the squared per-sample gradients of any weights to `sums`, in place, sample by sample.
+    """Add the per-sample gradients of any weights, times their factor, to `sums`, in place, sample by sample.
 
     Args:
         sums: `{name: like the weight}`, modified.
         names: of the weights.
+        factor: of gradients.
         forward, p, batch, cotangents_of, chunk: as for `squared_gradients`.
         axes: number of learner axes.
     """
     weights = {name: p["weights"][name] for name in names}
 
-    def squares(sample: tree.Tree, cotangents: Tensor) -> dict[str, Tensor]:
-        """Squared gradients Σᵣ (Jᵀ vᵣ)² of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`."""
+    def sizes(sample: tree.Tree, cotangents: Tensor) -> dict[str, Tensor]:
+        """Sizes Σᵣ of the gradients Jᵀ vᵣ of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`."""
         alone = tree.map(lambda x: x.unsqueeze(axes), sample)
         _, pull, *_ = torch.func.vjp(lambda w: forward(_with(p, w), alone, Context()), weights)
         gradients = [pull(cotangent.unsqueeze(axes))[0] for cotangent in cotangents.unbind(0)]
-        return {name: torch.stack([g[name].square() for g in gradients]).sum(0) for name in names}
+        return {name: torch.stack([_sized(g[name], factor) for g in gradients]).sum(0) for name in names}
 
     samples = next(tree.leaves(batch)).shape[axes]
     chunk = max(1, min(chunk, _MAX_TEMPORARY_ENTRIES // sum(weight.numel() for weight in weights.values())))
@@ -467,32 +509,32 @@ def _add_single_squares(
         part = _narrow(batch, axes, start, min(chunk, samples - start))
         with torch.no_grad():
             cotangents = torch.stack(list(cotangents_of(forward(p, part, Context()), part)))
-        for name, square in _sum_over_samples(squares, part, cotangents, axes).items():
-            sums[name] += square
+        for name, size in _sum_over_samples(sizes, part, cotangents, axes).items():
+            sums[name] += size
 
 
-Squares: TypeAlias = Callable[[tree.Tree, Tensor], dict[str, Tensor]]
+_Sizes: TypeAlias = Callable[[tree.Tree, Tensor], dict[str, Tensor]]
 
 
-def _sum_over_samples(squares: Squares, batch: tree.Tree, cotangents: Tensor, axes: int) -> dict[str, Tensor]:
-    """Sum squared gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function.
+def _sum_over_samples(sizes: _Sizes, batch: tree.Tree, cotangents: Tensor, axes: int) -> dict[str, Tensor]:
+    """Sum sizes of gradients over samples, by `torch.func.vmap`, or in a loop if that cannot run the function.
 
     Args:
-        squares: function of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`.
+        sizes: function of a sample `[*L, ...]` and its cotangents `[R, *L, (K)]`.
         batch: samples `[*L, B, ...]`.
         cotangents: `[R, *L, B, (K)]`.
         axes: number of learner axes.
     """
     try:
         dims = tree.map(lambda _: axes, batch), axes + 1
-        many = torch.func.vmap(squares, in_dims=dims)(batch, cotangents)
-        return {name: square.sum(0) for name, square in many.items()}
+        many = torch.func.vmap(sizes, in_dims=dims)(batch, cotangents)
+        return {name: size.sum(0) for name, size in many.items()}
     except (RuntimeError, ValueError, TypeError, NotImplementedError):  # an operation has no batching rule
         total: dict[str, Tensor] = {}
         for row in range(cotangents.shape[axes + 1]):
             sample = tree.map(lambda x: x.select(axes, row), batch)  # noqa: B023 - used at once
-            for name, square in squares(sample, cotangents.select(axes + 1, row)).items():
-                _accumulate(total, name, square)
+            for name, size in sizes(sample, cotangents.select(axes + 1, row)).items():
+                _accumulate(total, name, size)
         return total
 
 

@@ -98,7 +98,7 @@ def one_step(progress: float, **settings: Any) -> tuple[Any, StepInfo, Tensor]:
     gradient = flat(dict(zip(weights, slopes)))
     delta = -0.1 * gradient
     moved = {**p, "weights": Packed.view(p["weights"].flat + delta, p["weights"], 1)}
-    info = StepInfo(gradient, delta, batch)
+    info = StepInfo(gradient, delta, batch, {})
     return (agent, method, moved, m, task), info, slope[:, 1]
 
 

@@ -11,7 +11,23 @@ from torch import Tensor
 
 import rlmeta as rl
 from rlmeta.learning.method import Method
-from rlmeta.lifelong import AGEM, ALL, EWC, GEM, HAT, GenerativeReplay, PackNet, Replay
+from rlmeta.lifelong import (
+    AGEM,
+    ALL,
+    DER,
+    ERACE,
+    EWC,
+    GEM,
+    HAT,
+    L2,
+    MAS,
+    SI,
+    GenerativeReplay,
+    LwF,
+    PackNet,
+    Replay,
+    RWalk,
+)
 from tests.lifelong.test_methods import SHORT, agent, conflicts
 from tests.lifelong.toy import learner, pictures, points
 
@@ -21,6 +37,7 @@ HOOKS = (
     "learn",
     "task_end",
     "params",
+    "batch",
     "batches",
     "loss",
     "grads",
@@ -66,7 +83,9 @@ class Watched(Method):
 
 METHODS = [EWC(strength=10.0, samples=16), EWC(strength=10.0, samples=16, online=True, decay=0.9), GEM(memory=8)]
 METHODS += [AGEM(memory=8, batch_size=8), PackNet(), PackNet(retrain=0.0, keep=0.3), Replay(size=16), HAT()]
-LABELLED = [GenerativeReplay(latent=2, hidden_sizes=(5,))]
+METHODS += [L2(), SI(), MAS(samples=16), RWalk(), LwF()]
+PICTURES = [GenerativeReplay(latent=2, hidden_sizes=(5,))]
+LABELLED = [*PICTURES, DER(size=8), ERACE(size=8)]
 
 
 def test_every_method_is_looked_after():
@@ -76,7 +95,7 @@ def test_every_method_is_looked_after():
 @pytest.mark.parametrize("method", METHODS + LABELLED, ids=repr)
 def test_hooks_write_nothing_in_place(method):
     watched = Watched(method)
-    problem = pictures() if method in LABELLED else points()
+    problem = pictures() if method in PICTURES else points()
     rl.train(learner(), problem, steps=80, seeds=2, lifelong=[watched])
     assert watched.calls > 100
 

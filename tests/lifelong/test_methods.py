@@ -15,16 +15,30 @@ from rlmeta.envs.streams import stream
 from rlmeta.errors import SettingError
 from rlmeta.functional import tree
 from rlmeta.learning.method import effective_params
-from rlmeta.lifelong import AGEM, EWC, GEM, HAT, PackNet, Replay
+from rlmeta.lifelong import AGEM, DER, ERACE, EWC, GEM, HAT, L2, MAS, SI, LwF, PackNet, Replay, RWalk
 from rlmeta.lifelong.recall import per_learner
 from rlmeta.runs import stages
 from tests.lifelong.toy import flat, learner, points, tasks, trained
 
-OFF = [EWC(strength=0.0), GEM(memory=0), AGEM(memory=0), Replay(size=0), Replay(strength=0.0)]
-ON = [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8, batch_size=8), Replay(size=6), PackNet(), HAT()]
+OFF = [EWC(strength=0.0), L2(strength=0.0), SI(strength=0.0), MAS(strength=0.0), RWalk(strength=0.0)]
+OFF += [LwF(strength=0.0), GEM(memory=0), AGEM(memory=0), Replay(size=0), Replay(strength=0.0)]
+LABELLED_OFF = [DER(size=0), DER(distillation=0.0, strength=0.0), ERACE(size=0)]
+ON = [
+    EWC(strength=100.0),
+    GEM(memory=8),
+    AGEM(memory=8, batch_size=8),
+    Replay(size=6),
+    L2(),
+    SI(),
+    MAS(),
+    RWalk(),
+    LwF(),
+]
+ON += [DER(size=6), DER(size=6, strength=0.0), ERACE(size=6)]
+ON += [PackNet(), HAT()]
 
 
-@pytest.mark.parametrize("method", OFF, ids=repr)
+@pytest.mark.parametrize("method", OFF + LABELLED_OFF, ids=repr)
 def test_a_method_that_is_switched_off_is_fine_tuning_bit_for_bit(method):
     assert torch.equal(flat(trained(method).state), flat(trained().state))
 
@@ -34,7 +48,10 @@ def test_a_method_that_is_switched_on_is_not(method):
     assert not torch.equal(flat(trained(method).state), flat(trained().state))
 
 
-@pytest.mark.parametrize("method", [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8), PackNet(retrain=0.0)])
+@pytest.mark.parametrize(
+    "method",
+    [EWC(strength=100.0), GEM(memory=8), AGEM(memory=8), L2(), SI(), MAS(), RWalk(), LwF(), PackNet(retrain=0.0)],
+)
 def test_the_first_task_is_as_without_the_method(method):
     run, plain = trained(method, count=1), trained(count=1)
     assert torch.equal(flat(run.state), flat(plain.state))
@@ -99,7 +116,7 @@ def without_steps(arguments: dict) -> dict:
     return {name: value for name, value in arguments.items() if name != "steps"}
 
 
-@pytest.mark.parametrize("method", ON[:4], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", ON[:-2], ids=lambda m: m.name)
 def test_which_task_it_is_at_test_is_not_looked_at(method):
     run = trained(method)
     state = run.state
@@ -189,9 +206,8 @@ def test_memories_that_the_machine_has_no_room_for_are_refused_before_they_are_m
 def test_settings_that_are_infinite_or_no_choice_are_refused():
     inf = float("inf")
     for make, words in (
-        (lambda: EWC(strength=inf), "EWC: strength is inf, expected a number that is finite"),
-        (lambda: EWC(strength=[1.0, inf]), r"EWC: strength is \[1.0, inf\], expected a number that is finite"),
-        (lambda: Replay(strength=inf), "Replay: strength is inf"),
+        (lambda: Replay(strength=inf), "Replay: strength is inf, expected a number that is finite"),
+        (lambda: Replay(strength=[1.0, inf]), r"Replay: strength is \[1.0, inf\], expected a number that is finite"),
         (lambda: GEM(margin=inf), "GEM: margin is inf"),
         (lambda: PackNet(retrain=inf), "PackNet: retrain is inf"),
         (lambda: rl.Classifier(learning_rate=inf), "Classifier: learning_rate is inf"),
@@ -258,8 +274,7 @@ AGENTS = [
     GEM(memory=8),
     AGEM(memory=8, batch_size=8),
     Replay(size=16),
-    PackNet(),
-    HAT(),
+    *(L2(), SI(), MAS(samples=32), RWalk(), LwF(), PackNet(), HAT()),
 ]
 
 

@@ -222,7 +222,7 @@ def test_what_has_a_gradient_is_noted_from_step_to_step():
     nothing = torch.zeros_like(m["useful"], dtype=torch.float32)
     for entry, size in ((0, 0.5), (1, -0.5), (2, 0.0)):
         gradient = nothing.index_fill(-1, torch.tensor([entry]), size)
-        m = method.after_step(run.agent, StepInfo(gradient, nothing + 1.0, {}), p, m, task, run.state["key"])
+        m = method.after_step(run.agent, StepInfo(gradient, nothing + 1.0, {}, p), p, m, task, run.state["key"])
     assert m["useful"].sum(-1).tolist() == [2, 2, 2] and m["useful"][..., :2].all()
     assert not method.task_start(run.agent, p, m, task)[1]["useful"].any()
     assert not method.phase_start(run.agent, p, m, task, "retrain")[1]["useful"].any(), "anew after the pruning"

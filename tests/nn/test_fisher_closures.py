@@ -233,10 +233,10 @@ def test_layers_used_in_other_ways_than_row_by_row(forward, samples):
 
 def test_only_what_is_not_a_linear_layers_is_differentiated_sample_by_sample(monkeypatch):
     differentiated = []
-    original = sample_gradients._add_single_squares
+    original = sample_gradients._add_single
     monkeypatch.setattr(
         sample_gradients,
-        "_add_single_squares",
+        "_add_single",
         lambda *arguments: (differentiated.append(arguments[1]), original(*arguments)),
     )
     for name, left in (("mlp", []), ("group norm", [["1.bias", "1.weight"]])):

@@ -148,6 +148,10 @@ CONFIGURATIONS: dict[str, Callable[..., rl.Run]] = {
     "ewc-agem": _stream(
         _CLASSIFIER, "split-digits", 1_600, [rl.EWC(strength=[10.0, 100.0]), rl.AGEM(memory=50)], scenario="domain"
     ),
+    "si-lwf": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.SI(), rl.LwF()], scenario="task"),
+    "mas-der": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.MAS(samples=50), rl.DER(size=50)], scenario="class"),
+    "rwalk-er-ace": _stream(_CLASSIFIER, "split-digits", 1_600, [rl.RWalk(), rl.ERACE(size=50)], scenario="class"),
+    "control-l2-lwf": _stream(_CONTROL, "cartpole-conflicts", 2_048, [rl.L2(), rl.LwF()]),
     "control-packnet": _stream(_CONTROL, "cartpole-conflicts", 2_048, [rl.PackNet()]),
     "control-ewc-replay": _stream(_CONTROL, "cartpole-conflicts", 2_048, [rl.EWC(), rl.Replay()]),
 }
