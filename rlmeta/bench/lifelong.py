@@ -28,7 +28,24 @@ from rlmeta.envs.streams import TaskStream, stream
 from rlmeta.errors import SettingError, unknown_name
 from rlmeta.functional import random
 from rlmeta.learning.settings import hyper_tensors
-from rlmeta.lifelong import AGEM, EWC, GEM, HAT, GenerativeReplay, Method, PackNet, Replay, metrics
+from rlmeta.lifelong import (
+    AGEM,
+    DER,
+    ERACE,
+    EWC,
+    GEM,
+    HAT,
+    L2,
+    MAS,
+    SI,
+    GenerativeReplay,
+    LwF,
+    Method,
+    PackNet,
+    Replay,
+    RWalk,
+    metrics,
+)
 from rlmeta.runs import stages
 from rlmeta.runs.experiment import Budget
 from rlmeta.runs.presets import preset
@@ -123,6 +140,11 @@ SPLIT = {
     "task": (
         Row("none", NETWORK),
         Row("EWC", NETWORK, (EWC(strength=1e4),)),
+        Row("SI", NETWORK, (SI(strength=1e3),)),
+        Row("MAS", NETWORK, (MAS(strength=0.1),)),
+        Row("RWalk", NETWORK, (RWalk(strength=10.0),)),
+        Row("L2", NETWORK, (L2(strength=0.1),)),
+        Row("LwF", NETWORK, (LwF(strength=3.0),)),
         Row("GEM", NETWORK, (GEM(memory=40, margin=0.5),)),
         Row("PackNet", NETWORK, (PackNet(),)),
         Row("HAT", NETWORK, (HAT(s_max=100.0, learning_rate=5e-3),)),
@@ -134,6 +156,9 @@ SPLIT = {
         Row("EWC", NETWORK, (EWC(strength=1e4),)),
         Row("GEM", NETWORK, (GEM(memory=40, margin=0.5),)),
         Row("replay, 20 a class", NETWORK, (Replay(size=200),)),
+        Row("DER, 200", NETWORK, (DER(distillation=1.0, strength=0.0),)),
+        Row("DER++, 200", NETWORK, (DER(distillation=0.3, strength=1.0),)),
+        Row("ER-ACE, 200", NETWORK, (ERACE(size=200),)),
         Row("generative replay", NETWORK, (GenerativeReplay(),)),
     ),
 }
