@@ -23,7 +23,7 @@ import rlmeta as rl
 from rlmeta.envs.world import State, World
 from rlmeta.functional import losses, optim, random, tree
 from rlmeta.learning import replay
-from rlmeta.nn import MLP, Block, Encoder, QHead, Sequential, apply, stack
+from rlmeta.nn import MLP, Block, Encoder, QHead, Sequential, apply, picture_cnn, stack
 
 NUM_ENVS, NUM_STEPS = 8, 4  # environments of each seed, steps in each between updates
 GRADIENT_STEPS, BATCH_SIZE = 16, 64  # in an update
@@ -38,7 +38,7 @@ HIDDEN_SIZES = (64, 64)
 
 def make_network(world: World) -> Block:
     """The values of all actions in a state."""
-    encoder = Encoder(world.observation_space)
+    encoder = Encoder(world.observation_space, choose=picture_cnn)  # convolutions of pictures, a vector of the rest
     body = MLP(encoder.features, HIDDEN_SIZES, activation="relu", initialiser="torch")
     return Sequential(encoder, body, QHead(HIDDEN_SIZES[-1], int(world.action_space.n)))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import rlmeta as rl
 from rlmeta.envs.world import State, World
 from rlmeta.functional import losses, optim, random, returns, tree
-from rlmeta.nn import MLP, Block, Encoder, Sequential, ValueHead, apply, head_for, stack
+from rlmeta.nn import MLP, Block, Encoder, Sequential, ValueHead, apply, head_for, picture_cnn, stack
 
 NUM_ENVS, NUM_STEPS = 8, 32  # environments of each seed, steps in each between updates
 NUM_EPOCHS = 20  # passes over a rollout
@@ -36,13 +36,14 @@ HIDDEN_SIZES = (64, 64)
 
 def make_networks(world: World) -> dict[str, Block]:
     """The policy, from observations to a distribution over actions, and the value of a state."""
-    encoder, features = Encoder(world.observation_space), HIDDEN_SIZES[-1]
-    head = head_for(world.action_space, features)
-    return {
-        "policy": Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES, activation="tanh"), head),
-        "value": Sequential(encoder, MLP(encoder.features, HIDDEN_SIZES, activation="tanh"), ValueHead(features)),
-        "head": head,  # the policy's, once more for what needs no weights: to sample from what the policy gave
-    }
+    head = head_for(world.action_space, HIDDEN_SIZES[-1])
+
+    def body() -> list[Block]:
+        encoder = Encoder(world.observation_space, choose=picture_cnn)  # convolutions of pictures, a vector of the rest
+        return [encoder, MLP(encoder.features, HIDDEN_SIZES, activation="tanh")]
+
+    policy, value = Sequential(*body(), head), Sequential(*body(), ValueHead(HIDDEN_SIZES[-1]))
+    return {"policy": policy, "value": value, "head": head}  # the head once more, to sample from what the policy gave
 
 
 def run(networks: dict, name: str, weights: dict, x: tree.Tree) -> tree.Tree:

@@ -25,7 +25,7 @@ from rlmeta.functional.packed import Packed
 from rlmeta.learning import off_policy, replay
 from rlmeta.learning.collect import collect
 from rlmeta.learning.settings import per_learner_names
-from rlmeta.nn import Encoder, pictures
+from rlmeta.nn import Context, Encoder, pictures
 from rlmeta.nn.pictures import Picture
 from rlmeta.runs.shipped import AGENTS
 
@@ -227,6 +227,24 @@ def test_updates_from_rollouts_are_the_packages(name, task, in_float64, monkeypa
         weights, moments = program.update(networks, weights, moments, rollout, *numbers)
     assert_same_weights(weights, state)
     assert all(bool((weights[part] != first[part]).reshape(LEARNERS, -1).any(1).all()) for part in weights)
+
+
+@pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce", "impala", "dqn"])
+def test_pictures_pass_the_networks_of_the_package(name: str) -> None:
+    program = load(name)
+    settings = replace(rl.preset(name, "CartPole-v1"), hidden_sizes=program.HIDDEN_SIZES)
+    world = rl.task("Catch-v0").world((2,), settings.num_envs)
+    agent = settings.bind(world.observation_space, world.action_space)
+    hyper = {h: torch.ones(2) for h in per_learner_names(type(settings))}
+    weights = by_network(programs_names(agent.init(random.make_keys(range(2)), hyper, world)["params"]["weights"]))
+    networks = {"q": program.make_network(world)} if name == "dqn" else program.make_networks(world)
+    observation = world.observation(world.reset(random.make_keys(range(2))))
+    for network in set(networks) - {"head"}:
+        own, package = networks[network], weights[network]
+        assert own.state_dict().keys() == package.keys()
+        assert max(weight.dim() for weight in package.values()) == 5  # of a convolution, with a learner axis
+        output = own.run(package, observation, Context())
+        assert next(tree.leaves(output)).shape[:2] == (2, settings.num_envs)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def test_the_best_learner_is_watched_and_the_film_lies_in_the_runs_folder(tmp_pa
     with av.open(str(film)) as container:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(pictures) == 20 and pictures[0].shape == (400, 200, 3)
+    balls = [np.argwhere((p[20::40, 20::40, 0] > 150) & (p[20::40, 20::40, 2] < 80))[:, 0] for p in pictures]
+    assert [rows.tolist() for rows in balls] == [[i] for i in range(10)] * 2  # to the last row, then from the first
     assert [path.name for path in film.parent.iterdir()] == ["watch.mp4"]
     assert main(["watch", str(tmp_path / "run")]) == 0  # the film of before is derived, and made anew
 
