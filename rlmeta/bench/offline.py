@@ -87,8 +87,8 @@ def offline(options: Offline) -> int:
     for data in options.data.split(","):
         recorded = data_set(data, options)
         rows = [_row(name, data, recorded, options) for name in options.rows.split(",")]
-        if options.d3rlpy:
-            rows += [_peer(name, data, recorded, options) for name in PEERS if name in options.rows.split(",")]
+        beside = [name for name in PEERS if options.d3rlpy or _kept(name, data, options).is_file()]
+        rows += [_peer(name, data, recorded, options) for name in beside if name in options.rows.split(",")]
         _report(data, recorded, rows, options)
     return 0
 
@@ -150,9 +150,14 @@ def _row(name: str, data: str, recorded: Demonstrations, options: Offline) -> di
     return row
 
 
+def _kept(name: str, data: str, options: Offline) -> Path:
+    """File of the result of d3rlpy's algorithm."""
+    return options.runs / f"{data}-{name}-d3rlpy.json"
+
+
 def _peer(name: str, data: str, recorded: Demonstrations, options: Offline) -> dict[str, Any]:
     """Result of d3rlpy's algorithm on the same data with the same settings, one seed; kept in a file."""
-    kept = options.runs / f"{data}-{name}-d3rlpy.json"
+    kept = _kept(name, data, options)
     if not kept.is_file():
         path = options.runs / f"{data}.npz"
         _export(recorded, path)

@@ -1,4 +1,4 @@
-"""Expert demonstrations for imitation learning: whole episodes, in one file without pickle."""
+"""Demonstrations for imitation and offline learning: whole recorded episodes, in one file without pickle."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Demonstrations:
     action: Tensor
     """`[M, ...]`"""
     reward: Tensor
-    """`[M]` float32, the environment's own; only to be reported, no imitator learns from it."""
+    """`[M]` float32, the environment's own; offline learners learn from it, imitators do not."""
     lengths: Tensor
     """`[E]` int64, steps of every episode."""
     terminated: Tensor
