@@ -32,6 +32,7 @@ SEEDS = (100, 101, 102, 103)
         ("ppg", "CartPole-v1", 475.0),
         ("sac", "MountainCarContinuous-v0", 90.0),
         ("sac", "PointReach-v0", 0.95),  # without hindsight under 0.2
+        ("sac", "Pendulum-positions", -350.0),
         ("dqn", "MountainCar-v0", -150.0),
         ("dqn", "Acrobot-v1", -95.0),
         ("rainbow", "MinAtar/Breakout-v1", 1.0),  # 20k of its 1M steps; at random 0.42
