@@ -34,6 +34,8 @@ SEEDS = (100, 101, 102, 103)
         ("dqn", "MountainCar-v0", -150.0),
         ("dqn", "Acrobot-v1", -95.0),
         ("ppo", "TMaze-v0", 0.95),  # of 250k of its 500k steps
+        ("ppo", "RepeatPrevious-easy", 0.9),  # of 100k of its 200k steps
+        ("ppo", "CartPole-noisy-easy", 0.85),  # of 100k of its 250k steps
         ("ppo", "Catch-v0", 0.95),
         ("dqn", "Catch-v0", 0.95),
     ],
