@@ -36,7 +36,9 @@ SEEDS = (100, 101, 102, 103)
         ("dqn", "MountainCar-v0", -150.0),
         ("dqn", "Acrobot-v1", -95.0),
         ("rainbow", "MinAtar/Breakout-v1", 1.0),  # 20k of its 1M steps; at random 0.42
-        ("ppo", "TMaze-v0", 0.95),  # of 250k of its 500k steps
+        ("ppo", "TMaze-v0", 0.95),
+        ("ppo", "RepeatPrevious-easy", 0.9),  # of 100k of its 200k steps
+        ("ppo", "CartPole-noisy-easy", 0.9),
         ("ppo", "Catch-v0", 0.95),
         ("dqn", "Catch-v0", 0.95),
     ],
@@ -47,7 +49,7 @@ def test_an_agents_preset_learns_its_task(agent: str, task: str, bar: float) -> 
     steps = 200_000 if agent in ("impala", "ppg") else steps
     longer = {"MountainCar-v0": 120_000, "Acrobot-v1": 100_000, "bandits": 300_000, "MountainCarContinuous-v0": 50_000}
     longer["MinAtar/Breakout-v1"] = 20_000
-    longer |= {"TMaze-v0": 250_000, "Catch-v0": 20_000}
+    longer |= {"TMaze-v0": 500_000, "CartPole-noisy-easy": 250_000, "Catch-v0": 20_000}
     steps = longer.get(task, steps)
     run = rl.train(settings, task, steps=steps, seeds=SEEDS)
     assert run.summary()[0]["iqm"] >= bar, run.scores.tolist()
