@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import gymnasium as gym
@@ -15,7 +16,7 @@ from rlmeta.errors import DemonstrationError, SettingError, SpaceError
 from rlmeta.functional import tree
 from rlmeta.learning.state import take
 from tests.agents.worlds import Target, start, train
-from tests.offline.data import SETTINGS, guesses, recorded
+from tests.offline.data import NETWORK, SETTINGS, SMALL, guesses, recorded
 from tests.runs.test_resume import assert_same_run
 
 FEW = rl.Budget(steps=16, eval_every=8, eval_episodes=1, final_episodes=1, checkpoint_seconds=0.0, log_points=4)
@@ -99,7 +100,8 @@ def test_the_command_line_is_pythons(tmp_path, monkeypatch):
     flags = "--num-steps 4 --batch-size 8 --hidden-sizes 8 --final-episodes 1 --eval-every 8 --eval-episodes 1 --quiet"
     assert main(f"train iql Pendulum-v1 --demonstrations data --steps 8 --out run {flags}".split()) == 0
     budget = rl.Budget(steps=8, eval_every=8, eval_episodes=1, final_episodes=1)
-    run = rl.train(SETTINGS["iql"](given), "Pendulum-v1", budget=budget)
+    settings = replace(rl.preset("iql", "Pendulum-v1"), demonstrations=given, **SMALL, **NETWORK)
+    run = rl.train(settings, "Pendulum-v1", budget=budget)
     assert torch.equal(rl.load("run").evaluation.returns, run.evaluation.returns)
 
 
