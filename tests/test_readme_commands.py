@@ -16,13 +16,14 @@ from rlmeta.bench.imitation import Imitation
 from rlmeta.bench.lifelong import Lifelong
 from rlmeta.bench.meta import Meta
 from rlmeta.bench.offline import Offline
+from rlmeta.bench.rainbow import Ablation
 from rlmeta.cli.main import main
 from rlmeta.cli.plan import from_flags
 from tests.markdown import DOCUMENTS, ROOT, small_blocks
 from tests.test_readme import run
 
 BENCHMARKS = {"agents": Agents, "checkout": Checkout, "engine": Engine}
-BENCHMARKS |= {"imitation": Imitation, "lifelong": Lifelong, "meta": Meta, "offline": Offline}
+BENCHMARKS |= {"imitation": Imitation, "lifelong": Lifelong, "meta": Meta, "offline": Offline, "rainbow": Ablation}
 
 
 def commands_of(document: str) -> list[str]:

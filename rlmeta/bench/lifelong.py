@@ -141,7 +141,7 @@ SPLIT = {
         Row("none", NETWORK),
         Row("EWC", NETWORK, (EWC(strength=1e4),)),
         Row("SI", NETWORK, (SI(strength=300.0),)),
-        Row("MAS", NETWORK, (MAS(strength=0.1),)),
+        Row("MAS", NETWORK, (MAS(strength=0.03),)),
         Row("RWalk", NETWORK, (RWalk(strength=10.0),)),
         Row("L2", NETWORK, (L2(strength=0.1),)),
         Row("LwF", NETWORK, (LwF(),)),

@@ -121,7 +121,8 @@ def settings_of(program: ModuleType, name: str) -> dict[str, Any]:
 def programs_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of the package's networks under the names that they have in the programs."""
     shorter = [("member.joint.", "member.0."), ("member.head.", "member.1."), ("body.", ""), ("head.", "2.")]
-    if any(".body.0." in name for name in tensors):  # an encoder of pictures, which has weights, and no layers after it
+    encoded, layered = (any(f".body.{place}." in name for name in tensors) for place in (0, 1))
+    if encoded and not layered:  # an encoder of pictures, which has weights, and no layers after it
         shorter = [("body.", "0."), ("head.", "1.")]
     if any(name.startswith("q.joint.") for name in tensors):  # a critic alone
         shorter = [("q.joint.", "q.0."), ("q.head.", "q.1."), *shorter]
