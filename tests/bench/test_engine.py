@@ -29,6 +29,7 @@ def test_backends_end_with_equal_weights(tmp_path, monkeypatch, capsys):
     assert "1.00x" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_checkout_is_compared_with_another(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkout, "CASES", {"A2C": "a2c CartPole-v1 --steps 400 --final-episodes 4"})
     flags = ["--against", str(ROOT), "--rounds", "1", "--out", str(tmp_path / "checkout.json")]

@@ -212,7 +212,9 @@ def _spin() -> None:
         pass
 
 
-@pytest.mark.parametrize("how", [lambda: time.sleep(1000), _spin], ids=["sleeps", "spins"])
+@pytest.mark.parametrize(
+    "how", [lambda: time.sleep(1000), pytest.param(_spin, marks=pytest.mark.slow)], ids=["sleeps", "spins"]
+)
 def test_an_environment_that_does_not_answer_is_named_and_ended(how: Callable[[], Any]) -> None:
     task = rl.task(_hangs(1, how), name="hangs", mode="async", worker_timeout=1.0)
     world: Any = GymnasiumWorld(task.source, (2,), 2, mode="async", workers=1, worker_timeout=task.worker_timeout)
@@ -319,7 +321,13 @@ WAYS_TO_HANG = {
 }
 
 
-@pytest.mark.parametrize("does", WAYS_TO_HANG.values(), ids=WAYS_TO_HANG)
+@pytest.mark.parametrize(
+    "does",
+    [
+        pytest.param(code, id=name, marks=pytest.mark.slow if name == "spins" else [])
+        for name, code in WAYS_TO_HANG.items()
+    ],
+)
 def test_a_hanging_worker_ends_when_training_is_killed(does: str, tmp_path: Path) -> None:
     process, workers = _stuck(tmp_path, does, 600.0)
     assert all(_alive(pid) for pid in workers)

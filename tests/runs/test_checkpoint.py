@@ -474,19 +474,22 @@ def test_damage_to_any_file_is_recovered_from_or_refused(tmp_path: Path, damage:
         shutil.rmtree(folder)
 
 
-def test_no_flipped_bit_of_the_manifest_goes_unnoticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_flipped_bit_of_the_manifest_goes_unnoticed(every: int, tmp_path: Path) -> None:
     save_step(tmp_path, 8)
     path = tmp_path / "manifest.json"
     text, good = path.read_bytes(), checkpoint.read_manifest(path)
     noticed = 0
-    for offset in range(len(text)):
+    places = range(0, len(text), every)
+    for offset in places:
         path.write_bytes(text)
         flip(path, offset, offset % 8)
         try:
             assert checkpoint.read_manifest(path) == good, offset
         except CheckpointError:
             noticed += 1
-    assert noticed > len(text) - 2 * text.count(b" ")  # the others turned white space into white space
+    white = sum(text[offset : offset + 1] == b" " for offset in places)
+    assert noticed > len(places) - 2 * white - 1  # the others turned white space into white space
 
 
 def test_a_lone_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.runs.write_faults import MODES, calls_of, failures, needs_forks, unfinished
 
 POINTS = 12
 
 
 @needs_forks
+@pytest.mark.slow
 def test_a_resume_that_a_fault_ends_is_resumed_to_the_same_end(tmp_path: Path) -> None:
     whole = unfinished(tmp_path / "whole")
     _, calls = calls_of(whole, tmp_path / "run")
