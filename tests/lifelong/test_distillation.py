@@ -12,6 +12,7 @@ from rlmeta.learning.gradients import StepContext
 from rlmeta.learning.method import StepInfo
 from rlmeta.lifelong import DER, ERACE, LwF
 from rlmeta.lifelong.lwf import head_divergence
+from rlmeta.lifelong.replay import draw_from_reservoir
 from rlmeta.nn import Context
 from tests.lifelong.toy import pictures, trained
 
@@ -76,6 +77,16 @@ def test_lwf_pulls_towards_the_network_of_the_last_tasks_end():
     assert (loss > 1e-4).all()
 
 
+def test_old_heads_are_kept_on_samples_of_a_task_that_allows_them_not():
+    method = LwF()
+    run = rl.train(rl.Classifier(hidden_sizes=(6,)), pictures("task"), steps=320, lifelong=[method], progress=False)
+    p, m, task = run.state["params"], run.state["methods"]["lwf"], {"index": torch.full_like(run.state["key"], 2)}
+    batch = run.agent.draw(run.state, run.world, 8)
+    assert batch["allowed"][0, 0].tolist() == [False] * 4 + [True] * 2
+    turned = {**p["weights"], "net.1.bias": p["weights"]["net.1.bias"] + torch.tensor([2.0, 0, 0, 0, 0, 0])}
+    assert (method.loss(run.agent, {**p, "weights": turned}, m, batch, task, run.state["key"]) > 1e-3).all()
+
+
 def test_an_agent_keeps_its_policy_where_it_is_now():
     """KL divergence between the policies after one task and after two."""
     settings = rl.PPO(num_envs=4, num_steps=16, batch_size=32, num_epochs=4, hidden_sizes=(8,), learning_rate=1e-2)
@@ -110,16 +121,17 @@ def test_stored_outputs_are_those_of_before_the_step_in_which_a_sample_came():
 
 
 def test_ders_losses_by_hand():
-    method = DER(size=3, distillation=0.5, strength=2.0, batch_size=1000)
+    method = DER(size=3, distillation=0.5, strength=2.0, batch_size=2)
     run = trained(method, count=1, steps=40)
     agent, state = run.agent, run.state
     m, task, key, p = state["methods"]["der"], {"index": torch.zeros_like(state["key"])}, state["key"], state["params"]
-    error = (agent.output(p, m["samples"]) - m["outputs"]).square().mean(-1)  # of the three that are stored
-    torch.testing.assert_close(method.loss(agent, p, m, {}, task, key), 0.5 * error.mean(-1), rtol=0.15, atol=1e-6)
+    kept = {**m["samples"], "outputs": m["outputs"]}
+    drawn = draw_from_reservoir(kept, m["met"], 2, random.fold(key, "outputs"))
+    error = (agent.output(p, drawn) - drawn["outputs"]).square().mean((-2, -1))
+    torch.testing.assert_close(method.loss(agent, p, m, {}, task, key), 0.5 * error)
     ((batch, weight),) = method.batches(agent, p, m, {}, task, key)
-    assert (weight == 2.0).all() and batch["target"].shape == (3, 1000)
-    other = method.batches(agent, p, m, {}, task, random.fold(key, "outputs"))[0][0]
-    assert not torch.equal(other["observation"], batch["observation"])  # outputs and labels are of other draws
+    assert (weight == 2.0).all() and batch["target"].shape == (3, 2)
+    assert not torch.equal(drawn["observation"], batch["observation"])  # outputs and labels are of other draws
 
 
 def test_der_refuses_agents_and_er_ace_what_has_no_classes():

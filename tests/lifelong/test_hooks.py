@@ -120,3 +120,19 @@ def test_writing_in_place_is_noticed():
 
     with pytest.raises(AssertionError, match=r"careless\.after_step wrote in place"):
         rl.train(learner(), points(), steps=80, lifelong=[Watched(Careless())])
+
+
+class AllOneClass(Method):
+    """The learner's own loss is of labels that are all 1."""
+
+    name = "all one class"
+    recordable = True
+
+    def batch(self, learner: Any, p: Any, m: Any, batch: Any, task: Any) -> Any:
+        return {**batch, "target": torch.ones_like(batch["target"])}
+
+
+def test_the_learners_own_loss_is_of_the_minibatch_that_a_method_gives():
+    run = rl.train(learner(learning_rate=0.1), points(1), steps=400, lifelong=[AllOneClass()], progress=False)
+    logits = run.agent.logits(run.state["params"], run.agent.draw(run.state, run.world, 40))
+    assert (logits.argmax(-1) == 1).all()
