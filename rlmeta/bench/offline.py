@@ -174,8 +174,8 @@ def _peer(name: str, data: str, recorded: Demonstrations, options: Offline) -> d
         kept.write_bytes(done.stdout.splitlines()[-1] + b"\n")
     result = json.loads(kept.read_text())
     score = result["score"]
-    one = {"iqm": score, "low": score, "high": score, "scores": [score], "seeds": 1, "steps": options.steps}
-    return {**one, "seconds": result["seconds"], "row": f"{name}, d3rlpy 2.8.1"}
+    summary = {"iqm": score, "low": score, "high": score, "scores": [score], "seeds": 1, "steps": options.steps}
+    return {**summary, "seconds": result["seconds"], "row": f"{name}, d3rlpy 2.8.1"}
 
 
 def _export(recorded: Demonstrations, path: Path) -> None:

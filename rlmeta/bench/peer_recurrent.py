@@ -1,7 +1,7 @@
 """Baseline with a memory: sb3-contrib's RecurrentPPO on native tasks, evaluated as rlmeta's agents are.
 
 `python -m rlmeta.bench.peer_recurrent CartPole-noisy-easy --steps 1000000 --seeds 0 --out runs/results/sb3` appends one
-JSON line per seed to `sb3.jsonl`, as `rlmeta.bench.peers` does. Its interpreter needs `pip install sb3-contrib`.
+JSON line per seed to `sb3.jsonl`, as `rlmeta.bench.peers` does. It needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from rlmeta.bench.peers import EVALUATION_ENVS, EVALUATION_EPISODES, Linear, recorded
 from rlmeta.envs.names import read_named
 from rlmeta.envs.native.register import NativeVectorEnv
-from rlmeta.errors import MissingExtraError, RlmetaError, SettingError, unknown_name
+from rlmeta.errors import RlmetaError, SettingError, missing_extra, unknown_name
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
@@ -71,7 +71,7 @@ def train_sb3_contrib(task: str, steps: int, seed: int) -> dict[str, Any]:
         from sb3_contrib import RecurrentPPO
         from stable_baselines3.common.evaluation import evaluate_policy
     except ImportError as error:
-        raise MissingExtraError("this baseline needs sb3-contrib: pip install sb3-contrib") from error
+        raise missing_extra("sb3-contrib", "bench", "training a baseline") from error
     torch.set_num_threads(1)
     settings = dict(SETTINGS[task])
     envs = native_rows(task, settings.pop("n_envs"), seed)

@@ -71,8 +71,8 @@ class DER(Method):
             check_room(learner, state, max(self.size, self.batch_size), "size or batch_size")
             m["samples"] = blank_memories(learner, state, self.size)
             blank = learner.blank(tuple(state["key"].shape), state["key"].device)
-            one = learner.output(state["params"], blank)
-            m["outputs"] = one.new_zeros(*one.shape[:-2], self.size, one.shape[-1])
+            output = learner.output(state["params"], blank)
+            m["outputs"] = output.new_zeros(*output.shape[:-2], self.size, output.shape[-1])
         return m
 
     def _replays(self, m: Memory, weight: PerLearner) -> bool:

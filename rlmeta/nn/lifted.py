@@ -132,7 +132,7 @@ class Lifted(Block):
         return True
 
     def trains_otherwise(self) -> bool:
-        """As the module itself; its parts are this block's, and asked on their own."""
+        """Whether the module differs in training mode; submodules are parts of this block and answer for themselves."""
         return differs_in_training(self._template[0])
 
     def keeps_ties(self) -> bool:

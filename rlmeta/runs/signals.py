@@ -22,7 +22,7 @@ MESSAGES = {
 
 
 class Interruption:
-    """Handlers of Ctrl-C (SIGINT) and SIGTERM of a run; true once one has asked it to stop.
+    """Signal handlers of a run for Ctrl-C (SIGINT) and SIGTERM; true once a signal has asked it to stop.
 
     The first signal lets the iteration finish. It raises KeyboardInterrupt immediately within `at_once` (the final
     evaluation, before which the run was saved), as does Ctrl-C if an environment has not answered for `HANGS` seconds.

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlmeta.agents import PPO
-from rlmeta.bench import against_rejax, agents
+from rlmeta.bench import against_rejax, agents, peers
 from rlmeta.bench.steady import train_and_time
 from rlmeta.cli.main import main
 from rlmeta.runs.experiment import Budget
@@ -44,3 +44,17 @@ def test_the_second_half_of_a_training_is_timed():
     budget = Budget(steps=320, final_episodes=2, eval_every=3_200)
     run, steps, seconds = train_and_time(settings, "CartPole-v1", [100, 101], budget)
     assert run.env_steps == 320 and steps == 320 and 0 < seconds < run.seconds  # half of two learners' 320
+
+
+@pytest.mark.parametrize("name", agents.COMPARISONS)
+def test_both_sides_take_as_many_samples_and_gradient_steps(name):
+    comparison = agents.COMPARISONS[name]
+    model, ours = peers._build(comparison.peer, comparison.task, 0, comparison.peer_changes), comparison.settings
+    assert model.batch_size == ours.batch_size and model.gamma == ours.gamma
+    if isinstance(ours, PPO):
+        assert (model.n_steps, model.n_envs, model.n_epochs) == (ours.num_steps, ours.num_envs, ours.num_epochs)
+    else:
+        assert model.train_freq.frequency == ours.num_steps and model.gradient_steps == ours.gradient_steps
+        assert model.learning_starts == ours.learning_starts and model.n_envs == ours.num_envs
+        hidden = tuple(model.policy_kwargs.get("net_arch", (256, 256)))
+        assert hidden == ours.hidden_sizes

@@ -34,6 +34,6 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with pytest.raises(UnknownNameError, match="Nowhere-v0"):
         peer_recurrent.train_sb3_contrib("Nowhere-v0", 10, 0)
     monkeypatch.setitem(sys.modules, "sb3_contrib", None)
-    with pytest.raises(MissingExtraError, match="pip install sb3-contrib"):
+    with pytest.raises(MissingExtraError, match="needs sb3-contrib, which is not installed: pip install"):
         peer_recurrent.train_sb3_contrib("RepeatPrevious-easy", 10, 0)
     assert peer_recurrent.main(["Nowhere-v0"]) == 2 and "Nowhere-v0" in capsys.readouterr().err
